@@ -1,0 +1,35 @@
+"""Kernels that forecast the features of a diffusion transformer, so that most denoising steps need not be computed.
+
+Public names resolve on first use: importing the package needs neither torch, nor Triton, nor the compiled extension,
+nor a GPU. What can't run says why when it is called.
+"""
+
+import importlib
+
+_SOURCES = {
+    "BSplineKAN": "lesa_kernels.bspline_kan",
+    "bspline_basis": "lesa_kernels.bspline_kan",
+    "bspline_kan": "lesa_kernels.bspline_kan",
+    "FeatureRing": "lesa_kernels.feature_ring",
+    "ring_push": "lesa_kernels.feature_ring",
+    "FusedKANPredictor": "lesa_kernels.predictor",
+    "OutputHead": "lesa_kernels.predictor",
+    "PredictorConfig": "lesa_kernels.predictor",
+    "dense_predict": "lesa_kernels.predictor",
+    "newton_predict": "lesa_kernels.predictor",
+}
+
+__version__ = "0.1.0"
+__all__ = [*_SOURCES]  # noqa: PLE0604  (names resolve in __getattr__)
+
+
+def __getattr__(name: str):
+    if name not in _SOURCES:
+        raise AttributeError(f"module 'lesa_kernels' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_SOURCES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_SOURCES])

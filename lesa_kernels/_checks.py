@@ -1,0 +1,105 @@
+"""Argument checks: the only place where argument errors are worded.
+
+Every message has the same four parts: the argument, what it must be, what was received, and the remedy.
+"""
+
+import math
+import numbers
+from typing import Any
+
+import torch
+
+
+def describe(value: Any) -> str:
+    """What was received, short enough for one line of an error message."""
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"a {dtype} tensor of shape {list(value.shape)} on {value.device}"
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+
+
+def argument_error(name: str, must: str, got: Any, remedy: str, kind: type[Exception] = ValueError) -> Exception:
+    """Builds `kind` with the message "`name` must <must>, but got <got>. <remedy>". The caller raises it.
+
+    `got` is described with `describe` unless it is a `Said`, whose text is taken as it is.
+    """
+    received = got.text if isinstance(got, Said) else describe(got)
+    return kind(f"`{name}` must {must}, but got {received}. {remedy}")
+
+
+class Said:
+    """A received thing already put into words."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+
+def check_int(name: str, value: Any, minimum: int = 1, maximum: int | None = None) -> int:
+    """Returns `value` as an int; raises `TypeError` or `ValueError` unless it is an integer in range."""
+    bounds = f"be an integer of at least {minimum}" + ("" if maximum is None else f" and at most {maximum}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise argument_error(name, bounds, value, f"Pass an int for `{name}`.", TypeError)
+    if value < minimum or (maximum is not None and value > maximum):
+        raise argument_error(name, bounds, value, f"Choose a value in that range for `{name}`.")
+    return int(value)
+
+
+def check_float(name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf) -> float:
+    """Returns `value` as a float; raises `TypeError` or `ValueError` unless it is a finite number in range."""
+    must = "be a finite number"
+    if minimum > -math.inf:
+        must += f" of at least {minimum:g}"
+    if maximum < math.inf:
+        must += f" and at most {maximum:g}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise argument_error(name, must, value, f"Pass a float for `{name}`.", TypeError)
+    if not math.isfinite(value) or not minimum <= value <= maximum:
+        raise argument_error(name, must, value, f"Choose a value in that range for `{name}`.")
+    return float(value)
+
+
+def check_choice(name: str, value: Any, choices) -> Any:
+    """Returns `value`; raises `ValueError` unless it is one of `choices`."""
+    if value not in choices:
+        listed = ", ".join(repr(c) for c in choices)
+        raise argument_error(name, f"be one of {listed}", value, f"Choose one of these for `{name}`.")
+    return value
+
+
+def check_tensor(
+    name: str,
+    value: Any,
+    shape: tuple[int | str, ...] | None = None,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+    device: torch.device | None = None,
+    remedy: str | None = None,
+) -> torch.Tensor:
+    """Returns `value`; raises unless it is a tensor of that shape, dtype and device.
+
+    Args:
+        name: the argument's name.
+        value: what was received.
+        shape: one entry per dimension: an int to demand that size, a string to name a free one.
+        dtypes: the dtypes allowed; any if None.
+        device: the device demanded; any if None.
+        remedy: what the caller can do; a generic sentence if None.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another shape or device.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise argument_error(name, "be a torch.Tensor", value, remedy or "Pass a tensor.", TypeError)
+    if shape is not None:
+        fits = value.ndim == len(shape) and all(isinstance(s, str) or s == n for s, n in zip(shape, value.shape))
+        if not fits:
+            must = f"have shape [{', '.join(str(s) for s in shape)}]"
+            raise argument_error(name, must, value, remedy or "Reshape or slice it to that shape.")
+    if dtypes is not None and value.dtype not in dtypes:
+        listed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        must = f"have dtype {listed}" if len(dtypes) == 1 else f"have one of the dtypes {listed}"
+        raise argument_error(name, must, value, remedy or "Convert it with `.to(dtype)`.", TypeError)
+    if device is not None and value.device != device:
+        raise argument_error(name, f"be on {device}", value, remedy or f"Move it with `.to('{device}')`.")
+    return value

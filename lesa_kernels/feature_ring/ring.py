@@ -1,0 +1,163 @@
+"""`FeatureRing`: the last computed features of every sample, with their noise levels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lesa_kernels._checks import argument_error, check_choice, check_float, check_int, check_tensor
+from lesa_kernels._dispatch import BACKENDS
+from lesa_kernels.feature_ring.op import STORAGE_DTYPES, check_rows, ring_push
+
+
+@dataclass(frozen=True)
+class RingSnapshot:
+    """A copy of a ring's state, made by `FeatureRing.snapshot`; it shares no memory with the ring."""
+
+    storage: torch.Tensor
+    sigmas: torch.Tensor
+    cursor: torch.Tensor
+    count: torch.Tensor
+
+
+class FeatureRing:
+    """The last `capacity` features of each sample of a batch, with their sigmas.
+
+    Each sample has its own history. Everything about a push or a read lives on the device, so nothing waits for the
+    host. An anchor is a stored feature and its sigma; a row's anchors are strictly decreasing in sigma.
+
+    Args:
+        capacity: anchors kept per sample, at least 1.
+        batch: samples B, at least 1.
+        tokens: tokens T per sample; may be 0.
+        dim: width D of a token's feature, at least 1.
+        dtype: what features are stored as: float32, float16 or bfloat16.
+        device: where the ring lives.
+        backend: "auto" (the compiled extension on the CPU, plain torch on a GPU), "extension" or "torch".
+
+    Attributes:
+        storage: `[capacity, B, T, D]` of `dtype`.
+        sigmas: `[capacity, B]` float32.
+        cursor: `[B]` int32, the slot that the next append writes.
+        count: `[B]` int32, the valid anchors of each row.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        batch: int,
+        tokens: int,
+        dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        backend: str = "auto",
+    ):
+        self.capacity = check_int("capacity", capacity)
+        self.batch = check_int("batch", batch)
+        self.tokens = check_int("tokens", tokens, minimum=0)
+        self.dim = check_int("dim", dim)
+        self.dtype = check_choice("dtype", dtype, STORAGE_DTYPES)
+        self.backend = check_choice("backend", backend, BACKENDS)
+        self.storage = torch.zeros(self.capacity, self.batch, self.tokens, self.dim, dtype=dtype, device=device)
+        self.device = self.storage.device
+        self.sigmas = torch.zeros(self.capacity, self.batch, dtype=torch.float32, device=self.device)
+        self.cursor = torch.zeros(self.batch, dtype=torch.int32, device=self.device)
+        self.count = torch.zeros(self.batch, dtype=torch.int32, device=self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the four buffers."""
+        return sum(buffer.nbytes for buffer in (self.storage, self.sigmas, self.cursor, self.count))
+
+    def push(
+        self,
+        features: torch.Tensor,
+        sigma: float | torch.Tensor,
+        rows: Sequence[int] | torch.Tensor | None = None,
+    ) -> None:
+        """Stores a copy of one feature per sample; `features` may be overwritten at once.
+
+        Per sample, by its sigma against that of the row's newest anchor: a smaller one is appended, over the oldest
+        anchor when the ring is full; an equal one replaces the newest; any other (greater, or NaN) starts a new
+        history.
+
+        Args:
+            features: `[B, T, D]` float32, float16 or bfloat16, any strides; `[n, T, D]` with `rows`.
+            sigma: the noise level, one float for all samples or float32 `[B]`; `[n]` with `rows`.
+            rows: the n distinct rows of the batch to push into; all if None. Rows on a GPU are not checked.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described.
+            RuntimeError: the backend can't run here.
+        """
+        if rows is not None:
+            rows = self._rows(rows)
+        if not isinstance(sigma, torch.Tensor):
+            samples = self.batch if rows is None else rows.shape[0]
+            sigma = torch.full((samples,), check_float("sigma", sigma), dtype=torch.float32, device=self.device)
+        ring_push(self.storage, self.sigmas, self.cursor, self.count, features, sigma, rows, self.backend)
+
+    def newest_first(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The anchors of each row from the newest to the oldest, as copies.
+
+        Returns:
+            features `[capacity, B, T, D]` of the ring's dtype, sigmas `[capacity, B]` float32 and count `[B]` int32.
+            Beyond `count` the row's oldest anchor is repeated; a row without any anchor is NaN.
+        """
+        order = torch.arange(self.capacity, device=self.device)[:, None]
+        order = torch.minimum(order, (self.count - 1).clamp(min=0))  # [capacity, B]
+        slots = (self.cursor - 1 - order) % self.capacity
+        rows = torch.arange(self.batch, device=self.device)
+        empty = self.count == 0
+        features = self.storage[slots, rows].masked_fill_(empty[:, None, None], float("nan"))
+        sigmas = self.sigmas[slots, rows].masked_fill_(empty, float("nan"))
+        return features, sigmas, self.count.clone()
+
+    def reset(self, rows: Sequence[int] | torch.Tensor | None = None) -> None:
+        """Forgets the anchors of `rows`, or of all rows; the memory is kept.
+
+        Raises:
+            TypeError, ValueError: `rows` are no distinct rows of the batch.
+        """
+        chosen = slice(None) if rows is None else self._rows(rows)
+        self.cursor[chosen] = 0
+        self.count[chosen] = 0
+
+    def snapshot(self) -> RingSnapshot:
+        """A copy of the whole state, for `restore`."""
+        return RingSnapshot(self.storage.clone(), self.sigmas.clone(), self.cursor.clone(), self.count.clone())
+
+    def restore(self, snapshot: RingSnapshot) -> None:
+        """Puts a snapshot of this ring, or of one of the same sizes, dtype and device, back; the bytes are equal.
+
+        Raises:
+            TypeError, ValueError: it is no snapshot, or one of another kind of ring.
+        """
+        if not isinstance(snapshot, RingSnapshot):
+            remedy = "Pass what `snapshot()` returned."
+            raise argument_error("snapshot", "be a RingSnapshot", snapshot, remedy, TypeError)
+        remedy = "Restore a snapshot into a ring of the sizes, dtype and device it was taken from."
+        check_tensor("snapshot.storage", snapshot.storage, self.storage.shape, (self.dtype,), self.device, remedy)
+        for name in ("storage", "sigmas", "cursor", "count"):
+            getattr(self, name).copy_(getattr(snapshot, name))
+
+    def _rows(self, rows: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        if not isinstance(rows, torch.Tensor):
+            listed = [check_int("rows", row, minimum=0, maximum=self.batch - 1) for row in rows]
+            rows = torch.tensor(listed, dtype=torch.int64)
+            check_rows(rows, self.batch)  # here, where the values are on the host
+            return rows.to(self.device)
+        check_tensor("rows", rows, ("n",), (torch.int64,), self.device)
+        check_rows(rows, self.batch)
+        return rows
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"FeatureRing(capacity={self.capacity}, batch={self.batch}, tokens={self.tokens}, dim={self.dim}, "
+            f"dtype={dtype}, device='{self.device}', backend='{self.backend}', "
+            f"{self.nbytes / 2**20:.1f} MiB, count={self.count.tolist()})"
+        )

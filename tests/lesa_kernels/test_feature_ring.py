@@ -1,0 +1,453 @@
+import itertools
+import warnings
+
+import pytest
+import torch
+
+from lesa_kernels import FeatureRing, ring_push
+from lesa_kernels._extension import extension, extension_error
+from lesa_kernels.feature_ring import op, ring_push_ref
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+PAIRS = list(itertools.product(DTYPES, DTYPES))
+
+needs_extension = pytest.mark.skipif(extension_error() is not None, reason=f"no extension: {extension_error()}")
+backends = pytest.mark.parametrize("backend", [pytest.param("extension", marks=needs_extension), "torch"])
+
+
+def state(ring):
+    return ring.storage, ring.sigmas, ring.cursor, ring.count
+
+
+def assert_same_bytes(actual, expected):
+    """Equal bytes; only a NaN's payload may differ."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    if actual.is_floating_point():
+        assert torch.equal(actual.isnan(), expected.isnan())
+        integers = torch.int32 if actual.itemsize == 4 else torch.int16
+        actual, expected = (t.masked_fill(t.isnan(), 0).view(integers) for t in (actual, expected))
+    assert torch.equal(actual, expected)
+
+
+def both_rings(*sizes, dtype=torch.float32):
+    """The same ring over the extension and in plain torch, NaN in every byte that nobody has written yet."""
+    rings = [FeatureRing(*sizes, dtype=dtype, backend=backend) for backend in ("extension", "torch")]
+    for ring in rings:
+        ring.storage.fill_(float("nan"))
+        ring.sigmas.fill_(float("nan"))
+    return rings
+
+
+def push_both(rings, features, sigma, rows=None):
+    for ring in rings:
+        ring.push(features, sigma, rows)
+    for actual, expected in zip(state(rings[0]), state(rings[1])):
+        assert_same_bytes(actual, expected)
+
+
+def bit_patterns(dtype):
+    """All values of a 16-bit dtype; for float32 those, the neighbourhoods of rounding ties, and random bits."""
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    if dtype != torch.float32:
+        return halves.view(dtype)
+    exact = [halves.view(half).float().view(torch.int32) for half in (torch.float16, torch.bfloat16)]
+    ties = [bits + delta for bits in exact for delta in (0, 0xFFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001)]
+    random = torch.randint(-(2**31), 2**31, (2**18,), generator=torch.Generator().manual_seed(0))
+    return torch.cat([*ties, random.to(torch.int32)]).view(torch.float32)
+
+
+@needs_extension
+@pytest.mark.parametrize("stride", [1, 2], ids=["contiguous", "strided"])
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_every_conversion_equals_tensor_to(source, target, stride):
+    values = bit_patterns(source)[:, None].expand(-1, stride).reshape(-1)[::stride]
+    ring = FeatureRing(1, 1, 1, len(values), dtype=target, backend="extension")
+    ring.push(values[None, None], 0.5)
+    assert ring.storage[0, 0, 0].isnan().equal(values.isnan())
+    assert_same_bytes(ring.storage[0, 0, 0], values.to(target))
+
+
+LAYOUTS = {
+    "contiguous": lambda b, t, d: torch.randn(b, t, d),
+    "token slice": lambda b, t, d: torch.randn(b, t + 3, d)[:, 2 : 2 + t],
+    "width slice": lambda b, t, d: torch.randn(b, t, d + 5)[..., 1 : 1 + d],
+    "every other": lambda b, t, d: torch.randn(b, 2 * t, 2 * d)[:, ::2, ::2],
+    "transposed": lambda b, t, d: torch.randn(d, t, b).permute(2, 1, 0),
+    "expanded batch": lambda b, t, d: torch.randn(1, t, d).expand(b, t, d),
+    "expanded width": lambda b, t, d: torch.randn(b, t, 1).expand(b, t, d),
+}
+
+
+@needs_extension
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_extension_equals_reference_for_strided_features(source, target, layout):
+    torch.manual_seed(0)
+    rings = both_rings(3, 3, 7, 13, dtype=target)
+    for sigma in (1.0, 0.75, 0.5, 0.25):
+        push_both(rings, LAYOUTS[layout](3, 7, 13).to(source), sigma)
+
+
+@needs_extension
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (4, 2, 0, 8), (2, 3, 5, 1), (5, 1, 1, 257), (3, 2, 31, 33)], ids=str)
+def test_extension_equals_reference_for_odd_sizes(sizes):
+    torch.manual_seed(0)
+    rings = both_rings(*sizes)
+    for step in range(2 * sizes[0] + 1):
+        push_both(rings, torch.randn(sizes[1:]), 1.0 - step / 50)
+
+
+@needs_extension
+def test_extension_equals_reference_for_random_pushes_into_some_rows():
+    generator = torch.Generator().manual_seed(0)
+    rings = both_rings(3, 5, 4, 6, dtype=torch.bfloat16)
+    for _ in range(60):
+        rows = torch.randperm(5, generator=generator)[: torch.randint(0, 6, (), generator=generator)]
+        sigma = torch.randint(0, 4, (len(rows),), generator=generator) / 4  # few levels: equal, rising and falling
+        sigma[sigma == 0.75] = float("nan")
+        push_both(rings, torch.randn(len(rows), 4, 6, generator=generator), sigma, rows)
+
+
+@needs_extension
+@pytest.mark.parametrize(("source", "target"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float16)])
+def test_threads_cover_large_features(source, target):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        torch.manual_seed(0)
+        sizes = (2, 2, 701, 1003)  # 1.4 M elements: above the size from which threads are used, no round chunks
+        push_both(both_rings(*sizes, dtype=target), torch.randn(sizes[1:]).to(source), 0.5)
+        push_both(both_rings(*sizes, dtype=target), torch.randn(2, 701, 1010).to(source)[..., :1003], 0.5)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@backends
+def test_non_finite_features_are_kept(backend):
+    ring = FeatureRing(1, 1, 1, 4, dtype=torch.float16, backend=backend)
+    ring.push(torch.tensor([[[float("nan"), float("inf"), -float("inf"), 1e6]]]), 0.5)
+    stored = ring.storage[0, 0, 0]
+    assert stored[0].isnan()
+    assert stored[1:].tolist() == [float("inf"), -float("inf"), float("inf")]
+
+
+@backends
+def test_newest_first_keeps_the_last_capacity_anchors(backend):
+    ring = FeatureRing(3, 2, 4, 5, backend=backend)
+    pushed = [torch.randn(2, 4, 5) for _ in range(5)]
+    for step, features in enumerate(pushed):
+        ring.push(features, 1.0 - step / 8)
+    features, sigmas, count = ring.newest_first()
+    assert torch.equal(features, torch.stack(pushed[:1:-1]))
+    assert sigmas.tolist() == [[0.5, 0.5], [0.625, 0.625], [0.75, 0.75]]
+    assert count.tolist() == [3, 3]
+
+
+@backends
+def test_newest_first_repeats_the_oldest_anchor_and_marks_empty_rows(backend):
+    ring = FeatureRing(3, 2, 1, 2, backend=backend)
+    first, second = torch.ones(1, 1, 2), torch.full((1, 1, 2), 2.0)
+    ring.push(first, 0.75, rows=[1])
+    ring.push(second, 0.5, rows=[1])
+    features, sigmas, count = ring.newest_first()
+    assert count.tolist() == [0, 2]
+    assert features[:, 1, 0, 0].tolist() == [2.0, 1.0, 1.0]
+    assert sigmas[:, 1].tolist() == [0.5, 0.75, 0.75]
+    assert features[:, 0].isnan().all() and sigmas[:, 0].isnan().all()
+
+
+@backends
+def test_sigma_decides_per_sample_what_a_push_does(backend):
+    ring = FeatureRing(3, 3, 1, 1, backend=backend)
+    ring.push(torch.full((3, 1, 1), 1.0), 0.8)
+    ring.push(torch.full((3, 1, 1), 2.0), 0.6)
+    ring.push(torch.full((3, 1, 1), 3.0), torch.tensor([0.4, 0.6, 0.9]))  # smaller, equal, greater
+    features, sigmas, count = ring.newest_first()
+    assert count.tolist() == [3, 2, 1]
+    assert features[:, :, 0, 0].T.tolist() == [[3.0, 2.0, 1.0], [3.0, 1.0, 1.0], [3.0, 3.0, 3.0]]
+    expected = torch.tensor([[0.4, 0.6, 0.8], [0.6, 0.8, 0.8], [0.9, 0.9, 0.9]])
+    assert torch.equal(sigmas.T, expected)
+
+
+@backends
+def test_a_nan_sigma_never_shares_a_history(backend):
+    ring = FeatureRing(4, 1, 1, 1, backend=backend)
+    for sigma, count in ((0.8, 1), (0.6, 2), (float("nan"), 1), (0.5, 1), (0.4, 2)):
+        ring.push(torch.zeros(1, 1, 1), torch.tensor([sigma]))
+        assert ring.count.item() == count
+
+
+@backends
+def test_a_push_is_a_copy_without_gradient(backend):
+    ring = FeatureRing(2, 1, 2, 3, backend=backend)
+    features = torch.ones(1, 2, 3, requires_grad=True)
+    sigma = torch.tensor([0.5], requires_grad=True)
+    ring.push(features, sigma)
+    features.data.zero_()
+    sigma.data.zero_()
+    assert not ring.storage.requires_grad and not ring.sigmas.requires_grad
+    assert ring.storage[0].eq(1).all() and ring.sigmas[0].item() == 0.5
+
+
+@backends
+def test_reset_forgets_only_the_rows_named(backend):
+    ring = FeatureRing(2, 3, 1, 1, backend=backend)
+    ring.push(torch.arange(3.0)[:, None, None], 0.5)
+    ring.reset(rows=[0, 2])
+    assert ring.count.tolist() == [0, 1, 0]
+    ring.push(torch.full((3, 1, 1), 7.0), 0.4)
+    assert ring.count.tolist() == [1, 2, 1]
+    ring.reset()
+    assert ring.count.tolist() == [0, 0, 0] and ring.cursor.tolist() == [0, 0, 0]
+
+
+@backends
+def test_restore_brings_the_bytes_back(backend):
+    torch.manual_seed(0)
+    ring = FeatureRing(2, 2, 3, 4, dtype=torch.bfloat16, backend=backend)
+    for sigma in (0.9, 0.8, 0.7):
+        ring.push(torch.randn(2, 3, 4), sigma)
+    before = [buffer.clone() for buffer in state(ring)]
+    snapshot = ring.snapshot()
+    ring.push(torch.randn(2, 3, 4), torch.tensor([0.6, 0.9]))
+    ring.restore(snapshot)
+    for actual, expected in zip(state(ring), before):
+        assert_same_bytes(actual, expected)
+    with pytest.raises(ValueError, match=r"`snapshot.storage` must have shape \[3, 2, 3, 4\].*Restore a snapshot"):
+        FeatureRing(3, 2, 3, 4, dtype=torch.bfloat16).restore(snapshot)
+    with pytest.raises(TypeError, match="`snapshot` must be a RingSnapshot"):
+        ring.restore(before)
+
+
+def test_nbytes_and_repr():
+    ring = FeatureRing(4, 2, 256, 128, dtype=torch.bfloat16)
+    assert ring.nbytes == 4 * 2 * 256 * 128 * 2 + 4 * 2 * 4 + 2 * 4 + 2 * 4
+    assert "capacity=4, batch=2, tokens=256, dim=128, dtype=bfloat16" in repr(ring)
+    assert "0.5 MiB, count=[0, 0]" in repr(ring)
+
+
+BAD_PUSHES = {
+    "wrong width": (dict(features=torch.zeros(2, 3, 5)), ValueError, r"`features` must have shape \[2, 3, 4\]"),
+    "wrong dtype": (dict(features=torch.zeros(2, 3, 4).double()), TypeError, "`features` must have one of the dtypes"),
+    "no tensor": (dict(features=[1.0]), TypeError, "`features` must be a torch.Tensor"),
+    "sigma shape": (dict(sigma=torch.zeros(3)), ValueError, r"`sigma` must have shape \[2\]"),
+    "sigma dtype": (dict(sigma=torch.zeros(2).double()), TypeError, "`sigma` must have dtype float32"),
+    "sigma not finite": (dict(sigma=float("nan")), ValueError, "`sigma` must be a finite number"),
+    "row out of range": (dict(rows=[0, 2]), ValueError, "`rows` must be an integer of at least 0 and at most 1"),
+    "row negative": (dict(rows=torch.tensor([0, -1])), ValueError, r"`rows` must be distinct and lie in \[0, 2\)"),
+    "row twice": (dict(rows=torch.tensor([1, 1])), ValueError, r"`rows` must be distinct.*\[1, 1\].*at most once"),
+    "rows dtype": (dict(rows=torch.tensor([True, False])), TypeError, "`rows` must have dtype int64"),
+    "rows count": (dict(rows=[1]), ValueError, r"`features` must have shape \[1, 3, 4\]"),
+}
+
+
+@backends
+@pytest.mark.parametrize("case", BAD_PUSHES)
+def test_a_bad_push_is_refused_and_changes_nothing(backend, case):
+    changes, kind, message = BAD_PUSHES[case]
+    ring = FeatureRing(2, 2, 3, 4, backend=backend)
+    ring.push(torch.ones(2, 3, 4), 0.75)
+    before = [buffer.clone() for buffer in state(ring)]
+    with pytest.raises(kind, match=message):
+        ring.push(**{"features": torch.zeros(2, 3, 4), "sigma": 0.5} | changes)
+    assert all(map(torch.equal, state(ring), before))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        (dict(capacity=0), ValueError, "`capacity` must be an integer of at least 1"),
+        (dict(batch=1.5), TypeError, "`batch` must be an integer"),
+        (dict(tokens=-1), ValueError, "`tokens` must be an integer of at least 0"),
+        (dict(dtype=torch.float64), ValueError, "`dtype` must be one of torch.float32"),
+        (dict(backend="cuda"), ValueError, "`backend` must be one of 'auto'"),
+    ],
+)
+def test_a_bad_ring_is_refused(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        FeatureRing(**{"capacity": 2, "batch": 1, "tokens": 3, "dim": 4} | arguments)
+
+
+def test_buffers_with_gaps_are_refused():
+    ring = FeatureRing(2, 2, 3, 4)
+    with pytest.raises(ValueError, match="`storage` must be contiguous, but got strides"):
+        ring_push(ring.storage.mT.contiguous().mT, *state(ring)[1:], torch.zeros(2, 3, 4), torch.zeros(2))
+
+
+def raw_push(**changes):
+    """Calls the compiled function as the operator does, with `changes`, on a ring of 2 slots and a batch of 3."""
+    storage, sigmas = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3)
+    cursor, count = torch.zeros(3, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    features, sigma = torch.ones(3, 4, 5), torch.ones(3)
+    rows = changes.pop("row_values", None)
+    if (start := changes.pop("cursor_value", None)) is not None:
+        cursor.fill_(start)
+    arguments = dict(
+        storage=storage.data_ptr(),
+        storage_dtype="float32",
+        storage_sizes=(2, 3, 4, 5),
+        sigmas=sigmas.data_ptr(),
+        cursor=cursor.data_ptr(),
+        count=count.data_ptr(),
+        features=features.data_ptr(),
+        features_dtype="float32",
+        features_strides=(20, 5, 1),
+        sigma=sigma.data_ptr(),
+        rows=0 if rows is None else rows.data_ptr(),
+        samples=3,
+        device=-1,
+        stream=0,
+        threads=1,
+    )
+    try:
+        extension().ring_push(**arguments | changes)
+    finally:
+        if changes or rows is not None:
+            assert not storage.any() and not count.any()
+    return storage
+
+
+BAD_CALLS = {
+    "null storage": (dict(storage=0), "`storage` must not be a null pointer"),
+    "null features": (dict(features=0), "`features` must not be a null pointer"),
+    "null sigmas": (dict(sigmas=0), "`sigmas` must not be a null pointer"),
+    "null cursor": (dict(cursor=0), "`cursor` must not be a null pointer"),
+    "null count": (dict(count=0), "`count` must not be a null pointer"),
+    "null sigma": (dict(sigma=0), "`sigma` must not be a null pointer"),
+    "negative size": (dict(storage_sizes=(2, 3, -4, 5)), "`tokens` must be at least 0, but got -4"),
+    "negative stride": (dict(features_strides=(20, -5, 1)), "`feature_strides` must be at least 0"),
+    "huge storage": (dict(storage_sizes=(2, 3, 2**31, 2**31)), r"`storage` must address at most 2\^63 - 1 bytes"),
+    "huge stride": (dict(features_strides=(2**62, 5, 1)), r"`features` must address at most 2\^63 - 1 bytes"),
+    "unknown dtype": (dict(features_dtype="float64"), "`dtype` must be one of float32, float16, bfloat16"),
+    "no thread": (dict(threads=0), "`threads` must be at least 1"),
+    "too few samples": (dict(samples=2), "`samples` must equal `batch` where no `rows` are given"),
+    "row out of range": (dict(row_values=torch.tensor([0, 1, 3])), r"`rows` must lie in \[0, 3\), but got 3"),
+    "row twice": (dict(row_values=torch.tensor([0, 1, 0])), "`rows` must be distinct, but got 0 twice"),
+    "broken cursor": (dict(cursor_value=2), "`cursor and count` must lie within the ring's capacity of 2"),
+}
+
+
+@needs_extension
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_the_compiled_function_checks_before_it_writes(case):
+    changes, message = BAD_CALLS[case]
+    with pytest.raises(ValueError, match=message):
+        raw_push(**dict(changes))
+
+
+@needs_extension
+def test_the_compiled_function_refuses_a_cuda_device():
+    assert raw_push()[0].eq(1).all()
+    with pytest.raises(RuntimeError, match="runs on the CPU only, but the tensors are on CUDA device 0"):
+        raw_push(device=0)
+
+
+def spied(monkeypatch):
+    """Records which implementations of a push run."""
+    ran = []
+    reference = op.ring_push_ref
+    monkeypatch.setattr(op, "ring_push_ref", lambda *args: (ran.append("torch"), reference(*args))[1])
+    if extension_error() is None:
+        compiled = extension()
+
+        class Spy:
+            @staticmethod
+            def ring_push(**kwargs):
+                ran.append("extension")
+                compiled.ring_push(**kwargs)
+
+        monkeypatch.setattr(op, "extension", lambda: Spy)
+    return ran
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("backend", "variable", "expected"),
+    [
+        ("auto", None, "extension"),
+        ("auto", "torch", "torch"),
+        ("auto", "extension", "extension"),
+        ("auto", "triton", "extension"),
+        ("torch", "extension", "torch"),
+        ("extension", "torch", "extension"),
+    ],
+)
+def test_which_backend_runs(monkeypatch, backend, variable, expected):
+    monkeypatch.delenv("LESA_BACKEND", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("LESA_BACKEND", variable)
+    ran = spied(monkeypatch)
+    ring = FeatureRing(2, 1, 2, 3, backend=backend)
+    ring.push(torch.ones(1, 2, 3), 0.5)
+    assert ran == [expected]
+    assert ring.storage[0].eq(1).all()
+
+
+def test_triton_is_refused_by_name():
+    with pytest.raises(RuntimeError, match=r"ring_push is implemented for \(extension, torch\)"):
+        FeatureRing(2, 1, 2, 3, backend="triton").push(torch.ones(1, 2, 3), 0.5)
+
+
+def test_without_the_extension_auto_warns_once_and_extension_is_refused(monkeypatch):
+    monkeypatch.delenv("LESA_BACKEND", raising=False)
+    monkeypatch.setattr("lesa_kernels._extension._module", None)
+    monkeypatch.setattr("lesa_kernels._extension._error", "a reason for the test")
+    op._warn_once.cache_clear()
+    ring = FeatureRing(2, 1, 2, 3)
+    with pytest.warns(RuntimeWarning, match=r"not available \(a reason for the test\).*pip install"):
+        ring.push(torch.ones(1, 2, 3), 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ring.push(torch.full((1, 2, 3), 2.0), 0.4)
+    assert ring.storage[:, 0, 0, 0].tolist() == [1.0, 2.0]
+    with pytest.raises(RuntimeError, match=r"not available \(a reason for the test\).*backend=\"torch\""):
+        FeatureRing(2, 1, 2, 3, backend="extension").push(torch.ones(1, 2, 3), 0.5)
+
+
+@needs_extension
+@pytest.mark.parametrize("rows", [None, torch.tensor([2, 0])])
+def test_opcheck(rows):
+    ring = FeatureRing(2, 3, 4, 5, dtype=torch.bfloat16)
+    n = 3 if rows is None else len(rows)
+    arguments = (*state(ring), torch.randn(n, 4, 5), torch.full((n,), 0.5), rows)
+    torch.library.opcheck(torch.ops.lesa_kernels.ring_push.default, arguments)
+
+
+@backends
+@pytest.mark.parametrize("rows", [None, torch.tensor([2, 0])])
+def test_compiles_without_a_graph_break(backend, rows):
+    torch.manual_seed(0)
+    n = 3 if rows is None else len(rows)
+    rings = [FeatureRing(2, 3, 4, 5, backend=backend) for _ in range(2)]
+
+    def step(ring, features, sigma):
+        ring.push(features * 2, sigma, rows)
+        return ring.newest_first()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for level in (0.9, 0.8, 0.8, 0.7):
+        arguments = torch.randn(n, 4, 5), torch.full((n,), level)
+        for actual, expected in zip(compiled(rings[0], *arguments), step(rings[1], *arguments)):
+            assert_same_bytes(actual, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_the_reference_gives_the_same_bytes_on_a_gpu(source, target):
+    torch.manual_seed(0)
+    rings = [FeatureRing(3, 2, 5, 7, dtype=target, device=device, backend="torch") for device in ("cpu", "cuda")]
+    for sigma in (0.9, 0.8, 0.8, 0.7, 0.6, 0.9):
+        features = torch.randn(2, 5, 7).to(source)
+        for ring in rings:
+            ring.push(features.to(ring.device), sigma)
+    for expected, actual in zip(*map(state, rings)):
+        assert_same_bytes(actual.cpu(), expected)
+
+
+def test_the_reference_moves_no_value_to_the_host():
+    """Under fake tensors a read of a value raises, so this is what lets a push live in a CUDA graph."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        ring = [torch.empty(2, 3, 4, 5), torch.empty(2, 3)] + [torch.empty(3, dtype=torch.int32) for _ in range(2)]
+        assert ring_push_ref(*ring, torch.empty(3, 4, 5), torch.empty(3)) is None

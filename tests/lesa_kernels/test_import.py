@@ -1,0 +1,115 @@
+"""Importing the package needs nothing but Python; what can't run says why when it is called."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+BLOCK = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name in BLOCKED or name.split(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r}, says the test", name=name)
+
+sys.meta_path.insert(0, Block())
+"""
+
+
+def run_without(blocked, code, **variables):
+    """Runs `code` in a new interpreter that can't import the modules in `blocked`; returns what it printed."""
+    environment = {name: value for name, value in os.environ.items() if name != "LESA_BACKEND"}
+    program = f"BLOCKED = {blocked!r}\n{BLOCK}\n{textwrap.dedent(code)}"
+    result = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", program],
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""} | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_without_torch():
+    code = """
+        import lesa_kernels
+        assert "FeatureRing" in dir(lesa_kernels) and lesa_kernels.__version__
+        assert not hasattr(lesa_kernels, "no_such_name")
+        try:
+            lesa_kernels.FeatureRing
+        except ModuleNotFoundError as error:
+            print(error)
+    """
+    assert "No module named 'torch'" in run_without(["torch", "triton", "lesa_kernels._C"], code)
+
+
+def test_import_loads_nothing_heavy():
+    code = """
+        import lesa_kernels
+        print(sorted({"torch", "triton", "numpy", "lesa_kernels._C"} & set(sys.modules)))
+    """
+    assert run_without([], code).strip() == "[]"
+
+
+def test_env_report_without_torch_and_extension():
+    code = """
+        import json
+        from lesa_kernels.env_report import env_report
+        print(json.dumps(env_report()))
+    """
+    report = json.loads(run_without(["torch", "lesa_kernels._C"], code, LESA_BACKEND="torch"))
+    assert report["torch"] == "can't be imported: No module named 'torch', says the test"
+    assert report["extension"] == "No module named 'lesa_kernels._C', says the test"
+    assert report["python"] == sys.version.split()[0]
+    assert report["LESA_BACKEND"] == "torch"
+
+
+def test_env_report_prints_the_versions():
+    result = subprocess.run(
+        [sys.executable, "-m", "lesa_kernels.env_report"], capture_output=True, text=True, check=True, timeout=120
+    )
+    import torch
+
+    lines = {name.strip(): value.strip() for name, value in (line.split(":", 1) for line in result.stdout.splitlines())}
+    assert lines["torch"] == torch.__version__
+    assert set(lines) >= {"lesa_kernels", "python", "triton", "diffusers", "gpus", "extension", "LESA_BACKEND"}
+
+
+PUSH = """
+    import torch
+    from lesa_kernels import FeatureRing
+    ring = FeatureRing(2, 1, 3, 4, backend=BACKEND)
+    try:
+        ring.push(torch.ones(1, 3, 4), 0.5)
+    except (RuntimeError, RuntimeWarning) as error:
+        print(type(error).__name__, error)
+    print(ring.count.tolist())
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "variable", "expected"),
+    [
+        ("auto", "", "RuntimeWarning FeatureRing copies with plain torch"),  # warnings are errors here
+        ("extension", "", "RuntimeError The compiled extension lesa_kernels._C is not available"),
+        ("auto", "torch", "[1]"),
+        ("torch", "", "[1]"),
+    ],
+)
+def test_without_the_extension(backend, variable, expected):
+    variables = {"LESA_BACKEND": variable} if variable else {}
+    printed = run_without(["lesa_kernels._C"], f"BACKEND = {backend!r}\n" + textwrap.dedent(PUSH), **variables)
+    assert printed.startswith(expected)
+    if "Runtime" in expected:
+        assert "No module named 'lesa_kernels._C', says the test" in printed
+        assert "pip install ." in printed
+
+
+def test_without_triton():
+    code = "BACKEND = 'torch'\n" + textwrap.dedent(PUSH)
+    assert run_without(["triton"], code).strip() == "[1]"
