@@ -1,0 +1,7 @@
+"""B-spline KAN layer: spline functions on a uniform grid, the layer made of them, and its reference."""
+
+from lesa_kernels.bspline_kan.module import BSplineKAN
+from lesa_kernels.bspline_kan.op import bspline_kan
+from lesa_kernels.bspline_kan.reference import bspline_basis, bspline_evaluate, bspline_kan_ref, local_basis
+
+__all__ = ["BSplineKAN", "bspline_basis", "bspline_evaluate", "bspline_kan", "bspline_kan_ref", "local_basis"]

@@ -1,0 +1,147 @@
+"""The B-spline KAN layer as a module, interchangeable with efficient-kan's `KANLinear` by its state dict."""
+
+import math
+
+import torch
+from torch import nn
+
+from lesa_kernels._checks import Said, argument_error, check_choice, check_int
+from lesa_kernels._dispatch import BACKENDS
+from lesa_kernels.bspline_kan.op import bspline_kan
+from lesa_kernels.bspline_kan.reference import check_grid
+
+
+def _uniform_knots(grid_size: int, spline_order: int, grid_range: tuple[float, float]) -> torch.Tensor:
+    # [G + 2p + 1], float64
+    lo, hi = grid_range
+    steps = torch.arange(-spline_order, grid_size + spline_order + 1, dtype=torch.float64, device="cpu")
+    return lo + steps * ((hi - lo) / grid_size)
+
+
+class BSplineKAN(nn.Module):
+    """y = W_b silu(x) + sum over inputs and bases of scaler W_s B(x): a layer of learnable univariate functions.
+
+    State dicts of efficient-kan's `KANLinear` (with its default SiLU base) load strictly. Its grid must be the uniform
+    one of this layer: one that was adapted to data (`update_grid`) is refused. One without `spline_scaler`
+    (`enable_standalone_scale_spline=False`) loads too: the scaler is then set to ones and stays a parameter.
+
+    At initialisation the base weights are uniform in +-1 / sqrt(in), the scalers are one, and the spline weights are
+    normal with standard deviation 0.1 / sqrt(in): a linear layer on silu(x) with splines of a tenth of its size.
+
+    Args:
+        in_features: size of the last dimension of the input, at least 1.
+        out_features: size of the last dimension of the output, at least 1.
+        grid_size: G, the number of intervals in `grid_range`.
+        spline_order: p, the degree of the splines.
+        grid_range: (lo, hi), the ends of the grid, in the units of the input.
+        backend: "auto" or "torch", as for `bspline_kan`.
+        device, dtype: of the parameters, as for `torch.nn.Linear`.
+
+    Attributes:
+        base_weight: [out, in].
+        spline_weight: [out, in, G + p].
+        spline_scaler: [out, in].
+        grid: buffer [in, G + 2p + 1], the knots. It travels in the state dict and is not computed with.
+
+    Raises:
+        TypeError, ValueError: a size or grid that is not one, or an unknown backend.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        grid_size: int = 5,
+        spline_order: int = 3,
+        grid_range: tuple[float, float] = (-1, 1),
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.in_features = check_int("in_features", in_features)
+        self.out_features = check_int("out_features", out_features)
+        self.grid_range = check_grid(grid_size, spline_order, grid_range)
+        self.grid_size = int(grid_size)
+        self.spline_order = int(spline_order)
+        self.backend = check_choice("backend", backend, BACKENDS)
+
+        empty = {"device": device, "dtype": dtype}
+        self.base_weight = nn.Parameter(torch.empty(out_features, in_features, **empty))
+        self.spline_weight = nn.Parameter(torch.empty(out_features, in_features, grid_size + spline_order, **empty))
+        self.spline_scaler = nn.Parameter(torch.empty(out_features, in_features, **empty))
+        knots = _uniform_knots(self.grid_size, self.spline_order, self.grid_range)
+        self.register_buffer("grid", knots.repeat(in_features, 1).to(self.base_weight))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the parameters anew, as the class describes."""
+        scale = 1 / math.sqrt(self.in_features)
+        nn.init.uniform_(self.base_weight, -scale, scale)
+        nn.init.normal_(self.spline_weight, std=0.1 * scale)
+        nn.init.ones_(self.spline_scaler)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features]; see `bspline_kan`."""
+        return bspline_kan(
+            x,
+            self.base_weight,
+            self.spline_weight,
+            self.spline_scaler,
+            self.grid_size,
+            self.spline_order,
+            self.grid_range,
+            self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, grid_size={self.grid_size}, "
+            f"spline_order={self.spline_order}, grid_range={self.grid_range}"
+        )
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        grid = state_dict.get(prefix + "grid")
+        spline_weight = state_dict.get(prefix + "spline_weight")
+        if grid is not None and spline_weight is not None:
+            refusal = self._grid_refusal(prefix + "grid", grid, spline_weight.shape[-1])
+            if refusal is not None:
+                errors.append(str(refusal))
+                return
+            if prefix + "spline_scaler" not in state_dict:
+                ones = torch.ones(spline_weight.shape[:-1], dtype=spline_weight.dtype, device=spline_weight.device)
+                state_dict = {**state_dict, prefix + "spline_scaler": ones}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def _grid_refusal(self, name: str, grid: torch.Tensor, bases: int) -> Exception | None:
+        """Why these knots are not this layer's, as an error that says what to do; None if they are."""
+        must = (
+            f"hold the uniform knots of grid_size={self.grid_size}, spline_order={self.spline_order}, "
+            f"grid_range={self.grid_range} for {self.in_features} input features"
+        )
+        order = grid.shape[-1] - 1 - bases  # G + 2p knots beyond the first, G + p bases
+        size = bases - order
+        if grid.ndim != 2 or order < 0 or size < 1:
+            return argument_error(name, must, grid, "Load the state dict of a layer of this kind.")
+        # Knots are rounded to the dtype they were made in, after a product and a sum.
+        knots = grid.detach().to("cpu", torch.float64)
+        tolerance = 4 * torch.finfo(grid.dtype).eps * knots.abs().max()
+        lo, hi = float(knots[0, order]), float(knots[0, order + size])
+        if not ((knots - _uniform_knots(size, order, (lo, hi))).abs() <= tolerance).all():
+            return argument_error(
+                name,
+                must,
+                Said("knots that are not uniform, or not the same for all input features"),
+                "Such a grid was adapted to data: train without `update_grid`, or refit the layer on a uniform grid.",
+            )
+        mine = _uniform_knots(self.grid_size, self.spline_order, self.grid_range)
+        shape = (self.in_features, len(mine))
+        if tuple(grid.shape) == shape and order == self.spline_order and ((knots - mine).abs() <= tolerance).all():
+            return None
+        arguments = f"grid_size={size}, spline_order={order}, grid_range=({lo:.6g}, {hi:.6g})"
+        return argument_error(
+            name,
+            must,
+            Said(f"those of {arguments} for {grid.shape[0]} input features"),
+            f"Build the layer as BSplineKAN({grid.shape[0]}, {self.out_features}, {arguments}).",
+        )
