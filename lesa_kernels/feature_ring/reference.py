@@ -3,6 +3,12 @@
 import torch
 
 
+def newest_slots(cursor: torch.Tensor, count: torch.Tensor, capacity: int) -> torch.Tensor:
+    """The slots of each row's anchors, newest first: `[capacity, B]`. Beyond `count` the oldest one's is repeated."""
+    order = torch.arange(capacity, device=cursor.device)[:, None]
+    return (cursor - 1 - torch.minimum(order, (count - 1).clamp(min=0))) % capacity
+
+
 @torch.no_grad()
 def ring_push_ref(
     storage: torch.Tensor,

@@ -8,6 +8,7 @@ import torch
 from lesa_kernels._checks import argument_error, check_choice, check_float, check_int, check_tensor
 from lesa_kernels._dispatch import BACKENDS
 from lesa_kernels.feature_ring.op import STORAGE_DTYPES, check_rows, ring_push
+from lesa_kernels.feature_ring.reference import newest_slots
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,7 @@ class FeatureRing:
             features `[capacity, B, T, D]` of the ring's dtype, sigmas `[capacity, B]` float32 and count `[B]` int32.
             Beyond `count` the row's oldest anchor is repeated; a row without any anchor is NaN.
         """
-        order = torch.arange(self.capacity, device=self.device)[:, None]
-        order = torch.minimum(order, (self.count - 1).clamp(min=0))  # [capacity, B]
-        slots = (self.cursor - 1 - order) % self.capacity
+        slots = newest_slots(self.cursor, self.count, self.capacity)
         rows = torch.arange(self.batch, device=self.device)
         empty = self.count == 0
         features = self.storage[slots, rows].masked_fill_(empty[:, None, None], float("nan"))

@@ -1,0 +1,8 @@
+"""Stage-gated KAN experts that forecast a skipped step's features from cached ones."""
+
+from lesa_kernels.predictor.config import PredictorConfig
+from lesa_kernels.predictor.module import FusedKANPredictor
+from lesa_kernels.predictor.op import dense_predict, newton_predict, output_head
+from lesa_kernels.predictor.reference import OutputHead
+
+__all__ = ["FusedKANPredictor", "OutputHead", "PredictorConfig", "dense_predict", "newton_predict", "output_head"]

@@ -1,0 +1,149 @@
+"""What a predictor is: its shape, and what it was trained for."""
+
+from dataclasses import asdict, dataclass, fields
+
+from lesa_kernels._checks import Said, argument_error, check_choice, check_float, check_int
+
+FORMAT_VERSION = 1
+
+_DENSE_WINDOWS = (4, 6, 8)  # high, middle and low noise; the paper states the first and the last
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    """The configuration of a `FusedKANPredictor`; everything that `config.json` of a saved predictor holds.
+
+    Args:
+        feature_dim: width D of the features, the hidden size of the transformer.
+        mixer: "newton" (per-channel KAN-modulated Newton extrapolation) or "dense" (the LESA paper's linear map over
+            the concatenated history, scaled by a KAN of the time offsets).
+        history: what the ring holds: "anchors" (computed steps only) or "steps" (every step, forecasts included).
+            Default: "anchors" for newton, "steps" for dense.
+        history_length: how many ring entries K are read; one int for all stages, or one per stage. Default: 4 for
+            newton, and 4, 6, 8 from high to low noise for dense with three stages.
+        stage_bounds: falling noise levels in (0, 1) between the stages; n bounds make n + 1 stages. A sample at `sigma`
+            is in the stage numbered by how many bounds are at or above it.
+        rank: rank of newton's linear residual over the taps, 0 for none. Ignored by dense.
+        hidden: number M of spline units of the KAN. Default: 64 for newton, 256 for dense.
+        grid_size: number of intervals of the spline grid on [-1, 1].
+        spline_order: degree of the splines.
+        family: the model family it was trained for, such as "flux"; None if untrained.
+        num_inference_steps: number of steps it was trained at, or None.
+        schedule: the steps that were computed in training, or None.
+        schedule_sigmas: the noise levels of those steps, or None.
+        format_version: of the saved form.
+
+    Raises:
+        ValueError, TypeError: a field is out of range; the message names it.
+
+    Source: LESA, arXiv 2602.20497, for the dense mixer, its windows and its stages.
+    """
+
+    feature_dim: int
+    mixer: str = "newton"
+    history: str | None = None
+    history_length: int | tuple[int, ...] | None = None
+    stage_bounds: tuple[float, ...] = (0.67, 0.33)
+    rank: int = 32
+    hidden: int | None = None
+    grid_size: int = 8
+    spline_order: int = 3
+    family: str | None = None
+    num_inference_steps: int | None = None
+    schedule: tuple[int, ...] | None = None
+    schedule_sigmas: tuple[float, ...] | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self):
+        def put(name, value):
+            object.__setattr__(self, name, value)
+
+        def put_all(name, check, **limits):
+            values = getattr(self, name)
+            if not isinstance(values, (tuple, list)):
+                raise argument_error(name, "be a tuple", values, "Pass a tuple or a list.", TypeError)
+            put(name, tuple(check(name, value, **limits) for value in values))
+
+        check_int("feature_dim", self.feature_dim)
+        check_choice("mixer", self.mixer, ("newton", "dense"))
+        newton = self.mixer == "newton"
+        history = self.history or ("anchors" if newton else "steps")
+        put("history", check_choice("history", history, ("anchors", "steps")))
+        put_all("stage_bounds", check_float, minimum=0.0, maximum=1.0)
+        if any(a <= b for a, b in zip(self.stage_bounds, self.stage_bounds[1:])):
+            raise argument_error(
+                "stage_bounds", "fall strictly, from high to low noise", self.stage_bounds, "Sort and deduplicate them."
+            )
+        lengths = self.history_length
+        if lengths is None:
+            lengths = _DENSE_WINDOWS if not newton and self.num_stages == len(_DENSE_WINDOWS) else 4
+        if isinstance(lengths, (tuple, list)):
+            if len(lengths) != self.num_stages:
+                raise argument_error(
+                    "history_length",
+                    f"have one entry per stage, {self.num_stages}",
+                    lengths,
+                    "Pass one int for all stages, or as many as `stage_bounds` has entries and one more.",
+                )
+        else:
+            lengths = (lengths,) * self.num_stages
+        put("history_length", tuple(check_int("history_length", k) for k in lengths))
+        put("rank", check_int("rank", self.rank, minimum=0) if newton else 0)
+        put("hidden", check_int("hidden", self.hidden if self.hidden is not None else (64 if newton else 256)))
+        check_int("grid_size", self.grid_size)
+        check_int("spline_order", self.spline_order)
+        if self.num_inference_steps is not None:
+            check_int("num_inference_steps", self.num_inference_steps)
+        if self.schedule is not None:
+            put_all("schedule", check_int, minimum=0)
+        if self.schedule_sigmas is not None:
+            put_all("schedule_sigmas", check_float)
+        steps = len(self.schedule or ())
+        if steps != len(self.schedule_sigmas or ()):
+            raise argument_error(
+                "schedule_sigmas",
+                f"have one noise level for each of the {steps} steps of `schedule`",
+                self.schedule_sigmas,
+                "Pass both, or neither.",
+            )
+
+    @property
+    def num_stages(self) -> int:
+        """Number of noise stages, each with an expert of its own."""
+        return len(self.stage_bounds) + 1
+
+    @property
+    def max_history(self) -> int:
+        """Longest history that any stage reads: the capacity a ring needs."""
+        return max(self.history_length)
+
+    def to_dict(self) -> dict:
+        """A dict for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "PredictorConfig":
+        """The inverse of `to_dict`.
+
+        Raises:
+            TypeError: `values` is no dict.
+            ValueError: another format version, an unknown or a missing field; the message names it.
+        """
+        if not isinstance(values, dict):
+            raise argument_error("config", "be a dict", values, "Pass what `to_dict` returned.", TypeError)
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise argument_error(
+                "format_version",
+                f"be {FORMAT_VERSION}",
+                version,
+                "Train the predictor again, or use the release of lesa-kernels that wrote it.",
+            )
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise argument_error(
+                "config", "have known fields only", Said(f"the unknown {', '.join(unknown)}"), "Remove them."
+            )
+        if "feature_dim" not in values:
+            raise argument_error("feature_dim", "be given", Said("no such field"), "Add it to the configuration.")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

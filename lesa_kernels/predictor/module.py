@@ -1,0 +1,242 @@
+"""The predictor as a module: parameters, saving and loading."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lesa_kernels._checks import Said, argument_error, check_choice, check_float
+from lesa_kernels._dispatch import BACKENDS
+from lesa_kernels.feature_ring import FeatureRing
+from lesa_kernels.predictor.config import PredictorConfig
+from lesa_kernels.predictor.op import dense_predict, newton_predict, output_head
+from lesa_kernels.predictor.reference import OutputHead
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+class FusedKANPredictor(nn.Module):
+    """Forecasts the features of a skipped denoising step from those of a `FeatureRing`.
+
+    One expert per noise stage; each sample's stage follows from its sigma. Untrained, a newton predictor is first-order
+    extrapolation from the two newest anchors, and a dense one repeats the newest feature.
+
+    Args:
+        config: what to build.
+        backend: "auto", or the backend that must run.
+
+    Raises:
+        TypeError: `config` is no `PredictorConfig`.
+
+    Source: LESA, arXiv 2602.20497 (dense); `newton_predict` gives the formula of the other.
+    """
+
+    def __init__(self, config: PredictorConfig, backend: str = "auto"):
+        super().__init__()
+        if not isinstance(config, PredictorConfig):
+            raise argument_error(
+                "config", "be a PredictorConfig", config, "Build one, or use `from_pretrained`.", TypeError
+            )
+        self.config = config
+        self.backend = check_choice("backend", backend, BACKENDS)
+        stages, hidden, width = config.num_stages, config.hidden, config.feature_dim
+        taps = config.max_history - 1
+        newton = config.mixer == "newton"
+        inputs = config.max_history + newton  # newton's KAN sees the noise level itself too
+
+        def parameter(*shape):
+            return nn.Parameter(torch.zeros(shape))
+
+        self.in_weight = parameter(stages, hidden, inputs)
+        self.in_bias = parameter(stages, hidden)
+        self.spline = parameter(stages, hidden, config.grid_size + config.spline_order)
+        if newton:
+            self.out_weight = parameter(stages, taps, width, hidden)
+            self.out_bias = parameter(stages, taps, width)
+            if config.rank:
+                self.down = parameter(stages, config.rank, taps, width)
+                self.up = parameter(stages, width, config.rank)
+                self.up_bias = parameter(stages, width)
+            else:
+                self.down = self.up = self.up_bias = None
+        else:
+            self.out_weight = parameter(stages, hidden)
+            self.out_bias = parameter(stages)
+            self.mix_weight = parameter(sum(config.history_length), width, width)
+            self.mix_bias = parameter(stages, width)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialises anew: random spline units whose output weights are zero, so the baseline is exact."""
+        self.in_weight.normal_(std=self.in_weight.shape[2] ** -0.5)
+        self.in_bias.normal_(std=0.5)
+        self.spline.normal_(std=0.3)
+        self.out_weight.zero_()
+        self.out_bias.zero_()
+        if self.config.mixer == "newton":
+            self.out_bias[:, :1] = 1.0
+            if self.down is not None:
+                nn.init.uniform_(self.down, -1, 1).div_((self.down.shape[2] * self.down.shape[3]) ** 0.5)
+                self.up.zero_()
+                self.up_bias.zero_()
+        else:
+            self.out_bias.fill_(1.0)
+            self.mix_weight.zero_()
+            self.mix_bias.zero_()
+
+    def make_ring(self, batch: int, tokens: int, dtype: torch.dtype = torch.float32, device="cpu") -> FeatureRing:
+        """A ring that fits this predictor: its longest history of `[batch, tokens, feature_dim]` features."""
+        return FeatureRing(self.config.max_history, batch, tokens, self.config.feature_dim, dtype, device)
+
+    def forward(self, ring: FeatureRing, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Forecasts the features at `sigma`.
+
+        Args:
+            ring: history of `[B, T, D]` features, D the predictor's `feature_dim`.
+            sigma: the target's noise level, a float or `[B]`.
+
+        Returns:
+            `[B, T, D]` in the ring's dtype. Rows whose ring holds nothing are NaN.
+
+        Raises:
+            ValueError, TypeError: the ring's width is not `feature_dim`, it is too small, or `sigma` does not fit.
+        """
+        config = self.config
+        if ring.dim != config.feature_dim:
+            raise argument_error(
+                "ring.dim",
+                f"be the predictor's feature_dim, {config.feature_dim}",
+                ring.dim,
+                "Use a predictor that was trained for this model.",
+            )
+        if isinstance(sigma, torch.Tensor):
+            sigma = sigma.to(torch.float32).expand(ring.batch) if sigma.ndim == 0 else sigma
+        else:
+            sigma = torch.full((ring.batch,), check_float("sigma", sigma), device=ring.storage.device)
+        return self.forecast(ring.storage, ring.sigmas, ring.cursor, ring.count, sigma)
+
+    def forecast(
+        self,
+        storage: torch.Tensor,
+        sigmas: torch.Tensor,
+        cursor: torch.Tensor,
+        count: torch.Tensor,
+        sigma: torch.Tensor,
+    ) -> torch.Tensor:
+        """`forward` on the bare buffers of a ring; see `newton_predict` and `dense_predict` for what they hold."""
+        config = self.config
+        kan = (self.in_weight, self.in_bias, self.spline, self.out_weight, self.out_bias)
+        shape = (config.stage_bounds, config.history_length, config.grid_size, config.spline_order)
+        if config.mixer == "newton":
+            predict, experts = newton_predict, (self.down, self.up, self.up_bias)
+        else:
+            predict, experts = dense_predict, (self.mix_weight, self.mix_bias)
+        state = (storage, sigmas, cursor, count)
+        return predict(*state, sigma, *kan, *experts, *shape, backend=self.backend)
+
+    def predict_velocity(self, ring: FeatureRing, sigma: float | torch.Tensor, head: OutputHead) -> torch.Tensor:
+        """Forecasts the features at `sigma` and applies the output head to them.
+
+        Args:
+            ring, sigma: as in `forward`.
+            head: the head's weights and this step's modulation.
+
+        Returns:
+            `[B, T, O]` in the ring's dtype.
+        """
+        return output_head(self(ring, sigma), head, backend=self.backend)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes `config.json` and `model.safetensors` into `folder`, each of them whole or not at all."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        new_weights, new_config = folder / (WEIGHTS_NAME + ".new"), folder / (CONFIG_NAME + ".new")
+        save_file(weights, new_weights)
+        new_config.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        new_weights.replace(folder / WEIGHTS_NAME)
+        new_config.replace(folder / CONFIG_NAME)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_id: str | os.PathLike, backend: str = "auto", **hub) -> "FusedKANPredictor":
+        """Loads what `save_pretrained` wrote, bit for bit, in the dtype in which it was saved.
+
+        Args:
+            folder_or_id: a folder, or the id of a repository on the Hugging Face hub.
+            backend: as in the constructor.
+            hub: passed to `huggingface_hub.hf_hub_download`, such as `revision` or `token`.
+
+        Raises:
+            FileNotFoundError: the folder or one of its files is missing.
+            ValueError, TypeError: an unreadable file, another format version, or a field or weight that does not fit;
+                named.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        config_file, weights_file = _find_files(folder_or_id, hub)
+        try:
+            file = CONFIG_NAME
+            config = PredictorConfig.from_dict(json.loads(config_file.read_text()))
+            file = WEIGHTS_NAME
+            weights = load_file(weights_file)
+        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+            raise argument_error(
+                "folder_or_id", f"hold a readable {file}", Said(str(error)), "Save or download it again."
+            ) from error
+        predictor = cls(config, backend)
+        expected = predictor.state_dict()
+        for name in sorted({*weights, *expected}):
+            wanted, found = (
+                Said("nothing") if name not in t else Said(f"shape {list(t[name].shape)}") for t in (expected, weights)
+            )
+            if wanted.text != found.text:
+                raise argument_error(
+                    f"{WEIGHTS_NAME}: {name}",
+                    f"be as its config says, {wanted.text}",
+                    found,
+                    f"{CONFIG_NAME} and {WEIGHTS_NAME} are not from the same predictor; save or download both again.",
+                )
+        predictor.load_state_dict(weights, assign=True)
+        return predictor
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+        """Uploads the predictor to the Hugging Face hub, making the repository if need be; returns its address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a lesa-kernels predictor")
+        return str(url)
+
+
+def _find_files(folder_or_id, hub) -> tuple[Path, Path]:
+    folder = Path(folder_or_id)
+    if folder.is_dir():
+        files = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+        for file in files:
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"`folder_or_id` must be a saved predictor, but {folder} has no {file.name}. "
+                    "Point it at a folder that `save_pretrained` or `lesa train` wrote."
+                )
+        return files
+    name = os.fspath(folder_or_id)
+    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise FileNotFoundError(
+            f"`folder_or_id` must be a folder or a hub id such as 'user/name', but there is no folder {name!r}. "
+            "Check the path."
+        )
+    from huggingface_hub import hf_hub_download
+
+    return tuple(Path(hf_hub_download(name, file, **hub)) for file in (CONFIG_NAME, WEIGHTS_NAME))

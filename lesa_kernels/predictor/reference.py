@@ -1,0 +1,230 @@
+"""Plain torch definitions of the predictors; what every kernel is tested against.
+
+All functions read the four buffers of a `FeatureRing`. They compute in float32 (float64 where the features are), also
+under autocast, and return the dtype of the features.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lesa_kernels.bspline_kan.reference import bspline_evaluate
+from lesa_kernels.feature_ring.reference import newest_slots
+
+# The KAN sees offsets between noise levels five times larger, which spreads usual gaps over the grid.
+OFFSET_SCALE = 5.0
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """A transformer's output head: an AdaLN without affine weights, then a linear projection.
+
+    Args:
+        weight: `[O, D]` of the projection.
+        bias: `[O]` or None.
+        scale: `[B, D]`, the modulation is `(1 + scale) * LN(h) + shift`.
+        shift: `[B, D]`.
+        eps: of the layer norm.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: torch.Tensor
+    shift: torch.Tensor
+    eps: float = 1e-6
+
+
+def stage_index(sigma: torch.Tensor, stage_bounds: tuple[float, ...]) -> torch.Tensor:
+    """The stage of each sample: how many bounds are at or above its noise level. `[B]` -> `[B]`, int64."""
+    bounds = torch.tensor(stage_bounds, dtype=torch.float32, device=sigma.device)
+    return (sigma[:, None] <= bounds).sum(-1)
+
+
+def newton_weights(anchor_sigmas: torch.Tensor, count: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """How much of each anchor is in each Newton tap: `tap_j = sum_k weights[b, j - 1, k] * g_k`.
+
+    `tap_j = D_j * prod_{q<j} (sigma - s_q)` with the divided difference
+    `D_j = sum_{k<=j} g_k / prod_{q<=j, q!=k} (s_k - s_q)`.
+
+    Args:
+        anchor_sigmas: `[K, B]`, newest first, strictly rising over the first `count` entries.
+        count: `[B]`, number of anchors that are there; taps `j >= count` are zero.
+        sigma: `[B]`, the target's noise level.
+
+    Returns:
+        `[B, K - 1, K]`.
+    """
+    s = anchor_sigmas.T  # [B, K]
+    taps = s.shape[1]
+    order = torch.arange(taps, device=s.device)
+    missing = order >= count[:, None]  # [B, K]
+    differences = s[:, :, None] - s[:, None, :]
+    one = missing[:, :, None] | missing[:, None, :] | torch.eye(taps, dtype=torch.bool, device=s.device)
+    denominator = differences.masked_fill(one, 1.0).cumprod(-1)[:, :, 1:]  # [B, k, j], product over q <= j
+    numerator = (sigma[:, None] - s).cumprod(-1)[:, :-1]  # [B, j], product over q < j
+    unused = missing[:, 1:, None] | (order[None, :] > order[1:, None])  # a tap reads the anchors up to its own
+    return (numerator[:, None, :] / denominator).transpose(1, 2).masked_fill(unused, 0.0)
+
+
+def kan_hidden(
+    inputs: torch.Tensor,
+    in_weight: torch.Tensor,
+    in_bias: torch.Tensor,
+    spline: torch.Tensor,
+    grid_size: int,
+    spline_order: int,
+) -> torch.Tensor:
+    """Values of the M learnable univariate functions: `phi_m(u) + silu(u)` at `u = tanh(in_weight @ inputs + in_bias)`.
+
+    Args:
+        inputs: `[B, I]`.
+        in_weight, in_bias: `[M, I]`, `[M]`.
+        spline: `[M, grid_size + spline_order]`, coefficients on a uniform grid over [-1, 1].
+
+    Returns:
+        `[B, M]`.
+    """
+    u = torch.tanh(F.linear(inputs, in_weight, in_bias))
+    return bspline_evaluate(u, spline, grid_size, spline_order, (-1.0, 1.0)) + F.silu(u)
+
+
+def _gather(storage, sigmas, cursor, count, length):
+    """The `length` newest entries: features `[K, B, T, D]` and sigmas `[K, B]`."""
+    slots = newest_slots(cursor, count, storage.shape[0])[:length]  # [K, B]
+    rows = torch.arange(storage.shape[1], device=storage.device)
+    return storage[slots, rows], sigmas[slots, rows]
+
+
+def _offsets(anchor_sigmas, count, sigma):
+    """KAN inputs: scaled offsets of the target to its anchors `[B, K]`; zero, which no anchor gives, if missing."""
+    missing = torch.arange(len(anchor_sigmas), device=sigma.device)[:, None] >= count
+    return ((sigma - anchor_sigmas) * OFFSET_SCALE).masked_fill(missing, 0.0).T
+
+
+def _without_history(forecast, count):
+    """The forecast, with NaN in rows that have no history at all: the ring's memory there was never written."""
+    return forecast.masked_fill((count == 0)[:, None, None], float("nan"))
+
+
+def _stages(sigma, stage_bounds):
+    """Yields each stage that occurs with the rows in it; `slice(None)` where all rows share one, which saves copies."""
+    stage = stage_index(sigma, stage_bounds)
+    present = stage.unique().tolist()
+    for number in present:
+        yield number, slice(None) if len(present) == 1 else (stage == number).nonzero().squeeze(1)
+
+
+def _without_autocast(function):
+    """`function`, whose first argument is a tensor, in the dtypes that it says itself."""
+
+    @functools.wraps(function)
+    def wrapper(first, *args):
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args)
+
+    return wrapper
+
+
+@_without_autocast
+def newton_predict_ref(
+    storage: torch.Tensor,
+    sigmas: torch.Tensor,
+    cursor: torch.Tensor,
+    count: torch.Tensor,
+    sigma: torch.Tensor,
+    in_weight: torch.Tensor,
+    in_bias: torch.Tensor,
+    spline: torch.Tensor,
+    out_weight: torch.Tensor,
+    out_bias: torch.Tensor,
+    down: torch.Tensor | None,
+    up: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    stage_bounds: tuple[float, ...],
+    history_length: tuple[int, ...],
+    grid_size: int,
+    spline_order: int,
+) -> torch.Tensor:
+    """Plain torch form of `newton_predict`; see there."""
+    dtype = torch.promote_types(storage.dtype, torch.float32)
+    sigma = sigma.float()
+    output = torch.empty(storage.shape[1:], dtype=dtype, device=storage.device)
+    for stage, rows in _stages(sigma, stage_bounds):
+        target = sigma[rows].to(dtype)
+        n = count[rows]
+        g, s = _gather(storage[:, rows], sigmas[:, rows], cursor[rows], n, history_length[stage])
+        g, s = g.to(dtype), s.to(dtype)
+        inputs = torch.zeros(len(target), in_weight.shape[2], dtype=dtype, device=g.device)
+        inputs[:, : len(s)] = _offsets(s, n, target)
+        inputs[:, -1] = 2 * target - 1
+        kan = (in_weight[stage].to(dtype), in_bias[stage].to(dtype), spline[stage].to(dtype))
+        hidden = kan_hidden(inputs, *kan, grid_size, spline_order)
+        taps = len(s) - 1
+        weight, bias = out_weight[stage, :taps].to(dtype), out_bias[stage, :taps].to(dtype)
+        coefficients = torch.einsum("bm,jdm->bjd", hidden, weight) + bias  # [B, K-1, D]
+        weights = newton_weights(s, n, target)  # [B, K-1, K]
+        anchor_weights = torch.einsum("bjd,bjk->kbd", coefficients, weights)
+        forecast = g[0]
+        for anchor_weight, feature in zip(anchor_weights, g):
+            forecast = torch.addcmul(forecast, anchor_weight[:, None], feature)
+        if down is not None:
+            # The residual's input is linear in the anchors too: one small matrix per anchor, none per tap.
+            projections = torch.einsum("rjd,bjk->kbdr", down[stage, :, :taps].to(dtype), weights)
+            residual = sum(feature @ projection for feature, projection in zip(g, projections))
+            forecast = forecast + F.linear(residual, up[stage].to(dtype), up_bias[stage].to(dtype))
+        output[rows] = _without_history(forecast, n)
+    return output.to(storage.dtype)
+
+
+@_without_autocast
+def dense_predict_ref(
+    storage: torch.Tensor,
+    sigmas: torch.Tensor,
+    cursor: torch.Tensor,
+    count: torch.Tensor,
+    sigma: torch.Tensor,
+    in_weight: torch.Tensor,
+    in_bias: torch.Tensor,
+    spline: torch.Tensor,
+    out_weight: torch.Tensor,
+    out_bias: torch.Tensor,
+    mix_weight: torch.Tensor,
+    mix_bias: torch.Tensor,
+    stage_bounds: tuple[float, ...],
+    history_length: tuple[int, ...],
+    grid_size: int,
+    spline_order: int,
+) -> torch.Tensor:
+    """Plain torch form of `dense_predict`; see there."""
+    dtype = torch.promote_types(storage.dtype, torch.float32)
+    sigma = sigma.float()
+    output = torch.empty(storage.shape[1:], dtype=dtype, device=storage.device)
+    for stage, rows in _stages(sigma, stage_bounds):
+        target = sigma[rows].to(dtype)
+        n = count[rows]
+        g, s = _gather(storage[:, rows], sigmas[:, rows], cursor[rows], n, history_length[stage])
+        g, s = g.to(dtype), s.to(dtype)
+        inputs = torch.zeros(len(target), in_weight.shape[2], dtype=dtype, device=g.device)
+        inputs[:, : len(s)] = _offsets(s, n, target)
+        kan = (in_weight[stage].to(dtype), in_bias[stage].to(dtype), spline[stage].to(dtype))
+        hidden = kan_hidden(inputs, *kan, grid_size, spline_order)
+        alpha = hidden @ out_weight[stage].to(dtype) + out_bias[stage].to(dtype)  # [B]
+        first = sum(history_length[:stage])
+        # An entry that is missing repeats the oldest one.
+        mixed = mix_bias[stage].to(dtype) + sum(
+            F.linear(feature, weight) for feature, weight in zip(g, mix_weight[first : first + len(g)].to(dtype))
+        )
+        output[rows] = _without_history(g[0] + alpha[:, None, None] * mixed, n)
+    return output.to(storage.dtype)
+
+
+@_without_autocast
+def output_head_ref(features: torch.Tensor, head: OutputHead) -> torch.Tensor:
+    """Plain torch form of `output_head`; see there."""
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    normed = F.layer_norm(features.to(dtype), features.shape[-1:], eps=head.eps)
+    modulated = normed * (1 + head.scale.to(dtype))[:, None] + head.shift.to(dtype)[:, None]
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return F.linear(modulated, head.weight.to(dtype), bias).to(features.dtype)
