@@ -1,0 +1,27 @@
+"""The thin layer that plugs lesa-kernels' predictors into diffusers pipelines, and the work around it."""
+
+import importlib
+
+_SOURCES = {
+    "CacheHandle": "lesa.cache",
+    "CacheStats": "lesa.cache",
+    "Schedule": "lesa.schedule",
+    "Trajectories": "lesa.recording",
+    "disable_cache": "lesa.cache",
+    "enable_cache": "lesa.cache",
+    "evaluate": "lesa.evaluation",
+    "record": "lesa.recording",
+    "train": "lesa.training",
+}
+
+__all__ = [*_SOURCES]  # noqa: PLE0604  (names resolve in __getattr__)
+
+
+def __getattr__(name: str):
+    if name not in _SOURCES:
+        raise AttributeError(f"module 'lesa' has no attribute {name!r}")
+    return getattr(importlib.import_module(_SOURCES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_SOURCES])

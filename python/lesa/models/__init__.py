@@ -1,0 +1,26 @@
+"""One small adapter per model family: where the output head begins, and what it needs."""
+
+from lesa.models.flux import FluxAdapter
+from lesa_kernels._checks import Said, argument_error
+
+ADAPTERS = (FluxAdapter,)
+
+
+def adapter_for(pipe):
+    """The adapter of the pipeline's transformer.
+
+    Args:
+        pipe: a diffusers pipeline.
+
+    Raises:
+        TypeError: the pipeline has no transformer of a supported family.
+    """
+    transformer = getattr(pipe, "transformer", None)
+    for adapter in ADAPTERS:
+        if adapter.handles(transformer):
+            return adapter(transformer)
+    families = ", ".join(a.family for a in ADAPTERS)
+    got = Said(f"{type(pipe).__name__} with a {type(transformer).__name__}")
+    raise argument_error(
+        "pipe", f"have a transformer of a supported family ({families})", got, "Use such a pipeline.", TypeError
+    )

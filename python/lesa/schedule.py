@@ -1,0 +1,118 @@
+"""Which denoising steps are computed."""
+
+import bisect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lesa_kernels._checks import argument_error, check_float, check_int
+
+FEW_STEPS = 10
+"""A run of fewer steps than this is computed whole where the schedule was left to the predictor."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run that are computed; all others are predicted.
+
+    Args:
+        steps: rising indices of the computed steps; step 0 is among them.
+        num_inference_steps: number of steps of the run that the indices are meant for. None: a run of any length, whose
+            steps the indices are as they stand.
+        sigmas: noise levels of the computed steps. With them a run of another length, or with another spacing of noise
+            levels, computes the steps nearest in sigma.
+
+    Raises:
+        TypeError, ValueError: indices that are not rising from 0, or do not fit `num_inference_steps` or `sigmas`.
+    """
+
+    steps: tuple[int, ...]
+    num_inference_steps: int | None = None
+    sigmas: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        steps = tuple(check_int("steps", s, minimum=0) for s in self.steps)
+        object.__setattr__(self, "steps", steps)
+        if not steps or steps[0] != 0 or any(a >= b for a, b in zip(steps, steps[1:])):
+            raise argument_error(
+                "steps",
+                "be rising step indices that start with 0",
+                self.steps,
+                "Sort them, remove repeats, and compute the first step: nothing can be predicted before it.",
+            )
+        if self.num_inference_steps is not None:
+            check_int("num_inference_steps", self.num_inference_steps)
+            if steps[-1] >= self.num_inference_steps:
+                raise argument_error(
+                    "steps", f"be below {self.num_inference_steps}, the number of steps", steps, "Drop the larger ones."
+                )
+        if self.sigmas is not None:
+            object.__setattr__(self, "sigmas", tuple(check_float("sigmas", s) for s in self.sigmas))
+            if len(self.sigmas) != len(steps):
+                raise argument_error(
+                    "sigmas", f"have one noise level for each of the {len(steps)} steps", self.sigmas, "Pass as many."
+                )
+
+    @classmethod
+    def interval(cls, interval: int, num_inference_steps: int) -> "Schedule":
+        """Steps 0, 1 and 2, then every `interval`-th: 0, 1, 2, 2 + N, 2 + 2N, ..."""
+        interval = check_int("interval", interval)
+        total = check_int("num_inference_steps", num_inference_steps)
+        steps = sorted({*range(min(3, total)), *range(2, total, interval)})
+        return cls(tuple(steps), total)
+
+    @classmethod
+    def spread(cls, num_computed: int, num_inference_steps: int = 50) -> "Schedule":
+        """Evenly spread steps with a short first gap, which gives the predictor two anchors early.
+
+        The steps are 0 and 4 % of the run, then equal gaps up to one gap before the end.
+        """
+        total = check_int("num_inference_steps", num_inference_steps)
+        count = check_int("num_computed", num_computed, maximum=total)
+        if count < 3:
+            return cls(tuple(range(count)), total)
+        start = min(max(1, round(0.04 * total)), total - count + 1)
+        gap = (total - start) / (count - 1)
+        return cls((0, *(start + round(i * gap) for i in range(count - 1))), total)
+
+    def computed_in(self, run_sigmas: Sequence[float]) -> frozenset[int]:
+        """The steps to compute of a run whose steps have the noise levels `run_sigmas`, falling.
+
+        Where `sigmas` are known, these are the steps nearest in sigma; they are `steps` themselves if the run has the
+        noise levels that the schedule was made with.
+        """
+        if self.sigmas is None:
+            return frozenset(s for s in self.steps if s < len(run_sigmas))
+        rising = [-s for s in run_sigmas]
+        chosen = {0}
+        for sigma in self.sigmas:
+            right = bisect.bisect_left(rising, -sigma)
+            near = [i for i in (right - 1, right) if 0 <= i < len(rising)]
+            chosen.add(min(near, key=lambda i: abs(run_sigmas[i] - sigma)))
+        return frozenset(chosen)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.steps))
+
+
+ScheduleLike = Schedule | int | Iterable[int]
+
+
+def as_schedule(schedule: ScheduleLike, num_inference_steps: int | None = None) -> Schedule:
+    """A `Schedule` from what users pass.
+
+    Args:
+        schedule: a `Schedule`, a list of computed steps, or an interval N for steps 0, 1, 2 and then every N.
+        num_inference_steps: number of steps of the run; needed for an interval.
+
+    Raises:
+        TypeError, ValueError: anything else; the message says what it must be.
+    """
+    if isinstance(schedule, Schedule):
+        return schedule
+    if isinstance(schedule, Iterable) and not isinstance(schedule, (str, bytes)):
+        return Schedule(tuple(schedule))
+    check_int("schedule", schedule)
+    return Schedule.interval(schedule, num_inference_steps)

@@ -1,0 +1,847 @@
+import copy
+import gc
+import math
+import warnings
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    FirstBlockCacheConfig,
+    FlowMatchHeunDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxTransformer2DModel,
+    TaylorSeerCacheConfig,
+)
+from diffusers.hooks import HookRegistry, ModelHook
+
+import lesa
+from lesa.demo import digits
+from lesa.hook import Run
+from lesa.models import adapter_for
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+
+STEPS = 12
+SOME = [0, 1, 2, 5, 9]
+DIM = 128
+
+
+def untrained_predictor(seed=0, **options):
+    torch.manual_seed(seed)
+    return FusedKANPredictor(PredictorConfig(DIM, **{"rank": 4, "hidden": 8, **options}))
+
+
+def make_predictor(seed=0, **options):
+    """A newton predictor whose forecast depends on all its anchors."""
+    predictor = untrained_predictor(seed, **options)
+    torch.nn.init.constant_(predictor.out_bias[:, 1:], 0.3)
+    return predictor
+
+
+def make_dense(seed=0):
+    """A dense predictor that does more than repeat, so that what is in its history matters."""
+    predictor = untrained_predictor(seed, mixer="dense")
+    torch.nn.init.normal_(predictor.mix_weight, std=0.01)
+    return predictor
+
+
+def trained_predictor(steps=(0, 2, 6, 12, 18, 25, 32, 39, 46), total=50):
+    sigmas = tuple(1 - s / total for s in steps)
+    return make_predictor(family="flux", num_inference_steps=total, schedule=steps, schedule_sigmas=sigmas)
+
+
+class NanPredictor(FusedKANPredictor):
+    """Gives NaN below a noise level."""
+
+    def forward(self, ring, sigma):
+        return super().forward(ring, sigma) * (math.nan if sigma < self.below else 1)
+
+
+def nan_predictor(below):
+    predictor = make_predictor()
+    predictor.__class__ = NanPredictor
+    predictor.below = below
+    return predictor
+
+
+def traces(transformer):
+    """All that a cache could leave on a transformer."""
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in transformer.modules()]
+    registry = getattr(transformer, "_diffusers_hook", None)
+    return sum(hooks), "forward" in transformer.__dict__, registry and sorted(registry.hooks)
+
+
+@pytest.fixture
+def calls(pipe):
+    """How often each part of the transformer ran."""
+    counts, handles = {}, []
+    transformer = pipe.transformer
+    parts = {f"block {i}": b for i, b in enumerate([*transformer.transformer_blocks])}
+    parts |= {f"single block {i}": b for i, b in enumerate([*transformer.single_transformer_blocks])}
+    parts |= {name: getattr(transformer, name) for name in ("x_embedder", "context_embedder", "norm_out", "proj_out")}
+    for name, module in parts.items():
+        counts[name] = 0
+
+        def count(module, args, name=name):
+            counts[name] += 1
+
+        handles.append(module.register_forward_pre_hook(count))
+    yield counts
+    for handle in handles:
+        handle.remove()
+
+
+def rings_of(predictor):
+    """A list that gets every ring which `predictor` makes from now on."""
+    rings, make_ring = [], predictor.make_ring
+
+    def remember(*args):
+        rings.append(make_ring(*args))
+        return rings[-1]
+
+    predictor.make_ring = remember
+    return rings
+
+
+def call_arguments(pipe, labels=(3, 8), tokens=64, seed=0):
+    """Arguments of the transformer but for its timestep."""
+    inputs = digits.inputs_for(labels)
+    dtype = pipe.transformer.dtype
+    side = math.isqrt(tokens)
+    grid = torch.meshgrid(torch.zeros(1), torch.arange(float(side)), torch.arange(float(side)), indexing="ij")
+    return {
+        "hidden_states": torch.randn(len(labels), tokens, 4, generator=torch.Generator().manual_seed(seed)).to(dtype),
+        "encoder_hidden_states": torch.cat([i["prompt_embeds"] for i in inputs]).to(dtype),
+        "pooled_projections": torch.cat([i["pooled_prompt_embeds"] for i in inputs]).to(dtype),
+        "img_ids": torch.stack(grid, -1).reshape(-1, 3),
+        "txt_ids": torch.zeros(1, 3),
+        "return_dict": False,
+    }
+
+
+@torch.no_grad()
+def drive(pipe, streams, steps=STEPS):
+    """A hand-written loop without `cache_context`; `streams` are the calls of a step. Returns outputs[stream][step].
+
+    The latents of every call move along a line, whatever the transformer says.
+    """
+    scheduler = pipe.scheduler
+    scheduler.set_timesteps(steps)
+    outputs = [[] for _ in streams]
+    for step, t in enumerate(scheduler.timesteps):
+        for out, stream in zip(outputs, streams):
+            call = stream(step) if callable(stream) else stream
+            latents = call["hidden_states"] * (1 - 0.5 * step / steps)
+            timestep = t.expand(len(latents)).to(latents.dtype) / 1000
+            out.append(pipe.transformer(**{**call, "hidden_states": latents, "timestep": timestep})[0])
+        scheduler.step(outputs[0][-1], t, latents)
+    return outputs
+
+
+def assert_equal_lists(actual, expected):
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected):
+        assert torch.equal(a, b)
+
+
+# Exactness
+
+
+@pytest.mark.parametrize("make", [make_predictor, make_dense], ids=["newton", "dense"])
+def test_everything_computed_is_bit_exact(pipe, generate, make):
+    plain = generate(pipe)
+    with lesa.enable_cache(pipe, make(), range(STEPS)) as handle:
+        assert torch.equal(generate(pipe), plain)
+    assert handle.stats.streams["cond"].computed == [*range(STEPS)]
+    assert handle.stats.streams["cond"].predicted == []
+
+
+def test_disabled_is_bit_exact_and_leaves_nothing_behind(pipe, generate):
+    plain, before = generate(pipe), traces(pipe.transformer)
+    handle = lesa.enable_cache(pipe, make_predictor(), SOME)
+    cached = generate(pipe)
+    assert not torch.equal(cached, plain)
+    handle.disable()
+    assert traces(pipe.transformer) == before
+    assert before[:2] == (0, False)
+    assert torch.equal(generate(pipe), plain)
+    handle.disable()
+    lesa.disable_cache(pipe)
+    assert traces(pipe.transformer) == before
+
+
+def test_a_pipeline_that_never_ran_gets_its_attributes_back(fresh_pipe):
+    before = {*fresh_pipe.transformer.__dict__}
+    lesa.enable_cache(fresh_pipe, make_predictor(), 3)
+    assert {*fresh_pipe.transformer.__dict__} > before
+    lesa.disable_cache(fresh_pipe)
+    assert {*fresh_pipe.transformer.__dict__} == before
+
+
+def test_context_manager_disables_even_after_an_error(pipe):
+    before = traces(pipe.transformer)
+    with pytest.raises(KeyError), lesa.enable_cache(pipe, make_predictor(), 3):
+        raise KeyError
+    assert traces(pipe.transformer) == before
+
+
+def test_another_hook_stays_when_the_cache_goes(pipe, generate):
+    class Count(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    registry = HookRegistry.check_if_exists_or_initialize(pipe.transformer)
+    for hook_first in (True, False):
+        count = Count()
+        if hook_first:
+            registry.register_hook(count, "count")
+        with lesa.enable_cache(pipe, make_predictor(), SOME):
+            if not hook_first:
+                registry.register_hook(count, "count")
+            generate(pipe)
+        under_the_cache = len(SOME) if hook_first else STEPS  # what is below runs when a step is computed
+        assert count.calls == under_the_cache
+        generate(pipe)
+        assert count.calls == under_the_cache + STEPS
+        registry.remove_hook("count")
+
+
+# What runs
+
+
+def test_predicted_steps_run_the_head_only(pipe, generate, calls):
+    with lesa.enable_cache(pipe, make_predictor(), SOME) as handle:
+        generate(pipe)
+    stream = handle.stats.streams["cond"]
+    assert stream.computed == SOME
+    assert stream.predicted == [s for s in range(STEPS) if s not in SOME]
+    assert stream.reasons == dict.fromkeys(SOME, "scheduled")
+    assert (handle.stats.computed_steps, handle.stats.predicted_steps) == (len(SOME), STEPS - len(SOME))
+    head = {name: calls.pop(name) for name in ("norm_out", "proj_out")}
+    assert len(calls) == 8 and {*calls.values()} == {len(SOME)}
+    assert {*head.values()} == {STEPS}
+    assert handle.stats.summary().startswith("cond: computed 5 (0,1,2,5,9), predicted 7 steps")
+
+
+@torch.no_grad()
+def test_the_untrained_cache_is_first_order_extrapolation(pipe, generate):
+    """Against a loop written out here: Euler steps, blocks at some of them, else a line through the newest two."""
+    transformer, anchors, sigmas = pipe.transformer, [], []
+    call = call_arguments(pipe)
+    latents = call["hidden_states"]
+    grab = transformer.norm_out.register_forward_pre_hook(lambda m, args: anchors.append(args[0].double()))
+    for step in range(STEPS):
+        sigma = 1 - step / STEPS
+        if step in SOME:
+            sigmas.append(sigma)
+            timestep = torch.full((2,), sigma)
+            velocity = transformer(**{**call, "hidden_states": latents, "timestep": timestep})[0]
+        else:
+            slope = (anchors[-1] - anchors[-2]) / (sigmas[-1] - sigmas[-2])
+            features = (anchors[-1] + slope * (sigma - sigmas[-1])).float()
+            embedding = transformer.time_text_embed(torch.full((2,), sigma * 1000), call["pooled_projections"])
+            scale, shift = transformer.norm_out.linear(F.silu(embedding)).chunk(2, 1)
+            normed = F.layer_norm(features, (DIM,), eps=1e-6)
+            velocity = transformer.proj_out(normed * (1 + scale[:, None]) + shift[:, None])
+        latents = latents - velocity / STEPS
+    grab.remove()
+    with lesa.enable_cache(pipe, untrained_predictor(), SOME):
+        cached = generate(pipe, latents=call["hidden_states"])
+    torch.testing.assert_close(cached, latents, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [make_predictor, make_dense], ids=["newton", "dense"])
+def test_what_the_history_holds(pipe, generate, make):
+    predictor = make()
+    rings, pushes = rings_of(predictor), []
+    lesa.enable_cache(pipe, predictor, SOME)
+
+    def watch(pipe, step, timestep, tensors):
+        pushes.append((rings[0].sigmas[rings[0].cursor[0] - 1, 0].item(), int(rings[0].count[0])))
+        return {}
+
+    generate(pipe, callback_on_step_end=watch)
+    held = SOME if predictor.config.history == "anchors" else range(STEPS)
+    newest = [max(s for s in held if s <= step) for step in range(STEPS)]
+    counts = [min(rings[0].capacity, sum(s <= step for s in held)) for step in range(STEPS)]
+    assert [s for s, _ in pushes] == pytest.approx([1 - s / STEPS for s in newest])
+    assert [c for _, c in pushes] == counts
+
+
+# Schedules
+
+
+@pytest.mark.parametrize(
+    "schedule, computed",
+    [
+        (4, [0, 1, 2, 6, 10]),
+        ([0, 3, 4], [0, 3, 4]),
+        ((0, 5, 40), [0, 5]),
+        (lesa.Schedule((0, 7)), [0, 7]),
+        (lesa.Schedule((0, 5, 10), 20, (1.0, 0.75, 0.5)), [0, 3, 6]),
+    ],
+    ids=str,
+)
+def test_forms_of_a_schedule(pipe, generate, schedule, computed):
+    with lesa.enable_cache(pipe, make_predictor(), schedule) as handle:
+        generate(pipe)
+    assert handle.stats.streams["cond"].computed == computed
+
+
+def test_no_schedule_means_the_trained_one(pipe, generate):
+    with lesa.enable_cache(pipe, trained_predictor((0, 2, 5, 9), STEPS)) as handle:
+        generate(pipe)
+        assert handle.stats.streams["cond"].computed == [0, 2, 5, 9]
+        assert handle.stats.notes == []
+
+
+@pytest.mark.parametrize("steps", [28, 20, 100])
+def test_other_step_counts_than_the_trained(pipe, generate, steps):
+    predictor = trained_predictor()
+    with lesa.enable_cache(pipe, predictor) as handle:
+        generate(pipe, steps=steps, labels=(3,))
+    run = [1 - i / steps for i in range(steps)]
+    nearest = {min(range(steps), key=lambda i: abs(run[i] - s)) for s in predictor.config.schedule_sigmas}
+    assert handle.stats.streams["cond"].computed == sorted(nearest)
+    assert handle.stats.notes == [f"the predictor was trained at 50 steps, this run has {steps}"]
+    assert handle.stats.notes[0] in handle.stats.summary()
+
+
+def test_custom_sigmas(pipe, generate):
+    sigmas = [1.0, 0.97, 0.9, 0.8, 0.62, 0.5, 0.41, 0.3, 0.22, 0.1, 0.05]
+    predictor = trained_predictor((0, 25, 40), 50)  # at 1.0, 0.5 and 0.2
+    with lesa.enable_cache(pipe, predictor) as handle:
+        generate(pipe, sigmas=sigmas)
+        assert handle.stats.streams["cond"].computed == [0, 5, 8]
+    with lesa.enable_cache(pipe, predictor, 4) as handle:
+        generate(pipe, sigmas=sigmas)
+        assert handle.stats.streams["cond"].computed == [0, 1, 2, 6, 10]
+
+
+def test_another_schedule_than_the_trained_is_noted(pipe, generate):
+    with lesa.enable_cache(pipe, trained_predictor((0, 2, 5, 9), STEPS), 4) as handle:
+        generate(pipe)
+    assert handle.stats.notes == ["the predictor was trained with the computed steps 0,2,5,9"]
+
+
+def test_a_schedule_without_noise_levels_at_another_count_is_noted(pipe, generate):
+    with lesa.enable_cache(pipe, make_predictor(), lesa.Schedule((0, 4, 8), 50)) as handle:
+        generate(pipe)
+    assert handle.stats.streams["cond"].computed == [0, 4, 8]
+    assert handle.stats.notes == ["the schedule is for 50 steps and has no noise levels: its indices stand"]
+
+
+def test_few_steps_are_computed_whole_unless_a_schedule_is_given(pipe, generate):
+    plain = generate(pipe, steps=9)
+    with lesa.enable_cache(pipe, trained_predictor()) as handle:
+        assert torch.equal(generate(pipe, steps=9), plain)
+        assert handle.stats.computed_steps == 9
+        assert handle.stats.notes == ["computed everything: 9 steps are too few to predict any"]
+        generate(pipe, steps=10)
+        assert 0 < handle.stats.computed_steps < 10
+    with lesa.enable_cache(pipe, trained_predictor(), [0, 1]) as handle:
+        generate(pipe, steps=4)
+        assert handle.stats.streams["cond"].computed == [0, 1]
+
+
+# Errors
+
+
+def broken(**options):
+    predictor = make_predictor(**options)
+    with torch.no_grad():
+        predictor.spline[0, 0, 0] = math.inf
+    return predictor
+
+
+@pytest.mark.parametrize(
+    "predictor, schedule, kind, message",
+    [
+        ("newton-9", 3, TypeError, "`predictor` must be a FusedKANPredictor, but got 'newton-9'"),
+        (
+            make_predictor(family="hunyuan-video"),
+            3,
+            ValueError,
+            r"`predictor\.config\.family` must be 'flux', but got 'hunyuan-video'",
+        ),
+        (
+            FusedKANPredictor(PredictorConfig(96)),
+            3,
+            ValueError,
+            r"`predictor\.config\.feature_dim` must be the transformer's width, 128, but got 96",
+        ),
+        (broken(), 3, ValueError, "`predictor` must have finite weights, but got NaN or Inf in spline"),
+        (make_predictor(), None, ValueError, "`schedule` must be given, .* but got None .*Pass an interval"),
+        (make_predictor(), 0, ValueError, "`schedule` must be an integer of at least 1, but got 0"),
+        (make_predictor(), "7", TypeError, "`schedule` must be an integer of at least 1, but got '7'"),
+        (make_predictor(), True, TypeError, "`schedule` must be an integer of at least 1, but got True"),
+        (make_predictor(), [1, 2], ValueError, r"`steps` must be rising step indices that start with 0"),
+        (
+            make_predictor(num_inference_steps=4, schedule=(0, 9), schedule_sigmas=(1.0, 0.1)),
+            None,
+            ValueError,
+            "`steps` must be below 4",
+        ),
+    ],
+    ids=["type", "family", "width", "weights", "no-schedule", "zero", "str", "bool", "no-first-step", "trained"],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_touched(pipe, predictor, schedule, kind, message):
+    before = traces(pipe.transformer)
+    with pytest.raises(kind, match=message):
+        lesa.enable_cache(pipe, predictor, schedule)
+    assert traces(pipe.transformer) == before
+
+
+def test_numpy_integers_are_intervals(pipe, generate):
+    numpy = pytest.importorskip("numpy")
+    with lesa.enable_cache(pipe, make_predictor(), numpy.int64(4)) as handle:
+        generate(pipe)
+    assert handle.stats.streams["cond"].computed == [0, 1, 2, 6, 10]
+
+
+def test_pipelines_of_other_families_are_refused():
+    other = SimpleNamespace(transformer=torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match=r"`pipe` must have a transformer of a supported family \(.*flux.*a Linear"):
+        lesa.enable_cache(other, make_predictor(), 3)
+    with pytest.raises(TypeError, match="SimpleNamespace with a NoneType"):
+        lesa.disable_cache(SimpleNamespace())
+
+
+def test_enabling_twice_is_refused(pipe, generate):
+    handle = lesa.enable_cache(pipe, make_predictor(), SOME)
+    with pytest.raises(RuntimeError, match=r"on already for this transformer. Call `lesa\.disable_cache\(pipe\)`"):
+        lesa.enable_cache(pipe, make_predictor(), 3)
+    generate(pipe)
+    assert handle.stats.streams["cond"].computed == SOME  # the first one is still on
+    handle.disable()
+    lesa.enable_cache(pipe, make_predictor(), 3).disable()
+
+
+@pytest.mark.parametrize("config", [FirstBlockCacheConfig(), TaylorSeerCacheConfig()], ids=lambda c: type(c).__name__)
+def test_another_cache_is_refused(pipe, config):
+    pipe.transformer.enable_cache(config)
+    with pytest.raises(RuntimeError, match=rf"{type(config).__name__}\. Call `pipe\.transformer\.disable_cache\(\)`"):
+        lesa.enable_cache(pipe, make_predictor(), 3)
+    pipe.transformer.disable_cache()
+    lesa.enable_cache(pipe, make_predictor(), 3)
+
+
+# Runs after runs
+
+
+def test_consecutive_runs_are_identical(pipe, generate):
+    with lesa.enable_cache(pipe, make_predictor(), SOME) as handle:
+        first, second = generate(pipe), generate(pipe)
+    assert torch.equal(first, second)
+    assert handle.stats.runs == 2
+    assert handle.stats.streams["cond"].computed == SOME  # of the latest run only
+
+
+def test_runs_of_other_batches_sizes_and_counts(pipe, generate):
+    options = [
+        {"labels": (3, 8)},
+        {"labels": (1, 2, 4), "seed": 5},
+        {"labels": (7,), "height": 24, "width": 16},
+        {"labels": (3, 8), "steps": 15},
+    ]
+    alone = []
+    for option in options:
+        with lesa.enable_cache(pipe, make_predictor(), SOME):
+            alone.append(generate(pipe, **option))
+    with lesa.enable_cache(pipe, make_predictor(), SOME):
+        together = [generate(pipe, **option) for option in options]
+    assert_equal_lists(together, alone)
+
+
+@pytest.mark.parametrize("step", [0, 1, 6, STEPS - 1])
+def test_an_exception_leaves_no_state(pipe, generate, step):
+    other = {"labels": (5,), "seed": 9, "height": 24, "steps": STEPS + 3}
+    with lesa.enable_cache(pipe, make_predictor(), SOME):
+        expected = [generate(pipe, **other), generate(pipe)]
+
+    def fail(pipe, index, timestep, tensors):
+        if index == step:
+            raise KeyError("stop")
+        return {}
+
+    with lesa.enable_cache(pipe, make_predictor(), SOME) as handle:
+        for option, clean in zip((other, {}), expected):
+            with pytest.raises(KeyError):
+                generate(pipe, seed=3, callback_on_step_end=fail)
+            assert torch.equal(generate(pipe, **option), clean)
+            assert {name: s.computed for name, s in handle.stats.streams.items()} == {"cond": SOME}
+
+
+def test_an_exception_inside_the_transformer_leaves_no_state(pipe, generate):
+    with lesa.enable_cache(pipe, make_predictor(), SOME):
+        clean = generate(pipe)
+
+        def fail(module, args):
+            raise KeyError("stop")
+
+        guard = pipe.transformer.single_transformer_blocks[-1].register_forward_pre_hook(fail)
+        with pytest.raises(KeyError):
+            generate(pipe)
+        guard.remove()
+        assert torch.equal(generate(pipe), clean)
+
+
+def test_an_interrupt_leaves_no_state(pipe, generate):
+    def interrupt(pipe, index, timestep, tensors):
+        pipe._interrupt = index == 4
+        return {}
+
+    with lesa.enable_cache(pipe, make_predictor(), SOME) as handle:
+        clean = generate(pipe)
+        generate(pipe, seed=3, callback_on_step_end=interrupt)
+        stream = handle.stats.streams["cond"]
+        assert (stream.computed, stream.predicted) == ([0, 1, 2], [3, 4])
+        assert torch.equal(generate(pipe), clean)
+        assert handle.stats.streams["cond"].computed == SOME
+
+
+def test_rings_are_freed_after_a_run(pipe, generate):
+    predictor = make_predictor()
+    rings = rings_of(predictor)
+    with lesa.enable_cache(pipe, predictor, SOME) as handle:
+        generate(pipe)
+        assert [(r.capacity, r.batch, r.tokens, r.dim) for r in rings] == [(4, 2, 64, DIM)]
+        storages = [weakref.ref(ring.storage) for ring in rings]
+        rings.clear()
+        gc.collect()
+        assert [ref() for ref in storages] == [None]
+        assert handle.stats.streams["cond"].computed == SOME
+
+
+# When in doubt, compute
+
+
+@pytest.mark.parametrize("how", ["weights", "forward"])
+def test_a_nan_predictor_computes_everything_and_warns_once(pipe, generate, how):
+    plain = generate(pipe)
+    predictor = make_predictor() if how == "weights" else nan_predictor(below=2.0)
+    with warnings.catch_warnings(record=True) as caught, lesa.enable_cache(pipe, predictor, SOME) as handle:
+        warnings.simplefilter("always")
+        if how == "weights":
+            torch.nn.init.constant_(predictor.out_bias, math.nan)
+        for _ in range(2):
+            assert torch.equal(generate(pipe), plain)
+    ours = [w for w in caught if "lesa" in str(w.message)]
+    assert len(ours) == 1 and "the forecast was not finite" in str(ours[0].message)
+    stream = handle.stats.streams["cond"]
+    assert stream.computed == [*range(STEPS)] and stream.predicted == []
+    later = {s: "an earlier forecast was not finite" for s in (4, 6, 7, 8, 10, 11)}
+    assert stream.reasons == {**dict.fromkeys(SOME, "scheduled"), 3: "the forecast was not finite", **later}
+    assert "step 3: the forecast was not finite" in handle.stats.summary()
+
+
+def test_nan_in_the_middle_computes_the_rest_and_the_next_run_tries_again(pipe, generate):
+    predictor = nan_predictor(below=0.45)  # step 7 and later
+    with pytest.warns(RuntimeWarning, match="not finite"), lesa.enable_cache(pipe, predictor, SOME) as handle:
+        image = generate(pipe)
+        stream = handle.stats.streams["cond"]
+        assert stream.predicted == [3, 4, 6]
+        assert stream.computed == [0, 1, 2, 5, 7, 8, 9, 10, 11]
+        predictor.below = 0.0
+        generate(pipe)
+        assert handle.stats.streams["cond"].computed == SOME
+    with lesa.enable_cache(pipe, make_predictor(), stream.computed):
+        assert torch.equal(generate(pipe), image)
+
+
+def test_a_change_of_shape_in_a_run_computes_and_starts_over(pipe):
+    large, small = call_arguments(pipe), call_arguments(pipe, tokens=16)
+    single = call_arguments(pipe, labels=(3,), tokens=16)
+
+    def changing(step):
+        return large if step < 4 else small if step < 8 else single
+
+    plain = drive(pipe, [changing])[0]
+    with lesa.enable_cache(pipe, make_predictor(), [0, 1]) as handle:
+        cached = drive(pipe, [changing])[0]
+    stream = handle.stats.streams["main"]
+    assert stream.computed == [0, 1, 4, 8]
+    assert stream.reasons[4] == stream.reasons[8] == "the shape changed"
+    assert [o.shape for o in cached] == [o.shape for o in plain]
+    for step in stream.computed:
+        assert torch.equal(cached[step], plain[step])
+
+
+def test_a_stream_that_appears_late_is_computed_first(pipe):
+    call = call_arguments(pipe)
+    pipe.scheduler.set_timesteps(STEPS)
+    with lesa.enable_cache(pipe, make_predictor(), [0, 1]) as handle, torch.no_grad():
+        for step, t in enumerate(pipe.scheduler.timesteps):
+            for _ in range(2 if step >= 5 else 1):
+                velocity = pipe.transformer(**call, timestep=t.expand(2) / 1000)[0]
+            pipe.scheduler.step(velocity, t, call["hidden_states"])
+    assert handle.stats.streams["main"].computed == [0, 1]
+    late = handle.stats.streams["main-2"]
+    assert late.reasons == {5: "no history"}
+    assert late.predicted == [*range(6, STEPS)]
+    assert handle.stats.computed_steps == 3
+    assert handle.stats.predicted_steps == STEPS - 3
+
+
+def test_a_timestep_that_is_not_the_schedulers_is_computed_and_counted(pipe):
+    call = call_arguments(pipe)
+    timestep = torch.full((2,), 0.4321)
+    with torch.no_grad():
+        plain = pipe.transformer(**call, timestep=timestep)[0]
+        pipe.scheduler.set_timesteps(STEPS)
+        handle = lesa.enable_cache(pipe, make_predictor(), [0])
+        with pytest.warns(RuntimeWarning, match="not one of the scheduler's"):
+            assert torch.equal(pipe.transformer(**call, timestep=timestep)[0], plain)
+    assert handle.stats.unlocated == 1 and handle.stats.streams == {}
+    assert "computed 1 calls whose timestep was not one of the scheduler's" in handle.stats.summary()
+
+
+# Steps and streams
+
+
+def solo(pipe, stream, schedule=SOME, make=make_predictor, steps=STEPS):
+    with lesa.enable_cache(pipe, make(), schedule):
+        return drive(pipe, [stream], steps)[0]
+
+
+@pytest.mark.parametrize("make", [make_predictor, make_dense], ids=["newton", "dense"])
+def test_two_calls_per_step_without_cache_context_are_two_streams(pipe, make):
+    first, second = call_arguments(pipe), call_arguments(pipe, labels=(1, 6))
+    second["hidden_states"] = first["hidden_states"]
+    with lesa.enable_cache(pipe, make(), SOME) as handle:
+        outputs = drive(pipe, [first, second])
+    assert [*handle.stats.streams] == ["main", "main-2"]
+    assert all(s.computed == SOME and len(s.predicted) == 7 for s in handle.stats.streams.values())
+    assert handle.stats.computed_steps == len(SOME)
+    for output, stream in zip(outputs, (first, second)):
+        assert_equal_lists(output, solo(pipe, stream, make=make))
+
+
+def test_true_guidance_has_two_streams_equal_to_solo_runs(pipe, generate):
+    negative = digits.inputs_for((0, 0))
+    guidance = {
+        "true_cfg_scale": 2.0,
+        "negative_prompt_embeds": torch.cat([i["prompt_embeds"] for i in negative]),
+        "negative_pooled_prompt_embeds": torch.cat([i["pooled_prompt_embeds"] for i in negative]),
+    }
+    plain, seen = generate(pipe, **guidance), []
+    with lesa.enable_cache(pipe, make_predictor(), range(STEPS)):
+        assert torch.equal(generate(pipe, **guidance), plain)
+    with lesa.enable_cache(pipe, make_predictor(), SOME) as handle:
+        spy = pipe.transformer.register_forward_hook(lambda m, a, kw, out: seen.append((kw, out[0])), with_kwargs=True)
+        generate(pipe, **guidance)
+        spy.remove()
+    assert {name: s.computed for name, s in handle.stats.streams.items()} == {"cond": SOME, "uncond": SOME}
+    assert len(seen) == 2 * STEPS
+    for calls in (seen[::2], seen[1::2]):
+        with lesa.enable_cache(pipe, make_predictor(), SOME), torch.no_grad():
+            pipe.scheduler.set_timesteps(sigmas=[1 - s / STEPS for s in range(STEPS)])
+            for (kwargs, expected), t in zip(calls, pipe.scheduler.timesteps):
+                assert torch.equal(pipe.transformer(**kwargs)[0], expected)
+                pipe.scheduler.step(expected, t, expected)
+
+
+def test_image_to_image_counts_the_executed_steps(pipe, generate):
+    image_pipe = FluxImg2ImgPipeline(**pipe.components)
+    image_pipe.set_progress_bar_config(disable=True)
+    start = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(4))
+    options = {"steps": 24, "strength": 0.5, "image": torch.zeros(2, 3, 16, 16), "latents": start}
+    plain = generate(image_pipe, **options)
+    with lesa.enable_cache(image_pipe, make_predictor(), range(12)):
+        assert torch.equal(generate(image_pipe, **options), plain)
+    with lesa.enable_cache(image_pipe, make_predictor(), SOME) as handle:
+        first = generate(image_pipe, **options)
+        assert torch.equal(generate(image_pipe, **options), first)
+    (stream,) = handle.stats.streams.values()
+    assert stream.computed == SOME and stream.predicted == [3, 4, 6, 7, 8, 10, 11]
+    assert not torch.equal(first, plain)
+    predictor = trained_predictor((0, 12, 30, 40), 50)  # at 1.0, 0.76, 0.4 and 0.2; this run has 0.5 ... 1 / 24
+    with lesa.enable_cache(image_pipe, predictor) as handle:
+        generate(image_pipe, **options)
+    (stream,) = handle.stats.streams.values()
+    run = [0.5 - i / 24 for i in range(12)]
+    assert stream.computed == [0, *(min(range(12), key=lambda i: abs(run[i] - s)) for s in (0.4, 0.2))]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("steps", [50, 200])
+def test_half_precision_finds_every_step(fresh_pipe, generate, dtype, steps):
+    pipe = fresh_pipe.to(dtype)
+    pipe.set_progress_bar_config(disable=True)
+    schedule = [*range(0, steps, 25)]
+    with lesa.enable_cache(pipe, make_predictor(), schedule) as handle:
+        latents = generate(pipe, steps=steps, labels=(3,))
+    assert latents.dtype == dtype and latents.isfinite().all()
+    assert [*handle.stats.streams] == ["cond"] and handle.stats.unlocated == 0
+    stream = handle.stats.streams["cond"]
+    assert stream.computed == schedule
+    assert stream.predicted == [s for s in range(steps) if s not in schedule]
+
+
+def test_half_precision_everything_computed_is_bit_exact(fresh_pipe, generate):
+    pipe = fresh_pipe.to(torch.bfloat16)
+    plain = generate(pipe)
+    with lesa.enable_cache(pipe, make_predictor(), range(STEPS)):
+        assert torch.equal(generate(pipe), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("steps", [10, 50, 200, 1000])
+def test_steps_are_located_by_the_schedulers_position(pipe, dtype, steps):
+    pipe.scheduler.set_timesteps(steps)
+    run = Run(pipe.scheduler)
+    for index, t in enumerate(pipe.scheduler.timesteps):
+        pipe.scheduler._step_index = index
+        assert run.locate(t.to(dtype).expand(2) / 1000) == index
+        run.index = index
+
+
+def test_steps_are_located_without_a_position():
+    timesteps = torch.linspace(1, 1 / 50, 50) * 1000
+    scheduler = SimpleNamespace(timesteps=timesteps, config={}, sigmas=None)
+    for dtype in (torch.float32, torch.bfloat16):
+        run = Run(scheduler)
+        assert run.sigmas == pytest.approx([1 - i / 50 for i in range(50)], abs=1e-6)
+        for index, t in enumerate(timesteps):
+            assert run.locate((t.to(dtype) / 1000).expand(2)) == index
+            run.index = index
+        assert run.locate(torch.tensor(0.987654)) is None or dtype == torch.bfloat16
+
+
+def test_two_evaluations_at_one_noise_level_replace_the_anchor(pipe):
+    """Heun's scheduler has every inner noise level twice: two steps, and one anchor."""
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    call = call_arguments(pipe)
+    predictor = make_predictor(history_length=9)
+    rings = rings_of(predictor)
+    with lesa.enable_cache(pipe, predictor, range(9)) as handle, torch.no_grad():
+        pipe.scheduler.set_timesteps(6)
+        latents, features = call["hidden_states"], []
+        grab = pipe.transformer.norm_out.register_forward_pre_hook(lambda m, args: features.append(args[0]))
+        for t in pipe.scheduler.timesteps:
+            velocity = pipe.transformer(**{**call, "hidden_states": latents, "timestep": t.expand(2) / 1000})[0]
+            latents = pipe.scheduler.step(velocity, t, latents)[0]
+        grab.remove()
+        (ring,) = rings
+        assert len(pipe.scheduler.timesteps) == 11
+        (stream,) = handle.stats.streams.values()
+        assert (stream.computed, stream.predicted) == ([*range(9)], [9, 10])
+        assert ring.count.tolist() == [5, 5]
+        held, sigmas, _ = ring.newest_first()
+        assert (sigmas[:5].diff(dim=0) > 0).all()
+        assert_equal_lists(held[:5].unbind(), [features[i] for i in (8, 6, 4, 2, 0)])
+
+
+def test_a_loop_that_starts_again_is_a_new_run(pipe):
+    call = call_arguments(pipe)
+    with lesa.enable_cache(pipe, make_predictor(), SOME) as handle, torch.no_grad():
+        pipe.scheduler.set_timesteps(STEPS)
+        outputs = []
+        for _ in range(2):
+            pipe.scheduler.set_begin_index(0)
+            pipe.scheduler._step_index = None
+            for t in pipe.scheduler.timesteps:
+                outputs.append(pipe.transformer(**call, timestep=t.expand(2) / 1000)[0])
+                pipe.scheduler.step(outputs[-1], t, call["hidden_states"])
+    assert handle.stats.runs == 2
+    assert_equal_lists(outputs[STEPS:], outputs[:STEPS])
+
+
+# How the transformer is called
+
+
+def test_positional_arguments_and_both_kinds_of_output(pipe):
+    call = call_arguments(pipe)
+    names = ["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids"]
+    expected = solo(pipe, call)
+    with lesa.enable_cache(pipe, make_predictor(), SOME), torch.no_grad():
+        pipe.scheduler.set_timesteps(STEPS)
+        for step, t in enumerate(pipe.scheduler.timesteps):
+            latents = call["hidden_states"] * (1 - 0.5 * step / STEPS)
+            arguments = {**call, "hidden_states": latents, "timestep": t.expand(2) / 1000}
+            positional = [arguments[name] for name in names]
+            if step % 2:
+                output = pipe.transformer(*positional)
+                assert torch.equal(output.sample, output[0])
+            else:
+                output = pipe.transformer(*positional, return_dict=False)
+                assert isinstance(output, tuple) and len(output) == 1
+            assert torch.equal(output[0], expected[step])
+            pipe.scheduler.step(output[0], t, latents)
+
+
+def assert_head_is_exact(transformer, call):
+    """The adapter's head gives what the whole forward gives, from the features that the forward had."""
+    seen = []
+    grab = transformer.norm_out.register_forward_pre_hook(lambda m, args: seen.append(args))
+    with torch.no_grad():
+        expected = transformer(**call)
+    grab.remove()
+    adapter = adapter_for(SimpleNamespace(transformer=transformer))
+    with torch.no_grad():
+        actual = adapter.head(adapter.bind((), call), seen[0][0])
+        head = adapter.output_head(seen[0][1])
+    assert torch.equal(actual[0], expected[0])
+    assert type(actual) is type(expected)
+    return seen[0][0], expected[0], head
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("guidance", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_adapters_head_is_the_models(pipe, guidance, dtype, return_dict):
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(**{**digits.TRANSFORMER_CONFIG, "guidance_embeds": guidance}).to(dtype)
+    call = {**call_arguments(SimpleNamespace(transformer=transformer)), "timestep": torch.tensor([0.7123, 0.3377])}
+    call |= {"return_dict": return_dict, "guidance": torch.tensor([3.5, 2.0]) if guidance else None}
+    features, velocity, head = assert_head_is_exact(transformer, call)
+    predictor, ring = make_predictor(), make_predictor().make_ring(2, 64, dtype)
+    ring.push(features, 0.9)  # one anchor: the forecast is that anchor
+    fused = predictor.predict_velocity(ring, torch.tensor([0.7, 0.3]), head)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.03}
+    torch.testing.assert_close(fused, velocity, **tolerance)
+
+
+def test_lora_on_the_head(fresh_pipe, generate):
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    transformer = fresh_pipe.transformer
+    without = generate(fresh_pipe)
+    torch.manual_seed(0)
+    transformer.add_adapter(peft.LoraConfig(r=4, target_modules=["proj_out", "norm_out.linear"]))
+    for name, parameter in transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    call = {**call_arguments(fresh_pipe), "timestep": torch.tensor([0.5, 0.5])}
+    outputs = []
+    for scale in (1.0, 0.5, 0.0):
+        _, output, _ = assert_head_is_exact(transformer, {**call, "joint_attention_kwargs": {"scale": scale}})
+        outputs.append(output)
+        options = {"joint_attention_kwargs": {"scale": scale}}
+        plain = generate(fresh_pipe, **options)
+        assert torch.equal(plain, without) == (scale == 0.0)
+        with lesa.enable_cache(fresh_pipe, make_predictor(), range(STEPS)):
+            assert torch.equal(generate(fresh_pipe, **options), plain)
+        with lesa.enable_cache(fresh_pipe, make_predictor(), SOME) as handle:
+            cached = generate(fresh_pipe, **options)
+            assert handle.stats.predicted_steps == STEPS - len(SOME)
+        assert (cached - plain).abs().mean() < 0.5 * plain.abs().mean()
+    assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
+
+
+def test_a_copy_of_the_pipeline_is_independent(pipe, generate):
+    other = copy.copy(pipe)
+    other.transformer = copy.deepcopy(pipe.transformer)
+    plain = generate(pipe)
+    with lesa.enable_cache(pipe, make_predictor(), SOME) as first:
+        assert torch.equal(generate(other), plain)
+        with lesa.enable_cache(other, make_dense(), 4) as second:
+            generate(pipe)
+            generate(other)
+            assert first.stats.streams["cond"].computed == SOME
+            assert second.stats.streams["cond"].computed == [0, 1, 2, 6, 10]
+            assert (first.stats.runs, second.stats.runs) == (1, 1)

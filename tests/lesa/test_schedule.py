@@ -1,0 +1,149 @@
+import pytest
+
+from lesa import Schedule
+from lesa.schedule import as_schedule
+
+
+def test_interval_is_three_steps_and_then_every_nth():
+    seven = Schedule.interval(7, 50)
+    assert seven.steps == (0, 1, 2, 9, 16, 23, 30, 37, 44)
+    assert len(seven) == 9 and seven.num_inference_steps == 50
+    assert Schedule.interval(10, 50).steps == (0, 1, 2, 12, 22, 32, 42)
+    assert Schedule.interval(1, 5).steps == (0, 1, 2, 3, 4)
+    assert Schedule.interval(99, 50).steps == (0, 1, 2)
+
+
+@pytest.mark.parametrize("total, steps", [(1, (0,)), (2, (0, 1)), (3, (0, 1, 2)), (4, (0, 1, 2))])
+def test_interval_of_short_runs(total, steps):
+    assert Schedule.interval(5, total).steps == steps
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 9, 25, 49, 50])
+def test_spread_has_the_count_and_no_gap_much_larger_than_the_others(count):
+    schedule = Schedule.spread(count, 50)
+    assert len(schedule) == count and schedule.steps[-1] < 50
+    if count > 3:
+        gaps = [b - a for a, b in zip(schedule.steps, (*schedule.steps[1:], 50))]
+        assert gaps[0] <= 2
+        assert max(gaps[1:]) - min(gaps[1:]) <= 1
+
+
+def test_spread_of_short_runs_fits():
+    for total in range(1, 12):
+        for count in range(1, total + 1):
+            assert len(Schedule.spread(count, total)) == count
+    with pytest.raises(ValueError, match="`num_computed` must be an integer of at least 1 and at most 4, but got 5"):
+        Schedule.spread(5, 4)
+
+
+@pytest.mark.parametrize("steps", [(), (1, 2), (0, 2, 2), (0, 3, 2)], ids=str)
+def test_steps_must_rise_from_zero(steps):
+    with pytest.raises(ValueError, match="`steps` must be rising step indices that start with 0, but got"):
+        Schedule(steps)
+
+
+@pytest.mark.parametrize(
+    "arguments, kind, message",
+    [
+        (((0, 1.5),), TypeError, "`steps` must be an integer of at least 0, but got 1.5"),
+        (((-1, 0),), ValueError, "`steps` must be an integer of at least 0, but got -1"),
+        (((0, True),), TypeError, "`steps` must be an integer"),
+        (((0, 50), 50), ValueError, r"`steps` must be below 50, the number of steps, but got \(0, 50\)"),
+        (((0,), 0), ValueError, "`num_inference_steps` must be an integer of at least 1, but got 0"),
+        (((0, 1), 50, (1.0,)), ValueError, r"`sigmas` must have one noise level for each of the 2 steps"),
+        (((0,), 50, (float("nan"),)), ValueError, "`sigmas` must be a finite number, but got nan"),
+        (((0,), 50, ("high",)), TypeError, "`sigmas` must be a finite number, but got 'high'"),
+    ],
+)
+def test_errors_name_the_field(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        Schedule(*arguments)
+
+
+@pytest.mark.parametrize("interval", [0, -3, 2.5, "7", True, None])
+def test_interval_must_be_a_positive_integer(interval):
+    with pytest.raises((ValueError, TypeError), match="`interval` must be an integer of at least 1, but got"):
+        Schedule.interval(interval, 50)
+
+
+def falling(total, shift=1.0):
+    """Noise levels of a flow-matching run; a shift above 1 spends more steps at high noise."""
+    plain = [1 - i / total for i in range(total)]
+    return [shift * s / (1 + (shift - 1) * s) for s in plain]
+
+
+TRAINED = (0, 2, 6, 12, 18, 25, 32, 39, 46)
+
+
+def trained(shift=1.0):
+    sigmas = falling(50, shift)
+    return Schedule(TRAINED, 50, tuple(sigmas[s] for s in TRAINED))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_trained_noise_levels_give_the_trained_steps(shift):
+    run = falling(50, shift)
+    assert trained(shift).computed_in(run) == frozenset(TRAINED)
+    assert trained(shift).computed_in([s + 1e-6 for s in run]) == frozenset(TRAINED)  # rounding does not matter
+
+
+@pytest.mark.parametrize("total", [1, 2, 4, 10, 28, 49, 51, 100, 1000])
+@pytest.mark.parametrize("shift", [1.0, 0.4, 3.0])
+def test_other_runs_compute_the_steps_nearest_in_sigma(total, shift):
+    run = falling(total, shift)
+    schedule = trained()
+    computed = sorted(schedule.computed_in(run))
+    assert computed[0] == 0 and computed[-1] < total
+    nearest = [min(range(total), key=lambda i: abs(run[i] - sigma)) for sigma in schedule.sigmas]
+    assert nearest == sorted(nearest)
+    assert len(computed) <= len(schedule)
+    for sigma in schedule.sigmas:  # ties may go either way
+        assert min(abs(run[i] - sigma) for i in computed) == pytest.approx(min(abs(s - sigma) for s in run))
+
+
+def test_a_run_that_starts_at_lower_noise_still_computes_its_first_step():
+    run = falling(50)[30:]
+    assert sorted(trained().computed_in(run)) == [0, 2, 9, 16]
+
+
+def test_a_run_that_starts_at_higher_noise_computes_its_first_step_too():
+    schedule = Schedule((0, 5), 20, (0.6, 0.3))
+    assert schedule.computed_in(falling(50)) == {0, 20, 35}
+
+
+def test_without_noise_levels_the_indices_stand():
+    assert Schedule((0, 3, 9)).computed_in(falling(5)) == {0, 3}
+    assert Schedule((0, 3, 9), 10).computed_in(falling(50, 3.0)) == {0, 3, 9}
+
+
+def test_as_schedule():
+    schedule = Schedule((0, 4))
+    assert as_schedule(schedule, 50) is schedule
+    assert as_schedule(7, 50) == Schedule.interval(7, 50)
+    assert as_schedule([0, 1, 5]) == as_schedule(iter((0, 1, 5)), 50) == Schedule((0, 1, 5))
+
+
+@pytest.mark.parametrize(
+    "value, kind, message",
+    [
+        ("7", TypeError, "`schedule` must be an integer of at least 1, but got '7'"),
+        (2.5, TypeError, "`schedule` must be an integer of at least 1, but got 2.5"),
+        (True, TypeError, "`schedule` must be an integer of at least 1, but got True"),
+        (0, ValueError, "`schedule` must be an integer of at least 1, but got 0"),
+        (None, TypeError, "`schedule` must be an integer of at least 1, but got None"),
+        ([3, 4], ValueError, r"`steps` must be rising step indices that start with 0, but got \(3, 4\)"),
+        ({5: 1}, ValueError, "`steps` must be rising step indices"),
+    ],
+)
+def test_as_schedule_errors(value, kind, message):
+    with pytest.raises(kind, match=message):
+        as_schedule(value, 50)
+
+
+def test_an_interval_needs_the_number_of_steps():
+    with pytest.raises(TypeError, match="`num_inference_steps` must be an integer of at least 1, but got None"):
+        as_schedule(7)
+
+
+def test_str_lists_the_steps():
+    assert str(Schedule((0, 2, 9))) == "0,2,9"
