@@ -1,0 +1,283 @@
+"""Pipeline arguments of many samples: files of them, and joining some for one call."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lesa_kernels._checks import Said, argument_error, describe
+
+SUFFIXES = (".jsonl", ".safetensors")
+
+_RESERVED = {
+    "generator": "Pass `seed` instead: sample i is drawn with seed + i.",
+    "num_inference_steps": "Pass `num_inference_steps` instead.",
+    "num_images_per_prompt": "Repeat the input: each one makes one sample.",
+    "output_type": "Leave it out: the latents are taken.",
+    "return_dict": "Leave it out.",
+}
+
+
+def read_inputs(file: str | os.PathLike) -> list[dict]:
+    """Reads the inputs of many samples, one dict of pipeline arguments each.
+
+    Args:
+        file: `.jsonl`, where each line is a JSON string (a prompt) or a JSON object of pipeline arguments; or
+            `.safetensors`, whose tensors are pipeline arguments with a leading dimension N over the samples, and whose
+            metadata holds further arguments, the same for every sample, as JSON values by name.
+
+    Returns:
+        One dict per sample; tensors keep a leading dimension of 1.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: another suffix, or contents that are no inputs; the message names the line or the argument.
+    """
+    path = _check_suffix(file)
+    if not path.is_file():
+        raise argument_error("file", "exist", Said(str(path)), "Check the path.", FileNotFoundError)
+    inputs = _read_lines(path) if path.suffix == ".jsonl" else _read_tensors(path)
+    if not inputs:
+        raise argument_error("file", "hold at least one input", Said(f"none in {path}"), "Write some into it.")
+    return inputs
+
+
+def write_inputs(file: str | os.PathLike, inputs: list[dict]) -> None:
+    """Writes what `read_inputs` reads.
+
+    Args:
+        file: ends in `.jsonl` or `.safetensors`.
+        inputs: one dict of pipeline arguments per sample, tensors with a leading dimension of 1. A `.jsonl` file takes
+            no tensors; a `.safetensors` file takes other arguments only if they are the same for every sample.
+
+    Raises:
+        TypeError, ValueError: inputs that this kind of file can't hold; the message names the argument.
+    """
+    path = _check_suffix(file)
+    if not inputs:
+        raise argument_error("inputs", "hold at least one input", inputs, "Pass some.")
+    if path.suffix == ".jsonl":
+        values = [item["prompt"] if [*item] == ["prompt"] else item for item in inputs]
+        lines = [_to_json(f"inputs[{i}]", value, 'a ".safetensors" file') + "\n" for i, value in enumerate(values)]
+        path.write_text("".join(lines), encoding="utf-8")
+        return
+    for number, item in enumerate(inputs):
+        for name, value in item.items():
+            if isinstance(value, str) and value != inputs[0].get(name):
+                raise argument_error(
+                    f"inputs[{number}][{name!r}]",
+                    "be the same for every input in a .safetensors file",
+                    value,
+                    'Write prompts to a ".jsonl" file, or pass their embeddings.',
+                )
+    tensors = {name: value for name, value in collate(inputs).items() if _is_stack(value)}
+    if not tensors:
+        raise argument_error(
+            "inputs",
+            "hold tensors to be written to a .safetensors file",
+            Said(f"only {', '.join(inputs[0])}"),
+            'Write them to a ".jsonl" file.',
+        )
+    others = {name: value for name, value in inputs[0].items() if name not in tensors}
+    metadata = {name: _to_json(f"inputs[0][{name!r}]", value, "tensors") for name, value in others.items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+
+def collate(inputs: list[dict]) -> dict:
+    """Joins the arguments of several samples into those of one pipeline call.
+
+    Tensors are concatenated along their leading dimension, which is 1; prompts and images become lists; anything else
+    must be the same for all.
+
+    Args:
+        inputs: one dict of pipeline arguments per sample.
+
+    Raises:
+        ValueError: the inputs differ in what one call can't mix; the message names the argument.
+    """
+    for number, item in enumerate(inputs):
+        name = _difference(inputs[0], item)
+        if name is not None:
+            first, other = (describe(i[name]) if name in i else "nothing" for i in (inputs[0], item))
+            raise argument_error(
+                "inputs",
+                f"agree in {name!r} to be joined",
+                Said(f"{first} in input 0 and {other} in input {number}"),
+                "Group the inputs by it, or use a batch size of 1.",
+            )
+        for name, value in item.items():
+            if _is_stack(value) and len(value) != 1:
+                raise argument_error(
+                    f"inputs[{number}][{name!r}]",
+                    "have a leading dimension of 1, for one sample",
+                    value,
+                    "Split it into one input per sample.",
+                )
+    return {name: _join(name, [item[name] for item in inputs]) for name in inputs[0]}
+
+
+def can_share_a_call(first: dict, other: dict) -> bool:
+    """Whether `collate` can join the two inputs."""
+    return _difference(first, other) is None
+
+
+def inputs_digest(inputs: list[dict]) -> str:
+    """SHA-256, in hexadecimal, over the names, values, shapes and dtypes of the inputs; functions count by name."""
+    digest = hashlib.sha256()
+    _update(digest, inputs)
+    return digest.hexdigest()
+
+
+def _check_suffix(file) -> Path:
+    path = Path(file)
+    if path.suffix not in SUFFIXES:
+        raise argument_error("file", f"end in {' or '.join(SUFFIXES)}", Said(str(path)), "Use one of these formats.")
+    return path
+
+
+def _read_lines(path):
+    inputs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        name, must = f"{path.name}, line {number}", "be a JSON string or a JSON object"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            got = Said(f"{line[:60]!r}: {error.msg} at column {error.colno}")
+            raise argument_error(name, must, got, 'Write a prompt in double quotes: "a cat".') from None
+        if not isinstance(value, (str, dict)):
+            raise argument_error(name, must, value, "Write a prompt or an object of arguments.")
+        inputs.append({"prompt": value} if isinstance(value, str) else value)
+    return inputs
+
+
+def _read_tensors(path):
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a file is no mapping)
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise argument_error("file", "be a safetensors file", Said(f"{path}: {error}"), "Write it again.") from None
+    sizes = {name: len(tensor) if tensor.ndim else None for name, tensor in tensors.items()}
+    if None in sizes.values() or len(set(sizes.values())) != 1:
+        raise argument_error(
+            "file",
+            "hold tensors that share a leading dimension over the samples",
+            Said(f"{sizes} in {path}"),
+            "Stack every argument over the same samples.",
+        )
+    others = {}
+    for name, text in metadata.items():
+        if name == "format":  # many writers of safetensors put "pt" there
+            continue
+        try:
+            others[name] = json.loads(text)
+        except json.JSONDecodeError:
+            raise argument_error(
+                f"{path.name}, metadata {name!r}", "be a JSON value", text, "Encode it with `json.dumps`."
+            ) from None
+    count = next(iter(sizes.values()))
+    return [{**{name: t[i : i + 1] for name, t in tensors.items()}, **others} for i in range(count)]
+
+
+def _to_json(name, value, alternative) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError as error:
+        remedy = f"Use {alternative} for what JSON can't say."
+        raise argument_error(name, "be made of JSON values", Said(str(error)), remedy, TypeError) from None
+
+
+def _is_stack(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0
+
+
+def _is_per_sample(name, value) -> bool:
+    return isinstance(value, Image) or (isinstance(value, str) and "prompt" in name)
+
+
+def _join(name, values):
+    if _is_stack(values[0]):
+        return torch.cat(values)
+    return values if _is_per_sample(name, values[0]) else values[0]
+
+
+def _difference(first: dict, other: dict) -> str | None:
+    """Name of an argument in which two inputs can't be joined, or None."""
+    for name in {**first, **other}:
+        if name not in first or name not in other or not _joinable(name, first[name], other[name]):
+            return name
+    return None
+
+
+def _joinable(name, a, b) -> bool:
+    if _is_stack(a) and _is_stack(b):
+        return (a.shape[1:], a.dtype, a.device) == (b.shape[1:], b.dtype, b.device)
+    if _is_per_sample(name, a) and _is_per_sample(name, b):
+        return True
+    if a is b:
+        return True
+    try:
+        return bool(a == b)
+    except (RuntimeError, ValueError):  # lists of tensors and arrays have no single truth value
+        return False
+
+
+def _update(digest, value: Any) -> None:
+    if isinstance(value, Image):
+        value = np.asarray(value)
+    if isinstance(value, dict):
+        head, parts = f"dict {len(value)}", [part for key in sorted(value) for part in (key, value[key])]
+    elif isinstance(value, (list, tuple)):
+        head, parts = f"list {len(value)}", value
+    elif isinstance(value, torch.Tensor):
+        raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        head, parts = f"tensor {value.dtype} {list(value.shape)} {hashlib.sha256(raw).hexdigest()}", ()
+    elif isinstance(value, np.ndarray):
+        head, parts = f"array {value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}", ()
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        head, parts = f"{type(value).__name__} {value!r}", ()
+    else:
+        head, parts = getattr(value, "__qualname__", type(value).__qualname__), ()
+    digest.update(f"{head}\n".encode())
+    for part in parts:
+        _update(digest, part)
+
+
+def check_inputs(inputs) -> list[dict]:
+    """The inputs as dicts of pipeline arguments.
+
+    Raises:
+        TypeError, ValueError: no list of prompts or dicts, or one with an argument that is not its own to choose.
+    """
+    must = "be a list of prompts, or of dicts of pipeline arguments"
+    if not isinstance(inputs, (list, tuple)):
+        raise argument_error("inputs", must, inputs, "Put it in a list.", TypeError)
+    if not inputs:
+        raise argument_error("inputs", must, inputs, "Pass at least one.")
+    for number, item in enumerate(inputs):
+        if not isinstance(item, (str, dict)):
+            raise argument_error(f"inputs[{number}]", "be a prompt or a dict", item, "Pass one of these.", TypeError)
+        for name in (n for n in _RESERVED if isinstance(item, dict) and n in item):
+            raise argument_error(f"inputs[{number}]", f"leave {name!r} out", item[name], _RESERVED[name])
+    return [{"prompt": item} if isinstance(item, str) else item for item in inputs]
+
+
+def batches_of(inputs: list[dict], batch_size: int) -> Iterator[list[int]]:
+    """Yields the numbers of neighbouring inputs that share a call of the pipeline, at most `batch_size` of them."""
+    batch: list[int] = []
+    for number, item in enumerate(inputs):
+        if batch and (len(batch) == batch_size or not can_share_a_call(inputs[batch[0]], item)):
+            yield batch
+            batch = []
+        batch.append(number)
+    yield batch

@@ -1,0 +1,418 @@
+"""`record`: writes what the transformer computes, for training; `Trajectories` reads it again.
+
+A trajectory folder holds
+
+- `manifest.json`: what was recorded and how;
+- `head.safetensors`: `weight` `[O, D]` and, if there is one, `bias` `[O]` of the output projection;
+- `sample-00000.safetensors`, one per input: `features` `[S, T, D]`, `scale` and `shift` `[S, D]` in the model's dtype,
+  `sigmas` `[S]` float32 and `token_index` `[T]` int64, over S executed steps and T kept tokens. Where the transformer
+  is called more than once a step, as for true classifier-free guidance, the further streams of calls are
+  `sample-00000-<stream>.safetensors`.
+"""
+
+import contextlib
+import json
+import operator
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from lesa.hook import Run, StepHook
+from lesa.inputs import batches_of, check_inputs, collate, inputs_digest
+from lesa.models import adapter_for
+from lesa.pipelines import quiet_progress
+from lesa_kernels import OutputHead
+from lesa_kernels._checks import Said, argument_error, check_int
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+HEAD = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What the transformer computed for one sample, step by step.
+
+    Args:
+        features: `[S, T, D]`, inputs of the output head at the S executed steps, in the model's dtype.
+        sigmas: `[S]` float32, the noise levels.
+        scale: `[S, D]`, of the head's modulation `(1 + scale) * LN(h) + shift`.
+        shift: `[S, D]`.
+        token_index: `[T]` int64, rising: which of the sample's tokens these are.
+    """
+
+    features: torch.Tensor
+    sigmas: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    token_index: torch.Tensor
+
+
+class Trajectories:
+    """A finished recording, read from its folder one trajectory at a time.
+
+    `len(trajectories)` counts them, `trajectories[i]` reads one, and iterating reads all in turn.
+
+    Args:
+        folder: where `lesa.record` wrote.
+
+    Attributes:
+        family: of the model, such as "flux".
+        feature_dim: D, the width of the features.
+        num_inference_steps: S, the executed steps of every trajectory.
+        head_weight: `[O, D]` of the output projection.
+        head_bias: `[O]`, or None.
+        head_eps: of the output head's layer norm.
+        manifest: the manifest as a dict.
+
+    Raises:
+        FileNotFoundError: no such folder, or no manifest in it.
+        ValueError: another format version, or an interrupted recording.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            remedy = "Check the path, or record trajectories with `lesa.record`."
+            raise argument_error("folder", "be a folder", Said(f"{folder}, which is none"), remedy, FileNotFoundError)
+        manifest = _read_manifest(self.folder)
+        if manifest is None:
+            raise argument_error(
+                "folder",
+                f"be a trajectory folder with a {MANIFEST}",
+                Said(f"{folder}, which has none"),
+                "Pass the `out_dir` of `lesa.record`.",
+                FileNotFoundError,
+            )
+        count = manifest["samples"]
+        finished = sum(_sample_file(self.folder, number).exists() for number in range(count))
+        if finished < count:
+            raise argument_error(
+                "folder",
+                "be a finished recording",
+                Said(f"{folder} with {finished} of {count} samples"),
+                "Run `lesa.record` again with the same arguments: it continues where it stopped.",
+            )
+        self.manifest = manifest
+        self.family: str = manifest["family"]
+        self.feature_dim: int = manifest["feature_dim"]
+        self.num_inference_steps: int = manifest["num_inference_steps"]
+        self.head_eps: float = manifest["head_eps"]
+        head = load_file(self.folder / HEAD)
+        self.head_weight, self.head_bias = head["weight"], head.get("bias")
+        self._files = _sample_files(self.folder)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Trajectory:
+        return Trajectory(**load_file(self._files[operator.index(index)]))
+
+    def __repr__(self) -> str:
+        return (
+            f"Trajectories({str(self.folder)!r}: {len(self)} of {self.family}, {self.num_inference_steps} steps, "
+            f"width {self.feature_dim})"
+        )
+
+
+def record(
+    pipe,
+    inputs: list[str] | list[dict],
+    out_dir: str | os.PathLike,
+    num_inference_steps: int = 50,
+    tokens_per_sample: int | None = None,
+    seed: int = 0,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> Trajectories:
+    """Runs `pipe` on `inputs` and writes the features, noise levels and head conditioning of every step.
+
+    Called again after an interruption, it keeps the samples that are there and records the others. Sample i is drawn
+    with `torch.Generator("cpu").manual_seed(seed + i)`, whatever its batch.
+
+    Args:
+        pipe: a diffusers pipeline of a supported family.
+        inputs: prompts, or dicts of pipeline arguments whose tensors have a leading dimension of 1.
+        out_dir: folder to write to; made if missing.
+        num_inference_steps: passed to the pipeline.
+        tokens_per_sample: how many image tokens of each sample to keep, a random subset that is fixed along the
+            trajectory and drawn with `seed + i`. Predictor and head work token by token, so a subset is enough for
+            training and saves disk. None: all.
+        seed: of the first sample.
+        batch_size: how many samples share a call of the pipeline. Inputs that can't, such as two sizes of images, never
+            do.
+        progress: whether to show a progress bar over the samples.
+
+    Returns:
+        The recording.
+
+    Raises:
+        TypeError: `pipe` is of no supported family, or an argument has another type.
+        ValueError: an argument is out of range, an input carries an argument that is not its own to choose, or
+            `out_dir` holds something else than the beginning of this recording; the message names what differs.
+        RuntimeError: features are not finite, a step was missed, or a cache is on for the transformer.
+    """
+    inputs = check_inputs(inputs)
+    check_int("batch_size", batch_size)
+    if tokens_per_sample is not None:
+        check_int("tokens_per_sample", tokens_per_sample)
+    adapter = adapter_for(pipe)
+    planned = {
+        "format_version": FORMAT_VERSION,
+        "family": adapter.family,
+        "pipeline": type(pipe).__name__,
+        "feature_dim": adapter.feature_dim,
+        "requested_num_inference_steps": check_int("num_inference_steps", num_inference_steps),
+        "seed": check_int("seed", seed, minimum=0),
+        "tokens_per_sample": tokens_per_sample,
+        "samples": len(inputs),
+        "inputs_digest": inputs_digest(inputs),
+    }
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    recorded = _read_manifest(folder)
+    if recorded is not None:
+        _check_same(folder, recorded, planned)
+    elif _sample_files(folder):
+        got = Said(f"{folder} with samples and no {MANIFEST}")
+        raise argument_error("out_dir", "be empty or hold a recording", got, "Record into another folder.")
+
+    missing = {number for number in range(len(inputs)) if not _sample_file(folder, number).exists()}
+    if not missing:
+        return Trajectories(folder)
+    hook = _RecordingHook(pipe, adapter, tokens_per_sample, seed)
+    hook.install()
+    try:
+        finished = len(inputs) - len(missing)
+        bar = tqdm(total=len(inputs), initial=finished, desc="record", unit="sample", disable=not progress)
+        with quiet_progress(pipe), bar:
+            for numbers in batches_of(inputs, batch_size):
+                if missing.isdisjoint(numbers):
+                    continue
+                hook.begin(numbers)
+                pipe(
+                    **collate([inputs[number] for number in numbers]),
+                    generator=[torch.Generator("cpu").manual_seed(seed + number) for number in numbers],
+                    num_inference_steps=num_inference_steps,
+                    output_type="latent",
+                )
+                hook.check_complete()
+                _begin(folder, {**planned, **hook.facts()}, hook.head)
+                for position, number in enumerate(numbers):
+                    if number in missing:
+                        _save_sample(folder, number, hook.trajectories_of(position))
+                        bar.update()
+    finally:
+        hook.uninstall()
+    return Trajectories(folder)
+
+
+@dataclass
+class _Stream:
+    """What one stream of calls leaves of a batch, on the CPU."""
+
+    features: torch.Tensor  # [B, S, T, D]
+    scale: torch.Tensor  # [B, S, D]
+    shift: torch.Tensor  # [B, S, D]
+    token_index: torch.Tensor  # [B, T]
+    steps: set[int] = field(default_factory=set)
+
+
+class _RecordingHook(StepHook):
+    """Computes every call and keeps what enters the output head."""
+
+    def __init__(self, pipe, adapter, tokens_per_sample, seed):
+        super().__init__(pipe, adapter)
+        self.tokens_per_sample, self.seed = tokens_per_sample, seed
+
+    def begin(self, numbers: list[int]) -> None:
+        """Prepares for a call of the pipeline on the samples `numbers`."""
+        self.numbers = numbers
+        self.sigmas: list[float] = []
+        self.streams: dict[str, _Stream] = {}
+        self.head: OutputHead | None = None
+
+    def on_run(self, run: Run) -> None:
+        self.sigmas = run.executed_sigmas
+        self.streams = {}
+
+    def on_call(self, step, stream, sigma, call, compute):
+        return compute(lambda features, conditioning: self._keep(step, stream, features, conditioning))
+
+    def check_complete(self) -> None:
+        """Raises `RuntimeError` unless every stream has every step."""
+        seen = {name: len(stream.steps) for name, stream in self.streams.items()} or {"any": 0}
+        for name, count in seen.items():
+            if count != len(self.sigmas) or count == 0:
+                raise argument_error(
+                    "pipe",
+                    "call its transformer once for each of its scheduler's steps",
+                    Said(f"{count} of {len(self.sigmas)} steps in the stream {name!r}"),
+                    "Use a scheduler with one call per step, and don't interrupt the pipeline from a callback.",
+                    RuntimeError,
+                )
+
+    def facts(self) -> dict:
+        """The part of the manifest that only running tells."""
+        stream = next(iter(self.streams.values()))
+        return {
+            "num_inference_steps": len(self.sigmas),
+            "dtype": str(stream.features.dtype).removeprefix("torch."),
+            "head_eps": self.head.eps,
+        }
+
+    def trajectories_of(self, position: int) -> dict[str, dict]:
+        """By stream, the tensors to write for one sample of the batch."""
+        sigmas = torch.tensor(self.sigmas, dtype=torch.float32)
+        return {
+            name: {
+                "features": stream.features[position],
+                "sigmas": sigmas,
+                "scale": stream.scale[position],
+                "shift": stream.shift[position],
+                "token_index": stream.token_index[position],
+            }
+            for name, stream in self.streams.items()
+        }
+
+    def _keep(self, step, name, features, conditioning) -> None:
+        bad = (~features.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+        self.head = head = self.adapter.output_head(conditioning)
+        stream = self.streams.get(name)
+        if stream is None:
+            stream = self.streams[name] = self._new_stream(features, head)
+        if bad:
+            raise argument_error(
+                "features",
+                "be finite",
+                Said(f"NaN or Inf in sample {self.numbers[bad[0]]} at step {step}"),
+                "Record in bfloat16 or float32, and check the sample's input.",
+                RuntimeError,
+            )
+        if self.tokens_per_sample is not None:
+            index = stream.token_index.to(features.device)[:, :, None].expand(-1, -1, features.shape[2])
+            features = features.gather(1, index)
+        stream.features[:, step] = features
+        stream.scale[:, step] = head.scale
+        stream.shift[:, step] = head.shift
+        stream.steps.add(step)
+
+    def _new_stream(self, features, head) -> _Stream:
+        batch, tokens, width = features.shape
+        steps = len(self.sigmas)
+        if batch != len(self.numbers):
+            raise argument_error(
+                "inputs",
+                "make one sample each",
+                Said(f"features of {batch} samples from {len(self.numbers)} inputs"),
+                "Pass one prompt, and tensors with a leading dimension of 1, per input.",
+            )
+        kept = tokens if self.tokens_per_sample is None else self.tokens_per_sample
+        if kept > tokens:
+            raise argument_error(
+                "tokens_per_sample",
+                f"be at most the {tokens} image tokens of sample {self.numbers[0]}",
+                kept,
+                "Choose fewer, or None for all.",
+            )
+        return _Stream(
+            torch.empty(batch, steps, kept, width, dtype=features.dtype),
+            torch.empty(batch, steps, width, dtype=head.scale.dtype),
+            torch.empty(batch, steps, width, dtype=head.shift.dtype),
+            torch.stack([_choose_tokens(tokens, kept, self.seed + number) for number in self.numbers]),
+        )
+
+
+def _choose_tokens(tokens: int, kept: int, seed: int) -> torch.Tensor:
+    if kept == tokens:
+        return torch.arange(tokens)
+    return torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:kept].sort().values
+
+
+def _sample_file(folder: Path, number: int) -> Path:
+    return folder / f"sample-{number:05d}.safetensors"
+
+
+def _sample_files(folder: Path) -> list[Path]:
+    """Every trajectory: by sample, the first stream before the others."""
+    return sorted(folder.glob("sample-*.safetensors"), key=lambda path: path.stem)
+
+
+def _save_sample(folder: Path, number: int, streams: dict[str, dict]) -> None:
+    """Writes the streams of one sample; the first one last, for its file says that the sample is complete."""
+    first, *others = streams
+    path = _sample_file(folder, number)
+    for name in others:
+        _write_tensors(path.with_stem(f"{path.stem}-{name}"), streams[name])
+    _write_tensors(path, streams[first])
+
+
+def _begin(folder: Path, manifest: dict, head: OutputHead) -> None:
+    """Writes head and manifest, or checks that those of the recording's beginning are the same."""
+    tensors = {"weight": head.weight, "bias": head.bias}
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items() if tensor is not None}
+    recorded = _read_manifest(folder)
+    if recorded is None:
+        _write_tensors(folder / HEAD, tensors)
+        with _complete_file(folder / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+        return
+    _check_same(folder, recorded, manifest)
+    known = load_file(folder / HEAD)
+    if known.keys() != tensors.keys() or not all(torch.equal(known[name], tensors[name]) for name in known):
+        raise argument_error(
+            "pipe",
+            f"be the one that the recording in {folder} was begun with",
+            Said("an output projection with other weights"),
+            "Load that model, or record into another folder.",
+        )
+
+
+def _read_manifest(folder: Path) -> dict | None:
+    """The manifest of a trajectory folder, or None; raises `ValueError` if it is of another version."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["format_version"]
+    except (ValueError, TypeError, KeyError):
+        got = Said(f"{path}, which is no manifest of a recording")
+        raise argument_error("folder", "be a trajectory folder", got, "Choose another folder.") from None
+    if version != FORMAT_VERSION:
+        raise argument_error(
+            f"format_version in {path}",
+            f"be {FORMAT_VERSION}",
+            version,
+            "Record again with this version of lesa, or read it with the one that wrote it.",
+        )
+    return manifest
+
+
+def _check_same(folder: Path, recorded: dict, manifest: dict) -> None:
+    for name, value in manifest.items():
+        if recorded.get(name) != value:
+            raise argument_error(
+                name,
+                f"be {recorded.get(name)!r}, as in the recording that {folder} holds",
+                value,
+                "Continue with the same arguments and model, or record into another folder.",
+            )
+
+
+def _write_tensors(path: Path, tensors: dict) -> None:
+    with _complete_file(path) as temporary:
+        save_file(tensors, temporary)
+
+
+@contextlib.contextmanager
+def _complete_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary name to write to; the file gets its own name only when it is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    yield temporary
+    os.replace(temporary, path)

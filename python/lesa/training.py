@@ -1,0 +1,419 @@
+"""`train`: fits a predictor to recorded trajectories.
+
+Two stages. Guided: the history is true; a newton predictor sees random schedules, a dense one the step before. Closed
+loop: as at inference; a newton predictor trains on the schedule itself, a dense one on a history that holds its own
+forecasts. The head-aware loss compares what the frozen output head makes of a forecast with what it makes of the truth.
+"""
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from lesa.recording import Trajectories
+from lesa.schedule import Schedule, ScheduleLike, as_schedule
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+from lesa_kernels._checks import Said, argument_error, check_float, check_int
+
+CHECKPOINT_NAME = "checkpoint.pt"
+LOSSES_NAME = "losses.json"
+CURVE_NAME = "losses.png"
+
+FEATURE_WEIGHT = 0.3  # of the features' error in the head-aware loss, beside velocities and displacement at 1
+WEIGHT_DECAY = 1e-4
+GRADIENT_CLIP = 1.0
+DEFAULT_COMPUTED_STEPS = 9
+
+
+class _Batch:
+    """Some trajectories of equal noise levels, their tokens side by side.
+
+    Attributes:
+        features: `[S, N, D]`, N tokens of all trajectories.
+        velocities: `[S, N, O]`, the head's output for them.
+        sigmas: `[S]`.
+        widths: `[S]`, how far each step goes down in sigma.
+    """
+
+    def __init__(self, trajectories, head, generator, tokens, device):
+        def chosen(trajectory):
+            total = trajectory.features.shape[1]
+            if tokens is None or tokens >= total:
+                return slice(None)
+            return torch.randperm(total, generator=generator)[:tokens]
+
+        parts = [(t, t.features[:, chosen(t)].to(device, torch.float32)) for t in trajectories]
+        self.sigmas = trajectories[0].sigmas.to(device)
+        self.widths = -torch.diff(self.sigmas, append=self.sigmas.new_zeros(1))
+        self.features = torch.cat([features for _, features in parts], 1)
+
+        def modulation(name):
+            spread = [getattr(t, name)[:, None].float().expand(-1, f.shape[1], -1) for t, f in parts]
+            return torch.cat(spread, 1).to(device)
+
+        self.head = head
+        self.scale, self.shift = modulation("scale"), modulation("shift")
+        self.velocities = self.velocity(self.features, slice(None))
+
+    def velocity(self, features, steps):
+        """The head's output `[P, N, O]` for features `[P, N, D]` of these steps."""
+        normed = F.layer_norm(features, features.shape[-1:], eps=self.head.eps)
+        modulated = normed * (1 + self.scale[steps]) + self.shift[steps]
+        return F.linear(modulated, self.head.weight, self.head.bias)
+
+
+class _Plan:
+    """For one schedule: which steps are predicted, from which history.
+
+    Attributes:
+        steps: the predicted steps, `[P]`.
+        history: `[P, K]` steps that the ring holds, newest first, the oldest repeated where there are fewer.
+        count: `[P]`, how many of them are there.
+        gaps: `[P]`, number of the gap between computed steps that each predicted step is in.
+    """
+
+    def __init__(self, computed, total, length, every_step=False):
+        self.computed = sorted(computed)
+        self.steps = [i for i in range(1, total) if i not in set(computed)]
+        history = [[j for j in range(i - 1, -1, -1) if every_step or j in computed][:length] for i in self.steps]
+        self.count = torch.tensor([len(h) for h in history], dtype=torch.int32)
+        self.history = torch.tensor([h + [h[-1]] * (length - len(h)) for h in history])
+        self.gaps = torch.tensor([sum(c < i for c in self.computed) - 1 for i in self.steps])
+
+
+def _predict(predictor, batch, plan):
+    """Forecasts `[P, N, D]` for the steps of the plan from true history: a ring with one row per step."""
+    features, sigmas = batch.features, batch.sigmas
+    history = plan.history.T.flip(0)  # oldest first, as in a full ring that begins at slot 0
+    cursor = torch.zeros_like(plan.count)
+    return predictor.forecast(features[history], sigmas[history], cursor, plan.count, sigmas[plan.steps])
+
+
+def _roll_out(predictor, batch, plan):
+    """Forecasts `[P, N, D]` one after the other, each from a history that holds the ones before it."""
+    features, sigmas = batch.features, batch.sigmas
+    length = predictor.config.max_history
+    seen, forecasts = [features[:1]], []
+    cursor, predicted = torch.zeros(1, dtype=torch.int32, device=features.device), set(plan.steps)
+    for step in range(1, len(features)):
+        if step in predicted:
+            count = min(step, length)
+            newest = [seen[max(step - k, 0)] for k in range(length, 0, -1)]
+            at = torch.arange(step - length, step).clamp(min=0)
+            n = torch.full_like(cursor, count)
+            seen.append(
+                predictor.forecast(torch.stack(newest), sigmas[at][:, None], cursor, n, sigmas[step : step + 1])
+            )
+            forecasts.append(seen[-1])
+        else:
+            seen.append(features[step : step + 1])
+    return torch.cat(forecasts)
+
+
+def _feature_loss(batch, plan, forecast):
+    """L1 of the features, relative to their size: the LESA paper's loss."""
+    truth = batch.features[plan.steps]
+    return (forecast - truth).abs().mean() / truth.abs().mean()
+
+
+def _head_aware_loss(batch, plan, forecast):
+    """Relative L1 of the features, of the velocities, and of the displacement they add up to over each gap.
+
+    The displacement is what a gap's forecasts do to the sample: errors that cancel within it cost nothing at its end.
+    """
+    velocity = batch.velocities[plan.steps]
+    error = batch.velocity(forecast, plan.steps) - velocity
+    widths = batch.widths[plan.steps][:, None, None]
+
+    def displacement(velocities):
+        gaps = velocities.new_zeros(int(plan.gaps.max()) + 1, *velocities.shape[1:])
+        return gaps.index_add(0, plan.gaps, velocities * widths)
+
+    velocity_loss = error.abs().mean() / velocity.abs().mean()
+    displacement_loss = displacement(error).abs().mean() / displacement(velocity).abs().mean()
+    return FEATURE_WEIGHT * _feature_loss(batch, plan, forecast) + velocity_loss + displacement_loss
+
+
+def _random_schedule(total, num_computed, generator):
+    """A schedule with about `num_computed` steps whose gaps are random."""
+    mean_gap = max(2.0, total / num_computed)
+    steps = [0]
+    while True:
+        gap = 1 + int(torch.empty(1).uniform_(0, 2 * mean_gap - 1, generator=generator))
+        if steps[-1] + gap >= total:
+            return steps
+        steps.append(steps[-1] + gap)
+
+
+def train(
+    trajectories: Trajectories | str | os.PathLike,
+    config: PredictorConfig | None = None,
+    schedule: ScheduleLike | None = None,
+    *,
+    out_dir: str | os.PathLike | None = None,
+    guided_epochs: int | None = None,
+    epochs: int = 60,
+    batch_size: int = 16,
+    tokens_per_batch: int | None = 32,
+    learning_rate: float | None = None,
+    head_aware: bool | None = None,
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> FusedKANPredictor:
+    """Trains a predictor on recorded trajectories.
+
+    Args:
+        trajectories: what `lesa.record` made, or its folder.
+        config: of the predictor. Default: newton, four anchors, rank 32, three stages, for the trajectories' model.
+        schedule: the computed steps to train for: a `lesa.Schedule`, a list of steps or an interval. Default: that of
+            `config`, else 9 spread steps.
+        out_dir: folder for the predictor, `losses.json` and the picture `losses.png`. A training that was stopped is
+            resumed from the checkpoint there. None: nothing is written.
+        guided_epochs: passes over the trajectories in the first stage. Default: a third of `epochs` for dense, a sixth
+            for newton, whose second stage has a true history too.
+        epochs: passes in the second stage.
+        batch_size: trajectories per step of the optimiser.
+        tokens_per_batch: random tokens taken of each trajectory per step, since predictor and head are token-wise; None
+            for all.
+        learning_rate: of AdamW, falling to zero along a cosine. Default: 3e-3 for newton, 1e-3 for dense.
+        head_aware: whether the loss looks at what the output head makes of the features, or at the features alone, as
+            the paper's does. Default: True for newton, False for dense.
+        validation_fraction: share of the trajectories that is kept for validation, at least one of two or more.
+        seed: of initialisation, order, tokens and random schedules.
+        device: where to train.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The predictor of the last epoch, on the CPU, its config saying what it was trained on.
+
+    Raises:
+        ValueError: `config` does not fit the trajectories, the schedule does not fit their steps, or `out_dir` holds
+            something else than an unfinished training with these arguments; the message names the field.
+
+    Source: LESA, arXiv 2602.20497, for the two stages; the loss and the newton mixer's training are this project's.
+    """
+    if not isinstance(trajectories, Trajectories):
+        trajectories = Trajectories(trajectories)
+    epochs = check_int("epochs", epochs)
+    run = _Training(trajectories, _complete_config(trajectories, config, schedule), out_dir, device, seed)
+    newton = run.config.history == "anchors"
+    if guided_epochs is None:
+        guided_epochs = epochs // 6 if newton else epochs // 3
+    run.fit(
+        guided_epochs=check_int("guided_epochs", guided_epochs, minimum=0),
+        epochs=epochs,
+        batch_size=check_int("batch_size", batch_size),
+        tokens=None if tokens_per_batch is None else check_int("tokens_per_batch", tokens_per_batch),
+        learning_rate=check_float("learning_rate", learning_rate or (3e-3 if newton else 1e-3), minimum=0.0),
+        head_aware=newton if head_aware is None else bool(head_aware),
+        validation_fraction=check_float("validation_fraction", validation_fraction, 0.0, 0.9),
+        progress=progress,
+    )
+    return run.predictor.cpu().eval()
+
+
+def _complete_config(trajectories, config, schedule) -> PredictorConfig:
+    """The predictor's config with what the trajectories and the schedule say, both checked against it."""
+    total, width, family = trajectories.num_inference_steps, trajectories.feature_dim, trajectories.family
+    if config is None:
+        config = PredictorConfig(width)
+    for field, wanted in (("feature_dim", width), ("family", family)):
+        given = getattr(config, field)
+        if given not in (None, wanted):
+            raise argument_error(
+                f"config.{field}", f"be that of the trajectories, {wanted!r}", given, "Record or configure another."
+            )
+    if schedule is None:
+        schedule = config.schedule or Schedule.spread(min(DEFAULT_COMPUTED_STEPS, total), total)
+    schedule = as_schedule(schedule, total)
+    if schedule.steps[-1] >= total or schedule.num_inference_steps not in (None, total):
+        raise argument_error(
+            "schedule",
+            f"be made for the {total} steps of the trajectories",
+            schedule,
+            "Choose steps below that, or record with as many steps as the schedule has.",
+        )
+    if len(schedule) == total:
+        raise argument_error("schedule", "leave steps to predict", schedule, "Compute fewer steps.")
+    sigmas = trajectories[0].sigmas.tolist()
+    return replace(
+        config,
+        family=family,
+        num_inference_steps=total,
+        schedule=schedule.steps,
+        schedule_sigmas=tuple(sigmas[s] for s in schedule.steps),
+    )
+
+
+class _Training:
+    """One training run, and its checkpoint."""
+
+    def __init__(self, trajectories, config, out_dir, device, seed):
+        self.trajectories, self.config, self.device, self.seed = trajectories, config, torch.device(device), seed
+        self.out_dir = None if out_dir is None else Path(out_dir)
+        torch_state = torch.random.get_rng_state()
+        torch.manual_seed(check_int("seed", seed, minimum=0))
+        self.predictor = FusedKANPredictor(config).to(self.device)
+        torch.random.set_rng_state(torch_state)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.losses = {"training": [], "validation": []}
+        self.loss = _head_aware_loss
+        self.head = _Head(trajectories, self.device)
+        total = config.num_inference_steps
+        self.closed = _Plan(config.schedule, total, config.max_history, config.history == "steps")
+
+    def fit(self, guided_epochs, epochs, batch_size, tokens, learning_rate, head_aware, validation_fraction, progress):
+        count = len(self.trajectories)
+        self.loss = _head_aware_loss if head_aware else _feature_loss
+        settings = {
+            "config": self.config.to_dict(),
+            "trajectories": count,
+            "guided_epochs": guided_epochs,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "tokens_per_batch": tokens,
+            "learning_rate": learning_rate,
+            "head_aware": head_aware,
+            "validation_fraction": validation_fraction,
+            "seed": self.seed,
+        }
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        held_out = min(count - 1, max(1, round(validation_fraction * count))) if validation_fraction else 0
+        validation, training = order[:held_out], order[held_out:]
+        optimizer = torch.optim.AdamW(self.predictor.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
+        batches = math.ceil(len(training) / batch_size)
+        total = guided_epochs + epochs
+        first = self._resume(settings, optimizer)
+        bar = tqdm(range(first, total), initial=first, total=total, desc="train", disable=not progress, unit="epoch")
+        for epoch in bar:
+            shuffled = [training[i] for i in torch.randperm(len(training), generator=self.generator).tolist()]
+            losses = []
+            for number in range(batches):
+                done = (epoch * batches + number) / (total * batches)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+                chosen = shuffled[number * batch_size : (number + 1) * batch_size]
+                loss = self._batch_loss(chosen, tokens, epoch < guided_epochs)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.predictor.parameters(), GRADIENT_CLIP)
+                optimizer.step()
+                losses.append(loss.item())
+            self.losses["training"].append(sum(losses) / len(losses))
+            if validation:
+                with torch.no_grad():
+                    self.losses["validation"].append(self._batch_loss(validation, tokens, guided=False).item())
+                bar.set_postfix(validation=f"{self.losses['validation'][-1]:.4f}")
+            self._save_checkpoint(settings, optimizer, epoch + 1)
+        self._finish(guided_epochs)
+
+    def _batch_loss(self, numbers, tokens, guided) -> torch.Tensor:
+        """Mean loss over these trajectories; those of equal noise levels share one pass."""
+        groups = {}
+        for trajectory in (self.trajectories[i] for i in numbers):
+            groups.setdefault(tuple(trajectory.sigmas.tolist()), []).append(trajectory)
+        loss = 0.0
+        for group in groups.values():
+            batch = _Batch(group, self.head, self.generator, tokens, self.device)
+            loss = loss + len(group) / len(numbers) * self._loss(batch, guided)
+        return loss
+
+    def _loss(self, batch, guided) -> torch.Tensor:
+        config = self.config
+        plan = self.closed
+        if config.history == "anchors":
+            if guided:
+                random = _random_schedule(config.num_inference_steps, len(config.schedule), self.generator)
+                plan = _Plan(random, config.num_inference_steps, config.max_history)
+            forecast = _predict(self.predictor, batch, plan)
+        else:
+            if guided:
+                plan = _Plan([0], config.num_inference_steps, config.max_history, every_step=True)
+            forecast = (_predict if guided else _roll_out)(self.predictor, batch, plan)
+        return self.loss(batch, plan, forecast)
+
+    def _resume(self, settings, optimizer) -> int:
+        """Loads the checkpoint if there is one; returns the epoch to go on with."""
+        if self.out_dir is None:
+            return 0
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        file = self.out_dir / CHECKPOINT_NAME
+        if not file.exists():
+            if any(self.out_dir.iterdir()):
+                raise argument_error(
+                    "out_dir",
+                    "be empty or hold an unfinished training",
+                    Said(f"files in {self.out_dir}"),
+                    "Choose another.",
+                )
+            return 0
+        checkpoint = torch.load(file, map_location=self.device, weights_only=True)
+        for name, value in settings.items():
+            if checkpoint["settings"].get(name) != value:
+                raise argument_error(
+                    name,
+                    f"be what the unfinished training in {self.out_dir} has, {checkpoint['settings'].get(name)!r}",
+                    value,
+                    "Go on with the same arguments, or choose another `out_dir`.",
+                )
+        self.predictor.load_state_dict(checkpoint["predictor"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        self.generator.set_state(checkpoint["generator"].cpu())
+        self.losses = checkpoint["losses"]
+        return checkpoint["epoch"]
+
+    def _save_checkpoint(self, settings, optimizer, epoch) -> None:
+        if self.out_dir is None:
+            return
+        new = self.out_dir / (CHECKPOINT_NAME + ".new")
+        checkpoint = {
+            "settings": settings,
+            "predictor": self.predictor.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "losses": self.losses,
+            "epoch": epoch,
+        }
+        torch.save(checkpoint, new)
+        new.replace(self.out_dir / CHECKPOINT_NAME)
+
+    def _finish(self, guided_epochs) -> None:
+        """Writes the predictor, its losses and their curve; the checkpoint has served."""
+        if self.out_dir is None:
+            return
+        self.predictor.save_pretrained(self.out_dir)
+        (self.out_dir / LOSSES_NAME).write_text(json.dumps({"guided_epochs": guided_epochs, **self.losses}) + "\n")
+        _plot_losses(self.losses, guided_epochs, self.out_dir / CURVE_NAME)
+        (self.out_dir / CHECKPOINT_NAME).unlink()
+
+
+class _Head:
+    """The output projection that was recorded with the trajectories."""
+
+    def __init__(self, trajectories, device):
+        self.eps = trajectories.head_eps
+        self.weight = trajectories.head_weight.to(device, torch.float32)
+        bias = trajectories.head_bias
+        self.bias = None if bias is None else bias.to(device, torch.float32)
+
+
+def _plot_losses(losses, guided_epochs, file) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, values in losses.items():
+        axes.plot(range(1, len(values) + 1), values, label=name)
+    if guided_epochs:
+        axes.axvline(guided_epochs + 0.5, color="grey", linestyle=":", label="closed loop begins")
+    axes.set(xlabel="epoch", ylabel="loss", yscale="log", title="Training of the predictor")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=120)

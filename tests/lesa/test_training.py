@@ -1,0 +1,225 @@
+"""`lesa.train` on a small linear world whose trajectories are polynomials in sigma, and on recorded digits."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lesa
+from lesa import training
+from lesa.recording import FORMAT_VERSION, HEAD, MANIFEST
+from lesa.schedule import Schedule
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+
+STEPS, TOKENS, WIDTH, OUT = 12, 6, 8, 3
+
+
+def write_trajectories(folder, samples=6, curvature=1.0, shifts=(1.0,), seed=0):
+    """Trajectories in sigma of degree 3 around a line; `shifts` bends the noise levels of every n-th sample."""
+    generator = torch.Generator().manual_seed(seed)
+    folder.mkdir()
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    world = torch.Generator().manual_seed(100)  # the same model, whatever the samples
+    basis, weight = torch.randn(4, 1, WIDTH, generator=world), torch.randn(OUT, WIDTH, generator=world)
+    save_file({"weight": weight, "bias": normal(OUT)}, folder / HEAD)
+    for number in range(samples):
+        shift = shifts[number % len(shifts)]
+        sigmas = torch.linspace(1, 1 / STEPS, STEPS)
+        sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+        mix = normal(4, TOKENS, 1) * torch.tensor([1.0, 1.0, curvature, curvature])[:, None, None]
+        powers = torch.stack([sigmas**p for p in range(4)])
+        features = torch.einsum("ps,ptd->std", powers, mix * basis)
+        save_file(
+            {
+                "features": features,
+                "sigmas": sigmas,
+                "scale": 0.1 * normal(STEPS, WIDTH),
+                "shift": 0.1 * normal(STEPS, WIDTH),
+                "token_index": torch.arange(TOKENS),
+            },
+            folder / f"sample-{number:05d}.safetensors",
+        )
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "family": "flux",
+        "feature_dim": WIDTH,
+        "num_inference_steps": STEPS,
+        "samples": samples,
+        "head_eps": 1e-6,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return lesa.Trajectories(folder)
+
+
+@pytest.fixture
+def trajectories(tmp_path):
+    return write_trajectories(tmp_path / "trajectories")
+
+
+QUICK = {"epochs": 4, "batch_size": 2, "progress": False}
+
+
+def closed_loop_loss(predictor, trajectories):
+    """The loss over all trajectories on the predictor's own schedule."""
+    run = training._Training(trajectories, predictor.config, None, "cpu", 0)
+    run.predictor = predictor
+    with torch.no_grad():
+        return run._batch_loss(range(len(trajectories)), None, guided=False).item()
+
+
+@pytest.mark.parametrize("mixer", ["newton", "dense"])
+def test_training_lowers_the_error_on_trajectories_it_has_not_seen(tmp_path, mixer):
+    trajectories = write_trajectories(tmp_path / "train", samples=12)
+    unseen = write_trajectories(tmp_path / "unseen", seed=1)
+    config = PredictorConfig(WIDTH, mixer=mixer, hidden=16, rank=4 if mixer == "newton" else 0)
+    arguments = {"epochs": 20, "batch_size": 4, "learning_rate": 1e-2, "head_aware": True, "progress": False}
+    trained = lesa.train(trajectories, config, [0, 2, 5, 8], **arguments)
+    untrained = FusedKANPredictor(trained.config)
+    assert closed_loop_loss(trained, unseen) < 0.8 * closed_loop_loss(untrained, unseen)
+
+
+def test_the_config_says_what_it_was_trained_on(trajectories):
+    predictor = lesa.train(trajectories, schedule=[0, 2, 5, 8], **QUICK)
+    config = predictor.config
+    assert (config.family, config.feature_dim, config.mixer, config.rank) == ("flux", WIDTH, "newton", 32)
+    assert (config.num_inference_steps, config.schedule) == (STEPS, (0, 2, 5, 8))
+    assert config.schedule_sigmas == tuple(trajectories[0].sigmas[[0, 2, 5, 8]].tolist())
+    assert not predictor.training
+    assert all(torch.isfinite(p).all() for p in predictor.parameters())
+
+
+def test_the_default_schedule_is_nine_spread_steps(trajectories):
+    predictor = lesa.train(trajectories, **QUICK)
+    assert predictor.config.schedule == Schedule.spread(9, STEPS).steps
+
+
+def test_equal_seeds_give_equal_bits_and_leave_the_global_generator_alone(trajectories):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first = lesa.train(trajectories, schedule=4, seed=3, **QUICK)
+    assert torch.equal(torch.rand(1), expected)
+    second = lesa.train(trajectories, schedule=4, seed=3, **QUICK)
+    other = lesa.train(trajectories, schedule=4, seed=4, **QUICK)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    assert not torch.equal(first.in_weight, other.in_weight)
+
+
+@pytest.mark.parametrize("mixer", ["newton", "dense"])
+def test_a_stopped_training_goes_on_to_the_same_bits(trajectories, tmp_path, monkeypatch, mixer):
+    config = PredictorConfig(WIDTH, mixer=mixer, hidden=8)
+    arguments = {"config": config, "schedule": [0, 2, 5, 8], **QUICK}
+    whole = lesa.train(trajectories, out_dir=tmp_path / "whole", **arguments)
+
+    save = training._Training._save_checkpoint
+
+    def save_and_stop(self, settings, optimizer, epoch):
+        save(self, settings, optimizer, epoch)
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Training, "_save_checkpoint", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            lesa.train(trajectories, out_dir=tmp_path / "stopped", **arguments)
+    assert (tmp_path / "stopped" / training.CHECKPOINT_NAME).exists()
+    resumed = lesa.train(trajectories, out_dir=tmp_path / "stopped", **arguments)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
+    losses = [json.loads((tmp_path / name / training.LOSSES_NAME).read_text()) for name in ("whole", "stopped")]
+    assert losses[0] == losses[1]
+
+
+def test_out_dir_gets_the_predictor_the_losses_and_their_picture(trajectories, tmp_path):
+    out = tmp_path / "out"
+    predictor = lesa.train(trajectories, schedule=4, out_dir=out, guided_epochs=2, **QUICK)
+    loaded = FusedKANPredictor.from_pretrained(out)
+    assert loaded.config == predictor.config
+    assert all(torch.equal(a, b) for a, b in zip(predictor.parameters(), loaded.parameters()))
+    losses = json.loads((out / training.LOSSES_NAME).read_text())
+    assert len(losses["training"]) == len(losses["validation"]) == 6
+    assert (out / training.CURVE_NAME).read_bytes().startswith(b"\x89PNG")
+    assert not (out / training.CHECKPOINT_NAME).exists()
+
+
+def test_a_finished_predictor_is_not_overwritten(trajectories, tmp_path):
+    lesa.train(trajectories, schedule=4, out_dir=tmp_path / "out", **QUICK)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="`out_dir` must be empty or hold an unfinished training"):
+        lesa.train(trajectories, schedule=4, out_dir=tmp_path / "out", seed=1, **QUICK)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_going_on_with_other_arguments_names_the_argument(trajectories, tmp_path, monkeypatch):
+    def stop(self, guided_epochs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Training, "_finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            lesa.train(trajectories, schedule=4, out_dir=tmp_path / "out", **QUICK)
+    with pytest.raises(ValueError, match="`learning_rate` must be what the unfinished training"):
+        lesa.train(trajectories, schedule=4, out_dir=tmp_path / "out", learning_rate=1e-2, **QUICK)
+
+
+def test_trajectories_of_different_noise_levels_train_together(tmp_path):
+    mixed = write_trajectories(tmp_path / "mixed", samples=4, shifts=(1.0, 3.0))
+    config = PredictorConfig(WIDTH, hidden=8, rank=0)
+    run = training._Training(mixed, training._complete_config(mixed, config, [0, 2, 5, 8]), None, "cpu", 0)
+    together = run._batch_loss([0, 1, 2, 3], None, guided=False)
+    apart = sum(run._batch_loss([i, i + 2], None, guided=False) for i in (0, 1)) / 2
+    assert torch.allclose(together, apart, rtol=1e-5)
+
+
+def test_the_loss_of_the_true_features_is_zero(trajectories):
+    run = training._Training(trajectories, training._complete_config(trajectories, None, [0, 4]), None, "cpu", 0)
+    batch = training._Batch([trajectories[0]], run.head, run.generator, None, "cpu")
+    loss = training._head_aware_loss(batch, run.closed, batch.features[run.closed.steps])
+    assert loss.item() == 0.0
+
+
+def test_velocities_of_a_batch_are_those_of_the_output_head(trajectories):
+    from lesa_kernels import OutputHead
+    from lesa_kernels.predictor import output_head
+
+    run = training._Training(trajectories, training._complete_config(trajectories, None, 4), None, "cpu", 0)
+    batch = training._Batch([trajectories[0], trajectories[1]], run.head, run.generator, None, "cpu")
+    for number in (0, 1):
+        t = trajectories[number]
+        head = OutputHead(run.head.weight, run.head.bias, t.scale, t.shift, run.head.eps)
+        expected = output_head(t.features, head)  # one row per step
+        torch.testing.assert_close(batch.velocities[:, number * TOKENS : (number + 1) * TOKENS], expected)
+
+
+def test_a_plan_lists_the_history_of_each_predicted_step():
+    plan = training._Plan([0, 2, 5], total=8, length=3)
+    assert plan.steps == [1, 3, 4, 6, 7]
+    assert plan.history.tolist() == [[0, 0, 0], [2, 0, 0], [2, 0, 0], [5, 2, 0], [5, 2, 0]]
+    assert plan.count.tolist() == [1, 2, 2, 3, 3]
+    assert plan.gaps.tolist() == [0, 1, 1, 2, 2]
+
+
+def test_a_random_schedule_starts_at_zero_and_has_about_as_many_steps():
+    generator = torch.Generator().manual_seed(0)
+    schedules = [training._random_schedule(50, 9, generator) for _ in range(200)]
+    assert all(s[0] == 0 and s[-1] < 50 and s == sorted(set(s)) for s in schedules)
+    assert 8 < sum(map(len, schedules)) / 200 < 11
+    assert len({tuple(s) for s in schedules}) > 100
+
+
+def test_arguments_are_checked(trajectories):
+    with pytest.raises(ValueError, match=r"`config.feature_dim` must be that of the trajectories, 8, but got 9"):
+        lesa.train(trajectories, PredictorConfig(9))
+    with pytest.raises(ValueError, match="`config.family` must be that of the trajectories, 'flux'"):
+        lesa.train(trajectories, PredictorConfig(WIDTH, family="other"))
+    with pytest.raises(ValueError, match="`schedule` must be made for the 12 steps"):
+        lesa.train(trajectories, schedule=[0, 4, 12])
+    with pytest.raises(ValueError, match="`schedule` must leave steps to predict"):
+        lesa.train(trajectories, schedule=list(range(STEPS)))
+    with pytest.raises(ValueError, match="`epochs` must be an integer of at least 1"):
+        lesa.train(trajectories, epochs=0)
+    with pytest.raises(ValueError, match="`learning_rate` must be"):
+        lesa.train(trajectories, learning_rate=-1.0)
