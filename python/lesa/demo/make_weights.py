@@ -1,0 +1,107 @@
+"""Makes the bundled weights: `python -m lesa.demo.make_weights`.
+
+Flow matching on scikit-learn's handwritten digits, then the predictors of the demo. Seeded, about 20 minutes on 2
+cores.
+"""
+
+import argparse
+import math
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+from torch import nn
+from tqdm import tqdm
+
+import lesa
+from lesa.demo import digits
+from lesa.demo.run import PREDICTORS, TRAINING_SAMPLES, labels
+from lesa.training import CURVE_NAME
+from lesa_kernels import PredictorConfig
+
+
+def training_data() -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the packed images [1797, 64, 4] in [-1, 1] and their labels [1797]."""
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
+    images = F.interpolate(images, size=(digits.SIDE, digits.SIDE), mode="bicubic").clamp(-1, 1)
+    half = digits.SIDE // 2
+    packed = images.view(-1, 1, half, 2, half, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, half * half, 4)
+    return packed, torch.tensor(data.target)
+
+
+def train_transformer(iterations: int, seed: int = 0) -> tuple[FluxTransformer2DModel, torch.Tensor]:
+    """Trains the transformer and the class embeddings; returns both in bfloat16."""
+    torch.manual_seed(seed)
+    model = FluxTransformer2DModel(**digits.TRANSFORMER_CONFIG)
+    embedding = nn.Embedding(digits.NUM_CLASSES, digits.EMBEDDING_DIM)
+    parameters = [*model.parameters(), *embedding.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-4)
+    images, labels = training_data()
+    half = digits.SIDE // 2
+    grid = torch.meshgrid(torch.zeros(1), torch.arange(float(half)), torch.arange(float(half)), indexing="ij")
+    img_ids, txt_ids = torch.stack(grid, -1).reshape(-1, 3), torch.zeros(1, 3)
+    batch = 64
+    progress = tqdm(range(iterations), desc="transformer")
+    for iteration in progress:
+        index = torch.randint(0, len(images), (batch,))
+        clean = images[index]
+        noise = torch.randn_like(clean)
+        sigma = torch.sigmoid(torch.randn(batch))
+        conditioning = embedding(labels[index])
+        velocity = model(
+            hidden_states=(1 - sigma)[:, None, None] * clean + sigma[:, None, None] * noise,
+            encoder_hidden_states=conditioning[:, None],
+            pooled_projections=conditioning,
+            timestep=sigma,
+            img_ids=img_ids,
+            txt_ids=txt_ids,
+            return_dict=False,
+        )[0]
+        loss = (velocity - (noise - clean)).pow(2).mean()
+        rate = 1e-3 * min(1, iteration / 100) * (0.5 + 0.5 * math.cos(math.pi * iteration / iterations))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if iteration % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.4f}")
+    return model.to(torch.bfloat16), embedding.weight.detach().to(torch.bfloat16)
+
+
+def train_predictors(out: Path) -> None:
+    """Records the transformer in `out` and trains the demo's predictors on it."""
+    pipe = digits.load_pipeline(out / digits.PIPELINE_DIR.name)
+    inputs = digits.inputs_for(labels(TRAINING_SAMPLES), out / digits.EMBEDDINGS_FILE.name)
+    with tempfile.TemporaryDirectory() as scratch:
+        trajectories = lesa.record(pipe, inputs, Path(scratch) / "trajectories", batch_size=16)
+        for name, (mixer, schedule) in PREDICTORS.items():
+            trained = Path(scratch) / name
+            config = PredictorConfig(trajectories.feature_dim, mixer=mixer)
+            lesa.train(trajectories, config, schedule, out_dir=trained).save_pretrained(out / name)
+            shutil.copy(trained / CURVE_NAME, out / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=digits.WEIGHTS)
+    parser.add_argument("--iterations", type=int, default=1600, help="training iterations of the transformer")
+    parser.add_argument("--predictors-only", action="store_true", help="keep the transformer that is there")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not arguments.predictors_only:
+        transformer, embeddings = train_transformer(arguments.iterations)
+        digits.build_pipeline(transformer).save_pretrained(arguments.out / digits.PIPELINE_DIR.name)
+        save_file({"class_embeddings": embeddings.contiguous()}, arguments.out / digits.EMBEDDINGS_FILE.name)
+    train_predictors(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+
+import lesa.recording
+import lesa.training
+from lesa import cli
+from lesa.demo import digits
+from lesa.inputs import write_inputs
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+
+MODEL = str(digits.PIPELINE_DIR)
+STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def verbosity(monkeypatch):
+    """So that the command's settings end with the test."""
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    before = diffusers_logging.get_verbosity()
+    yield
+    diffusers_logging.set_verbosity(before)
+    diffusers_logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with inputs, a recording and a predictor, made by the command itself."""
+    folder = tmp_path_factory.mktemp("lesa")
+    write_inputs(folder / "inputs.safetensors", digits.inputs_for([3, 8, 1, 0]))
+    write_inputs(folder / "two.safetensors", digits.inputs_for([5, 6]))
+    (folder / "prompts.jsonl").write_text('"a digit"\n')
+    run = f"--model {MODEL} --inputs {folder}/inputs.safetensors --steps {STEPS} --batch-size 4 --device cpu"
+    cli.main(["record", *run.split(), "--out", f"{folder}/recording", "--tokens-per-sample", "16"])
+    shape = "--schedule 0,1,4,8 --rank 2 --hidden 4 --history-length 3 --stage-bounds 0.5 --epochs 2 --device cpu"
+    cli.main(["train", "--trajectories", f"{folder}/recording", "--out", f"{folder}/mine", *shape.split()])
+    return folder
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line on stderr with which the command refuses these arguments."""
+    with pytest.raises(SystemExit) as exit:
+        cli.main([str(argument) for argument in arguments])
+    assert exit.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("lesa: warning")]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("lesa: error: ")
+    return lines[0]
+
+
+def test_help_needs_no_torch():
+    script = """
+import sys
+from lesa.cli import main
+try:
+    main(["train", "--help"])
+finally:
+    print("torch" in sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--schedule" in result.stdout
+    assert result.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("command", ["demo", "record", "train", "generate", "evaluate", "env"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([command, "--help"])
+    assert exit.value.code == 0
+    assert f"usage: lesa {command}" in capsys.readouterr().out
+
+
+def test_record_writes_a_recording(folder):
+    trajectories = lesa.Trajectories(folder / "recording")
+    assert len(trajectories) == 4
+    assert trajectories[0].features.shape == (STEPS, 16, 128)
+
+
+def test_train_writes_the_predictor_that_was_asked_for(folder):
+    config = FusedKANPredictor.from_pretrained(folder / "mine").config
+    assert config.schedule == (0, 1, 4, 8)
+    assert (config.mixer, config.rank, config.hidden, config.history_length) == ("newton", 2, 4, (3, 3))
+    assert (config.stage_bounds, config.family, config.num_inference_steps) == ((0.5,), "flux", STEPS)
+
+
+def test_train_makes_a_dense_predictor_with_an_interval(folder, tmp_path):
+    shape = "--mixer dense --hidden 4 --history-length 2,3,3 --schedule 5 --epochs 1 --device cpu"
+    cli.main(["train", "--trajectories", f"{folder}/recording", "--out", f"{tmp_path}/dense", *shape.split()])
+    config = FusedKANPredictor.from_pretrained(tmp_path / "dense").config
+    assert (config.mixer, config.history_length, config.schedule) == ("dense", (2, 3, 3), (0, 1, 2, 7))
+
+
+def test_train_without_options_leaves_the_choices_to_the_library(folder, tmp_path, monkeypatch, capsys):
+    seen = {}
+
+    def train(trajectories, config, schedule, **options):
+        seen.update(config=config, schedule=schedule, **options)
+        return FusedKANPredictor.from_pretrained(folder / "mine")
+
+    monkeypatch.setattr(lesa.training, "train", train)
+    cli.main(["train", "--trajectories", str(folder / "recording"), "--out", str(tmp_path), "--device", "cpu"])
+    assert seen == {"config": None, "schedule": None, "out_dir": tmp_path, "seed": 0, "device": "cpu"}
+    assert f"to {tmp_path}" in capsys.readouterr().out
+
+
+def test_generate_writes_numbered_pictures_and_says_what_was_computed(folder, tmp_path, capsys):
+    arguments = ["generate", "--model", MODEL, "--predictor", folder / "mine", "--inputs", folder / "two.safetensors"]
+    output = tmp_path / "new" / "digit.png"
+    cli.main([*map(str, arguments), "--steps", str(STEPS), "--seed", "5", "--output", str(output), "--device", "cpu"])
+    files = [output.with_name(f"digit-0000{i}.png") for i in (0, 1)]
+    assert sorted(output.parent.iterdir()) == files
+    pictures = [np.asarray(Image.open(file)) for file in files]
+    assert all(picture.shape == (16, 16, 3) for picture in pictures)
+    assert np.abs(pictures[0].astype(int) - pictures[1]).mean() > 5
+    out = capsys.readouterr().out
+    assert f"Wrote {files[1]}: 4 of {STEPS} steps computed" in out
+    assert "computed 4 (0,1,4,8), predicted 8 steps" in out
+
+
+def test_generate_with_every_step_computed_equals_the_plain_pipeline(folder, tmp_path):
+    steps = ",".join(map(str, range(6)))
+    arguments = ["generate", "--model", MODEL, "--predictor", folder / "mine", "--inputs", folder / "two.safetensors"]
+    options = ["--steps", "6", "--seed", "5", "--schedule", steps, "--output", tmp_path / "x.png", "--device", "cpu"]
+    cli.main([str(argument) for argument in (*arguments, *options)])
+    generator = torch.Generator().manual_seed(6)
+    plain = digits.load_pipeline()(**digits.inputs_for([6])[0], num_inference_steps=6, generator=generator).images[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "x-00001.png")), np.asarray(plain))
+
+
+def test_evaluate_writes_summary_and_picture(folder, tmp_path, capsys):
+    arguments = f"--model {MODEL} --inputs {folder}/two.safetensors --steps {STEPS} --seed 5 --batch-size 2".split()
+    against = f"--device cpu --predictor {folder}/mine --against steps,steps-3,taylorseer-6 --out {tmp_path}/results"
+    cli.main(["evaluate", *arguments, *against.split()])
+    summary = json.loads((tmp_path / "results" / "summary.json").read_text())
+    runs = {run["name"]: run for run in summary["runs"]}
+    assert runs["newton-4"]["steps"] == [0, 1, 4, 8]
+    assert {runs[name]["computed_steps"] for name in runs if name.startswith("taylorseer")} == {6}
+    assert {"reference", "fewer-steps-4", "fewer-steps-3"} < set(runs)
+    assert (summary["samples"], summary["seed"], summary["batch_size"]) == (2, 5, 2)
+    out = capsys.readouterr().out
+    assert "newton-4" in out
+    assert f"Wrote {tmp_path}/results/comparison.png and {tmp_path}/results/summary.json" in out
+    assert Image.open(tmp_path / "results" / "comparison.png").size[0] > 600
+
+
+def test_demo_export_prints_the_path_by_hand(tmp_path, capsys):
+    cli.main(["demo", "--export", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert (tmp_path / "model" / "model_index.json").is_file()
+    for command in ("record", "train", "generate", "evaluate"):
+        assert f"lesa {command} " in out
+
+
+def test_env_prints_the_versions(capsys):
+    cli.main(["env"])
+    out = capsys.readouterr().out
+    assert f"torch: {torch.__version__}" in out
+    assert "diffusers" in out
+
+
+GENERATE = ("generate", "--model", MODEL, "--device", "cpu", "--output", "x.png")
+PROMPT = (*GENERATE, "--predictor", "p", "--prompt", "a")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "arguments are required: command"),
+        (("paint",), "invalid choice: 'paint'"),
+        (("record", "--model", MODEL), "--inputs, --out"),
+        ((*GENERATE, "--predictor", "p"), "one of the arguments --inputs --prompt is required"),
+        ((*PROMPT, "--steps", "0"), "--steps: must be an integer of at least 1"),
+        ((*PROMPT, "--seed", "-1"), "--seed: must be an integer of at least 0"),
+        ((*PROMPT, "--schedule", "x"), "--schedule: must be an interval such as 7"),
+        ((*PROMPT, "--schedule", "0,5,3"), "--schedule: must be rising steps"),
+        ((*PROMPT, "--schedule", "0"), "--schedule: must be an interval"),
+        (("train", "--trajectories", "no/such/folder", "--out", "o"), "no/such/folder"),
+        (("train", "--trajectories", "t", "--out", "o", "--stage-bounds", "high"), "--stage-bounds: must be falling"),
+        (("train", "--trajectories", "t", "--out", "o", "--mixer", "mlp"), "--mixer: invalid choice: 'mlp'"),
+        ((*GENERATE, "--predictor", "no-such-folder", "--prompt", "a"), "there is no folder 'no-such-folder'"),
+        ((*GENERATE[:-1], "x.txt", "--predictor", "p", "--prompt", "a"), "--output: x.txt must end in"),
+        (("record", "--model", "./nowhere", "--inputs", "i.jsonl", "--out", "o"), "no folder './nowhere'"),
+        (("record", "--model", MODEL, "--inputs", "no.jsonl", "--out", "o", "--device", "cpu"), "no.jsonl"),
+        (("record", "--model", MODEL, "--inputs", "i", "--out", "o", "--device", "abacus"), "torch can't use 'abacus'"),
+    ],
+)
+def test_bad_options_and_missing_files_are_one_clear_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_for_a_model_without_text_encoders_name_the_remedy(folder, capsys):
+    line = refused(capsys, *GENERATE, "--predictor", folder / "mine", "--prompt", "a digit")
+    assert "no text encoder (text_encoder, text_encoder_2)" in line
+    assert "--inputs" in line
+    record = (
+        "record",
+        "--model",
+        MODEL,
+        "--inputs",
+        folder / "prompts.jsonl",
+        "--out",
+        folder / "o",
+        "--device",
+        "cpu",
+    )
+    assert "no text encoder" in refused(capsys, *record)
+
+
+def test_arguments_that_the_pipeline_does_not_know_are_named(folder, tmp_path, capsys):
+    write_inputs(tmp_path / "odd.safetensors", [{**item, "colour": "red"} for item in digits.inputs_for([1])])
+    line = refused(capsys, *GENERATE, "--predictor", folder / "mine", "--inputs", tmp_path / "odd.safetensors")
+    assert "FluxPipeline knows no colour" in line
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [({"feature_dim": 64, "family": "flux"}, "feature_dim"), ({"feature_dim": 128, "family": "qwen-image"}, "family")],
+)
+def test_mismatched_predictors_are_refused_by_field(folder, tmp_path, capsys, config, field):
+    FusedKANPredictor(PredictorConfig(**config)).save_pretrained(tmp_path / "p")
+    for command in (GENERATE, ("evaluate", "--model", MODEL, "--out", tmp_path / "out", "--device", "cpu")):
+        line = refused(capsys, *command, "--predictor", tmp_path / "p", "--inputs", folder / "two.safetensors")
+        assert f"`predictor.config.{field}` must be" in line
+
+
+def test_broken_predictor_files_are_one_line(folder, tmp_path, capsys):
+    FusedKANPredictor(PredictorConfig(128)).save_pretrained(tmp_path / "p")
+    weights = tmp_path / "p" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    refused(capsys, *GENERATE, "--predictor", tmp_path / "p", "--inputs", folder / "two.safetensors")
+
+
+def test_bugs_keep_their_traceback(folder, monkeypatch):
+    monkeypatch.setattr(lesa.recording.Trajectories, "__init__", lambda self, path: len(None))
+    with pytest.raises(TypeError, match="NoneType"):
+        cli.main(["train", "--trajectories", str(folder / "recording"), "--out", str(folder / "o")])
+
+
+@pytest.mark.parametrize(("command", "resumes"), [("train", True), ("env", False)])
+def test_an_interrupt_ends_with_130_and_says_how_to_resume(folder, monkeypatch, capsys, command, resumes):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lesa.training, "train", interrupted)
+    monkeypatch.setattr("lesa_kernels.env_report.main", interrupted)
+    more = ["--trajectories", str(folder / "recording"), "--out", str(folder / "o")] if resumes else []
+    with pytest.raises(SystemExit) as exit:
+        cli.main([command, *more])
+    assert exit.value.code == 130
+    err = capsys.readouterr().err
+    assert err.startswith("lesa: interrupted")
+    assert ("continues where it stopped" in err) == resumes

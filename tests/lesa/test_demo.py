@@ -1,0 +1,71 @@
+import json
+import shlex
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from lesa import cli
+from lesa.demo import digits
+from lesa.demo.run import SEED, TAYLORSEER, export, run_demo
+from lesa.inputs import read_inputs
+from lesa.pipelines import load_pipeline
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("a folder")
+    return folder, export(folder)
+
+
+def test_export_writes_the_model(exported, generate):
+    folder, _ = exported
+    pipe = load_pipeline(folder / "model")
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe) is FluxPipeline
+    assert torch.equal(generate(pipe, steps=2), generate(digits.load_pipeline(), steps=2))
+
+
+def test_export_writes_the_inputs(exported):
+    folder, _ = exported
+    for name, count in {"inputs": 96, "prompts": 10, "test-inputs": 64}.items():
+        inputs = read_inputs(folder / f"{name}.safetensors")
+        expected = digits.inputs_for([number % 10 for number in range(count)])
+        assert len(inputs) == count
+        assert inputs[-1].keys() == expected[-1].keys()
+        assert torch.equal(inputs[-1]["prompt_embeds"], expected[-1]["prompt_embeds"])
+        assert (inputs[0]["height"], inputs[0]["width"]) == (16, 16)
+
+
+def test_export_names_commands_that_the_command_line_takes(exported):
+    folder, commands = exported
+    parsed = [cli._parser().parse_args(shlex.split(command)[1:]) for command in commands]
+    record, train, generate, evaluate = parsed
+    assert record.inputs == folder / "inputs.safetensors"
+    assert record.out == train.trajectories
+    assert str(train.out) == generate.predictor == evaluate.predictor[0]
+    assert train.schedule == [0, 2, 6, 12, 18, 25, 32, 39, 46]
+    assert generate.seed == evaluate.seed == SEED
+
+
+def test_taylorseer_settings_have_the_demo_s_budgets():
+    assert [setting.computed_in(50) for setting in TAYLORSEER] == [10, 10, 8, 8]
+
+
+def test_demo_with_the_bundled_predictors(tmp_path):
+    evaluation = run_demo(tmp_path, num_samples=2, progress=False)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    computed = {run["name"]: run["computed_steps"] for run in summary["runs"]}
+    assert computed == {
+        "reference": 50,
+        "newton-9": 9,
+        "newton-8": 8,
+        "dense-9": 9,
+        **{str(setting): setting.computed_in(50) for setting in TAYLORSEER},
+        "fewer-steps-9": 9,
+        "fewer-steps-8": 8,
+    }
+    taylorseer = {run.computed_steps: run.psnr for run in evaluation.shown if run.name.startswith("taylorseer")}
+    assert evaluation["newton-9"].psnr > taylorseer[10] > evaluation["fewer-steps-9"].psnr
+    assert evaluation["newton-8"].psnr > taylorseer[8]
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
