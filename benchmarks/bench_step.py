@@ -1,0 +1,92 @@
+"""One skipped step against one computed step, through the real hook on a FLUX transformer with random weights."""
+
+import statistics
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+
+import lesa
+from lesa.demo.digits import build_pipeline
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+
+STEPS = 50
+ANCHORS = [0, 1, 2, 3]  # enough to fill the predictor's history
+COMPUTED_ROUNDS, PREDICTED_ROUNDS = 6, 40
+MEDIANS = {}  # of the computed step by model, for the ratio
+
+
+class Walk:
+    """Calls the transformer step by step as a pipeline does, with fixed inputs."""
+
+    def __init__(self, model, device):
+        torch.manual_seed(0)
+        transformer = FluxTransformer2DModel(**model.transformer_config()).to(device, model.dtype).eval()
+        self.pipe = build_pipeline(transformer)
+        self.pipe.scheduler.set_timesteps(STEPS, device=device)
+
+        def randn(*shape):
+            return torch.randn(shape, device=device).to(model.dtype)
+
+        self.inputs = {
+            "hidden_states": randn(1, model.image_tokens, 64),
+            "encoder_hidden_states": randn(1, model.text_tokens, model.text_dim),
+            "pooled_projections": randn(1, model.text_dim),
+            "img_ids": torch.zeros(model.image_tokens, 3, device=device),
+            "txt_ids": torch.zeros(model.text_tokens, 3, device=device),
+        }
+        self.steps = iter(range(STEPS))
+
+    def step(self):
+        timestep = self.pipe.scheduler.timesteps[next(self.steps)].reshape(1) / 1000
+        return self.pipe.transformer(**self.inputs, timestep=timestep, return_dict=False)[0]
+
+
+def head_bytes(model) -> int:
+    """What a skipped step must move: the anchors and the velocity."""
+    dim = model.num_attention_heads * 64
+    return model.image_tokens * (len(ANCHORS) * dim + 64) * model.dtype.itemsize
+
+
+def step_flops(model) -> int:
+    """What a computed step must compute: the products with weights, and attention."""
+    dim, tokens = model.num_attention_heads * 64, model.image_tokens + model.text_tokens
+    weights = tokens * dim**2 * (12 * model.num_layers + 12 * model.num_single_layers)
+    attention = 2 * tokens**2 * dim * (model.num_layers + model.num_single_layers)
+    return 2 * (weights + attention)
+
+
+@torch.no_grad()
+def test_computed_step(benchmark, timed, against_floor, model, device):
+    walk = Walk(model, device)
+    plain = walk.step()
+    walk.steps = iter(range(STEPS))
+    predictor = FusedKANPredictor(PredictorConfig(walk.pipe.transformer.inner_dim)).to(device)
+    with lesa.enable_cache(walk.pipe, predictor, range(STEPS)) as handle:
+        assert torch.equal(walk.step(), plain)
+        timed(walk.step, f"step {model}", rounds=COMPUTED_ROUNDS)
+        assert handle.stats.predicted_steps == 0
+    against_floor(benchmark, flops=step_flops(model), dtype=model.dtype)
+    if benchmark.stats is not None:
+        MEDIANS[model] = statistics.median(benchmark.stats.stats.data)
+
+
+@pytest.mark.parametrize("rank", [0, 32])
+@torch.no_grad()
+def test_predicted_step(benchmark, timed, against_floor, model, device, rank):
+    walk = Walk(model, device)
+    predictor = FusedKANPredictor(PredictorConfig(walk.pipe.transformer.inner_dim, rank=rank)).to(device)
+    exact = [walk.step() for _ in ANCHORS][-1]
+    walk.steps = iter(range(STEPS))
+    with lesa.enable_cache(walk.pipe, predictor, ANCHORS) as handle:
+        for _ in ANCHORS:
+            anchor = walk.step()
+        assert torch.equal(anchor, exact)
+        forecast = walk.step()
+        # With fixed inputs only the noise level moves, so the next step is nearly the last computed one.
+        assert (forecast - exact).norm() < 0.1 * exact.norm()
+        timed(walk.step, f"step {model}", rounds=PREDICTED_ROUNDS)
+        assert handle.stats.computed_steps == len(ANCHORS)
+    against_floor(benchmark, bytes=head_bytes(model))
+    if model in MEDIANS and benchmark.stats is not None:
+        benchmark.extra_info["over_computed_step"] = statistics.median(benchmark.stats.stats.data) / MEDIANS[model]

@@ -1,0 +1,98 @@
+"""The benchmarks run and say what they should: one cheap case of every suite, and the end-to-end script."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+CASES = {
+    "bench_kan.py::test_forward[kan-256-lesa]": {"floor", "ratio_to_floor", "bytes", "flops"},
+    "bench_predictor.py::test_predict[flux-1024px-quarter-newton-rank0]": {"floor", "ratio_to_floor", "bytes"},
+    "bench_predictor.py::test_polynomial[digits-64]": {"floor", "ratio_to_floor", "bytes"},
+    "bench_ring.py::test_push[digits-64-torch-kept]": {"floor", "ratio_to_floor", "bytes"},
+    "bench_step.py::test_computed_step[flux-13M]": {"floor", "ratio_to_floor", "flops"},
+    "bench_step.py::test_predicted_step[flux-13M-0]": {"floor", "ratio_to_floor", "over_computed_step"},
+}
+
+
+def run(folder, *arguments):
+    # In another folder, so that not the checkout but the installed package is imported.
+    command = [sys.executable, *map(str, arguments)]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def suites(tmp_path_factory):
+    """What the benchmarks printed and the JSON that they wrote."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    nodes = [f"{BENCHMARKS}/{case}" for case in CASES]
+    options = ["-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "--device", "cpu", "--benchmark-only"]
+    few = ["--benchmark-max-time", "0.01", "--benchmark-min-rounds", "5", "--benchmark-json", "out.json"]
+    printed = run(folder, "-m", "pytest", "-p", "no:cacheprovider", *options, *few, *nodes)
+    return printed, json.loads((folder / "out.json").read_text())
+
+
+def test_every_suite_has_a_case_here():
+    assert {path.name for path in BENCHMARKS.glob("bench_*.py")} == {case.partition("::")[0] for case in CASES}
+
+
+def test_each_benchmark_says_its_floor(suites):
+    printed, report = suites
+    measured = {Path(b["fullname"]).name: b for b in report["benchmarks"]}
+    assert set(measured) == set(CASES)
+    for case, fields in CASES.items():
+        info = measured[case]["extra_info"]
+        assert fields <= set(info), case
+        assert info["floor_s"] > 0 and info["ratio_to_floor"] == pytest.approx(info["median_s"] / info["floor_s"])
+        assert info["p20_s"] <= info["median_s"] <= info["p80_s"]
+        assert measured[case]["group"]
+    table = printed.partition("time over floor")[2]
+    assert all(case.partition("::")[2] in table for case in CASES) and "of a computed step" in table
+
+
+def test_a_predicted_step_costs_less_than_a_computed_one(suites):
+    (step,) = [b for b in suites[1]["benchmarks"] if b["name"].startswith("test_predicted_step")]
+    assert 0 < step["extra_info"]["over_computed_step"] < 0.5
+
+
+def test_the_record_says_what_it_was_measured_on(suites):
+    info = suites[1]["machine_info"]
+    assert info["device"] == "cpu" and info["threads"] >= 1
+    assert {"torch", "triton", "torch_cuda"} <= set(info["environment"])
+    assert "node" not in info
+    assert "id" in suites[1]["commit_info"]
+
+
+def test_end_to_end_runs_and_reports(tmp_path):
+    out = tmp_path / "results" / "end_to_end.json"
+    printed = run(tmp_path, BENCHMARKS / "end_to_end.py", "--quick", "--repeats", "1", "--device", "cpu", "--out", out)
+    report = json.loads(out.read_text())
+    assert report["model"]["parameters"] > 1e5 and report["model"]["image_tokens"] == 64
+    computed = {r["name"]: r["computed_steps"] for r in report["runs"]}
+    assert computed == {"full": 20, "newton-4": 4, "taylorseer-lite-order1-interval7": 6}  # 0, 1, 2, 4, 11, 18
+    full, *others = report["runs"]
+    for each in others:
+        assert each["num_inference_steps"] == 20 and len(each["seconds"]) == 1
+        assert each["step_speedup"] == 20 / each["computed_steps"]
+        speedup = full["seconds"][0] / each["seconds"][0]
+        assert each["time_speedup"]["median"] == pytest.approx(speedup)
+        assert each["time_over_step_speedup"]["max"] == pytest.approx(speedup / each["step_speedup"])
+        assert each["name"] in printed
+
+
+def test_end_to_end_has_the_size_it_says():
+    model = runpy.run_path(BENCHMARKS / "shapes.py")["FLUX_100M"]
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(**model.transformer_config())
+    assert 95e6 < sum(p.numel() for p in transformer.parameters()) < 105e6
+    assert model.image_tokens == 1024

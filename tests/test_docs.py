@@ -1,0 +1,91 @@
+"""What the documents show exists: names, options, commands and files."""
+
+import ast
+import importlib
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lesa.cli import _parser
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "python/lesa/demo/weights/README.md"]
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    """Every `lesa ...` in a block of commands, or between backticks."""
+    lines = "\n".join(blocks("bash")).splitlines() + re.findall(r"`(lesa [^`]+)`", README)
+    return sorted({part.strip() for line in lines for part in line.split("&&") if part.strip().startswith("lesa ")})
+
+
+def called(node):
+    """The `lesa` or `lesa_kernels` callable of a call, or None."""
+    match node.func:
+        case ast.Attribute(value=ast.Name(id="lesa"), attr=name):
+            return getattr(importlib.import_module("lesa"), name)
+        case ast.Attribute(value=ast.Name(id="FusedKANPredictor"), attr=name):
+            return getattr(importlib.import_module("lesa_kernels").FusedKANPredictor, name)
+    return None
+
+
+@pytest.mark.parametrize("example", blocks("python"))
+def test_examples_use_names_and_arguments_that_exist(example):
+    checked = 0
+    for node in ast.walk(ast.parse(example)):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+        elif isinstance(node, ast.Call) and (function := called(node)) is not None:
+            arguments = {keyword.arg: None for keyword in node.keywords}
+            inspect.signature(function).bind(*node.args, **arguments)
+            checked += 1
+    assert checked >= 2
+
+
+def test_the_diffusers_example_is_short():
+    lines = [line for line in blocks("python")[0].splitlines() if line.strip()]
+    assert len(lines) <= 10
+
+
+def test_the_two_commands_are_there():
+    assert "pip install . && lesa demo\n" in blocks("bash")[0]
+    assert blocks("bash")[1] == 'pip install ".[test]" && pytest\n'
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if len(c.split()) > 2])
+def test_commands_parse(command):
+    _parser().parse_args(shlex.split(command)[1:])
+
+
+def test_every_command_is_shown():
+    shown = {command.split()[1] for command in commands()}
+    assert shown == {"demo", "record", "train", "generate", "evaluate", "env"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_to_files_lead_somewhere(document):
+    text = (ROOT / document).read_text()
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    missing = [link for link in links if not ((ROOT / document).parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_make_targets_exist(document):
+    rules = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    text = (ROOT / document).read_text()
+    named = {word for line in re.findall(r"(?:`|^)make ([\w -]+?)(?:`|\s*#|$)", text, re.M) for word in line.split()}
+    assert named <= rules
+
+
+@pytest.mark.parametrize("variable", re.findall(r"^\| `([A-Z_]+)` \|", README, re.MULTILINE))
+def test_build_variables_are_read(variable):
+    assert re.search(rf"os\.environ\.get\(.{variable}.,", (ROOT / "setup.py").read_text())
