@@ -78,14 +78,15 @@ def test_links_to_files_lead_somewhere(document):
     assert not missing
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if name != "README.md"])
 def test_make_targets_exist(document):
     rules = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     text = (ROOT / document).read_text()
-    named = {word for line in re.findall(r"(?:`|^)make ([\w -]+?)(?:`|\s*#|$)", text, re.M) for word in line.split()}
-    assert named <= rules
+    named = [word for line in re.findall(r"(?:`|^)make ([\w -]+?)(?:`|\s*#|$)", text, re.M) for word in line.split()]
+    assert named and rules.issuperset(named)
 
 
-@pytest.mark.parametrize("variable", re.findall(r"^\| `([A-Z_]+)` \|", README, re.MULTILINE))
-def test_build_variables_are_read(variable):
-    assert re.search(rf"os\.environ\.get\(.{variable}.,", (ROOT / "setup.py").read_text())
+def test_build_variables_are_those_that_are_read():
+    named = re.findall(r"^\| `([A-Z_]+)` \|", README, re.MULTILINE)
+    read = re.findall(r"os\.environ\.get\(.([A-Z_]+).,", (ROOT / "setup.py").read_text())
+    assert named and sorted(named) == sorted({*read})

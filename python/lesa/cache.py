@@ -97,16 +97,17 @@ def enable_cache(pipe, predictor: FusedKANPredictor, schedule: ScheduleLike | No
         predictor: trained for the pipeline's transformer, on the transformer's device.
         schedule: which steps are computed: a `lesa.Schedule`, a list of step indices counted over the steps that a call
             executes, or an interval N for steps 0, 1, 2 and then every N. None: as the predictor was trained; then runs
-            of fewer than 10 steps are computed whole.
+            of fewer than 10 steps are computed whole, unless it was trained at that number.
 
     Returns:
         A handle with `stats` and `disable()`, usable as a context manager.
 
     Raises:
         TypeError: `pipe` is of no supported family, or `predictor` is no predictor.
-        ValueError: the predictor was made for another family or width, has weights that are not finite, or has no
-            schedule while none was given.
-        RuntimeError: a cache is on already.
+        ValueError: the predictor was made for another family or width, is on another device, has weights that are not
+            finite, or has no schedule while none was given.
+        RuntimeError: a cache is on already. A run raises it too, if another cache was enabled meanwhile or a second
+            thread enters the transformer.
     """
     adapter = adapter_for(pipe)
     if not isinstance(predictor, FusedKANPredictor):
@@ -131,6 +132,14 @@ def enable_cache(pipe, predictor: FusedKANPredictor, schedule: ScheduleLike | No
             f"be the transformer's width, {adapter.feature_dim}",
             config.feature_dim,
             "Use a predictor that was trained for this model.",
+        )
+    device, head_device = (next(m.parameters()).device for m in (predictor, adapter.head_entry))
+    if device != head_device == pipe._execution_device:  # an offloaded model does not run where it is
+        raise argument_error(
+            "predictor",
+            f"be on the transformer's device, {head_device}",
+            Said(f"one on {device}"),
+            f"Move it with `predictor.to('{head_device}')`.",
         )
     bad = [name for name, weight in predictor.named_parameters() if not torch.isfinite(weight).all()]
     if bad:
@@ -186,7 +195,7 @@ class _CacheHook(StepHook):
         self.stats.notes = []
         config, sigmas = self.predictor.config, run.executed_sigmas
         total = len(sigmas)
-        if self.as_trained and total < FEW_STEPS:
+        if self.as_trained and total < FEW_STEPS and total != config.num_inference_steps:
             self.stats.notes.append(f"computed everything: {total} steps are too few to predict any")
             self.computed = frozenset(range(total))
             return
@@ -194,6 +203,10 @@ class _CacheHook(StepHook):
         if schedule.sigmas is None and schedule.num_inference_steps not in (None, total):
             meant = schedule.num_inference_steps
             self.stats.notes.append(f"the schedule is for {meant} steps and has no noise levels: its indices stand")
+        beyond = [step for step in schedule.steps if step >= total]
+        if schedule.sigmas is None and beyond:
+            steps = ",".join(map(str, beyond))
+            self.stats.notes.append(f"the run has {total} steps, which leaves out the schedule's {steps}")
         self.computed = schedule.computed_in(sigmas)
         if config.num_inference_steps not in (None, total):
             trained = config.num_inference_steps
@@ -204,6 +217,7 @@ class _CacheHook(StepHook):
 
     def on_unlocated(self) -> None:
         self.stats.unlocated += 1
+        self.rings = {}  # another run has the transformer; what was computed before it is no history any more
 
     def on_call(self, step, stream, sigma, call, compute):
         stats = self.stats.streams.setdefault(stream, StreamStats())

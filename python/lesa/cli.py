@@ -1,17 +1,14 @@
 """The `lesa` command."""
 
 import argparse
-import dis
 import os
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
 from lesa_kernels import __version__
-
-_SPEAKING = {"lesa", "lesa_kernels", "diffusers", "huggingface_hub", "transformers"}
-"""Packages whose errors are messages to the user."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,17 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _is_message(error: Exception) -> bool:
     """Whether the error is meant for the user: a failing file or network, or what a check raised. A bug is neither."""
-    if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+    if isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or hasattr(error, "lesa_message"):
         return True
-    if not isinstance(error, (RuntimeError, TypeError, ValueError)):
-        return False
-    traceback = error.__traceback__
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    frame = traceback.tb_frame
-    package = frame.f_globals.get("__name__", "").partition(".")[0]
-    raised = dis.opname[frame.f_code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"
-    return raised and package in _SPEAKING
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, ValueError) and frame.f_code.co_name == "check_inputs"  # where pipelines check arguments
 
 
 def _fail(message: str) -> SystemExit:
@@ -120,13 +110,15 @@ def _generate(options) -> None:
 
     if options.output.suffix.lower() not in Image.registered_extensions():
         raise _fail(f"argument --output: {options.output} must end in the suffix of an image format. Use .png.")
+    if isinstance(options.schedule, list) and options.schedule[-1] >= options.steps:
+        raise _fail(f"argument --schedule: must be below the {options.steps} --steps, but got {options.schedule[-1]}")
     predictor = FusedKANPredictor.from_pretrained(options.predictor)
     pipe = _load_pipeline(options)
     inputs = _read_inputs(pipe, options) if options.inputs else _prompts(pipe, [{"prompt": options.prompt}])
     size = {name: getattr(options, name) for name in ("height", "width") if getattr(options, name) is not None}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     predictor.to(pipe.transformer.device)
     with enable_cache(pipe, predictor, options.schedule) as handle:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         for number, arguments in enumerate(inputs):
             generator = torch.Generator("cpu").manual_seed(options.seed + number)
             start = time.perf_counter()

@@ -4,7 +4,9 @@ import json
 import math
 import os
 import platform
+import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -20,6 +22,7 @@ from tqdm import tqdm
 import lesa_kernels
 from lesa.cache import enable_cache
 from lesa.comparison import draw_comparison
+from lesa.hook import check_uncached
 from lesa.inputs import batches_of, check_inputs, collate
 from lesa.models import adapter_for
 from lesa.pipelines import quiet_progress
@@ -27,6 +30,8 @@ from lesa_kernels import FusedKANPredictor
 from lesa_kernels._checks import argument_error, check_int
 
 REFERENCE = "reference"
+COUNTED = "attention of the first block"
+"""What runs in a computed step of every contender."""
 WARM_UP_STEPS = 12
 """Enough for a cache to predict some of them; runs of fewer than 10 steps are computed whole."""
 
@@ -90,11 +95,13 @@ class EvaluatedRun:
 
     Args:
         name: "reference", "newton-N", "dense-N", "taylorseer-...", or "fewer-steps-N"; N is `computed_steps`.
-        steps: the steps at which the transformer's blocks really ran, counted while they ran.
+        steps: the steps at which the attention of the transformer's first block was computed, counted while it ran. For
+            all contenders but one, the whole transformer ran in these steps and nothing but its output head in the
+            others. TaylorSeer's full mode forecasts attentions only: the rest of every block runs in all steps.
         num_inference_steps: steps of the run.
         seconds: wall clock of the pipeline calls without decoding, after a warm-up.
         speedup: the reference's seconds over these.
-        psnr: of the decoded images in [0, 1], in dB; infinite if any image equals the reference's.
+        psnr: of the decoded images in [0, 1], in dB; infinite if any image equals the reference's, NaN if any is NaN.
         ssim: structural similarity of the decoded images.
         latent_psnr: of the latents for a peak of 2, in dB. The latents of the bundled digits are the pixels before they
             are clipped to [-1, 1].
@@ -111,12 +118,12 @@ class EvaluatedRun:
 
     @property
     def computed_steps(self) -> int:
-        """Number of steps at which the transformer's blocks ran."""
+        """Number of `steps`."""
         return len(self.steps)
 
     def to_dict(self) -> dict:
-        """A dict for JSON, where an infinite PSNR is None."""
-        values = {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in asdict(self).items()}
+        """A dict for JSON, where a figure that is infinite or NaN is None."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
         return {"name": values.pop("name"), "computed_steps": self.computed_steps, **values}
 
 
@@ -142,7 +149,7 @@ class Evaluation:
         """The runs for people: of TaylorSeer only the best by PSNR at each number of computed steps."""
         best: dict[int, EvaluatedRun] = {}
         for run in self._taylorseer:
-            best[run.computed_steps] = max(best.get(run.computed_steps, run), run, key=lambda r: r.psnr)
+            best[run.computed_steps] = max(best.get(run.computed_steps, run), run, key=_rank)
         return [run for run in self.runs if run not in self._taylorseer or run in best.values()]
 
     @property
@@ -159,14 +166,17 @@ class Evaluation:
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         lines.insert(1, "-" * len(lines[0]))
-        left_out = len(self.runs) - len(self.shown)
-        if left_out:
-            lines.append(f"TaylorSeer: the best of {len(self._taylorseer)} settings at each number of computed steps.")
+        tried = Counter(run.computed_steps for run in self._taylorseer)
+        if max(tried.values(), default=1) > 1:
+            each = ", ".join(f"{count} at {steps}" for steps, count in sorted(tried.items(), reverse=True))
+            lines.append(f"TaylorSeer: the best setting at each number of computed steps; tried were {each}.")
+        if any(run.name.startswith("taylorseer-full") for run in self.shown):
+            lines.append("TaylorSeer's full mode computes the attentions in so many steps, and all else in every step.")
         return "\n".join(lines)
 
     def summary(self) -> dict:
         """All runs and what they were measured on, for JSON."""
-        return {"runs": [run.to_dict() for run in self.runs], **self.facts}
+        return {"counted": COUNTED, "runs": [run.to_dict() for run in self.runs], **self.facts}
 
     def save(self, folder: str | os.PathLike) -> list[Path]:
         """Writes `summary.json` and `comparison.png` into `folder`; returns their paths."""
@@ -213,6 +223,7 @@ def evaluate(
         RuntimeError: a cache is on already.
     """
     adapter = adapter_for(pipe)
+    check_uncached(pipe.transformer)
     check_int("num_inference_steps", num_inference_steps)
     inputs = check_inputs(inputs)
     size = len(inputs) if batch_size is None else check_int("batch_size", batch_size)
@@ -307,10 +318,10 @@ class _Contest:
 
     @contextmanager
     def _counted(self, computed: set[int]):
-        """Collects in `computed` the steps at which the blocks run; gives the pipeline's callback for that."""
+        """Collects in `computed` the steps at which the counted module runs; gives the pipeline's callback for that."""
         ran = False
 
-        def on_block(module, args, output):
+        def on_counted(module, args, output):
             nonlocal ran
             ran = True
 
@@ -321,7 +332,7 @@ class _Contest:
             ran = False
             return {}
 
-        hook = self.adapter.counted_module.register_forward_hook(on_block)
+        hook = self.adapter.counted_module.register_forward_hook(on_counted)
         try:
             yield on_step_end
         finally:
@@ -349,13 +360,12 @@ class _Contest:
 def _check_contender(contender) -> None:
     if isinstance(contender, TaylorSeer):
         return
-    kind, _, count = str(contender).partition("-")
-    if kind not in ("steps", "taylorseer") or not (count.isdigit() or contender == kind):
+    if not re.fullmatch("(steps|taylorseer)(-[1-9][0-9]*)?", str(contender)):
         raise argument_error(
             "against",
             "hold 'steps', 'taylorseer', 'steps-N', 'taylorseer-N' or a TaylorSeer",
             contender,
-            "Choose among these, with N the number of computed steps.",
+            "Choose among these, with N the number of computed steps, at least 1.",
         )
 
 
@@ -380,6 +390,11 @@ def _taylorseer(transformer, setting: TaylorSeer):
         yield
     finally:
         transformer.disable_cache()
+
+
+def _rank(run: EvaluatedRun) -> float:
+    """Larger is better; NaN is worst."""
+    return -math.inf if math.isnan(run.psnr) else run.psnr
 
 
 def _synchronise(device: torch.device) -> None:

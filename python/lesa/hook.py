@@ -1,11 +1,14 @@
 """The hook on a transformer: which run, which step and which stream a call belongs to, and its features."""
 
+import threading
 import warnings
 from collections.abc import Callable
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
+
+from lesa_kernels._checks import Said, argument_error
 
 HOOK_NAME = "lesa"
 
@@ -14,6 +17,30 @@ def installed_hook(transformer) -> "StepHook | None":
     """The hook that is on `transformer`, or None."""
     registry = getattr(transformer, "_diffusers_hook", None)
     return None if registry is None else registry.get_hook(HOOK_NAME)
+
+
+def check_uncached(transformer) -> None:
+    """Raises `RuntimeError` if lesa or a cache of diffusers is on for `transformer`."""
+    if installed_hook(transformer) is not None:
+        raise argument_error(
+            "pipe",
+            "have no cache on",
+            Said("one with lesa on already for this transformer"),
+            "Call `lesa.disable_cache(pipe)`, or let the recording end, first.",
+            RuntimeError,
+        )
+    _check_no_other_cache(transformer)
+
+
+def _check_no_other_cache(transformer) -> None:
+    if getattr(transformer, "is_cache_enabled", False):
+        raise argument_error(
+            "pipe",
+            "have no other cache on",
+            Said(f"one with a {type(transformer._cache_config).__name__}"),
+            "Call `pipe.transformer.disable_cache()` first.",
+            RuntimeError,
+        )
 
 
 class Run:
@@ -31,7 +58,7 @@ class Run:
     def __init__(self, scheduler):
         self.scheduler = scheduler
         self.identity = scheduler.timesteps  # a new tensor every run; kept, so that its address can't be reused
-        self.timesteps = scheduler.timesteps.double().tolist()
+        self.timesteps = scheduler.timesteps.tolist()
         sigmas = getattr(scheduler, "sigmas", None)
         known = sigmas is not None and len(sigmas) >= len(self.timesteps)
         self.train_steps = scheduler.config.get("num_train_timesteps", 1000)
@@ -52,20 +79,23 @@ class Run:
         """The index of the scheduler's timestep that the transformer was given, or None.
 
         The value has the latents' precision, where neighbours can merge. Of the candidates the scheduler's own position
-        decides; one that is none of them means that another scheduler drives this call. Without a position it is the
-        nearest that does not go back.
+        decides. Without a position, as in a loop that does not use `scheduler.step`, it is the nearest that does not go
+        back. Another scheduler drives this call, and the answer is None, where the position is no candidate, where a
+        step would be left out without a position, and where this scheduler's timesteps were never set.
         """
+        if getattr(self.scheduler, "num_inference_steps", None) is None:
+            return None
         value = float(timestep.reshape(-1)[0]) * self.train_steps
         tolerance = max(torch.finfo(timestep.dtype).eps, 1e-6) * abs(value) + 1e-3
         near = [i for i, t in enumerate(self.timesteps) if abs(t - value) <= tolerance]
-        if not near:
-            return None
         position = getattr(self.scheduler, "step_index", None)
         if position is None:
             position = getattr(self.scheduler, "begin_index", None)
         if position is not None:
             return position if position in near else None
-        return min(near, key=lambda i: (i < self.index, abs(self.timesteps[i] - value)))
+        if self.begin is not None:
+            near = [i for i in near if i <= self.index + 1]
+        return min(near, key=lambda i: (i < self.index, abs(self.timesteps[i] - value)), default=None)
 
 
 class _ContextTracker(StateManager):
@@ -76,7 +106,7 @@ class _ContextTracker(StateManager):
         self.name: str | None = None
 
     def set_context(self, context) -> None:
-        self.name = getattr(context, "name", context)  # diffusers before 0.39 passes the bare name
+        self.name = getattr(context, "name", context)  # diffusers before 0.41 passes the bare name
 
     def reset(self) -> None:
         self.name = None
@@ -99,6 +129,7 @@ class StepHook(ModelHook):
         self.run: Run | None = None
         self._calls_at_step: dict[str | None, int] = {}
         self._on_features: Callable | None = None  # set while a computed step runs
+        self._entered = threading.Lock()  # held while a call is under way
         self._warned: set[str] = set()
 
     def install(self) -> None:
@@ -108,31 +139,37 @@ class StepHook(ModelHook):
             RuntimeError: it or another cache is on already.
         """
         transformer = self.adapter.transformer
-        if installed_hook(transformer) is not None:
-            raise RuntimeError(
-                "lesa is on already for this transformer. Call `lesa.disable_cache(pipe)`, or let the recording end, "
-                "first."
-            )
-        if getattr(transformer, "is_cache_enabled", False):
-            raise RuntimeError(
-                f"Another cache is on for this transformer, {type(transformer._cache_config).__name__}. "
-                "Call `pipe.transformer.disable_cache()` first."
-            )
+        check_uncached(transformer)
         self._had_registry = hasattr(transformer, "_diffusers_hook")
         self._had_forward = "forward" in transformer.__dict__
         registry = HookRegistry.check_if_exists_or_initialize(transformer)
         registry.register_hook(self, HOOK_NAME)
+        self._forward, self._link = transformer.forward, self.fn_ref.forward
         self._capture = self.adapter.head_entry.register_forward_pre_hook(self._on_head_entry)
 
     def uninstall(self) -> None:
-        """Restores the transformer. Does nothing if the hook is off already."""
+        """Restores the transformer. Does nothing if the hook is off already.
+
+        A wrapper that was put around `forward` since, such as accelerate's for offloading, stays and works on: the link
+        that it holds lets calls through.
+        """
         transformer = self.adapter.transformer
         if installed_hook(transformer) is not self:
             return
         self._capture.remove()
         registry = transformer._diffusers_hook
-        registry.remove_hook(HOOK_NAME, recurse=False)
-        if not registry.hooks:
+        names = [*registry.hooks]
+        later = names[names.index(HOOK_NAME) + 1 :]
+        caller = registry.hooks[later[0]].fn_ref if later else transformer
+        if self.fn_ref.forward is not self._link:  # a hook below was removed: diffusers put what it had below here
+            self.fn_ref.original_forward = self.fn_ref.forward
+        link = caller.forward
+        registry.remove_hook(HOOK_NAME, recurse=False)  # it also gives the caller a new link, whatever the old one was
+        if link is not self._forward:
+            caller.forward, through = link, ModelHook()
+            self.fn_ref.pre_forward, self.fn_ref.post_forward = through.pre_forward, through.post_forward
+            self.fn_ref.forward = self.fn_ref.original_forward
+        elif not registry.hooks:
             if not self._had_forward:
                 del transformer.forward
             if not self._had_registry:
@@ -173,10 +210,28 @@ class StepHook(ModelHook):
         raise NotImplementedError
 
     def new_forward(self, module, *args, **kwargs):
+        if not self._entered.acquire(blocking=False):
+            raise argument_error(
+                "pipe",
+                "enter a transformer with lesa on from one thread at a time",
+                Said("a call during another one"),
+                "Let the calls wait for each other, or give each thread a transformer of its own.",
+                RuntimeError,
+            )
+        try:
+            _check_no_other_cache(module)
+            return self._call(args, kwargs)
+        finally:
+            self._entered.release()
+
+    def _call(self, args, kwargs):
         call = self.adapter.bind(args, kwargs)
         step = self._enter_step(call["timestep"])
         if step is None:
-            self.warn("the timestep is not one of the scheduler's: computing")
+            self.warn(
+                "the timestep is not one of the scheduler's, or not the one that it is at: computing. A cached "
+                "transformer serves the scheduler of the pipeline that the cache was enabled for"
+            )
             self.on_unlocated()
             return self.fn_ref.original_forward(*args, **kwargs)
 
@@ -198,6 +253,12 @@ class StepHook(ModelHook):
     def _on_head_entry(self, module, args) -> None:
         if self._on_features is not None:
             self._on_features(*args[:2])
+        elif not self._entered.locked():  # a wrapper or hook below was removed, and took this one along
+            self.warn(
+                "the transformer ran past lesa's hook, which another hook took along when it was removed: nothing is "
+                "predicted. Call `lesa.disable_cache(pipe)` and enable the cache again; with offloading, enable the "
+                "cache first"
+            )
 
     def _enter_step(self, timestep) -> int | None:
         """Finds the run and the step that this call belongs to; returns the executed step, or None if it is unknown."""

@@ -18,6 +18,7 @@ from lesa_kernels._checks import Said, argument_error, describe
 SUFFIXES = (".jsonl", ".safetensors")
 
 _RESERVED = {
+    "callback_on_step_end": "Leave it out: lesa runs the pipeline as it is.",
     "generator": "Pass `seed` instead: sample i is drawn with seed + i.",
     "num_inference_steps": "Pass `num_inference_steps` instead.",
     "num_images_per_prompt": "Repeat the input: each one makes one sample.",
@@ -144,8 +145,13 @@ def _check_suffix(file) -> Path:
 
 
 def _read_lines(path):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        got = Said(f"{path}, whose byte {error.start} is none")
+        raise argument_error("file", "be text in UTF-8", got, "Save it in that encoding.") from None
     inputs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         name, must = f"{path.name}, line {number}", "be a JSON string or a JSON object"

@@ -5,6 +5,8 @@ import os
 
 from diffusers import DiffusionPipeline
 
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
 
 def load_pipeline(folder_or_id: str | os.PathLike, **options) -> DiffusionPipeline:
     """Loads a pipeline that may have been saved with some components empty, such as its text encoders.
@@ -15,7 +17,8 @@ def load_pipeline(folder_or_id: str | os.PathLike, **options) -> DiffusionPipeli
         folder_or_id: a folder, or a repository on the Hugging Face hub.
         options: passed to `DiffusionPipeline.from_pretrained`.
     """
-    index = DiffusionPipeline.load_config(folder_or_id)
+    hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
+    index = DiffusionPipeline.load_config(folder_or_id, **hub)
     absent = {name: None for name, value in index.items() if isinstance(value, (list, tuple)) and value[0] is None}
     return DiffusionPipeline.from_pretrained(folder_or_id, **{**absent, **options})
 

@@ -11,6 +11,7 @@ A trajectory folder holds
 """
 
 import contextlib
+import hashlib
 import json
 import operator
 import os
@@ -30,6 +31,9 @@ from lesa_kernels import OutputHead
 from lesa_kernels._checks import Said, argument_error, check_int
 
 FORMAT_VERSION = 1
+_FACTS = {"samples": int, "family": str, "feature_dim": int, "num_inference_steps": int, "head_eps": float}
+"""What reading needs of a manifest."""
+
 MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
 
@@ -69,10 +73,11 @@ class Trajectories:
         head_bias: `[O]`, or None.
         head_eps: of the output head's layer norm.
         manifest: the manifest as a dict.
+        samples: of each trajectory, the number of its input; the streams of one input share it.
 
     Raises:
         FileNotFoundError: no such folder, or no manifest in it.
-        ValueError: another format version, or an interrupted recording.
+        ValueError: another format version, a manifest that lacks something, or an interrupted recording.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -106,6 +111,7 @@ class Trajectories:
         head = load_file(self.folder / HEAD)
         self.head_weight, self.head_bias = head["weight"], head.get("bias")
         self._files = _sample_files(self.folder)
+        self.samples = [int(path.stem.split("-")[1]) for path in self._files]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -152,9 +158,10 @@ def record(
         The recording.
 
     Raises:
-        TypeError: `pipe` is of no supported family, or an argument has another type.
+        TypeError: `pipe` is of no supported family, its output projection is no plain `nn.Linear`, or an argument has
+            another type.
         ValueError: an argument is out of range, an input carries an argument that is not its own to choose, or
-            `out_dir` holds something else than the beginning of this recording; the message names what differs.
+            `out_dir` holds something else than this recording or its beginning; the message names what differs.
         RuntimeError: features are not finite, a step was missed, or a cache is on for the transformer.
     """
     inputs = check_inputs(inputs)
@@ -162,6 +169,15 @@ def record(
     if tokens_per_sample is not None:
         check_int("tokens_per_sample", tokens_per_sample)
     adapter = adapter_for(pipe)
+    if type(adapter.projection) is not torch.nn.Linear:
+        kind = type(adapter.projection)
+        raise argument_error(
+            "pipe",
+            "have a plain nn.Linear as output projection to be recorded",
+            Said(f"a {kind.__module__}.{kind.__qualname__}"),
+            "Fuse or unload the adapters on it, or load the model with this layer not quantised.",
+            TypeError,
+        )
     planned = {
         "format_version": FORMAT_VERSION,
         "family": adapter.family,
@@ -172,6 +188,7 @@ def record(
         "tokens_per_sample": tokens_per_sample,
         "samples": len(inputs),
         "inputs_digest": inputs_digest(inputs),
+        "transformer": _fingerprint(adapter.transformer),
     }
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -253,7 +270,7 @@ class _RecordingHook(StepHook):
                     "pipe",
                     "call its transformer once for each of its scheduler's steps",
                     Said(f"{count} of {len(self.sigmas)} steps in the stream {name!r}"),
-                    "Use a scheduler with one call per step, and don't interrupt the pipeline from a callback.",
+                    "Use a scheduler with one call per step, and let the pipeline run to its end.",
                     RuntimeError,
                 )
 
@@ -328,6 +345,23 @@ class _RecordingHook(StepHook):
         )
 
 
+def _fingerprint(transformer) -> str:
+    """SHA-256 over names, shapes and sums of the parameters, and over the names of the active adapters.
+
+    The sums are of the values' bits as integers: exact, so that neither device nor threads change them. A parameter
+    whose values are not here, for it is offloaded to the meta device, sharded or packed, counts by name and shape.
+    """
+    adapters = transformer.active_adapters() if getattr(transformer, "_hf_peft_config_loaded", False) else []
+    digest = hashlib.sha256(f"{adapters}\n".encode())
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, parameter in sorted(transformer.named_parameters()):
+        values = parameter.detach()
+        here = type(values) is torch.Tensor and not values.is_meta
+        total = int(values.view(integers[values.element_size()]).sum(dtype=torch.int64)) if here else None
+        digest.update(f"{name} {values.dtype} {list(values.shape)} {total}\n".encode())
+    return digest.hexdigest()
+
+
 def _choose_tokens(tokens: int, kept: int, seed: int) -> torch.Tensor:
     if kept == tokens:
         return torch.arange(tokens)
@@ -353,28 +387,19 @@ def _save_sample(folder: Path, number: int, streams: dict[str, dict]) -> None:
 
 
 def _begin(folder: Path, manifest: dict, head: OutputHead) -> None:
-    """Writes head and manifest, or checks that those of the recording's beginning are the same."""
-    tensors = {"weight": head.weight, "bias": head.bias}
-    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items() if tensor is not None}
+    """Writes head and manifest, or checks that the recording's beginning has the same manifest."""
     recorded = _read_manifest(folder)
-    if recorded is None:
-        _write_tensors(folder / HEAD, tensors)
-        with _complete_file(folder / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+    if recorded is not None:
+        _check_same(folder, recorded, manifest)
         return
-    _check_same(folder, recorded, manifest)
-    known = load_file(folder / HEAD)
-    if known.keys() != tensors.keys() or not all(torch.equal(known[name], tensors[name]) for name in known):
-        raise argument_error(
-            "pipe",
-            f"be the one that the recording in {folder} was begun with",
-            Said("an output projection with other weights"),
-            "Load that model, or record into another folder.",
-        )
+    tensors = {"weight": head.weight, "bias": head.bias}
+    _write_tensors(folder / HEAD, {name: t.detach().cpu() for name, t in tensors.items() if t is not None})
+    with _complete_file(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def _read_manifest(folder: Path) -> dict | None:
-    """The manifest of a trajectory folder, or None; raises `ValueError` if it is of another version."""
+    """The manifest of a trajectory folder, or None; raises `ValueError` unless it is one of this version."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -390,6 +415,14 @@ def _read_manifest(folder: Path) -> dict | None:
             f"be {FORMAT_VERSION}",
             version,
             "Record again with this version of lesa, or read it with the one that wrote it.",
+        )
+    lacking = [name for name, kind in _FACTS.items() if not isinstance(manifest.get(name), kind)]
+    if lacking:
+        raise argument_error(
+            f"{path}",
+            f"have {', '.join(_FACTS)}",
+            Said(f"none, or another kind of value, for {', '.join(lacking)}"),
+            "Restore the file, or record into another folder.",
         )
     return manifest
 

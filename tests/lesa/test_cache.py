@@ -1,8 +1,10 @@
 import copy
 import gc
 import math
+import threading
 import warnings
 import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -93,6 +95,22 @@ def calls(pipe):
         handle.remove()
 
 
+@pytest.fixture
+def calls_of():
+    """`calls_of(transformer)` counts from then on how often its first block runs."""
+
+    def watch(transformer):
+        counts = {"block": 0}
+
+        def count(module, args):
+            counts["block"] += 1
+
+        transformer.transformer_blocks[0].register_forward_pre_hook(count)
+        return counts
+
+    return watch
+
+
 def rings_of(predictor):
     """A list that gets every ring which `predictor` makes from now on."""
     rings, make_ring = [], predictor.make_ring
@@ -146,9 +164,6 @@ def assert_equal_lists(actual, expected):
         assert torch.equal(a, b)
 
 
-# Exactness
-
-
 @pytest.mark.parametrize("make", [make_predictor, make_dense], ids=["newton", "dense"])
 def test_everything_computed_is_bit_exact(pipe, generate, make):
     plain = generate(pipe)
@@ -187,17 +202,89 @@ def test_context_manager_disables_even_after_an_error(pipe):
     assert traces(pipe.transformer) == before
 
 
-def test_another_hook_stays_when_the_cache_goes(pipe, generate):
-    class Count(ModelHook):
-        calls = 0
+def ours(caught):
+    return [str(w.message) for w in caught if str(w.message).startswith("lesa: ")]
 
+
+def accelerate_hook(transformer):
+    """Puts a hook of accelerate, which wraps `forward`, on the transformer, and returns a list that gets its calls."""
+    hooks = pytest.importorskip("accelerate.hooks", reason="offloading needs accelerate")
+    calls = []
+
+    class Count(hooks.ModelHook):
         def pre_forward(self, module, *args, **kwargs):
-            self.calls += 1
+            calls.append(module)
             return args, kwargs
 
+    hooks.add_hook_to_module(transformer, Count())
+    return calls
+
+
+def test_a_wrapper_made_while_the_cache_was_on_stays(fresh_pipe, generate):
+    pipe, plain = fresh_pipe, generate(fresh_pipe)
+    handle = lesa.enable_cache(pipe, make_predictor(), SOME)
+    cached, predictor = generate(pipe), weakref.ref(handle._hook.predictor)
+    calls = accelerate_hook(pipe.transformer)
+    assert torch.equal(generate(pipe), cached) and len(calls) == STEPS
+    handle.disable()
+    del handle
+    gc.collect()
+    assert predictor() is None
+    assert torch.equal(generate(pipe), plain) and len(calls) == 2 * STEPS
+    for _ in range(2):
+        with lesa.enable_cache(pipe, make_predictor(), SOME) as handle:
+            assert torch.equal(generate(pipe), cached)
+        assert handle.stats.streams["cond"].computed == SOME
+    assert len(calls) == 2 * STEPS + 2 * len(SOME)  # now it is below the cache
+    from accelerate.hooks import remove_hook_from_module
+
+    remove_hook_from_module(pipe.transformer)
+    assert torch.equal(generate(pipe), plain)
+
+
+class CountCalls(ModelHook):
+    """A hook of diffusers that counts."""
+
+    calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+@pytest.mark.parametrize("kind", ["accelerate", "diffusers"])
+def test_a_hook_below_that_takes_the_cache_along_is_noticed(fresh_pipe, generate, kind):
+    pipe, plain, hook = fresh_pipe, generate(fresh_pipe), CountCalls()
+    if kind == "accelerate":
+        hooks = pytest.importorskip("accelerate.hooks", reason="offloading needs accelerate")
+        accelerate_hook(pipe.transformer)
+        remove = partial(hooks.remove_hook_from_module, pipe.transformer)
+    else:
+        registry = HookRegistry.check_if_exists_or_initialize(pipe.transformer)
+        registry.register_hook(hook, "count")
+        remove = partial(registry.remove_hook, "count")
+    lesa.enable_cache(pipe, make_predictor(), SOME)
+    cached = generate(pipe)
+    remove()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert torch.equal(generate(pipe), plain)
+    (message,) = ours(caught)
+    assert "ran past lesa's hook" in message and "`lesa.disable_cache(pipe)` and enable the cache again" in message
+    lesa.disable_cache(pipe)
+    before = hook.calls
+    assert torch.equal(generate(pipe), plain)
+    with lesa.enable_cache(pipe, make_predictor(), SOME):
+        assert torch.equal(generate(pipe), cached)
+    assert torch.equal(generate(pipe), plain)
+    assert hook.calls == before
+
+
+def test_another_hook_stays_when_the_cache_goes(pipe, generate):
     registry = HookRegistry.check_if_exists_or_initialize(pipe.transformer)
     for hook_first in (True, False):
-        count = Count()
+        count = CountCalls()
         if hook_first:
             registry.register_hook(count, "count")
         with lesa.enable_cache(pipe, make_predictor(), SOME):
@@ -209,9 +296,6 @@ def test_another_hook_stays_when_the_cache_goes(pipe, generate):
         generate(pipe)
         assert count.calls == under_the_cache + STEPS
         registry.remove_hook("count")
-
-
-# What runs
 
 
 def test_predicted_steps_run_the_head_only(pipe, generate, calls):
@@ -271,9 +355,6 @@ def test_what_the_history_holds(pipe, generate, make):
     counts = [min(rings[0].capacity, sum(s <= step for s in held)) for step in range(STEPS)]
     assert [s for s, _ in pushes] == pytest.approx([1 - s / STEPS for s in newest])
     assert [c for _, c in pushes] == counts
-
-
-# Schedules
 
 
 @pytest.mark.parametrize(
@@ -336,6 +417,21 @@ def test_a_schedule_without_noise_levels_at_another_count_is_noted(pipe, generat
     assert handle.stats.notes == ["the schedule is for 50 steps and has no noise levels: its indices stand"]
 
 
+def test_steps_beyond_the_run_are_noted(pipe, generate):
+    with lesa.enable_cache(pipe, make_predictor(), [0, 5, 40, 60]) as handle:
+        generate(pipe)
+    assert handle.stats.streams["cond"].computed == [0, 5]
+    assert handle.stats.notes == ["the run has 12 steps, which leaves out the schedule's 40,60"]
+
+
+def test_a_predictor_of_few_steps_predicts_in_few_steps(pipe, generate):
+    with lesa.enable_cache(pipe, trained_predictor((0, 2, 5), 8)) as handle:
+        generate(pipe, steps=8)
+        assert handle.stats.streams["cond"].computed == [0, 2, 5]
+        generate(pipe, steps=7)
+        assert handle.stats.computed_steps == 7
+
+
 def test_few_steps_are_computed_whole_unless_a_schedule_is_given(pipe, generate):
     plain = generate(pipe, steps=9)
     with lesa.enable_cache(pipe, trained_predictor()) as handle:
@@ -347,9 +443,6 @@ def test_few_steps_are_computed_whole_unless_a_schedule_is_given(pipe, generate)
     with lesa.enable_cache(pipe, trained_predictor(), [0, 1]) as handle:
         generate(pipe, steps=4)
         assert handle.stats.streams["cond"].computed == [0, 1]
-
-
-# Errors
 
 
 def broken(**options):
@@ -376,19 +469,19 @@ def broken(**options):
             r"`predictor\.config\.feature_dim` must be the transformer's width, 128, but got 96",
         ),
         (broken(), 3, ValueError, "`predictor` must have finite weights, but got NaN or Inf in spline"),
+        (
+            make_predictor().to("meta"),
+            3,
+            ValueError,
+            r"`predictor` must be on the transformer's device, cpu, but got one on meta.*predictor\.to\('cpu'\)",
+        ),
         (make_predictor(), None, ValueError, "`schedule` must be given, .* but got None .*Pass an interval"),
         (make_predictor(), 0, ValueError, "`schedule` must be an integer of at least 1, but got 0"),
         (make_predictor(), "7", TypeError, "`schedule` must be an integer of at least 1, but got '7'"),
         (make_predictor(), True, TypeError, "`schedule` must be an integer of at least 1, but got True"),
         (make_predictor(), [1, 2], ValueError, r"`steps` must be rising step indices that start with 0"),
-        (
-            make_predictor(num_inference_steps=4, schedule=(0, 9), schedule_sigmas=(1.0, 0.1)),
-            None,
-            ValueError,
-            "`steps` must be below 4",
-        ),
     ],
-    ids=["type", "family", "width", "weights", "no-schedule", "zero", "str", "bool", "no-first-step", "trained"],
+    ids=["type", "family", "width", "weights", "device", "no-schedule", "zero", "str", "bool", "no-first-step"],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_touched(pipe, predictor, schedule, kind, message):
     before = traces(pipe.transformer)
@@ -431,7 +524,72 @@ def test_another_cache_is_refused(pipe, config):
     lesa.enable_cache(pipe, make_predictor(), 3)
 
 
-# Runs after runs
+@pytest.mark.parametrize("config", [FirstBlockCacheConfig(), TaylorSeerCacheConfig()], ids=lambda c: type(c).__name__)
+def test_another_cache_that_comes_later_is_refused_by_the_run(pipe, generate, config):
+    handle = lesa.enable_cache(pipe, make_predictor(), SOME)
+    cached = generate(pipe)
+    pipe.transformer.enable_cache(config)
+    with pytest.raises(RuntimeError, match=rf"{type(config).__name__}\. Call `pipe\.transformer\.disable_cache\(\)`"):
+        generate(pipe)
+    pipe.transformer.disable_cache()
+    assert torch.equal(generate(pipe), cached)
+    assert handle.stats.streams["cond"].computed == SOME
+
+
+def test_two_threads_at_once_are_refused(pipe, generate):
+    inside, go_on, outputs = threading.Event(), threading.Event(), []
+
+    def wait(module, args):
+        inside.set()
+        go_on.wait(30)
+
+    with lesa.enable_cache(pipe, make_predictor(), SOME):
+        alone = generate(pipe)
+        guard = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(wait)
+        thread = threading.Thread(target=lambda: outputs.append(generate(pipe)))
+        thread.start()
+        try:
+            assert inside.wait(30)
+            with pytest.raises(RuntimeError, match="from one thread at a time.*give each thread a transformer"):
+                pipe.transformer(**call_arguments(pipe), timestep=torch.ones(2))
+        finally:
+            go_on.set()
+            thread.join()
+            guard.remove()
+        assert torch.equal(outputs[0], alone)
+        assert torch.equal(generate(pipe), alone)  # the refusal left nothing locked
+
+
+@pytest.mark.parametrize("steps", [50, 28])
+@pytest.mark.parametrize("before", ["never ran", "ran", "ran at another count", "failed", "was set"])
+def test_a_second_pipeline_with_its_own_scheduler_is_computed(fresh_pipe, generate, calls_of, before, steps):
+    pipe, other = fresh_pipe, digits.build_pipeline(fresh_pipe.transformer)
+    other.set_progress_bar_config(disable=True)
+    plain = generate(digits.build_pipeline(fresh_pipe.transformer), steps=steps, labels=(3,))
+    handle = lesa.enable_cache(pipe, make_predictor(), [0, 1])
+
+    def fail(pipe, index, timestep, tensors):
+        if index == 5:
+            raise KeyError("stop")
+        return {}
+
+    if before == "ran":
+        generate(pipe, steps=steps, labels=(3,))
+    elif before == "ran at another count":
+        generate(pipe, labels=(3,))
+    elif before == "failed":
+        with pytest.raises(KeyError):
+            generate(pipe, steps=steps, labels=(3,), callback_on_step_end=fail)
+    elif before == "was set":
+        pipe.scheduler.set_timesteps(1000)
+    counts = calls_of(pipe.transformer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert torch.equal(generate(other, steps=steps, labels=(3,)), plain)
+    assert counts == {"block": steps}
+    assert len(ours(caught)) == 1 and "not one of the scheduler's" in ours(caught)[0]
+    located = before in ("failed", "was set")  # one call is at the very step where that scheduler is: it is computed
+    assert handle.stats.unlocated == steps - located
 
 
 def test_consecutive_runs_are_identical(pipe, generate):
@@ -518,9 +676,6 @@ def test_rings_are_freed_after_a_run(pipe, generate):
         assert handle.stats.streams["cond"].computed == SOME
 
 
-# When in doubt, compute
-
-
 @pytest.mark.parametrize("how", ["weights", "forward"])
 def test_a_nan_predictor_computes_everything_and_warns_once(pipe, generate, how):
     plain = generate(pipe)
@@ -531,8 +686,7 @@ def test_a_nan_predictor_computes_everything_and_warns_once(pipe, generate, how)
             torch.nn.init.constant_(predictor.out_bias, math.nan)
         for _ in range(2):
             assert torch.equal(generate(pipe), plain)
-    ours = [w for w in caught if "lesa" in str(w.message)]
-    assert len(ours) == 1 and "the forecast was not finite" in str(ours[0].message)
+    assert len(ours(caught)) == 1 and "the forecast was not finite" in ours(caught)[0]
     stream = handle.stats.streams["cond"]
     assert stream.computed == [*range(STEPS)] and stream.predicted == []
     later = {s: "an earlier forecast was not finite" for s in (4, 6, 7, 8, 10, 11)}
@@ -599,9 +753,6 @@ def test_a_timestep_that_is_not_the_schedulers_is_computed_and_counted(pipe):
             assert torch.equal(pipe.transformer(**call, timestep=timestep)[0], plain)
     assert handle.stats.unlocated == 1 and handle.stats.streams == {}
     assert "computed 1 calls whose timestep was not one of the scheduler's" in handle.stats.summary()
-
-
-# Steps and streams
 
 
 def solo(pipe, stream, schedule=SOME, make=make_predictor, steps=STEPS):
@@ -703,14 +854,20 @@ def test_steps_are_located_by_the_schedulers_position(pipe, dtype, steps):
 
 def test_steps_are_located_without_a_position():
     timesteps = torch.linspace(1, 1 / 50, 50) * 1000
-    scheduler = SimpleNamespace(timesteps=timesteps, config={}, sigmas=None)
+    scheduler = SimpleNamespace(timesteps=timesteps, config={}, sigmas=None, num_inference_steps=50)
     for dtype in (torch.float32, torch.bfloat16):
         run = Run(scheduler)
         assert run.sigmas == pytest.approx([1 - i / 50 for i in range(50)], abs=1e-6)
         for index, t in enumerate(timesteps):
             assert run.locate((t.to(dtype) / 1000).expand(2)) == index
-            run.index = index
-        assert run.locate(torch.tensor(0.987654)) is None or dtype == torch.bfloat16
+            run.begin, run.index = 0, index
+        assert run.locate(torch.tensor(0.987654)) is None
+    run.index = 10
+    assert run.locate(timesteps[11] / 1000) == 11
+    assert run.locate(timesteps[12] / 1000) is None  # a step was left out
+    assert run.locate(timesteps[0] / 1000) == 0  # a loop starts again
+    scheduler.num_inference_steps = None
+    assert run.locate(timesteps[11] / 1000) is None
 
 
 def test_two_evaluations_at_one_noise_level_replace_the_anchor(pipe):
@@ -750,9 +907,6 @@ def test_a_loop_that_starts_again_is_a_new_run(pipe):
                 pipe.scheduler.step(outputs[-1], t, call["hidden_states"])
     assert handle.stats.runs == 2
     assert_equal_lists(outputs[STEPS:], outputs[:STEPS])
-
-
-# How the transformer is called
 
 
 def test_positional_arguments_and_both_kinds_of_output(pipe):

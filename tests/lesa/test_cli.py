@@ -181,6 +181,7 @@ PROMPT = (*GENERATE, "--predictor", "p", "--prompt", "a")
         ((*PROMPT, "--schedule", "x"), "--schedule: must be an interval such as 7"),
         ((*PROMPT, "--schedule", "0,5,3"), "--schedule: must be rising steps"),
         ((*PROMPT, "--schedule", "0"), "--schedule: must be an interval"),
+        ((*PROMPT, "--schedule", "0,60", "--steps", "50"), "--schedule: must be below the 50 --steps, but got 60"),
         (("train", "--trajectories", "no/such/folder", "--out", "o"), "no/such/folder"),
         (("train", "--trajectories", "t", "--out", "o", "--stage-bounds", "high"), "--stage-bounds: must be falling"),
         (("train", "--trajectories", "t", "--out", "o", "--mixer", "mlp"), "--mixer: invalid choice: 'mlp'"),
@@ -230,6 +231,16 @@ def test_mismatched_predictors_are_refused_by_field(folder, tmp_path, capsys, co
     for command in (GENERATE, ("evaluate", "--model", MODEL, "--out", tmp_path / "out", "--device", "cpu")):
         line = refused(capsys, *command, "--predictor", tmp_path / "p", "--inputs", folder / "two.safetensors")
         assert f"`predictor.config.{field}` must be" in line
+    output = tmp_path / "new" / "x.png"
+    options = ("--predictor", tmp_path / "p", "--inputs", folder / "two.safetensors", "--output", output)
+    refused(capsys, *GENERATE[:-2], *options)
+    assert not output.parent.exists()
+
+
+def test_arguments_that_the_pipeline_refuses_are_one_line(folder, tmp_path, capsys):
+    write_inputs(tmp_path / "half.safetensors", [{"prompt_embeds": digits.inputs_for([1])[0]["prompt_embeds"]}])
+    line = refused(capsys, *GENERATE, "--predictor", folder / "mine", "--inputs", tmp_path / "half.safetensors")
+    assert "`pooled_prompt_embeds` also have to be passed" in line
 
 
 def test_broken_predictor_files_are_one_line(folder, tmp_path, capsys):
@@ -239,9 +250,10 @@ def test_broken_predictor_files_are_one_line(folder, tmp_path, capsys):
     refused(capsys, *GENERATE, "--predictor", tmp_path / "p", "--inputs", folder / "two.safetensors")
 
 
-def test_bugs_keep_their_traceback(folder, monkeypatch):
-    monkeypatch.setattr(lesa.recording.Trajectories, "__init__", lambda self, path: len(None))
-    with pytest.raises(TypeError, match="NoneType"):
+@pytest.mark.parametrize("bug", [lambda self, path: len(None), lambda self, path: int("x")], ids=["type", "value"])
+def test_bugs_keep_their_traceback(folder, monkeypatch, bug):
+    monkeypatch.setattr(lesa.recording.Trajectories, "__init__", bug)
+    with pytest.raises((TypeError, ValueError), match="NoneType|invalid literal"):
         cli.main(["train", "--trajectories", str(folder / "recording"), "--out", str(folder / "o")])
 
 

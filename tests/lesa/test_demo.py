@@ -7,7 +7,7 @@ from diffusers import FluxPipeline
 
 from lesa import cli
 from lesa.demo import digits
-from lesa.demo.run import SEED, TAYLORSEER, export, run_demo
+from lesa.demo.run import SCHEDULE_9, SEED, TAYLORSEER, TEST_SAMPLES, TRAINING_SAMPLES, export, run_demo
 from lesa.inputs import read_inputs
 from lesa.pipelines import load_pipeline
 
@@ -28,7 +28,7 @@ def test_export_writes_the_model(exported, generate):
 
 def test_export_writes_the_inputs(exported):
     folder, _ = exported
-    for name, count in {"inputs": 96, "prompts": 10, "test-inputs": 64}.items():
+    for name, count in {"inputs": TRAINING_SAMPLES, "prompts": 10, "test-inputs": TEST_SAMPLES}.items():
         inputs = read_inputs(folder / f"{name}.safetensors")
         expected = digits.inputs_for([number % 10 for number in range(count)])
         assert len(inputs) == count
@@ -44,7 +44,7 @@ def test_export_names_commands_that_the_command_line_takes(exported):
     assert record.inputs == folder / "inputs.safetensors"
     assert record.out == train.trajectories
     assert str(train.out) == generate.predictor == evaluate.predictor[0]
-    assert train.schedule == [0, 2, 6, 12, 18, 25, 32, 39, 46]
+    assert train.schedule == list(SCHEDULE_9)
     assert generate.seed == evaluate.seed == SEED
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 import lesa
 from lesa.demo import digits
-from lesa.evaluation import TaylorSeer, taylorseer_grid
+from lesa.evaluation import EvaluatedRun, Evaluation, TaylorSeer, taylorseer_grid
 from lesa.models import adapter_for
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
@@ -84,6 +84,7 @@ def test_summary_holds_all_runs_and_no_infinity(evaluated):
     summary = json.loads((folder / "summary.json").read_text(), parse_constant=pytest.fail)
     assert [run["name"] for run in summary["runs"]] == [run.name for run in evaluation.runs]
     assert summary["runs"][0]["psnr"] is None
+    assert summary["counted"] == "attention of the first block"
     newton = summary["runs"][1]
     assert (newton["computed_steps"], newton["num_inference_steps"], newton["steps"]) == (4, STEPS, list(SCHEDULE))
     assert newton["psnr"] == evaluation["newton-4"].psnr
@@ -100,7 +101,32 @@ def test_table_shows_the_best_taylorseer_at_each_number_of_steps(evaluated):
     newton = evaluation["newton-4"]
     expected = f"4 of 12 {newton.seconds:.2f} {newton.speedup:.2f}x {newton.psnr:.2f} {newton.ssim:.4f}"
     assert row.split()[1:] == expected.split()
-    assert "the best of 2 settings" in table
+    assert "TaylorSeer: the best setting at each number of computed steps; tried were 2 at 5." in table.splitlines()
+
+
+def evaluated_run(name, computed=10, psnr=20.0):
+    return EvaluatedRun(name, tuple(range(computed)), 50, 1.0, 1.0, psnr, 0.9, psnr)
+
+
+def test_table_counts_the_settings_at_each_number_of_steps():
+    names = [f"taylorseer-{mode}-order{order}-interval7" for mode in ("full", "lite") for order in (1, 2)]
+    runs = [evaluated_run("reference", 50), *(evaluated_run(name) for name in names[:3]), evaluated_run(names[3], 8)]
+    lines = Evaluation(tuple(runs), {}, {}).table().splitlines()
+    assert "TaylorSeer: the best setting at each number of computed steps; tried were 3 at 10, 1 at 8." in lines
+    assert "TaylorSeer's full mode computes the attentions in so many steps, and all else in every step." in lines
+    plain = Evaluation(tuple(runs[:1] + runs[-1:]), {}, {}).table()
+    assert "tried" not in plain and "attentions" not in plain
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_not_a_number_is_never_the_best(turned):
+    contenders = [evaluated_run("taylorseer-a", psnr=math.nan), evaluated_run("taylorseer-b", psnr=3.0)]
+    evaluation = Evaluation((evaluated_run("reference", 50), *contenders[:: -1 if turned else 1]), {}, {})
+    assert [run.name for run in evaluation.shown] == ["reference", "taylorseer-b"]
+    written = {
+        run["name"]: run["psnr"] for run in json.loads(json.dumps(evaluation.summary(), allow_nan=False))["runs"]
+    }
+    assert written == {"reference": 20.0, "taylorseer-a": None, "taylorseer-b": 3.0}
 
 
 def test_picture_has_a_row_per_shown_run(evaluated):
@@ -158,6 +184,9 @@ def test_against_names_follow_the_predictors(pipe, inputs):
     [
         ({"against": ["teacache"]}, "`against` must hold 'steps'"),
         ({"against": ["steps-x"]}, "`against` must hold 'steps'"),
+        ({"against": ["steps-0"]}, "`against` must hold 'steps'"),
+        ({"against": ["steps-²"]}, "`against` must hold 'steps'"),
+        ({"inputs": [{"prompt": "a", "callback_on_step_end": print}]}, "must leave 'callback_on_step_end' out"),
         ({"inputs": []}, "`inputs` must"),
         ({"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
         ({"predictors": [FusedKANPredictor(PredictorConfig(64))]}, "`predictor.config.feature_dim` must be"),
@@ -169,6 +198,15 @@ def test_wrong_arguments_are_refused_before_anything_runs(pipe, inputs, monkeypa
     with pytest.raises(ValueError, match=message):
         lesa.evaluate(pipe, **arguments)
     assert "forward" not in pipe.transformer.__dict__
+
+
+def test_a_pipeline_with_a_cache_on_is_refused(pipe, inputs):
+    pipe.transformer.enable_cache(TaylorSeer(5).config(torch.float32))
+    with pytest.raises(RuntimeError, match="TaylorSeerCacheConfig. Call `pipe.transformer.disable_cache"):
+        lesa.evaluate(pipe, inputs, [], ("steps-3",), STEPS, progress=False)
+    pipe.transformer.disable_cache()
+    with lesa.enable_cache(pipe, predictor(pipe)), pytest.raises(RuntimeError, match="lesa on already"):
+        lesa.evaluate(pipe, inputs, [], ("steps-3",), STEPS, progress=False)
 
 
 def test_a_failing_run_leaves_the_pipeline_as_it_was(fresh_pipe, inputs, generate, monkeypatch):

@@ -48,6 +48,13 @@ def test_jsonl_names_the_bad_line(tmp_path, line):
         read_inputs(file)
 
 
+def test_jsonl_in_another_encoding(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes('"Grüße"\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"must be text in UTF-8.*prompts\.jsonl, whose byte 3.*Save it"):
+        read_inputs(file)
+
+
 def test_jsonl_holds_no_tensors(tmp_path):
     with pytest.raises(TypeError, match=r"inputs\[0\].*JSON.*\.safetensors"):
         write_inputs(tmp_path / "a.jsonl", digits.inputs_for([1]))

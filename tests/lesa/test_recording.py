@@ -217,10 +217,32 @@ def test_resuming_with_other_weights(fresh_pipe, inputs, recording, tmp_path):
     for path in recording.folder.iterdir():
         if path.name != "sample-00002.safetensors":
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    fresh_pipe.transformer.proj_out.bias.data += 1
-    with pytest.raises(ValueError, match="output projection with other weights"):
+    fresh_pipe.transformer.transformer_blocks[0].attn.to_q.bias.data[3] += 1e-3
+    with pytest.raises(ValueError, match="`transformer` must be .*as in the recording.*another folder"):
         record(fresh_pipe, inputs, tmp_path, STEPS, seed=10, progress=False)
     assert not (tmp_path / "sample-00002.safetensors").exists()
+    with pytest.raises(ValueError, match="`transformer` must be"):
+        record(fresh_pipe, inputs, recording.folder, STEPS, seed=10, progress=False)  # though it is finished
+
+
+def test_adapters_are_told_apart_by_what_is_active(fresh_pipe, inputs, tmp_path):
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    transformer = fresh_pipe.transformer
+    for name in ("one", "two"):
+        transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]), name)
+    record(fresh_pipe, inputs[:1], tmp_path, 2, progress=False)
+    record(fresh_pipe, inputs[:1], tmp_path, 2, progress=False)
+    transformer.set_adapter("one")
+    with pytest.raises(ValueError, match="`transformer` must be"):
+        record(fresh_pipe, inputs[:1], tmp_path, 2, progress=False)
+
+
+def test_a_projection_with_an_adapter_is_refused(fresh_pipe, inputs, tmp_path):
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    fresh_pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["proj_out"]))
+    with pytest.raises(TypeError, match=r"plain nn\.Linear.*peft.*Fuse or unload the adapters"):
+        record(fresh_pipe, inputs, tmp_path / "new", STEPS, progress=False)
+    assert not (tmp_path / "new").exists()
 
 
 def test_samples_without_a_manifest_are_not_trusted(pipe, inputs, recording, tmp_path):
@@ -336,24 +358,29 @@ def test_features_that_are_not_finite(pipe, inputs, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("sample*")) == ["sample-00000.safetensors", "sample-00001.safetensors"]
 
 
-def test_nan_in_the_middle_of_a_batch_is_found(pipe, inputs, tmp_path):
-    def poison(pipe, step, timestep, arguments):
-        if step == 1:
-            arguments["latents"][1] = float("nan")
-        return arguments
+def after_step_one(pipe, monkeypatch, change):
+    """Lets `change(latents)` run when the scheduler has done step 1."""
+    step = pipe.scheduler.step
 
-    poisoned = [{**item, "callback_on_step_end": poison} for item in inputs]
+    def changed(*args, **kwargs):
+        (latents,) = step(*args, **kwargs)
+        if pipe.scheduler.step_index == 2:
+            change(latents)
+        return (latents,)
+
+    monkeypatch.setattr(pipe.scheduler, "step", changed)
+
+
+def test_nan_in_the_middle_of_a_batch_is_found(pipe, inputs, tmp_path, monkeypatch):
+    after_step_one(pipe, monkeypatch, lambda latents: latents[1].fill_(float("nan")))
     with pytest.raises(RuntimeError, match="sample 1 at step 2"):
-        record(pipe, poisoned, tmp_path, STEPS, batch_size=3, progress=False)
+        record(pipe, inputs, tmp_path, STEPS, batch_size=3, progress=False)
 
 
-def test_interrupted_pipeline_is_no_recording(pipe, inputs, tmp_path):
-    def interrupt(pipe, step, timestep, arguments):
-        pipe._interrupt = step == 1
-        return arguments
-
+def test_interrupted_pipeline_is_no_recording(pipe, inputs, tmp_path, monkeypatch):
+    after_step_one(pipe, monkeypatch, lambda latents: setattr(pipe, "_interrupt", True))
     with pytest.raises(RuntimeError, match="2 of 4 steps in the stream 'cond'"):
-        record(pipe, [{**inputs[0], "callback_on_step_end": interrupt}], tmp_path, STEPS, progress=False)
+        record(pipe, inputs[:1], tmp_path, STEPS, progress=False)
     assert not [*tmp_path.iterdir()]
 
 
@@ -365,11 +392,13 @@ def test_all_trajectories_have_the_same_steps(pipe, inputs, tmp_path):
 
 def test_recording_while_a_cache_is_on(pipe, inputs, tmp_path):
     config = PredictorConfig(feature_dim=pipe.transformer.inner_dim)
-    with enable_cache(pipe, FusedKANPredictor(config), 2), pytest.raises(RuntimeError, match="lesa is on already"):
+    with enable_cache(pipe, FusedKANPredictor(config), 2), pytest.raises(RuntimeError, match="lesa on already"):
         record(pipe, inputs, tmp_path, STEPS, progress=False)
 
 
-@pytest.mark.parametrize("name", ["generator", "num_inference_steps", "output_type", "return_dict"])
+@pytest.mark.parametrize(
+    "name", ["callback_on_step_end", "generator", "num_inference_steps", "output_type", "return_dict"]
+)
 def test_arguments_that_an_input_can_not_choose(pipe, inputs, tmp_path, name):
     with pytest.raises(ValueError, match=rf"inputs\[1\]` must leave '{name}' out"):
         record(pipe, [inputs[0], {**inputs[1], name: 1}], tmp_path, STEPS, progress=False)
@@ -414,6 +443,15 @@ def test_other_format_version(recording, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({**recording.manifest, "format_version": 2}))
     with pytest.raises(ValueError, match=r"format_version.*must be 1.*got 2"):
         Trajectories(tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["samples", "feature_dim", "head_eps"])
+def test_a_manifest_that_lacks_something(pipe, inputs, recording, tmp_path, lost):
+    manifest = {name: value for name, value in recording.manifest.items() if name != lost}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    for read in (lambda: Trajectories(tmp_path), lambda: record(pipe, inputs, tmp_path, STEPS, progress=False)):
+        with pytest.raises(ValueError, match=f"manifest.json` must have .* for {lost}. Restore the file"):
+            read()
 
 
 def test_files_hold_what_the_format_says(recording):

@@ -49,6 +49,7 @@ def write_trajectories(folder, samples=6, curvature=1.0, shifts=(1.0,), seed=0):
         "feature_dim": WIDTH,
         "num_inference_steps": STEPS,
         "samples": samples,
+        "seed": seed,
         "head_eps": 1e-6,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest))
@@ -165,6 +166,53 @@ def test_going_on_with_other_arguments_names_the_argument(trajectories, tmp_path
         lesa.train(trajectories, schedule=4, out_dir=tmp_path / "out", learning_rate=1e-2, **QUICK)
 
 
+def test_going_on_with_other_trajectories_is_refused(trajectories, tmp_path, monkeypatch):
+    def stop(self, guided_epochs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Training, "_finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            lesa.train(trajectories, schedule=4, out_dir=tmp_path / "out", **QUICK)
+    others = write_trajectories(tmp_path / "others", seed=7)
+    with pytest.raises(ValueError, match="`trajectories` must be what the unfinished training"):
+        lesa.train(others, schedule=4, out_dir=tmp_path / "out", **QUICK)
+
+
+def test_a_checkpoint_that_was_cut_off_is_no_obstacle(trajectories, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / (training.CHECKPOINT_NAME + ".new")).write_bytes(b"half")
+    lesa.train(trajectories, schedule=4, out_dir=out, **QUICK)
+    assert {file.name for file in out.iterdir()} == {"config.json", "model.safetensors", "losses.json", "losses.png"}
+
+
+def test_streams_of_one_sample_are_on_the_same_side_of_the_split(tmp_path):
+    folder = tmp_path / "cfg"
+    write_trajectories(folder, samples=6)
+    for file in sorted(folder.glob("sample-*.safetensors")):
+        file.with_stem(file.stem + "-uncond").write_bytes(file.read_bytes())
+    both = lesa.Trajectories(folder)
+    run = training._Training(both, training._complete_config(both, None, 4), None, "cpu", 0)
+    train, validation = run._split(0.4)
+    assert len(both) == 12 and len(validation) == 4 and len(train) == 8
+    assert not {both.samples[i] for i in train} & {both.samples[i] for i in validation}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shaken_schedules_of_short_runs_leave_steps_to_predict(seed):
+    generator = torch.Generator().manual_seed(seed)
+    assert all(len(training._shaken((0, 1, 2), 4, generator)) < 4 for _ in range(20))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", ["newton", "dense"])
+def test_training_on_a_gpu(trajectories, mixer):
+    config = PredictorConfig(WIDTH, mixer=mixer, hidden=8)
+    predictor = lesa.train(trajectories, config, [0, 2, 5, 8], device="cuda", **QUICK)
+    assert all(p.device.type == "cpu" and torch.isfinite(p).all() for p in predictor.parameters())
+
+
 def test_trajectories_of_different_noise_levels_train_together(tmp_path):
     mixed = write_trajectories(tmp_path / "mixed", samples=4, shifts=(1.0, 3.0))
     config = PredictorConfig(WIDTH, hidden=8, rank=0)
@@ -177,7 +225,8 @@ def test_trajectories_of_different_noise_levels_train_together(tmp_path):
 def test_the_loss_of_the_true_features_is_zero(trajectories):
     run = training._Training(trajectories, training._complete_config(trajectories, None, [0, 4]), None, "cpu", 0)
     batch = training._Batch([trajectories[0]], run.head, run.generator, None, "cpu")
-    loss = training._head_aware_loss(batch, run.closed, batch.features[run.closed.steps])
+    plan = training._Plan([0, 4], STEPS, 4)
+    loss = training._head_aware_loss(batch, plan, batch.features[plan.steps])
     assert loss.item() == 0.0
 
 
@@ -202,12 +251,12 @@ def test_a_plan_lists_the_history_of_each_predicted_step():
     assert plan.gaps.tolist() == [0, 1, 1, 2, 2]
 
 
-def test_a_random_schedule_starts_at_zero_and_has_about_as_many_steps():
+def test_shaken_schedules_are_near_and_differ():
     generator = torch.Generator().manual_seed(0)
-    schedules = [training._random_schedule(50, 9, generator) for _ in range(200)]
-    assert all(s[0] == 0 and s[-1] < 50 and s == sorted(set(s)) for s in schedules)
-    assert 8 < sum(map(len, schedules)) / 200 < 11
-    assert len({tuple(s) for s in schedules}) > 100
+    steps = (0, 2, 7, 13, 49)
+    schedules = [sorted(training._shaken(steps, 50, generator)) for _ in range(200)]
+    assert all(s[0] == 0 and all(abs(a - b) <= 1 for a, b in zip(s, steps)) and s[-1] < 50 for s in schedules)
+    assert len({tuple(s) for s in schedules}) > 30
 
 
 def test_arguments_are_checked(trajectories):
@@ -222,4 +271,6 @@ def test_arguments_are_checked(trajectories):
     with pytest.raises(ValueError, match="`epochs` must be an integer of at least 1"):
         lesa.train(trajectories, epochs=0)
     with pytest.raises(ValueError, match="`learning_rate` must be"):
-        lesa.train(trajectories, learning_rate=-1.0)
+        lesa.train(trajectories, learning_rate=0.0)
+    with pytest.raises(ValueError, match="`config.num_inference_steps` must be that of the trajectories, 12"):
+        lesa.train(trajectories, PredictorConfig(WIDTH, num_inference_steps=50))

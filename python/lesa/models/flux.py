@@ -37,8 +37,16 @@ class FluxAdapter:
 
     @property
     def counted_module(self) -> torch.nn.Module:
-        """A module that runs exactly when the blocks really run, whatever cache is on: it lies inside an attention."""
+        """A module inside the first block's attention, which runs exactly when that attention is computed.
+
+        lesa skips all of a step or nothing. A cache that skips only attentions computes the rest in every step.
+        """
         return self.transformer.transformer_blocks[0].attn.norm_q
+
+    @property
+    def projection(self) -> torch.nn.Module:
+        """The head's last layer, which a recording keeps the weights of."""
+        return self.transformer.proj_out
 
     def bind(self, args: tuple, kwargs: dict) -> dict:
         """The transformer's arguments by name."""
