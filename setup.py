@@ -1,8 +1,9 @@
 """Bridges setuptools to CMake, which builds `csrc/` into `lesa_kernels._C`. Neither torch nor a GPU is needed.
 
-Environment variables:
+Environment variables; an empty one is as good as unset:
     LESA_CUDA: "auto" (the default: with CUDA when CMake finds a working nvcc), "1" (with CUDA or fail), "0" (without).
     LESA_CUDA_ARCHS: GPU architectures as CMake writes them, separated by semicolons, e.g. "80-real;90".
+        CMake's own variable CUDAARCHS is respected where this one is unset.
     MAX_JOBS: how many compilers run at once; ninja decides if unset.
 """
 
@@ -21,8 +22,11 @@ ROOT = Path(__file__).resolve().parent
 
 
 def find_tool(name: str) -> str:
-    """Path of a build tool: beside this interpreter (a virtual environment may not be activated), or on PATH."""
-    path = shutil.which(name, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
+    """Path of a build tool: on PATH, where an isolated build has its own first, or beside this interpreter.
+
+    The latter serves a virtual environment that is used without being activated.
+    """
+    path = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
     if path is None:
         raise SetupError(f"{name} was not found. Install it with `pip install {name}`, or build with build isolation.")
     return path
@@ -69,7 +73,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DLESA_VERSION={self.distribution.get_version()}",
-            f"-DLESA_CUDA={os.environ.get('LESA_CUDA', 'auto')}",
+            f"-DLESA_CUDA={os.environ.get('LESA_CUDA', '') or 'auto'}",
             f"-DLESA_CUDA_ARCHS={os.environ.get('LESA_CUDA_ARCHS', '')}",
         ]
         build = [cmake, "--build", str(build_dir), *max_jobs()]

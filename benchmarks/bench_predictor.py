@@ -71,7 +71,7 @@ def test_predict(benchmark, timed, against_floor, shape, device, name):
     moved, flops = (history + 1) * shape.nbytes, 0
     if config.mixer == "newton":
         moved += (history - 1) * shape.dim * (config.hidden + 1) * 4  # one stage's coefficients
-        flops = 2 * tokens * shape.dim * config.rank * (history + 1)
+        flops = 2 * tokens * shape.dim * config.rank * history  # K - 1 taps down, one product up
     else:
         moved += history * shape.dim**2 * 4
         flops = 2 * tokens * shape.dim**2 * history

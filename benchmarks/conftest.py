@@ -1,5 +1,6 @@
 """Fixtures of the benchmarks: the device, the measured floors, the synchronised timing, and the table of ratios."""
 
+import os
 import statistics
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytest_benchmark.utils import get_commit_info
 
 from lesa_kernels.env_report import env_report
 
@@ -36,6 +38,16 @@ def pytest_generate_tests(metafunc):
     tables = {"shape": shapes.FEATURES, "layer": shapes.LAYERS, "model": shapes.MODELS}
     for name in set(tables) & set(metafunc.fixturenames):
         metafunc.parametrize(name, tables[name][_device(metafunc.config)], ids=str)
+
+
+def pytest_benchmark_generate_commit_info():
+    # pytest-benchmark asks the working directory, which need not be in the checkout.
+    started_in = Path.cwd()
+    os.chdir(Path(__file__).parent)
+    try:
+        return get_commit_info()
+    finally:
+        os.chdir(started_in)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

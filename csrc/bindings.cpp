@@ -25,7 +25,7 @@ void ring_push(uintptr_t storage, const std::string& storage_dtype, const std::a
                uintptr_t rows, int64_t samples, int device, uintptr_t stream, int threads) {
   const lesa::RingPush push{
       pointer<void>(storage),
-      lesa::dtype_from_name(storage_dtype),
+      lesa::dtype_from_name("storage_dtype", storage_dtype),
       storage_sizes[0],
       storage_sizes[1],
       storage_sizes[2],
@@ -34,7 +34,7 @@ void ring_push(uintptr_t storage, const std::string& storage_dtype, const std::a
       pointer<int32_t>(cursor),
       pointer<int32_t>(count),
       pointer<const void>(features),
-      lesa::dtype_from_name(features_dtype),
+      lesa::dtype_from_name("features_dtype", features_dtype),
       features_strides[0],
       features_strides[1],
       features_strides[2],

@@ -6,7 +6,6 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -26,10 +25,10 @@
 namespace lesa {
 namespace {
 
-constexpr int64_t kThreadedBytes = int64_t{1} << 20;  // below this, starting threads costs more than they win
-constexpr int64_t kChunkBytes = int64_t{1} << 18;     // what a thread takes at a time
+constexpr int64_t kThreadBytes = int64_t{8} << 20;  // bytes of a push for each further thread
+constexpr int64_t kChunkBytes = int64_t{1} << 18;   // what a thread takes at a time
 
-// ---- Element types. Conversions are branch-free on bits, so that compilers vectorise the loops over them. ----
+// Element types. Conversions are branch-free on bits, so that compilers vectorise the loops over them.
 
 LESA_INLINE uint32_t bits_of(float value) {
   uint32_t bits;
@@ -85,7 +84,7 @@ struct Float16 {
   }
 };
 
-// ---- Runs: `n` elements from `source`, `stride` apart, to contiguous `target`. ----
+// Copies `n` elements from `source`, `stride` apart, to contiguous `target`.
 
 using CopyRun = void (*)(const void* source, int64_t stride, void* target, int64_t n);
 
@@ -198,8 +197,6 @@ CopyRun run_for(DType source, DType target) {
   }
 }
 
-// ---- Work sharing. ----
-
 // Calls body(begin, end) until [0, total) is covered in chunks, on up to `threads` threads, the caller's included.
 template <class Body>
 void parallel_chunks(int64_t total, int64_t chunk, int64_t threads, const Body& body) {
@@ -208,17 +205,14 @@ void parallel_chunks(int64_t total, int64_t chunk, int64_t threads, const Body& 
     for (int64_t begin; (begin = next.fetch_add(chunk)) < total;) body(begin, std::min(begin + chunk, total));
   };
   std::vector<std::thread> helpers;
-  helpers.reserve(std::max<int64_t>(threads - 1, 0));
   try {
     while (static_cast<int64_t>(helpers.size()) + 1 < threads) helpers.emplace_back(work);
-  } catch (const std::system_error&) {
-    // The system grants no further thread: those that run share the work.
+  } catch (...) {
+    // The system grants no further thread, or no memory for one: those that run share the work.
   }
   work();
   for (auto& helper : helpers) helper.join();
 }
-
-// ---- Checks. ----
 
 [[noreturn]] void refuse(const std::string& argument, const std::string& must, const std::string& got,
                          const std::string& remedy) {
@@ -256,11 +250,11 @@ int64_t sum(const char* argument, int64_t a, int64_t b) {
 
 int64_t item_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
-DType dtype_from_name(const std::string& name) {
+DType dtype_from_name(const std::string& argument, const std::string& name) {
   if (name == "float32") return DType::float32;
   if (name == "float16") return DType::float16;
   if (name == "bfloat16") return DType::bfloat16;
-  refuse("dtype", "be one of float32, float16, bfloat16", "'" + name + "'", "Convert the tensor with `.to(dtype)`.");
+  refuse(argument, "be one of float32, float16, bfloat16", "'" + name + "'", "Convert the tensor with `.to(dtype)`.");
 }
 
 void check_ring_push(const RingPush& p) {
@@ -271,7 +265,7 @@ void check_ring_push(const RingPush& p) {
   check_at_least("samples", p.samples, 0);
   check_at_least("threads", p.threads, 1);
   check_at_least("device", p.device, -1);
-  check_at_least("feature_strides", std::min({p.sample_stride, p.token_stride, p.dim_stride}), 0);
+  check_at_least("features_strides", std::min({p.sample_stride, p.token_stride, p.dim_stride}), 0);
   if (p.capacity > std::numeric_limits<int32_t>::max()) {
     refuse("capacity", "fit into int32", std::to_string(p.capacity), "Use a shorter ring.");
   }
@@ -361,7 +355,7 @@ void ring_push_cpu(const RingPush& p) {
     }
   };
   const int64_t total = p.samples * feature;
-  const int64_t threads = total * target_size < kThreadedBytes ? 1 : p.threads;
+  const int64_t threads = std::min<int64_t>(p.threads, 1 + total * target_size / kThreadBytes);
   parallel_chunks(total, threads == 1 ? total : kChunkBytes / target_size, threads, copy_range);
 }
 

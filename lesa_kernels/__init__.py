@@ -6,10 +6,12 @@ nor a GPU. What can't run says why when it is called.
 
 import importlib
 
+# No name of a submodule is among these: once imported, the submodule would take its place. So the function
+# `bspline_kan` stays in the package of its name.
 _SOURCES = {
     "BSplineKAN": "lesa_kernels.bspline_kan",
     "bspline_basis": "lesa_kernels.bspline_kan",
-    "bspline_kan": "lesa_kernels.bspline_kan",
+    "bspline_evaluate": "lesa_kernels.bspline_kan",
     "FeatureRing": "lesa_kernels.feature_ring",
     "ring_push": "lesa_kernels.feature_ring",
     "FusedKANPredictor": "lesa_kernels.predictor",
@@ -17,6 +19,7 @@ _SOURCES = {
     "PredictorConfig": "lesa_kernels.predictor",
     "dense_predict": "lesa_kernels.predictor",
     "newton_predict": "lesa_kernels.predictor",
+    "output_head": "lesa_kernels.predictor",
 }
 
 __version__ = "0.1.0"

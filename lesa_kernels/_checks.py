@@ -25,7 +25,9 @@ def argument_error(name: str, must: str, got: Any, remedy: str, kind: type[Excep
     `got` is described with `describe` unless it is a `Said`, whose text is taken as it is.
     """
     received = got.text if isinstance(got, Said) else describe(got)
-    return kind(f"`{name}` must {must}, but got {received}. {remedy}")
+    error = kind(f"`{name}` must {must}, but got {received}. {remedy}")
+    error.lesa_message = True  # tells it from a bug; the command line shows it without a traceback
+    return error
 
 
 class Said:

@@ -50,7 +50,7 @@ def env_report() -> dict[str, Any]:
         **_torch_report(),
         **{name: _package_version(name) for name in ("triton", "diffusers", "transformers")},
         "extension": extension_error() or extension().build_info(),
-        "LESA_BACKEND": os.environ.get("LESA_BACKEND", "unset"),
+        "LESA_BACKEND": os.environ.get("LESA_BACKEND") or "unset",
     }
 
 

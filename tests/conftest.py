@@ -9,3 +9,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def no_backend_override(monkeypatch):
+    """Tests choose backends themselves, whatever the shell that runs them has set."""
+    monkeypatch.delenv("LESA_BACKEND", raising=False)

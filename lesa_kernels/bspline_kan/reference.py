@@ -38,9 +38,7 @@ class _UniformWeights(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, fraction: torch.Tensor, degree: int) -> torch.Tensor:
-        ctx.save_for_backward(fraction)
-        ctx.degree = degree
+    def forward(fraction: torch.Tensor, degree: int) -> torch.Tensor:
         # Cox-de Boor on a uniform grid, times degree!: basis k of degree d takes (f + d - k) times basis k - 1 and
         # (k + 1 - f) times basis k of degree d - 1. All factors are >= 0, so nothing cancels.
         rising = [fraction + c if c else fraction for c in range(degree)]
@@ -51,6 +49,11 @@ class _UniformWeights(torch.autograd.Function):
             weights = [falling[0] * weights[0], *inner, rising[0] * weights[-1]]
         stacked = torch.stack(weights, dim=-1)
         return stacked / math.factorial(degree) if degree > 1 else stacked
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor, int], output: torch.Tensor) -> None:
+        fraction, ctx.degree = inputs
+        ctx.save_for_backward(fraction)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):

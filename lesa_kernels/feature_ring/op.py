@@ -1,13 +1,10 @@
 """The push into the feature ring as a torch operator, and its public function."""
 
-import functools
-import warnings
-
 import torch
 
 from lesa_kernels._checks import Said, argument_error, check_tensor
-from lesa_kernels._dispatch import requested_backend, resolve_backend
-from lesa_kernels._extension import extension, extension_error
+from lesa_kernels._dispatch import resolve_backend
+from lesa_kernels._extension import extension
 from lesa_kernels.feature_ring.reference import ring_push_ref
 
 STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -21,7 +18,43 @@ _LIBRARY.define(
 )
 
 
+def _check_push(storage, sigmas, cursor, count, features, sigma, rows):
+    capacity, batch, tokens, dim = check_tensor(
+        "storage", storage, ("capacity", "batch", "tokens", "dim"), STORAGE_DTYPES
+    ).shape
+    device = storage.device
+    check_tensor("sigmas", sigmas, (capacity, batch), (torch.float32,), device)
+    check_tensor("cursor", cursor, (batch,), (torch.int32,), device)
+    check_tensor("count", count, (batch,), (torch.int32,), device)
+    for name, buffer in (("storage", storage), ("sigmas", sigmas), ("cursor", cursor), ("count", count)):
+        if not buffer.is_contiguous():
+            remedy = "Allocate the ring with `FeatureRing`."
+            raise argument_error(name, "be contiguous", Said(f"strides {list(buffer.stride())}"), remedy)
+    samples = batch
+    if rows is not None:
+        samples = check_tensor("rows", rows, ("n",), (torch.int64,), device).shape[0]
+    check_tensor("features", features, (samples, tokens, dim), STORAGE_DTYPES, device)
+    check_tensor("sigma", sigma, (samples,), (torch.float32,), device)
+    if torch.compiler.is_compiling() or features.numel() == 0:
+        return  # nothing has an address
+    if features.untyped_storage().data_ptr() == storage.untyped_storage().data_ptr():
+        must, got = "share no memory with the ring", Said("a view of `storage`")
+        raise argument_error("features", must, got, "Pass a copy, `features.clone()`.")
+
+
+def check_rows(rows: torch.Tensor, batch: int) -> None:
+    """Raises `ValueError` unless `rows` are distinct and in range; skipped on a GPU and in a traced graph."""
+    if rows.is_cuda or torch.compiler.is_compiling() or rows.numel() == 0:
+        return
+    listed = rows.tolist()
+    if min(listed) < 0 or max(listed) >= batch or len(set(listed)) < len(listed):
+        must = f"be distinct and lie in [0, {batch})"
+        raise argument_error("rows", must, Said(str(listed)), "Pass each row of the ring's batch at most once.")
+
+
 def _ring_push_extension(storage, sigmas, cursor, count, features, sigma, rows):
+    # All checks are here, since the operator can be called without `ring_push`; the compiled code checks rows' values.
+    _check_push(storage, sigmas, cursor, count, features, sigma, rows)
     samples = features.shape[0]
     if samples == 0:
         return
@@ -45,6 +78,10 @@ def _ring_push_extension(storage, sigmas, cursor, count, features, sigma, rows):
         stream=torch.cuda.current_stream(storage.device).cuda_stream if on_cuda else 0,
         threads=torch.get_num_threads(),
     )
+    # Autograd must know that values were overwritten which it may have saved. Inference tensors count nothing.
+    torch.autograd.graph.increment_version(
+        [buffer for buffer in (storage, sigmas, cursor, count) if not buffer.is_inference()]
+    )
 
 
 _LIBRARY.impl("ring_push", _ring_push_extension, "CPU")
@@ -54,52 +91,6 @@ _LIBRARY.impl("ring_push", _ring_push_extension, "CUDA")
 @torch.library.register_fake("lesa_kernels::ring_push", lib=_LIBRARY)
 def _(storage, sigmas, cursor, count, features, sigma, rows):
     return None
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(
-        f"FeatureRing copies with plain torch, because the compiled extension is not available ({reason}). Build it "
-        "with `pip install .` in a checkout of lesa-kernels; LESA_BACKEND=torch chooses plain torch without a warning.",
-        RuntimeWarning,
-        stacklevel=4,
-    )
-
-
-def ring_backend(backend: str, storage: torch.Tensor) -> str:
-    """The backend that pushes into `storage`, "extension" or "torch".
-
-    "auto" is the extension for CPU tensors, or plain torch with one `RuntimeWarning` where it is missing; plain torch
-    for CUDA tensors.
-
-    Raises:
-        ValueError: an unknown backend.
-        RuntimeError: "triton", or "extension" where it can't be loaded.
-    """
-    requested = requested_backend(backend)
-    # LESA_BACKEND=triton speaks to the operations that have a Triton kernel; this one has none.
-    if requested == "auto" or (backend == "auto" and requested == "triton"):
-        if storage.is_cuda:
-            return "torch"
-        reason = extension_error()
-        if reason is None:
-            return "extension"
-        _warn_once(reason)
-        return "torch"
-    resolved = resolve_backend(requested, storage, ("extension", "torch"), "ring_push")
-    if resolved == "extension":
-        extension()
-    return resolved
-
-
-def check_rows(rows: torch.Tensor, batch: int) -> None:
-    """Raises `ValueError` unless `rows` are distinct and in range; skipped on a GPU and in a traced graph."""
-    if rows.is_cuda or torch.compiler.is_compiling() or rows.numel() == 0:
-        return
-    listed = rows.tolist()
-    if min(listed) < 0 or max(listed) >= batch or len(set(listed)) < len(listed):
-        must = f"be distinct and lie in [0, {batch})"
-        raise argument_error("rows", must, Said(str(listed)), "Pass each row of the ring's batch at most once.")
 
 
 def ring_push(
@@ -132,30 +123,21 @@ def ring_push(
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
-        ValueError: an argument has another shape or device, is not contiguous, or `rows` repeat or are out of range.
+        ValueError: an argument has another shape or device, is not contiguous, `features` share memory with `storage`,
+            or `rows` repeat or are out of range.
         RuntimeError: the backend can't run here.
 
     Equivalent to `ring_push_ref`.
     """
-    capacity, batch, tokens, dim = check_tensor(
-        "storage", storage, ("capacity", "batch", "tokens", "dim"), STORAGE_DTYPES
-    ).shape
-    device = storage.device
-    check_tensor("sigmas", sigmas, (capacity, batch), (torch.float32,), device)
-    check_tensor("cursor", cursor, (batch,), (torch.int32,), device)
-    check_tensor("count", count, (batch,), (torch.int32,), device)
-    for name, buffer in (("storage", storage), ("sigmas", sigmas), ("cursor", cursor), ("count", count)):
-        if not buffer.is_contiguous():
-            remedy = "Allocate the ring with `FeatureRing`."
-            raise argument_error(name, "be contiguous", Said(f"strides {list(buffer.stride())}"), remedy)
-    samples = batch
-    if rows is not None:
-        samples = check_tensor("rows", rows, ("n",), (torch.int64,), device).shape[0]
-    check_tensor("features", features, (samples, tokens, dim), STORAGE_DTYPES, device)
-    check_tensor("sigma", sigma, (samples,), (torch.float32,), device)
-    if rows is not None:
-        check_rows(rows, batch)
-    if ring_backend(backend, storage) == "extension":
+    tensors = {"storage": storage, "sigmas": sigmas, "cursor": cursor, "count": count}
+    tensors |= {"features": features, "sigma": sigma} | ({} if rows is None else {"rows": rows})
+    for name, value in tensors.items():
+        check_tensor(name, value)
+    implemented = ("torch",) if storage.is_cuda else ("extension", "torch")
+    if resolve_backend(backend, storage, implemented, "ring_push") == "extension":
         torch.ops.lesa_kernels.ring_push(storage, sigmas, cursor, count, features.detach(), sigma.detach(), rows)
     else:
+        _check_push(storage, sigmas, cursor, count, features, sigma, rows)
+        if rows is not None:
+            check_rows(rows, storage.shape[1])
         ring_push_ref(storage, sigmas, cursor, count, features, sigma, rows)

@@ -86,7 +86,8 @@ class FeatureRing:
         history.
 
         Args:
-            features: `[B, T, D]` float32, float16 or bfloat16, any strides; `[n, T, D]` with `rows`.
+            features: `[B, T, D]` float32, float16 or bfloat16, any strides, no view of the ring's `storage`;
+                `[n, T, D]` with `rows`.
             sigma: the noise level, one float for all samples or float32 `[B]`; `[n]` with `rows`.
             rows: the n distinct rows of the batch to push into; all if None. Rows on a GPU are not checked.
 
@@ -97,7 +98,7 @@ class FeatureRing:
         if rows is not None:
             rows = self._rows(rows)
         if not isinstance(sigma, torch.Tensor):
-            samples = self.batch if rows is None else rows.shape[0]
+            samples = self.batch if rows is None else rows.numel()
             sigma = torch.full((samples,), check_float("sigma", sigma), dtype=torch.float32, device=self.device)
         ring_push(self.storage, self.sigmas, self.cursor, self.count, features, sigma, rows, self.backend)
 
@@ -121,7 +122,10 @@ class FeatureRing:
         Raises:
             TypeError, ValueError: `rows` are no distinct rows of the batch.
         """
-        chosen = slice(None) if rows is None else self._rows(rows)
+        chosen = slice(None)
+        if rows is not None:
+            chosen = check_tensor("rows", self._rows(rows), ("n",), (torch.int64,), self.device)
+            check_rows(chosen, self.batch)
         self.cursor[chosen] = 0
         self.count[chosen] = 0
 
@@ -144,14 +148,14 @@ class FeatureRing:
             getattr(self, name).copy_(getattr(snapshot, name))
 
     def _rows(self, rows: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        if not isinstance(rows, torch.Tensor):
-            listed = [check_int("rows", row, minimum=0, maximum=self.batch - 1) for row in rows]
-            rows = torch.tensor(listed, dtype=torch.int64)
-            check_rows(rows, self.batch)  # here, where the values are on the host
-            return rows.to(self.device)
-        check_tensor("rows", rows, ("n",), (torch.int64,), self.device)
-        check_rows(rows, self.batch)
-        return rows
+        """`rows` as a tensor. Who uses it checks it, but for a list on its way to a GPU, where nobody can."""
+        if isinstance(rows, torch.Tensor):
+            return rows
+        listed = [check_int("rows", row, minimum=0, maximum=self.batch - 1) for row in rows]
+        rows = torch.tensor(listed, dtype=torch.int64)
+        if self.device.type != "cpu":
+            check_rows(rows, self.batch)
+        return rows.to(self.device)
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

@@ -21,16 +21,16 @@ class PredictorConfig:
             Default: "anchors" for newton, "steps" for dense.
         history_length: how many ring entries K are read; one int for all stages, or one per stage. Default: 4 for
             newton, and 4, 6, 8 from high to low noise for dense with three stages.
-        stage_bounds: falling noise levels in (0, 1) between the stages; n bounds make n + 1 stages. A sample at `sigma`
-            is in the stage numbered by how many bounds are at or above it.
+        stage_bounds: falling noise levels strictly within (0, 1) between the stages; n bounds make n + 1 stages. A
+            sample at `sigma` is in the stage numbered by how many bounds are at or above it.
         rank: rank of newton's linear residual over the taps, 0 for none. Ignored by dense.
         hidden: number M of spline units of the KAN. Default: 64 for newton, 256 for dense.
         grid_size: number of intervals of the spline grid on [-1, 1].
         spline_order: degree of the splines.
         family: the model family it was trained for, such as "flux"; None if untrained.
         num_inference_steps: number of steps it was trained at, or None.
-        schedule: the steps that were computed in training, or None.
-        schedule_sigmas: the noise levels of those steps, or None.
+        schedule: the steps that were computed in training, rising from 0, or None.
+        schedule_sigmas: the noise levels of those steps, falling, or None.
         format_version: of the saved form.
 
     Raises:
@@ -64,16 +64,17 @@ class PredictorConfig:
                 raise argument_error(name, "be a tuple", values, "Pass a tuple or a list.", TypeError)
             put(name, tuple(check(name, value, **limits) for value in values))
 
-        check_int("feature_dim", self.feature_dim)
+        _check_format_version(self.format_version)
+        put("feature_dim", check_int("feature_dim", self.feature_dim))
         check_choice("mixer", self.mixer, ("newton", "dense"))
         newton = self.mixer == "newton"
         history = self.history or ("anchors" if newton else "steps")
         put("history", check_choice("history", history, ("anchors", "steps")))
         put_all("stage_bounds", check_float, minimum=0.0, maximum=1.0)
-        if any(a <= b for a, b in zip(self.stage_bounds, self.stage_bounds[1:])):
-            raise argument_error(
-                "stage_bounds", "fall strictly, from high to low noise", self.stage_bounds, "Sort and deduplicate them."
-            )
+        edges = (1.0, *self.stage_bounds, 0.0)
+        if any(a <= b for a, b in zip(edges, edges[1:])):
+            must = "fall strictly, from high to low noise, within (0, 1)"
+            raise argument_error("stage_bounds", must, self.stage_bounds, "Sort and deduplicate them.")
         lengths = self.history_length
         if lengths is None:
             lengths = _DENSE_WINDOWS if not newton and self.num_stages == len(_DENSE_WINDOWS) else 4
@@ -90,14 +91,21 @@ class PredictorConfig:
         put("history_length", tuple(check_int("history_length", k) for k in lengths))
         put("rank", check_int("rank", self.rank, minimum=0) if newton else 0)
         put("hidden", check_int("hidden", self.hidden if self.hidden is not None else (64 if newton else 256)))
-        check_int("grid_size", self.grid_size)
-        check_int("spline_order", self.spline_order)
-        if self.num_inference_steps is not None:
-            check_int("num_inference_steps", self.num_inference_steps)
+        put("grid_size", check_int("grid_size", self.grid_size))
+        put("spline_order", check_int("spline_order", self.spline_order))
+        total = self.num_inference_steps
+        if total is not None:
+            put("num_inference_steps", check_int("num_inference_steps", total))
         if self.schedule is not None:
-            put_all("schedule", check_int, minimum=0)
+            put_all("schedule", check_int, minimum=0, maximum=None if total is None else total - 1)
+            if self.schedule[:1] != (0,) or any(a >= b for a, b in zip(self.schedule, self.schedule[1:])):
+                remedy = "Sort and deduplicate the steps, and compute the first one."
+                raise argument_error("schedule", "rise strictly from 0", self.schedule, remedy)
         if self.schedule_sigmas is not None:
             put_all("schedule_sigmas", check_float)
+            if any(a <= b for a, b in zip(self.schedule_sigmas, self.schedule_sigmas[1:])):
+                remedy = "Pass the noise levels of `schedule`, in its order."
+                raise argument_error("schedule_sigmas", "fall strictly", self.schedule_sigmas, remedy)
         steps = len(self.schedule or ())
         if steps != len(self.schedule_sigmas or ()):
             raise argument_error(
@@ -131,14 +139,7 @@ class PredictorConfig:
         """
         if not isinstance(values, dict):
             raise argument_error("config", "be a dict", values, "Pass what `to_dict` returned.", TypeError)
-        version = values.get("format_version")
-        if version != FORMAT_VERSION:
-            raise argument_error(
-                "format_version",
-                f"be {FORMAT_VERSION}",
-                version,
-                "Train the predictor again, or use the release of lesa-kernels that wrote it.",
-            )
+        _check_format_version(values.get("format_version"))  # before the fields: those of other versions are unknown
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise argument_error(
@@ -147,3 +148,9 @@ class PredictorConfig:
         if "feature_dim" not in values:
             raise argument_error("feature_dim", "be given", Said("no such field"), "Add it to the configuration.")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _check_format_version(version) -> None:
+    if version != FORMAT_VERSION:
+        remedy = "Train the predictor again, or use the release of lesa-kernels that wrote it."
+        raise argument_error("format_version", f"be {FORMAT_VERSION}", version, remedy)

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lesa_kernels._checks import Said, argument_error, check_choice, check_float
+from lesa_kernels._checks import Said, argument_error, check_choice, check_float, check_tensor
 from lesa_kernels._dispatch import BACKENDS
 from lesa_kernels.feature_ring import FeatureRing
 from lesa_kernels.predictor.config import PredictorConfig
-from lesa_kernels.predictor.op import dense_predict, newton_predict, output_head
+from lesa_kernels.predictor.op import FLOAT_DTYPES, dense_predict, newton_predict, output_head
 from lesa_kernels.predictor.reference import OutputHead
 
 CONFIG_NAME = "config.json"
@@ -116,7 +116,7 @@ class FusedKANPredictor(nn.Module):
         if isinstance(sigma, torch.Tensor):
             sigma = sigma.to(torch.float32).expand(ring.batch) if sigma.ndim == 0 else sigma
         else:
-            sigma = torch.full((ring.batch,), check_float("sigma", sigma), device=ring.storage.device)
+            sigma = torch.full((ring.batch,), check_float("sigma", sigma), dtype=torch.float32, device=ring.device)
         return self.forecast(ring.storage, ring.sigmas, ring.cursor, ring.count, sigma)
 
     def forecast(
@@ -157,11 +157,15 @@ class FusedKANPredictor(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        new_weights, new_config = folder / (WEIGHTS_NAME + ".new"), folder / (CONFIG_NAME + ".new")
-        save_file(weights, new_weights)
-        new_config.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-        new_weights.replace(folder / WEIGHTS_NAME)
-        new_config.replace(folder / CONFIG_NAME)
+        new_config, new_weights = folder / (CONFIG_NAME + ".new"), folder / (WEIGHTS_NAME + ".new")
+        try:
+            new_config.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+            save_file(weights, new_weights)
+            new_config.replace(folder / CONFIG_NAME)
+            new_weights.replace(folder / WEIGHTS_NAME)
+        finally:
+            new_config.unlink(missing_ok=True)
+            new_weights.unlink(missing_ok=True)
 
     @classmethod
     def from_pretrained(cls, folder_or_id: str | os.PathLike, backend: str = "auto", **hub) -> "FusedKANPredictor":
@@ -203,6 +207,8 @@ class FusedKANPredictor(nn.Module):
                     found,
                     f"{CONFIG_NAME} and {WEIGHTS_NAME} are not from the same predictor; save or download both again.",
                 )
+        for name, value in weights.items():
+            check_tensor(f"{WEIGHTS_NAME}: {name}", value, dtypes=FLOAT_DTYPES)
         predictor.load_state_dict(weights, assign=True)
         return predictor
 
@@ -226,16 +232,22 @@ def _find_files(folder_or_id, hub) -> tuple[Path, Path]:
         files = folder / CONFIG_NAME, folder / WEIGHTS_NAME
         for file in files:
             if not file.is_file():
-                raise FileNotFoundError(
-                    f"`folder_or_id` must be a saved predictor, but {folder} has no {file.name}. "
-                    "Point it at a folder that `save_pretrained` or `lesa train` wrote."
+                raise argument_error(
+                    "folder_or_id",
+                    "be a folder that `save_pretrained` or `lesa train` wrote",
+                    Said(f"{folder}, which has no {file.name}"),
+                    "Check the path, or save the predictor again.",
+                    FileNotFoundError,
                 )
         return files
     name = os.fspath(folder_or_id)
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise FileNotFoundError(
-            f"`folder_or_id` must be a folder or a hub id such as 'user/name', but there is no folder {name!r}. "
-            "Check the path."
+        raise argument_error(
+            "folder_or_id",
+            "be a folder or a hub id such as 'user/name'",
+            Said(f"neither: there is no folder {name!r}"),
+            "Check the path.",
+            FileNotFoundError,
         )
     from huggingface_hub import hf_hub_download
 

@@ -2,15 +2,14 @@
 
 import torch
 
-from lesa_kernels._checks import argument_error, check_tensor
+from lesa_kernels._checks import argument_error, check_int, check_tensor
 from lesa_kernels._dispatch import resolve_backend
+from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
 from lesa_kernels.predictor.reference import OutputHead, dense_predict_ref, newton_predict_ref, output_head_ref
-
-FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _check_ring(storage, sigmas, cursor, count, sigma):
-    check_tensor("storage", storage, ("capacity", "B", "T", "D"), FEATURE_DTYPES)
+    check_tensor("storage", storage, ("capacity", "B", "T", "D"), FLOAT_DTYPES)
     capacity, batch = storage.shape[:2]
     on = storage.device
     check_tensor("sigmas", sigmas, (capacity, batch), (torch.float32,), on)
@@ -20,6 +19,9 @@ def _check_ring(storage, sigmas, cursor, count, sigma):
 
 
 def _check_history(storage, stage_bounds, history_length):
+    if any(not a > b for a, b in zip(stage_bounds, stage_bounds[1:])):
+        must = "fall strictly, from high to low noise"
+        raise argument_error("stage_bounds", must, stage_bounds, "Sort and deduplicate them.")
     if len(history_length) != len(stage_bounds) + 1:
         raise argument_error(
             "history_length",
@@ -27,6 +29,8 @@ def _check_history(storage, stage_bounds, history_length):
             history_length,
             "Pass as many as `stage_bounds` has entries and one more.",
         )
+    for length in history_length:
+        check_int("history_length", length)
     if max(history_length) > storage.shape[0]:
         raise argument_error(
             "history_length",
@@ -41,7 +45,7 @@ def _check_experts(device, tensors):
     for name, value, shape in tensors:
         shape = tuple(sizes.get(size, size) for size in shape)
         check_tensor(name, value, device=device, remedy="Move the predictor to the ring's device.")
-        check_tensor(name, value, shape)
+        check_tensor(name, value, shape, FLOAT_DTYPES)
         sizes.update((size, n) for size, n in zip(shape, value.shape) if isinstance(size, str))
 
 
@@ -70,11 +74,13 @@ def newton_predict(
     With the anchors `(s_0, g_0), (s_1, g_1), ...`, newest first, and the Newton taps
     `t_j = D_j * prod_{q<j} (sigma - s_q)` over their divided differences `D_j`:
 
-        c     = out_weight @ phi(tanh(in_weight @ z + in_bias)) + out_bias        [K - 1, D]
+        u     = tanh(in_weight @ z + in_bias)                                     [M]
+        c     = out_weight @ (spline(u) + silu(u)) + out_bias                     [K - 1, D]
         h_hat = g_0 + sum_j c_j * t_j  (+ up @ (down @ [t_1; ...]) + up_bias)
 
     where `z` holds `5 * (sigma - s_k)` for each anchor, 0 for a missing one, and `2 * sigma - 1`. Taps that need a
-    missing anchor are zero. A row with no anchor at all is NaN.
+    missing anchor are zero. A row with no anchor at all is NaN. The tanh, the SiLU and the factor 5 are this project's
+    choices: the tanh keeps the inputs of the splines on their grid, and the factor spreads usual gaps over it.
 
     Args:
         storage, sigmas, cursor, count: the buffers of a `FeatureRing`: `[C, B, T, D]`, `[C, B]`, `[B]`, `[B]`.
@@ -95,8 +101,26 @@ def newton_predict(
         ValueError, TypeError: a tensor has another shape, dtype or device than above; named.
         RuntimeError: the backend asked for can't run.
 
-    Equivalent to `newton_predict_ref`. Source: Newton's divided differences, with coefficients learned as in LESA
-    (arXiv 2602.20497).
+    Equivalent to, for a sample b that has an anchor::
+
+        stage = int((sigma[b] <= torch.tensor(stage_bounds)).sum())
+        n = min(history_length[stage], int(count[b]))  # anchors that are read
+        slots = (cursor[b] - 1 - torch.arange(n)) % len(storage)
+        s, g = sigmas[slots, b], storage[slots, b]  # [n], [n, T, D]
+        z = torch.zeros(in_weight.shape[2])
+        z[:n], z[-1] = 5 * (sigma[b] - s), 2 * sigma[b] - 1
+        u = torch.tanh(in_weight[stage] @ z + in_bias[stage])
+        c = out_weight[stage] @ (bspline_evaluate(u, spline[stage], grid_size, spline_order) + F.silu(u))
+        c = c + out_bias[stage]
+        h_hat = g[0] if up is None else g[0] + up_bias[stage]
+        for j in range(1, n):
+            g = (g[:-1] - g[1:]) / (s[:-j] - s[j:])[:, None, None]  # divided differences of order j
+            tap = g[0] * (sigma[b] - s[:j]).prod()
+            h_hat = h_hat + c[j - 1] * tap
+            if up is not None:
+                h_hat = h_hat + tap @ down[stage, :, j - 1].T @ up[stage].T
+
+    Source: Newton's divided differences, with coefficients learned as in LESA (arXiv 2602.20497).
     """
     _check_ring(storage, sigmas, cursor, count, sigma)
     resolve_backend(backend, storage, ("torch",), "newton_predict")
@@ -144,11 +168,12 @@ def dense_predict(
 
     With the history `g_0, ..., g_{K-1}`, newest first:
 
-        alpha = out_weight . phi(tanh(in_weight @ z + in_bias)) + out_bias        scalar
+        u     = tanh(in_weight @ z + in_bias)                                     [M]
+        alpha = out_weight . (spline(u) + silu(u)) + out_bias                     scalar
         h_hat = g_0 + alpha * (sum_k mix_weight_k @ g_k + mix_bias)
 
     where `z` holds `5 * (sigma - s_k)`, 0 for a missing entry. A missing entry repeats the oldest feature. A row with
-    no history at all is NaN.
+    no history at all is NaN. The tanh, the SiLU and the factor 5 are this project's choices, as in `newton_predict`.
 
     Args:
         storage, sigmas, cursor, count: the buffers of a `FeatureRing`: `[C, B, T, D]`, `[C, B]`, `[B]`, `[B]`.
@@ -170,7 +195,21 @@ def dense_predict(
         ValueError, TypeError: a tensor has another shape, dtype or device than above; named.
         RuntimeError: the backend asked for can't run.
 
-    Equivalent to `dense_predict_ref`. Source: LESA, arXiv 2602.20497.
+    Equivalent to, for a sample b that has a history::
+
+        stage = int((sigma[b] <= torch.tensor(stage_bounds)).sum())
+        K, n = history_length[stage], int(count[b])
+        slots = (cursor[b] - 1 - torch.arange(K).clamp(max=n - 1)) % len(storage)
+        z = torch.zeros(in_weight.shape[2])
+        z[: min(K, n)] = 5 * (sigma[b] - sigmas[slots, b])[:n]
+        u = torch.tanh(in_weight[stage] @ z + in_bias[stage])
+        alpha = out_weight[stage] @ (bspline_evaluate(u, spline[stage], grid_size, spline_order) + F.silu(u))
+        alpha = alpha + out_bias[stage]
+        g, first = storage[slots, b], sum(history_length[:stage])
+        mixed = torch.einsum("kod,ktd->to", mix_weight[first : first + K], g)
+        h_hat = g[0] + alpha * (mixed + mix_bias[stage])
+
+    Source: LESA, arXiv 2602.20497.
     """
     _check_ring(storage, sigmas, cursor, count, sigma)
     resolve_backend(backend, storage, ("torch",), "dense_predict")
@@ -203,16 +242,20 @@ def output_head(features: torch.Tensor, head: OutputHead, backend: str = "auto")
         `[B, T, O]` in the dtype of `features`; computed in float32.
 
     Raises:
-        ValueError, TypeError: a tensor of `head` has another shape or device; named.
+        ValueError, TypeError: a tensor of `head` has another shape, device or dtype; named.
+        RuntimeError: the backend asked for can't run.
 
-    Equivalent to `F.linear(F.layer_norm(features) * (1 + scale) + shift, weight, bias)`.
+    Equivalent to::
+
+        normed = F.layer_norm(features, features.shape[-1:], eps=head.eps)
+        velocity = F.linear(normed * (1 + head.scale[:, None]) + head.shift[:, None], head.weight, head.bias)
     """
-    check_tensor("features", features, ("B", "T", "D"), FEATURE_DTYPES)
+    check_tensor("features", features, ("B", "T", "D"), FLOAT_DTYPES)
     resolve_backend(backend, features, ("torch",), "output_head")
     batch, _, width = features.shape
-    check_tensor("head.weight", head.weight, ("O", width), device=features.device)
-    check_tensor("head.scale", head.scale, (batch, width), device=features.device)
-    check_tensor("head.shift", head.shift, (batch, width), device=features.device)
+    check_tensor("head.weight", head.weight, ("O", width), FLOAT_DTYPES, features.device)
+    check_tensor("head.scale", head.scale, (batch, width), FLOAT_DTYPES, features.device)
+    check_tensor("head.shift", head.shift, (batch, width), FLOAT_DTYPES, features.device)
     if head.bias is not None:
-        check_tensor("head.bias", head.bias, (head.weight.shape[0],), device=features.device)
+        check_tensor("head.bias", head.bias, (head.weight.shape[0],), FLOAT_DTYPES, features.device)
     return output_head_ref(features, head)

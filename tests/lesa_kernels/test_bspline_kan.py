@@ -451,16 +451,31 @@ def test_argument_errors():
 def test_backends(monkeypatch):
     x = torch.zeros(2, 4)
     weights = kan_weights(3, 4, 8, torch.float32)
-    with pytest.raises(RuntimeError, match="`backend` must be one that bspline_kan is implemented for"):
+    with pytest.raises(RuntimeError, match=r"`backend` must be one that bspline_kan has for cpu tensors \(torch\)"):
         bspline_kan(x, *weights, backend="triton")
     with pytest.raises(RuntimeError, match="bspline_kan"):
         BSplineKAN(4, 3, backend="triton")(x)
     with pytest.raises(ValueError, match="`backend`"):
         BSplineKAN(4, 3, backend="fast")
-    monkeypatch.setenv("LESA_BACKEND", "triton")
-    with pytest.raises(RuntimeError, match="bspline_kan"):
-        bspline_kan(x, *weights)
-    torch.testing.assert_close(bspline_kan(x, *weights, backend="torch"), bspline_kan_ref(x, *weights))
+    expected = bspline_kan_ref(x, *weights)
+    torch.testing.assert_close(bspline_kan(x, *weights, backend="torch"), expected)
+    monkeypatch.setenv("LESA_BACKEND", "extension")  # which this operation has not
+    torch.testing.assert_close(bspline_kan(x, *weights), expected)
+
+
+def test_function_transforms_differentiate():
+    torch.manual_seed(0)
+    x, c = torch.randn(7, dtype=torch.float64), torch.randn(7, 8, dtype=torch.float64)
+
+    def total(x, c):
+        return bspline_evaluate(x, c).square().sum()
+
+    expected = torch.autograd.grad(total(x.requires_grad_(), c.requires_grad_()), [x, c])
+    torch.testing.assert_close(torch.func.grad(total, (0, 1))(x.detach(), c.detach()), expected)
+    first = torch.func.grad(lambda u: bspline_basis(u)[2])
+    u = torch.tensor(0.3, dtype=torch.float64)
+    step = 1e-6
+    torch.testing.assert_close(torch.func.grad(first)(u), (first(u + step) - first(u - step)) / (2 * step))
 
 
 def test_compile_traces_forward_and_backward_as_one_graph():

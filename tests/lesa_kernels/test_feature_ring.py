@@ -4,7 +4,7 @@ import warnings
 import pytest
 import torch
 
-from lesa_kernels import FeatureRing, ring_push
+from lesa_kernels import FeatureRing, _dispatch, ring_push
 from lesa_kernels._extension import extension, extension_error
 from lesa_kernels.feature_ring import op, ring_push_ref
 
@@ -115,9 +115,9 @@ def test_threads_cover_large_features(source, target):
     torch.set_num_threads(3)
     try:
         torch.manual_seed(0)
-        sizes = (2, 2, 701, 1003)  # 1.4 M elements: above the size from which threads are used, no round chunks
+        sizes = (2, 2, 2101, 1003)  # 4.2 M elements: above the size from which threads are used, no round chunks
         push_both(both_rings(*sizes, dtype=target), torch.randn(sizes[1:]).to(source), 0.5)
-        push_both(both_rings(*sizes, dtype=target), torch.randn(2, 701, 1010).to(source)[..., :1003], 0.5)
+        push_both(both_rings(*sizes, dtype=target), torch.randn(2, 2101, 1010).to(source)[..., :1003], 0.5)
     finally:
         torch.set_num_threads(threads)
 
@@ -234,8 +234,10 @@ BAD_PUSHES = {
     "sigma dtype": (dict(sigma=torch.zeros(2).double()), TypeError, "`sigma` must have dtype float32"),
     "sigma not finite": (dict(sigma=float("nan")), ValueError, "`sigma` must be a finite number"),
     "row out of range": (dict(rows=[0, 2]), ValueError, "`rows` must be an integer of at least 0 and at most 1"),
-    "row negative": (dict(rows=torch.tensor([0, -1])), ValueError, r"`rows` must be distinct and lie in \[0, 2\)"),
-    "row twice": (dict(rows=torch.tensor([1, 1])), ValueError, r"`rows` must be distinct.*\[1, 1\].*at most once"),
+    "row negative": (dict(rows=torch.tensor([0, -1])), ValueError, r"`rows` must (be distinct and )?lie in \[0, 2\)"),
+    "row twice": (dict(rows=torch.tensor([1, 1])), ValueError, r"`rows` must be distinct.*row .*at most once"),
+    "list twice": (dict(rows=[1, 1]), ValueError, r"`rows` must be distinct.*row .*at most once"),
+    "rows scalar": (dict(rows=torch.tensor(1), sigma=torch.zeros(1)), ValueError, r"`rows` must have shape \[n\]"),
     "rows dtype": (dict(rows=torch.tensor([True, False])), TypeError, "`rows` must have dtype int64"),
     "rows count": (dict(rows=[1]), ValueError, r"`features` must have shape \[1, 3, 4\]"),
 }
@@ -268,10 +270,85 @@ def test_a_bad_ring_is_refused(arguments, kind, message):
         FeatureRing(**{"capacity": 2, "batch": 1, "tokens": 3, "dim": 4} | arguments)
 
 
-def test_buffers_with_gaps_are_refused():
-    ring = FeatureRing(2, 2, 3, 4)
-    with pytest.raises(ValueError, match="`storage` must be contiguous, but got strides"):
-        ring_push(ring.storage.mT.contiguous().mT, *state(ring)[1:], torch.zeros(2, 3, 4), torch.zeros(2))
+@pytest.mark.parametrize(
+    ("rows", "kind", "message"),
+    [
+        ([2], ValueError, "`rows` must be an integer of at least 0 and at most 1, but got 2"),
+        ([0, 0], ValueError, "`rows` must be distinct"),
+        (torch.tensor([0, -1]), ValueError, r"`rows` must be distinct and lie in \[0, 2\)"),
+        (torch.tensor([0.0]), TypeError, "`rows` must have dtype int64"),
+    ],
+)
+def test_a_bad_reset_is_refused(rows, kind, message):
+    with pytest.raises(kind, match=message):
+        FeatureRing(2, 2, 3, 4).reset(rows)
+
+
+BAD_OPERANDS = {
+    "storage gaps": (dict(storage=torch.zeros(2, 2, 4, 3).mT), ValueError, "`storage` must be contiguous, but got str"),
+    "sigmas gaps": (dict(sigmas=torch.zeros(2, 2).mT), ValueError, "`sigmas` must be contiguous"),
+    "cursor gaps": (dict(cursor=torch.zeros(4, dtype=torch.int32)[::2]), ValueError, "`cursor` must be contiguous"),
+    "count gaps": (dict(count=torch.zeros(4, dtype=torch.int32)[::2]), ValueError, "`count` must be contiguous"),
+    "storage dtype": (dict(storage=torch.zeros(2, 2, 3, 4).int()), TypeError, "`storage` must have one of the dtypes"),
+    "sigmas shape": (dict(sigmas=torch.zeros(1, 2)), ValueError, r"`sigmas` must have shape \[2, 2\]"),
+    "cursor dtype": (dict(cursor=torch.zeros(2)), TypeError, "`cursor` must have dtype int32"),
+    "count length": (dict(count=torch.zeros(1, dtype=torch.int32)), ValueError, r"`count` must have shape \[2\]"),
+    "features shape": (dict(features=torch.zeros(2, 9, 4)), ValueError, r"`features` must have shape \[2, 3, 4\]"),
+    "features dtype": (dict(features=torch.zeros(2, 3, 4).int()), TypeError, "`features` must have one of the dtypes"),
+    "sigma length": (dict(sigma=torch.zeros(1)), ValueError, r"`sigma` must have shape \[2\]"),
+    "rows dtype": (dict(rows=torch.tensor([0, 1], dtype=torch.int32)), TypeError, "`rows` must have dtype int64"),
+    "rows length": (dict(rows=torch.tensor([0])), ValueError, r"`features` must have shape \[1, 3, 4\]"),
+    "rows range": (dict(rows=torch.tensor([0, 5])), ValueError, r"`rows` must (be distinct and )?lie in \[0, 2\)"),
+}
+
+PUSHES = {
+    "op": torch.ops.lesa_kernels.ring_push,
+    "extension": lambda *args: ring_push(*args, backend="extension"),
+    "torch": lambda *args: ring_push(*args, backend="torch"),
+}
+
+
+@pytest.mark.parametrize("push", ["torch", *(pytest.param(p, marks=needs_extension) for p in ("op", "extension"))])
+@pytest.mark.parametrize("case", BAD_OPERANDS)
+def test_bad_operands_are_refused_by_the_operator_too(push, case):
+    changes, kind, message = BAD_OPERANDS[case]
+    operands = dict(zip(("storage", "sigmas", "cursor", "count"), state(FeatureRing(2, 2, 3, 4))))
+    operands |= {"features": torch.ones(2, 3, 4), "sigma": torch.ones(2), "rows": None} | changes
+    with pytest.raises(kind, match=message):
+        PUSHES[push](*operands.values())
+    assert not operands["storage"].any()
+
+
+@backends
+def test_features_that_share_the_rings_memory_are_refused(backend):
+    ring = FeatureRing(2, 2, 3, 4, backend=backend)
+    ring.push(torch.ones(2, 3, 4), 0.75)
+    with pytest.raises(ValueError, match=r"`features` must share no memory with the ring.*`features\.clone\(\)`"):
+        ring.push(ring.storage[0], 0.5)
+    assert ring.count.tolist() == [1, 1]
+    ring.push(ring.storage[0].clone(), 0.5)
+    empty = FeatureRing(2, 2, 0, 4, backend=backend)
+    empty.push(empty.storage[0], 0.5)  # nothing is shared where there is nothing
+    assert empty.count.tolist() == [1, 1]
+
+
+@backends
+@pytest.mark.parametrize("buffer", ["storage", "sigmas"])
+def test_autograd_sees_that_a_push_overwrites(backend, buffer):
+    ring = FeatureRing(1, 2, 3, 4, backend=backend)
+    weight = torch.ones((), requires_grad=True)
+    product = (getattr(ring, buffer) * weight).sum()  # saves the buffer for the backward
+    ring.push(torch.ones(2, 3, 4), 0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@backends
+def test_a_ring_made_in_inference_mode(backend):
+    with torch.inference_mode():
+        ring = FeatureRing(2, 1, 2, 3, backend=backend)
+        ring.push(torch.ones(1, 2, 3), 0.5)
+    assert ring.storage[0].eq(1).all() and ring.count.tolist() == [1]
 
 
 def raw_push(**changes):
@@ -315,10 +392,11 @@ BAD_CALLS = {
     "null count": (dict(count=0), "`count` must not be a null pointer"),
     "null sigma": (dict(sigma=0), "`sigma` must not be a null pointer"),
     "negative size": (dict(storage_sizes=(2, 3, -4, 5)), "`tokens` must be at least 0, but got -4"),
-    "negative stride": (dict(features_strides=(20, -5, 1)), "`feature_strides` must be at least 0"),
+    "negative stride": (dict(features_strides=(20, -5, 1)), "`features_strides` must be at least 0"),
     "huge storage": (dict(storage_sizes=(2, 3, 2**31, 2**31)), r"`storage` must address at most 2\^63 - 1 bytes"),
     "huge stride": (dict(features_strides=(2**62, 5, 1)), r"`features` must address at most 2\^63 - 1 bytes"),
-    "unknown dtype": (dict(features_dtype="float64"), "`dtype` must be one of float32, float16, bfloat16"),
+    "unknown dtype": (dict(features_dtype="float64"), "`features_dtype` must be one of float32, float16, bfloat16"),
+    "unknown storage dtype": (dict(storage_dtype="int8"), "`storage_dtype` must be one of float32, float16, bfloat16"),
     "no thread": (dict(threads=0), "`threads` must be at least 1"),
     "too few samples": (dict(samples=2), "`samples` must equal `batch` where no `rows` are given"),
     "row out of range": (dict(row_values=torch.tensor([0, 1, 3])), r"`rows` must lie in \[0, 3\), but got 3"),
@@ -373,7 +451,6 @@ def spied(monkeypatch):
     ],
 )
 def test_which_backend_runs(monkeypatch, backend, variable, expected):
-    monkeypatch.delenv("LESA_BACKEND", raising=False)
     if variable is not None:
         monkeypatch.setenv("LESA_BACKEND", variable)
     ran = spied(monkeypatch)
@@ -384,15 +461,14 @@ def test_which_backend_runs(monkeypatch, backend, variable, expected):
 
 
 def test_triton_is_refused_by_name():
-    with pytest.raises(RuntimeError, match=r"ring_push is implemented for \(extension, torch\)"):
+    with pytest.raises(RuntimeError, match=r"one that ring_push has for cpu tensors \(extension, torch\)"):
         FeatureRing(2, 1, 2, 3, backend="triton").push(torch.ones(1, 2, 3), 0.5)
 
 
 def test_without_the_extension_auto_warns_once_and_extension_is_refused(monkeypatch):
-    monkeypatch.delenv("LESA_BACKEND", raising=False)
     monkeypatch.setattr("lesa_kernels._extension._module", None)
     monkeypatch.setattr("lesa_kernels._extension._error", "a reason for the test")
-    op._warn_once.cache_clear()
+    _dispatch._warn_once.cache_clear()
     ring = FeatureRing(2, 1, 2, 3)
     with pytest.warns(RuntimeWarning, match=r"not available \(a reason for the test\).*pip install"):
         ring.push(torch.ones(1, 2, 3), 0.5)
@@ -402,6 +478,9 @@ def test_without_the_extension_auto_warns_once_and_extension_is_refused(monkeypa
     assert ring.storage[:, 0, 0, 0].tolist() == [1.0, 2.0]
     with pytest.raises(RuntimeError, match=r"not available \(a reason for the test\).*backend=\"torch\""):
         FeatureRing(2, 1, 2, 3, backend="extension").push(torch.ones(1, 2, 3), 0.5)
+    monkeypatch.setenv("LESA_BACKEND", "extension")
+    with pytest.raises(RuntimeError, match=r"not available \(a reason for the test\)"):
+        ring.push(torch.ones(1, 2, 3), 0.5)
 
 
 @needs_extension

@@ -48,6 +48,41 @@ def test_import_without_torch():
     assert "No module named 'torch'" in run_without(["torch", "triton", "lesa_kernels._C"], code)
 
 
+PUBLIC = """
+    import importlib, pkgutil
+    import lesa_kernels
+
+    def import_all_submodules():
+        for module in pkgutil.walk_packages(lesa_kernels.__path__, "lesa_kernels."):
+            if not module.name.endswith("._C"):
+                importlib.import_module(module.name)
+
+    if SUBMODULES_FIRST:
+        import_all_submodules()
+    from lesa_kernels import *
+    import_all_submodules()
+    for name in lesa_kernels.__all__:
+        defined = getattr(importlib.import_module(lesa_kernels._SOURCES[name]), name)
+        assert callable(defined) and defined.__name__ == name, name
+        assert getattr(lesa_kernels, name) is globals()[name] is defined, name
+    print(*sorted(lesa_kernels.__all__))
+"""
+
+
+@pytest.mark.parametrize("submodules_first", [True, False])
+def test_public_names_stay_what_they_are(submodules_first):
+    names = run_without([], f"SUBMODULES_FIRST = {submodules_first}\n" + textwrap.dedent(PUBLIC)).split()
+    assert {"FeatureRing", "bspline_basis", "bspline_evaluate", "newton_predict", "output_head"} <= set(names)
+
+
+def test_the_layers_function_is_in_the_package_of_its_name():
+    code = """
+        from lesa_kernels import bspline_kan
+        print(type(bspline_kan).__name__, callable(bspline_kan.bspline_kan))
+    """
+    assert run_without([], code).split() == ["module", "True"]
+
+
 def test_import_loads_nothing_heavy():
     code = """
         import lesa_kernels
@@ -95,7 +130,7 @@ PUSH = """
 @pytest.mark.parametrize(
     ("backend", "variable", "expected"),
     [
-        ("auto", "", "RuntimeWarning FeatureRing copies with plain torch"),  # warnings are errors here
+        ("auto", "", "RuntimeWarning ring_push runs in plain torch"),  # warnings are errors here
         ("extension", "", "RuntimeError The compiled extension lesa_kernels._C is not available"),
         ("auto", "torch", "[1]"),
         ("torch", "", "[1]"),
@@ -111,5 +146,15 @@ def test_without_the_extension(backend, variable, expected):
 
 
 def test_without_triton():
-    code = "BACKEND = 'torch'\n" + textwrap.dedent(PUSH)
-    assert run_without(["triton"], code).strip() == "[1]"
+    code = """
+        from lesa_kernels import *
+        import torch
+        predictor = FusedKANPredictor(PredictorConfig(4))
+        ring = predictor.make_ring(1, 3)
+        for sigma in (0.9, 0.8):
+            ring.push(torch.full((1, 3, 4), sigma), sigma)
+        print(predictor(ring, 0.5).shape, float(predictor(ring, 0.5).mean()))
+    """
+    # First-order extrapolation of features that equal sigma. Plain torch, so that the extension need not be there.
+    shape, value = run_without(["triton"], code, LESA_BACKEND="torch").rsplit(maxsplit=1)
+    assert shape == "torch.Size([1, 3, 4])" and float(value) == pytest.approx(0.5)

@@ -1,15 +1,26 @@
+import inspect
+import itertools
 import json
 import math
-from itertools import product
 from pathlib import Path
 
 import huggingface_hub
+import numpy
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig, dense_predict, newton_predict
-from lesa_kernels.predictor import output_head
+from lesa_kernels import (
+    FeatureRing,
+    FusedKANPredictor,
+    OutputHead,
+    PredictorConfig,
+    bspline_evaluate,
+    dense_predict,
+    newton_predict,
+    output_head,
+)
 
 DIM = 6
 
@@ -146,7 +157,7 @@ def dense_oracle(predictor, ring, sigmas):
         first = sum(config.history_length[:stage])
         mixed = predictor.mix_bias[stage].double().expand_as(features[0]).clone()
         for k, feature in enumerate(features):
-            for out, token in product(range(config.feature_dim), range(len(feature))):
+            for out, token in itertools.product(range(config.feature_dim), range(len(feature))):
                 mixed[token, out] += (predictor.mix_weight[first + k, out].double() * feature[token]).sum()
         rows.append(features[0] + alpha * mixed)
     return torch.stack(rows)
@@ -293,6 +304,11 @@ def test_scalar_and_tensor_sigmas_agree(config):
         assert torch.equal(predictor(ring, sigma), expected)
     assert torch.equal(predictor(ring, torch.tensor([0.25, 0.25], dtype=torch.float64)), expected)
     assert predictor(ring, 0).shape == expected.shape
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(predictor(ring, 0.7), predictor(ring, torch.tensor(0.7, dtype=torch.float32)))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @both_mixers
@@ -430,6 +446,34 @@ def test_module_and_function_agree(config):
     assert torch.equal(predictor(ring, sigma), expected)
 
 
+def equivalent_code(function):
+    """The example under "Equivalent to" in a docstring."""
+    lines = inspect.getdoc(function).partition("Equivalent to")[2].partition("::\n")[2].splitlines()
+    return "\n".join(line[4:] for line in itertools.takewhile(lambda line: not line or line[0] == " ", lines))
+
+
+@all_configs
+def test_the_docstring_says_what_is_computed(config):
+    predictor, ring = in_float64(randomized(config), make_ring(PUSHES, capacity=5))
+    expected = predictor(ring, SIGMAS)
+    names = arguments_of(predictor, ring, SIGMAS) | {"sigmas": ring.sigmas.double(), "sigma": SIGMAS.double()}
+    names |= {"torch": torch, "F": F, "bspline_evaluate": bspline_evaluate}
+    for b in range(1, len(PUSHES)):
+        names["b"] = b
+        torch.set_default_dtype(torch.float64)
+        try:
+            exec(equivalent_code(FUNCTIONS[config.mixer]), names)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(names["h_hat"], expected[b], rtol=1e-9, atol=1e-9)
+
+
+def test_the_docstring_of_the_head_says_what_is_computed():
+    names = {"features": torch.randn(2, 5, DIM, generator=seeded()), "head": make_head(2), "F": F}
+    exec(equivalent_code(output_head), names)
+    torch.testing.assert_close(names["velocity"], output_head(names["features"], names["head"]))
+
+
 def test_default_configurations():
     newton, dense = PredictorConfig(8), PredictorConfig(8, mixer="dense")
     assert (newton.history, newton.history_length, newton.rank) == ("anchors", (4, 4, 4), 32)
@@ -443,9 +487,6 @@ def test_untrained_predictors_are_seeded_by_torch():
     first, second, third = ((torch.manual_seed(s), FusedKANPredictor(PredictorConfig(DIM)))[1] for s in (0, 0, 1))
     assert torch.equal(first.spline, second.spline)
     assert not torch.equal(first.spline, third.spline)
-
-
-# The head
 
 
 def make_head(batch, dim=DIM, out=4, bias=True):
@@ -481,12 +522,11 @@ def test_output_head_in_bfloat16_only_rounds_the_result():
 
 @pytest.mark.parametrize("name", ["weight", "bias", "scale", "shift"])
 def test_a_head_that_does_not_fit_is_named(name):
-    fields = vars(make_head(2)) | {name: torch.zeros(9, 9, 9)}
+    fields = vars(make_head(2))
     with pytest.raises(ValueError, match=rf"`head\.{name}` must have shape .* but got .*\[9, 9, 9\]"):
-        output_head(torch.zeros(2, 5, DIM), OutputHead(**fields))
-
-
-# Errors
+        output_head(torch.zeros(2, 5, DIM), OutputHead(**fields | {name: torch.zeros(9, 9, 9)}))
+    with pytest.raises(TypeError, match=rf"`head\.{name}` must have one of the dtypes .* but got a int64 tensor"):
+        output_head(torch.zeros(2, 5, DIM), OutputHead(**fields | {name: fields[name].long()}))
 
 
 @both_mixers
@@ -501,7 +541,7 @@ def test_every_tensor_argument_is_checked(config):
             function(**{**arguments, name: wrong})
         with pytest.raises(TypeError, match=f"`{name}` must be a torch.Tensor, but got 'no' "):
             function(**{**arguments, name: "no"})
-    for name in ("sigmas", "cursor", "count", "sigma", "storage"):
+    for name in tensors:
         with pytest.raises(TypeError, match=f"`{name}` must have .*dtype.* but got a int64 tensor"):
             function(**{**arguments, name: arguments[name].long()})
 
@@ -521,8 +561,19 @@ def test_history_length_is_checked(config):
     arguments = arguments_of(predictor, ring, torch.tensor([0.7, 0.2]))
     with pytest.raises(ValueError, match=r"`history_length` must have one entry per stage, 3, but got \(4,\)"):
         FUNCTIONS[config.mixer](**{**arguments, "history_length": (4,)})
+    for length, kind in ((0, ValueError), (2.0, TypeError)):
+        with pytest.raises(kind, match=f"`history_length` must be an integer of at least 1, but got {length}"):
+            FUNCTIONS[config.mixer](**{**arguments, "history_length": (4, length, 4)})
     with pytest.raises(ValueError, match="`history_length` must be at most the ring's capacity, 3"):
         predictor(make_ring([3], capacity=3), 0.3)
+
+
+@both_mixers
+@pytest.mark.parametrize("bounds", [(0.3, 0.6), (0.5, 0.5), (0.5, math.nan)], ids=str)
+def test_stage_bounds_must_fall(config, bounds):
+    arguments = arguments_of(randomized(config), make_ring([4, 2]), torch.tensor([0.7, 0.2]))
+    with pytest.raises(ValueError, match="`stage_bounds` must fall strictly, from high to low noise, but got"):
+        FUNCTIONS[config.mixer](**{**arguments, "stage_bounds": bounds})
 
 
 def test_a_ring_or_sigma_that_does_not_fit_is_named():
@@ -553,6 +604,8 @@ def test_config_must_be_a_config():
         ("stage_bounds", (0.3, 0.6)),
         ("stage_bounds", (0.3, 0.3)),
         ("stage_bounds", (1.5,)),
+        ("stage_bounds", (1.0, 0.5)),
+        ("stage_bounds", (0.5, 0.0)),
         ("stage_bounds", 0.5),
         ("history_length", 0),
         ("history_length", (4, 4)),
@@ -564,12 +617,35 @@ def test_config_must_be_a_config():
         ("num_inference_steps", 0),
         ("schedule", (0, -1)),
         ("schedule", 7),
+        ("schedule", (1, 2)),
+        ("schedule", (0, 2, 2)),
+        ("schedule", ()),
         ("schedule_sigmas", (1.0, math.nan)),
+        ("schedule_sigmas", (1.0, 1.0)),
+        ("format_version", 2),
     ],
 )
 def test_config_fields_are_checked(field, value):
     with pytest.raises((ValueError, TypeError), match=f"`{field}` must .* but got .*"):
         PredictorConfig(**{"feature_dim": DIM, field: value})
+
+
+def test_a_schedule_fits_its_number_of_steps():
+    options = {"schedule": (0, 9), "schedule_sigmas": (1.0, 0.1)}
+    assert PredictorConfig(DIM, num_inference_steps=10, **options).schedule == (0, 9)
+    with pytest.raises(ValueError, match="`schedule` must be an integer of at least 0 and at most 8, but got 9"):
+        PredictorConfig(DIM, num_inference_steps=9, **options)
+
+
+def test_numpy_integers_become_ints():
+    four = numpy.int64(4)
+    names = ("feature_dim", "rank", "hidden", "grid_size", "spline_order", "num_inference_steps")
+    given = dict.fromkeys(names, four) | {"history_length": four, "schedule": [numpy.int64(0), numpy.int64(3)]}
+    config = PredictorConfig(**given, schedule_sigmas=(1.0, 0.5))
+    for name in names:
+        assert type(getattr(config, name)) is int
+    assert {type(n) for n in (*config.history_length, *config.schedule)} == {int}
+    assert json.loads(json.dumps(config.to_dict()))["schedule"] == [0, 3]
 
 
 @pytest.mark.parametrize("given", [{"schedule": (0, 1)}, {"schedule_sigmas": (1.0, 0.5)}], ids=str)
@@ -591,13 +667,16 @@ def test_backends_that_can_not_run_say_so(config, monkeypatch):
     monkeypatch.setenv("LESA_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="`LESA_BACKEND` must be one of .* but got 'nonsense'"):
         predictor(ring, 0.3)
-    monkeypatch.setenv("LESA_BACKEND", "triton")
-    with pytest.raises(RuntimeError, match="but got 'triton'"):
-        predictor(ring, 0.3)
     assert FusedKANPredictor(config, backend="torch")(ring, 0.3).isfinite().all()  # the argument goes before
 
 
-# Saving and loading
+@both_mixers
+@pytest.mark.parametrize("variable", ["", "torch", "triton", "extension"])
+def test_the_variable_leaves_operations_alone_that_have_no_such_backend(config, variable, monkeypatch):
+    predictor, ring, head = randomized(config), make_ring([4]), make_head(1)
+    expected = predictor.predict_velocity(ring, 0.3, head)
+    monkeypatch.setenv("LESA_BACKEND", variable)
+    assert torch.equal(predictor.predict_velocity(ring, 0.3, head), expected)
 
 
 def assert_same_predictor(actual, expected):
@@ -635,6 +714,19 @@ def test_saving_overwrites(tmp_path):
     second = randomized(CONFIGS["dense"], seed=2)
     second.save_pretrained(tmp_path)
     assert_same_predictor(FusedKANPredictor.from_pretrained(tmp_path), second)
+
+
+@pytest.mark.parametrize("broken", ["json.dumps", "safetensors.torch.save_file"])
+def test_a_save_that_fails_leaves_what_was_there(saved, monkeypatch, broken):
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, fail)
+        with pytest.raises(OSError, match="disk full"):
+            FusedKANPredictor(CONFIGS["dense"]).save_pretrained(saved)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
 
 
 def test_two_predictors_coexist(tmp_path):
@@ -697,6 +789,14 @@ def test_unreadable_weights(saved):
     weights = saved / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"`folder_or_id` must hold a readable model\.safetensors, but got .*\."):
+        FusedKANPredictor.from_pretrained(saved)
+
+
+def test_weights_of_integers_are_refused_by_name(saved):
+    weights = safetensors.torch.load_file(saved / "model.safetensors")
+    weights["spline"] = weights["spline"].int()
+    safetensors.torch.save_file(weights, saved / "model.safetensors")
+    with pytest.raises(TypeError, match="`model.safetensors: spline` must have one of the dtypes .* but got a int32"):
         FusedKANPredictor.from_pretrained(saved)
 
 
