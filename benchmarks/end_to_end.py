@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import lesa
 from lesa.demo.digits import build_pipeline
+from lesa.demo.run import SCHEDULE_9
 from lesa.evaluation import TaylorSeer
 from lesa.models import adapter_for
 from lesa.schedule import Schedule
@@ -27,7 +28,6 @@ from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.env_report import env_report
 
 NUM_STEPS = 50
-COMPUTED = (0, 2, 6, 12, 18, 25, 32, 39, 46)  # the schedule of the bundled predictor with 9 computed steps
 TAYLORSEER = TaylorSeer(interval=7, order=1, lite=True)
 REFERENCE = "full"
 
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
 
     dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
     model = FLUX_TINY if options.quick else FLUX_100M
-    schedule = Schedule.spread(4, 20) if options.quick else Schedule(COMPUTED, NUM_STEPS)
+    schedule = Schedule.spread(4, 20) if options.quick else Schedule(SCHEDULE_9, NUM_STEPS)
     pipe, arguments = build(model, options.device, dtype)
     parameters = sum(p.numel() for p in pipe.transformer.parameters())
     print(f"{model}: {parameters / 1e6:.1f} M parameters, {model.image_tokens} image tokens, {options.device}, {dtype}")
