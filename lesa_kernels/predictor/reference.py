@@ -90,13 +90,6 @@ def kan_hidden(
     return bspline_evaluate(u, spline, grid_size, spline_order, (-1.0, 1.0)) + F.silu(u)
 
 
-def _gather(storage, sigmas, cursor, count, length):
-    """The `length` newest entries: features `[K, B, T, D]` and sigmas `[K, B]`."""
-    slots = newest_slots(cursor, count, storage.shape[0])[:length]  # [K, B]
-    rows = torch.arange(storage.shape[1], device=storage.device)
-    return storage[slots, rows], sigmas[slots, rows]
-
-
 def _offsets(anchor_sigmas, count, sigma):
     """KAN inputs: scaled offsets of the target to its anchors `[B, K]`; zero, which no anchor gives, if missing."""
     missing = torch.arange(len(anchor_sigmas), device=sigma.device)[:, None] >= count
@@ -108,12 +101,23 @@ def _without_history(forecast, count):
     return forecast.masked_fill((count == 0)[:, None, None], float("nan"))
 
 
-def _stages(sigma, stage_bounds):
-    """Yields each stage that occurs with the rows in it; `slice(None)` where all rows share one, which saves copies."""
+def _stages(storage, sigmas, cursor, count, sigma, stage_bounds, history_length):
+    """Takes the batch apart by stage.
+
+    Yields for each stage that occurs: its number; the rows in it, `slice(None)` if they all are, which saves copies;
+    their newest features `[K, B, T, D]` and sigmas `[K, B]`; how many of them are there `[B]`; the target sigmas `[B]`.
+    """
+    dtype = torch.promote_types(storage.dtype, torch.float32)
+    sigma = sigma.float()
+    slots = newest_slots(cursor, count, storage.shape[0])  # [capacity, B]
     stage = stage_index(sigma, stage_bounds)
     present = stage.unique().tolist()
     for number in present:
-        yield number, slice(None) if len(present) == 1 else (stage == number).nonzero().squeeze(1)
+        here = (stage == number).nonzero().squeeze(1)
+        rows = slice(None) if len(present) == 1 else here
+        newest = slots[: history_length[number], rows]
+        features, levels = storage[newest, here].to(dtype), sigmas[newest, here].to(dtype)
+        yield number, rows, features, levels, count[rows], sigma[rows].to(dtype)
 
 
 def _without_autocast(function):
@@ -149,13 +153,9 @@ def newton_predict_ref(
 ) -> torch.Tensor:
     """Plain torch form of `newton_predict`; see there."""
     dtype = torch.promote_types(storage.dtype, torch.float32)
-    sigma = sigma.float()
     output = torch.empty(storage.shape[1:], dtype=dtype, device=storage.device)
-    for stage, rows in _stages(sigma, stage_bounds):
-        target = sigma[rows].to(dtype)
-        n = count[rows]
-        g, s = _gather(storage[:, rows], sigmas[:, rows], cursor[rows], n, history_length[stage])
-        g, s = g.to(dtype), s.to(dtype)
+    ring = (storage, sigmas, cursor, count)
+    for stage, rows, g, s, n, target in _stages(*ring, sigma, stage_bounds, history_length):
         inputs = torch.zeros(len(target), in_weight.shape[2], dtype=dtype, device=g.device)
         inputs[:, : len(s)] = _offsets(s, n, target)
         inputs[:, -1] = 2 * target - 1
@@ -199,13 +199,9 @@ def dense_predict_ref(
 ) -> torch.Tensor:
     """Plain torch form of `dense_predict`; see there."""
     dtype = torch.promote_types(storage.dtype, torch.float32)
-    sigma = sigma.float()
     output = torch.empty(storage.shape[1:], dtype=dtype, device=storage.device)
-    for stage, rows in _stages(sigma, stage_bounds):
-        target = sigma[rows].to(dtype)
-        n = count[rows]
-        g, s = _gather(storage[:, rows], sigmas[:, rows], cursor[rows], n, history_length[stage])
-        g, s = g.to(dtype), s.to(dtype)
+    ring = (storage, sigmas, cursor, count)
+    for stage, rows, g, s, n, target in _stages(*ring, sigma, stage_bounds, history_length):
         inputs = torch.zeros(len(target), in_weight.shape[2], dtype=dtype, device=g.device)
         inputs[:, : len(s)] = _offsets(s, n, target)
         kan = (in_weight[stage].to(dtype), in_bias[stage].to(dtype), spline[stage].to(dtype))
