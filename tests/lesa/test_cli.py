@@ -247,7 +247,8 @@ def test_broken_predictor_files_are_one_line(folder, tmp_path, capsys):
     FusedKANPredictor(PredictorConfig(128)).save_pretrained(tmp_path / "p")
     weights = tmp_path / "p" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    refused(capsys, *GENERATE, "--predictor", tmp_path / "p", "--inputs", folder / "two.safetensors")
+    line = refused(capsys, *GENERATE, "--predictor", tmp_path / "p", "--inputs", folder / "two.safetensors")
+    assert "must hold a readable model.safetensors" in line
 
 
 @pytest.mark.parametrize("bug", [lambda self, path: len(None), lambda self, path: int("x")], ids=["type", "value"])

@@ -154,7 +154,10 @@ def test_a_finished_predictor_is_not_overwritten(trajectories, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
-def test_going_on_with_other_arguments_names_the_argument(trajectories, tmp_path, monkeypatch):
+@pytest.fixture
+def unfinished(trajectories, tmp_path, monkeypatch):
+    """The folder of a training that was stopped just before its end."""
+
     def stop(self, guided_epochs):
         raise KeyboardInterrupt
 
@@ -162,21 +165,18 @@ def test_going_on_with_other_arguments_names_the_argument(trajectories, tmp_path
         patch.setattr(training._Training, "_finish", stop)
         with pytest.raises(KeyboardInterrupt):
             lesa.train(trajectories, schedule=4, out_dir=tmp_path / "out", **QUICK)
+    return tmp_path / "out"
+
+
+def test_going_on_with_other_arguments_names_the_argument(trajectories, unfinished):
     with pytest.raises(ValueError, match="`learning_rate` must be what the unfinished training"):
-        lesa.train(trajectories, schedule=4, out_dir=tmp_path / "out", learning_rate=1e-2, **QUICK)
+        lesa.train(trajectories, schedule=4, out_dir=unfinished, learning_rate=1e-2, **QUICK)
 
 
-def test_going_on_with_other_trajectories_is_refused(trajectories, tmp_path, monkeypatch):
-    def stop(self, guided_epochs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training._Training, "_finish", stop)
-        with pytest.raises(KeyboardInterrupt):
-            lesa.train(trajectories, schedule=4, out_dir=tmp_path / "out", **QUICK)
+def test_going_on_with_other_trajectories_is_refused(unfinished, tmp_path):
     others = write_trajectories(tmp_path / "others", seed=7)
     with pytest.raises(ValueError, match="`trajectories` must be what the unfinished training"):
-        lesa.train(others, schedule=4, out_dir=tmp_path / "out", **QUICK)
+        lesa.train(others, schedule=4, out_dir=unfinished, **QUICK)
 
 
 def test_a_checkpoint_that_was_cut_off_is_no_obstacle(trajectories, tmp_path):
