@@ -1,13 +1,15 @@
 """Which implementation runs: `backend="auto" | "triton" | "extension" | "torch"`.
 
 `auto` takes Triton for CUDA tensors and the compiled extension for CPU tensors, each where the operation has it, else
-plain torch. A backend that is named in an argument and can't run is an error that says why.
+plain torch. A backend that is named in an argument and can't run is an error that says why. Triton runs on CPU tensors
+too, in its interpreter, when it is named and the process was started with `TRITON_INTERPRET=1`; that is for tests.
 
 The environment variable `LESA_BACKEND` replaces `auto`; it is read at every call. It speaks to all operations at once,
 so it leaves those alone that have no such implementation: they do what `auto` does.
 """
 
 import functools
+import importlib
 import os
 import warnings
 
@@ -25,18 +27,20 @@ def resolve_backend(backend: str, tensor: torch.Tensor, implemented: tuple[str, 
     Args:
         backend: what the caller asked for, one of `BACKENDS`.
         tensor: the tensor whose device decides for "auto".
-        implemented: the backends this operation has for tensors on that device.
+        implemented: the backends this operation has for tensors on that device; "triton" is taken for the GPU's.
         operation: its name, for messages.
 
     Raises:
         ValueError: the argument or `LESA_BACKEND` names no backend.
-        RuntimeError: the argument names a backend that this operation doesn't have here, or the extension is asked for
-            and can't be loaded.
+        RuntimeError: the argument names a backend that this operation doesn't have here, or the extension or Triton is
+            asked for and can't be used.
 
     Warns:
-        RuntimeWarning: once, if "auto" takes plain torch because the extension can't be loaded.
+        RuntimeWarning: once, if "auto" takes plain torch because the extension or Triton can't be used.
     """
     check_choice("backend", backend, BACKENDS)
+    if "triton" in implemented and tensor.device.type == "cpu" and not _interprets():
+        implemented = tuple(name for name in implemented if name != "triton")
     if backend == "auto":
         override = check_choice("LESA_BACKEND", os.environ.get("LESA_BACKEND") or "auto", BACKENDS)
         chosen = override if override in implemented else _automatic(tensor, implemented, operation)
@@ -52,24 +56,59 @@ def resolve_backend(backend: str, tensor: torch.Tensor, implemented: tuple[str, 
         )
     if chosen == "extension":
         extension()  # says why, if it can't be loaded
+    elif chosen == "triton" and (reason := triton_error(tensor.device)) is not None:
+        raise RuntimeError(f'{operation} can\'t run on Triton: {reason}. Choose backend="torch".')
     return chosen
+
+
+@torch.compiler.assume_constant_result  # compilers of torch can't trace imports, and it does not change
+def triton_error(device: torch.device) -> str | None:
+    """Why Triton's kernels can't run on tensors of `device`, or None if they can."""
+    reason = _triton_import_error()
+    if reason is None and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            reason = f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}, and its kernels need sm_80 or newer"
+    return reason
+
+
+@functools.cache
+def _triton_import_error() -> str | None:
+    try:
+        importlib.import_module("lesa_kernels._triton")
+    except ImportError as error:
+        return f"it can't be imported ({error})"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1" and (
+        _triton_import_error() is not None or importlib.import_module("lesa_kernels._triton").INTERPRETED
+    )
 
 
 def _automatic(tensor: torch.Tensor, implemented: tuple[str, ...], operation: str) -> str:
     preferred = "triton" if tensor.is_cuda else "extension"
     if preferred not in implemented:
         return "torch"
-    if preferred == "extension" and (reason := extension_error()) is not None:
-        _warn_once(operation, reason)
+    if preferred == "extension":
+        reason = extension_error()
+        remedy = "Build it with `pip install .` in a checkout of lesa-kernels"
+    else:
+        reason = triton_error(tensor.device)
+        remedy = "Install it with `pip install triton`"
+    if reason is not None:
+        _warn_once(operation, "the compiled extension" if preferred == "extension" else "Triton", reason, remedy)
         return "torch"
     return preferred
 
 
 @functools.cache
-def _warn_once(operation: str, reason: str) -> None:
+def _warn_once(operation: str, missing: str, reason: str, remedy: str) -> None:
     warnings.warn(
-        f"{operation} runs in plain torch, because the compiled extension is not available ({reason}). Build it with "
-        "`pip install .` in a checkout of lesa-kernels; LESA_BACKEND=torch chooses plain torch without a warning.",
+        f"{operation} runs in plain torch, because {missing} is not available ({reason}). {remedy}; "
+        "LESA_BACKEND=torch chooses plain torch without a warning.",
         RuntimeWarning,
         stacklevel=6,
     )

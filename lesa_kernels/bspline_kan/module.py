@@ -34,7 +34,7 @@ class BSplineKAN(nn.Module):
         grid_size: G, the number of intervals in `grid_range`.
         spline_order: p, the degree of the splines.
         grid_range: (lo, hi), the ends of the grid, in the units of the input.
-        backend: "auto" or "torch", as for `bspline_kan`.
+        backend: "auto", "triton" or "torch", as for `bspline_kan`.
         device, dtype: of the parameters, as for `torch.nn.Linear`.
 
     Attributes:

@@ -1,12 +1,111 @@
-"""The B-spline KAN layer as a function: checks, then the backend that runs it."""
+"""The B-spline KAN layer as a torch operator, and its public function: checks, then the backend that runs it."""
+
+import contextlib
 
 import torch
 
-from lesa_kernels._checks import argument_error, check_tensor
+from lesa_kernels._checks import Said, argument_error, check_int, check_tensor
 from lesa_kernels._dispatch import resolve_backend
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES, bspline_kan_ref, check_grid
 
-IMPLEMENTED = ("torch",)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_ORDERS = (1, 5)  # least and largest degree
+
+_LIBRARY = torch.library.Library("lesa_kernels", "FRAGMENT")
+_LIBRARY.define("bspline_kan(Tensor x, Tensor weight, int grid_size, int spline_order, float lo, float hi) -> Tensor")
+_LIBRARY.define(
+    "bspline_kan_bwd(Tensor grad, Tensor x, Tensor weight, int grid_size, int spline_order, float lo, float hi, "
+    "bool needs_x, bool needs_weight) -> (Tensor, Tensor)"
+)
+
+
+def _check(x, weight, grid_size, spline_order, lo, hi):
+    # The operators can be called without `bspline_kan`.
+    check_grid(grid_size, spline_order, (lo, hi))
+    check_int("spline_order", spline_order, *TRITON_ORDERS)
+    in_features = check_tensor("x", x, ("rows", "in"), TRITON_DTYPES).shape[1]
+    shape = (1 + grid_size + spline_order, in_features, "out")
+    check_tensor("weight", weight, shape, TRITON_DTYPES, x.device)
+    if not weight.is_contiguous():
+        raise argument_error(
+            "weight", "be contiguous", Said(f"strides {list(weight.stride())}"), "Pass `weight.contiguous()`."
+        )
+
+
+def _rows(tensor):
+    # Kernels take any stride from row to row at which 32 bits hold the offsets within a block.
+    near = tensor.stride(0) < 2**24
+    return tensor if near and (tensor.shape[1] == 1 or tensor.stride(1) == 1) else tensor.contiguous()
+
+
+def _on(device):
+    # Triton launches on the current GPU.
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _bspline_kan_triton(x, weight, grid_size, spline_order, lo, hi):
+    from lesa_kernels.bspline_kan.kernels import bspline_kan_fwd
+
+    _check(x, weight, grid_size, spline_order, lo, hi)
+    with _on(x.device):
+        return bspline_kan_fwd(_rows(x), weight, grid_size, spline_order, lo, hi)
+
+
+def _bspline_kan_bwd_triton(grad, x, weight, grid_size, spline_order, lo, hi, needs_x, needs_weight):
+    from lesa_kernels.bspline_kan.kernels import bspline_kan_bwd_weight, bspline_kan_bwd_x
+
+    _check(x, weight, grid_size, spline_order, lo, hi)
+    check_tensor("grad", grad, (x.shape[0], weight.shape[2]), TRITON_DTYPES, x.device)
+    arguments = _rows(grad), _rows(x), weight, grid_size, spline_order, lo, hi
+    with _on(x.device):
+        grad_x = bspline_kan_bwd_x(*arguments) if needs_x else x.new_empty(0)
+        grad_weight = bspline_kan_bwd_weight(*arguments) if needs_weight else weight.new_empty(0)
+    return grad_x, grad_weight
+
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("bspline_kan", _bspline_kan_triton, _device)
+    _LIBRARY.impl("bspline_kan_bwd", _bspline_kan_bwd_triton, _device)
+
+
+@torch.library.register_fake("lesa_kernels::bspline_kan", lib=_LIBRARY)
+def _(x, weight, grid_size, spline_order, lo, hi):
+    return x.new_empty(x.shape[0], weight.shape[2], dtype=weight.dtype)
+
+
+@torch.library.register_fake("lesa_kernels::bspline_kan_bwd", lib=_LIBRARY)
+def _(grad, x, weight, grid_size, spline_order, lo, hi, needs_x, needs_weight):
+    grad_x = x.new_empty(x.shape if needs_x else 0)
+    return grad_x, weight.new_empty(weight.shape if needs_weight else 0)
+
+
+def _save(ctx, inputs, output):
+    x, weight, *ctx.spline = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    grad_x, grad_weight = torch.ops.lesa_kernels.bspline_kan_bwd(grad, x, weight, *ctx.spline, needs_x, needs_weight)
+    return grad_x if needs_x else None, grad_weight if needs_weight else None, None, None, None, None
+
+
+def _second_backward(ctx, *grads):
+    raise RuntimeError('bspline_kan on Triton has no second derivatives. Choose backend="torch" for them.')
+
+
+torch.library.register_autograd("lesa_kernels::bspline_kan", _backward, setup_context=_save, lib=_LIBRARY)
+torch.library.register_autograd("lesa_kernels::bspline_kan_bwd", _second_backward, lib=_LIBRARY)
+
+
+def _check_triton(x: torch.Tensor, spline_order: int) -> None:
+    remedy = 'Pass backend="auto" or backend="torch".'
+    if x.dtype not in TRITON_DTYPES:
+        raise argument_error("x", "be float32, bfloat16 or float16 on Triton", x, remedy, TypeError)
+    least, largest = TRITON_ORDERS
+    if not least <= spline_order <= largest:
+        raise argument_error("spline_order", f"be from {least} to {largest} on Triton", spline_order, remedy)
 
 
 def bspline_kan(
@@ -32,26 +131,31 @@ def bspline_kan(
         grid_size: G, the number of intervals in `grid_range`, at least 1.
         spline_order: p, the degree of the splines, at least 0.
         grid_range: (lo, hi), the ends of the grid, in the units of `x`.
-        backend: "auto" or "torch".
+        backend: "auto" (Triton for CUDA tensors, plain torch for CPU tensors), "triton" or "torch". Triton builds the
+            bases in registers, never in memory; it has no float64, degrees 1 to 5 and first derivatives only. With
+            "auto", other dtypes and degrees run in plain torch.
 
     Returns:
         [..., out] in the dtype of `x`, which the weights must share; under autocast the products run in its dtype and
-        the result has it. Bases are computed in float32 at least. A NaN in a row makes that row NaN. +-Inf has no
-        spline part; what remains is SiLU's own, which torch gives as Inf at Inf and NaN at -Inf.
+        the result has it. Bases are computed in float32 at least, and sums on Triton are in float32. A NaN in a row
+        makes that row NaN. +-Inf has no spline part; what remains is SiLU's own, which torch gives as Inf at Inf and
+        NaN at -Inf. Gradients are deterministic.
 
     Raises:
-        TypeError, ValueError: a tensor of another shape, dtype or device, or a grid that is not one.
-        RuntimeError: a backend that this operation does not have.
+        TypeError, ValueError: a tensor of another shape, dtype or device, or a grid that is not one; a dtype or degree
+            that Triton doesn't run, if it was asked for.
+        RuntimeError: a backend that this operation does not have here; a second derivative of Triton's.
 
     Equivalent to::
 
         bases = bspline_basis(x, grid_size, spline_order, grid_range)  # [..., in, G + p]
         F.silu(x) @ base_weight.T + torch.einsum("...ig,oig,oi->...o", bases, spline_weight, spline_scaler)
     """
-    check_grid(grid_size, spline_order, grid_range)
+    lo, hi = check_grid(grid_size, spline_order, grid_range)
     check_tensor("x", x, dtypes=FLOAT_DTYPES)
     # Autocast brings the operands of a product to one dtype, so they may differ.
-    dtypes = FLOAT_DTYPES if torch.is_autocast_enabled(x.device.type) else (x.dtype,)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtypes = FLOAT_DTYPES if autocast else (x.dtype,)
     check_tensor("base_weight", base_weight, ("out", "in"), dtypes, x.device)
     out_features, in_features = base_weight.shape
     count = grid_size + spline_order
@@ -62,5 +166,19 @@ def bspline_kan(
         raise argument_error(
             "x", f"have a last dimension of {in_features}", x, "Match it to the second dimension of `base_weight`."
         )
-    resolve_backend(backend, x, IMPLEMENTED, "bspline_kan")
-    return bspline_kan_ref(x, base_weight, spline_weight, spline_scaler, grid_size, spline_order, grid_range)
+    if backend == "triton":
+        _check_triton(x, spline_order)
+    least, largest = TRITON_ORDERS
+    on_triton = x.dtype in TRITON_DTYPES and least <= spline_order <= largest
+    implemented = ("triton", "torch") if on_triton else ("torch",)
+    if resolve_backend(backend, x, implemented, "bspline_kan") == "torch":
+        return bspline_kan_ref(x, base_weight, spline_weight, spline_scaler, grid_size, spline_order, grid_range)
+
+    if spline_scaler is not None:
+        spline_weight = spline_weight * spline_scaler.unsqueeze(-1)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    # [1 + G + p, in, out]: the kernels read rows of neighbouring outputs.
+    weight = torch.cat([base_weight.to(dtype).T.unsqueeze(0), spline_weight.to(dtype).permute(2, 1, 0)]).contiguous()
+    flat = x.reshape(x.shape[:-1].numel(), in_features)
+    y = torch.ops.lesa_kernels.bspline_kan(flat, weight, grid_size, spline_order, lo, hi)
+    return y.reshape(*x.shape[:-1], out_features)

@@ -448,7 +448,7 @@ def test_argument_errors():
         BSplineKAN(0, 3)
 
 
-def test_backends(monkeypatch):
+def test_backends(without_interpreter, monkeypatch):
     x = torch.zeros(2, 4)
     weights = kan_weights(3, 4, 8, torch.float32)
     with pytest.raises(RuntimeError, match=r"`backend` must be one that bspline_kan has for cpu tensors \(torch\)"):

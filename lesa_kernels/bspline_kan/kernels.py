@@ -1,0 +1,547 @@
+"""Triton kernels of the B-spline KAN layer, and the spline functions that the predictors' kernels share."""
+
+import torch
+import triton
+import triton.language as tl
+
+from lesa_kernels._triton import INTERPRETED, architecture, launch_config, multiprocessors
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def spline_position(x, LO: tl.constexpr, HI: tl.constexpr, GRID: tl.constexpr, DEGREE: tl.constexpr):
+    """The index of the first basis that is not zero at `x`, from -DEGREE - 1 to GRID + DEGREE, and the position of `x`
+    in its interval. NaN gives a NaN position at some index in that range."""
+    position = (x - LO) * (GRID / (HI - LO))
+    position = tl.minimum(
+        tl.maximum(position, -DEGREE - 1.0, tl.PropagateNan.ALL), GRID + DEGREE + 0.0, tl.PropagateNan.ALL
+    )
+    interval = tl.floor(position)
+    first = tl.where(interval == interval, interval, 0.0).to(tl.int32)
+    return first, position - interval
+
+
+@triton.jit
+def spline_weight(fraction, k: tl.constexpr, DEGREE: tl.constexpr):
+    """Value of the k-th of the DEGREE + 1 bases at a position in an interval: the Cox-de Boor recursion."""
+    if DEGREE == 0:
+        return fraction * 0.0 + 1.0  # NaN stays
+    else:
+        value = fraction * 0.0
+        if k > 0:
+            value += (fraction + (DEGREE - k)) * spline_weight(fraction, k - 1, DEGREE - 1)
+        if k < DEGREE:
+            value += (k + 1 - fraction) * spline_weight(fraction, k, DEGREE - 1)
+        return value * (1.0 / DEGREE)
+
+
+@triton.jit
+def spline_slope(fraction, k: tl.constexpr, DEGREE: tl.constexpr):
+    """Derivative of `spline_weight` by the position, in intervals."""
+    slope = fraction * 0.0
+    if k > 0:
+        slope += spline_weight(fraction, k - 1, DEGREE - 1)
+    if k < DEGREE:
+        slope -= spline_weight(fraction, k, DEGREE - 1)
+    return slope
+
+
+@triton.jit
+def spline_weights(fraction, DEGREE: tl.constexpr):
+    """All DEGREE + 1 values of `spline_weight`, as a tuple."""
+    weights = (fraction * 0.0 + 1.0,)  # NaN stays
+    for d in tl.static_range(1, DEGREE + 1):
+        lower = weights
+        weights = ()
+        for k in tl.static_range(d + 1):
+            if k == 0:
+                value = (1.0 - fraction) * lower[0]
+            elif k == d:
+                value = fraction * lower[d - 1]
+            else:
+                value = (fraction + (d - k)) * lower[k - 1] + (k + 1 - fraction) * lower[k]
+            weights = weights + (value * (1.0 / d),)
+    return weights
+
+
+@triton.jit
+def _spline_slopes(fraction, LO: tl.constexpr, HI: tl.constexpr, GRID: tl.constexpr, DEGREE: tl.constexpr):
+    """All DEGREE + 1 values of `spline_slope`, by x rather than by the position, as a tuple."""
+    lower = spline_weights(fraction, DEGREE - 1)
+    slopes = (lower[0] * (-GRID / (HI - LO)),)
+    for k in tl.static_range(1, DEGREE):
+        slopes = slopes + ((lower[k - 1] - lower[k]) * (GRID / (HI - LO)),)
+    return slopes + (lower[DEGREE - 1] * (GRID / (HI - LO)),)
+
+
+@triton.jit
+def rounded(value, dtype: tl.constexpr):
+    """A float32 value in `dtype`, rounded to nearest even in the interpreter too, which cuts bfloat16 off."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    return value.to(dtype)
+
+
+@triton.jit
+def _operands(fraction, x, DEGREE: tl.constexpr, dtype: tl.constexpr):
+    """The DEGREE + 1 bases and silu(x), as the matrix product takes them."""
+    weights = ()
+    exact = spline_weights(fraction, DEGREE)
+    for k in tl.static_range(DEGREE + 1):
+        weights = weights + (rounded(exact[k], dtype),)
+    return weights, rounded(x * tl.sigmoid(x), dtype)
+
+
+@triton.jit
+def _silu_slope(x):
+    gate = tl.sigmoid(x)
+    return gate * (1.0 + x * (1.0 - gate))
+
+
+@triton.jit
+def _select(m, base, first, values, background, DEGREE: tl.constexpr):
+    """What matrix m of the packed weight is multiplied with: the base branch's value for m = 0, else that of basis
+    m - 1, which is one of the DEGREE + 1 `values` where they reach it and the background elsewhere."""
+    value = background
+    for k in tl.static_range(DEGREE + 1):
+        value = tl.where(first == m - (k + 1), values[k], value)
+    return tl.where(m == 0, base, value)
+
+
+@triton.jit
+def _dot(a, b, acc):
+    if _INTERPRETED and a.dtype == tl.bfloat16:  # whose products of bfloat16 are wrong
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _bspline_kan_fwd_kernel(
+    x_ptr,  # [rows, in]
+    weight_ptr,  # [1 + GRID + DEGREE, in, out]
+    y_ptr,  # [rows, out]
+    rows,
+    in_features,
+    out_features,
+    stride_x,
+    matrices,  # not taken from the constants: a loop of known length would be unrolled, for which registers lack
+    LO: tl.constexpr,
+    HI: tl.constexpr,
+    GRID: tl.constexpr,
+    DEGREE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    blocks_o = tl.cdiv(out_features, BLOCK_O)
+    pid = tl.program_id(0)
+    start_n = tl.cast(pid // blocks_o, tl.int64) * BLOCK_N
+    n, left = tl.arange(0, BLOCK_N), tl.minimum(rows - start_n, BLOCK_N).to(tl.int32)
+    o = (pid % blocks_o) * BLOCK_O + tl.arange(0, BLOCK_O)
+    matrix = tl.cast(in_features, tl.int64) * out_features
+
+    acc = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
+    for start in range(0, in_features, BLOCK_I):
+        i = start + tl.arange(0, BLOCK_I)
+        # Masked inputs are finite, so that they add nothing to their zero weights.
+        inside = (n[:, None] < left) & (i[None, :] < in_features)
+        x = tl.load(x_ptr + start_n * stride_x + n[:, None] * stride_x + i[None, :], mask=inside, other=0.0).to(
+            tl.float32
+        )
+        first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
+        weights, silu = _operands(fraction, x, DEGREE, dtype)
+        background = tl.zeros([BLOCK_N, BLOCK_I], dtype)  # a NaN reaches its row by the other matrices
+
+        tile = weight_ptr + tl.cast(start, tl.int64) * out_features
+        within = tl.arange(0, BLOCK_I)[:, None] * out_features + o[None, :]
+        mask = (i[:, None] < in_features) & (o[None, :] < out_features)
+        for m in tl.range(0, matrices):
+            w = tl.load(tile + m * matrix + within, mask=mask, other=0.0)
+            acc = _dot(_select(m, silu, first, weights, background, DEGREE), w, acc)
+
+    inside = (n[:, None] < left) & (o[None, :] < out_features)
+    tl.store(
+        y_ptr + start_n * out_features + n[:, None] * out_features + o[None, :],
+        rounded(acc, weight_ptr.dtype.element_ty),
+        mask=inside,
+    )
+
+
+@triton.jit
+def _bspline_kan_fwd_gather_kernel(
+    x_ptr,  # [rows, in]
+    weight_ptr,  # [1 + GRID + DEGREE, in, out]
+    y_ptr,  # [rows, out]
+    rows,
+    in_features,
+    out_features,
+    stride_x,
+    LO: tl.constexpr,
+    HI: tl.constexpr,
+    GRID: tl.constexpr,
+    DEGREE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    blocks_o = tl.cdiv(out_features, BLOCK_O)
+    pid = tl.program_id(0)
+    start_n = tl.cast(pid // blocks_o, tl.int64) * BLOCK_N
+    n, left = tl.arange(0, BLOCK_N), tl.minimum(rows - start_n, BLOCK_N).to(tl.int32)
+    o = (pid % blocks_o) * BLOCK_O + tl.arange(0, BLOCK_O)
+    matrix = tl.cast(in_features, tl.int64) * out_features
+    inside = (n[:, None] < left) & (o[None, :] < out_features)
+
+    acc = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
+    for i in range(0, in_features):
+        x = tl.load(x_ptr + start_n * stride_x + n * stride_x + i, mask=n < left, other=0.0).to(tl.float32)
+        first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
+        row = weight_ptr + tl.cast(i, tl.int64) * out_features + o  # [BLOCK_O]
+        base = tl.load(row, mask=o < out_features, other=0.0).to(tl.float32)
+        acc += (x * tl.sigmoid(x))[:, None] * base[None, :]
+        weights = spline_weights(fraction, DEGREE)
+        for k in tl.static_range(DEGREE + 1):
+            g = first + k
+            exists = (g >= 0) & (g < GRID + DEGREE)
+            taken = row[None, :] + (g[:, None] + 1) * matrix
+            c = tl.load(taken, mask=exists[:, None] & (o[None, :] < out_features), other=0.0).to(tl.float32)
+            acc += weights[k][:, None] * c
+
+    tl.store(
+        y_ptr + start_n * out_features + n[:, None] * out_features + o[None, :],
+        rounded(acc, weight_ptr.dtype.element_ty),
+        mask=inside,
+    )
+
+
+@triton.jit
+def _bspline_kan_bwd_x_kernel(
+    grad_ptr,  # [rows, out]
+    x_ptr,  # [rows, in]
+    weight_ptr,  # [1 + GRID + DEGREE, in, out]
+    grad_x_ptr,  # [rows, in]
+    rows,
+    in_features,
+    out_features,
+    stride_grad,
+    stride_x,
+    matrices,
+    LO: tl.constexpr,
+    HI: tl.constexpr,
+    GRID: tl.constexpr,
+    DEGREE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+):
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    blocks_i = tl.cdiv(in_features, BLOCK_I)
+    pid = tl.program_id(0)
+    start_n = tl.cast(pid // blocks_i, tl.int64) * BLOCK_N
+    n, left = tl.arange(0, BLOCK_N), tl.minimum(rows - start_n, BLOCK_N).to(tl.int32)
+    start = (pid % blocks_i) * BLOCK_I
+    i = start + tl.arange(0, BLOCK_I)
+    o = tl.arange(0, BLOCK_O)
+    matrix = tl.cast(in_features, tl.int64) * out_features
+
+    inside = (n[:, None] < left) & (i[None, :] < in_features)
+    x = tl.load(x_ptr + start_n * stride_x + n[:, None] * stride_x + i[None, :], mask=inside, other=0.0).to(tl.float32)
+    first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
+    slopes = _spline_slopes(fraction, LO, HI, GRID, DEGREE)
+    silu_slope = _silu_slope(x)
+    background = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
+
+    grad_rows = grad_ptr + start_n * stride_grad + n[:, None] * stride_grad  # [BLOCK_N, 1]
+    tile = weight_ptr + tl.cast(start, tl.int64) * out_features + tl.arange(0, BLOCK_I)[:, None] * out_features
+    if ONE_BLOCK:  # all of a row of `grad` is there at once, and stays
+        there = (n[:, None] < left) & (o[None, :] < out_features)
+        grad = tl.load(grad_rows + o[None, :], mask=there, other=0.0).to(dtype)
+    grad_x = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
+    for m in tl.range(0, matrices):
+        product = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
+        if ONE_BLOCK:
+            within = (i[:, None] < in_features) & (o[None, :] < out_features)
+            w = tl.load(tile + m * matrix + o[None, :], mask=within, other=0.0)
+            product = _dot(grad, tl.trans(w), product)
+        else:
+            for start_o in tl.range(0, out_features, BLOCK_O):
+                columns = start_o + o[None, :]
+                there = (n[:, None] < left) & (columns < out_features)
+                grad = tl.load(grad_rows + columns, mask=there, other=0.0).to(dtype)
+                within = (i[:, None] < in_features) & (columns < out_features)
+                w = tl.load(tile + m * matrix + columns, mask=within, other=0.0)
+                product = _dot(grad, tl.trans(w), product)
+        grad_x += _select(m, silu_slope, first, slopes, background, DEGREE) * product
+
+    tl.store(
+        grad_x_ptr + start_n * in_features + n[:, None] * in_features + i[None, :],
+        rounded(grad_x, x_ptr.dtype.element_ty),
+        mask=inside,
+    )
+
+
+@triton.jit
+def _bspline_kan_bwd_x_gather_kernel(
+    grad_ptr,  # [rows, out]
+    x_ptr,  # [rows, in]
+    weight_ptr,  # [1 + GRID + DEGREE, in, out]
+    grad_x_ptr,  # [rows, in]
+    rows,
+    in_features,
+    out_features,
+    stride_grad,
+    stride_x,
+    LO: tl.constexpr,
+    HI: tl.constexpr,
+    GRID: tl.constexpr,
+    DEGREE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    start_n = tl.cast(pid // in_features, tl.int64) * BLOCK_N
+    n, left = tl.arange(0, BLOCK_N), tl.minimum(rows - start_n, BLOCK_N).to(tl.int32)
+    i = pid % in_features
+    matrix = tl.cast(in_features, tl.int64) * out_features
+
+    x = tl.load(x_ptr + start_n * stride_x + n * stride_x + i, mask=n < left, other=0.0).to(tl.float32)
+    first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
+    slopes, silu_slope = _spline_slopes(fraction, LO, HI, GRID, DEGREE), _silu_slope(x)
+    row = weight_ptr + tl.cast(i, tl.int64) * out_features
+    acc = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
+    for start_o in range(0, out_features, BLOCK_O):
+        o = start_o + tl.arange(0, BLOCK_O)
+        mask = (n[:, None] < left) & (o[None, :] < out_features)
+        grad = tl.load(
+            grad_ptr + start_n * stride_grad + n[:, None] * stride_grad + o[None, :], mask=mask, other=0.0
+        ).to(tl.float32)
+        base = tl.load(row + o, mask=o < out_features, other=0.0).to(tl.float32)
+        slope = silu_slope[:, None] * base[None, :]  # of each output by this input
+        for k in tl.static_range(DEGREE + 1):
+            g = first + k
+            exists = (g >= 0) & (g < GRID + DEGREE)
+            taken = row + (g[:, None] + 1) * matrix + o[None, :]
+            c = tl.load(taken, mask=exists[:, None] & (o[None, :] < out_features), other=0.0).to(tl.float32)
+            slope += slopes[k][:, None] * c
+        acc += slope * grad
+
+    grad_x = rounded(tl.sum(acc, axis=1), x_ptr.dtype.element_ty)
+    tl.store(grad_x_ptr + start_n * in_features + n * in_features + i, grad_x, mask=n < left)
+
+
+@triton.jit
+def _bspline_kan_bwd_weight_kernel(
+    grad_ptr,  # [rows, out]
+    x_ptr,  # [rows, in]
+    grad_weight_ptr,  # [splits, 1 + GRID + DEGREE, in, out]
+    rows,
+    in_features,
+    out_features,
+    stride_grad,
+    stride_x,
+    rows_per_split,
+    LO: tl.constexpr,
+    HI: tl.constexpr,
+    GRID: tl.constexpr,
+    DEGREE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    MATRICES: tl.constexpr = GRID + DEGREE + 1
+    blocks_i, blocks_o = tl.cdiv(in_features, BLOCK_I), tl.cdiv(out_features, BLOCK_O)
+    blocks_m: tl.constexpr = (MATRICES + BLOCK_M - 1) // BLOCK_M
+    pid = tl.program_id(0)
+    o = (pid % blocks_o) * BLOCK_O + tl.arange(0, BLOCK_O)
+    pid = pid // blocks_o
+    start_m = (pid % blocks_m) * BLOCK_M
+    pid = pid // blocks_m
+    start_i = (pid % blocks_i) * BLOCK_I
+    split = tl.cast(pid // blocks_i, tl.int64)
+
+    i = start_i + tl.arange(0, BLOCK_I)
+    m = start_m + tl.arange(0, BLOCK_M)[:, None, None]
+    start_n = split * rows_per_split
+    count = tl.minimum(rows - start_n, rows_per_split).to(tl.int32)
+    x_block, grad_block = x_ptr + start_n * stride_x, grad_ptr + start_n * stride_grad
+
+    acc = tl.zeros([BLOCK_M * BLOCK_I, BLOCK_O], tl.float32)
+    for start in tl.range(0, count, BLOCK_N):
+        n = tl.arange(0, BLOCK_N)
+        left = count - start
+        inside = (n[None, :] < left) & (i[:, None] < in_features)
+        x = tl.load(x_block + n[None, :] * stride_x + i[:, None], mask=inside, other=0.0).to(tl.float32)
+        x = x[None, :, :]
+        first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
+        weights, silu = _operands(fraction, x, DEGREE, DTYPE)
+        background = (fraction * 0.0).to(DTYPE)  # NaN goes to all bases
+        a = _select(m, silu, first, weights, background, DEGREE)  # [BLOCK_M, BLOCK_I, BLOCK_N]
+        a = tl.reshape(a, [BLOCK_M * BLOCK_I, BLOCK_N])
+        mask = (n[:, None] < left) & (o[None, :] < out_features)
+        grad = tl.load(grad_block + n[:, None] * stride_grad + o[None, :], mask=mask, other=0.0).to(DTYPE)
+        acc = _dot(a, grad, acc)
+        x_block += BLOCK_N * tl.cast(stride_x, tl.int64)
+        grad_block += BLOCK_N * tl.cast(stride_grad, tl.int64)
+
+    j = tl.arange(0, BLOCK_M * BLOCK_I)
+    rows_m, rows_i = start_m + j // BLOCK_I, start_i + j % BLOCK_I
+    row = ((split * MATRICES + rows_m) * in_features + rows_i) * out_features  # int64 [BLOCK_M * BLOCK_I]
+    mask = (rows_m < MATRICES) & (rows_i < in_features)
+    acc = rounded(acc, grad_weight_ptr.dtype.element_ty)
+    tl.store(grad_weight_ptr + row[:, None] + o[None, :], acc, mask=mask[:, None] & (o[None, :] < out_features))
+
+
+@triton.jit
+def _bspline_kan_sum_kernel(parts_ptr, total_ptr, count, splits, BLOCK: tl.constexpr):
+    j = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(0, splits):
+        total += tl.load(parts_ptr + tl.cast(split, tl.int64) * count + j, mask=j < count, other=0.0)
+    tl.store(total_ptr + j, rounded(total, total_ptr.dtype.element_ty), mask=j < count)
+
+
+def uses_gather(in_features: int, out_features: int, grid_size: int, spline_order: int, dtype: torch.dtype) -> bool:
+    """Whether the layer reads the p + 1 coefficients that each input needs, rather than multiplying by all G + p bases.
+
+    The matrix form does in * out * (1 + G + p) multiply-adds a row, both sizes rounded up to 16; the gather form does
+    in * out * (p + 2), each with a load of its own. By the rates of an H100, a multiply-add of the gather form (bound
+    by the loads from L1: 32 to 64 a cycle and multiprocessor) is taken to cost as much as 16 on the tensor cores at
+    half their peak (bfloat16, float16) and as much as 2.5 on the cores for float32. So the gather form is for layers of
+    a few features, and for grids of more than about 70 intervals (float32: 8) with cubic splines. This follows from
+    counting operations; it has not been measured on a GPU yet.
+
+    Args:
+        in_features, out_features: the sizes of the layer.
+        grid_size: G, the number of intervals.
+        spline_order: p, the degree.
+        dtype: of the weights, in which the products run.
+    """
+    cost = 2.5 if dtype == torch.float32 else 16
+    matrix = 16 * triton.cdiv(in_features, 16) * 16 * triton.cdiv(out_features, 16) * (1 + grid_size + spline_order)
+    return cost * in_features * out_features * (spline_order + 2) < matrix
+
+
+def _fit(block: int, size: int, least: int = 16) -> int:
+    # A block no larger than what there is; 16 is the least that a matrix product takes.
+    return max(least, min(block, triton.next_power_of_2(size)))
+
+
+def _spline(grid_size: int, spline_order: int, lo: float, hi: float) -> dict:
+    return {"LO": lo, "HI": hi, "GRID": grid_size, "DEGREE": spline_order}
+
+
+def bspline_kan_fwd(
+    x: torch.Tensor, weight: torch.Tensor, grid_size: int, spline_order: int, lo: float, hi: float
+) -> torch.Tensor:
+    """x [N, in] with unit last stride, weight [1 + G + p, in, out] contiguous -> [N, out] in the weight's dtype."""
+    (rows, in_features), (matrices, _, out_features) = x.shape, weight.shape
+    y = x.new_empty(rows, out_features, dtype=weight.dtype)
+    if y.numel() == 0:
+        return y
+    tensors = x, weight, y, rows, in_features, out_features, x.stride(0)
+    spline = _spline(grid_size, spline_order, lo, hi)
+    gather = uses_gather(in_features, out_features, grid_size, spline_order, weight.dtype)
+    # From Hopper on, two groups of four warps share the tiles of the weight; before, that takes too many registers.
+    form = "_gather" if gather else "_warp_groups" if 90 <= architecture() < 120 else ""
+    config = launch_config(f"bspline_kan_fwd{form}", weight.dtype, x.device)
+    config = config | {"BLOCK_N": _fit(config["BLOCK_N"], rows), "BLOCK_O": _fit(config["BLOCK_O"], out_features)}
+    grid = (triton.cdiv(rows, config["BLOCK_N"]) * triton.cdiv(out_features, config["BLOCK_O"]),)
+    if gather:
+        _bspline_kan_fwd_gather_kernel[grid](*tensors, **spline, **config, enable_fp_fusion=True)
+    else:
+        config = config | {"BLOCK_I": _fit(config["BLOCK_I"], in_features)}
+        _bspline_kan_fwd_kernel[grid](*tensors, matrices, **spline, **config, enable_fp_fusion=True)
+    return y
+
+
+def bspline_kan_bwd_x(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    grid_size: int,
+    spline_order: int,
+    lo: float,
+    hi: float,
+) -> torch.Tensor:
+    """grad [N, out] and x [N, in] with unit last strides, weight as for `bspline_kan_fwd` -> [N, in] in x's dtype."""
+    (rows, in_features), (matrices, _, out_features) = x.shape, weight.shape
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if grad_x.numel() == 0:
+        return grad_x
+    tensors = grad, x, weight, grad_x, rows, in_features, out_features, grad.stride(0), x.stride(0)
+    spline = _spline(grid_size, spline_order, lo, hi)
+    if uses_gather(in_features, out_features, grid_size, spline_order, weight.dtype):
+        config = launch_config("bspline_kan_bwd_x_gather", weight.dtype, x.device)
+        config = config | {"BLOCK_N": _fit(config["BLOCK_N"], rows), "BLOCK_O": _fit(config["BLOCK_O"], out_features)}
+        grid = (triton.cdiv(rows, config["BLOCK_N"]) * in_features,)
+        _bspline_kan_bwd_x_gather_kernel[grid](*tensors, **spline, **config, enable_fp_fusion=True)
+        return grad_x
+    config = launch_config("bspline_kan_bwd_x", weight.dtype, x.device)
+    one_block = out_features <= config["BLOCK_O"]
+    if not one_block:
+        config = launch_config("bspline_kan_bwd_x_wide", weight.dtype, x.device)
+    config = config | {"BLOCK_N": _fit(config["BLOCK_N"], rows), "BLOCK_I": _fit(config["BLOCK_I"], in_features)}
+    config = config | {"BLOCK_O": _fit(config["BLOCK_O"], out_features), "ONE_BLOCK": one_block}
+    grid = (triton.cdiv(rows, config["BLOCK_N"]) * triton.cdiv(in_features, config["BLOCK_I"]),)
+    _bspline_kan_bwd_x_kernel[grid](*tensors, matrices, **spline, **config, enable_fp_fusion=True)
+    return grad_x
+
+
+def bspline_kan_bwd_weight(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    grid_size: int,
+    spline_order: int,
+    lo: float,
+    hi: float,
+) -> torch.Tensor:
+    """grad [N, out] and x [N, in] with unit last strides -> the gradient of `weight`, in its shape and dtype.
+
+    Both forms of the layer share it: a product of the bases with `grad`, whose rows are pairs of an input feature and a
+    basis, many features or many bases by the shape of the layer. The N rows are split among as many programs as fill
+    the GPU, and their float32 sums are added in one order, so equal inputs give equal bits.
+    """
+    (rows, in_features), (matrices, _, out_features) = x.shape, weight.shape
+    grad_weight = torch.empty_like(weight)
+    if grad_weight.numel() == 0 or rows == 0:
+        return grad_weight.zero_()
+    config = launch_config("bspline_kan_bwd_weight", weight.dtype, x.device)
+    pairs = config["BLOCK_I"] * config["BLOCK_M"]
+    block_i = _fit(config["BLOCK_I"], in_features, least=1)
+    block_m = _fit(pairs // block_i, matrices, least=triton.cdiv(16, block_i))
+    block_n, block_o = _fit(config["BLOCK_N"], rows), _fit(config["BLOCK_O"], out_features)
+    config = config | {"BLOCK_N": block_n, "BLOCK_I": block_i, "BLOCK_M": block_m, "BLOCK_O": block_o}
+
+    tiles = triton.cdiv(in_features, block_i) * triton.cdiv(matrices, block_m) * triton.cdiv(out_features, block_o)
+    splits = min(triton.cdiv(rows, block_n), max(1, 2 * multiprocessors(x.device) // tiles))
+    rows_per_split = triton.cdiv(triton.cdiv(rows, splits), block_n) * block_n
+    splits = triton.cdiv(rows, rows_per_split)
+    parts = grad_weight if splits == 1 else x.new_empty(splits, *weight.shape, dtype=torch.float32)
+    _bspline_kan_bwd_weight_kernel[(tiles * splits,)](
+        grad,
+        x,
+        parts,
+        rows,
+        in_features,
+        out_features,
+        grad.stride(0),
+        x.stride(0),
+        rows_per_split,
+        **_spline(grid_size, spline_order, lo, hi),
+        DTYPE=_TRITON_DTYPES[weight.dtype],
+        **config,
+        enable_fp_fusion=True,
+    )
+    if splits > 1:
+        count, block = weight.numel(), 1024
+        _bspline_kan_sum_kernel[(triton.cdiv(count, block),)](parts, grad_weight, count, splits, BLOCK=block)
+    return grad_weight
