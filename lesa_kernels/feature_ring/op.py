@@ -7,18 +7,19 @@ from lesa_kernels._dispatch import resolve_backend
 from lesa_kernels._extension import extension
 from lesa_kernels.feature_ring.reference import ring_push_ref
 
-STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+STORAGE_DTYPES = (*FEATURE_DTYPES, torch.float8_e4m3fn)
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 _LIBRARY = torch.library.Library("lesa_kernels", "FRAGMENT")
 _LIBRARY.define(
-    "ring_push(Tensor(a!) storage, Tensor(b!) sigmas, Tensor(c!) cursor, Tensor(d!) count, "
+    "ring_push(Tensor(a!) storage, Tensor(b!)? scales, Tensor(c!) sigmas, Tensor(d!) cursor, Tensor(e!) count, "
     "Tensor features, Tensor sigma, Tensor? rows) -> ()"
 )
 
 
-def _check_push(storage, sigmas, cursor, count, features, sigma, rows):
+def _check_push(storage, scales, sigmas, cursor, count, features, sigma, rows):
     capacity, batch, tokens, dim = check_tensor(
         "storage", storage, ("capacity", "batch", "tokens", "dim"), STORAGE_DTYPES
     ).shape
@@ -26,14 +27,21 @@ def _check_push(storage, sigmas, cursor, count, features, sigma, rows):
     check_tensor("sigmas", sigmas, (capacity, batch), (torch.float32,), device)
     check_tensor("cursor", cursor, (batch,), (torch.int32,), device)
     check_tensor("count", count, (batch,), (torch.int32,), device)
-    for name, buffer in (("storage", storage), ("sigmas", sigmas), ("cursor", cursor), ("count", count)):
-        if not buffer.is_contiguous():
+    if storage.dtype == torch.float8_e4m3fn:
+        remedy = "Pass the `scales` of the ring."
+        check_tensor("scales", scales, (capacity, batch, tokens), (torch.float32,), device, remedy)
+    elif scales is not None:
+        remedy = "Scales belong to a ring of float8_e4m3fn."
+        raise argument_error("scales", "be None for this dtype of `storage`", scales, remedy)
+    buffers = {"storage": storage, "scales": scales, "sigmas": sigmas, "cursor": cursor, "count": count}
+    for name, buffer in buffers.items():
+        if buffer is not None and not buffer.is_contiguous():
             remedy = "Allocate the ring with `FeatureRing`."
             raise argument_error(name, "be contiguous", Said(f"strides {list(buffer.stride())}"), remedy)
     samples = batch
     if rows is not None:
         samples = check_tensor("rows", rows, ("n",), (torch.int64,), device).shape[0]
-    check_tensor("features", features, (samples, tokens, dim), STORAGE_DTYPES, device)
+    check_tensor("features", features, (samples, tokens, dim), FEATURE_DTYPES, device)
     check_tensor("sigma", sigma, (samples,), (torch.float32,), device)
     if torch.compiler.is_compiling() or features.numel() == 0:
         return  # nothing has an address
@@ -52,9 +60,13 @@ def check_rows(rows: torch.Tensor, batch: int) -> None:
         raise argument_error("rows", must, Said(str(listed)), "Pass each row of the ring's batch at most once.")
 
 
-def _ring_push_extension(storage, sigmas, cursor, count, features, sigma, rows):
+def _ring_push_extension(storage, scales, sigmas, cursor, count, features, sigma, rows):
     # All checks are here, since the operator can be called without `ring_push`; the compiled code checks rows' values.
-    _check_push(storage, sigmas, cursor, count, features, sigma, rows)
+    _check_push(storage, scales, sigmas, cursor, count, features, sigma, rows)
+    if scales is not None:
+        remedy = 'Pass backend="auto" or backend="torch".'
+        must = "have one of the dtypes float32, float16, bfloat16 for the compiled extension"
+        raise argument_error("storage", must, storage, remedy, TypeError)
     samples = features.shape[0]
     if samples == 0:
         return
@@ -89,12 +101,13 @@ _LIBRARY.impl("ring_push", _ring_push_extension, "CUDA")
 
 
 @torch.library.register_fake("lesa_kernels::ring_push", lib=_LIBRARY)
-def _(storage, sigmas, cursor, count, features, sigma, rows):
+def _(storage, scales, sigmas, cursor, count, features, sigma, rows):
     return None
 
 
 def ring_push(
     storage: torch.Tensor,
+    scales: torch.Tensor | None,
     sigmas: torch.Tensor,
     cursor: torch.Tensor,
     count: torch.Tensor,
@@ -107,11 +120,13 @@ def ring_push(
 
     Per sample, by its sigma against that of the row's newest anchor: a smaller one is appended, over the oldest anchor
     when the ring is full; an equal one replaces the newest; any other (greater, or NaN) starts a new history. So the
-    anchors of a row are always strictly decreasing in sigma. Features are converted as `Tensor.to` does; no gradient
-    is recorded.
+    anchors of a row are always strictly decreasing in sigma. Features are converted as `Tensor.to` does, or to float8
+    with a scale per token: the token's largest magnitude over 448, one for zeros, NaN where a value is not finite. No
+    gradient is recorded.
 
     Args:
-        storage: `[capacity, B, T, D]` float32, float16 or bfloat16, contiguous.
+        storage: `[capacity, B, T, D]` float32, float16, bfloat16 or float8_e4m3fn, contiguous.
+        scales: `[capacity, B, T]` float32, contiguous, for float8: what a token's values are multiples of; else None.
         sigmas: `[capacity, B]` float32, contiguous: the sigma of each stored feature.
         cursor: `[B]` int32: the slot that the next append writes.
         count: `[B]` int32: how many anchors are valid.
@@ -119,7 +134,8 @@ def ring_push(
         sigma: `[n]` float32.
         rows: `[n]` int64, distinct: the ring's row of each sample. None: sample i goes to row i, and n = B.
             Its values are not checked on a GPU.
-        backend: "auto" (the compiled extension for CPU tensors, plain torch for CUDA tensors), "extension" or "torch".
+        backend: "auto" (the compiled extension for CPU tensors, plain torch for CUDA tensors and for float8),
+            "extension" or "torch".
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
@@ -130,14 +146,17 @@ def ring_push(
     Equivalent to `ring_push_ref`.
     """
     tensors = {"storage": storage, "sigmas": sigmas, "cursor": cursor, "count": count}
-    tensors |= {"features": features, "sigma": sigma} | ({} if rows is None else {"rows": rows})
+    optional = {name: value for name, value in (("scales", scales), ("rows", rows)) if value is not None}
+    tensors |= {"features": features, "sigma": sigma} | optional
     for name, value in tensors.items():
         check_tensor(name, value)
-    implemented = ("torch",) if storage.is_cuda else ("extension", "torch")
+    in_torch = storage.is_cuda or storage.dtype == torch.float8_e4m3fn
+    implemented = ("torch",) if in_torch else ("extension", "torch")
     if resolve_backend(backend, storage, implemented, "ring_push") == "extension":
-        torch.ops.lesa_kernels.ring_push(storage, sigmas, cursor, count, features.detach(), sigma.detach(), rows)
+        state = (storage, scales, sigmas, cursor, count)
+        torch.ops.lesa_kernels.ring_push(*state, features.detach(), sigma.detach(), rows)
     else:
-        _check_push(storage, sigmas, cursor, count, features, sigma, rows)
+        _check_push(storage, scales, sigmas, cursor, count, features, sigma, rows)
         if rows is not None:
             check_rows(rows, storage.shape[1])
-        ring_push_ref(storage, sigmas, cursor, count, features, sigma, rows)
+        ring_push_ref(storage, scales, sigmas, cursor, count, features, sigma, rows)

@@ -9,9 +9,34 @@ def newest_slots(cursor: torch.Tensor, count: torch.Tensor, capacity: int) -> to
     return (cursor - 1 - torch.minimum(order, (count - 1).clamp(min=0))) % capacity
 
 
+FLOAT8_MAX = 448.0  # of e4m3
+
+
+def quantise_float8(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features as e4m3 with one scale per token: `[..., D]` -> float8_e4m3fn `[..., D]` and float32 `[...]`.
+
+    The scale is the token's largest magnitude over 448, and one for a token of zeros, so that every value fits. Values
+    are divided by it and rounded to the nearest even. A token with a value that is not finite has the scale NaN.
+    """
+    features = features.float()
+    if features.shape[-1] == 0:
+        return features.to(torch.float8_e4m3fn), features.new_ones(features.shape[:-1])
+    scale = features.abs().amax(-1) / FLOAT8_MAX
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    scale = torch.where(features.isfinite().all(-1), scale, torch.full_like(scale, float("nan")))
+    values = (features / scale.unsqueeze(-1)).clamp(-FLOAT8_MAX, FLOAT8_MAX)
+    return values.to(torch.float8_e4m3fn), scale
+
+
+def dequantise_float8(features: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The float32 values of what `quantise_float8` made."""
+    return features.float() * scales.unsqueeze(-1)
+
+
 @torch.no_grad()
 def ring_push_ref(
     storage: torch.Tensor,
+    scales: torch.Tensor | None,
     sigmas: torch.Tensor,
     cursor: torch.Tensor,
     count: torch.Tensor,
@@ -35,7 +60,11 @@ def ring_push_ref(
     extends = (valid > 0) & (sigma < newest_sigma)
 
     slot = torch.where(replaces, newest_slot, append_slot)
-    storage[slot, rows] = features.to(storage.dtype)
+    if scales is None:
+        storage[slot, rows] = features.to(storage.dtype)
+    else:
+        values, scales[slot, rows] = quantise_float8(features)
+        storage.view(torch.uint8)[slot, rows] = values.view(torch.uint8)  # torch assigns no float8 by index
     sigmas[slot, rows] = sigma
     appended = torch.where(extends, (valid + 1).clamp(max=capacity), torch.ones_like(valid))
     count[rows] = torch.where(replaces, valid, appended)

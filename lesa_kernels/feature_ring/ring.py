@@ -8,7 +8,7 @@ import torch
 from lesa_kernels._checks import argument_error, check_choice, check_float, check_int, check_tensor
 from lesa_kernels._dispatch import BACKENDS
 from lesa_kernels.feature_ring.op import STORAGE_DTYPES, check_rows, ring_push
-from lesa_kernels.feature_ring.reference import newest_slots
+from lesa_kernels.feature_ring.reference import dequantise_float8, newest_slots
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class RingSnapshot:
     """A copy of a ring's state, made by `FeatureRing.snapshot`; it shares no memory with the ring."""
 
     storage: torch.Tensor
+    scales: torch.Tensor | None
     sigmas: torch.Tensor
     cursor: torch.Tensor
     count: torch.Tensor
@@ -32,12 +33,13 @@ class FeatureRing:
         batch: samples B, at least 1.
         tokens: tokens T per sample; may be 0.
         dim: width D of a token's feature, at least 1.
-        dtype: what features are stored as: float32, float16 or bfloat16.
+        dtype: what features are stored as: float32, float16, bfloat16, or float8_e4m3fn with a scale per token.
         device: where the ring lives.
         backend: "auto" (the compiled extension on the CPU, plain torch on a GPU), "extension" or "torch".
 
     Attributes:
         storage: `[capacity, B, T, D]` of `dtype`.
+        scales: `[capacity, B, T]` float32 for float8, else None: what a token's stored values are multiples of.
         sigmas: `[capacity, B]` float32.
         cursor: `[B]` int32, the slot that the next append writes.
         count: `[B]` int32, the valid anchors of each row.
@@ -64,14 +66,16 @@ class FeatureRing:
         self.backend = check_choice("backend", backend, BACKENDS)
         self.storage = torch.zeros(self.capacity, self.batch, self.tokens, self.dim, dtype=dtype, device=device)
         self.device = self.storage.device
+        float8 = dtype == torch.float8_e4m3fn
+        self.scales = torch.ones(self.storage.shape[:3], dtype=torch.float32, device=self.device) if float8 else None
         self.sigmas = torch.zeros(self.capacity, self.batch, dtype=torch.float32, device=self.device)
         self.cursor = torch.zeros(self.batch, dtype=torch.int32, device=self.device)
         self.count = torch.zeros(self.batch, dtype=torch.int32, device=self.device)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the four buffers."""
-        return sum(buffer.nbytes for buffer in (self.storage, self.sigmas, self.cursor, self.count))
+        """Bytes of the buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers().values())
 
     def push(
         self,
@@ -100,19 +104,22 @@ class FeatureRing:
         if not isinstance(sigma, torch.Tensor):
             samples = self.batch if rows is None else rows.numel()
             sigma = torch.full((samples,), check_float("sigma", sigma), dtype=torch.float32, device=self.device)
-        ring_push(self.storage, self.sigmas, self.cursor, self.count, features, sigma, rows, self.backend)
+        ring_push(self.storage, self.scales, self.sigmas, self.cursor, self.count, features, sigma, rows, self.backend)
 
     def newest_first(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The anchors of each row from the newest to the oldest, as copies.
 
         Returns:
-            features `[capacity, B, T, D]` of the ring's dtype, sigmas `[capacity, B]` float32 and count `[B]` int32.
-            Beyond `count` the row's oldest anchor is repeated; a row without any anchor is NaN.
+            features `[capacity, B, T, D]` of the ring's dtype (float32 for float8), sigmas `[capacity, B]` float32 and
+            count `[B]` int32. Beyond `count` the row's oldest anchor is repeated; a row without any anchor is NaN.
         """
         slots = newest_slots(self.cursor, self.count, self.capacity)
         rows = torch.arange(self.batch, device=self.device)
         empty = self.count == 0
-        features = self.storage[slots, rows].masked_fill_(empty[:, None, None], float("nan"))
+        features = self.storage[slots, rows]
+        if self.scales is not None:
+            features = dequantise_float8(features, self.scales[slots, rows])
+        features = features.masked_fill_(empty[:, None, None], float("nan"))
         sigmas = self.sigmas[slots, rows].masked_fill_(empty, float("nan"))
         return features, sigmas, self.count.clone()
 
@@ -131,7 +138,7 @@ class FeatureRing:
 
     def snapshot(self) -> RingSnapshot:
         """A copy of the whole state, for `restore`."""
-        return RingSnapshot(self.storage.clone(), self.sigmas.clone(), self.cursor.clone(), self.count.clone())
+        return RingSnapshot(**{"scales": None} | {name: buffer.clone() for name, buffer in self._buffers().items()})
 
     def restore(self, snapshot: RingSnapshot) -> None:
         """Puts a snapshot of this ring, or of one of the same sizes, dtype and device, back; the bytes are equal.
@@ -144,8 +151,13 @@ class FeatureRing:
             raise argument_error("snapshot", "be a RingSnapshot", snapshot, remedy, TypeError)
         remedy = "Restore a snapshot into a ring of the sizes, dtype and device it was taken from."
         check_tensor("snapshot.storage", snapshot.storage, self.storage.shape, (self.dtype,), self.device, remedy)
-        for name in ("storage", "sigmas", "cursor", "count"):
-            getattr(self, name).copy_(getattr(snapshot, name))
+        for name, buffer in self._buffers().items():
+            buffer.copy_(getattr(snapshot, name))
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        """The tensors that hold the state, by name."""
+        names = ("storage", "scales", "sigmas", "cursor", "count")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _rows(self, rows: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """`rows` as a tensor. Who uses it checks it, but for a list on its way to a GPU, where nobody can."""

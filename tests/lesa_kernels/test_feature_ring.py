@@ -313,6 +313,7 @@ PUSHES = {
 def test_bad_operands_are_refused_by_the_operator_too(push, case):
     changes, kind, message = BAD_OPERANDS[case]
     operands = dict(zip(("storage", "sigmas", "cursor", "count"), state(FeatureRing(2, 2, 3, 4))))
+    operands = {"storage": operands.pop("storage"), "scales": None, **operands}
     operands |= {"features": torch.ones(2, 3, 4), "sigma": torch.ones(2), "rows": None} | changes
     with pytest.raises(kind, match=message):
         PUSHES[push](*operands.values())
@@ -488,7 +489,7 @@ def test_without_the_extension_auto_warns_once_and_extension_is_refused(monkeypa
 def test_opcheck(rows):
     ring = FeatureRing(2, 3, 4, 5, dtype=torch.bfloat16)
     n = 3 if rows is None else len(rows)
-    arguments = (*state(ring), torch.randn(n, 4, 5), torch.full((n,), 0.5), rows)
+    arguments = (ring.storage, None, *state(ring)[1:], torch.randn(n, 4, 5), torch.full((n,), 0.5), rows)
     torch.library.opcheck(torch.ops.lesa_kernels.ring_push.default, arguments)
 
 
@@ -528,5 +529,77 @@ def test_the_reference_moves_no_value_to_the_host():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        ring = [torch.empty(2, 3, 4, 5), torch.empty(2, 3)] + [torch.empty(3, dtype=torch.int32) for _ in range(2)]
+        numbers = [torch.empty(3, dtype=torch.int32) for _ in range(2)]
+        ring = [torch.empty(2, 3, 4, 5), None, torch.empty(2, 3), *numbers]
         assert ring_push_ref(*ring, torch.empty(3, 4, 5), torch.empty(3)) is None
+
+
+def float8_oracle(token):
+    """One token as e4m3: its scale, and the values that come back, from a list of all numbers of that type."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    numbers = numbers[numbers.isfinite()].unique()
+    scale = (token.abs().max() / 448).float()  # torch divides in IEEE's way
+    scale = torch.tensor(1.0) if scale == 0 else scale
+    quotients = (token / scale).double()
+    nearest = []
+    for value in quotients:
+        distance = (numbers - value).abs()
+        ties = numbers[distance == distance.min()]
+        even = [n for n in ties if n.float().to(torch.float8_e4m3fn).view(torch.uint8) % 2 == 0]
+        nearest.append(float(ties[0] if len(ties) == 1 else even[0]))
+    return scale, torch.tensor(nearest) * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_float8_ring_keeps_a_scale_per_token(dtype):
+    ring = FeatureRing(2, 1, 5, 33, dtype=torch.float8_e4m3fn)
+    features = (torch.randn(1, 5, 33) * torch.tensor([1e-3, 1.0, 50.0, 0.0, 400.0])[:, None]).to(dtype)
+    ring.push(features, 0.5)
+    stored, sigmas, count = ring.newest_first()
+    assert stored.dtype == torch.float32 and ring.scales.shape == (2, 1, 5) and count.tolist() == [1]
+    for t in range(5):
+        scale, values = float8_oracle(features[0, t].float())
+        assert ring.scales[0, 0, t] == scale
+        assert torch.equal(stored[0, 0, t], values)
+    assert (stored[0] - features.float()).abs().max() <= features.abs().max() / 16
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_float8_token_that_is_not_finite_is_nan(bad):
+    ring = FeatureRing(1, 2, 3, 4, dtype=torch.float8_e4m3fn)
+    features = torch.ones(2, 3, 4)
+    features[1, 2, 0] = bad
+    ring.push(features, 0.5)
+    stored = ring.newest_first()[0][0]
+    assert stored[1, 2].isnan().all() and stored.isnan().sum() == 4
+
+
+def test_a_float8_ring_walks_resets_and_restores_as_others_do():
+    ring = FeatureRing(2, 2, 3, 4, dtype=torch.float8_e4m3fn)
+    plain = FeatureRing(2, 2, 3, 4, backend="torch")
+    for sigma in (0.9, 0.7, 0.5):
+        features = torch.randint(-8, 9, (2, 3, 4)).float()
+        features[..., 0] = 7.0 * 64  # so that the scale is one and small integers are exact
+        for each in (ring, plain):
+            each.push(features, sigma)
+    snapshot = ring.snapshot()
+    ring.push(torch.ones(1, 3, 4), 0.1, rows=[1])
+    assert ring.sigmas[:, 1].tolist() != snapshot.sigmas[:, 1].tolist()
+    ring.restore(snapshot)
+    for actual, expected in zip(ring.newest_first(), plain.newest_first()):
+        assert torch.equal(actual, expected)
+    assert ring.nbytes == 2 * 2 * 3 * 4 + 2 * 2 * 3 * 4 + 2 * 2 * 4 + 2 * 4 + 2 * 4
+    ring.reset()
+    assert ring.newest_first()[0].isnan().all()
+
+
+def test_scales_belong_to_float8():
+    ring, plain = FeatureRing(1, 1, 2, 3, dtype=torch.float8_e4m3fn), FeatureRing(1, 1, 2, 3)
+    rest = (ring.sigmas, ring.cursor, ring.count, torch.ones(1, 2, 3), torch.ones(1))
+    with pytest.raises(TypeError, match="`scales` must be a torch.Tensor, but got None .*scales"):
+        ring_push(ring.storage, None, *rest)
+    with pytest.raises(ValueError, match="`scales` must be None for this dtype of `storage`"):
+        ring_push(plain.storage, ring.scales, *rest)
+    with pytest.raises(RuntimeError, match="`backend` must be one that ring_push has"):
+        ring_push(ring.storage, ring.scales, *rest, backend="extension")
+    assert ring.count.tolist() == [0]
