@@ -5,8 +5,11 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "build_info.h"
+#include "newton_predict.h"
 #include "ring_buffer.h"
 
 namespace py = pybind11;
@@ -53,6 +56,47 @@ void ring_push(uintptr_t storage, const std::string& storage_dtype, const std::a
   lesa::ring_push_cpu(push);
 }
 
+void newton_predict(uintptr_t storage, const std::string& storage_dtype, const std::array<int64_t, 4>& storage_sizes,
+                    const std::array<int64_t, 3>& storage_strides, uintptr_t sigmas, uintptr_t cursor, uintptr_t count,
+                    uintptr_t sigma, uintptr_t in_weight, uintptr_t in_bias, uintptr_t spline, uintptr_t out_weight,
+                    uintptr_t out_bias, uintptr_t down, uintptr_t up, uintptr_t up_bias, int64_t hidden, int64_t rank,
+                    std::vector<double> stage_bounds, std::vector<int64_t> history_length, int64_t grid_size,
+                    int64_t spline_order, uintptr_t output, int threads) {
+  const lesa::NewtonPredict predict{
+      pointer<const void>(storage),
+      lesa::dtype_from_name("storage_dtype", storage_dtype),
+      storage_sizes[0],
+      storage_sizes[1],
+      storage_sizes[2],
+      storage_sizes[3],
+      storage_strides[0],
+      storage_strides[1],
+      storage_strides[2],
+      pointer<const float>(sigmas),
+      pointer<const int32_t>(cursor),
+      pointer<const int32_t>(count),
+      pointer<const float>(sigma),
+      pointer<const float>(in_weight),
+      pointer<const float>(in_bias),
+      pointer<const float>(spline),
+      pointer<const float>(out_weight),
+      pointer<const float>(out_bias),
+      pointer<const float>(down),
+      pointer<const float>(up),
+      pointer<const float>(up_bias),
+      hidden,
+      rank,
+      std::move(stage_bounds),
+      std::move(history_length),
+      grid_size,
+      spline_order,
+      pointer<void>(output),
+      threads,
+  };
+  lesa::check_newton_predict(predict);
+  lesa::newton_predict_cpu(predict);
+}
+
 std::string compiler() {
 #if defined(__clang__)
   return "Clang " __clang_version__;
@@ -93,4 +137,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("features"), py::arg("features_dtype"), py::arg("features_strides"), py::arg("sigma"), py::arg("rows"),
         py::arg("samples"), py::arg("device"), py::arg("stream"), py::arg("threads"),
         "Pushes one feature per sample into a ring; ValueError for what can't be right. See csrc/ring_buffer.h.");
+  m.def("newton_predict", &newton_predict, py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("storage"),
+        py::arg("storage_dtype"), py::arg("storage_sizes"), py::arg("storage_strides"), py::arg("sigmas"),
+        py::arg("cursor"), py::arg("count"), py::arg("sigma"), py::arg("in_weight"), py::arg("in_bias"),
+        py::arg("spline"), py::arg("out_weight"), py::arg("out_bias"), py::arg("down"), py::arg("up"),
+        py::arg("up_bias"), py::arg("hidden"), py::arg("rank"), py::arg("stage_bounds"), py::arg("history_length"),
+        py::arg("grid_size"), py::arg("spline_order"), py::arg("output"), py::arg("threads"),
+        "Forecasts on the CPU from the anchors of a ring; ValueError for what can't be right. See "
+        "csrc/newton_predict.h.");
 }

@@ -1,17 +1,10 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
+
+#include "arguments.h"
 
 namespace lesa {
-
-enum class DType { float32, float16, bfloat16 };
-
-// Bytes of one element.
-int64_t item_size(DType dtype);
-
-// From "float32", "float16" or "bfloat16"; throws std::invalid_argument, which names `argument`, for any other name.
-DType dtype_from_name(const std::string& argument, const std::string& name);
 
 // One push into a feature ring. Sizes and strides count elements; all pointers live on `device`.
 struct RingPush {

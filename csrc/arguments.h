@@ -1,0 +1,58 @@
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+// What the arguments of the compiled functions have in common: their dtypes, and their checks, which throw
+// std::invalid_argument.
+
+namespace lesa {
+
+[[noreturn]] inline void refuse(const std::string& argument, const std::string& must, const std::string& got,
+                                const std::string& remedy) {
+  throw std::invalid_argument("`" + argument + "` must " + must + ", but got " + got + ". " + remedy);
+}
+
+inline void check_at_least(const char* argument, int64_t value, int64_t minimum) {
+  if (value < minimum) {
+    refuse(argument, "be at least " + std::to_string(minimum), std::to_string(value), "Pass the tensor's own size.");
+  }
+}
+
+inline void check_pointer(const char* argument, const void* pointer) {
+  if (pointer == nullptr) refuse(argument, "not be a null pointer", "0", "Pass the tensor's `data_ptr()`.");
+}
+
+// a * b for non-negative factors; throws if the product leaves int64.
+inline int64_t product(const char* argument, int64_t a, int64_t b) {
+  if (b != 0 && a > std::numeric_limits<int64_t>::max() / b) {
+    refuse(argument, "address at most 2^63 - 1 bytes", std::to_string(a) + " x " + std::to_string(b),
+           "Check its sizes and strides.");
+  }
+  return a * b;
+}
+
+inline int64_t sum(const char* argument, int64_t a, int64_t b) {
+  if (a > std::numeric_limits<int64_t>::max() - b) {
+    refuse(argument, "address at most 2^63 - 1 bytes", std::to_string(a) + " + " + std::to_string(b),
+           "Check its sizes and strides.");
+  }
+  return a + b;
+}
+
+enum class DType { float32, float16, bfloat16 };
+
+// Bytes of one element.
+inline int64_t item_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+// From "float32", "float16" or "bfloat16"; throws std::invalid_argument, which names `argument`, for any other name.
+inline DType dtype_from_name(const std::string& argument, const std::string& name) {
+  if (name == "float32") return DType::float32;
+  if (name == "float16") return DType::float16;
+  if (name == "bfloat16") return DType::bfloat16;
+  refuse(argument, "be one of float32, float16, bfloat16", "'" + name + "'", "Convert the tensor with `.to(dtype)`.");
+}
+
+}  // namespace lesa

@@ -1,0 +1,51 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "arguments.h"
+
+namespace lesa {
+
+// One forecast by KAN-modulated Newton extrapolation, on the CPU. Sizes and strides count elements. With S stages,
+// K = max(history_length), M hidden units, G + p spline coefficients and rank R:
+struct NewtonPredict {
+  const void* storage;  // [capacity, batch, tokens, dim], dim contiguous, other strides any non-negative ones
+  DType dtype;          // of storage and output
+  int64_t capacity, batch, tokens, dim;
+  int64_t slot_stride, sample_stride, token_stride;
+  const float* sigmas;    // [capacity, batch], contiguous as all that follow
+  const int32_t* cursor;  // [batch], slot of the next append
+  const int32_t* count;   // [batch], valid anchors
+  const float* sigma;     // [batch], what to forecast
+
+  const float* in_weight;   // [S, M, K + 1]
+  const float* in_bias;     // [S, M]
+  const float* spline;      // [S, M, G + p]
+  const float* out_weight;  // [S, K - 1, dim, M]
+  const float* out_bias;    // [S, K - 1, dim]
+  const float* down;        // [S, R, K - 1, dim]; null, as the next two, where R is 0
+  const float* up;          // [S, dim, R]
+  const float* up_bias;     // [S, dim]
+  int64_t hidden, rank;
+  std::vector<double> stage_bounds;     // S - 1, falling; compared in float32
+  std::vector<int64_t> history_length;  // S
+  int64_t grid_size, spline_order;
+
+  void* output;  // [batch, tokens, dim], contiguous, no overlap with anything else
+  int threads;   // most threads to use
+
+  // K
+  int64_t longest_history() const { return *std::max_element(history_length.begin(), history_length.end()); }
+};
+
+// Checks everything that can be checked without reading memory. Throws std::invalid_argument.
+void check_newton_predict(const NewtonPredict& predict);
+
+// Writes the forecast; rows that have no anchor are NaN. Anchors beyond a row's count are not read. Computes in float32
+// and gives the same bytes on any number of threads. Throws std::invalid_argument, before anything is written, for a
+// cursor or count that is out of range.
+void newton_predict_cpu(const NewtonPredict& predict);
+
+}  // namespace lesa
