@@ -19,6 +19,7 @@ _SOURCES = {
     "PredictorConfig": "lesa_kernels.predictor",
     "dense_predict": "lesa_kernels.predictor",
     "newton_predict": "lesa_kernels.predictor",
+    "newton_velocity": "lesa_kernels.predictor",
     "output_head": "lesa_kernels.predictor",
 }
 

@@ -11,7 +11,14 @@ from lesa_kernels._checks import Said, argument_error, check_choice, check_float
 from lesa_kernels._dispatch import BACKENDS
 from lesa_kernels.feature_ring import FeatureRing
 from lesa_kernels.predictor.config import PredictorConfig
-from lesa_kernels.predictor.op import FLOAT_DTYPES, dense_predict, newton_predict, output_head
+from lesa_kernels.predictor.op import (
+    FLOAT_DTYPES,
+    dense_predict,
+    newton_backend,
+    newton_predict,
+    newton_velocity,
+    output_head,
+)
 from lesa_kernels.predictor.reference import OutputHead
 
 CONFIG_NAME = "config.json"
@@ -100,55 +107,79 @@ class FusedKANPredictor(nn.Module):
             sigma: the target's noise level, a float or `[B]`.
 
         Returns:
-            `[B, T, D]` in the ring's dtype. Rows whose ring holds nothing are NaN.
+            `[B, T, D]` in the ring's dtype, bfloat16 for a ring of float8. Rows whose ring holds nothing are NaN.
 
         Raises:
             ValueError, TypeError: the ring's width is not `feature_dim`, it is too small, or `sigma` does not fit.
         """
-        config = self.config
-        if ring.dim != config.feature_dim:
-            raise argument_error(
-                "ring.dim",
-                f"be the predictor's feature_dim, {config.feature_dim}",
-                ring.dim,
-                "Use a predictor that was trained for this model.",
-            )
-        if isinstance(sigma, torch.Tensor):
-            sigma = sigma.to(torch.float32).expand(ring.batch) if sigma.ndim == 0 else sigma
-        else:
-            sigma = torch.full((ring.batch,), check_float("sigma", sigma), dtype=torch.float32, device=ring.device)
-        return self.forecast(ring.storage, ring.sigmas, ring.cursor, ring.count, sigma)
+        return self.forecast(*self._state(ring), self._target(ring, sigma))
 
     def forecast(
         self,
         storage: torch.Tensor,
+        scales: torch.Tensor | None,
         sigmas: torch.Tensor,
         cursor: torch.Tensor,
         count: torch.Tensor,
         sigma: torch.Tensor,
     ) -> torch.Tensor:
         """`forward` on the bare buffers of a ring; see `newton_predict` and `dense_predict` for what they hold."""
-        config = self.config
-        kan = (self.in_weight, self.in_bias, self.spline, self.out_weight, self.out_bias)
-        shape = (config.stage_bounds, config.history_length, config.grid_size, config.spline_order)
-        if config.mixer == "newton":
-            predict, experts = newton_predict, (self.down, self.up, self.up_bias)
-        else:
-            predict, experts = dense_predict, (self.mix_weight, self.mix_bias)
-        state = (storage, sigmas, cursor, count)
-        return predict(*state, sigma, *kan, *experts, *shape, backend=self.backend)
+        predict = newton_predict if self.config.mixer == "newton" else dense_predict
+        state = (storage, scales, sigmas, cursor, count, sigma)
+        return predict(*state, *self._experts(), *self._shape(), backend=self.backend)
 
     def predict_velocity(self, ring: FeatureRing, sigma: float | torch.Tensor, head: OutputHead) -> torch.Tensor:
         """Forecasts the features at `sigma` and applies the output head to them.
+
+        With a newton predictor on Triton this is one kernel, and the forecast never touches memory.
 
         Args:
             ring, sigma: as in `forward`.
             head: the head's weights and this step's modulation.
 
         Returns:
-            `[B, T, O]` in the ring's dtype.
+            `[B, T, O]` in the ring's dtype, bfloat16 for a ring of float8.
+
+        Raises:
+            ValueError, TypeError: as `forward` does, or a tensor of `head` does not fit.
         """
-        return output_head(self(ring, sigma), head, backend=self.backend)
+        if self.config.mixer == "dense":
+            return output_head(self(ring, sigma), head)
+        state = (*self._state(ring), self._target(ring, sigma))
+        return newton_velocity(*state, *self._experts(), head, *self._shape(), backend=self.backend)
+
+    def fuses_velocity(self, ring: FeatureRing) -> bool:
+        """Whether `predict_velocity` from this ring is one kernel, for heads that the kernel is made for."""
+        if self.config.mixer == "dense":
+            return False
+        state = (*self._state(ring), ring.sigmas[0])
+        order = self.config.spline_order
+        return newton_backend(*state, *self._experts(), order, self.backend, "newton_velocity") == "triton"
+
+    def _state(self, ring: FeatureRing) -> tuple:
+        if ring.dim != self.config.feature_dim:
+            raise argument_error(
+                "ring.dim",
+                f"be the predictor's feature_dim, {self.config.feature_dim}",
+                ring.dim,
+                "Use a predictor that was trained for this model.",
+            )
+        return ring.storage, ring.scales, ring.sigmas, ring.cursor, ring.count
+
+    def _target(self, ring: FeatureRing, sigma: float | torch.Tensor) -> torch.Tensor:
+        if isinstance(sigma, torch.Tensor):
+            return sigma.to(torch.float32).expand(ring.batch) if sigma.ndim == 0 else sigma
+        return torch.full((ring.batch,), check_float("sigma", sigma), dtype=torch.float32, device=ring.device)
+
+    def _experts(self) -> tuple[torch.Tensor | None, ...]:
+        units = (self.in_weight, self.in_bias, self.spline, self.out_weight, self.out_bias)
+        if self.config.mixer == "newton":
+            return *units, self.down, self.up, self.up_bias
+        return *units, self.mix_weight, self.mix_bias
+
+    def _shape(self) -> tuple:
+        config = self.config
+        return config.stage_bounds, config.history_length, config.grid_size, config.spline_order
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes `config.json` and `model.safetensors` into `folder`, each of them whole or not at all."""

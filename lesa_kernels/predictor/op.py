@@ -1,17 +1,54 @@
-"""The public functions: which implementation runs is decided here."""
+"""The public functions: which implementation runs is decided here, and the operators that torch knows them by."""
 
 import torch
 
 from lesa_kernels._checks import argument_error, check_int, check_tensor
 from lesa_kernels._dispatch import resolve_backend
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
-from lesa_kernels.predictor.reference import OutputHead, dense_predict_ref, newton_predict_ref, output_head_ref
+from lesa_kernels.predictor.reference import (
+    OutputHead,
+    dense_predict_ref,
+    forecast_dtype,
+    newton_predict_ref,
+    output_head_ref,
+)
+
+STORED_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)
+
+# What the kernels are written for; plain torch does the rest.
+KERNEL_DEGREES = range(1, 6)
+KERNEL_HEAD_OUTPUTS = 256
+
+_STATE = ("storage", "scales", "sigmas", "cursor", "count", "sigma")
+_UNITS = ("in_weight", "in_bias", "spline", "out_weight", "out_bias")
+_NEWTON_TENSORS = (*_STATE, *_UNITS, "down", "up", "up_bias")
+_DENSE_TENSORS = (*_STATE, *_UNITS, "mix_weight", "mix_bias")
+_OPTIONAL = ("scales", "down", "up", "up_bias")
+
+_LIBRARY = torch.library.Library("lesa_kernels", "FRAGMENT")
+_RING = "Tensor storage, Tensor? scales, Tensor sigmas, Tensor cursor, Tensor count, Tensor sigma"
+_KAN = "Tensor in_weight, Tensor in_bias, Tensor spline, Tensor out_weight, Tensor out_bias"
+_NEWTON = f"{_RING}, {_KAN}, Tensor? down, Tensor? up, Tensor? up_bias"
+_DENSE = f"{_RING}, {_KAN}, Tensor mix_weight, Tensor mix_bias"
+_HEAD = "Tensor weight, Tensor? bias, Tensor scale, Tensor shift, float eps"
+_SHAPE = "float[] stage_bounds, int[] history_length, int grid_size, int spline_order"
+_LIBRARY.define(f"newton_predict({_NEWTON}, {_SHAPE}, str backend) -> Tensor")
+_LIBRARY.define(f"newton_predict_bwd(Tensor grad, {_NEWTON}, {_SHAPE}, bool needs_storage) -> Tensor[]")
+_LIBRARY.define(f"newton_velocity({_NEWTON}, {_HEAD}, {_SHAPE}) -> Tensor")
+_LIBRARY.define(f"dense_predict({_DENSE}, {_SHAPE}) -> Tensor")
+_LIBRARY.define(f"dense_predict_bwd(Tensor grad, {_DENSE}, {_SHAPE}, bool needs_storage) -> Tensor[]")
 
 
-def _check_ring(storage, sigmas, cursor, count, sigma):
-    check_tensor("storage", storage, ("capacity", "B", "T", "D"), FLOAT_DTYPES)
-    capacity, batch = storage.shape[:2]
+def _check_ring(storage, scales, sigmas, cursor, count, sigma):
+    check_tensor("storage", storage, ("capacity", "B", "T", "D"), STORED_DTYPES)
+    capacity, batch, tokens, _ = storage.shape
     on = storage.device
+    if storage.dtype == torch.float8_e4m3fn:
+        remedy = "Pass the `scales` of the ring."
+        check_tensor("scales", scales, (capacity, batch, tokens), (torch.float32,), on, remedy)
+    elif scales is not None:
+        remedy = "Scales belong to a ring of float8_e4m3fn."
+        raise argument_error("scales", "be None for this dtype of `storage`", scales, remedy)
     check_tensor("sigmas", sigmas, (capacity, batch), (torch.float32,), on)
     check_tensor("cursor", cursor, (batch,), (torch.int32,), on)
     check_tensor("count", count, (batch,), (torch.int32,), on)
@@ -49,8 +86,81 @@ def _check_experts(device, tensors):
         sizes.update((size, n) for size, n in zip(shape, value.shape) if isinstance(size, str))
 
 
+def _check_tensors(names, values):
+    """Raises `TypeError` unless the values are tensors, or None where that is allowed."""
+    for name, value in zip(names, values):
+        if not (value is None and name in _OPTIONAL):
+            check_tensor(name, value)
+
+
+def _check_newton(
+    storage, scales, sigmas, cursor, count, sigma, in_weight, in_bias, spline, out_weight, out_bias, down, up, up_bias,
+    stage_bounds, history_length, grid_size, spline_order,
+):  # fmt: skip
+    _check_ring(storage, scales, sigmas, cursor, count, sigma)
+    _check_history(storage, stage_bounds, history_length)
+    stages, taps, width = len(stage_bounds) + 1, max(history_length) - 1, storage.shape[3]
+    experts = [
+        ("in_weight", in_weight, (stages, "M", taps + 2)),
+        ("in_bias", in_bias, (stages, "M")),
+        ("spline", spline, (stages, "M", grid_size + spline_order)),
+        ("out_weight", out_weight, (stages, taps, width, "M")),
+        ("out_bias", out_bias, (stages, taps, width)),
+    ]
+    if down is not None:
+        experts += [
+            ("down", down, (stages, "R", taps, width)),
+            ("up", up, (stages, width, "R")),
+            ("up_bias", up_bias, (stages, width)),
+        ]
+    _check_experts(storage.device, experts)
+
+
+def _check_dense(
+    storage, scales, sigmas, cursor, count, sigma, in_weight, in_bias, spline, out_weight, out_bias, mix_weight,
+    mix_bias, stage_bounds, history_length, grid_size, spline_order,
+):  # fmt: skip
+    _check_ring(storage, scales, sigmas, cursor, count, sigma)
+    _check_history(storage, stage_bounds, history_length)
+    stages, width = len(stage_bounds) + 1, storage.shape[3]
+    experts = [
+        ("in_weight", in_weight, (stages, "M", max(history_length))),
+        ("in_bias", in_bias, (stages, "M")),
+        ("spline", spline, (stages, "M", grid_size + spline_order)),
+        ("out_weight", out_weight, (stages, "M")),
+        ("out_bias", out_bias, (stages,)),
+        ("mix_weight", mix_weight, (sum(history_length), width, width)),
+        ("mix_bias", mix_bias, (stages, width)),
+    ]
+    _check_experts(storage.device, experts)
+
+
+def _check_head(width, batch, device, head):
+    check_tensor("head.weight", head.weight, ("O", width), FLOAT_DTYPES, device)
+    check_tensor("head.scale", head.scale, (batch, width), FLOAT_DTYPES, device)
+    check_tensor("head.shift", head.shift, (batch, width), FLOAT_DTYPES, device)
+    if head.bias is not None:
+        check_tensor("head.bias", head.bias, (head.weight.shape[0],), FLOAT_DTYPES, device)
+
+
+def _needs_gradient(*tensors) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _has_kernels(storage, sigmas, sigma, spline_order, *others) -> bool:
+    """Whether Triton's kernels are made for such arguments: not for float64, high degrees and gradients of sigmas."""
+    tensors = (storage, *(tensor for tensor in others if tensor is not None))
+    return (
+        all(tensor.dtype != torch.float64 for tensor in tensors)
+        and spline_order in KERNEL_DEGREES
+        and (storage.stride(3) == 1 or storage.shape[3] == 1)
+        and not _needs_gradient(sigmas, sigma)
+    )
+
+
 def newton_predict(
     storage: torch.Tensor,
+    scales: torch.Tensor | None,
     sigmas: torch.Tensor,
     cursor: torch.Tensor,
     count: torch.Tensor,
@@ -83,7 +193,8 @@ def newton_predict(
     choices: the tanh keeps the inputs of the splines on their grid, and the factor spreads usual gaps over it.
 
     Args:
-        storage, sigmas, cursor, count: the buffers of a `FeatureRing`: `[C, B, T, D]`, `[C, B]`, `[B]`, `[B]`.
+        storage, scales, sigmas, cursor, count: the buffers of a `FeatureRing`: `[C, B, T, D]`, `[C, B, T]` for float8
+            and None otherwise, `[C, B]`, `[B]`, `[B]`.
         sigma: `[B]`, the noise level to forecast; chooses each sample's stage.
         in_weight, in_bias: `[S, M, K + 1]`, `[S, M]`, into the spline units of the S experts.
         spline: `[S, M, grid_size + spline_order]`, their coefficients.
@@ -122,31 +233,168 @@ def newton_predict(
 
     Source: Newton's divided differences, with coefficients learned as in LESA (arXiv 2602.20497).
     """
-    _check_ring(storage, sigmas, cursor, count, sigma)
-    resolve_backend(backend, storage, ("torch",), "newton_predict")
-    _check_history(storage, stage_bounds, history_length)
-    stages, taps, width = len(stage_bounds) + 1, max(history_length) - 1, storage.shape[3]
-    experts = [
-        ("in_weight", in_weight, (stages, "M", taps + 2)),
-        ("in_bias", in_bias, (stages, "M")),
-        ("spline", spline, (stages, "M", grid_size + spline_order)),
-        ("out_weight", out_weight, (stages, taps, width, "M")),
-        ("out_bias", out_bias, (stages, taps, width)),
-    ]
-    if down is not None:
-        experts += [
-            ("down", down, (stages, "R", taps, width)),
-            ("up", up, (stages, width, "R")),
-            ("up_bias", up_bias, (stages, width)),
-        ]
-    _check_experts(storage.device, experts)
-    kan = (in_weight, in_bias, spline, out_weight, out_bias)
+    state = (storage, scales, sigmas, cursor, count, sigma)
+    experts = (in_weight, in_bias, spline, out_weight, out_bias, down, up, up_bias)
     shape = (stage_bounds, history_length, grid_size, spline_order)
-    return newton_predict_ref(storage, sigmas, cursor, count, sigma, *kan, down, up, up_bias, *shape)
+    _check_tensors(_NEWTON_TENSORS, (*state, *experts))
+    chosen = newton_backend(*state, *experts, spline_order, backend, "newton_predict")
+    if chosen != "torch":
+        return torch.ops.lesa_kernels.newton_predict(*state, *experts, *shape, chosen)
+    _check_newton(*state, *experts, *shape)
+    return newton_predict_ref(*state, *experts, *shape)
+
+
+def newton_backend(
+    storage, scales, sigmas, cursor, count, sigma, in_weight, in_bias, spline, out_weight, out_bias, down, up, up_bias,
+    spline_order, backend, operation,
+) -> str:  # fmt: skip
+    """The backend on which `newton_predict` or `newton_velocity` runs with these arguments, as `resolve_backend`."""
+    experts = (in_weight, in_bias, spline, out_weight, out_bias, down, up, up_bias)
+    names = ("torch",)
+    if _has_kernels(storage, sigmas, sigma, spline_order, *experts):
+        if storage.device.type == "cpu" and scales is None and not _needs_gradient(storage, *experts):
+            names = ("extension", *names)
+        names = ("triton", *names)
+    return resolve_backend(backend, storage, names, operation)
+
+
+def _newton_predict(*args):
+    *args, backend = args
+    _check_newton(*args)
+    storage, *others = args
+    if backend == "extension":
+        from lesa_kernels.predictor.extension import newton_predict_extension
+
+        return newton_predict_extension(storage, *_contiguous(others))
+    from lesa_kernels.predictor.kernels.newton import newton_predict_fwd
+
+    return newton_predict_fwd(storage, *_contiguous(others), forecast_dtype(storage.dtype))
+
+
+def _newton_predict_bwd(grad, storage, *others):
+    from lesa_kernels.predictor.kernels.newton import newton_predict_bwd
+
+    *others, needs_storage = others
+    gradients = newton_predict_bwd(grad, storage, *_contiguous(others), needs_storage)
+    return _as_declared(gradients, _newton_differentiable(storage, *others), needs_storage)
+
+
+def _newton_differentiable(storage, scales, sigmas, cursor, count, sigma, *others):
+    return (storage, *others[:8])
+
+
+def _contiguous(arguments):
+    return [value.contiguous() if isinstance(value, torch.Tensor) else value for value in arguments]
+
+
+def _as_declared(gradients, inputs, needs_storage) -> list[torch.Tensor]:
+    """One tensor for each differentiable input, in its dtype, as an operator must return them; empty for what has none.
+
+    An input that nothing depends on, such as a residual over no taps, has a gradient of zeros.
+    """
+    declared = []
+    for index, (gradient, value) in enumerate(zip(gradients, inputs)):
+        if value is None or (index == 0 and not needs_storage):
+            declared.append(inputs[0].new_empty(0, dtype=torch.float32))
+        elif gradient is None:
+            declared.append(torch.zeros_like(value))
+        else:
+            declared.append(gradient.to(value.dtype).contiguous())
+    return declared
+
+
+def _fake_gradients(inputs, needs_storage):
+    return [
+        inputs[0].new_empty(0, dtype=torch.float32)
+        if value is None or (index == 0 and not needs_storage)
+        else value.new_empty(value.shape)
+        for index, value in enumerate(inputs)
+    ]
+
+
+def _fake_forecast(storage, *_):
+    return storage.new_empty(storage.shape[1:], dtype=forecast_dtype(storage.dtype))
+
+
+def newton_velocity(
+    storage: torch.Tensor,
+    scales: torch.Tensor | None,
+    sigmas: torch.Tensor,
+    cursor: torch.Tensor,
+    count: torch.Tensor,
+    sigma: torch.Tensor,
+    in_weight: torch.Tensor,
+    in_bias: torch.Tensor,
+    spline: torch.Tensor,
+    out_weight: torch.Tensor,
+    out_bias: torch.Tensor,
+    down: torch.Tensor | None,
+    up: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    head: OutputHead,
+    stage_bounds: tuple[float, ...],
+    history_length: tuple[int, ...],
+    grid_size: int,
+    spline_order: int,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """A whole skipped step: Newton's forecast and the output head applied to it, without the forecast in memory.
+
+    On Triton this is one kernel that reads each anchor once and writes the velocities, for heads of up to 256 outputs.
+    Other backends, wider heads and calls that need a gradient forecast first and apply the head to the result.
+
+    Args:
+        head: the head's weights and this step's modulation.
+        storage ... spline_order: as in `newton_predict`.
+        backend: as in `newton_predict`.
+
+    Returns:
+        `[B, T, O]` in the dtype of `storage` (bfloat16 for float8); computed in float32, but for matrix products, whose
+        operands Triton rounds to the dtype of `storage`.
+
+    Raises:
+        ValueError, TypeError: a tensor has another shape, dtype or device than it should; named.
+        RuntimeError: the backend asked for can't run.
+
+    Equivalent to::
+
+        velocity = output_head(newton_predict(...), head)
+
+    Source: the rearrangement of LayerNorm and projection around a low-rank sum is this project's.
+    """
+    state = (storage, scales, sigmas, cursor, count, sigma)
+    experts = (in_weight, in_bias, spline, out_weight, out_bias, down, up, up_bias)
+    shape = (stage_bounds, history_length, grid_size, spline_order)
+    _check_tensors(_NEWTON_TENSORS, (*state, *experts))
+    check_tensor("head.weight", head.weight, ("O", "D"))
+    parts = (head.weight, head.bias, head.scale, head.shift)
+    chosen = newton_backend(*state, *experts, spline_order, backend, "newton_velocity")
+    fits = len(head.weight) <= KERNEL_HEAD_OUTPUTS and _has_kernels(storage, sigmas, sigma, spline_order, *parts)
+    if chosen == "triton" and fits and not _needs_gradient(storage, *experts, *parts):
+        return torch.ops.lesa_kernels.newton_velocity(*state, *experts, *parts, head.eps, *shape)
+    return output_head(newton_predict(*state, *experts, *shape, backend=chosen), head)
+
+
+def _newton_velocity(*args):
+    state_and_experts, (weight, bias, scale, shift, eps), shape = args[:14], args[14:19], args[19:]
+    _check_newton(*state_and_experts, *shape)
+    storage, *others = state_and_experts
+    _, batch, _, width = storage.shape
+    _check_head(width, batch, storage.device, OutputHead(weight, bias, scale, shift, eps))
+    from lesa_kernels.predictor.kernels.velocity import newton_velocity_fwd
+
+    parts = _contiguous((*others, weight, bias, scale, shift))
+    return newton_velocity_fwd(storage, *parts, eps, *shape, forecast_dtype(storage.dtype))
+
+
+def _fake_velocity(storage, *args):
+    weight = args[13]
+    return storage.new_empty((*storage.shape[1:3], len(weight)), dtype=forecast_dtype(storage.dtype))
 
 
 def dense_predict(
     storage: torch.Tensor,
+    scales: torch.Tensor | None,
     sigmas: torch.Tensor,
     cursor: torch.Tensor,
     count: torch.Tensor,
@@ -176,7 +424,8 @@ def dense_predict(
     no history at all is NaN. The tanh, the SiLU and the factor 5 are this project's choices, as in `newton_predict`.
 
     Args:
-        storage, sigmas, cursor, count: the buffers of a `FeatureRing`: `[C, B, T, D]`, `[C, B]`, `[B]`, `[B]`.
+        storage, scales, sigmas, cursor, count: the buffers of a `FeatureRing`: `[C, B, T, D]`, `[C, B, T]` for float8
+            and None otherwise, `[C, B]`, `[B]`, `[B]`.
         sigma: `[B]`, the noise level to forecast; chooses each sample's stage.
         in_weight, in_bias: `[S, M, K]`, `[S, M]`, into the spline units of the S experts.
         spline: `[S, M, grid_size + spline_order]`, their coefficients.
@@ -211,23 +460,44 @@ def dense_predict(
 
     Source: LESA, arXiv 2602.20497.
     """
-    _check_ring(storage, sigmas, cursor, count, sigma)
-    resolve_backend(backend, storage, ("torch",), "dense_predict")
-    _check_history(storage, stage_bounds, history_length)
-    stages, width = len(stage_bounds) + 1, storage.shape[3]
-    experts = [
-        ("in_weight", in_weight, (stages, "M", max(history_length))),
-        ("in_bias", in_bias, (stages, "M")),
-        ("spline", spline, (stages, "M", grid_size + spline_order)),
-        ("out_weight", out_weight, (stages, "M")),
-        ("out_bias", out_bias, (stages,)),
-        ("mix_weight", mix_weight, (sum(history_length), width, width)),
-        ("mix_bias", mix_bias, (stages, width)),
-    ]
-    _check_experts(storage.device, experts)
-    kan = (in_weight, in_bias, spline, out_weight, out_bias)
+    state = (storage, scales, sigmas, cursor, count, sigma)
+    experts = (in_weight, in_bias, spline, out_weight, out_bias, mix_weight, mix_bias)
     shape = (stage_bounds, history_length, grid_size, spline_order)
-    return dense_predict_ref(storage, sigmas, cursor, count, sigma, *kan, mix_weight, mix_bias, *shape)
+    _check_tensors(_DENSE_TENSORS, (*state, *experts))
+    backends = ("triton", "torch") if _has_kernels(storage, sigmas, sigma, spline_order, *experts) else ("torch",)
+    if resolve_backend(backend, storage, backends, "dense_predict") == "triton":
+        return torch.ops.lesa_kernels.dense_predict(*state, *experts, *shape)
+    _check_dense(*state, *experts, *shape)
+    return dense_predict_ref(*state, *experts, *shape)
+
+
+def _dense_predict(*args):
+    _check_dense(*args)
+    from lesa_kernels.predictor.kernels.dense import dense_predict_fwd
+
+    storage, *others = args
+    return dense_predict_fwd(storage, *_contiguous(others), forecast_dtype(storage.dtype))
+
+
+def _dense_predict_bwd(grad, storage, *others):
+    from lesa_kernels.predictor.gradients import HiddenUnits, coefficients_backward, read_history
+    from lesa_kernels.predictor.kernels.dense import dense_predict_bwd
+
+    *others, needs_storage = others
+    others = _contiguous(others)
+    (sigmas, cursor, count, sigma), (in_weight, in_bias, spline, out_weight) = others[1:5], others[5:9]
+    stage_bounds, history_length, grid_size, spline_order = others[12:]
+    of_mix, of_mix_bias, of_alpha, of_storage = dense_predict_bwd(grad, storage, *others, needs_storage)
+    history = read_history(sigmas, cursor, count, sigma, stage_bounds, history_length)
+    hidden = HiddenUnits(history, in_weight, in_bias, spline, grid_size, spline_order)
+    of_hidden, of_out, of_bias = coefficients_backward(history, hidden, out_weight[:, None], of_alpha[:, None])
+    of_kan = (*hidden.backward(of_hidden), of_out[:, 0], of_bias[:, 0])
+    inputs = _dense_differentiable(storage, *others)
+    return _as_declared((of_storage, *of_kan, of_mix, of_mix_bias), inputs, needs_storage)
+
+
+def _dense_differentiable(storage, scales, sigmas, cursor, count, sigma, *others):
+    return (storage, *others[:7])
 
 
 def output_head(features: torch.Tensor, head: OutputHead, backend: str = "auto") -> torch.Tensor:
@@ -253,9 +523,62 @@ def output_head(features: torch.Tensor, head: OutputHead, backend: str = "auto")
     check_tensor("features", features, ("B", "T", "D"), FLOAT_DTYPES)
     resolve_backend(backend, features, ("torch",), "output_head")
     batch, _, width = features.shape
-    check_tensor("head.weight", head.weight, ("O", width), FLOAT_DTYPES, features.device)
-    check_tensor("head.scale", head.scale, (batch, width), FLOAT_DTYPES, features.device)
-    check_tensor("head.shift", head.shift, (batch, width), FLOAT_DTYPES, features.device)
-    if head.bias is not None:
-        check_tensor("head.bias", head.bias, (head.weight.shape[0],), FLOAT_DTYPES, features.device)
+    _check_head(width, batch, features.device, head)
     return output_head_ref(features, head)
+
+
+def _register(name, kernel, fake) -> None:
+    def on_gpu(*args):
+        with torch.cuda.device(args[0].device):  # Triton launches on the current one
+            return kernel(*args)
+
+    _LIBRARY.impl(name, kernel, "CPU")
+    _LIBRARY.impl(name, on_gpu, "CUDA")
+    torch.library.register_fake(f"lesa_kernels::{name}", fake, lib=_LIBRARY)
+
+
+def _register_gradient(name, differentiable, first_unused: int) -> None:
+    """Gives the operator `name` the gradient that `<name>_bwd` computes.
+
+    Args:
+        name: of the operator.
+        differentiable: picks the inputs that have gradients, the storage first, from all inputs.
+        first_unused: how many inputs the backward takes too.
+    """
+
+    def setup_context(ctx, inputs, output):
+        ctx.rest = [value if not isinstance(value, torch.Tensor) else None for value in inputs[:first_unused]]
+        ctx.at = [i for i, value in enumerate(inputs[:first_unused]) if isinstance(value, torch.Tensor)]
+        ctx.count = len(inputs)
+        ctx.save_for_backward(*(inputs[i] for i in ctx.at))
+
+    def backward(ctx, grad):
+        inputs = list(ctx.rest)
+        for i, tensor in zip(ctx.at, ctx.saved_tensors):
+            inputs[i] = tensor
+        gradients = getattr(torch.ops.lesa_kernels, f"{name}_bwd")(grad, *inputs, ctx.needs_input_grad[0])
+        places = differentiable(*range(first_unused))
+        result = [None] * ctx.count
+        for place, gradient in zip(places, gradients):
+            if ctx.needs_input_grad[place]:
+                result[place] = gradient
+        return tuple(result)
+
+    torch.library.register_autograd(f"lesa_kernels::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def _fake_newton_gradients(grad, *args):
+    return _fake_gradients(_newton_differentiable(*args), args[-1])
+
+
+def _fake_dense_gradients(grad, *args):
+    return _fake_gradients(_dense_differentiable(*args), args[-1])
+
+
+_register("newton_predict", _newton_predict, _fake_forecast)
+_register("newton_predict_bwd", _newton_predict_bwd, _fake_newton_gradients)
+_register("newton_velocity", _newton_velocity, _fake_velocity)
+_register("dense_predict", _dense_predict, _fake_forecast)
+_register("dense_predict_bwd", _dense_predict_bwd, _fake_dense_gradients)
+_register_gradient("newton_predict", _newton_differentiable, 18)
+_register_gradient("dense_predict", _dense_differentiable, 17)

@@ -1,7 +1,7 @@
 """Plain torch definitions of the predictors; what every kernel is tested against.
 
-All functions read the four buffers of a `FeatureRing`. They compute in float32 (float64 where the features are), also
-under autocast, and return the dtype of the features.
+All functions read the buffers of a `FeatureRing`. They compute in float32 (float64 where the features are), also under
+autocast, and return the dtype of the features (bfloat16 where these are float8).
 """
 
 import functools
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lesa_kernels.bspline_kan.reference import bspline_evaluate
-from lesa_kernels.feature_ring.reference import newest_slots
+from lesa_kernels.feature_ring.reference import dequantise_float8, newest_slots
 
 # The KAN sees offsets between noise levels five times larger, which spreads usual gaps over the grid.
 OFFSET_SCALE = 5.0
@@ -38,8 +38,24 @@ class OutputHead:
 
 def stage_index(sigma: torch.Tensor, stage_bounds: tuple[float, ...]) -> torch.Tensor:
     """The stage of each sample: how many bounds are at or above its noise level. `[B]` -> `[B]`, int64."""
-    bounds = torch.tensor(stage_bounds, dtype=torch.float32, device=sigma.device)
-    return (sigma[:, None] <= bounds).sum(-1)
+    stage = torch.zeros_like(sigma, dtype=torch.int64)
+    for bound in stage_bounds:  # numbers, not a tensor of them: that would have to be copied to the device
+        stage += sigma <= bound
+    return stage
+
+
+def of_stage(stage: torch.Tensor, values: tuple[int, ...]) -> torch.Tensor:
+    """`values[stage]` without waiting for the device: `[B]` int64 -> `[B]` int64."""
+    return sum((stage == number) * value for number, value in enumerate(values))
+
+
+def forecast_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What features stored in `dtype` are forecast in: the same, but bfloat16 for float8."""
+    return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
+
+
+def _compute_dtype(storage: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(forecast_dtype(storage.dtype), torch.float32)
 
 
 def newton_weights(anchor_sigmas: torch.Tensor, count: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -101,13 +117,13 @@ def _without_history(forecast, count):
     return forecast.masked_fill((count == 0)[:, None, None], float("nan"))
 
 
-def _stages(storage, sigmas, cursor, count, sigma, stage_bounds, history_length):
+def _stages(storage, scales, sigmas, cursor, count, sigma, stage_bounds, history_length):
     """Takes the batch apart by stage.
 
     Yields for each stage that occurs: its number; the rows in it, `slice(None)` if they all are, which saves copies;
     their newest features `[K, B, T, D]` and sigmas `[K, B]`; how many of them are there `[B]`; the target sigmas `[B]`.
     """
-    dtype = torch.promote_types(storage.dtype, torch.float32)
+    dtype = _compute_dtype(storage)
     sigma = sigma.float()
     slots = newest_slots(cursor, count, storage.shape[0])  # [capacity, B]
     stage = stage_index(sigma, stage_bounds)
@@ -116,7 +132,10 @@ def _stages(storage, sigmas, cursor, count, sigma, stage_bounds, history_length)
         here = (stage == number).nonzero().squeeze(1)
         rows = slice(None) if len(present) == 1 else here
         newest = slots[: history_length[number], rows]
-        features, levels = storage[newest, here].to(dtype), sigmas[newest, here].to(dtype)
+        features, levels = storage[newest, here], sigmas[newest, here].to(dtype)
+        if scales is not None:
+            features = dequantise_float8(features, scales[newest, here])
+        features = features.to(dtype)
         yield number, rows, features, levels, count[rows], sigma[rows].to(dtype)
 
 
@@ -134,6 +153,7 @@ def _without_autocast(function):
 @_without_autocast
 def newton_predict_ref(
     storage: torch.Tensor,
+    scales: torch.Tensor | None,
     sigmas: torch.Tensor,
     cursor: torch.Tensor,
     count: torch.Tensor,
@@ -152,9 +172,9 @@ def newton_predict_ref(
     spline_order: int,
 ) -> torch.Tensor:
     """Plain torch form of `newton_predict`; see there."""
-    dtype = torch.promote_types(storage.dtype, torch.float32)
+    dtype = _compute_dtype(storage)
     output = torch.empty(storage.shape[1:], dtype=dtype, device=storage.device)
-    ring = (storage, sigmas, cursor, count)
+    ring = (storage, scales, sigmas, cursor, count)
     for stage, rows, g, s, n, target in _stages(*ring, sigma, stage_bounds, history_length):
         inputs = torch.zeros(len(target), in_weight.shape[2], dtype=dtype, device=g.device)
         inputs[:, : len(s)] = _offsets(s, n, target)
@@ -175,12 +195,13 @@ def newton_predict_ref(
             residual = sum(feature @ projection for feature, projection in zip(g, projections))
             forecast = forecast + F.linear(residual, up[stage].to(dtype), up_bias[stage].to(dtype))
         output[rows] = _without_history(forecast, n)
-    return output.to(storage.dtype)
+    return output.to(forecast_dtype(storage.dtype))
 
 
 @_without_autocast
 def dense_predict_ref(
     storage: torch.Tensor,
+    scales: torch.Tensor | None,
     sigmas: torch.Tensor,
     cursor: torch.Tensor,
     count: torch.Tensor,
@@ -198,9 +219,9 @@ def dense_predict_ref(
     spline_order: int,
 ) -> torch.Tensor:
     """Plain torch form of `dense_predict`; see there."""
-    dtype = torch.promote_types(storage.dtype, torch.float32)
+    dtype = _compute_dtype(storage)
     output = torch.empty(storage.shape[1:], dtype=dtype, device=storage.device)
-    ring = (storage, sigmas, cursor, count)
+    ring = (storage, scales, sigmas, cursor, count)
     for stage, rows, g, s, n, target in _stages(*ring, sigma, stage_bounds, history_length):
         inputs = torch.zeros(len(target), in_weight.shape[2], dtype=dtype, device=g.device)
         inputs[:, : len(s)] = _offsets(s, n, target)
@@ -213,7 +234,7 @@ def dense_predict_ref(
             F.linear(feature, weight) for feature, weight in zip(g, mix_weight[first : first + len(g)].to(dtype))
         )
         output[rows] = _without_history(g[0] + alpha[:, None, None] * mixed, n)
-    return output.to(storage.dtype)
+    return output.to(forecast_dtype(storage.dtype))
 
 
 @_without_autocast

@@ -94,7 +94,7 @@ def _predict(predictor, batch, plan):
     features, sigmas = batch.features, batch.sigmas
     history = plan.history.T.flip(0)  # oldest first, as in a full ring that begins at slot 0
     cursor = torch.zeros_like(plan.count)
-    return predictor.forecast(features[history], sigmas[history], cursor, plan.count, sigmas[plan.steps])
+    return predictor.forecast(features[history], None, sigmas[history], cursor, plan.count, sigmas[plan.steps])
 
 
 def _roll_out(predictor, batch, plan):
@@ -110,7 +110,7 @@ def _roll_out(predictor, batch, plan):
             at = torch.arange(step - length, step).clamp(min=0)
             n = torch.full_like(cursor, count)
             seen.append(
-                predictor.forecast(torch.stack(newest), sigmas[at][:, None], cursor, n, sigmas[step : step + 1])
+                predictor.forecast(torch.stack(newest), None, sigmas[at][:, None], cursor, n, sigmas[step : step + 1])
             )
             forecasts.append(seen[-1])
         else:

@@ -21,6 +21,7 @@ from lesa_kernels import (
     newton_predict,
     output_head,
 )
+from lesa_kernels._extension import extension_error
 
 DIM = 6
 
@@ -405,7 +406,7 @@ def test_a_nan_feature_shows():
 def arguments_of(predictor, ring, sigma):
     """The functional form's arguments, by name."""
     config = predictor.config
-    state = {name: getattr(ring, name) for name in ("storage", "sigmas", "cursor", "count")}
+    state = {name: getattr(ring, name) for name in ("storage", "scales", "sigmas", "cursor", "count")}
     parameters = dict(predictor.named_parameters())
     if config.mixer == "newton" and not config.rank:
         parameters |= {"down": None, "up": None, "up_bias": None}
@@ -655,7 +656,7 @@ def test_schedule_and_its_sigmas_come_together(given):
 
 
 @both_mixers
-def test_backends_that_can_not_run_say_so(config, monkeypatch):
+def test_backends_that_can_not_run_say_so(config, monkeypatch, without_interpreter):
     ring = make_ring([4])
     for backend in ("triton", "extension"):
         predictor = FusedKANPredictor(config, backend=backend)
@@ -672,11 +673,66 @@ def test_backends_that_can_not_run_say_so(config, monkeypatch):
 
 @both_mixers
 @pytest.mark.parametrize("variable", ["", "torch", "triton", "extension"])
-def test_the_variable_leaves_operations_alone_that_have_no_such_backend(config, variable, monkeypatch):
+def test_the_variable_leaves_operations_alone_that_have_no_such_backend(
+    config, variable, monkeypatch, without_interpreter
+):
     predictor, ring, head = randomized(config), make_ring([4]), make_head(1)
     expected = predictor.predict_velocity(ring, 0.3, head)
     monkeypatch.setenv("LESA_BACKEND", variable)
     assert torch.equal(predictor.predict_velocity(ring, 0.3, head), expected)
+
+
+@pytest.fixture
+def extension_calls(monkeypatch):
+    """Grows by one whenever a newton forecast runs in the compiled extension."""
+    from lesa_kernels.predictor import extension
+
+    calls, run = [], extension.newton_predict_extension
+    monkeypatch.setattr(extension, "newton_predict_extension", lambda *args: (calls.append(1), run(*args))[1])
+    return calls
+
+
+@pytest.mark.skipif(extension_error() is not None, reason=f"needs the compiled extension: {extension_error()}")
+def test_the_extension_runs_where_no_gradient_is_needed(extension_calls, monkeypatch):
+    predictor, ring, head = randomized(CONFIGS["newton"]), make_ring([4, 2]), make_head(2)
+    expected = predictor(ring, 0.3), predictor.predict_velocity(ring, 0.3, head)
+    assert not extension_calls
+    with torch.no_grad():
+        for value, wanted in zip((predictor(ring, 0.3), predictor.predict_velocity(ring, 0.3, head)), expected):
+            torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-4)
+        assert len(extension_calls) == 2
+        monkeypatch.setenv("LESA_BACKEND", "torch")
+        assert torch.equal(predictor(ring, 0.3), expected[0])
+        monkeypatch.setenv("LESA_BACKEND", "extension")
+        predictor(ring, 0.3)
+        assert len(extension_calls) == 3
+        predictor.double()
+        ring.storage = ring.storage.double()
+        predictor(ring, 0.3)  # in plain torch: the extension has no float64
+        predictor.backend = "extension"
+        with pytest.raises(RuntimeError, match=r"`backend` must be one that newton_predict has for cpu .* \(torch\)"):
+            predictor(ring, 0.3)
+    assert len(extension_calls) == 3
+
+
+@pytest.mark.skipif(extension_error() is not None, reason=f"needs the compiled extension: {extension_error()}")
+def test_a_float8_ring_is_forecast_in_bfloat16(extension_calls):
+    for config in (CONFIGS["newton"], CONFIGS["dense"]):
+        predictor, ring = randomized(config), make_ring([4, 2])
+        narrow = FeatureRing(4, 2, 3, DIM, torch.float8_e4m3fn)
+        features, sigmas, count = ring.newest_first()
+        for row in range(2):
+            for k in reversed(range(int(count[row]))):
+                narrow.push(features[k, row : row + 1], sigmas[k, row : row + 1], rows=[row])
+        wide, _, _ = narrow.newest_first()
+        for k in reversed(range(4)):
+            ring.storage[(ring.cursor - 1 - k) % 4, torch.arange(2)] = wide[k]
+        with torch.no_grad():
+            forecast = predictor(narrow, 0.3)
+            state = (ring.storage, None, ring.sigmas, ring.cursor, ring.count)
+            expected = predictor.forecast(*state, torch.full((2,), 0.3))
+        assert forecast.dtype == torch.bfloat16
+        torch.testing.assert_close(forecast, expected.bfloat16(), rtol=2**-7, atol=1e-3)
 
 
 def assert_same_predictor(actual, expected):

@@ -1,0 +1,113 @@
+"""Gradients of the small part of a forecast, which depends on noise levels alone: the KAN and what it multiplies.
+
+What the features take part in is reduced over the tokens by the kernels. The rest has no token dimension, so it is
+plain torch, batched over samples whose stages may differ; sums over samples are matrix products with the samples'
+stages as one-hot rows, which add in the same order every time. Nothing waits for the device.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lesa_kernels.bspline_kan.reference import bspline_basis
+from lesa_kernels.feature_ring.reference import newest_slots
+from lesa_kernels.predictor.reference import OFFSET_SCALE, of_stage, stage_index
+
+
+@dataclass(frozen=True)
+class History:
+    """The anchors that each sample reads.
+
+    Args:
+        stage: `[B]` int64, the stage of each sample.
+        count: `[B]` int64, how many anchors it reads.
+        slots: `[K, B]` int64, their slots, newest first; the last is repeated beyond `count`.
+        levels: `[K, B]` float32, their noise levels.
+        target: `[B]` float32, the noise level that is forecast.
+    """
+
+    stage: torch.Tensor
+    count: torch.Tensor
+    slots: torch.Tensor
+    levels: torch.Tensor
+    target: torch.Tensor
+
+    def one_hot(self, stages: int) -> torch.Tensor:
+        """`[S, B]` float32: one where the sample is in the stage."""
+        return (torch.arange(stages, device=self.stage.device)[:, None] == self.stage).float()
+
+
+def read_history(sigmas, cursor, count, sigma, stage_bounds, history_length) -> History:
+    """The anchors of each sample, from the buffers of a ring; see `newton_predict` for the arguments."""
+    target = sigma.float()
+    stage = stage_index(target, stage_bounds)
+    slots = newest_slots(cursor, count, len(sigmas))[: max(history_length)].long()
+    return History(
+        stage, torch.minimum(count.long(), of_stage(stage, history_length)), slots, sigmas.gather(0, slots), target
+    )
+
+
+class HiddenUnits:
+    """The KAN's hidden units of each sample, in float32, and the way back through them.
+
+    Args:
+        history: of the samples.
+        in_weight, in_bias, spline, grid_size, spline_order: as in `newton_predict`; the last input is the noise level
+            itself if there is one more than anchors.
+
+    Attributes:
+        values: `[B, M]`.
+    """
+
+    def __init__(self, history: History, in_weight, in_bias, spline, grid_size: int, spline_order: int):
+        self._history, self._stages = history, len(in_weight)
+        self._grid = (grid_size, spline_order, (-1.0, 1.0))
+        anchors = len(history.levels)
+        missing = torch.arange(anchors, device=history.count.device)[:, None] >= history.count
+        inputs = ((history.target - history.levels) * OFFSET_SCALE).masked_fill(missing, 0.0).T
+        if in_weight.shape[2] > anchors:
+            inputs = torch.cat([inputs, (2 * history.target - 1)[:, None]], dim=1)
+        self._inputs = inputs  # [B, I]
+        weight, bias = in_weight[history.stage].float(), in_bias[history.stage].float()
+        self._u = torch.tanh((weight @ inputs[:, :, None]).squeeze(2) + bias)
+        self._coefficients = spline[history.stage].float()
+        self._bases = bspline_basis(self._u, *self._grid)  # [B, M, G + p]
+        self.values = (self._bases * self._coefficients).sum(-1) + F.silu(self._u)
+
+    def backward(self, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of `in_weight`, `in_bias` and `spline` from that of `values`, `[B, M]`."""
+        grid_size, order, (lo, hi) = self._grid
+        # A basis of degree p rises with the basis of degree p - 1 that begins with it, and falls with the next one.
+        lower = bspline_basis(self._u, grid_size, order - 1, (lo, hi))
+        slopes = (F.pad(lower, (1, 0)) - F.pad(lower, (0, 1))) * (grid_size / (hi - lo))
+        sigmoid = torch.sigmoid(self._u)
+        slope = (slopes * self._coefficients).sum(-1) + sigmoid * (1 + self._u * (1 - sigmoid))
+        grad_pre = grad * slope * (1 - self._u * self._u)
+        rows = self._history.one_hot(self._stages)
+        return (
+            torch.einsum("sb,bm,bi->smi", rows, grad_pre, self._inputs),
+            torch.einsum("sb,bm->sm", rows, grad_pre),
+            torch.einsum("sb,bm,bmg->smg", rows, grad, self._bases),
+        )
+
+
+def coefficients_backward(
+    history: History, hidden: HiddenUnits, out_weight: torch.Tensor, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The way back through `out_weight[stage] @ hidden + out_bias[stage]`.
+
+    Args:
+        history, hidden: of the samples.
+        out_weight: `[S, X, M]`.
+        grad: `[B, X]` float32, of the coefficients.
+
+    Returns:
+        The gradients of `hidden.values` `[B, M]`, of `out_weight` and of `out_bias` `[S, X]`.
+    """
+    rows = history.one_hot(len(out_weight))
+    of_all_stages = grad @ out_weight.float()  # [S, B, M]
+    samples = torch.arange(len(grad), device=grad.device)
+    grad_hidden = of_all_stages[history.stage, samples]
+    grad_weight = grad.T @ (rows[:, :, None] * hidden.values)  # [S, X, M]
+    return grad_hidden, grad_weight, rows @ grad

@@ -1,0 +1,556 @@
+"""Newton's forecast in one launch.
+
+A program owns a block of channels of one sample. It makes their anchor weights once, then walks over its share of the
+tokens: K feature tiles in, one forecast tile out. The low-rank residual needs all channels of a token before any can be
+written. So the programs leave their part of `down @ taps` beside the unfinished forecast, and the one that arrives last
+at a tile of tokens adds them up, in a fixed order, and finishes it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from lesa_kernels._triton import INTERPRETED, arrival_counters, launch_config, multiprocessors
+from lesa_kernels.predictor.gradients import HiddenUnits, coefficients_backward, read_history
+from lesa_kernels.predictor.kernels.shared import (
+    anchor_weights,
+    history_of,
+    load_history,
+    newton_weight,
+    next_power_of_2,
+    of_stage,
+    operand_dtype,
+    rounded_dot,
+    stage_constants,
+    stage_of,
+    stored_bits,
+    widen_history,
+)
+from lesa_kernels.predictor.reference import newton_weights
+
+
+@triton.jit
+def tap_of(anchors, levels, n, sigma, j: tl.constexpr, K: tl.constexpr):
+    """Newton's tap j, 1 ... K - 1, from the tiles of the anchors."""
+    tap = newton_weight(sigma, levels, n, j, 0) * anchors[0]
+    for k in tl.static_range(1, K):
+        if k <= j:
+            tap += newton_weight(sigma, levels, n, j, k) * anchors[k]
+    return tap
+
+
+@triton.jit
+def load_maps(down, stage, channels, ranks, D: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr):
+    """The residual's maps of a block of channels: K - 1 tensors `[channels, ranks]`."""
+    exist = (channels < D)[:, None] & (ranks < RANK)[None, :]
+    maps = ()
+    for j in tl.static_range(K - 1):
+        rows = (stage * RANK + ranks) * (K - 1) + j
+        maps = maps + (tl.load(down + rows[None, :] * D + channels[:, None], exist, 0.0),)
+    return maps
+
+
+@triton.jit
+def tap_scale(levels, n, sigma, j: tl.constexpr):
+    """How many times larger than the anchors tap j can be; one, if there is no such tap."""
+    scale = 0.0
+    for k in tl.static_range(j + 1):
+        scale += tl.abs(newton_weight(sigma, levels, n, j, k))
+    return tl.where(j < n, scale, 1.0)
+
+
+@triton.jit
+def read_residual(
+    anchors, maps, levels, n, sigma, zero, K: tl.constexpr, OPERAND: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """This block's part of `down @ taps`: `[BLOCK_T, BLOCK_R]`, as `zero` is.
+
+    Taps far from their anchors are large. Their products are taken of values that are as small as the anchors, so that
+    these fit into float16 where the features do.
+    """
+    part = zero
+    for j in tl.static_range(1, K):
+        scale = tap_scale(levels, n, sigma, j)
+        tap = tap_of(anchors, levels, n, sigma, j, K) * (1 / scale)
+        part += scale * rounded_dot(tap, maps[j - 1], zero, OPERAND, INTERPRETED)
+    return part
+
+
+@triton.jit
+def residual_of(
+    read, up, stage, channels, D: tl.constexpr, RANK: tl.constexpr, OPERAND: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """`up @ read` for a block of channels: `[BLOCK_T, channels]`."""
+    ranks = tl.arange(0, read.shape[1])
+    exist = (channels < D)[None, :] & (ranks < RANK)[:, None]
+    map = tl.load(up + (stage * D + channels)[None, :] * RANK + ranks[:, None], exist, 0.0)
+    return rounded_dot(read, map, tl.zeros([read.shape[0], channels.shape[0]], tl.float32), OPERAND, INTERPRETED)
+
+
+@triton.jit(do_not_specialize=["capacity", "batch", "tokens", "splits"])
+def _newton_predict_fwd_kernel(
+    output,
+    read_output,
+    storage,
+    scales,
+    sigmas,
+    cursor,
+    count,
+    sigma,
+    in_weight,
+    in_bias,
+    spline,
+    out_weight,
+    out_bias,
+    down,
+    up,
+    up_bias,
+    parts,
+    arrivals,
+    capacity,
+    batch,
+    tokens,
+    stride_c,
+    stride_b,
+    stride_t,
+    splits,
+    BOUNDS: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    GRID: tl.constexpr,
+    DEGREE: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    RANK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEEPS_READ: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    OPERAND: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    program = tl.program_id(0)
+    block = program % blocks  # neighbours read neighbouring channels of the same tokens
+    split = (program // blocks) % splits
+    row = program // (blocks * splits)
+    channels = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = channels < D
+    inner = tl.arange(0, BLOCK_T)
+
+    target = tl.load(sigma + row).to(tl.float32)
+    stage = stage_of(target, BOUNDS)
+    slots, levels, n = history_of(sigmas, cursor, count, row, batch, capacity, of_stage(stage, LENGTHS), K)
+    weights = anchor_weights(
+        in_weight, in_bias, spline, out_weight, out_bias, stage, target, levels, n, channels,
+        D, M, K, GRID, DEGREE, BLOCK_M,
+    )  # fmt: skip
+    if HAS_BIAS:
+        bias = tl.load(up_bias + stage * D + channels, inside, 0.0).to(tl.float32)
+    if RANK > 0:
+        ranks = tl.arange(0, BLOCK_R)
+        maps = load_maps(down, stage, channels, ranks, D, K, RANK)
+
+    tiles = tl.cdiv(tokens, BLOCK_T)
+    share = tl.cdiv(tiles, splits)
+    last = tl.minimum((split + 1) * share, tiles)
+    if RANK > 0:
+        # One tile ahead: the next one is on its way while the programs meet. Without a residual they never do, and the
+        # compiler's own pipeline, NUM_STAGES deep, serves.
+        stored = load_history(
+            storage, scales, slots, row, split * share * BLOCK_T, batch, tokens, stride_c, stride_b, stride_t, channels,
+            inside, n, K, BLOCK_T, FLOAT8,
+        )  # fmt: skip
+    for tile in tl.range(split * share, last, num_stages=NUM_STAGES):
+        start = tile * BLOCK_T
+        mask = (start + inner < tokens)[:, None] & inside[None, :]
+        if RANK == 0:
+            stored = load_history(
+                storage, scales, slots, row, start, batch, tokens, stride_c, stride_b, stride_t, channels,
+                inside, n, K, BLOCK_T, FLOAT8,
+            )  # fmt: skip
+            anchors = widen_history(stored, K, FLOAT8)
+        else:
+            anchors = widen_history(stored, K, FLOAT8)
+            stored = load_history(
+                storage, scales, slots, row, start + BLOCK_T, batch, tokens, stride_c, stride_b, stride_t, channels,
+                inside, tl.where(tile + 1 < last, n, 0), K, BLOCK_T, FLOAT8,
+            )  # fmt: skip
+        forecast = weights[0][None, :] * anchors[0]
+        for k in tl.static_range(1, K):
+            forecast += weights[k][None, :] * anchors[k]
+        if HAS_BIAS:
+            forecast += bias[None, :]
+
+        token = tl.cast(row, tl.int64) * tokens + start
+        written = output + token * D + inner[:, None] * D + channels[None, :]
+        if RANK == 0:
+            tl.store(written, forecast.to(output.dtype.element_ty), mask)
+        else:
+            zero = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+            part = read_residual(anchors, maps, levels, n, target, zero, K, OPERAND, INTERPRETED)
+            counter = arrivals + row * tiles + tile
+            inner_read = inner[:, None] * BLOCK_R + ranks[None, :]
+            first_part = parts + (tl.cast(row, tl.int64) * tiles + tile) * (blocks * BLOCK_T * BLOCK_R)
+            kept = (start + inner < tokens)[:, None] & (ranks < RANK)[None, :]
+            kept_at = read_output + token * RANK + inner[:, None] * RANK + ranks[None, :]
+            tl.store(written, forecast.to(output.dtype.element_ty), mask)
+            tl.store(first_part + block * (BLOCK_T * BLOCK_R) + inner_read, part)
+            tl.debug_barrier()  # all threads have written before one of them says so
+            if tl.atomic_add(counter, 1, sem="acq_rel") == blocks - 1:
+                read = zero
+                for b in range(blocks):
+                    # Past the first-level cache, which does not see what other processors write.
+                    read += tl.load(first_part + b * (BLOCK_T * BLOCK_R) + inner_read, cache_modifier=".cg")
+                tl.store(counter, 0)
+                if KEEPS_READ:
+                    tl.store(kept_at, read, kept)
+                for b in range(blocks):
+                    others = b * BLOCK_D + tl.arange(0, BLOCK_D)
+                    exist = (start + inner < tokens)[:, None] & (others < D)[None, :]
+                    finished = output + token * D + inner[:, None] * D + others[None, :]
+                    base = tl.load(finished, exist, 0.0, cache_modifier=".cg").to(tl.float32)
+                    base += residual_of(read, up, stage, others, D, RANK, OPERAND, INTERPRETED)
+                    tl.store(finished, base.to(output.dtype.element_ty), exist)
+
+
+def newton_predict_fwd(
+    storage: torch.Tensor,
+    scales: torch.Tensor | None,
+    sigmas: torch.Tensor,
+    cursor: torch.Tensor,
+    count: torch.Tensor,
+    sigma: torch.Tensor,
+    in_weight: torch.Tensor,
+    in_bias: torch.Tensor,
+    spline: torch.Tensor,
+    out_weight: torch.Tensor,
+    out_bias: torch.Tensor,
+    down: torch.Tensor | None,
+    up: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    stage_bounds: tuple[float, ...],
+    history_length: tuple[int, ...],
+    grid_size: int,
+    spline_order: int,
+    out_dtype: torch.dtype,
+    read: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Launches Newton's forecast once; arguments as in `newton_predict`, checked there.
+
+    `read` `[B, T, R]` float32, if given, receives `down @ taps` for the backward.
+    """
+    _, batch, tokens, width = storage.shape
+    output = torch.empty((batch, tokens, width), dtype=out_dtype, device=storage.device)
+    if output.numel() == 0:
+        return output
+    taps, rank = newton_sizes(history_length, down)
+    config = launch_config("newton_predict_residual" if rank else "newton_predict", storage.dtype, storage.device)
+    grid, splits = newton_grid(storage, config)
+    block_t, blocks = config["BLOCK_T"], triton.cdiv(width, config["BLOCK_D"])
+    block_r = next_power_of_2(rank, 16)
+    parts = arrivals = output  # never touched
+    if rank:
+        tiles = batch * triton.cdiv(tokens, block_t)
+        parts = torch.empty(tiles * blocks * block_t * block_r, dtype=torch.float32, device=storage.device)
+        arrivals = arrival_counters(storage.device, tiles)
+    stored, float8 = stored_bits(storage)
+    _newton_predict_fwd_kernel[grid](
+        output,
+        output if read is None else read,
+        stored,
+        output if scales is None else scales,
+        sigmas,
+        cursor,
+        count,
+        sigma,
+        in_weight,
+        in_bias,
+        spline,
+        out_weight,
+        out_bias,
+        output if down is None else down,
+        output if up is None else up,
+        output if up_bias is None else up_bias,
+        parts,
+        arrivals,
+        storage.shape[0],
+        batch,
+        tokens,
+        *storage.stride()[:3],
+        splits,
+        **stage_constants(stage_bounds, history_length),
+        GRID=grid_size,
+        DEGREE=spline_order,
+        D=width,
+        M=in_weight.shape[1],
+        K=taps + 1,
+        RANK=rank,
+        HAS_BIAS=up_bias is not None,
+        KEEPS_READ=read is not None,
+        FLOAT8=float8,
+        OPERAND=operand_dtype(storage.dtype),
+        INTERPRETED=INTERPRETED,
+        BLOCK_D=config["BLOCK_D"],
+        BLOCK_T=block_t,
+        BLOCK_M=min(config["BLOCK_M"], next_power_of_2(in_weight.shape[1])),
+        BLOCK_R=block_r,
+        NUM_STAGES=config["NUM_STAGES"],
+        num_warps=config["num_warps"],
+        enable_fp_fusion=True,
+    )
+    return output
+
+
+def newton_sizes(history_length: tuple[int, ...], down: torch.Tensor | None) -> tuple[int, int]:
+    """Taps of the longest history, and the rank of the residual over them: zero where there are no taps."""
+    taps = max(history_length) - 1
+    return taps, down.shape[1] if down is not None and taps else 0
+
+
+def newton_grid(storage: torch.Tensor, config: dict[str, int]) -> tuple[tuple[int], int]:
+    """The grid of a kernel whose programs own channel blocks, and into how many shares the tokens are split for it."""
+    _, batch, tokens, width = storage.shape
+    blocks = batch * triton.cdiv(width, config["BLOCK_D"])
+    # Rounded down, so that all programs are resident at once and none is left for a second round.
+    wanted = config["PROGRAMS"] * multiprocessors(storage.device) // blocks
+    splits = min(max(wanted, 1), max(triton.cdiv(tokens, config["BLOCK_T"]), 1))
+    return (blocks * splits,), splits
+
+
+@triton.jit(do_not_specialize=["capacity", "batch", "tokens", "splits"])
+def _newton_predict_bwd_kernel(
+    grad_coefficients,
+    grad_bias,
+    grad_up,
+    grad_down,
+    grad,
+    read,
+    grad_read,
+    storage,
+    scales,
+    sigmas,
+    cursor,
+    count,
+    sigma,
+    capacity,
+    batch,
+    tokens,
+    stride_c,
+    stride_b,
+    stride_t,
+    splits,
+    BOUNDS: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    RANK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    OPERAND: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    program = tl.program_id(0)
+    block = program % blocks
+    split = (program // blocks) % splits
+    row = program // (blocks * splits)
+    channels = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = channels < D
+    inner = tl.arange(0, BLOCK_T)
+    ranks = tl.arange(0, BLOCK_R)
+
+    target = tl.load(sigma + row).to(tl.float32)
+    stage = stage_of(target, BOUNDS)
+    slots, levels, n = history_of(sigmas, cursor, count, row, batch, capacity, of_stage(stage, LENGTHS), K)
+
+    bias_total = tl.zeros([BLOCK_D], tl.float32)
+    up_total = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
+    coefficient_totals = ()
+    down_totals = ()
+    for _ in tl.static_range(K - 1):
+        coefficient_totals = coefficient_totals + (tl.zeros([BLOCK_D], tl.float32),)
+        down_totals = down_totals + (tl.zeros([BLOCK_D, BLOCK_R], tl.float32),)
+
+    tiles = tl.cdiv(tokens, BLOCK_T)
+    share = tl.cdiv(tiles, splits)
+    limit = tl.where(n > 0, tokens, 0)  # a row without anchors is NaN whatever the parameters are
+    for tile in tl.range(split * share, tl.minimum((split + 1) * share, tiles)):
+        start = tile * BLOCK_T
+        token = tl.cast(row, tl.int64) * tokens + start
+        kept = start + inner < limit
+        written = grad + token * D + inner[:, None] * D + channels[None, :]
+        up_stream = tl.load(written, kept[:, None] & inside[None, :], 0.0).to(tl.float32)
+        stored = load_history(
+            storage, scales, slots, row, start, batch, tokens, stride_c, stride_b, stride_t, channels,
+            inside, n, K, BLOCK_T, FLOAT8,
+        )  # fmt: skip
+        anchors = widen_history(stored, K, FLOAT8)
+        if HAS_BIAS:
+            bias_total += tl.sum(up_stream, axis=0)
+        if RANK > 0:
+            beside = token * RANK + inner[:, None] * RANK + ranks[None, :]
+            exist = kept[:, None] & (ranks < RANK)[None, :]
+            read_tile = tl.load(read + beside, exist, 0.0)
+            grad_read_tile = tl.load(grad_read + beside, exist, 0.0)
+            up_total = rounded_dot(tl.trans(up_stream), read_tile, up_total, OPERAND, INTERPRETED)
+        new_coefficients = ()
+        new_downs = ()
+        for j in tl.static_range(1, K):
+            tap = tap_of(anchors, levels, n, target, j, K)
+            new_coefficients = new_coefficients + (coefficient_totals[j - 1] + tl.sum(up_stream * tap, axis=0),)
+            if RANK > 0:
+                scale = tap_scale(levels, n, target, j)  # as in `read_residual`
+                zero = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
+                part = rounded_dot(tl.trans(tap * (1 / scale)), grad_read_tile, zero, OPERAND, INTERPRETED)
+                new_downs = new_downs + (down_totals[j - 1] + scale * part,)
+            else:
+                new_downs = new_downs + (down_totals[j - 1],)
+        coefficient_totals = new_coefficients
+        down_totals = new_downs
+
+    sample = tl.cast(split, tl.int64) * batch + row
+    for j in tl.static_range(K - 1):
+        tl.store(grad_coefficients + (sample * (K - 1) + j) * D + channels, coefficient_totals[j], inside)
+    if HAS_BIAS:
+        tl.store(grad_bias + sample * D + channels, bias_total, inside)
+    if RANK > 0:
+        exist = inside[:, None] & (ranks < RANK)[None, :]
+        tl.store(grad_up + (sample * D + channels[:, None]) * RANK + ranks[None, :], up_total, exist)
+        for j in tl.static_range(K - 1):
+            rows = (sample * RANK + ranks[None, :]) * (K - 1) + j
+            tl.store(grad_down + rows * D + channels[:, None], down_totals[j], exist)
+
+
+def newton_predict_bwd(
+    grad: torch.Tensor,
+    storage: torch.Tensor,
+    scales: torch.Tensor | None,
+    sigmas: torch.Tensor,
+    cursor: torch.Tensor,
+    count: torch.Tensor,
+    sigma: torch.Tensor,
+    in_weight: torch.Tensor,
+    in_bias: torch.Tensor,
+    spline: torch.Tensor,
+    out_weight: torch.Tensor,
+    out_bias: torch.Tensor,
+    down: torch.Tensor | None,
+    up: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    stage_bounds: tuple[float, ...],
+    history_length: tuple[int, ...],
+    grid_size: int,
+    spline_order: int,
+    needs_storage: bool,
+) -> list[torch.Tensor | None]:
+    """Gradients of `newton_predict` from that of its result, `[B, T, D]`.
+
+    Returns:
+        those of `storage` (None unless `needs_storage`), `in_weight`, `in_bias`, `spline`, `out_weight`, `out_bias`,
+        `down`, `up` and `up_bias` (None where these are), in float32. Sums run in a fixed order.
+    """
+    parameters = (in_weight, in_bias, spline, out_weight, out_bias, down, up, up_bias)
+    shape = (stage_bounds, history_length, grid_size, spline_order)
+    _, batch, tokens, width = storage.shape
+    taps, rank = newton_sizes(history_length, down)
+    history = read_history(sigmas, cursor, count, sigma, stage_bounds, history_length)
+    hidden = HiddenUnits(history, in_weight, in_bias, spline, grid_size, spline_order)
+    grad = grad.contiguous()
+
+    def empty(*sizes):
+        return torch.empty(sizes, dtype=torch.float32, device=grad.device)
+
+    read = grad_read = None
+    if rank:
+        read = empty(batch, tokens, rank)
+        newton_predict_fwd(
+            storage, scales, sigmas, cursor, count, sigma, *parameters, *shape, out_dtype=grad.dtype, read=read
+        )
+        grad_read = torch.bmm(grad, up[history.stage].to(grad.dtype)).float().contiguous()
+    config = launch_config("newton_predict_bwd", storage.dtype, storage.device)
+    grid, splits = newton_grid(storage, config)
+    totals = [empty(splits, batch, taps, width)]
+    totals += [None if up_bias is None else empty(splits, batch, width)]
+    totals += [empty(splits, batch, width, rank), empty(splits, batch, rank, taps, width)] if rank else [None, None]
+    if grad.numel() == 0:
+        for total in totals:
+            if total is not None:
+                total.zero_()
+    else:
+        stored, float8 = stored_bits(storage)
+        _newton_predict_bwd_kernel[grid](
+            *(grad if total is None else total for total in totals),
+            grad,
+            grad if read is None else read,
+            grad if grad_read is None else grad_read,
+            stored,
+            grad if scales is None else scales,
+            sigmas,
+            cursor,
+            count,
+            sigma,
+            storage.shape[0],
+            batch,
+            tokens,
+            *storage.stride()[:3],
+            splits,
+            **stage_constants(stage_bounds, history_length),
+            D=width,
+            K=taps + 1,
+            RANK=rank,
+            HAS_BIAS=up_bias is not None,
+            FLOAT8=float8,
+            OPERAND=operand_dtype(storage.dtype),
+            INTERPRETED=INTERPRETED,
+            BLOCK_D=config["BLOCK_D"],
+            BLOCK_T=config["BLOCK_T"],
+            BLOCK_R=next_power_of_2(rank, 16),
+            num_warps=config["num_warps"],
+            enable_fp_fusion=True,
+        )
+    coefficients, bias, of_up, of_down = (None if total is None else total.sum(0) for total in totals)
+
+    flat = out_weight.flatten(1, 2)  # [S, taps * D, M]
+    grad_hidden, grad_out_weight, grad_out_bias = coefficients_backward(history, hidden, flat, coefficients.flatten(1))
+    rows = history.one_hot(len(in_weight))
+    grad_storage = None
+    if needs_storage:
+        grad_storage = _storage_gradient(grad, grad_read, storage, history, hidden, out_weight, out_bias, down)
+    return [
+        grad_storage,
+        *hidden.backward(grad_hidden),
+        grad_out_weight.view(out_weight.shape),
+        grad_out_bias.view(out_bias.shape),
+        *(
+            total if parameter is None or total is None else torch.einsum("sb,b...->s...", rows, total)
+            for parameter, total in ((down, of_down), (up, of_up), (up_bias, bias))
+        ),
+    ]
+
+
+def _storage_gradient(grad, grad_read, storage, history, hidden, out_weight, out_bias, down) -> torch.Tensor:
+    """The features' gradient, as the ring's storage is: each anchor's share of the forecast's, and zeros elsewhere."""
+    weights = newton_weights(history.levels, history.count, history.target)  # [B, K - 1, K]
+    coefficients = torch.einsum("bjdm,bm->bjd", out_weight[history.stage].float(), hidden.values)
+    coefficients = coefficients + out_bias[history.stage].float()
+    shares = torch.einsum("bjk,bjd->kbd", weights, coefficients)
+    shares[0] += 1
+    exist = history.count > 0
+    gradient = torch.zeros(storage.shape, dtype=torch.float32, device=grad.device)
+    samples = torch.arange(len(exist), device=grad.device)
+    for k, (slot, share) in enumerate(zip(history.slots, shares)):
+        part = share[:, None] * grad
+        if grad_read is not None:
+            maps = torch.einsum("brjd,bj->brd", down[history.stage].float(), weights[:, :, k])
+            part = part + grad_read @ maps
+        # A slot that is repeated for a missing anchor gets zeros: its weights are zero.
+        gradient[slot, samples] += part.masked_fill(~exist[:, None, None] | (history.count <= k)[:, None, None], 0.0)
+    return gradient

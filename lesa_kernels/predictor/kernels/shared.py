@@ -1,0 +1,313 @@
+"""What the predictors' kernels share: a sample's stage and history, the KAN's hidden units, the anchors' weights."""
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from lesa_kernels import _triton
+from lesa_kernels.bspline_kan.kernels import spline_position, spline_weight
+from lesa_kernels.predictor.reference import OFFSET_SCALE
+
+_OFFSET_SCALE = tl.constexpr(OFFSET_SCALE)
+
+# How stored features become numbers, a kernel's constant FLOAT8: they are no float8, Triton converts them, or their
+# bits are decoded, for GPUs whose Triton has no such type.
+NO_FLOAT8, FLOAT8, FLOAT8_BITS = 0, 1, 2
+
+
+@triton.jit
+def stage_of(sigma, BOUNDS: tl.constexpr):
+    """How many of the falling BOUNDS are at or above `sigma`."""
+    stage = 0
+    for i in tl.static_range(len(BOUNDS)):
+        stage += (sigma <= BOUNDS[i]).to(tl.int32)
+    return stage
+
+
+@triton.jit
+def of_stage(stage, VALUES: tl.constexpr):
+    """VALUES[stage]; both are known only on the device."""
+    value = VALUES[0]
+    for i in tl.static_range(1, len(VALUES)):
+        value = tl.where(stage == i, VALUES[i], value)
+    return value
+
+
+@triton.jit
+def history_of(sigmas, cursor, count, row, batch, capacity, length, K: tl.constexpr):
+    """The slots and noise levels of a row's K newest anchors, and how many of them count: those there, up to `length`.
+
+    Beyond the last that is there its slot and level are repeated.
+    """
+    head = tl.load(cursor + row)
+    there = tl.load(count + row)
+    slots = ()
+    levels = ()
+    for k in tl.static_range(K):
+        slot = (head - 1 - tl.minimum(k, tl.maximum(there - 1, 0)) + capacity) % capacity
+        slots = slots + (slot,)
+        levels = levels + (tl.load(sigmas + slot * batch + row),)
+    return slots, levels, tl.minimum(there, length)
+
+
+@triton.jit
+def hidden_units(
+    in_weight,
+    in_bias,
+    spline,
+    stage,
+    sigma,
+    levels,
+    n,
+    START: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    READS_SIGMA: tl.constexpr,
+    GRID: tl.constexpr,
+    DEGREE: tl.constexpr,
+):
+    """Values of the spline units START ... START + BLOCK_M of a stage's KAN, zero from M on: `[BLOCK_M]`."""
+    inputs: tl.constexpr = K + READS_SIGMA
+    units = START + tl.arange(0, BLOCK_M)
+    exist = units < M
+    unit = stage * M + units
+    weighted = tl.load(in_bias + unit, exist, 0.0).to(tl.float32)
+    for k in tl.static_range(K):
+        offset = tl.where(k < n, (sigma - levels[k]) * _OFFSET_SCALE, 0.0)
+        weighted += tl.load(in_weight + unit * inputs + k, exist, 0.0).to(tl.float32) * offset
+    if READS_SIGMA:
+        weighted += tl.load(in_weight + unit * inputs + K, exist, 0.0).to(tl.float32) * (2 * sigma - 1)
+    u = 1 - 2 / (tl.exp(2 * weighted) + 1)  # tanh
+    value = u / (1 + tl.exp(-u))
+    first, fraction = spline_position(u, -1.0, 1.0, GRID, DEGREE)
+    for k in tl.static_range(DEGREE + 1):
+        column = first + k
+        has = exist & (column >= 0) & (column < GRID + DEGREE)
+        coefficient = tl.load(spline + unit * (GRID + DEGREE) + column, has, 0.0).to(tl.float32)
+        value += spline_weight(fraction, k, DEGREE) * coefficient
+    return tl.where(exist, value, 0.0)
+
+
+@triton.jit
+def newton_weight(sigma, levels, n, j: tl.constexpr, k: tl.constexpr):
+    """How much of anchor k is in tap j: the weight of `newton_weights`; zero where the tap needs a missing anchor."""
+    numerator = 1.0
+    for q in tl.static_range(j):
+        numerator *= sigma - levels[q]
+    denominator = 1.0
+    for q in tl.static_range(j + 1):
+        if q != k:
+            denominator *= levels[k] - levels[q]
+    return tl.where(j < n, numerator / tl.where(j < n, denominator, 1.0), 0.0)
+
+
+@triton.jit
+def anchor_weights(
+    in_weight,
+    in_bias,
+    spline,
+    out_weight,
+    out_bias,
+    stage,
+    sigma,
+    levels,
+    n,
+    channels,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    GRID: tl.constexpr,
+    DEGREE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """What each of the K anchors is multiplied with in newton's forecast: K tensors `[channels]`, NaN without anchors.
+
+    `A_k = [k = 0] + sum_j c_j * w_jk`, so that the features are touched by K multiplications and nothing else.
+    """
+    inside = channels < D
+    coefficients = ()
+    for j in tl.static_range(K - 1):
+        bias = tl.load(out_bias + (stage * (K - 1) + j) * D + channels, inside, 0.0)
+        coefficients = coefficients + (bias.to(tl.float32),)
+    for start in tl.static_range(0, M, BLOCK_M):
+        hidden = hidden_units(
+            in_weight, in_bias, spline, stage, sigma, levels, n, start, BLOCK_M, M, K, True, GRID, DEGREE
+        )
+        units = start + tl.arange(0, BLOCK_M)
+        exist = inside[:, None] & (units < M)[None, :]
+        updated = ()
+        for j in tl.static_range(K - 1):
+            rows = (stage * (K - 1) + j) * D + channels
+            weight = tl.load(out_weight + rows[:, None] * M + units[None, :], exist, 0.0).to(tl.float32)
+            updated = updated + (coefficients[j] + tl.sum(weight * hidden[None, :], axis=1),)
+        coefficients = updated
+    weights = ()
+    for k in tl.static_range(K):
+        weight = tl.zeros(channels.shape, tl.float32)
+        if k == 0:
+            weight += tl.where(n > 0, 1.0, float("nan"))
+        for j in tl.static_range(1, K):
+            if k <= j:
+                weight += coefficients[j - 1] * newton_weight(sigma, levels, n, j, k)
+        weights = weights + (weight,)
+    return weights
+
+
+@triton.jit
+def load_stored(
+    storage,
+    scales,
+    slot,
+    row,
+    start,
+    batch,
+    tokens,
+    stride_c,
+    stride_b,
+    stride_t,
+    channels,
+    inside,
+    there,
+    BLOCK_T: tl.constexpr,
+    FLOAT8: tl.constexpr,
+):
+    """A tile of one feature as it is stored, `[BLOCK_T, channels]`, from token `start` on, and the tokens' scales.
+
+    It is zero, and nothing is read, beyond the last token, where `inside` says that there is no such channel, and all
+    over if the anchor is not `there`. Offsets are 64 bits wide up to the tile's first token, so features may be larger
+    than 2^31 elements.
+    """
+    inner = tl.arange(0, BLOCK_T)
+    limit = tl.where(there, tokens, 0)  # a scalar in a mask would break the interpreter
+    base = storage + tl.cast(slot, tl.int64) * stride_c + tl.cast(row, tl.int64) * stride_b
+    tile = base + tl.cast(start, tl.int64) * stride_t + inner[:, None] * stride_t + channels[None, :]
+    stored = tl.load(tile, (start + inner < limit)[:, None] & inside[None, :], 0.0)
+    scale = tl.full([BLOCK_T], 1.0, tl.float32)
+    if FLOAT8 != 0:
+        first = (tl.cast(slot, tl.int64) * batch + row) * tokens + start
+        scale = tl.load(scales + first + inner, start + inner < limit, 0.0)
+    return stored, scale
+
+
+@triton.jit
+def widen(stored, scale, FLOAT8: tl.constexpr):
+    """The float32 values of a tile from `load_stored`."""
+    if FLOAT8 == 0:
+        return stored.to(tl.float32)
+    else:
+        if FLOAT8 == 2:
+            # e4m3 without its sign, seven bits to the left, is the float16 of a 2^8-th of its value.
+            bits = stored.to(tl.int16)
+            half = (((bits & 0x7F) << 7) | ((bits & 0x80) << 8)).to(tl.float16, bitcast=True)
+            value = tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+        else:
+            value = stored.to(tl.float32)
+        return value * scale[:, None]
+
+
+@triton.jit
+def load_anchor(
+    storage,
+    scales,
+    slot,
+    row,
+    start,
+    batch,
+    tokens,
+    stride_c,
+    stride_b,
+    stride_t,
+    channels,
+    inside,
+    there,
+    BLOCK_T: tl.constexpr,
+    FLOAT8: tl.constexpr,
+):
+    """A tile of one stored feature, `[BLOCK_T, channels]` float32; see `load_stored`."""
+    stored, scale = load_stored(
+        storage, scales, slot, row, start, batch, tokens, stride_c, stride_b, stride_t, channels, inside, there,
+        BLOCK_T, FLOAT8,
+    )  # fmt: skip
+    return widen(stored, scale, FLOAT8)
+
+
+@triton.jit
+def load_history(
+    storage,
+    scales,
+    slots,
+    row,
+    start,
+    batch,
+    tokens,
+    stride_c,
+    stride_b,
+    stride_t,
+    channels,
+    inside,
+    n,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    FLOAT8: tl.constexpr,
+):
+    """The same tile of each of the K anchors, of which `n` are there, as `load_stored` has it: K pairs."""
+    tiles = ()
+    for k in tl.static_range(K):
+        tile = load_stored(
+            storage, scales, slots[k], row, start, batch, tokens, stride_c, stride_b, stride_t, channels, inside, k < n,
+            BLOCK_T, FLOAT8,
+        )  # fmt: skip
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def widen_history(tiles, K: tl.constexpr, FLOAT8: tl.constexpr):
+    """The float32 values of what `load_history` has loaded: K tiles."""
+    anchors = ()
+    for k in tl.static_range(K):
+        anchors = anchors + (widen(tiles[k][0], tiles[k][1], FLOAT8),)
+    return anchors
+
+
+@triton.jit
+def rounded_dot(a, b, accumulator, OPERAND: tl.constexpr, INTERPRETED: tl.constexpr):
+    """`accumulator + a @ b` with both operands rounded to OPERAND, accumulated in float32.
+
+    Float32 operands are multiplied on tensor cores in three passes, which keeps all but their last bits.
+    """
+    a = a.to(OPERAND)
+    b = b.to(OPERAND)
+    if INTERPRETED and a.dtype == tl.bfloat16:  # the interpreter multiplies the bits of bfloat16 as if they were ints
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision="tf32x3")
+
+
+_OPERANDS = {torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def operand_dtype(dtype: torch.dtype) -> tl.dtype:
+    """What matrix products of features in `dtype` run in: bfloat16, too, where these are float8."""
+    return _OPERANDS.get(dtype, tl.bfloat16)
+
+
+def stored_bits(storage: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The storage as a kernel can take it, and its constant FLOAT8."""
+    if storage.dtype != torch.float8_e4m3fn:
+        return storage, NO_FLOAT8
+    if _triton.has_float8():
+        return storage, FLOAT8
+    return storage.view(torch.uint8), FLOAT8_BITS
+
+
+def stage_constants(stage_bounds: tuple[float, ...], history_length: tuple[int, ...]) -> dict[str, tuple]:
+    """The kernels' constants BOUNDS and LENGTHS; bounds are rounded to float32, in which noise levels are compared."""
+    return {"BOUNDS": tuple(float(np.float32(b)) for b in stage_bounds), "LENGTHS": tuple(history_length)}
+
+
+def next_power_of_2(n: int, minimum: int = 1) -> int:
+    """The smallest power of two that is at least `n` and `minimum`: block sizes of `tl.arange` and `tl.dot`."""
+    return max(triton.next_power_of_2(n), minimum)
