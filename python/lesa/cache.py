@@ -19,11 +19,13 @@ class StreamStats:
     Args:
         computed: the executed steps that ran the transformer, in order.
         predicted: the executed steps that were forecast, in order.
+        fused: those of the predicted steps whose forecast and output head were one kernel.
         reasons: why each computed step was computed.
     """
 
     computed: list[int] = field(default_factory=list)
     predicted: list[int] = field(default_factory=list)
+    fused: list[int] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
 
 
@@ -60,6 +62,8 @@ class CacheStats:
         for name, stream in self.streams.items():
             steps = ",".join(map(str, stream.computed))
             lines.append(f"{name}: computed {len(stream.computed)} ({steps}), predicted {len(stream.predicted)} steps")
+            if stream.fused:
+                lines[-1] += f", {len(stream.fused)} of them in one kernel with the output head"
             unplanned = {s: r for s, r in stream.reasons.items() if r != "scheduled"}
             lines += [f"  step {step}: {reason}" for step, reason in unplanned.items()]
         if self.unlocated:
@@ -224,19 +228,35 @@ class _CacheHook(StepHook):
         ring = self.rings.get(stream)
         reason = self._reason_to_compute(step, ring, call)
         if reason is None:
-            features = self.predictor(ring, sigma)
-            output = self.adapter.head(call, features)
+            output, features = self._predict(step, ring, sigma, call, stats)
             if torch.isfinite(output[0]).all():
                 if self.predictor.config.history == "steps":
                     ring.push(features, sigma)
                 stats.predicted.append(step)
                 return output
+            if step in stats.fused:
+                stats.fused.remove(step)
             self.forecasts_are_finite = False
             reason = "the forecast was not finite"
             self.warn(f"{reason}: computing this step and the rest of the run")
         stats.computed.append(step)
         stats.reasons[step] = reason
         return compute(lambda features, conditioning: self._push(stream, features, sigma))
+
+    def _predict(self, step, ring, sigma, call, stats):
+        """The transformer's output at a skipped step, and the forecast, or None if it was never in memory."""
+        if self.predictor.config.history == "anchors" and self.predictor.fuses_velocity(ring):
+            reason = self.adapter.why_head_not_plain(self._capture.id)
+            if reason is None:
+                head = self.adapter.head_of(call, ring.dtype)
+                velocity = self.predictor.predict_velocity(ring, sigma, head)
+                stats.fused.append(step)
+                return self.adapter.output(call, velocity), None
+            note = f"the output head ran in the model's own modules: {reason}"
+            if note not in self.stats.notes:
+                self.stats.notes.append(note)
+        features = self.predictor(ring, sigma)
+        return self.adapter.head(call, features), features
 
     def _reason_to_compute(self, step, ring, call) -> str | None:
         if step in self.computed:

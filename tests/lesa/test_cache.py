@@ -23,7 +23,8 @@ import lesa
 from lesa.demo import digits
 from lesa.hook import Run
 from lesa.models import adapter_for
-from lesa_kernels import FusedKANPredictor, PredictorConfig
+from lesa.models.flux import FluxAdapter
+from lesa_kernels import FusedKANPredictor, PredictorConfig, output_head
 
 STEPS = 12
 SOME = [0, 1, 2, 5, 9]
@@ -999,3 +1000,118 @@ def test_a_copy_of_the_pipeline_is_independent(pipe, generate):
             assert first.stats.streams["cond"].computed == SOME
             assert second.stats.streams["cond"].computed == [0, 1, 2, 6, 10]
             assert (first.stats.runs, second.stats.runs) == (1, 1)
+
+
+def on_kernels(predictor):
+    """The predictor on Triton: in its interpreter, where there is no GPU."""
+    predictor.backend = "triton"
+    return predictor
+
+
+def test_a_plain_head_is_computed_with_the_forecast(pipe, generate, monkeypatch):
+    predictor, schedule = make_predictor(), [0, 1, 2, 3, 4, 5, 6, 9]
+    torch.nn.init.normal_(predictor.up, std=0.02)
+    with lesa.enable_cache(pipe, predictor, schedule) as handle:
+        plain = generate(pipe, labels=(3,))
+        assert handle.stats.streams["cond"].fused == []
+        monkeypatch.delattr(FluxAdapter, "head")  # the model's own head is not run
+        on_kernels(predictor)
+        fused = generate(pipe, labels=(3,))
+    stream = handle.stats.streams["cond"]
+    assert stream.fused == stream.predicted == [7, 8, 10, 11]
+    assert "4 of them in one kernel with the output head" in handle.stats.summary()
+    torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4)
+
+
+def lora_like(transformer):
+    class Adapted(torch.nn.Linear):
+        pass
+
+    transformer.proj_out.__class__ = Adapted
+    return "proj_out is a Adapted"
+
+
+def hooked(transformer):
+    transformer.proj_out.register_forward_hook(lambda module, args, output: output * 1.0)
+    return "proj_out has a hook or another forward"
+
+
+def hooked_norm(transformer):
+    transformer.norm_out.linear.register_forward_pre_hook(lambda module, args: None)
+    return "norm_out.linear has a hook or another forward"
+
+
+def offloaded(transformer):
+    transformer.proj_out._hf_hook = object()
+    return "proj_out has a hook or another forward"
+
+
+def compiled(transformer):
+    transformer.proj_out.compile()
+    return "proj_out has a hook or another forward"
+
+
+def quantised(transformer):
+    weight = torch.nn.Parameter(transformer.proj_out.weight.detach().to(torch.int8), requires_grad=False)
+    transformer.proj_out.weight = weight
+    return "proj_out has no plain weights"
+
+
+def affine(transformer):
+    transformer.norm_out.norm = torch.nn.LayerNorm(DIM, elementwise_affine=True)
+    return "norm_out.norm has weights of its own"
+
+
+@pytest.mark.parametrize("change", [lora_like, hooked, hooked_norm, offloaded, compiled, quantised, affine])
+def test_a_head_that_is_not_plain_is_told_by_name(fresh_pipe, change):
+    adapter = adapter_for(fresh_pipe)
+    own = fresh_pipe.transformer.norm_out.register_forward_pre_hook(lambda module, args: None)
+    assert adapter.why_head_not_plain(own.id) is None
+    assert adapter.why_head_not_plain(own.id + 1) == "norm_out has a hook or another forward"
+    reason = change(fresh_pipe.transformer)
+    assert adapter.why_head_not_plain(own.id) == reason
+
+
+def test_autocast_is_left_to_the_models_modules(pipe):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert adapter_for(pipe).why_head_not_plain(-1) == "autocast is on"
+
+
+def test_a_head_with_a_hook_runs_in_the_models_modules(fresh_pipe, generate):
+    seen = []
+    fresh_pipe.transformer.proj_out.register_forward_hook(lambda *_: seen.append(1))
+    with lesa.enable_cache(fresh_pipe, on_kernels(make_predictor()), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]) as handle:
+        generate(fresh_pipe, labels=(3,))
+    assert len(seen) == STEPS
+    assert handle.stats.streams["cond"].fused == []
+    note = "the output head ran in the model's own modules: proj_out has a hook or another forward"
+    assert handle.stats.notes == [note]
+
+
+def test_a_fused_step_that_is_not_finite_is_computed(pipe, generate):
+    predictor = on_kernels(make_predictor())
+    with lesa.enable_cache(pipe, predictor, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]) as handle:
+        torch.nn.init.constant_(predictor.out_bias, math.nan)
+        with pytest.warns(RuntimeWarning, match="the forecast was not finite"):
+            generate(pipe, labels=(3,))
+    stream = handle.stats.streams["cond"]
+    assert stream.fused == stream.predicted == [] and len(stream.computed) == STEPS
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_as_tensors_is_the_models(pipe, guidance, dtype):
+    config = dict(pipe.transformer.config) | {"guidance_embeds": guidance}
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel.from_config(config).to(dtype).eval()
+    adapter = adapter_for(SimpleNamespace(transformer=transformer))
+    call = adapter.bind((), call_arguments(pipe) | {"timestep": torch.tensor([0.7, 0.2])})
+    call = {n: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in call.items()}
+    if guidance:
+        call["guidance"] = torch.full((2,), 3.5, dtype=dtype)
+    features = torch.randn(2, 64, DIM, dtype=dtype)
+    with torch.no_grad():
+        expected = adapter.head(call, features)[0]
+        actual = output_head(features, adapter.head_of(call, dtype))
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())

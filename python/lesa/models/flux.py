@@ -8,6 +8,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils.peft_utils import apply_lora_scale
 
+from lesa.models.plain_head import why_not_plain
 from lesa_kernels import OutputHead
 
 
@@ -61,7 +62,20 @@ class FluxAdapter:
     def head(self, call: dict, features: torch.Tensor):
         """The transformer's output from forecast features: what its forward does after the last block."""
         velocity = _head(self.transformer, call, features, joint_attention_kwargs=call["joint_attention_kwargs"])
+        return self.output(call, velocity)
+
+    def output(self, call: dict, velocity: torch.Tensor):
+        """A velocity `[B, T, O]` as the transformer returns it."""
         return Transformer2DModelOutput(sample=velocity) if call["return_dict"] else (velocity,)
+
+    def why_head_not_plain(self, own_hook: int) -> str | None:
+        """Why the head of this call must run in the model's own modules, or None; see `why_not_plain`."""
+        return why_not_plain(self.transformer.norm_out, self.transformer.proj_out, own_hook)
+
+    def head_of(self, call: dict, dtype: torch.dtype) -> OutputHead:
+        """The head as plain tensors, modulated for this call, as `head` applies it to features of `dtype`."""
+        conditioning = _condition(self.transformer, call, dtype, joint_attention_kwargs=call["joint_attention_kwargs"])
+        return self.output_head(conditioning)
 
     def output_head(self, conditioning: torch.Tensor) -> OutputHead:
         """The head as plain tensors, modulated for one step.
@@ -94,9 +108,18 @@ class FluxAdapter:
 
 @apply_lora_scale("joint_attention_kwargs")
 def _head(transformer, call, features, joint_attention_kwargs=None):
-    timestep = call["timestep"].to(features.dtype) * 1000
+    return transformer.proj_out(transformer.norm_out(features, _conditioning(transformer, call, features.dtype)))
+
+
+@apply_lora_scale("joint_attention_kwargs")
+def _condition(transformer, call, dtype, joint_attention_kwargs=None):
+    return _conditioning(transformer, call, dtype)
+
+
+def _conditioning(transformer, call, dtype):
+    """The second input of the last AdaLN: `[B, D]`."""
+    timestep = call["timestep"].to(dtype) * 1000
     conditions = [timestep, call["pooled_projections"]]
     if call["guidance"] is not None:
-        conditions.insert(1, call["guidance"].to(features.dtype) * 1000)
-    conditioning = transformer.time_text_embed(*conditions)
-    return transformer.proj_out(transformer.norm_out(features, conditioning))
+        conditions.insert(1, call["guidance"].to(dtype) * 1000)
+    return transformer.time_text_embed(*conditions)

@@ -1,0 +1,38 @@
+"""Whether an output head is what its weights say, so that a kernel may compute it in the place of its modules."""
+
+import torch
+from diffusers.models.normalization import AdaLayerNormContinuous
+
+
+def why_not_plain(norm: torch.nn.Module, projection: torch.nn.Module, own_hook: int) -> str | None:
+    """Why the head can't be computed from its weights alone, or None if it can.
+
+    Adapters such as LoRA, quantised weights, hooks, offloading, layerwise casting, context parallelism, compiled
+    modules and autocast all change what a module does with its weights.
+
+    Args:
+        norm: the last AdaLN.
+        projection: the projection after it.
+        own_hook: id of the forward pre-hook on `norm` that records features, which changes nothing.
+    """
+    kinds = {
+        "norm_out": (norm, AdaLayerNormContinuous),
+        "norm_out.linear": (getattr(norm, "linear", None), torch.nn.Linear),
+        "norm_out.norm": (getattr(norm, "norm", None), torch.nn.LayerNorm),
+        "proj_out": (projection, torch.nn.Linear),
+    }
+    for name, (module, kind) in kinds.items():
+        if type(module) is not kind:
+            return f"{name} is a {type(module).__name__}"
+        hooks = {*module._forward_hooks, *module._forward_pre_hooks} - {own_hook}
+        wrapped = "forward" in vars(module) or hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook")
+        if hooks or wrapped or module._compiled_call_impl is not None:
+            return f"{name} has a hook or another forward"
+        for weight in module.parameters():
+            if type(weight) is not torch.nn.Parameter or not weight.is_floating_point() or weight.is_meta:
+                return f"{name} has no plain weights"
+    if norm.norm.elementwise_affine:
+        return "norm_out.norm has weights of its own"
+    if torch.is_autocast_enabled(projection.weight.device.type):
+        return "autocast is on"
+    return None
