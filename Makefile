@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: style check test bench gpu demo-weights
+.PHONY: style check test bench gpu gpu-results demo-weights
 
 # -I: the installed package is tested, not the checkout, which `python -m` would put first.
 PYTEST = $(PYTHON) -I -m pytest
@@ -19,17 +19,38 @@ bench:
 	$(PYTEST) benchmarks/ --benchmark-only
 
 # Uses no network: what `pip install ".[dev]"` brings must be installed. An editable install is replaced by a copy of the
-# checkout as it is now; `pip install -e . --no-build-isolation --no-deps` brings it back. Results go to
-# benchmarks/results/<device>/.
-gpu:  ## build with CUDA, run the GPU tests and all benchmarks on this machine's NVIDIA GPU
+# checkout as it is now; `pip install -e . --no-build-isolation --no-deps` brings it back. Meant to take ten minutes at
+# most. All that it finds goes to benchmarks/results/<device>/.
+gpu:  ## build with CUDA, then tests, compute-sanitizer and all benchmarks on this machine's NVIDIA GPU
 	@nvidia-smi --list-gpus 2>/dev/null | grep -q . || { \
 	  echo "make gpu needs an NVIDIA GPU, and nvidia-smi finds none here. Use 'make test bench' on a CPU." >&2; exit 1; }
 	LESA_CUDA=1 $(PYTHON) -m pip install --no-index --no-build-isolation --no-deps --force-reinstall .
-	$(PYTEST) -m gpu
-	folder="benchmarks/results/$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' /' '--')" \
-	  && mkdir -p "$$folder" \
-	  && $(PYTEST) benchmarks/ --benchmark-only --device cuda --benchmark-json "$$folder/benchmarks.json" \
-	  && $(PYTHON) benchmarks/end_to_end.py --device cuda --out "$$folder/end_to_end.json"
+	$(MAKE) --no-print-directory gpu-results \
+	  RESULTS="benchmarks/results/$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' /' '--')"
+
+gpu-results:
+	@test -n "$(RESULTS)" || { echo "gpu-results is a part of 'make gpu'" >&2; exit 1; }
+	mkdir -p "$(RESULTS)"
+	{ $(PYTHON) -I -m lesa_kernels.env_report; \
+	  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit --format=csv; \
+	  git rev-parse HEAD 2>/dev/null || echo "no commit: this is not a git checkout"; } > "$(RESULTS)/machine.txt"
+	@# Tests of kernels run on the GPU where there is one. Most of their time goes into compiling, so they share the cores.
+	@ls tests/test_gpu.py tests/lesa_kernels/test_*_kernels.py | xargs -P 4 -I FILE sh -c \
+	  'log="$(RESULTS)/$$(basename FILE .py).txt"; echo "pytest FILE"; \
+	   $(PYTEST) FILE -v --no-header -p no:cacheprovider > "$$log" 2>&1 || { cat "$$log"; exit 255; }'
+	@for tool in memcheck racecheck; do \
+	  if command -v compute-sanitizer > /dev/null; then \
+	    echo "compute-sanitizer --tool $$tool"; \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	      --log-file "$(RESULTS)/$$tool.txt" $(PYTHON) benchmarks/sanitize.py || exit 1; \
+	  else \
+	    echo "skipped: compute-sanitizer is not on PATH, so $$tool did not run" | tee "$(RESULTS)/$$tool.txt"; \
+	  fi; \
+	done
+	$(PYTEST) benchmarks/ --benchmark-only --device cuda --benchmark-max-time 0.3 \
+	  --benchmark-json "$(RESULTS)/benchmarks.json"
+	$(PYTHON) benchmarks/roofline.py --out "$(RESULTS)/roofline.md"
+	$(PYTHON) benchmarks/end_to_end.py --device cuda --out "$(RESULTS)/end_to_end.json"
 
 demo-weights:  ## make the bundled model and predictors anew
 	$(PYTHON) -m lesa.demo.make_weights

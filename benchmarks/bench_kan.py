@@ -1,10 +1,31 @@
-"""The B-spline KAN layer, against the Cox-de Boor recursion over all bases."""
+"""The B-spline KAN layer, against the Cox-de Boor recursion over all bases, and other packages where they are found.
+
+Other packages are looked for in `peers/` beside this folder, as their repositories come: `peers/efficient-kan`,
+`peers/FusionKAN` (built in place) and `peers/FlashKAN`. One that is missing is skipped by name.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import work
 
 from lesa_kernels import BSplineKAN
+from lesa_kernels.bspline_kan import bspline_kan
+
+PEERS = Path(__file__).resolve().parents[1] / "peers"
+EXACT_ROWS = 4096  # at a time: all bases of all rows take gigabytes in float64
+
+
+def plain_kan(x: torch.Tensor, layer: BSplineKAN) -> torch.Tensor:
+    """The layer in this package's plain torch form."""
+    weights = layer.base_weight, layer.spline_weight, layer.spline_scaler
+    return bspline_kan(x, *weights, layer.grid_size, layer.spline_order, layer.grid_range, backend="torch")
 
 
 def cox_de_boor_kan(x: torch.Tensor, layer: BSplineKAN) -> torch.Tensor:
@@ -20,61 +41,166 @@ def cox_de_boor_kan(x: torch.Tensor, layer: BSplineKAN) -> torch.Tensor:
     return F.linear(F.silu(x), layer.base_weight) + F.linear(bases.flatten(1), weight.flatten(1))
 
 
-IMPLEMENTATIONS = {"lesa": lambda x, layer: layer(x), "cox-de-boor": cox_de_boor_kan}
+IMPLEMENTATIONS = {"lesa": lambda x, layer: layer(x), "lesa-torch": plain_kan, "cox-de-boor": cox_de_boor_kan}
+
+
+def efficient_kan(layer: BSplineKAN) -> torch.nn.Module:
+    """The same layer in efficient-kan."""
+    module = imported("efficient-kan", "src", "efficient_kan")
+    twin = module.KANLinear(layer.in_features, layer.out_features, layer.grid_size, layer.spline_order)
+    twin.load_state_dict(layer.state_dict())
+    return twin
+
+
+def fusion_kan(layer: BSplineKAN) -> torch.nn.Module:
+    """A layer of the same sizes in FusionKAN, which normalises its input first."""
+    module = imported("FusionKAN", ".", "fusion_kan.layer")
+    sizes = layer.in_features, layer.out_features, layer.grid_size, layer.spline_order
+    return module.FusionKANLayer(*sizes, is_output=True)
+
+
+def flash_kan(layer: BSplineKAN) -> torch.nn.Module:
+    """A layer of the same sizes in FlashKAN, whose outer knots coincide."""
+    module = imported("FlashKAN", "layers", "FlashKAN")
+    return module.FlashKAN(layer.in_features, layer.out_features, layer.grid_size, k=layer.spline_order + 1)
+
+
+def imported(repository: str, source: str, module: str):
+    """A module of a peer; skips the benchmark if it isn't there."""
+    folder = PEERS / repository / source
+    if not folder.is_dir():
+        pytest.skip(f"{repository} is not in {PEERS.name}/")
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        pytest.skip(f"{repository} can't be imported: {error}")
+    finally:
+        sys.path.remove(str(folder))
+
+
+# Name -> how it is built from a layer, and whether it computes the same function, so that it can be verified.
+PACKAGES = {"efficient-kan": (efficient_kan, True), "fusion-kan": (fusion_kan, False), "flash-kan": (flash_kan, False)}
 
 
 def in_float64(module: BSplineKAN) -> BSplineKAN:
     """The same layer in double precision, its knots too: those of a narrower layer are rounded."""
-    exact = BSplineKAN(module.in_features, module.out_features, device=module.grid.device, dtype=torch.float64)
+    sizes = module.in_features, module.out_features, module.grid_size
+    exact = BSplineKAN(*sizes, device=module.grid.device, dtype=torch.float64)
     with torch.no_grad():
         for wide, narrow in zip(exact.parameters(), module.parameters()):
             wide.copy_(narrow)
     return exact
 
 
-def build(layer, device, requires_grad):
-    torch.manual_seed(0)
-    module = BSplineKAN(layer.in_features, layer.out_features).to(device, layer.dtype).requires_grad_(requires_grad)
-    x = torch.empty(layer.rows, layer.in_features, device=device).uniform_(-1.2, 1.2).to(layer.dtype)
-    return module, x.requires_grad_(requires_grad)
+class Setting:
+    """A layer, its input, and one implementation of it.
+
+    Args:
+        layer: the shape.
+        device: where.
+        implementation: a name in `IMPLEMENTATIONS` or `PACKAGES`.
+        requires_grad: whether gradients are taken.
+    """
+
+    def __init__(self, layer, device: torch.device, implementation: str, requires_grad: bool):
+        torch.manual_seed(0)
+        self.autocast = layer.autocast
+        self.device = device
+        self.module = BSplineKAN(layer.in_features, layer.out_features, layer.grid_size).to(device, layer.dtype)
+        self.module.requires_grad_(requires_grad)
+        x = torch.empty(layer.rows, layer.in_features, device=device).uniform_(-1.2, 1.2).to(layer.dtype)
+        self.x = x.requires_grad_(requires_grad)
+        self.dtype = layer.autocast or layer.dtype  # of the products and the output
+        self.up = torch.randn(layer.rows, layer.out_features, device=device).to(self.dtype)
+        self.parameters = list(self.module.parameters())
+        self.verified = True
+        if implementation in PACKAGES:
+            make, self.verified = PACKAGES[implementation]
+            peer = make(self.module).to(device, layer.dtype).requires_grad_(requires_grad)
+            self.parameters = list(peer.parameters())
+            if self.verified:  # in the order of the layer's own
+                self.parameters = [getattr(peer, name) for name, _ in self.module.named_parameters()]
+            self.function = peer
+        else:
+            function = IMPLEMENTATIONS[implementation]
+            self.function = lambda x: function(x, self.module)
+
+    def forward(self) -> torch.Tensor:
+        with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
+            return self.function(self.x)
+
+    def gradients(self) -> tuple[torch.Tensor, ...]:
+        """By the input and the parameters."""
+        y = self.forward()
+        return torch.autograd.grad(y, [self.x, *self.parameters], self.up.to(y.dtype), allow_unused=not self.verified)
+
+    def exact(self, gradients: bool) -> list[torch.Tensor]:
+        """The output, or the gradients, in double precision."""
+        module, parts = in_float64(self.module), []
+        for x, up in zip(self.x.detach().split(EXACT_ROWS), self.up.split(EXACT_ROWS)):
+            x = x.double().requires_grad_(gradients)
+            y = cox_de_boor_kan(x, module)
+            parts.append(torch.autograd.grad(y, [x, *module.parameters()], up.double()) if gradients else [y.detach()])
+        first, *rest = zip(*parts)
+        return [torch.cat(first), *(sum(of_rows) for of_rows in rest)]
 
 
-def assert_close(value, wanted, dtype):
+def assert_close(value, wanted, setting):
     error = (value - wanted).double().norm() / wanted.double().norm()
-    assert error < 20 * torch.finfo(dtype).eps, f"relative error {float(error):.2e}"
+    # Gradients of parameters are sums over all rows in float32.
+    allowed = 20 * torch.finfo(setting.dtype).eps + torch.finfo(torch.float32).eps * len(setting.x) ** 0.5
+    assert error < allowed, f"relative error {float(error):.2e}"
 
 
-def least_work(layer) -> dict:
-    """FLOPs of the base branch and of the p + 1 bases that are not zero, and bytes in and out."""
-    products = layer.rows * layer.in_features * layer.out_features
-    weights = layer.in_features * layer.out_features * (1 + 8)  # the base branch, and G + p = 8 coefficients
-    values = layer.rows * (layer.in_features + layer.out_features)
-    return {"flops": 2 * products * (1 + 4), "bytes": (weights + values) * layer.dtype.itemsize}
+def skip_if_too_large(implementation, function: Callable) -> None:
+    """Skips the benchmark if a peer finds no room for one call."""
+    if implementation not in PACKAGES:
+        return
+    try:
+        function()
+    except torch.OutOfMemoryError:
+        pytest.skip(f"{implementation} runs out of memory")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def note_peak_memory(benchmark, device: torch.device, function: Callable) -> None:
+    """Bytes that one call takes beyond what was there before, on a GPU, for `benchmark.extra_info`."""
+    if device.type != "cuda":
+        return
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    torch.cuda.synchronize(device)
+    benchmark.extra_info["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+
+
+def least_work(layer) -> tuple:
+    """What the functions of `work.py` begin with; parameters are read as they are stored."""
+    sizes = layer.rows, layer.in_features, layer.out_features, layer.autocast or layer.dtype, layer.grid_size
+    return *sizes, 3, layer.dtype.itemsize
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *PACKAGES])
 def test_forward(benchmark, timed, against_floor, layer, device, implementation):
-    forward = IMPLEMENTATIONS[implementation]
-    module, x = build(layer, device, requires_grad=False)
-    exact = cox_de_boor_kan(x.double(), in_float64(module))
-    assert_close(forward(x, module), exact, layer.dtype)
-    timed(lambda: forward(x, module), f"{layer} forward")
-    against_floor(benchmark, **least_work(layer), dtype=layer.dtype)
+    setting = Setting(layer, device, implementation, requires_grad=False)
+    skip_if_too_large(implementation, setting.forward)
+    if setting.verified:
+        assert_close(setting.forward(), *setting.exact(gradients=False), setting)
+    timed(setting.forward, f"{layer} forward")
+    note_peak_memory(benchmark, device, setting.forward)
+    against_floor(benchmark, **work.bspline_kan(*least_work(layer)), dtype=setting.dtype)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, *PACKAGES])
 def test_forward_and_backward(benchmark, timed, against_floor, layer, device, implementation):
-    forward = IMPLEMENTATIONS[implementation]
-    module, x = build(layer, device, requires_grad=True)
-    inputs = [x, *module.parameters()]
-    up = torch.randn(layer.rows, layer.out_features, device=device).to(layer.dtype)
-
-    exact_module, exact_x = in_float64(module), x.detach().double().requires_grad_()
-    exact = torch.autograd.grad(
-        cox_de_boor_kan(exact_x, exact_module), [exact_x, *exact_module.parameters()], up.double()
-    )
-    for grad, wanted in zip(torch.autograd.grad(forward(x, module), inputs, up), exact):
-        assert_close(grad, wanted, layer.dtype)
-    timed(lambda: torch.autograd.grad(forward(x, module), inputs, up), f"{layer} forward and backward")
-    work = {name: 3 * amount for name, amount in least_work(layer).items()}
-    against_floor(benchmark, **work, dtype=layer.dtype)
+    setting = Setting(layer, device, implementation, requires_grad=True)
+    skip_if_too_large(implementation, setting.gradients)
+    if setting.verified:
+        for gradient, wanted in zip(setting.gradients(), setting.exact(gradients=True), strict=True):
+            assert_close(gradient, wanted, setting)
+    timed(setting.gradients, f"{layer} forward and backward")
+    note_peak_memory(benchmark, device, setting.gradients)
+    arguments = least_work(layer)
+    total = work.both(work.bspline_kan(*arguments), work.bspline_kan_backward(*arguments))
+    against_floor(benchmark, **total, dtype=setting.dtype)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import work
 
 from lesa_kernels import FeatureRing
 
@@ -35,7 +36,7 @@ def test_push(benchmark, timed, against_floor, shape, device, backend, conversio
     for name in ("storage", "sigmas", "cursor", "count"):
         assert torch.equal(getattr(ring, name), getattr(expected, name)), name
     timed(lambda: ring.push(features, next(sigmas)), f"push {shape} {conversion}")
-    against_floor(benchmark, bytes=features.nbytes + ring.storage[0].nbytes)
+    against_floor(benchmark, **work.ring_push(*shape.sizes, stored))
 
 
 @pytest.mark.parametrize("conversion", CONVERSIONS)
@@ -50,4 +51,4 @@ def test_copy(benchmark, timed, against_floor, shape, device, conversion):
     next(slot).copy_(features)
     assert torch.equal(slots[0], features.to(stored))
     timed(lambda: next(slot).copy_(features), f"push {shape} {conversion}")
-    against_floor(benchmark, bytes=features.nbytes + slots[0].nbytes)
+    against_floor(benchmark, **work.ring_push(*shape.sizes, stored))

@@ -4,6 +4,7 @@ import statistics
 
 import pytest
 import torch
+import work
 from diffusers import FluxTransformer2DModel
 
 import lesa
@@ -12,6 +13,7 @@ from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS = 50
 ANCHORS = [0, 1, 2, 3]  # enough to fill the predictor's history
+OUT_CHANNELS = 64
 COMPUTED_ROUNDS, PREDICTED_ROUNDS = 6, 40
 MEDIANS = {}  # of the computed step by model, for the ratio
 
@@ -42,18 +44,9 @@ class Walk:
         return self.pipe.transformer(**self.inputs, timestep=timestep, return_dict=False)[0]
 
 
-def head_bytes(model) -> int:
-    """What a skipped step must move: the anchors and the velocity."""
-    dim = model.num_attention_heads * 64
-    return model.image_tokens * (len(ANCHORS) * dim + 64) * model.dtype.itemsize
-
-
-def step_flops(model) -> int:
-    """What a computed step must compute: the products with weights, and attention."""
-    dim, tokens = model.num_attention_heads * 64, model.image_tokens + model.text_tokens
-    weights = tokens * dim**2 * (12 * model.num_layers + 12 * model.num_single_layers)
-    attention = 2 * tokens**2 * dim * (model.num_layers + model.num_single_layers)
-    return 2 * (weights + attention)
+def dim(model) -> int:
+    """Width of the features."""
+    return model.num_attention_heads * 64
 
 
 @torch.no_grad()
@@ -66,7 +59,9 @@ def test_computed_step(benchmark, timed, against_floor, model, device):
         assert torch.equal(walk.step(), plain)
         timed(walk.step, f"step {model}", rounds=COMPUTED_ROUNDS)
         assert handle.stats.predicted_steps == 0
-    against_floor(benchmark, flops=step_flops(model), dtype=model.dtype)
+    blocks = (model.num_layers, model.num_single_layers)
+    least = work.computed_step(model.image_tokens + model.text_tokens, dim(model), *blocks)
+    against_floor(benchmark, **least, dtype=model.dtype)
     if benchmark.stats is not None:
         MEDIANS[model] = statistics.median(benchmark.stats.stats.data)
 
@@ -87,6 +82,7 @@ def test_predicted_step(benchmark, timed, against_floor, model, device, rank):
         assert (forecast - exact).norm() < 0.1 * exact.norm()
         timed(walk.step, f"step {model}", rounds=PREDICTED_ROUNDS)
         assert handle.stats.computed_steps == len(ANCHORS)
-    against_floor(benchmark, bytes=head_bytes(model))
+    least = work.predict_velocity(1, model.image_tokens, dim(model), model.dtype, OUT_CHANNELS, len(ANCHORS), rank)
+    against_floor(benchmark, **least, dtype=model.dtype)
     if model in MEDIANS and benchmark.stats is not None:
         benchmark.extra_info["over_computed_step"] = statistics.median(benchmark.stats.stats.data) / MEDIANS[model]

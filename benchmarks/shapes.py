@@ -25,29 +25,40 @@ class FeatureShape:
         return self.name
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of one feature map."""
-        return self.batch * self.tokens * self.dim * self.dtype.itemsize
+    def sizes(self) -> tuple[int, int, int, torch.dtype]:
+        """What the functions of `work.py` begin with: batch, tokens, dim, dtype."""
+        return self.batch, self.tokens, self.dim, self.dtype
 
 
 DIGITS = FeatureShape("digits-64", 64, 64, 128, torch.float32)  # the bundled model, 64 samples
+FLUX_512PX = FeatureShape("flux-512px", 1, 1024, 3072, torch.float32)
 FLUX_REDUCED = FeatureShape("flux-1024px-quarter", 1, 1024, 768, torch.float32)  # a quarter of its tokens and width
 FLUX = FeatureShape("flux-1024px", 1, 4096, 3072, torch.bfloat16)
 QWEN_IMAGE = FeatureShape("qwen-image-1328px", 1, 6889, 3072, torch.bfloat16)
 HUNYUAN_VIDEO = FeatureShape("hunyuan-video-480x640x65", 1, 20400, 3072, torch.bfloat16)
 
-FEATURES = {"cpu": (DIGITS, FLUX_REDUCED), "cuda": (DIGITS, FLUX, QWEN_IMAGE, HUNYUAN_VIDEO)}
+FEATURES = {"cpu": (DIGITS, FLUX_REDUCED, FLUX_512PX), "cuda": (DIGITS, FLUX, QWEN_IMAGE, HUNYUAN_VIDEO)}
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A KAN layer from `[rows, in_features]` to `[rows, out_features]`, its input in `dtype`."""
+    """A KAN layer from `[rows, in_features]` to `[rows, out_features]`.
+
+    Args:
+        name: what it is called.
+        rows, in_features, out_features: the sizes.
+        dtype: of the input and the parameters.
+        grid_size: G, the number of intervals; the splines are cubic.
+        autocast: the dtype of the products and the output, if it is another one.
+    """
 
     name: str
     rows: int
     in_features: int
     out_features: int
     dtype: torch.dtype
+    grid_size: int = 5
+    autocast: torch.dtype | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -56,6 +67,8 @@ class LayerShape:
 LAYERS = {
     "cpu": (LayerShape("kan-64", 4096, 64, 64, torch.float32), LayerShape("kan-256", 1024, 256, 256, torch.float32)),
     "cuda": (
+        LayerShape("kan-256-rows-65536", 65536, 256, 256, torch.float32, 8),
+        LayerShape("kan-256-rows-65536-autocast", 65536, 256, 256, torch.float32, 8, torch.bfloat16),
         LayerShape("kan-1024", 8192, 1024, 1024, torch.float32),
         LayerShape("kan-3072", 4096, 3072, 3072, torch.bfloat16),
     ),

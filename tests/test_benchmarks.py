@@ -15,7 +15,9 @@ BENCHMARKS = ROOT / "benchmarks"
 
 CASES = {
     "bench_kan.py::test_forward[kan-256-lesa]": {"floor", "ratio_to_floor", "bytes", "flops"},
-    "bench_predictor.py::test_predict[flux-1024px-quarter-newton-rank0]": {"floor", "ratio_to_floor", "bytes"},
+    "bench_predictor.py::test_predict[flux-1024px-quarter-newton-rank0-lesa]": {"floor", "ratio_to_floor", "bytes"},
+    "bench_predictor.py::test_dense_concatenated[digits-64]": {"floor", "ratio_to_floor", "bytes", "flops"},
+    "bench_predictor.py::test_velocity[digits-64-0-fused]": {"floor", "ratio_to_floor", "bytes", "flops"},
     "bench_predictor.py::test_polynomial[digits-64]": {"floor", "ratio_to_floor", "bytes"},
     "bench_ring.py::test_push[digits-64-torch-kept]": {"floor", "ratio_to_floor", "bytes"},
     "bench_step.py::test_computed_step[flux-13M]": {"floor", "ratio_to_floor", "flops"},
@@ -98,3 +100,28 @@ def test_end_to_end_has_the_size_it_says():
         transformer = FluxTransformer2DModel(**model.transformer_config())
     assert 95e6 < sum(p.numel() for p in transformer.parameters()) < 105e6
     assert model.image_tokens == 1024
+
+
+def test_roofline_writes_a_page(tmp_path):
+    out = tmp_path / "pages" / "roofline.md"
+    printed = run(tmp_path, BENCHMARKS / "roofline.py", "--bandwidth", "1000", "--tflops", "100", "--out", out)
+    page = out.read_text()
+    assert "No time on this page is a measurement" in page and "1.00 TB/s" in page
+    assert (out.parent / "roofline.png").stat().st_size > 10_000
+    # Four anchors and a forecast of 4096 x 3072 bfloat16, and 3 x 3072 x 65 float32: 128.2 MB, 128.2 us at 1 TB/s.
+    row = "| flux-1024px | newton predict, rank 0 | 128.2 | 0.10 | 0.8 | 128.2 | bandwidth |"
+    assert row in page and row in printed
+    # 6 maps of 3072 x 3072 for each of 4096 tokens: 463.9 GFLOP, 4.6 ms at 100 TFLOPS.
+    assert "| flux-1024px | dense predict, K = 6 | 402.7 | 463.86 | 1152.0 | 4638.6 | products |" in page
+
+
+def test_the_committed_roofline_is_that_of_the_code(tmp_path):
+    run(tmp_path, BENCHMARKS / "roofline.py", "--preset", "H200", "--out", tmp_path / "roofline.md")
+    assert (tmp_path / "roofline.md").read_text() == (ROOT / "docs" / "roofline.md").read_text()
+
+
+def test_sanitizer_calls_the_kernels():
+    """In the interpreter here; on a GPU `make gpu` runs it."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    runpy.run_path(BENCHMARKS / "sanitize.py")["layers"](torch.float32, device)

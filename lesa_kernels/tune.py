@@ -1,0 +1,219 @@
+"""`python -m lesa_kernels.tune --out FILE`: finds launch configurations for the GPU at hand.
+
+Each operation runs at the benchmarks' sizes. Starting from the configuration it has now, its settings are tried one
+after the other, each with the best of those before. A configuration can win only if its result equals the first one's.
+The file is written after each operation, so it can be stopped at any time; started again, it goes on with the rest.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lesa_kernels import FusedKANPredictor, OutputHead, PredictorConfig
+from lesa_kernels.bspline_kan import bspline_kan
+
+FEATURES = (1, 4096, 3072)  # FLUX at 1024 x 1024: batch, tokens, width
+TARGET = 0.45
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+STORED = (*FLOATS, torch.float8_e4m3fn)
+PRODUCT = {"BLOCK_K": (32, 64, 128), "GROUP": (4, 8, 16), "num_warps": (4, 8), "num_stages": (2, 3, 4, 5)}
+SWEEP = {"BLOCK_T": (16, 32, 64), "PROGRAMS": (1, 2, 4, 8), "num_warps": (4, 8), "NUM_STAGES": (1, 2, 3)}
+LAYER = {"BLOCK_N": (32, 64, 128), "BLOCK_O": (32, 64, 128, 256), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is tuned.
+
+    Args:
+        prepare: takes a dtype and a device, returns the call to time; the call returns tensors.
+        choices: values of each setting of the configuration; a setting that it does not have is left out.
+        dtypes: a configuration is found for each.
+    """
+
+    prepare: Callable[[torch.dtype, torch.device], Callable[[], tuple[torch.Tensor, ...]]]
+    choices: dict[str, tuple[int, ...]]
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+
+
+def forecast(mixer: str, rank: int = 0, head: bool = False, backward: str = "", cast: bool = False):
+    """Prepares a forecast, one through the head, or the gradient of the forecast by its features or a parameter."""
+
+    def prepare(dtype, device):
+        batch, tokens, width = FEATURES
+        predictor = FusedKANPredictor(PredictorConfig(width, mixer, rank=rank), backend="triton").to(device)
+        for parameter in predictor.parameters():
+            parameter.data.normal_(std=0.1 / math.sqrt(parameter.shape[-1]))
+        if mixer == "dense" and not cast and dtype.itemsize > 1:
+            predictor.to(dtype)  # so that nothing is cast in the kernel
+        predictor.requires_grad_(backward == "weight")
+        ring = predictor.make_ring(batch, tokens, dtype, device)
+        for i in range(ring.capacity):
+            ring.push(torch.randn(batch, tokens, width, device=device), 0.95 - 0.05 * i)
+        ring.storage.requires_grad_(backward == "storage")
+        sigma = torch.full((batch,), TARGET, device=device)
+        if head:
+            weight, scale, shift = (torch.randn(n, width, device=device) for n in (64, batch, batch))
+            output_head = OutputHead(weight / math.sqrt(width), None, scale, shift)
+            return lambda: (predictor.predict_velocity(ring, sigma, output_head),)
+        if not backward:
+            return lambda: (predictor(ring, sigma),)
+        wanted = [ring.storage] if backward == "storage" else list(predictor.parameters())
+        output = predictor(ring, sigma)
+        grad = torch.randn_like(output)
+        return lambda: torch.autograd.grad(output, wanted, grad, retain_graph=True)
+
+    return prepare
+
+
+def layer(rows: int, features: tuple[int, int], grid_size: int, backward: str = ""):
+    """Prepares a KAN layer of cubic splines, or its gradient by its input or its weights."""
+
+    def prepare(dtype, device):
+        n_in, n_out = features
+
+        def randn(*shape):
+            return torch.randn(shape, device=device, dtype=dtype)
+
+        x = randn(rows, n_in).requires_grad_(backward == "x")
+        weights = [randn(n_out, n_in), randn(n_out, n_in, grid_size + 3)]
+        for weight in weights:
+            weight.requires_grad_(backward == "weight")
+        if not backward:
+            return lambda: (bspline_kan(x, *weights, None, grid_size, 3, backend="triton"),)
+        y = bspline_kan(x, *weights, None, grid_size, 3, backend="triton")
+        grad, wanted = torch.randn_like(y), [x] if backward == "x" else weights
+        return lambda: torch.autograd.grad(y, wanted, grad, retain_graph=True)
+
+    return prepare
+
+
+WIDE, NARROW = (65536, (256, 256), 8), (65536, (8, 8), 100)
+_NEWTON = {"BLOCK_D": (32, 64, 128, 256, 512), **SWEEP}
+_DENSE = {"BLOCK_R": (64, 128, 256), "BLOCK_C": (64, 128, 256), **PRODUCT}
+_LAYER = {"BLOCK_I": (16, 32, 64), **LAYER}
+OPERATIONS = {
+    "newton_predict": Operation(forecast("newton"), _NEWTON, STORED),
+    "newton_predict_residual": Operation(forecast("newton", 32), _NEWTON, STORED),
+    "newton_predict_bwd": Operation(forecast("newton", 32, backward="weight"), _NEWTON),
+    "newton_velocity": Operation(forecast("newton", head=True), _NEWTON, STORED),
+    "newton_velocity_residual": Operation(forecast("newton", 32, head=True), _NEWTON, STORED),
+    "dense_predict": Operation(forecast("dense"), _DENSE),
+    "dense_predict_cast": Operation(
+        forecast("dense", cast=True), _DENSE, (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+    ),
+    "dense_predict_bwd_alpha": Operation(forecast("dense", backward="weight"), _DENSE),
+    "dense_predict_bwd_mix_weight": Operation(forecast("dense", backward="weight"), _DENSE),
+    "dense_predict_bwd_storage": Operation(forecast("dense", backward="storage"), _DENSE),
+    "bspline_kan_fwd": Operation(layer(*WIDE), _LAYER),
+    "bspline_kan_fwd_warp_groups": Operation(layer(*WIDE), _LAYER),
+    "bspline_kan_fwd_gather": Operation(layer(*NARROW), LAYER),
+    "bspline_kan_bwd_x": Operation(layer(*WIDE, backward="x"), _LAYER),
+    "bspline_kan_bwd_x_wide": Operation(layer(8192, (1024, 1024), 8, backward="x"), _LAYER),
+    "bspline_kan_bwd_x_gather": Operation(layer(*NARROW, backward="x"), LAYER),
+    "bspline_kan_bwd_weight": Operation(layer(*WIDE, backward="weight"), {"BLOCK_M": (2, 4, 8), **_LAYER}),
+}
+
+
+def best_config(start: dict[str, int], choices: dict[str, tuple[int, ...]], measure: Callable) -> dict[str, int]:
+    """The fastest configuration, one setting after the other; one less than 1 % faster doesn't count.
+
+    Args:
+        start: where to begin; it has every setting.
+        choices: values to try.
+        measure: takes a configuration, returns the seconds of a call; infinite if it can't or must not be used.
+    """
+    best, seconds = dict(start), measure(start)
+    for name in choices:
+        for value in choices[name] if name in start else ():
+            candidate = {**best, name: value}
+            if candidate != best and (taken := measure(candidate)) < 0.99 * seconds:
+                best, seconds = candidate, taken
+    return best
+
+
+class Timer:
+    """`timer(config)` times an operation on the GPU in that configuration, which is infinite if its result is wrong."""
+
+    def __init__(self, operation: str, dtype: torch.dtype, device: torch.device, folder: str):
+        self.operation, self.dtype, self.folder = operation, dtype, Path(folder)
+        self.call = OPERATIONS[operation].prepare(dtype, device)
+        self.expected = [t.double() for t in self.call()]
+        self.numbers = itertools.count()
+
+    def __call__(self, config: dict[str, int]) -> float:
+        from triton.errors import TritonError
+        from triton.testing import do_bench
+
+        # A file of its own for each: configurations are read once.
+        file = self.folder / f"{self.operation}-{self.dtype}-{next(self.numbers)}.json"
+        file.write_text(json.dumps({self.operation: {str(self.dtype).removeprefix("torch."): config}}))
+        before = os.environ.get("LESA_TUNED")
+        os.environ["LESA_TUNED"] = str(file)
+        try:
+            if not self._is_right(self.call()):
+                return math.inf
+            return do_bench(self.call, return_mode="median") * 1e-3
+        except TritonError:  # too much shared memory, or a size that does not compile
+            return math.inf
+        finally:
+            os.environ.pop("LESA_TUNED")
+            if before is not None:
+                os.environ["LESA_TUNED"] = before
+
+    def _is_right(self, results: tuple[torch.Tensor, ...]) -> bool:
+        for result, expected in zip(results, self.expected):
+            allowed = 4 * torch.finfo(result.dtype).eps * expected.norm()
+            if not (result.double() - expected).norm() <= allowed:  # NaN is wrong too
+                return False
+        return True
+
+
+def tune(out: Path, device: torch.device, timer: Callable = Timer) -> None:
+    """Tunes every operation and dtype that `out` does not have yet, and writes it after each."""
+    from lesa_kernels._triton import launch_config
+
+    found = json.loads(out.read_text()) if out.exists() else {}
+    todo = [(name, dtype) for name, operation in OPERATIONS.items() for dtype in operation.dtypes]
+    with tempfile.TemporaryDirectory() as folder, tqdm(todo, unit="configuration") as bar:
+        for name, dtype in bar:
+            key = str(dtype).removeprefix("torch.")
+            bar.set_description(f"{name} {key}")
+            if key in found.get(name, {}):
+                continue
+            start = launch_config(name, dtype, device)
+            best = best_config(start, OPERATIONS[name].choices, timer(name, dtype, device, folder))
+            found.setdefault(name, {})[key] = best
+            unfinished = out.with_name(out.name + ".new")
+            unfinished.write_text(json.dumps(found, indent=2) + "\n")
+            unfinished.replace(out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m lesa_kernels.tune", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write, or to go on with")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("it times kernels on a CUDA GPU, and torch finds none here")
+    device = torch.device("cuda", torch.cuda.current_device())
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    tune(options.out, device)
+
+    from lesa_kernels._triton import TUNED_FOLDER, tuned_name
+
+    print(f"wrote {options.out}; to use it, set LESA_TUNED to its path, or copy it to")
+    print(TUNED_FOLDER / f"{tuned_name(device)}.json")
+
+
+if __name__ == "__main__":
+    main()

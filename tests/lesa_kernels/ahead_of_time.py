@@ -1,0 +1,322 @@
+"""Compiles every kernel for GPUs that are not there, as the public calls would launch it, and reads what came out.
+
+`python tests/lesa_kernels/ahead_of_time.py --out report.json` calls each case of `CASES` at each of its sizes and
+dtypes for sm_80, sm_90 and sm_100. The tensors are on the CPU and are never touched. Triton is told of a GPU, and each
+launch compiles and is recorded instead. Unset `TRITON_INTERPRET`, which makes kernels that can't be compiled.
+
+To add a kernel, add a `Case`. The tests in `test_ahead_of_time.py` then hold for it.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig
+from lesa_kernels.bspline_kan import bspline_kan
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from shapes import FLUX, HUNYUAN_VIDEO, QWEN_IMAGE, FeatureShape, LayerShape  # noqa: E402
+
+# Multiprocessors of an A100, an H100 or H200, and a B200: grids depend on it.
+ARCHITECTURES = {80: 108, 90: 132, 100: 148}
+SHARED_MEMORY_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+WORKERS = 2
+
+# What is counted in a kernel's PTX.
+INSTRUCTIONS = {
+    "mma": r"\bmma\.sync",
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05": r"\btcgen05\.mma",
+    "cp_async": r"\bcp\.async\.c[ag]",
+    "cp_async_16_bytes": r"\bcp\.async\.c[ag]\.[^;]*, (?:0x10|16)\b",
+    "tma": r"\bcp\.async\.bulk",
+    "load": r"\bld\.global",
+    "load_16_bytes": r"\bld\.global\S*\.(?:v4\.[bfsu]32|v2\.[bfsu]64|v8\.[bfsu]32|v4\.[bfsu]64|b128)",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One public call.
+
+    Args:
+        name: of the call, for the tests' ids.
+        call: takes a size, whose dtype is that of the stored features or of the layer, makes the arguments and calls.
+        sizes: where it is called.
+        dtypes: in which of the dtypes.
+        launches: kernels that one call may launch; any number if None.
+        products: "large" if its matrix products must run on what the architecture has for large ones (mma, wgmma,
+            tcgen05), "small" if any tensor-core instruction will do, None if it has none.
+        vectorised: whether it must read global memory 16 bytes at a time.
+        may_spill: dtypes in which it is run too seldom for its registers to matter.
+    """
+
+    name: str
+    call: Callable[[FeatureShape | LayerShape], object]
+    sizes: tuple[FeatureShape | LayerShape, ...] = (FLUX, QWEN_IMAGE, HUNYUAN_VIDEO)
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
+    launches: int | None = 1
+    products: str | None = None
+    vectorised: bool = False
+    may_spill: tuple[torch.dtype, ...] = ()
+
+
+def empty_ring(predictor: FusedKANPredictor, size: FeatureShape) -> FeatureRing:
+    """A ring on the CPU whose memory is only reserved."""
+    ring = predictor.make_ring(size.batch, size.tokens, size.dtype, "meta")
+    for name, buffer in vars(ring).items():
+        if isinstance(buffer, torch.Tensor):
+            setattr(ring, name, torch.empty_like(buffer, device="cpu"))
+    ring.device = torch.device("cpu")
+    return ring
+
+
+def empty_predictor(size: FeatureShape, mixer: str, cast: bool = False, **options) -> FusedKANPredictor:
+    """A predictor on the CPU whose memory is only reserved: float32, or the features' dtype if it is cast to that."""
+    with torch.device("meta"):
+        predictor = FusedKANPredictor(PredictorConfig(size.dim, mixer, **options), backend="triton")
+    if cast and size.dtype.itemsize > 1:
+        predictor.to(size.dtype)
+    return predictor.to_empty(device="cpu").requires_grad_(False)
+
+
+def predict(mixer: str, **options) -> Callable[[FeatureShape], object]:
+    """A call of a predictor."""
+
+    def call(size):
+        predictor = empty_predictor(size, mixer, **options)
+        return predictor(empty_ring(predictor, size), 0.5)
+
+    return call
+
+
+def predict_backward(mixer: str, **options) -> Callable[[FeatureShape], object]:
+    """A call of a predictor, and the gradients by its parameters and the features."""
+
+    def call(size):
+        predictor = empty_predictor(size, mixer, **options).requires_grad_()
+        ring = empty_ring(predictor, size)
+        ring.storage.requires_grad_()
+        output = predictor(ring, 0.5)
+        torch.autograd.grad(output, [ring.storage, *predictor.parameters()], torch.empty_like(output))
+
+    return call
+
+
+def velocity(rank: int) -> Callable[[FeatureShape], object]:
+    """A call of newton and the output head together."""
+
+    def call(size):
+        predictor = empty_predictor(size, "newton", rank=rank)
+        dtype = torch.bfloat16 if size.dtype.itemsize == 1 else size.dtype
+        weight = torch.empty(64, size.dim, dtype=dtype)
+        scale, shift = torch.empty(2, size.batch, size.dim, dtype=dtype)
+        head = OutputHead(weight, torch.empty(64, dtype=dtype), scale, shift)
+        return predictor.predict_velocity(empty_ring(predictor, size), 0.5, head)
+
+    return call
+
+
+def layer(grid_size: int, spline_order: int, backward: bool = False) -> Callable[[LayerShape], object]:
+    """A call of the KAN layer, and of its gradients if need be."""
+
+    def call(size):
+        x = torch.empty(size.rows, size.in_features, dtype=size.dtype, requires_grad=backward)
+        shape = (size.out_features, size.in_features)
+        base_weight = torch.empty(shape, dtype=size.dtype, requires_grad=backward)
+        spline_weight = torch.empty(*shape, grid_size + spline_order, dtype=size.dtype, requires_grad=backward)
+        y = bspline_kan(x, base_weight, spline_weight, None, grid_size, spline_order, backend="triton")
+        if backward:
+            torch.autograd.grad(y, [x, base_weight, spline_weight], torch.empty_like(y))
+
+    return call
+
+
+TRAINING = FeatureShape("training", 1, 256, 3072, torch.bfloat16)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+WIDE = LayerShape("kan-256", 65536, 256, 256, torch.bfloat16)
+WIDER = LayerShape("kan-1024", 8192, 1024, 1024, torch.bfloat16)
+NARROW = LayerShape("kan-8", 65536, 8, 8, torch.bfloat16)
+
+
+def gradient(name: str, call: Callable, *sizes: FeatureShape | LayerShape, products: str | None = None) -> Case:
+    """A case with a backward: any number of kernels, and float32, which is slow to train in anyway, may spill."""
+    return Case(name, call, sizes, FLOATS, None, products, may_spill=(torch.float32,))
+
+
+CASES = [
+    Case("newton_predict-rank0", predict("newton", rank=0), vectorised=True),
+    Case("newton_predict-rank32", predict("newton", rank=32), products="small", vectorised=True),
+    Case("newton_velocity-rank0", velocity(0), products="small", vectorised=True),
+    Case("newton_velocity-rank32", velocity(32), products="small", vectorised=True),
+    Case("dense_predict", predict("dense", cast=True), products="large", vectorised=True),
+    Case("dense_predict-cast", predict("dense"), dtypes=(torch.bfloat16,), products="large", vectorised=True),
+    gradient("newton_predict-rank0-backward", predict_backward("newton", rank=0), TRAINING),
+    gradient("newton_predict-rank32-backward", predict_backward("newton", rank=32), TRAINING, products="small"),
+    gradient("dense_predict-backward", predict_backward("dense", cast=True), TRAINING, products="large"),
+    Case("bspline_kan", layer(8, 3), (WIDE,), FLOATS, products="large"),
+    gradient("bspline_kan-backward", layer(8, 3, backward=True), WIDE, WIDER, products="large"),
+    gradient("bspline_kan-narrow", layer(100, 3, backward=True), NARROW),
+]
+
+
+def units(only: str = "", architectures=tuple(ARCHITECTURES)) -> list[tuple[int, str, torch.dtype]]:
+    """What is compiled in one go: architecture, case and dtype, those whose `id_of` contains `only`."""
+    found = [
+        (architecture, case.name, dtype)
+        for case in CASES
+        for dtype, architecture in itertools.product(case.dtypes, architectures)
+    ]
+    return [unit for unit in found if only in id_of(*unit)]
+
+
+def id_of(architecture: int, case: str, dtype: torch.dtype) -> str:
+    """The name of a unit, such as "sm_90-newton_predict-bfloat16"."""
+    return f"sm_{architecture}-{case}-{str(dtype).removeprefix('torch.')}"
+
+
+def compile_unit(architecture: int, case: str, dtype: torch.dtype) -> dict:
+    """Calls a case at all of its sizes for one architecture.
+
+    Returns:
+        `id`, `seconds`, `launches`: the keys of the kernels that each size launches, in order; `kernels`: what is
+        known of each; `error`: the traceback of what went wrong, or None.
+    """
+    started = time.perf_counter()
+    (found,) = [each for each in CASES if each.name == case]
+    launches, kernels, error = {}, {}, None
+    try:
+        launched = _pretend(architecture)
+        for size in found.sizes:
+            launched.clear()
+            found.call(replace(size, dtype=dtype))
+            launches[str(size)] = [kernel.hash for kernel in launched]
+            kernels.update({k.hash: resources(k) for k in launched if k.hash not in kernels})
+    except Exception:
+        error = traceback.format_exc()
+    return {
+        "id": id_of(architecture, case, dtype),
+        "seconds": time.perf_counter() - started,
+        "launches": launches,
+        "kernels": kernels,
+        "error": error,
+    }
+
+
+def _pretend(architecture: int) -> list:
+    """Makes Triton compile for `architecture`, and returns the list that gets every kernel that is launched."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    launched = _recorded()
+    driver.set_active(_Driver(GPUTarget("cuda", architecture, 32)))
+    import lesa_kernels._triton as shared
+
+    # Before the launchers are imported: they take it from there.
+    shared.multiprocessors = lambda device: ARCHITECTURES[driver.active.get_current_target().arch]
+    return launched
+
+
+class _Driver:
+    """A driver of one GPU that nobody may launch on."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@cache
+def _recorded() -> list:
+    """Every launch from now on compiles only, and appends its kernel here. Triton may be named as backend on a CPU."""
+    from triton.runtime.jit import JITFunction
+
+    import lesa_kernels._dispatch as dispatch
+
+    run, launched = JITFunction.run, []
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        launched.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        return launched[-1]
+
+    JITFunction.run = compile_only
+    dispatch._interprets = lambda: True
+    return launched
+
+
+def resources(kernel) -> dict:
+    """What a compiled kernel takes: registers, bytes of stack, local and shared memory, and counts of instructions."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    return {
+        "name": kernel.metadata.name,
+        "warps": kernel.metadata.num_warps,
+        "registers": numbers["REG"],
+        "stack": numbers["STACK"],
+        "local": numbers["LOCAL"],
+        "shared": max(kernel.metadata.shared, numbers["SHARED"]),
+        "instructions": {name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in INSTRUCTIONS.items()},
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file to write; printed as a table too")
+    parser.add_argument("--only", default="", help="a part of the ids to compile, such as sm_90-newton")
+    options = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET"):
+        parser.error("unset TRITON_INTERPRET: interpreted kernels can't be compiled")
+    rows = []
+    # Fresh interpreters: torch has started threads here.
+    with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(compile_unit, *unit) for unit in units(options.only)]):
+            rows.append(done.result())
+            print(_lines(rows[-1]), flush=True)
+    if options.out is not None:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    if any(row["error"] for row in rows):
+        sys.exit(1)
+
+
+def _lines(row: dict) -> str:
+    lines = [f"{row['id']}  {row['seconds']:.1f} s"]
+    for kernel in row["kernels"].values():
+        counts = " ".join(f"{name}:{count}" for name, count in kernel["instructions"].items() if count)
+        memory = f"{kernel['stack']} stack, {kernel['local']} local, {kernel['shared']} shared"
+        lines.append(f"    {kernel['name']}: {kernel['registers']} registers, {memory}; {counts}")
+    return "\n".join(lines + ([row["error"]] if row["error"] else []))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Every kernel compiles for sm_80, sm_90 and sm_100, without a GPU, and its resources are as they should be."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="there is nothing to compile with")
+
+SCRIPT = Path(__file__).with_name("ahead_of_time.py")
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("ahead_of_time", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+ahead_of_time = load_script()
+CASES = {case.name: case for case in ahead_of_time.CASES}
+UNITS = {ahead_of_time.id_of(*unit): unit for unit in ahead_of_time.units()}
+TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+
+
+def run_script(*arguments, **environment):
+    inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "LESA_TUNED")}
+    command = [sys.executable, SCRIPT, *arguments]
+    return subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """Id -> what `compile_unit` returned. A cache of its own: nothing may be taken from an earlier run."""
+    folder = tmp_path_factory.mktemp("ahead_of_time")
+    result = run_script("--out", folder / "report.json", TRITON_CACHE_DIR=str(folder / "cache"))
+    assert (folder / "report.json").is_file(), result.stdout + result.stderr
+    return {unit["id"]: unit for unit in json.loads((folder / "report.json").read_text())}
+
+
+@pytest.fixture(params=UNITS)
+def unit(request):
+    return UNITS[request.param]
+
+
+@pytest.fixture
+def case(unit):
+    return CASES[unit[1]]
+
+
+@pytest.fixture
+def found(report, unit):
+    row = report[ahead_of_time.id_of(*unit)]
+    assert row["error"] is None, row["error"]
+    return row
+
+
+def test_everything_was_compiled(report):
+    assert set(report) == set(UNITS)
+
+
+def test_launches_as_many_kernels_as_it_says(case, found):
+    assert set(found["launches"]) == {str(size) for size in case.sizes}
+    for size, launched in found["launches"].items():
+        assert len(launched) == case.launches if case.launches is not None else launched, size
+
+
+def test_shared_memory_is_within_the_limit(unit, found):
+    for kernel in found["kernels"].values():
+        assert kernel["shared"] <= ahead_of_time.SHARED_MEMORY_LIMITS[unit[0]], kernel
+
+
+def test_spills_no_registers(unit, case, found):
+    if unit[2] in case.may_spill:
+        pytest.skip("it is seldom run in this dtype")
+    for kernel in found["kernels"].values():
+        assert kernel["stack"] == kernel["local"] == 0, kernel
+
+
+def test_multiplies_on_tensor_cores(unit, case, found):
+    architecture, _, dtype = unit
+    if case.products is None:
+        pytest.skip("it has no matrix products")
+    if dtype == torch.float32:
+        pytest.skip("float32 is multiplied in float32")
+    large = case.products == "large"
+    wanted = {TENSOR_CORES[architecture]} if large else {*TENSOR_CORES.values()}
+    kernels = found["kernels"].values()
+    assert any(kernel["instructions"][name] for kernel in kernels for name in wanted), found["kernels"]
+
+
+def test_reads_16_bytes_at_a_time(case, found):
+    if not case.vectorised:
+        pytest.skip("its time is not that of reading memory")
+    for kernel in found["kernels"].values():
+        counts = kernel["instructions"]
+        assert counts["load_16_bytes"] or counts["cp_async_16_bytes"] or counts["tma"], kernel
+
+
+def test_the_script_refuses_the_interpreter():
+    result = run_script(TRITON_INTERPRET="1")
+    assert result.returncode == 2 and "unset TRITON_INTERPRET" in result.stderr
