@@ -14,6 +14,7 @@ from lesa_kernels.predictor.config import PredictorConfig
 from lesa_kernels.predictor.op import (
     FLOAT_DTYPES,
     dense_predict,
+    fits_velocity_kernel,
     newton_backend,
     newton_predict,
     newton_velocity,
@@ -148,13 +149,14 @@ class FusedKANPredictor(nn.Module):
         state = (*self._state(ring), self._target(ring, sigma))
         return newton_velocity(*state, *self._experts(), head, *self._shape(), backend=self.backend)
 
-    def fuses_velocity(self, ring: FeatureRing) -> bool:
-        """Whether `predict_velocity` from this ring is one kernel, for heads that the kernel is made for."""
+    def fuses_velocity(self, ring: FeatureRing, outs: int) -> bool:
+        """Whether `predict_velocity` from this ring with a head of `outs` outputs is one kernel."""
         if self.config.mixer == "dense":
             return False
         state = (*self._state(ring), ring.sigmas[0])
         order = self.config.spline_order
-        return newton_backend(*state, *self._experts(), order, self.backend, "newton_velocity") == "triton"
+        backend = newton_backend(*state, *self._experts(), order, self.backend, "newton_velocity")
+        return backend == "triton" and fits_velocity_kernel(ring.storage, outs, self.down)
 
     def _state(self, ring: FeatureRing) -> tuple:
         if ring.dim != self.config.feature_dim:

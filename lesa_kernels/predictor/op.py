@@ -18,6 +18,7 @@ STORED_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)
 # What the kernels are written for; plain torch does the rest.
 KERNEL_DEGREES = range(1, 6)
 KERNEL_HEAD_OUTPUTS = 256
+KERNEL_SCRATCH_BYTES = 1 << 30
 
 _STATE = ("storage", "scales", "sigmas", "cursor", "count", "sigma")
 _UNITS = ("in_weight", "in_bias", "spline", "out_weight", "out_bias")
@@ -340,8 +341,9 @@ def newton_velocity(
 ) -> torch.Tensor:
     """A whole skipped step: Newton's forecast and the output head applied to it, without the forecast in memory.
 
-    On Triton this is one kernel that reads each anchor once and writes the velocities, for heads of up to 256 outputs.
-    Other backends, wider heads and calls that need a gradient forecast first and apply the head to the result.
+    On Triton this is one kernel that reads each anchor once and writes the velocities. It is made for heads of up to
+    256 outputs, and takes scratch memory of about `4 B T ceil(D / BLOCK_D) (O + 2 R + 2)` bytes, of a GiB at most.
+    Other backends, larger sizes and calls that need a gradient forecast first and apply the head to the result.
 
     Args:
         head: the head's weights and this step's modulation.
@@ -369,10 +371,29 @@ def newton_velocity(
     check_tensor("head.weight", head.weight, ("O", "D"))
     parts = (head.weight, head.bias, head.scale, head.shift)
     chosen = newton_backend(*state, *experts, spline_order, backend, "newton_velocity")
-    fits = len(head.weight) <= KERNEL_HEAD_OUTPUTS and _has_kernels(storage, sigmas, sigma, spline_order, *parts)
-    if chosen == "triton" and fits and not _needs_gradient(storage, *experts, *parts):
+    fits = _has_kernels(storage, sigmas, sigma, spline_order, *parts) and not _needs_gradient(storage, *experts, *parts)
+    if chosen == "triton" and fits and fits_velocity_kernel(storage, head.weight.shape[0], down):
         return torch.ops.lesa_kernels.newton_velocity(*state, *experts, *parts, head.eps, *shape)
     return output_head(newton_predict(*state, *experts, *shape, backend=chosen), head)
+
+
+def fits_velocity_kernel(storage: torch.Tensor, outs: int, down: torch.Tensor | None) -> bool:
+    """Whether a skipped step of this size, with `outs` outputs, is one kernel.
+
+    It is if the head is no wider than the kernel is made for, and what its programs leave for each other at most a GiB.
+    """
+    rank = 0 if down is None else down.shape[1]
+    return (
+        outs <= KERNEL_HEAD_OUTPUTS
+        and _velocity_scratch(tuple(storage.shape), storage.dtype, storage.device, outs, rank) <= KERNEL_SCRATCH_BYTES
+    )
+
+
+@torch.compiler.assume_constant_result
+def _velocity_scratch(shape, dtype, device, outs, rank) -> int:
+    from lesa_kernels.predictor.kernels.velocity import VelocityLaunch
+
+    return 4 * sum(VelocityLaunch(shape, dtype, device, outs, rank).scratch)
 
 
 def _newton_velocity(*args):

@@ -245,7 +245,8 @@ class _CacheHook(StepHook):
 
     def _predict(self, step, ring, sigma, call, stats):
         """The transformer's output at a skipped step, and the forecast, or None if it was never in memory."""
-        if self.predictor.config.history == "anchors" and self.predictor.fuses_velocity(ring):
+        keeps_none = self.predictor.config.history == "anchors"
+        if keeps_none and self.predictor.fuses_velocity(ring, self.adapter.out_features):
             reason = self.adapter.why_head_not_plain(self._capture.id)
             if reason is None:
                 head = self.adapter.head_of(call, ring.dtype)

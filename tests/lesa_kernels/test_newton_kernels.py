@@ -31,6 +31,7 @@ def seeded(seed=0):
 
 def trained(config, device, seed=0):
     """A predictor whose every parameter counts, and whose forecasts stay of the size of the features."""
+    torch.manual_seed(seed)
     predictor = FusedKANPredictor(config, backend="triton")
     generator = seeded(seed)
     with torch.no_grad():
@@ -40,8 +41,11 @@ def trained(config, device, seed=0):
     return predictor.to(device)
 
 
-def filled_ring(config, device, pushes, tokens=5, dtype=torch.float32, capacity=None, mean=0.0, seed=1):
-    """A ring whose row b got `pushes[b]` features at falling sigmas; memory that nobody wrote is NaN."""
+def filled_ring(config, device, pushes, sigmas, tokens=5, dtype=torch.float32, capacity=None, mean=0.0, seed=1):
+    """A ring whose row b got `pushes[b]` features at levels that fall towards `sigmas[b]`, 0.06 apart.
+
+    Memory that nobody wrote is NaN.
+    """
     generator = seeded(seed)
     ring = FeatureRing(capacity or config.max_history, len(pushes), tokens, config.feature_dim, dtype)
     ring.storage.view(torch.uint8).fill_(0xFF)
@@ -51,7 +55,7 @@ def filled_ring(config, device, pushes, tokens=5, dtype=torch.float32, capacity=
         steady = torch.randn(1, tokens, config.feature_dim, generator=generator) + mean
         for i in range(count):
             feature = steady + 0.3 * torch.randn(1, tokens, config.feature_dim, generator=generator)
-            ring.push(feature.to(wide), 0.95 - 0.06 * i, rows=[row])
+            ring.push(feature.to(wide), sigmas[row] + 0.05 + 0.06 * (count - 1 - i), rows=[row])
     for name in ("storage", "scales", "sigmas", "cursor", "count"):
         if getattr(ring, name) is not None:
             setattr(ring, name, getattr(ring, name).to(device))
@@ -134,13 +138,10 @@ PUSHES = [0, 1, 2, 3, 4, 9]
 SIGMAS = [0.5, 0.42, 0.05, 0.7, 0.3, 0.1]
 
 
-def make(name, device, dtype=torch.float32, pushes=PUSHES, tokens=5, **options):
+def make(name, device, dtype=torch.float32, pushes=PUSHES, tokens=5, sigmas=SIGMAS, **options):
     config = CONFIGS[name]
-    ring = filled_ring(config, device, pushes, tokens, dtype, **options)
-    sigma = torch.tensor(SIGMAS[: len(pushes)], device=device)
-    if config.max_history > 4:  # high orders far out would only test how they lose digits
-        sigma = torch.tensor([0.95 - 0.06 * max(n - 1, 0) - 0.05 for n in pushes], device=device)
-    return trained(config, device), ring, sigma
+    ring = filled_ring(config, device, pushes, sigmas, tokens, dtype, **options)
+    return trained(config, device), ring, torch.tensor(sigmas[: len(pushes)], device=device)
 
 
 @torch.no_grad()
@@ -176,6 +177,35 @@ def test_float8_is_decoded_by_its_bits_where_triton_has_no_such_type(kernel_devi
 
 
 @torch.no_grad()
+def test_taps_may_be_out_of_float16s_range(kernel_device):
+    """Anchors 0.06 apart, a target ten times as far away: the third tap is a thousand times the anchors."""
+    predictor, ring, _ = make("rank3", kernel_device, torch.float16, pushes=[4, 4], sigmas=[0.5, 0.4])
+    predictor.out_weight.zero_()
+    predictor.out_bias.fill_(1e-4)
+    predictor.up.mul_(1e-4)
+    ring.storage.mul_(50)
+    sigma, head = torch.tensor([-1.9, -1.8], device=kernel_device), make_head(ring, 4)
+    exact = exact_forecast(predictor, ring, sigma)
+    largest = max(float(t.abs().max()) for t in newton_taps(ring, sigma))
+    assert largest > torch.finfo(torch.float16).max > 10 * exact.abs().max()
+    error = (predictor(ring, sigma).double() - exact).abs().max()
+    assert error < 0.02 * exact.abs().max()
+    wanted = output_head(exact, in_float64(head))
+    assert (predictor.predict_velocity(ring, sigma, head).double() - wanted).abs().max() < 0.02 * wanted.abs().max()
+
+
+def newton_taps(ring, sigma):
+    """The taps of every row with four anchors, one tensor for each order."""
+    slots = (ring.cursor - 1 - torch.arange(4, device=ring.device)[:, None]) % ring.capacity
+    rows = torch.arange(ring.batch, device=ring.device)
+    s, g, reach = ring.sigmas[slots, rows].double(), ring.storage[slots, rows].double(), 1.0
+    for j in range(1, 4):
+        g = (g[:-1] - g[1:]) / (s[:-j] - s[j:])[..., None, None]
+        reach = reach * (sigma.double() - s[j - 1])
+        yield g[0] * reach[:, None, None]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("tokens", [0, 1, 33])
 def test_numbers_of_tokens(tokens, kernel_device):
     predictor, ring, sigma = make("windows", kernel_device, pushes=PUSHES[1:], tokens=tokens)
@@ -204,11 +234,11 @@ def test_storage_with_strides_and_bad_alignment(dtype, kernel_device):
 
 @torch.no_grad()
 def test_each_sample_is_in_a_stage_of_its_own(kernel_device):
-    predictor, ring, sigma = make("five-stages", kernel_device, pushes=[4, 4, 4, 4, 4])
-    sigma = torch.tensor([0.9, 0.8, 0.5, 0.3, 0.1], device=kernel_device)  # one of them on a bound
+    levels = [0.9, 0.8, 0.5, 0.3, 0.1]  # one of them on a bound
+    predictor, ring, sigma = make("five-stages", kernel_device, pushes=[4, 4, 4, 4, 4], sigmas=levels)
     together = predictor(ring, sigma)
     for row in range(5):
-        alone = filled_ring(predictor.config, kernel_device, [4])
+        alone = filled_ring(predictor.config, kernel_device, [4], levels[row:])
         for name in ("storage", "sigmas"):
             getattr(alone, name).copy_(getattr(ring, name)[:, row : row + 1])
         assert torch.equal(predictor(alone, sigma[row : row + 1])[0], together[row])
@@ -313,7 +343,7 @@ def launches(monkeypatch):
     return seen
 
 
-def test_which_kernels_run(kernel_device, launches):
+def test_which_kernels_run(kernel_device, launches, monkeypatch):
     predictor, ring, sigma = make("blocks", kernel_device, pushes=[4, 3])
     head = make_head(ring, 4)
     with torch.no_grad():
@@ -325,6 +355,13 @@ def test_which_kernels_run(kernel_device, launches):
         expected = output_head(predictor(ring, sigma), wide)
         assert torch.equal(predictor.predict_velocity(ring, sigma, wide), expected)  # wider than the kernel is made for
         assert launches[2:] == ["_newton_predict_fwd_kernel"] * 2
+        assert predictor.fuses_velocity(ring, 4) and not predictor.fuses_velocity(ring, 257)
+        monkeypatch.setattr(op, "KERNEL_SCRATCH_BYTES", 1000)  # more than that is left for whoever finishes
+        assert not predictor.fuses_velocity(ring, 4)
+        torch.testing.assert_close(
+            predictor.predict_velocity(ring, sigma, head), output_head(predictor(ring, sigma), head)
+        )
+        assert launches[4:] == ["_newton_predict_fwd_kernel"] * 2
         in_torch(predictor)(ring, sigma)
     del launches[:]
     predictor.predict_velocity(ring, sigma, head).sum().backward()  # through the forecast, which has a gradient
@@ -465,7 +502,7 @@ def test_parameters_may_be_narrow(kernel_device):
 @pytest.mark.parametrize("change", [{"spline_order": 6}, {}], ids=["degree", "float64"])
 def test_what_the_kernels_are_not_made_for_runs_in_torch(change, kernel_device):
     config = PredictorConfig(8, rank=2, hidden=5, **change)
-    predictor, ring = trained(config, kernel_device), filled_ring(config, kernel_device, [4, 3])
+    predictor, ring = trained(config, kernel_device), filled_ring(config, kernel_device, [4, 3], [0.5, 0.2])
     sigma = torch.tensor([0.5, 0.2], device=kernel_device)
     if not change:
         predictor, ring.storage = predictor.double(), ring.storage.double()

@@ -80,11 +80,18 @@ def read_residual(
 def residual_of(
     read, up, stage, channels, D: tl.constexpr, RANK: tl.constexpr, OPERAND: tl.constexpr, INTERPRETED: tl.constexpr
 ):
-    """`up @ read` for a block of channels: `[BLOCK_T, channels]`."""
+    """`up @ read` for a block of channels: `[BLOCK_T, channels]`.
+
+    What taps far from their anchors give may be out of float16's range, even where the residual is not.
+    """
+    if tl.float16 == OPERAND:
+        operand: tl.constexpr = tl.float32
+    else:
+        operand: tl.constexpr = OPERAND
     ranks = tl.arange(0, read.shape[1])
     exist = (channels < D)[None, :] & (ranks < RANK)[:, None]
     map = tl.load(up + (stage * D + channels)[None, :] * RANK + ranks[:, None], exist, 0.0)
-    return rounded_dot(read, map, tl.zeros([read.shape[0], channels.shape[0]], tl.float32), OPERAND, INTERPRETED)
+    return rounded_dot(read, map, tl.zeros([read.shape[0], channels.shape[0]], tl.float32), operand, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=["capacity", "batch", "tokens", "splits"])
@@ -250,7 +257,7 @@ def newton_predict_fwd(
         return output
     taps, rank = newton_sizes(history_length, down)
     config = launch_config("newton_predict_residual" if rank else "newton_predict", storage.dtype, storage.device)
-    grid, splits = newton_grid(storage, config)
+    grid, splits = newton_grid(storage.shape, storage.device, config)
     block_t, blocks = config["BLOCK_T"], triton.cdiv(width, config["BLOCK_D"])
     block_r = next_power_of_2(rank, 16)
     parts = arrivals = output  # never touched
@@ -312,12 +319,18 @@ def newton_sizes(history_length: tuple[int, ...], down: torch.Tensor | None) -> 
     return taps, down.shape[1] if down is not None and taps else 0
 
 
-def newton_grid(storage: torch.Tensor, config: dict[str, int]) -> tuple[tuple[int], int]:
-    """The grid of a kernel whose programs own channel blocks, and into how many shares the tokens are split for it."""
-    _, batch, tokens, width = storage.shape
+def newton_grid(shape: tuple[int, ...], device: torch.device, config: dict[str, int]) -> tuple[tuple[int], int]:
+    """The grid of a kernel whose programs own channel blocks, and into how many shares the tokens are split for it.
+
+    Args:
+        shape: `(C, B, T, D)`, of the storage.
+        device: where it runs.
+        config: its launch configuration.
+    """
+    _, batch, tokens, width = shape
     blocks = batch * triton.cdiv(width, config["BLOCK_D"])
     # Rounded down, so that all programs are resident at once and none is left for a second round.
-    wanted = config["PROGRAMS"] * multiprocessors(storage.device) // blocks
+    wanted = config["PROGRAMS"] * multiprocessors(device) // blocks
     splits = min(max(wanted, 1), max(triton.cdiv(tokens, config["BLOCK_T"]), 1))
     return (blocks * splits,), splits
 
@@ -476,7 +489,7 @@ def newton_predict_bwd(
         )
         grad_read = torch.bmm(grad, up[history.stage].to(grad.dtype)).float().contiguous()
     config = launch_config("newton_predict_bwd", storage.dtype, storage.device)
-    grid, splits = newton_grid(storage, config)
+    grid, splits = newton_grid(storage.shape, storage.device, config)
     totals = [empty(splits, batch, taps, width)]
     totals += [None if up_bias is None else empty(splits, batch, width)]
     totals += [empty(splits, batch, width, rank), empty(splits, batch, rank, taps, width)] if rank else [None, None]

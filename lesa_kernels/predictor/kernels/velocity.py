@@ -16,6 +16,8 @@ beside their spread: with `x = base - mean_block` and `delta = mean_block - mean
 where `m_V = V^T 1 / D`. The bias of V is part of base.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -300,6 +302,57 @@ def _finish_tile(
     tl.store(written, result.to(velocity.dtype.element_ty), exist)
 
 
+@dataclass(frozen=True)
+class VelocityLaunch:
+    """How a skipped step is launched.
+
+    Args:
+        shape: `(C, B, T, D)`, of the storage.
+        dtype, device: of the storage.
+        outs: O, the outputs of the head.
+        rank: R of the residual, or 0.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    outs: int
+    rank: int
+
+    @property
+    def config(self) -> dict[str, int]:
+        """Block sizes and warps."""
+        operation = "newton_velocity_residual" if self.rank else "newton_velocity"
+        return launch_config(operation, self.dtype, self.device)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of tokens of all samples."""
+        return self.shape[1] * triton.cdiv(self.shape[2], self.config["BLOCK_T"])
+
+    @property
+    def part(self) -> int:
+        """Floats that a program leaves of a tile."""
+        columns = 2 + next_power_of_2(self.outs, 16)
+        if self.rank:
+            columns += 2 * next_power_of_2(self.rank, 16)
+        return self.config["BLOCK_T"] * columns
+
+    @property
+    def sum(self) -> int:
+        """Floats that a program leaves once."""
+        block_o, block_r = next_power_of_2(self.outs, 16), next_power_of_2(self.rank, 16)
+        return 2 * block_o + (block_r * (1 + block_r + block_o) if self.rank else 0)
+
+    @property
+    def scratch(self) -> tuple[int, int]:
+        """Floats of all that programs leave of tiles, and once with the totals: `B T ceil(D / BLOCK_D) (O + 2 R + 2)`
+        with O and R as powers of two from 16 on, but no R without a residual, and little more."""
+        blocks = triton.cdiv(self.shape[3], self.config["BLOCK_D"])
+        _, splits = newton_grid(self.shape, self.device, self.config)
+        return self.tiles * blocks * self.part, self.shape[1] * splits * (blocks + 1) * self.sum
+
+
 def newton_velocity_fwd(
     storage: torch.Tensor,
     scales: torch.Tensor | None,
@@ -328,9 +381,7 @@ def newton_velocity_fwd(
 ) -> torch.Tensor:
     """Launches a whole skipped step once; arguments as in `newton_velocity`, checked there.
 
-    What the programs leave for each other is `B ceil(T / BLOCK_T) ceil(D / BLOCK_D) BLOCK_T (O + 2 R + 2)` floats, with
-    O and R rounded up to powers of two from 16 on, and R gone at rank zero. It comes from torch's allocator and goes
-    back at once.
+    What the programs leave for each other comes from torch's allocator and goes back at once.
     """
     _, batch, tokens, width = storage.shape
     outs = weight.shape[0]
@@ -338,17 +389,11 @@ def newton_velocity_fwd(
     if velocity.numel() == 0:
         return velocity
     taps, rank = newton_sizes(history_length, down)
-    config = launch_config("newton_velocity_residual" if rank else "newton_velocity", storage.dtype, storage.device)
-    grid, splits = newton_grid(storage, config)
-    block_t = config["BLOCK_T"]
-    block_o, block_r = next_power_of_2(outs, 16), next_power_of_2(rank, 16)
-    part, sums = block_t * (2 + block_o), 2 * block_o
-    if rank:
-        part += 2 * block_t * block_r
-        sums += block_r * (1 + block_r + block_o)
-    tiles, blocks = batch * triton.cdiv(tokens, block_t), triton.cdiv(width, config["BLOCK_D"])
-    all_parts, all_sums = tiles * blocks * part, batch * splits * (blocks + 1) * sums
-    scratch = torch.empty(all_parts + all_sums, dtype=torch.float32, device=storage.device)
+    launch = VelocityLaunch(tuple(storage.shape), storage.dtype, storage.device, outs, rank)
+    config = launch.config
+    grid, splits = newton_grid(storage.shape, storage.device, config)
+    parts, sums = launch.scratch
+    scratch = torch.empty(parts + sums, dtype=torch.float32, device=storage.device)
     stored, float8 = stored_bits(storage)
     _newton_velocity_fwd_kernel[grid](
         velocity,
@@ -371,8 +416,8 @@ def newton_velocity_fwd(
         scale,
         shift,
         scratch,
-        scratch[all_parts:],
-        arrival_counters(storage.device, tiles),
+        scratch[parts:],
+        arrival_counters(storage.device, launch.tiles),
         storage.shape[0],
         batch,
         tokens,
@@ -393,12 +438,12 @@ def newton_velocity_fwd(
         OPERAND=operand_dtype(storage.dtype),
         INTERPRETED=INTERPRETED,
         BLOCK_D=config["BLOCK_D"],
-        BLOCK_T=block_t,
+        BLOCK_T=config["BLOCK_T"],
         BLOCK_M=min(config["BLOCK_M"], next_power_of_2(in_weight.shape[1])),
-        BLOCK_O=block_o,
-        BLOCK_R=block_r,
-        PART=part,
-        SUM=sums,
+        BLOCK_O=next_power_of_2(outs, 16),
+        BLOCK_R=next_power_of_2(rank, 16),
+        PART=launch.part,
+        SUM=launch.sum,
         num_warps=config["num_warps"],
         enable_fp_fusion=True,
     )

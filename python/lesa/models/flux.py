@@ -25,6 +25,7 @@ class FluxAdapter:
     def __init__(self, transformer: FluxTransformer2DModel):
         self.transformer = transformer
         self.feature_dim = transformer.inner_dim
+        self.out_features = transformer.patch_size**2 * transformer.out_channels
 
     @staticmethod
     def handles(transformer) -> bool:
