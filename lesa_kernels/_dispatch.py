@@ -65,7 +65,9 @@ def resolve_backend(backend: str, tensor: torch.Tensor, implemented: tuple[str, 
 def triton_error(device: torch.device) -> str | None:
     """Why Triton's kernels can't run on tensors of `device`, or None if they can."""
     reason = _triton_import_error()
-    if reason is None and device.type == "cuda":
+    if reason is None and torch.version.hip is not None:
+        reason = "its kernels are made for NVIDIA GPUs"
+    elif reason is None and device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             reason = f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}, and its kernels need sm_80 or newer"

@@ -17,6 +17,9 @@ from lesa_kernels._checks import Said, argument_error
 # Kernels are decorated for the interpreter or for the compiler when they are imported, so this is decided once.
 INTERPRETED = triton.knobs.runtime.interpret
 
+# Triton 3.10 will fuse multiplications with additions only where that is asked for.
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+
 TUNED_FOLDER = Path(__file__).parent / "tuned"
 
 

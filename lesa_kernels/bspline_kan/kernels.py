@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lesa_kernels._triton import INTERPRETED, architecture, launch_config, multiprocessors
+from lesa_kernels._triton import INTERPRETED, LAUNCH_OPTIONS, architecture, launch_config, multiprocessors
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -24,33 +24,8 @@ def spline_position(x, LO: tl.constexpr, HI: tl.constexpr, GRID: tl.constexpr, D
 
 
 @triton.jit
-def spline_weight(fraction, k: tl.constexpr, DEGREE: tl.constexpr):
-    """Value of the k-th of the DEGREE + 1 bases at a position in an interval: the Cox-de Boor recursion."""
-    if DEGREE == 0:
-        return fraction * 0.0 + 1.0  # NaN stays
-    else:
-        value = fraction * 0.0
-        if k > 0:
-            value += (fraction + (DEGREE - k)) * spline_weight(fraction, k - 1, DEGREE - 1)
-        if k < DEGREE:
-            value += (k + 1 - fraction) * spline_weight(fraction, k, DEGREE - 1)
-        return value * (1.0 / DEGREE)
-
-
-@triton.jit
-def spline_slope(fraction, k: tl.constexpr, DEGREE: tl.constexpr):
-    """Derivative of `spline_weight` by the position, in intervals."""
-    slope = fraction * 0.0
-    if k > 0:
-        slope += spline_weight(fraction, k - 1, DEGREE - 1)
-    if k < DEGREE:
-        slope -= spline_weight(fraction, k, DEGREE - 1)
-    return slope
-
-
-@triton.jit
 def spline_weights(fraction, DEGREE: tl.constexpr):
-    """All DEGREE + 1 values of `spline_weight`, as a tuple."""
+    """The values of the DEGREE + 1 bases at a position in an interval, by the Cox-de Boor recursion, as a tuple."""
     weights = (fraction * 0.0 + 1.0,)  # NaN stays
     for d in tl.static_range(1, DEGREE + 1):
         lower = weights
@@ -68,7 +43,7 @@ def spline_weights(fraction, DEGREE: tl.constexpr):
 
 @triton.jit
 def _spline_slopes(fraction, LO: tl.constexpr, HI: tl.constexpr, GRID: tl.constexpr, DEGREE: tl.constexpr):
-    """All DEGREE + 1 values of `spline_slope`, by x rather than by the position, as a tuple."""
+    """The derivatives of the DEGREE + 1 bases by x, as a tuple."""
     lower = spline_weights(fraction, DEGREE - 1)
     slopes = (lower[0] * (-GRID / (HI - LO)),)
     for k in tl.static_range(1, DEGREE):
@@ -113,11 +88,12 @@ def _select(m, base, first, values, background, DEGREE: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, acc):
-    if _INTERPRETED and a.dtype == tl.bfloat16:  # whose products of bfloat16 are wrong
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+def interpretable_dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+    """`acc + a @ b`. The interpreter multiplies the bits of bfloat16 as if they were integers, so it gets floats."""
+    if _INTERPRETED and a.dtype == tl.bfloat16:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
     else:
-        return tl.dot(a, b, acc, input_precision="ieee")
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -163,7 +139,7 @@ def _bspline_kan_fwd_kernel(
         mask = (i[:, None] < in_features) & (o[None, :] < out_features)
         for m in tl.range(0, matrices):
             w = tl.load(tile + m * matrix + within, mask=mask, other=0.0)
-            acc = _dot(_select(m, silu, first, weights, background, DEGREE), w, acc)
+            acc = interpretable_dot(_select(m, silu, first, weights, background, DEGREE), w, acc)
 
     inside = (n[:, None] < left) & (o[None, :] < out_features)
     tl.store(
@@ -268,7 +244,7 @@ def _bspline_kan_bwd_x_kernel(
         if ONE_BLOCK:
             within = (i[:, None] < in_features) & (o[None, :] < out_features)
             w = tl.load(tile + m * matrix + o[None, :], mask=within, other=0.0)
-            product = _dot(grad, tl.trans(w), product)
+            product = interpretable_dot(grad, tl.trans(w), product)
         else:
             for start_o in tl.range(0, out_features, BLOCK_O):
                 columns = start_o + o[None, :]
@@ -276,7 +252,7 @@ def _bspline_kan_bwd_x_kernel(
                 grad = tl.load(grad_rows + columns, mask=there, other=0.0).to(dtype)
                 within = (i[:, None] < in_features) & (columns < out_features)
                 w = tl.load(tile + m * matrix + columns, mask=within, other=0.0)
-                product = _dot(grad, tl.trans(w), product)
+                product = interpretable_dot(grad, tl.trans(w), product)
         grad_x += _select(m, silu_slope, first, slopes, background, DEGREE) * product
 
     tl.store(
@@ -387,7 +363,7 @@ def _bspline_kan_bwd_weight_kernel(
         a = tl.reshape(a, [BLOCK_M * BLOCK_I, BLOCK_N])
         mask = (n[:, None] < left) & (o[None, :] < out_features)
         grad = tl.load(grad_block + n[:, None] * stride_grad + o[None, :], mask=mask, other=0.0).to(DTYPE)
-        acc = _dot(a, grad, acc)
+        acc = interpretable_dot(a, grad, acc)
         x_block += BLOCK_N * tl.cast(stride_x, tl.int64)
         grad_block += BLOCK_N * tl.cast(stride_grad, tl.int64)
 
@@ -455,10 +431,10 @@ def bspline_kan_fwd(
     config = config | {"BLOCK_N": _fit(config["BLOCK_N"], rows), "BLOCK_O": _fit(config["BLOCK_O"], out_features)}
     grid = (triton.cdiv(rows, config["BLOCK_N"]) * triton.cdiv(out_features, config["BLOCK_O"]),)
     if gather:
-        _bspline_kan_fwd_gather_kernel[grid](*tensors, **spline, **config, enable_fp_fusion=True)
+        _bspline_kan_fwd_gather_kernel[grid](*tensors, **spline, **config, **LAUNCH_OPTIONS)
     else:
         config = config | {"BLOCK_I": _fit(config["BLOCK_I"], in_features)}
-        _bspline_kan_fwd_kernel[grid](*tensors, matrices, **spline, **config, enable_fp_fusion=True)
+        _bspline_kan_fwd_kernel[grid](*tensors, matrices, **spline, **config, **LAUNCH_OPTIONS)
     return y
 
 
@@ -482,7 +458,7 @@ def bspline_kan_bwd_x(
         config = launch_config("bspline_kan_bwd_x_gather", weight.dtype, x.device)
         config = config | {"BLOCK_N": _fit(config["BLOCK_N"], rows), "BLOCK_O": _fit(config["BLOCK_O"], out_features)}
         grid = (triton.cdiv(rows, config["BLOCK_N"]) * in_features,)
-        _bspline_kan_bwd_x_gather_kernel[grid](*tensors, **spline, **config, enable_fp_fusion=True)
+        _bspline_kan_bwd_x_gather_kernel[grid](*tensors, **spline, **config, **LAUNCH_OPTIONS)
         return grad_x
     config = launch_config("bspline_kan_bwd_x", weight.dtype, x.device)
     one_block = out_features <= config["BLOCK_O"]
@@ -491,7 +467,7 @@ def bspline_kan_bwd_x(
     config = config | {"BLOCK_N": _fit(config["BLOCK_N"], rows), "BLOCK_I": _fit(config["BLOCK_I"], in_features)}
     config = config | {"BLOCK_O": _fit(config["BLOCK_O"], out_features), "ONE_BLOCK": one_block}
     grid = (triton.cdiv(rows, config["BLOCK_N"]) * triton.cdiv(in_features, config["BLOCK_I"]),)
-    _bspline_kan_bwd_x_kernel[grid](*tensors, matrices, **spline, **config, enable_fp_fusion=True)
+    _bspline_kan_bwd_x_kernel[grid](*tensors, matrices, **spline, **config, **LAUNCH_OPTIONS)
     return grad_x
 
 
@@ -539,7 +515,7 @@ def bspline_kan_bwd_weight(
         **_spline(grid_size, spline_order, lo, hi),
         DTYPE=_TRITON_DTYPES[weight.dtype],
         **config,
-        enable_fp_fusion=True,
+        **LAUNCH_OPTIONS,
     )
     if splits > 1:
         count, block = weight.numel(), 1024

@@ -21,7 +21,8 @@ def quantise_float8(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     features = features.float()
     if features.shape[-1] == 0:
         return features.to(torch.float8_e4m3fn), features.new_ones(features.shape[:-1])
-    scale = features.abs().amax(-1) / FLOAT8_MAX
+    largest = features.abs().amax(-1)
+    scale = largest / torch.full_like(largest, FLOAT8_MAX)  # by a number, a GPU would multiply with its reciprocal
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     scale = torch.where(features.isfinite().all(-1), scale, torch.full_like(scale, float("nan")))
     values = (features / scale.unsqueeze(-1)).clamp(-FLOAT8_MAX, FLOAT8_MAX)

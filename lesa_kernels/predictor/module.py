@@ -14,10 +14,10 @@ from lesa_kernels.predictor.config import PredictorConfig
 from lesa_kernels.predictor.op import (
     FLOAT_DTYPES,
     dense_predict,
-    fits_velocity_kernel,
     newton_backend,
     newton_predict,
     newton_velocity,
+    newton_velocity_is_fused,
     output_head,
 )
 from lesa_kernels.predictor.reference import OutputHead
@@ -132,7 +132,8 @@ class FusedKANPredictor(nn.Module):
     def predict_velocity(self, ring: FeatureRing, sigma: float | torch.Tensor, head: OutputHead) -> torch.Tensor:
         """Forecasts the features at `sigma` and applies the output head to them.
 
-        With a newton predictor on Triton this is one kernel, and the forecast never touches memory.
+        With a newton predictor on Triton this is one kernel, as `newton_velocity` says, and the forecast never touches
+        memory.
 
         Args:
             ring, sigma: as in `forward`.
@@ -149,14 +150,15 @@ class FusedKANPredictor(nn.Module):
         state = (*self._state(ring), self._target(ring, sigma))
         return newton_velocity(*state, *self._experts(), head, *self._shape(), backend=self.backend)
 
-    def fuses_velocity(self, ring: FeatureRing, outs: int) -> bool:
-        """Whether `predict_velocity` from this ring with a head of `outs` outputs is one kernel."""
+    def fuses_velocity(self, ring: FeatureRing, head: OutputHead | None = None) -> bool:
+        """Whether `predict_velocity` from this ring is one kernel: with `head`, or with one that is made for it."""
         if self.config.mixer == "dense":
             return False
         state = (*self._state(ring), ring.sigmas[0])
         order = self.config.spline_order
-        backend = newton_backend(*state, *self._experts(), order, self.backend, "newton_velocity")
-        return backend == "triton" and fits_velocity_kernel(ring.storage, outs, self.down)
+        if newton_backend(*state, *self._experts(), order, self.backend, "newton_velocity") != "triton":
+            return False
+        return head is None or newton_velocity_is_fused(ring.storage, self.down, head)
 
     def _state(self, ring: FeatureRing) -> tuple:
         if ring.dim != self.config.feature_dim:

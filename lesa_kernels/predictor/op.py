@@ -2,7 +2,7 @@
 
 import torch
 
-from lesa_kernels._checks import argument_error, check_int, check_tensor
+from lesa_kernels._checks import Said, argument_error, check_choice, check_int, check_tensor
 from lesa_kernels._dispatch import resolve_backend
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
 from lesa_kernels.predictor.reference import (
@@ -10,6 +10,7 @@ from lesa_kernels.predictor.reference import (
     dense_predict_ref,
     forecast_dtype,
     newton_predict_ref,
+    newton_velocity_ref,
     output_head_ref,
 )
 
@@ -136,7 +137,17 @@ def _check_dense(
     _check_experts(storage.device, experts)
 
 
-def _check_head(width, batch, device, head):
+def _check_kernels(storage):
+    """Raises `ValueError` unless the channels of a token follow each other, as compiled code reads them."""
+    if storage.stride(3) != 1 and storage.shape[3] > 1:
+        got = Said(f"strides {list(storage.stride())}")
+        raise argument_error("storage", "have a last stride of 1", got, "Pass `storage.contiguous()`.")
+
+
+def _check_head(features, head):
+    """Checks the head of features `[..., B, T, D]`."""
+    batch, _, width = features.shape[-3:]
+    device = features.device
     check_tensor("head.weight", head.weight, ("O", width), FLOAT_DTYPES, device)
     check_tensor("head.scale", head.scale, (batch, width), FLOAT_DTYPES, device)
     check_tensor("head.shift", head.shift, (batch, width), FLOAT_DTYPES, device)
@@ -204,10 +215,11 @@ def newton_predict(
         stage_bounds: S - 1 falling noise levels.
         history_length: anchors read in each stage, S ints; K is the largest.
         grid_size, spline_order: of the splines on [-1, 1].
-        backend: "auto" or "torch".
+        backend: "auto", "triton", "extension" (newton on a CPU, without gradients) or "torch".
 
     Returns:
-        `[B, T, D]` in the dtype of `storage`; computed in float32.
+        `[B, T, D]` in the dtype of `storage`, bfloat16 for float8; computed in float32, but for matrix products, whose
+        operands Triton rounds to the dtype of `storage`. There a forecast with a residual is rounded without it first.
 
     Raises:
         ValueError, TypeError: a tensor has another shape, dtype or device than above; named.
@@ -261,8 +273,10 @@ def newton_backend(
 
 def _newton_predict(*args):
     *args, backend = args
+    check_choice("backend", backend, ("triton", "extension"))
     _check_newton(*args)
     storage, *others = args
+    _check_kernels(storage)
     if backend == "extension":
         from lesa_kernels.predictor.extension import newton_predict_extension
 
@@ -298,7 +312,7 @@ def _as_declared(gradients, inputs, needs_storage) -> list[torch.Tensor]:
         if value is None or (index == 0 and not needs_storage):
             declared.append(inputs[0].new_empty(0, dtype=torch.float32))
         elif gradient is None:
-            declared.append(torch.zeros_like(value))
+            declared.append(torch.zeros_like(value, memory_format=torch.contiguous_format))
         else:
             declared.append(gradient.to(value.dtype).contiguous())
     return declared
@@ -371,41 +385,44 @@ def newton_velocity(
     check_tensor("head.weight", head.weight, ("O", "D"))
     parts = (head.weight, head.bias, head.scale, head.shift)
     chosen = newton_backend(*state, *experts, spline_order, backend, "newton_velocity")
-    fits = _has_kernels(storage, sigmas, sigma, spline_order, *parts) and not _needs_gradient(storage, *experts, *parts)
-    if chosen == "triton" and fits and fits_velocity_kernel(storage, head.weight.shape[0], down):
+    if chosen == "torch":
+        _check_newton(*state, *experts, *shape)
+        _check_head(storage, head)
+        return newton_velocity_ref(*state, *experts, head, *shape)
+    if chosen == "triton" and not _needs_gradient(storage, *experts, *parts):
         return torch.ops.lesa_kernels.newton_velocity(*state, *experts, *parts, head.eps, *shape)
     return output_head(newton_predict(*state, *experts, *shape, backend=chosen), head)
 
 
-def fits_velocity_kernel(storage: torch.Tensor, outs: int, down: torch.Tensor | None) -> bool:
-    """Whether a skipped step of this size, with `outs` outputs, is one kernel.
-
-    It is if the head is no wider than the kernel is made for, and what its programs leave for each other at most a GiB.
-    """
-    rank = 0 if down is None else down.shape[1]
-    return (
-        outs <= KERNEL_HEAD_OUTPUTS
-        and _velocity_scratch(tuple(storage.shape), storage.dtype, storage.device, outs, rank) <= KERNEL_SCRATCH_BYTES
-    )
-
-
-@torch.compiler.assume_constant_result
-def _velocity_scratch(shape, dtype, device, outs, rank) -> int:
+def newton_velocity_is_fused(storage: torch.Tensor, down: torch.Tensor | None, head: OutputHead) -> bool:
+    """Whether the operator `newton_velocity` is one kernel for these: see there for what it is made for."""
     from lesa_kernels.predictor.kernels.velocity import VelocityLaunch
 
-    return 4 * sum(VelocityLaunch(shape, dtype, device, outs, rank).scratch)
+    launch = VelocityLaunch.of(storage, head.weight, down)
+    narrow = all(
+        part is None or part.dtype != torch.float64 for part in (head.weight, head.bias, head.scale, head.shift)
+    )
+    return narrow and launch.outs <= KERNEL_HEAD_OUTPUTS and 4 * sum(launch.scratch) <= KERNEL_SCRATCH_BYTES
 
 
 def _newton_velocity(*args):
-    state_and_experts, (weight, bias, scale, shift, eps), shape = args[:14], args[14:19], args[19:]
+    state_and_experts, parts, shape = args[:14], args[14:19], args[19:]
+    head = OutputHead(*parts)
     _check_newton(*state_and_experts, *shape)
     storage, *others = state_and_experts
-    _, batch, _, width = storage.shape
-    _check_head(width, batch, storage.device, OutputHead(weight, bias, scale, shift, eps))
+    _check_kernels(storage)
+    _check_head(storage, head)
+    out_dtype = forecast_dtype(storage.dtype)
+    if not newton_velocity_is_fused(storage, state_and_experts[11], head):
+        from lesa_kernels.predictor.kernels.newton import newton_predict_fwd
+
+        return output_head_ref(newton_predict_fwd(storage, *_contiguous((*others, *shape)), out_dtype), head)
     from lesa_kernels.predictor.kernels.velocity import newton_velocity_fwd
 
-    parts = _contiguous((*others, weight, bias, scale, shift))
-    return newton_velocity_fwd(storage, *parts, eps, *shape, forecast_dtype(storage.dtype))
+    others = _contiguous((*others, head.weight, head.bias))
+    # Rows of the modulation may be apart, as halves of what one projection gives are.
+    rows = (part if part.stride(1) == 1 else part.contiguous() for part in (head.scale, head.shift))
+    return newton_velocity_fwd(storage, *others, *rows, head.eps, *shape, out_dtype)
 
 
 def _fake_velocity(storage, *args):
@@ -456,10 +473,11 @@ def dense_predict(
         stage_bounds: S - 1 falling noise levels.
         history_length: entries read in each stage, S ints; K is the largest.
         grid_size, spline_order: of the splines on [-1, 1].
-        backend: "auto" or "torch".
+        backend: "auto", "triton", "extension" (newton on a CPU, without gradients) or "torch".
 
     Returns:
-        `[B, T, D]` in the dtype of `storage`; computed in float32.
+        `[B, T, D]` in the dtype of `storage`, bfloat16 for float8; computed in float32, but for matrix products, whose
+        operands Triton rounds to the dtype of `storage`. There a forecast with a residual is rounded without it first.
 
     Raises:
         ValueError, TypeError: a tensor has another shape, dtype or device than above; named.
@@ -494,6 +512,7 @@ def dense_predict(
 
 def _dense_predict(*args):
     _check_dense(*args)
+    _check_kernels(args[0])
     from lesa_kernels.predictor.kernels.dense import dense_predict_fwd
 
     storage, *others = args
@@ -543,17 +562,21 @@ def output_head(features: torch.Tensor, head: OutputHead, backend: str = "auto")
     """
     check_tensor("features", features, ("B", "T", "D"), FLOAT_DTYPES)
     resolve_backend(backend, features, ("torch",), "output_head")
-    batch, _, width = features.shape
-    _check_head(width, batch, features.device, head)
+    _check_head(features, head)
     return output_head_ref(features, head)
 
 
 def _register(name, kernel, fake) -> None:
-    def on_gpu(*args):
-        with torch.cuda.device(args[0].device):  # Triton launches on the current one
+    def on_cpu(*args):
+        with torch.autocast("cpu", enabled=False):  # dtypes are as the operation says
             return kernel(*args)
 
-    _LIBRARY.impl(name, kernel, "CPU")
+    def on_gpu(*args):
+        # Triton launches on the current GPU.
+        with torch.cuda.device(args[0].device), torch.autocast("cuda", enabled=False):
+            return kernel(*args)
+
+    _LIBRARY.impl(name, on_cpu, "CPU")
     _LIBRARY.impl(name, on_gpu, "CUDA")
     torch.library.register_fake(f"lesa_kernels::{name}", fake, lib=_LIBRARY)
 
@@ -586,6 +609,14 @@ def _register_gradient(name, differentiable, first_unused: int) -> None:
         return tuple(result)
 
     torch.library.register_autograd(f"lesa_kernels::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    _register_no_gradient(f"{name}_bwd", "has no second derivatives")
+
+
+def _register_no_gradient(name, why) -> None:
+    def backward(ctx, *grads):
+        raise RuntimeError(f'{name} on Triton {why}. Choose backend="torch" for them.')
+
+    torch.library.register_autograd(f"lesa_kernels::{name}", backward, lib=_LIBRARY)
 
 
 def _fake_newton_gradients(grad, *args):
@@ -603,3 +634,4 @@ _register("dense_predict", _dense_predict, _fake_forecast)
 _register("dense_predict_bwd", _dense_predict_bwd, _fake_dense_gradients)
 _register_gradient("newton_predict", _newton_differentiable, 18)
 _register_gradient("dense_predict", _dense_differentiable, 17)
+_register_no_gradient("newton_velocity", "has no gradients: `newton_velocity()` takes other operators for them")

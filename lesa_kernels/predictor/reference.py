@@ -245,3 +245,31 @@ def output_head_ref(features: torch.Tensor, head: OutputHead) -> torch.Tensor:
     modulated = normed * (1 + head.scale.to(dtype))[:, None] + head.shift.to(dtype)[:, None]
     bias = None if head.bias is None else head.bias.to(dtype)
     return F.linear(modulated, head.weight.to(dtype), bias).to(features.dtype)
+
+
+def newton_velocity_ref(
+    storage: torch.Tensor,
+    scales: torch.Tensor | None,
+    sigmas: torch.Tensor,
+    cursor: torch.Tensor,
+    count: torch.Tensor,
+    sigma: torch.Tensor,
+    in_weight: torch.Tensor,
+    in_bias: torch.Tensor,
+    spline: torch.Tensor,
+    out_weight: torch.Tensor,
+    out_bias: torch.Tensor,
+    down: torch.Tensor | None,
+    up: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    head: OutputHead,
+    stage_bounds: tuple[float, ...],
+    history_length: tuple[int, ...],
+    grid_size: int,
+    spline_order: int,
+) -> torch.Tensor:
+    """Plain torch form of `newton_velocity`; see there."""
+    ring = (storage, scales, sigmas, cursor, count, sigma)
+    experts = (in_weight, in_bias, spline, out_weight, out_bias, down, up, up_bias)
+    shape = (stage_bounds, history_length, grid_size, spline_order)
+    return output_head_ref(newton_predict_ref(*ring, *experts, *shape), head)

@@ -245,14 +245,14 @@ class _CacheHook(StepHook):
 
     def _predict(self, step, ring, sigma, call, stats):
         """The transformer's output at a skipped step, and the forecast, or None if it was never in memory."""
-        keeps_none = self.predictor.config.history == "anchors"
-        if keeps_none and self.predictor.fuses_velocity(ring, self.adapter.out_features):
-            reason = self.adapter.why_head_not_plain(self._capture.id)
+        keeps_none = self.predictor.config.history == "anchors" and not torch.is_grad_enabled()
+        if keeps_none and self.predictor.fuses_velocity(ring):
+            reason = self.adapter.why_head_not_plain(self._capture.id, ring.device)
             if reason is None:
                 head = self.adapter.head_of(call, ring.dtype)
-                velocity = self.predictor.predict_velocity(ring, sigma, head)
-                stats.fused.append(step)
-                return self.adapter.output(call, velocity), None
+                if self.predictor.fuses_velocity(ring, head):
+                    stats.fused.append(step)
+                return self.adapter.output(call, self.predictor.predict_velocity(ring, sigma, head)), None
             note = f"the output head ran in the model's own modules: {reason}"
             if note not in self.stats.notes:
                 self.stats.notes.append(note)

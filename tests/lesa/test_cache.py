@@ -1002,6 +1002,9 @@ def test_a_copy_of_the_pipeline_is_independent(pipe, generate):
             assert (first.stats.runs, second.stats.runs) == (1, 1)
 
 
+CPU = torch.device("cpu")
+
+
 def on_kernels(predictor):
     """The predictor on Triton: in its interpreter, where there is no GPU."""
     predictor.backend = "triton"
@@ -1066,15 +1069,16 @@ def affine(transformer):
 def test_a_head_that_is_not_plain_is_told_by_name(fresh_pipe, change):
     adapter = adapter_for(fresh_pipe)
     own = fresh_pipe.transformer.norm_out.register_forward_pre_hook(lambda module, args: None)
-    assert adapter.why_head_not_plain(own.id) is None
-    assert adapter.why_head_not_plain(own.id + 1) == "norm_out has a hook or another forward"
+    assert adapter.why_head_not_plain(own.id, CPU) is None
+    assert adapter.why_head_not_plain(own.id + 1, CPU) == "norm_out has a hook or another forward"
+    assert "is on cpu, not on meta" in adapter.why_head_not_plain(own.id, torch.device("meta"))
     reason = change(fresh_pipe.transformer)
-    assert adapter.why_head_not_plain(own.id) == reason
+    assert adapter.why_head_not_plain(own.id, CPU) == reason
 
 
 def test_autocast_is_left_to_the_models_modules(pipe):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert adapter_for(pipe).why_head_not_plain(-1) == "autocast is on"
+        assert adapter_for(pipe).why_head_not_plain(-1, CPU) == "autocast is on"
 
 
 def test_a_head_with_a_hook_runs_in_the_models_modules(fresh_pipe, generate):

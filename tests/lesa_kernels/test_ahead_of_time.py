@@ -80,7 +80,7 @@ def test_spills_no_registers(unit, case, found):
     if unit[2] in case.may_spill:
         pytest.skip("it is seldom run in this dtype")
     for kernel in found["kernels"].values():
-        assert kernel["stack"] == kernel["local"] == 0, kernel
+        assert kernel["local"] == 0 and kernel["stack"] <= case.stack, kernel
 
 
 def test_multiplies_on_tensor_cores(unit, case, found):
@@ -100,7 +100,8 @@ def test_reads_16_bytes_at_a_time(case, found):
         pytest.skip("its time is not that of reading memory")
     for kernel in found["kernels"].values():
         counts = kernel["instructions"]
-        assert counts["load_16_bytes"] or counts["cp_async_16_bytes"] or counts["tma"], kernel
+        # Parameters and noise levels are read one by one; features come in tiles of many loads of 16 bytes each.
+        assert counts["load_16_bytes"] >= 8 or counts["cp_async_16_bytes"] >= 4 or counts["tma"], kernel
 
 
 def test_the_script_refuses_the_interpreter():

@@ -246,6 +246,23 @@ def test_each_sample_is_in_a_stage_of_its_own(kernel_device):
     assert_as_good(together, in_torch(predictor)(ring, sigma), exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_target_at_an_anchor(dtype, kernel_device):
+    """All taps are zero at the newest anchor, and all but the first at the second: two calls of a step at one level."""
+    predictor, ring, _ = make("windows", kernel_device, dtype, pushes=[4, 4])
+    sigma, head = torch.stack([ring.sigmas[3, 0], ring.sigmas[2, 1]]), make_head(ring, 3)
+    with torch.no_grad():
+        exact = exact_forecast(predictor, ring, sigma)
+        assert_as_good(predictor(ring, sigma), eager_forecast(predictor, ring, sigma), exact)
+        result = predictor.predict_velocity(ring, sigma, head)
+        assert_as_good(
+            result, eager_head(eager_forecast(predictor, ring, sigma), head), output_head(exact, in_float64(head))
+        )
+    predictor(ring, sigma).float().sum().backward()
+    for name, parameter in predictor.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_stays_where_it_is(bad, kernel_device):
@@ -268,7 +285,7 @@ def make_head(ring, outs, bias=True, dtype=torch.float32):
         return (torch.randn(shape, generator=generator) * scale).to(ring.device, dtype)
 
     weight, offset = normal(outs, dim, scale=dim**-0.5), normal(outs) if bias else None
-    return OutputHead(weight, offset, normal(ring.batch, dim, scale=0.3), normal(ring.batch, dim, scale=0.3))
+    return OutputHead(weight, offset, *normal(ring.batch, 2 * dim, scale=0.3).chunk(2, dim=1))  # as a model has them
 
 
 def in_float64(head):
@@ -355,9 +372,10 @@ def test_which_kernels_run(kernel_device, launches, monkeypatch):
         expected = output_head(predictor(ring, sigma), wide)
         assert torch.equal(predictor.predict_velocity(ring, sigma, wide), expected)  # wider than the kernel is made for
         assert launches[2:] == ["_newton_predict_fwd_kernel"] * 2
-        assert predictor.fuses_velocity(ring, 4) and not predictor.fuses_velocity(ring, 257)
+        assert predictor.fuses_velocity(ring) and not predictor.fuses_velocity(ring, wide)
+        assert predictor.fuses_velocity(ring, head)
         monkeypatch.setattr(op, "KERNEL_SCRATCH_BYTES", 1000)  # more than that is left for whoever finishes
-        assert not predictor.fuses_velocity(ring, 4)
+        assert not predictor.fuses_velocity(ring, head)
         torch.testing.assert_close(
             predictor.predict_velocity(ring, sigma, head), output_head(predictor(ring, sigma), head)
         )
@@ -417,6 +435,26 @@ def test_gradients_are_the_same_every_time(kernel_device):
     runs = [torch.autograd.grad(predictor(ring, sigma).float().square().sum(), [*predictor.parameters()]) for _ in "ab"]
     for first, second in zip(*runs):
         assert torch.equal(first, second)
+
+
+def test_float16_gradients_stay_in_range(kernel_device):
+    """As under loss scaling, with large features: sums over tokens leave float16's range."""
+    predictor, ring, sigma = make("rank3", kernel_device, torch.float16, pushes=[4, 4], tokens=30)
+    ring.storage.mul_(200)
+    up = torch.full(ring.storage.shape[1:], 3e4, dtype=torch.float16, device=kernel_device)
+    exact = in_torch(predictor)
+    gradients = torch.autograd.grad(predictor(ring, sigma), [*predictor.parameters()], up)
+    expected = torch.autograd.grad(exact(ring, sigma), [*exact.parameters()], up)
+    for label, gradient, value in zip(dict(predictor.named_parameters()), gradients, expected):
+        assert (gradient - value).norm() < 0.02 * value.norm(), label
+
+
+def test_there_are_no_second_derivatives(kernel_device):
+    predictor, ring, sigma = make("windows", kernel_device, pushes=[4, 3], tokens=2)
+    ring.storage = ring.storage.nan_to_num()
+    (first,) = torch.autograd.grad(predictor(ring, sigma).square().sum(), predictor.out_weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="newton_predict_bwd on Triton has no second derivatives"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize("requires", ["sigma", "sigmas"])
@@ -482,12 +520,28 @@ def test_compiles_without_a_graph_break(backend, kernel_device):
 
 
 @torch.no_grad()
+def test_one_graph_serves_all_sizes(kernel_device):
+    predictor, _, _ = make("windows", kernel_device)
+    step = torch.compile(lambda ring, sigma, head: predictor.predict_velocity(ring, sigma, head), fullgraph=True, backend="aot_eager")  # noqa: E501  # fmt: skip
+    for tokens in (3, 5, 8):
+        _, ring, sigma = make("windows", kernel_device, pushes=[4, 3], tokens=tokens)
+        head = make_head(ring, 4)
+        assert torch.equal(step(ring, sigma, head), predictor.predict_velocity(ring, sigma, head))
+
+
 def test_autocast_changes_nothing(kernel_device):
     predictor, ring, sigma = make("windows", kernel_device, pushes=[4, 3])
     head = make_head(ring, 4)
-    plain = predictor(ring, sigma), predictor.predict_velocity(ring, sigma, head)
+
+    def all_of_it():
+        forecast = predictor(ring, sigma)
+        with torch.no_grad():
+            result = predictor.predict_velocity(ring, sigma, head)
+        return forecast, result, *torch.autograd.grad(forecast.sum(), [*predictor.parameters()])
+
+    plain = all_of_it()
     with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
-        under = predictor(ring, sigma), predictor.predict_velocity(ring, sigma, head)
+        under = all_of_it()
     for actual, expected in zip(under, plain):
         assert torch.equal(actual, expected)
 
@@ -515,6 +569,11 @@ def test_what_the_kernels_are_not_made_for_runs_in_torch(change, kernel_device):
 def test_the_operators_check_their_arguments(kernel_device):
     predictor, ring, sigma = make("windows", kernel_device, pushes=[4, 3], tokens=3)
     state, experts, shape = functional(predictor, ring, sigma)
+    with pytest.raises(ValueError, match=r"`storage` must have a last stride of 1, but got strides"):
+        apart = ring.storage.mT.contiguous().mT
+        torch.ops.lesa_kernels.newton_predict(apart, *state[1:], *experts, *shape, "triton")
+    with pytest.raises(ValueError, match=r"`backend` must be one of 'triton', 'extension', but got 'nonsense'"):
+        torch.ops.lesa_kernels.newton_predict(*state, *experts, *shape, "nonsense")
     with pytest.raises(ValueError, match=r"`sigmas` must have shape \[4, 2\]"):
         torch.ops.lesa_kernels.newton_predict(state[0], None, ring.sigmas[:1], *state[3:], *experts, *shape, "triton")
     head = make_head(ring, 4)
@@ -532,6 +591,6 @@ def test_names_and_order_of_arguments_are_those_of_the_public_functions():
     public = names(newton_predict)[:-1]
     assert names(newton.newton_predict_fwd)[: len(public)] == public
     assert names(newton.newton_predict_bwd)[1 : len(public) + 1] == public
-    spread = [part for n in names(newton_velocity)[:-1] for part in (n,) if part != "head"]
+    spread = [n for n in names(newton_velocity)[:-1] if n != "head"]
     launcher = [n for n in names(velocity.newton_velocity_fwd) if n not in ("weight", "bias", "scale", "shift", "eps")]
     assert launcher[: len(spread)] == spread

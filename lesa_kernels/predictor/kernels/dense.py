@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lesa_kernels._triton import INTERPRETED, architecture, launch_config
+from lesa_kernels._triton import LAUNCH_OPTIONS, architecture, launch_config
 from lesa_kernels.predictor.kernels.shared import (
     hidden_units,
     history_of,
@@ -25,6 +25,7 @@ from lesa_kernels.predictor.kernels.shared import (
     of_stage,
     operand_dtype,
     rounded_dot,
+    sample_of,
     stage_constants,
     stage_of,
     stored_bits,
@@ -154,7 +155,6 @@ def _dense_predict_fwd_kernel(
     K: tl.constexpr,
     FLOAT8: tl.constexpr,
     OPERAND: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     FORECASTS: tl.constexpr,
     HAS_TILES: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -167,11 +167,10 @@ def _dense_predict_fwd_kernel(
     row, start, first_out = tile_of(program, tokens, D, BLOCK_R, BLOCK_C, GROUP)
     outs = first_out + tl.arange(0, BLOCK_C)
 
-    target = tl.load(sigma + row).to(tl.float32)
-    stage = stage_of(target, BOUNDS)
+    target, stage, slots, levels, n = sample_of(row, sigma, sigmas, cursor, count, batch, capacity, BOUNDS, LENGTHS, K)
+    features = (storage, scales, batch, tokens, stride_c, stride_b, stride_t)
     length = of_stage(stage, LENGTHS)
     first = of_stage(stage, FIRSTS)
-    slots, levels, n = history_of(sigmas, cursor, count, row, batch, capacity, length, K)
     alpha = alpha_of(
         in_weight, in_bias, spline, out_weight, out_bias, stage, target, levels, n, M, K, GRID, DEGREE, BLOCK_M
     )
@@ -189,12 +188,9 @@ def _dense_predict_fwd_kernel(
             weight = mix_weight_tiles.load([(first + k) * D + first_out, first_in])
         else:
             ins = first_in + tl.arange(0, BLOCK_K)
-            feature = load_anchor(
-                storage, scales, slot, row, start, batch, tokens, stride_c, stride_b, stride_t, ins, ins < D,
-                n > 0, BLOCK_R, FLOAT8,
-            )  # fmt: skip
+            feature = load_anchor(features, slot, row, start, ins, ins < D, n > 0, BLOCK_R, FLOAT8)
             weight = load_map(mix_weight, first + k, outs, ins, D)
-        mixed = rounded_dot(feature, weight.T, mixed, OPERAND, INTERPRETED)
+        mixed = rounded_dot(feature, weight.T, mixed, OPERAND)
 
     total = 0.0
     for part in tl.static_range(2):  # the whole tile's residual would not fit into the registers beside it
@@ -202,10 +198,7 @@ def _dense_predict_fwd_kernel(
         outs = first_out + part * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)
         half += tl.load(mix_bias + stage * D + outs, outs < D, 0.0).to(tl.float32)[None, :]
         if FORECASTS:
-            newest = load_anchor(
-                storage, scales, slots[0], row, start, batch, tokens, stride_c, stride_b, stride_t, outs, outs < D,
-                n > 0, BLOCK_R, FLOAT8,
-            )  # fmt: skip
+            newest = load_anchor(features, slots[0], row, start, outs, outs < D, n > 0, BLOCK_R, FLOAT8)
             store_tokens(output, newest + alpha * half, row, start, tokens, outs, D, BLOCK_R)
         else:
             inside = (start + tl.arange(0, BLOCK_R) < tl.where(n > 0, tokens, 0))[:, None] & (outs < D)[None, :]
@@ -240,7 +233,6 @@ def _dense_predict_bwd_mix_weight_kernel(
     K: tl.constexpr,
     FLOAT8: tl.constexpr,
     OPERAND: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -255,6 +247,7 @@ def _dense_predict_bwd_mix_weight_kernel(
     k = entry - of_stage(stage, FIRSTS)
     length = of_stage(stage, LENGTHS)
 
+    features = (storage, scales, batch, tokens, stride_c, stride_b, stride_t)
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for row in tl.range(0, batch, num_stages=1):
         slots, levels, n = history_of(sigmas, cursor, count, row, batch, capacity, length, K)
@@ -263,11 +256,8 @@ def _dense_predict_bwd_mix_weight_kernel(
         product = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         for start in tl.range(0, tl.where(there, tokens, 0), BLOCK_K):
             upstream = load_channels(grad, row, start, tokens, outs, D, BLOCK_K)
-            feature = load_anchor(
-                storage, scales, slot, row, start, batch, tokens, stride_c, stride_b, stride_t, ins, ins < D,
-                there, BLOCK_K, FLOAT8,
-            )  # fmt: skip
-            product = rounded_dot(upstream, feature, product, OPERAND, INTERPRETED)
+            feature = load_anchor(features, slot, row, start, ins, ins < D, there, BLOCK_K, FLOAT8)
+            product = rounded_dot(upstream, feature, product, OPERAND)
         total += tl.where(there, tl.load(alphas + row), 0.0) * product
     inside = (outs < D)[:, None] & (ins < D)[None, :]
     written = grad_mix_weight + tl.cast(entry, tl.int64) * (D * D) + outs[:, None] * D + ins[None, :]
@@ -291,7 +281,6 @@ def _dense_predict_bwd_storage_kernel(
     FIRSTS: tl.constexpr,
     D: tl.constexpr,
     OPERAND: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -314,7 +303,7 @@ def _dense_predict_bwd_storage_kernel(
         outs = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
         upstream = load_tokens(grad, row, start, tokens, outs, tokens, D, BLOCK_R)
         weight = load_map(mix_weight, of_stage(stage, FIRSTS) + step // steps, outs, ins, D)
-        product = rounded_dot(upstream, weight, product, OPERAND, INTERPRETED)
+        product = rounded_dot(upstream, weight, product, OPERAND)
 
     alpha = tl.where(age < last, tl.load(alphas + row), 0.0)
     limit = tl.where((age == 0) & (age < last), tokens, 0)
@@ -332,7 +321,8 @@ _SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 def dense_config(operation: str, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> dict[str, int]:
     """The configuration of a product `a @ b` for features in `dtype`, with no more stages than shared memory holds.
 
-    The defaults were chosen by what compiles without spilling registers on sm_80 to sm_120. None has been timed yet.
+    The defaults were chosen by what compiles without spilling registers for sm_80, sm_90 and sm_100. None has been
+    timed yet.
     """
     config = launch_config(operation, dtype, a.device)
     stage = config["BLOCK_K"] * (config["BLOCK_R"] * a.element_size() + config["BLOCK_C"] * b.element_size())
@@ -419,12 +409,11 @@ def _launch_fwd(
         K=max(history_length),
         FLOAT8=float8,
         OPERAND=operand_dtype(storage.dtype),
-        INTERPRETED=INTERPRETED,
         FORECASTS=grad is None,
         HAS_TILES=tiles,
         BLOCK_M=next_power_of_2(min(in_weight.shape[1], 256)),
         **config,
-        enable_fp_fusion=True,
+        **LAUNCH_OPTIONS,
     )
 
 
@@ -521,7 +510,6 @@ def dense_predict_bwd(
         "FIRSTS": first_maps(history_length),
         "D": width,
         "OPERAND": operand_dtype(storage.dtype),
-        "INTERPRETED": INTERPRETED,
     }
     stored, float8 = stored_bits(storage)
     config = dense_config("dense_predict_bwd_mix_weight", storage.dtype, grad, storage)
@@ -544,7 +532,7 @@ def dense_predict_bwd(
         FLOAT8=float8,
         **common,
         **config,
-        enable_fp_fusion=True,
+        **LAUNCH_OPTIONS,
     )
     if needs_storage:
         config = dense_config("dense_predict_bwd_storage", storage.dtype, grad, mix_weight)
@@ -562,7 +550,7 @@ def dense_predict_bwd(
             tokens,
             **common,
             **config,
-            enable_fp_fusion=True,
+            **LAUNCH_OPTIONS,
         )
 
     # A row without history passes nothing on, although its alpha is NaN.

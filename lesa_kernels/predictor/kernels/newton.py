@@ -10,19 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from lesa_kernels._triton import INTERPRETED, arrival_counters, launch_config, multiprocessors
+from lesa_kernels._triton import LAUNCH_OPTIONS, arrival_counters, launch_config, multiprocessors
 from lesa_kernels.predictor.gradients import HiddenUnits, coefficients_backward, read_history
 from lesa_kernels.predictor.kernels.shared import (
     anchor_weights,
-    history_of,
     load_history,
     newton_weight,
     next_power_of_2,
-    of_stage,
     operand_dtype,
     rounded_dot,
+    sample_of,
     stage_constants,
-    stage_of,
     stored_bits,
     widen_history,
 )
@@ -52,17 +50,15 @@ def load_maps(down, stage, channels, ranks, D: tl.constexpr, K: tl.constexpr, RA
 
 @triton.jit
 def tap_scale(levels, n, sigma, j: tl.constexpr):
-    """How many times larger than the anchors tap j can be; one, if there is no such tap."""
+    """How many times larger than the anchors tap j can be; one, if it is zero or there is no such tap."""
     scale = 0.0
     for k in tl.static_range(j + 1):
         scale += tl.abs(newton_weight(sigma, levels, n, j, k))
-    return tl.where(j < n, scale, 1.0)
+    return tl.where(scale > 0, scale, 1.0)
 
 
 @triton.jit
-def read_residual(
-    anchors, maps, levels, n, sigma, zero, K: tl.constexpr, OPERAND: tl.constexpr, INTERPRETED: tl.constexpr
-):
+def read_residual(anchors, maps, levels, n, sigma, zero, K: tl.constexpr, OPERAND: tl.constexpr):
     """This block's part of `down @ taps`: `[BLOCK_T, BLOCK_R]`, as `zero` is.
 
     Taps far from their anchors are large. Their products are taken of values that are as small as the anchors, so that
@@ -72,14 +68,12 @@ def read_residual(
     for j in tl.static_range(1, K):
         scale = tap_scale(levels, n, sigma, j)
         tap = tap_of(anchors, levels, n, sigma, j, K) * (1 / scale)
-        part += scale * rounded_dot(tap, maps[j - 1], zero, OPERAND, INTERPRETED)
+        part += scale * rounded_dot(tap, maps[j - 1], zero, OPERAND)
     return part
 
 
 @triton.jit
-def residual_of(
-    read, up, stage, channels, D: tl.constexpr, RANK: tl.constexpr, OPERAND: tl.constexpr, INTERPRETED: tl.constexpr
-):
+def residual_of(read, up, stage, channels, D: tl.constexpr, RANK: tl.constexpr, OPERAND: tl.constexpr):
     """`up @ read` for a block of channels: `[BLOCK_T, channels]`.
 
     What taps far from their anchors give may be out of float16's range, even where the residual is not.
@@ -91,7 +85,7 @@ def residual_of(
     ranks = tl.arange(0, read.shape[1])
     exist = (channels < D)[None, :] & (ranks < RANK)[:, None]
     map = tl.load(up + (stage * D + channels)[None, :] * RANK + ranks[:, None], exist, 0.0)
-    return rounded_dot(read, map, tl.zeros([read.shape[0], channels.shape[0]], tl.float32), operand, INTERPRETED)
+    return rounded_dot(read, map, tl.zeros([read.shape[0], channels.shape[0]], tl.float32), operand)
 
 
 @triton.jit(do_not_specialize=["capacity", "batch", "tokens", "splits"])
@@ -133,7 +127,6 @@ def _newton_predict_fwd_kernel(
     KEEPS_READ: tl.constexpr,
     FLOAT8: tl.constexpr,
     OPERAND: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -149,9 +142,8 @@ def _newton_predict_fwd_kernel(
     inside = channels < D
     inner = tl.arange(0, BLOCK_T)
 
-    target = tl.load(sigma + row).to(tl.float32)
-    stage = stage_of(target, BOUNDS)
-    slots, levels, n = history_of(sigmas, cursor, count, row, batch, capacity, of_stage(stage, LENGTHS), K)
+    target, stage, slots, levels, n = sample_of(row, sigma, sigmas, cursor, count, batch, capacity, BOUNDS, LENGTHS, K)
+    features = (storage, scales, batch, tokens, stride_c, stride_b, stride_t)
     weights = anchor_weights(
         in_weight, in_bias, spline, out_weight, out_bias, stage, target, levels, n, channels,
         D, M, K, GRID, DEGREE, BLOCK_M,
@@ -168,25 +160,27 @@ def _newton_predict_fwd_kernel(
     if RANK > 0:
         # One tile ahead: the next one is on its way while the programs meet. Without a residual they never do, and the
         # compiler's own pipeline, NUM_STAGES deep, serves.
-        stored = load_history(
-            storage, scales, slots, row, split * share * BLOCK_T, batch, tokens, stride_c, stride_b, stride_t, channels,
-            inside, n, K, BLOCK_T, FLOAT8,
-        )  # fmt: skip
+        stored = load_history(features, slots, row, split * share * BLOCK_T, channels, inside, n, K, BLOCK_T, FLOAT8)
     for tile in tl.range(split * share, last, num_stages=NUM_STAGES):
         start = tile * BLOCK_T
         mask = (start + inner < tokens)[:, None] & inside[None, :]
         if RANK == 0:
-            stored = load_history(
-                storage, scales, slots, row, start, batch, tokens, stride_c, stride_b, stride_t, channels,
-                inside, n, K, BLOCK_T, FLOAT8,
-            )  # fmt: skip
+            stored = load_history(features, slots, row, start, channels, inside, n, K, BLOCK_T, FLOAT8)
             anchors = widen_history(stored, K, FLOAT8)
         else:
             anchors = widen_history(stored, K, FLOAT8)
             stored = load_history(
-                storage, scales, slots, row, start + BLOCK_T, batch, tokens, stride_c, stride_b, stride_t, channels,
-                inside, tl.where(tile + 1 < last, n, 0), K, BLOCK_T, FLOAT8,
-            )  # fmt: skip
+                features,
+                slots,
+                row,
+                start + BLOCK_T,
+                channels,
+                inside,
+                tl.where(tile + 1 < last, n, 0),
+                K,
+                BLOCK_T,
+                FLOAT8,
+            )
         forecast = weights[0][None, :] * anchors[0]
         for k in tl.static_range(1, K):
             forecast += weights[k][None, :] * anchors[k]
@@ -199,7 +193,7 @@ def _newton_predict_fwd_kernel(
             tl.store(written, forecast.to(output.dtype.element_ty), mask)
         else:
             zero = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-            part = read_residual(anchors, maps, levels, n, target, zero, K, OPERAND, INTERPRETED)
+            part = read_residual(anchors, maps, levels, n, target, zero, K, OPERAND)
             counter = arrivals + row * tiles + tile
             inner_read = inner[:, None] * BLOCK_R + ranks[None, :]
             first_part = parts + (tl.cast(row, tl.int64) * tiles + tile) * (blocks * BLOCK_T * BLOCK_R)
@@ -221,7 +215,7 @@ def _newton_predict_fwd_kernel(
                     exist = (start + inner < tokens)[:, None] & (others < D)[None, :]
                     finished = output + token * D + inner[:, None] * D + others[None, :]
                     base = tl.load(finished, exist, 0.0, cache_modifier=".cg").to(tl.float32)
-                    base += residual_of(read, up, stage, others, D, RANK, OPERAND, INTERPRETED)
+                    base += residual_of(read, up, stage, others, D, RANK, OPERAND)
                     tl.store(finished, base.to(output.dtype.element_ty), exist)
 
 
@@ -301,14 +295,13 @@ def newton_predict_fwd(
         KEEPS_READ=read is not None,
         FLOAT8=float8,
         OPERAND=operand_dtype(storage.dtype),
-        INTERPRETED=INTERPRETED,
         BLOCK_D=config["BLOCK_D"],
         BLOCK_T=block_t,
         BLOCK_M=min(config["BLOCK_M"], next_power_of_2(in_weight.shape[1])),
         BLOCK_R=block_r,
         NUM_STAGES=config["NUM_STAGES"],
         num_warps=config["num_warps"],
-        enable_fp_fusion=True,
+        **LAUNCH_OPTIONS,
     )
     return output
 
@@ -329,7 +322,7 @@ def newton_grid(shape: tuple[int, ...], device: torch.device, config: dict[str, 
     """
     _, batch, tokens, width = shape
     blocks = batch * triton.cdiv(width, config["BLOCK_D"])
-    # Rounded down, so that all programs are resident at once and none is left for a second round.
+    # Rounded down: PROGRAMS is how many a multiprocessor holds at once, and one more would wait for a second round.
     wanted = config["PROGRAMS"] * multiprocessors(device) // blocks
     splits = min(max(wanted, 1), max(triton.cdiv(tokens, config["BLOCK_T"]), 1))
     return (blocks * splits,), splits
@@ -365,7 +358,6 @@ def _newton_predict_bwd_kernel(
     HAS_BIAS: tl.constexpr,
     FLOAT8: tl.constexpr,
     OPERAND: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -380,9 +372,8 @@ def _newton_predict_bwd_kernel(
     inner = tl.arange(0, BLOCK_T)
     ranks = tl.arange(0, BLOCK_R)
 
-    target = tl.load(sigma + row).to(tl.float32)
-    stage = stage_of(target, BOUNDS)
-    slots, levels, n = history_of(sigmas, cursor, count, row, batch, capacity, of_stage(stage, LENGTHS), K)
+    target, stage, slots, levels, n = sample_of(row, sigma, sigmas, cursor, count, batch, capacity, BOUNDS, LENGTHS, K)
+    features = (storage, scales, batch, tokens, stride_c, stride_b, stride_t)
 
     bias_total = tl.zeros([BLOCK_D], tl.float32)
     up_total = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
@@ -401,10 +392,7 @@ def _newton_predict_bwd_kernel(
         kept = start + inner < limit
         written = grad + token * D + inner[:, None] * D + channels[None, :]
         up_stream = tl.load(written, kept[:, None] & inside[None, :], 0.0).to(tl.float32)
-        stored = load_history(
-            storage, scales, slots, row, start, batch, tokens, stride_c, stride_b, stride_t, channels,
-            inside, n, K, BLOCK_T, FLOAT8,
-        )  # fmt: skip
+        stored = load_history(features, slots, row, start, channels, inside, n, K, BLOCK_T, FLOAT8)
         anchors = widen_history(stored, K, FLOAT8)
         if HAS_BIAS:
             bias_total += tl.sum(up_stream, axis=0)
@@ -413,7 +401,7 @@ def _newton_predict_bwd_kernel(
             exist = kept[:, None] & (ranks < RANK)[None, :]
             read_tile = tl.load(read + beside, exist, 0.0)
             grad_read_tile = tl.load(grad_read + beside, exist, 0.0)
-            up_total = rounded_dot(tl.trans(up_stream), read_tile, up_total, OPERAND, INTERPRETED)
+            up_total = rounded_dot(tl.trans(up_stream), read_tile, up_total, OPERAND)
         new_coefficients = ()
         new_downs = ()
         for j in tl.static_range(1, K):
@@ -422,7 +410,7 @@ def _newton_predict_bwd_kernel(
             if RANK > 0:
                 scale = tap_scale(levels, n, target, j)  # as in `read_residual`
                 zero = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
-                part = rounded_dot(tl.trans(tap * (1 / scale)), grad_read_tile, zero, OPERAND, INTERPRETED)
+                part = rounded_dot(tl.trans(tap * (1 / scale)), grad_read_tile, zero, OPERAND)
                 new_downs = new_downs + (down_totals[j - 1] + scale * part,)
             else:
                 new_downs = new_downs + (down_totals[j - 1],)
@@ -487,7 +475,7 @@ def newton_predict_bwd(
         newton_predict_fwd(
             storage, scales, sigmas, cursor, count, sigma, *parameters, *shape, out_dtype=grad.dtype, read=read
         )
-        grad_read = torch.bmm(grad, up[history.stage].to(grad.dtype)).float().contiguous()
+        grad_read = torch.bmm(grad.float(), up[history.stage].float())
     config = launch_config("newton_predict_bwd", storage.dtype, storage.device)
     grid, splits = newton_grid(storage.shape, storage.device, config)
     totals = [empty(splits, batch, taps, width)]
@@ -521,13 +509,13 @@ def newton_predict_bwd(
             RANK=rank,
             HAS_BIAS=up_bias is not None,
             FLOAT8=float8,
-            OPERAND=operand_dtype(storage.dtype),
-            INTERPRETED=INTERPRETED,
+            # Sums over tokens, and what large taps are multiplied with, may be out of float16's range.
+            OPERAND=tl.bfloat16 if storage.dtype == torch.float16 else operand_dtype(storage.dtype),
             BLOCK_D=config["BLOCK_D"],
             BLOCK_T=config["BLOCK_T"],
             BLOCK_R=next_power_of_2(rank, 16),
             num_warps=config["num_warps"],
-            enable_fp_fusion=True,
+            **LAUNCH_OPTIONS,
         )
     coefficients, bias, of_up, of_down = (None if total is None else total.sum(0) for total in totals)
 

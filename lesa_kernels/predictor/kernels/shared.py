@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from lesa_kernels import _triton
-from lesa_kernels.bspline_kan.kernels import spline_position, spline_weight
+from lesa_kernels.bspline_kan.kernels import interpretable_dot, rounded, spline_position, spline_weights
 from lesa_kernels.predictor.reference import OFFSET_SCALE
 
 _OFFSET_SCALE = tl.constexpr(OFFSET_SCALE)
@@ -52,6 +52,26 @@ def history_of(sigmas, cursor, count, row, batch, capacity, length, K: tl.conste
 
 
 @triton.jit
+def sample_of(
+    row,
+    sigma,
+    sigmas,
+    cursor,
+    count,
+    batch,
+    capacity,
+    BOUNDS: tl.constexpr,
+    LENGTHS: tl.constexpr,
+    K: tl.constexpr,
+):
+    """A row's target noise level and stage, and its `history_of`: five values."""
+    target = tl.load(sigma + row).to(tl.float32)
+    stage = stage_of(target, BOUNDS)
+    slots, levels, n = history_of(sigmas, cursor, count, row, batch, capacity, of_stage(stage, LENGTHS), K)
+    return target, stage, slots, levels, n
+
+
+@triton.jit
 def hidden_units(
     in_weight,
     in_bias,
@@ -82,11 +102,12 @@ def hidden_units(
     u = 1 - 2 / (tl.exp(2 * weighted) + 1)  # tanh
     value = u / (1 + tl.exp(-u))
     first, fraction = spline_position(u, -1.0, 1.0, GRID, DEGREE)
+    weights = spline_weights(fraction, DEGREE)
     for k in tl.static_range(DEGREE + 1):
         column = first + k
         has = exist & (column >= 0) & (column < GRID + DEGREE)
         coefficient = tl.load(spline + unit * (GRID + DEGREE) + column, has, 0.0).to(tl.float32)
-        value += spline_weight(fraction, k, DEGREE) * coefficient
+        value += weights[k] * coefficient
     return tl.where(exist, value, 0.0)
 
 
@@ -157,16 +178,10 @@ def anchor_weights(
 
 @triton.jit
 def load_stored(
-    storage,
-    scales,
+    features,
     slot,
     row,
     start,
-    batch,
-    tokens,
-    stride_c,
-    stride_b,
-    stride_t,
     channels,
     inside,
     there,
@@ -178,7 +193,10 @@ def load_stored(
     It is zero, and nothing is read, beyond the last token, where `inside` says that there is no such channel, and all
     over if the anchor is not `there`. Offsets are 64 bits wide up to the tile's first token, so features may be larger
     than 2^31 elements.
+
+    `features` are the storage, its scales, the samples B, the tokens T, and the strides of slots, samples and tokens.
     """
+    storage, scales, batch, tokens, stride_c, stride_b, stride_t = features
     inner = tl.arange(0, BLOCK_T)
     limit = tl.where(there, tokens, 0)  # a scalar in a mask would break the interpreter
     base = storage + tl.cast(slot, tl.int64) * stride_c + tl.cast(row, tl.int64) * stride_b
@@ -209,16 +227,10 @@ def widen(stored, scale, FLOAT8: tl.constexpr):
 
 @triton.jit
 def load_anchor(
-    storage,
-    scales,
+    features,
     slot,
     row,
     start,
-    batch,
-    tokens,
-    stride_c,
-    stride_b,
-    stride_t,
     channels,
     inside,
     there,
@@ -226,25 +238,16 @@ def load_anchor(
     FLOAT8: tl.constexpr,
 ):
     """A tile of one stored feature, `[BLOCK_T, channels]` float32; see `load_stored`."""
-    stored, scale = load_stored(
-        storage, scales, slot, row, start, batch, tokens, stride_c, stride_b, stride_t, channels, inside, there,
-        BLOCK_T, FLOAT8,
-    )  # fmt: skip
+    stored, scale = load_stored(features, slot, row, start, channels, inside, there, BLOCK_T, FLOAT8)
     return widen(stored, scale, FLOAT8)
 
 
 @triton.jit
 def load_history(
-    storage,
-    scales,
+    features,
     slots,
     row,
     start,
-    batch,
-    tokens,
-    stride_c,
-    stride_b,
-    stride_t,
     channels,
     inside,
     n,
@@ -255,10 +258,7 @@ def load_history(
     """The same tile of each of the K anchors, of which `n` are there, as `load_stored` has it: K pairs."""
     tiles = ()
     for k in tl.static_range(K):
-        tile = load_stored(
-            storage, scales, slots[k], row, start, batch, tokens, stride_c, stride_b, stride_t, channels, inside, k < n,
-            BLOCK_T, FLOAT8,
-        )  # fmt: skip
+        tile = load_stored(features, slots[k], row, start, channels, inside, k < n, BLOCK_T, FLOAT8)
         tiles = tiles + (tile,)
     return tiles
 
@@ -273,17 +273,16 @@ def widen_history(tiles, K: tl.constexpr, FLOAT8: tl.constexpr):
 
 
 @triton.jit
-def rounded_dot(a, b, accumulator, OPERAND: tl.constexpr, INTERPRETED: tl.constexpr):
+def rounded_dot(a, b, accumulator, OPERAND: tl.constexpr):
     """`accumulator + a @ b` with both operands rounded to OPERAND, accumulated in float32.
 
     Float32 operands are multiplied on tensor cores in three passes, which keeps all but their last bits.
     """
-    a = a.to(OPERAND)
-    b = b.to(OPERAND)
-    if INTERPRETED and a.dtype == tl.bfloat16:  # the interpreter multiplies the bits of bfloat16 as if they were ints
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, accumulator, input_precision="tf32x3")
+    if a.dtype != OPERAND:
+        a = rounded(a.to(tl.float32), OPERAND)
+    if b.dtype != OPERAND:
+        b = rounded(b.to(tl.float32), OPERAND)
+    return interpretable_dot(a, b, accumulator, "tf32x3")
 
 
 _OPERANDS = {torch.float16: tl.float16, torch.float32: tl.float32}

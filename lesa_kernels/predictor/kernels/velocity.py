@@ -22,18 +22,16 @@ import torch
 import triton
 import triton.language as tl
 
-from lesa_kernels._triton import INTERPRETED, arrival_counters, launch_config
-from lesa_kernels.predictor.kernels.newton import load_maps, newton_grid, newton_sizes, read_residual
+from lesa_kernels._triton import LAUNCH_OPTIONS, arrival_counters, launch_config
+from lesa_kernels.predictor.kernels.newton import load_maps, newton_grid, read_residual
 from lesa_kernels.predictor.kernels.shared import (
     anchor_weights,
-    history_of,
     load_history,
     next_power_of_2,
-    of_stage,
     operand_dtype,
     rounded_dot,
+    sample_of,
     stage_constants,
-    stage_of,
     stored_bits,
     widen_history,
 )
@@ -69,6 +67,8 @@ def _newton_velocity_fwd_kernel(
     stride_c,
     stride_b,
     stride_t,
+    stride_scale,
+    stride_shift,
     splits,
     eps,
     BOUNDS: tl.constexpr,
@@ -84,7 +84,6 @@ def _newton_velocity_fwd_kernel(
     HAS_HEAD_BIAS: tl.constexpr,
     FLOAT8: tl.constexpr,
     OPERAND: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -104,14 +103,13 @@ def _newton_velocity_fwd_kernel(
     ranks = tl.arange(0, BLOCK_R)
     inner = tl.arange(0, BLOCK_T)
 
-    target = tl.load(sigma + row).to(tl.float32)
-    stage = stage_of(target, BOUNDS)
-    slots, levels, n = history_of(sigmas, cursor, count, row, batch, capacity, of_stage(stage, LENGTHS), K)
+    target, stage, slots, levels, n = sample_of(row, sigma, sigmas, cursor, count, batch, capacity, BOUNDS, LENGTHS, K)
+    features = (storage, scales, batch, tokens, stride_c, stride_b, stride_t)
     # The head's part that no token changes: W' of this block, and its sums, which whoever finishes a tile needs.
     exist = inside[:, None] & (outs < OUTS)[None, :]
     plain = tl.load(head_weight + outs[None, :] * D + channels[:, None], exist, 0.0).to(tl.float32)
-    scale = tl.load(head_scale + tl.cast(row, tl.int64) * D + channels, inside, 0.0).to(tl.float32)
-    shift = tl.load(head_shift + tl.cast(row, tl.int64) * D + channels, inside, 0.0).to(tl.float32)
+    scale = tl.load(head_scale + tl.cast(row, tl.int64) * stride_scale + channels, inside, 0.0).to(tl.float32)
+    shift = tl.load(head_shift + tl.cast(row, tl.int64) * stride_shift + channels, inside, 0.0).to(tl.float32)
     projection = (plain * (1 + scale)[:, None]).to(OPERAND)
     own_sums = sums + ((tl.cast(row, tl.int64) * splits + split) * (blocks + 1) + block) * SUM
     tl.store(own_sums + outs, tl.sum(projection.to(tl.float32), axis=0))
@@ -123,10 +121,10 @@ def _newton_velocity_fwd_kernel(
         of_rank = own_sums + 2 * BLOCK_O
         tl.store(of_rank + ranks, tl.sum(raising.to(tl.float32), axis=0))
         square = tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
-        square = rounded_dot(tl.trans(raising), raising, square, OPERAND, INTERPRETED)
+        square = rounded_dot(tl.trans(raising), raising, square, OPERAND)
         tl.store(of_rank + BLOCK_R + ranks[:, None] * BLOCK_R + ranks[None, :], square)
         through = tl.zeros([BLOCK_R, BLOCK_O], tl.float32)
-        through = rounded_dot(tl.trans(raising), projection, through, OPERAND, INTERPRETED)
+        through = rounded_dot(tl.trans(raising), projection, through, OPERAND)
         tl.store(of_rank + BLOCK_R + BLOCK_R * BLOCK_R + ranks[:, None] * BLOCK_O + outs[None, :], through)
 
     weights = anchor_weights(
@@ -140,18 +138,14 @@ def _newton_velocity_fwd_kernel(
     tiles = tl.cdiv(tokens, BLOCK_T)
     share = tl.cdiv(tiles, splits)
     last = tl.minimum((split + 1) * share, tiles)
-    stored = load_history(
-        storage, scales, slots, row, split * share * BLOCK_T, batch, tokens, stride_c, stride_b, stride_t, channels,
-        inside, n, K, BLOCK_T, FLOAT8,
-    )  # fmt: skip
+    stored = load_history(features, slots, row, split * share * BLOCK_T, channels, inside, n, K, BLOCK_T, FLOAT8)
     for tile in tl.range(split * share, last):
         start = tile * BLOCK_T
         anchors = widen_history(stored, K, FLOAT8)
         # One tile ahead: the next one is on its way while the programs meet.
         stored = load_history(
-            storage, scales, slots, row, start + BLOCK_T, batch, tokens, stride_c, stride_b, stride_t, channels,
-            inside, tl.where(tile + 1 < last, n, 0), K, BLOCK_T, FLOAT8,
-        )  # fmt: skip
+            features, slots, row, start + BLOCK_T, channels, inside, tl.where(tile + 1 < last, n, 0), K, BLOCK_T, FLOAT8
+        )
         base = weights[0][None, :] * anchors[0]
         for k in tl.static_range(1, K):
             base += weights[k][None, :] * anchors[k]
@@ -166,12 +160,12 @@ def _newton_velocity_fwd_kernel(
         by_rank = BLOCK_T * (2 + BLOCK_O) + inner[:, None] * BLOCK_R + ranks[None, :]
         tl.store(own_part + inner, mean)
         tl.store(own_part + BLOCK_T + inner, tl.sum(centred * centred, axis=1))
-        projected = rounded_dot(centred, projection, tl.zeros([BLOCK_T, BLOCK_O], tl.float32), OPERAND, INTERPRETED)
+        projected = rounded_dot(centred, projection, tl.zeros([BLOCK_T, BLOCK_O], tl.float32), OPERAND)
         tl.store(own_part + 2 * BLOCK_T + by_out, projected)
         if RANK > 0:
             zero = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-            tl.store(own_part + by_rank, rounded_dot(centred, raising, zero, OPERAND, INTERPRETED))
-            part = read_residual(anchors, maps, levels, n, target, zero, K, OPERAND, INTERPRETED)
+            tl.store(own_part + by_rank, rounded_dot(centred, raising, zero, OPERAND))
+            part = read_residual(anchors, maps, levels, n, target, zero, K, OPERAND)
             tl.store(own_part + BLOCK_T * BLOCK_R + by_rank, part)
 
         tl.debug_barrier()  # all threads have written before one of them says so
@@ -307,50 +301,41 @@ class VelocityLaunch:
     """How a skipped step is launched.
 
     Args:
-        shape: `(C, B, T, D)`, of the storage.
-        dtype, device: of the storage.
+        config: block sizes and warps.
+        grid, splits: as of `newton_grid`.
         outs: O, the outputs of the head.
         rank: R of the residual, or 0.
+        tiles: tiles of tokens, of all samples.
+        part: floats that a program leaves of a tile.
+        once: floats that it leaves beside.
+        scratch: floats of all that they leave of tiles, `B T ceil(D / BLOCK_D) (O + 2 R + 2)` with O and R as powers of
+            two from 16 on, but no R without a residual, and of all that they leave beside, with its totals.
     """
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
+    config: dict[str, int]
+    grid: tuple[int]
+    splits: int
     outs: int
     rank: int
+    tiles: int
+    part: int
+    once: int
+    scratch: tuple[int, int]
 
-    @property
-    def config(self) -> dict[str, int]:
-        """Block sizes and warps."""
-        operation = "newton_velocity_residual" if self.rank else "newton_velocity"
-        return launch_config(operation, self.dtype, self.device)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of tokens of all samples."""
-        return self.shape[1] * triton.cdiv(self.shape[2], self.config["BLOCK_T"])
-
-    @property
-    def part(self) -> int:
-        """Floats that a program leaves of a tile."""
-        columns = 2 + next_power_of_2(self.outs, 16)
-        if self.rank:
-            columns += 2 * next_power_of_2(self.rank, 16)
-        return self.config["BLOCK_T"] * columns
-
-    @property
-    def sum(self) -> int:
-        """Floats that a program leaves once."""
-        block_o, block_r = next_power_of_2(self.outs, 16), next_power_of_2(self.rank, 16)
-        return 2 * block_o + (block_r * (1 + block_r + block_o) if self.rank else 0)
-
-    @property
-    def scratch(self) -> tuple[int, int]:
-        """Floats of all that programs leave of tiles, and once with the totals: `B T ceil(D / BLOCK_D) (O + 2 R + 2)`
-        with O and R as powers of two from 16 on, but no R without a residual, and little more."""
-        blocks = triton.cdiv(self.shape[3], self.config["BLOCK_D"])
-        _, splits = newton_grid(self.shape, self.device, self.config)
-        return self.tiles * blocks * self.part, self.shape[1] * splits * (blocks + 1) * self.sum
+    @classmethod
+    def of(cls, storage: torch.Tensor, weight: torch.Tensor, down: torch.Tensor | None) -> "VelocityLaunch":
+        """From the storage `[C, B, T, D]`, the head's weight `[O, D]` and the residual's `[S, R, K - 1, D]`."""
+        _, batch, tokens, width = storage.shape
+        outs, rank = weight.shape[0], 0 if down is None or down.shape[2] == 0 else down.shape[1]
+        operation = "newton_velocity_residual" if rank else "newton_velocity"
+        config = launch_config(operation, storage.dtype, storage.device)
+        grid, splits = newton_grid(storage.shape, storage.device, config)
+        block_o, block_r = next_power_of_2(outs, 16), next_power_of_2(rank, 16) if rank else 0
+        tiles, blocks = batch * triton.cdiv(tokens, config["BLOCK_T"]), triton.cdiv(width, config["BLOCK_D"])
+        part = config["BLOCK_T"] * (2 + block_o + 2 * block_r)
+        once = 2 * block_o + block_r * (1 + block_r + block_o)
+        scratch = tiles * blocks * part, batch * splits * (blocks + 1) * once
+        return cls(config, grid, splits, outs, rank, tiles, part, once, scratch)
 
 
 def newton_velocity_fwd(
@@ -388,14 +373,11 @@ def newton_velocity_fwd(
     velocity = torch.empty((batch, tokens, outs), dtype=out_dtype, device=storage.device)
     if velocity.numel() == 0:
         return velocity
-    taps, rank = newton_sizes(history_length, down)
-    launch = VelocityLaunch(tuple(storage.shape), storage.dtype, storage.device, outs, rank)
-    config = launch.config
-    grid, splits = newton_grid(storage.shape, storage.device, config)
-    parts, sums = launch.scratch
-    scratch = torch.empty(parts + sums, dtype=torch.float32, device=storage.device)
+    launch = VelocityLaunch.of(storage, weight, down)
+    config, parts = launch.config, launch.scratch[0]
+    scratch = torch.empty(sum(launch.scratch), dtype=torch.float32, device=storage.device)
     stored, float8 = stored_bits(storage)
-    _newton_velocity_fwd_kernel[grid](
+    _newton_velocity_fwd_kernel[launch.grid](
         velocity,
         stored,
         velocity if scales is None else scales,
@@ -422,29 +404,30 @@ def newton_velocity_fwd(
         batch,
         tokens,
         *storage.stride()[:3],
-        splits,
+        scale.stride(0),
+        shift.stride(0),
+        launch.splits,
         eps,
         **stage_constants(stage_bounds, history_length),
         GRID=grid_size,
         DEGREE=spline_order,
         D=width,
         M=in_weight.shape[1],
-        K=taps + 1,
+        K=max(history_length),
         OUTS=outs,
-        RANK=rank,
+        RANK=launch.rank,
         HAS_BIAS=up_bias is not None,
         HAS_HEAD_BIAS=bias is not None,
         FLOAT8=float8,
         OPERAND=operand_dtype(storage.dtype),
-        INTERPRETED=INTERPRETED,
         BLOCK_D=config["BLOCK_D"],
         BLOCK_T=config["BLOCK_T"],
         BLOCK_M=min(config["BLOCK_M"], next_power_of_2(in_weight.shape[1])),
         BLOCK_O=next_power_of_2(outs, 16),
-        BLOCK_R=next_power_of_2(rank, 16),
+        BLOCK_R=next_power_of_2(launch.rank, 16),
         PART=launch.part,
-        SUM=launch.sum,
+        SUM=launch.once,
         num_warps=config["num_warps"],
-        enable_fp_fusion=True,
+        **LAUNCH_OPTIONS,
     )
     return velocity

@@ -25,7 +25,6 @@ class FluxAdapter:
     def __init__(self, transformer: FluxTransformer2DModel):
         self.transformer = transformer
         self.feature_dim = transformer.inner_dim
-        self.out_features = transformer.patch_size**2 * transformer.out_channels
 
     @staticmethod
     def handles(transformer) -> bool:
@@ -69,9 +68,9 @@ class FluxAdapter:
         """A velocity `[B, T, O]` as the transformer returns it."""
         return Transformer2DModelOutput(sample=velocity) if call["return_dict"] else (velocity,)
 
-    def why_head_not_plain(self, own_hook: int) -> str | None:
+    def why_head_not_plain(self, own_hook: int, device: torch.device) -> str | None:
         """Why the head of this call must run in the model's own modules, or None; see `why_not_plain`."""
-        return why_not_plain(self.transformer.norm_out, self.transformer.proj_out, own_hook)
+        return why_not_plain(self.transformer.norm_out, self.transformer.proj_out, own_hook, device)
 
     def head_of(self, call: dict, dtype: torch.dtype) -> OutputHead:
         """The head as plain tensors, modulated for this call, as `head` applies it to features of `dtype`."""
@@ -85,7 +84,7 @@ class FluxAdapter:
             conditioning: `[B, D]`, the second input of `head_entry`.
         """
         norm, projection = self.transformer.norm_out, self.transformer.proj_out
-        scale, shift = norm.linear(norm.silu(conditioning)).chunk(2, dim=1)
+        scale, shift = norm.linear(norm.silu(conditioning).to(norm.linear.weight.dtype)).chunk(2, dim=1)
         return OutputHead(projection.weight, projection.bias, scale, shift, norm.norm.eps)
 
     def decode(self, pipe, latents: torch.Tensor, height: int | None = None, width: int | None = None) -> np.ndarray:

@@ -4,7 +4,9 @@ import torch
 from diffusers.models.normalization import AdaLayerNormContinuous
 
 
-def why_not_plain(norm: torch.nn.Module, projection: torch.nn.Module, own_hook: int) -> str | None:
+def why_not_plain(
+    norm: torch.nn.Module, projection: torch.nn.Module, own_hook: int, device: torch.device
+) -> str | None:
     """Why the head can't be computed from its weights alone, or None if it can.
 
     Adapters such as LoRA, quantised weights, hooks, offloading, layerwise casting, context parallelism, compiled
@@ -14,10 +16,12 @@ def why_not_plain(norm: torch.nn.Module, projection: torch.nn.Module, own_hook: 
         norm: the last AdaLN.
         projection: the projection after it.
         own_hook: id of the forward pre-hook on `norm` that records features, which changes nothing.
+        device: of the features; weights elsewhere are brought there by somebody when their module runs.
     """
     kinds = {
         "norm_out": (norm, AdaLayerNormContinuous),
         "norm_out.linear": (getattr(norm, "linear", None), torch.nn.Linear),
+        "norm_out.silu": (getattr(norm, "silu", None), torch.nn.SiLU),
         "norm_out.norm": (getattr(norm, "norm", None), torch.nn.LayerNorm),
         "proj_out": (projection, torch.nn.Linear),
     }
@@ -31,6 +35,8 @@ def why_not_plain(norm: torch.nn.Module, projection: torch.nn.Module, own_hook: 
         for weight in module.parameters():
             if type(weight) is not torch.nn.Parameter or not weight.is_floating_point() or weight.is_meta:
                 return f"{name} has no plain weights"
+            if weight.device != device:
+                return f"{name} is on {weight.device}, not on {device}"
     if norm.norm.elementwise_affine:
         return "norm_out.norm has weights of its own"
     if torch.is_autocast_enabled(projection.weight.device.type):
