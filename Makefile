@@ -2,8 +2,8 @@ PYTHON ?= python
 
 .PHONY: style check test bench gpu gpu-results demo-weights
 
-# -I: the installed package is tested, not the checkout, which `python -m` would put first.
-PYTEST = $(PYTHON) -I -m pytest
+# The installed package is tested, not the checkout, which `python -m` would put first (and does in Python 3.10).
+PYTEST = PYTHONSAFEPATH=1 $(PYTHON) -m pytest
 
 style:  ## format the code and fix what can be fixed
 	$(PYTHON) -m ruff format .
@@ -31,26 +31,29 @@ gpu:  ## build with CUDA, then tests, compute-sanitizer and all benchmarks on th
 gpu-results:
 	@test -n "$(RESULTS)" || { echo "gpu-results is a part of 'make gpu'" >&2; exit 1; }
 	mkdir -p "$(RESULTS)"
-	{ $(PYTHON) -I -m lesa_kernels.env_report; \
+	{ PYTHONSAFEPATH=1 $(PYTHON) -m lesa_kernels.env_report; \
 	  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit --format=csv; \
 	  git rev-parse HEAD 2>/dev/null || echo "no commit: this is not a git checkout"; } > "$(RESULTS)/machine.txt"
 	@# Tests of kernels run on the GPU where there is one. Most of their time goes into compiling, so they share the cores.
-	@ls tests/test_gpu.py tests/lesa_kernels/test_*_kernels.py | xargs -P 4 -I FILE sh -c \
-	  'log="$(RESULTS)/$$(basename FILE .py).txt"; echo "pytest FILE"; \
-	   $(PYTEST) FILE -v --no-header -p no:cacheprovider > "$$log" 2>&1 || { cat "$$log"; exit 255; }'
-	@for tool in memcheck racecheck; do \
-	  if command -v compute-sanitizer > /dev/null; then \
-	    echo "compute-sanitizer --tool $$tool"; \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	      --log-file "$(RESULTS)/$$tool.txt" $(PYTHON) benchmarks/sanitize.py || exit 1; \
-	  else \
-	    echo "skipped: compute-sanitizer is not on PATH, so $$tool did not run" | tee "$(RESULTS)/$$tool.txt"; \
-	  fi; \
-	done
+	@# The last job is what else is marked as needing a GPU.
+	@{ ls tests/test_gpu.py tests/lesa_kernels/test_*_kernels.py; echo tests; } | xargs -P 5 -I FILE sh -c \
+	  'log="$(RESULTS)/$$(basename FILE .py).txt"; only=""; \
+	   if [ FILE = tests ]; then only="-m gpu --ignore=tests/test_gpu.py"; fi; echo "pytest FILE $$only"; \
+	   $(PYTEST) FILE $$only -v --no-header -p no:cacheprovider > "$$log" 2>&1 || { cat "$$log"; exit 255; }'
 	$(PYTEST) benchmarks/ --benchmark-only --device cuda --benchmark-max-time 0.3 \
 	  --benchmark-json "$(RESULTS)/benchmarks.json"
 	$(PYTHON) benchmarks/roofline.py --out "$(RESULTS)/roofline.md"
 	$(PYTHON) benchmarks/end_to_end.py --device cuda --out "$(RESULTS)/end_to_end.json"
+	@for tool in memcheck racecheck; do \
+	  if command -v compute-sanitizer > /dev/null; then \
+	    echo "compute-sanitizer --tool $$tool"; \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	      --log-file "$(RESULTS)/$$tool.txt" $(PYTHON) benchmarks/sanitize.py \
+	      || { tail -n 40 "$(RESULTS)/$$tool.txt"; exit 1; }; \
+	  else \
+	    echo "skipped: compute-sanitizer is not on PATH, so $$tool did not run" | tee "$(RESULTS)/$$tool.txt"; \
+	  fi; \
+	done
 
 demo-weights:  ## make the bundled model and predictors anew
 	$(PYTHON) -m lesa.demo.make_weights

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import work
 
 from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig, output_head
-from lesa_kernels.predictor.reference import OFFSET_SCALE, kan_hidden
+from lesa_kernels.feature_ring.reference import newest_slots
+from lesa_kernels.predictor.reference import OFFSET_SCALE, kan_hidden, newton_weights
 
 SIGMAS = [0.95, 0.9, 0.84, 0.77, 0.7, 0.64, 0.57, 0.5]
 TARGET = 0.45  # in the middle stage of three
@@ -28,10 +29,12 @@ def random_predictor(shape, device, mixer, backend="auto", **options) -> FusedKA
     """A predictor whose experts all contribute, as after training; dense in the features' dtype."""
     predictor = FusedKANPredictor(PredictorConfig(shape.dim, mixer, **options), backend)
     with torch.no_grad():
-        for name in ("out_weight", "up", "mix_weight"):
+        # So large that a forecast without any of its parts would be far off.
+        spreads = {"out_weight": predictor.config.hidden**-0.5, "up": 0.3, "mix_weight": shape.dim**-0.5}
+        for name, spread in spreads.items():
             weight = getattr(predictor, name, None)
             if weight is not None:
-                weight.normal_(std=0.1 / shape.dim**0.5)
+                weight.normal_(std=spread)
     return predictor.to(device, shape.dtype if mixer == "dense" else torch.float32).eval()
 
 
@@ -84,9 +87,41 @@ def skip_large_products(shape, device):
         pytest.skip("at full width on a GPU only")
 
 
-def implemented(function, implementation):
-    """`function` itself, or compiled."""
-    return torch.compile(function) if implementation == "compiled" else function
+class NewtonPeer:
+    """Newton's forecast in plain torch, its stage known beforehand, so that nothing waits for the device."""
+
+    def __init__(self, predictor):
+        self.config = predictor.config
+        names = ("in_weight", "in_bias", "spline", "out_weight", "out_bias", "down", "up", "up_bias")
+        parts = (getattr(predictor, name) for name in names)
+        self.parts = [None if part is None else part[STAGE] for part in parts]
+
+    def __call__(self, ring, sigma):
+        in_weight, in_bias, spline, out_weight, out_bias, down, up, up_bias = self.parts
+        slots = newest_slots(ring.cursor, ring.count, ring.capacity)
+        rows = torch.arange(ring.batch, device=ring.device)
+        features, levels = ring.storage[slots, rows].float(), ring.sigmas[slots, rows]
+        inputs = torch.cat([(sigma - levels).T * OFFSET_SCALE, (2 * sigma - 1)[:, None]], 1)
+        hidden = kan_hidden(inputs, in_weight, in_bias, spline, self.config.grid_size, self.config.spline_order)
+        coefficients = torch.einsum("bm,jdm->bjd", hidden, out_weight) + out_bias
+        weights = newton_weights(levels, ring.count, sigma)
+        shares = torch.einsum("bjd,bjk->kbd", coefficients, weights)
+        forecast = features[0] + (shares[:, :, None] * features).sum(0)
+        if down is not None:
+            maps = torch.einsum("rjd,bjk->kbdr", down, weights)
+            forecast = forecast + F.linear((features @ maps).sum(0), up, up_bias)
+        return forecast.to(ring.dtype)
+
+
+def peer_of(predictor, implementation):
+    """The predictor itself, or plain torch beside it, as it is or compiled."""
+    if implementation == "lesa":
+        return predictor
+    peer = NewtonPeer(predictor) if predictor.config.mixer == "newton" else predictor
+    if implementation == "eager":
+        return peer
+    torch._dynamo.reset()  # so that each size is compiled for itself
+    return torch.compile(peer, dynamic=False)
 
 
 def work_of(predictor, shape) -> dict:
@@ -108,7 +143,7 @@ def test_predict(benchmark, timed, against_floor, shape, device, name, implement
     predictor = random_predictor(shape, device, backend="auto" if implementation == "lesa" else "torch", **MIXERS[name])
     ring = filled_ring(predictor, shape, device)
     sigma = torch.full((shape.batch,), TARGET, device=device)
-    predict = implemented(predictor, implementation)
+    predict = peer_of(predictor, implementation)
     assert_close(predict(ring, sigma), in_float64(predictor, ring), shape.dtype)
     timed(lambda: predict(ring, sigma), f"predict {shape} {name}")
     against_floor(benchmark, **work_of(predictor, shape), dtype=shape.dtype)

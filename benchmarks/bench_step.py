@@ -5,10 +5,12 @@ import statistics
 import pytest
 import torch
 import work
-from diffusers import FluxTransformer2DModel
 
-import lesa
-from lesa.demo.digits import build_pipeline
+pytest.importorskip("diffusers")
+from diffusers import FluxTransformer2DModel  # noqa: E402
+
+import lesa  # noqa: E402
+from lesa.demo.digits import build_pipeline  # noqa: E402
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS = 50
@@ -23,7 +25,13 @@ class Walk:
 
     def __init__(self, model, device):
         torch.manual_seed(0)
-        transformer = FluxTransformer2DModel(**model.transformer_config()).to(device, model.dtype).eval()
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(model.dtype)  # where it will be, and as it will be: large ones fit no other way
+        try:
+            with torch.device(device):
+                transformer = FluxTransformer2DModel(**model.transformer_config()).eval()
+        finally:
+            torch.set_default_dtype(default)
         self.pipe = build_pipeline(transformer)
         self.pipe.scheduler.set_timesteps(STEPS, device=device)
 

@@ -12,6 +12,7 @@ import torch
 from pytest_benchmark.utils import get_commit_info
 
 from lesa_kernels.env_report import env_report
+from lesa_kernels.tune import device_seconds
 
 sys.path.insert(0, str(Path(__file__).parent))  # the suites import shapes.py and work.py
 import shapes  # noqa: E402
@@ -86,10 +87,10 @@ def timed(benchmark, device):
         else:
             benchmark.pedantic(synchronised, rounds=rounds)
         if rounds is None and device.type == "cuda" and benchmark.stats is not None:
-            from triton.testing import do_bench
-
-            seconds = [ms * 1e-3 for ms in do_bench(function, quantiles=[0.5, 0.2, 0.8])]
-            benchmark.extra_info.update(zip(("device_median_s", "device_p20_s", "device_p80_s"), seconds))
+            seconds = device_seconds(function)
+            p20, *_, p80 = statistics.quantiles(seconds, n=5)
+            median = statistics.median(seconds)
+            benchmark.extra_info.update(device_median_s=median, device_p20_s=p20, device_p80_s=p80)
 
     return run
 

@@ -5,6 +5,7 @@ different lengths. The results are only looked at for values that are not finite
 """
 
 import argparse
+import copy
 from collections.abc import Callable
 
 import torch
@@ -36,7 +37,7 @@ def forecasts(dtype: torch.dtype, device: str) -> None:
         ring = filled_ring(predictor, dtype, device)
         predictors = [predictor]
         if mixer == "dense" and dtype.itemsize > 1:
-            predictors.append(predictor.to(dtype))
+            predictors.append(copy.deepcopy(predictor).to(dtype))
         for each in predictors:
             with torch.no_grad():
                 finite(each(ring, sigma))

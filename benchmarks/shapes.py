@@ -118,7 +118,7 @@ class ModelShape:
 
 MODELS = {
     "cpu": (ModelShape("flux-13M", 256, 32, 1, 2, 6, 256, torch.float32),),
-    "cuda": (ModelShape("flux-2.1B", 4096, 512, 3, 6, 48, 4096, torch.bfloat16),),
+    "cuda": (ModelShape("flux-12B", 4096, 512, 19, 38, 48, 4096, torch.bfloat16),),  # all 57 blocks of FLUX
 }
 
 FLUX_100M = ModelShape("flux-100M", 1024, 64, 2, 6, 12, 768, torch.float32)

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,6 +126,24 @@ OPERATIONS = {
 }
 
 
+def device_seconds(function: Callable, repeats: int = 50) -> list[float]:
+    """How long calls of `function` take on the current GPU, each with cold caches.
+
+    Before each call the GPU is kept waiting for about a millisecond. So all of it is enqueued when its time begins, and
+    what the host does is not in it, unless the call itself waits for the device.
+    """
+    beyond_caches = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        beyond_caches.zero_()
+        torch.cuda._sleep(2_000_000)  # cycles
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1e-3 for start, end in events]
+
+
 def best_config(start: dict[str, int], choices: dict[str, tuple[int, ...]], measure: Callable) -> dict[str, int]:
     """The fastest configuration, one setting after the other; one less than 1 % faster doesn't count.
 
@@ -153,7 +172,6 @@ class Timer:
 
     def __call__(self, config: dict[str, int]) -> float:
         from triton.errors import TritonError
-        from triton.testing import do_bench
 
         # A file of its own for each: configurations are read once.
         file = self.folder / f"{self.operation}-{self.dtype}-{next(self.numbers)}.json"
@@ -163,8 +181,11 @@ class Timer:
         try:
             if not self._is_right(self.call()):
                 return math.inf
-            return do_bench(self.call, return_mode="median") * 1e-3
-        except TritonError:  # too much shared memory, or a size that does not compile
+            return statistics.median(device_seconds(self.call))
+        except TritonError:  # too much shared memory
+            return math.inf
+        except RuntimeError:  # a size that does not compile; the rest is not to be measured on a broken device
+            torch.cuda.synchronize()
             return math.inf
         finally:
             os.environ.pop("LESA_TUNED")
@@ -173,7 +194,8 @@ class Timer:
 
     def _is_right(self, results: tuple[torch.Tensor, ...]) -> bool:
         for result, expected in zip(results, self.expected):
-            allowed = 4 * torch.finfo(result.dtype).eps * expected.norm()
+            # Sums of tens of thousands of numbers in another order differ by more than their last bit.
+            allowed = 16 * torch.finfo(result.dtype).eps * expected.norm()
             if not (result.double() - expected).norm() <= allowed:  # NaN is wrong too
                 return False
         return True

@@ -126,6 +126,9 @@ def test_two_streams_at_once(call):
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
     results = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)  # until all calls of both are enqueued, so that they run side by side
     for _ in range(20):
         for stream in streams:
             with torch.cuda.stream(stream):

@@ -88,7 +88,7 @@ def _select(m, base, first, values, background, DEGREE: tl.constexpr):
 
 
 @triton.jit
-def interpretable_dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+def interpretable_dot(a, b, acc, PRECISION: tl.constexpr):
     """`acc + a @ b`. The interpreter multiplies the bits of bfloat16 as if they were integers, so it gets floats."""
     if _INTERPRETED and a.dtype == tl.bfloat16:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
@@ -139,7 +139,7 @@ def _bspline_kan_fwd_kernel(
         mask = (i[:, None] < in_features) & (o[None, :] < out_features)
         for m in tl.range(0, matrices):
             w = tl.load(tile + m * matrix + within, mask=mask, other=0.0)
-            acc = interpretable_dot(_select(m, silu, first, weights, background, DEGREE), w, acc)
+            acc = interpretable_dot(_select(m, silu, first, weights, background, DEGREE), w, acc, "ieee")
 
     inside = (n[:, None] < left) & (o[None, :] < out_features)
     tl.store(
@@ -244,7 +244,7 @@ def _bspline_kan_bwd_x_kernel(
         if ONE_BLOCK:
             within = (i[:, None] < in_features) & (o[None, :] < out_features)
             w = tl.load(tile + m * matrix + o[None, :], mask=within, other=0.0)
-            product = interpretable_dot(grad, tl.trans(w), product)
+            product = interpretable_dot(grad, tl.trans(w), product, "ieee")
         else:
             for start_o in tl.range(0, out_features, BLOCK_O):
                 columns = start_o + o[None, :]
@@ -252,7 +252,7 @@ def _bspline_kan_bwd_x_kernel(
                 grad = tl.load(grad_rows + columns, mask=there, other=0.0).to(dtype)
                 within = (i[:, None] < in_features) & (columns < out_features)
                 w = tl.load(tile + m * matrix + columns, mask=within, other=0.0)
-                product = interpretable_dot(grad, tl.trans(w), product)
+                product = interpretable_dot(grad, tl.trans(w), product, "ieee")
         grad_x += _select(m, silu_slope, first, slopes, background, DEGREE) * product
 
     tl.store(
@@ -363,7 +363,7 @@ def _bspline_kan_bwd_weight_kernel(
         a = tl.reshape(a, [BLOCK_M * BLOCK_I, BLOCK_N])
         mask = (n[:, None] < left) & (o[None, :] < out_features)
         grad = tl.load(grad_block + n[:, None] * stride_grad + o[None, :], mask=mask, other=0.0).to(DTYPE)
-        acc = interpretable_dot(a, grad, acc)
+        acc = interpretable_dot(a, grad, acc, "ieee")
         x_block += BLOCK_N * tl.cast(stride_x, tl.int64)
         grad_block += BLOCK_N * tl.cast(stride_grad, tl.int64)
 

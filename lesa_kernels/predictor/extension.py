@@ -39,7 +39,7 @@ def newton_predict_extension(
     state = [tensor.contiguous() for tensor in (sigmas, cursor, count, sigma.to(torch.float32))]
     experts = [in_weight, in_bias, spline, out_weight, out_bias, down, up, up_bias]
     experts = [None if tensor is None else tensor.to(torch.float32).contiguous() for tensor in experts]
-    output = torch.empty(storage.shape[1:], dtype=storage.dtype)
+    output = torch.empty(storage.shape[1:], dtype=storage.dtype, device=storage.device)
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*state, *experts)]
     extension().newton_predict(
         storage=storage.data_ptr(),

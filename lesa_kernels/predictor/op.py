@@ -278,6 +278,9 @@ def _newton_predict(*args):
     storage, *others = args
     _check_kernels(storage)
     if backend == "extension":
+        if storage.device.type != "cpu":
+            remedy = 'Pass backend="triton".'
+            raise argument_error("storage", "be on the CPU for the compiled extension", storage, remedy)
         from lesa_kernels.predictor.extension import newton_predict_extension
 
         return newton_predict_extension(storage, *_contiguous(others))

@@ -165,7 +165,7 @@ CASES = [
     Case("newton_predict-rank0", predict("newton", rank=0), vectorised=True),
     Case("newton_predict-rank32", predict("newton", rank=32), products="small", vectorised=True),
     Case("newton_velocity-rank0", velocity(0), products="small", vectorised=True),
-    # Its sweep over the tokens fits into the registers; what it keeps while it finishes a tile, once for each, does not.
+    # Its sweep over the tokens fits into the registers. What it keeps while it finishes a tile, once each, does not.
     Case("newton_velocity-rank32", velocity(32), products="small", vectorised=True, stack=96),
     Case("dense_predict", predict("dense", cast=True), products="large", vectorised=True),
     Case("dense_predict-cast", predict("dense"), dtypes=(torch.bfloat16,), products="large", vectorised=True),

@@ -32,7 +32,7 @@ TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 def run_script(*arguments, **environment):
     inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "LESA_TUNED")}
     command = [sys.executable, SCRIPT, *arguments]
-    return subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
+    return subprocess.run(command, env=inherited | environment, capture_output=True, text=True, timeout=1200)
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +88,12 @@ def test_multiplies_on_tensor_cores(unit, case, found):
     if case.products is None:
         pytest.skip("it has no matrix products")
     if dtype == torch.float32:
-        pytest.skip("float32 is multiplied in float32")
+        pytest.skip("in float32 that is demanded of none")
     large = case.products == "large"
     wanted = {TENSOR_CORES[architecture]} if large else {*TENSOR_CORES.values()}
-    kernels = found["kernels"].values()
-    assert any(kernel["instructions"][name] for kernel in kernels for name in wanted), found["kernels"]
+    for kernel in found["kernels"].values():
+        if "_sum_kernel" not in kernel["name"]:
+            assert any(kernel["instructions"][name] for name in wanted), kernel
 
 
 def test_reads_16_bytes_at_a_time(case, found):
