@@ -114,8 +114,8 @@ class NewtonPeer:
 
 
 def peer_of(predictor, implementation):
-    """The predictor itself, or plain torch beside it, as it is or compiled."""
-    if implementation == "lesa":
+    """The predictor itself, on its own backend or in plain torch, or a peer beside it, as it is or compiled."""
+    if implementation in ("lesa", "reference"):
         return predictor
     peer = NewtonPeer(predictor) if predictor.config.mixer == "newton" else predictor
     if implementation == "eager":
@@ -132,13 +132,15 @@ def work_of(predictor, shape) -> dict:
     return work.dense_predict(*shape.sizes, history, parameter_bytes=shape.dtype.itemsize)
 
 
-@pytest.mark.parametrize("implementation", ["lesa", "eager", "compiled"])
+@pytest.mark.parametrize("implementation", ["lesa", "reference", "eager", "compiled"])
 @pytest.mark.parametrize("name", MIXERS)
 @torch.no_grad()
 def test_predict(benchmark, timed, against_floor, shape, device, name, implementation):
     skip_needless(implementation, shape, device)
     if name == "dense":
         skip_large_products(shape, device)
+        if implementation == "eager":
+            pytest.skip("the reference is the eager form")
     torch.manual_seed(0)
     predictor = random_predictor(shape, device, backend="auto" if implementation == "lesa" else "torch", **MIXERS[name])
     ring = filled_ring(predictor, shape, device)
