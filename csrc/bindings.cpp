@@ -61,7 +61,7 @@ void newton_predict(uintptr_t storage, const std::string& storage_dtype, const s
                     uintptr_t sigma, uintptr_t in_weight, uintptr_t in_bias, uintptr_t spline, uintptr_t out_weight,
                     uintptr_t out_bias, uintptr_t down, uintptr_t up, uintptr_t up_bias, int64_t hidden, int64_t rank,
                     std::vector<double> stage_bounds, std::vector<int64_t> history_length, int64_t grid_size,
-                    int64_t spline_order, uintptr_t output, int threads) {
+                    int64_t spline_order, uintptr_t output, int threads, std::string instructions) {
   const lesa::NewtonPredict predict{
       pointer<const void>(storage),
       lesa::dtype_from_name("storage_dtype", storage_dtype),
@@ -92,6 +92,7 @@ void newton_predict(uintptr_t storage, const std::string& storage_dtype, const s
       spline_order,
       pointer<void>(output),
       threads,
+      std::move(instructions),
   };
   lesa::check_newton_predict(predict);
   lesa::newton_predict_cpu(predict);
@@ -143,6 +144,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("spline"), py::arg("out_weight"), py::arg("out_bias"), py::arg("down"), py::arg("up"),
         py::arg("up_bias"), py::arg("hidden"), py::arg("rank"), py::arg("stage_bounds"), py::arg("history_length"),
         py::arg("grid_size"), py::arg("spline_order"), py::arg("output"), py::arg("threads"),
+        py::arg("instructions") = "avx512",
         "Forecasts on the CPU from the anchors of a ring; ValueError for what can't be right. See "
         "csrc/newton_predict.h.");
 }

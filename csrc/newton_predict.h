@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "arguments.h"
@@ -35,6 +36,7 @@ struct NewtonPredict {
 
   void* output;  // [batch, tokens, dim], contiguous, no overlap with anything else
   int threads;   // most threads to use
+  std::string instructions;  // widest to use, where the processor has them: "avx512", "avx2" or "plain"
 
   // K
   int64_t longest_history() const { return *std::max_element(history_length.begin(), history_length.end()); }

@@ -215,12 +215,12 @@ struct Vector {
 
 #endif
 
-const Kernels& kernels_here() {
+const Kernels& kernels_for(const std::string& widest) {
 #ifdef LESA_X86
   static const bool vector = has_avx2_and_f16c() && __builtin_cpu_supports("fma");
   static const bool wide = vector && __builtin_cpu_supports("avx512f");
-  if (wide) return avx512::kKernels;
-  if (vector) return avx2::kKernels;
+  if (wide && widest == "avx512") return avx512::kKernels;
+  if (vector && widest != "plain") return avx2::kKernels;
 #endif
   return plain::kKernels;
 }
@@ -322,6 +322,9 @@ void check_newton_predict(const NewtonPredict& p) {
   check_at_least("grid_size", p.grid_size, 1);
   check_at_least("spline_order", p.spline_order, 0);
   check_at_least("threads", p.threads, 1);
+  if (p.instructions != "avx512" && p.instructions != "avx2" && p.instructions != "plain") {
+    refuse("instructions", "be one of avx512, avx2, plain", "'" + p.instructions + "'", "Leave it out.");
+  }
   if (p.history_length.size() != p.stage_bounds.size() + 1) {
     refuse("history_length", "have one entry more than `stage_bounds`",
            std::to_string(p.history_length.size()) + " and " + std::to_string(p.stage_bounds.size()),
@@ -374,7 +377,7 @@ void newton_predict_cpu(const NewtonPredict& p) {
   }
   if (p.batch == 0 || p.tokens == 0 || p.dim == 0) return;
 
-  const Kernels& kernels = kernels_here();
+  const Kernels& kernels = kernels_for(p.instructions);
   const int64_t padded_dim = round_up(p.dim, kernels.panel);
   const int64_t padded_rank = round_up(p.rank, kernels.panel);
   const int64_t longest = p.longest_history();

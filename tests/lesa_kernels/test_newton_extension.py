@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 import random
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from lesa_kernels._extension import extension, extension_error
+from lesa_kernels.predictor import extension as extension_module
 from lesa_kernels.predictor.extension import newton_predict_extension
 from lesa_kernels.predictor.reference import newton_predict_ref
 
@@ -103,6 +105,22 @@ def relaid(tensor, layout):
     if layout == "tokens first":
         return tensor.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
     return tensor
+
+
+@pytest.fixture(params=["avx512", "avx2", "plain"])
+def instructions(request, monkeypatch):
+    """Forecasts with no wider instructions than these. A processor without the widest uses what it has."""
+    compiled = extension()
+    limited = functools.partial(compiled.newton_predict, instructions=request.param)
+    monkeypatch.setattr(extension_module, "extension", lambda: SimpleNamespace(newton_predict=limited))
+    return request.param
+
+
+@pytest.mark.parametrize("rank", [0, 5, 33])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_all_kinds_of_instructions_are_as_accurate(instructions, dtype, rank, seed):
+    assert_accurate(case(seed=seed, dtype=dtype, rank=rank, dim=[1, 7, 50, 129][seed], tokens=[3, 1, 40, 25][seed]))
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -267,6 +285,7 @@ BAD_CALLS = {
     "negative size": (dict(storage_sizes=(4, 2, -3, 5)), "`tokens` must be at least 0, but got -3"),
     "no slot": (dict(storage_sizes=(0, 2, 3, 5)), "`capacity` must be at least 1, but got 0"),
     "negative stride": (dict(storage_strides=(30, -15, 5)), "`storage_strides` must be at least 0, but got -15"),
+    "unknown instructions": (dict(instructions="mmx"), "`instructions` must be one of avx512, avx2, plain"),
     "negative hidden": (dict(hidden=-1), "`hidden` must be at least 0, but got -1"),
     "negative rank": (dict(rank=-1), "`rank` must be at least 0, but got -1"),
     "no grid": (dict(grid_size=0), "`grid_size` must be at least 1, but got 0"),
