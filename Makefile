@@ -2,8 +2,9 @@ PYTHON ?= python
 
 .PHONY: style check test bench gpu gpu-results demo-weights
 
-# The installed package is tested, not the checkout, which `python -m` would put first (and does in Python 3.10).
-PYTEST = PYTHONSAFEPATH=1 $(PYTHON) -m pytest
+# The installed package is tested, not the checkout, which `python -m` and `python -c` put first.
+INSTALLED = $(PYTHON) -c "import runpy, sys; sys.path = [p for p in sys.path if p]; runpy.run_module(sys.argv.pop(1), run_name=\"__main__\")"
+PYTEST = $(INSTALLED) pytest
 
 style:  ## format the code and fix what can be fixed
 	$(PYTHON) -m ruff format .
@@ -31,7 +32,7 @@ gpu:  ## build with CUDA, then tests, compute-sanitizer and all benchmarks on th
 gpu-results:
 	@test -n "$(RESULTS)" || { echo "gpu-results is a part of 'make gpu'" >&2; exit 1; }
 	mkdir -p "$(RESULTS)"
-	{ PYTHONSAFEPATH=1 $(PYTHON) -m lesa_kernels.env_report; \
+	{ $(INSTALLED) lesa_kernels.env_report; \
 	  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit --format=csv; \
 	  git rev-parse HEAD 2>/dev/null || echo "no commit: this is not a git checkout"; } > "$(RESULTS)/machine.txt"
 	@# Tests of kernels run on the GPU where there is one. Most of their time goes into compiling, so they share the cores.

@@ -159,7 +159,11 @@ def skip_if_unable(implementation, function: Callable) -> None:
         return
     try:
         function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
     except Exception as error:  # theirs, of any kind
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # fails if the device is broken, and with it all that would follow
         pytest.skip(f"{implementation}: {type(error).__name__}: {error}")
 
 

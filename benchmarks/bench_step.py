@@ -1,5 +1,6 @@
 """One skipped step against one computed step, through the real hook on a FLUX transformer with random weights."""
 
+import gc
 import statistics
 
 import pytest
@@ -57,9 +58,23 @@ def dim(model) -> int:
     return model.num_attention_heads * 64
 
 
-@torch.no_grad()
-def test_computed_step(benchmark, timed, against_floor, model, device):
+@pytest.fixture
+def walk(model, device):
+    """A model of which nothing is left afterwards; skips the benchmark where it has no room."""
+    if device.type == "cuda":
+        needed, free = model.parameters * model.dtype.itemsize * 1.3, torch.cuda.mem_get_info(device)[0]
+        if needed > free:
+            pytest.skip(f"{model} takes about {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free")
     walk = Walk(model, device)
+    yield walk
+    vars(walk).clear()
+    gc.collect()  # the hooks of diffusers refer to the model they are on
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def test_computed_step(benchmark, timed, against_floor, walk, model, device):
     plain = walk.step()
     walk.steps = iter(range(STEPS))
     predictor = FusedKANPredictor(PredictorConfig(walk.pipe.transformer.inner_dim)).to(device)
@@ -76,18 +91,18 @@ def test_computed_step(benchmark, timed, against_floor, model, device):
 
 @pytest.mark.parametrize("rank", [0, 32])
 @torch.no_grad()
-def test_predicted_step(benchmark, timed, against_floor, model, device, rank):
-    walk = Walk(model, device)
+def test_predicted_step(benchmark, timed, against_floor, walk, model, device, rank):
     predictor = FusedKANPredictor(PredictorConfig(walk.pipe.transformer.inner_dim, rank=rank)).to(device)
-    exact = [walk.step() for _ in ANCHORS][-1]
+    predictor.backend = "torch"  # the plain form, through the model's own head
+    with lesa.enable_cache(walk.pipe, predictor, ANCHORS):
+        *_, anchor, plain = (walk.step() for _ in range(len(ANCHORS) + 1))
+    predictor.backend = "auto"
     walk.steps = iter(range(STEPS))
     with lesa.enable_cache(walk.pipe, predictor, ANCHORS) as handle:
-        for _ in ANCHORS:
-            anchor = walk.step()
-        assert torch.equal(anchor, exact)
-        forecast = walk.step()
-        # With fixed inputs only the noise level moves, so the next step is nearly the last computed one.
-        assert (forecast - exact).norm() < 0.1 * exact.norm()
+        *_, again, forecast = (walk.step() for _ in range(len(ANCHORS) + 1))
+        assert torch.equal(again, anchor)
+        # A step moves the velocity by far more than rounding does.
+        assert (forecast - plain).norm() < 4 * torch.finfo(model.dtype).eps * plain.norm() < (plain - anchor).norm()
         timed(walk.step, f"step {model}", rounds=PREDICTED_ROUNDS)
         assert handle.stats.computed_steps == len(ANCHORS)
     least = work.predict_velocity(1, model.image_tokens, dim(model), model.dtype, OUT_CHANNELS, len(ANCHORS), rank)

@@ -100,6 +100,12 @@ class ModelShape:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def parameters(self) -> int:
+        """About how many weights it has: those of the blocks' products."""
+        dim = 64 * self.num_attention_heads
+        return dim**2 * (36 * self.num_layers + 15 * self.num_single_layers)
+
     def transformer_config(self) -> dict:
         """Arguments of `FluxTransformer2DModel`."""
         return {

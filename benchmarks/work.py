@@ -49,9 +49,8 @@ def predict_velocity(batch, tokens, dim, dtype, out_channels, history=4, rank=0,
     """A forecast of newton through the output head: K anchors in, the velocity out; the forecast is never written."""
     work = newton_predict(batch, tokens, dim, dtype, history, rank, hidden, out_dtype)
     saved = batch * tokens * (dim - out_channels) * _out_dtype(dtype, out_dtype).itemsize
-    head = (
-        (out_channels + 2 * batch) * dim * _out_dtype(dtype, out_dtype).itemsize
-    )  # the projection, and each sample's modulation
+    # The projection, and each sample's modulation.
+    head = (out_channels + 2 * batch) * dim * _out_dtype(dtype, out_dtype).itemsize
     return {
         "bytes": work["bytes"] - saved + head,
         "flops": work["flops"] + 2 * batch * tokens * dim * out_channels,

@@ -1,7 +1,8 @@
 """`python -m lesa_kernels.tune --out FILE`: finds launch configurations for the GPU at hand.
 
 Each operation runs at the benchmarks' sizes. Starting from the configuration it has now, its settings are tried one
-after the other, each with the best of those before. A configuration can win only if its result equals the first one's.
+after the other, each with the best of those before. A configuration whose result is not the first one's, but for
+rounding, can't win.
 The file is written after each operation, so it can be stopped at any time; started again, it goes on with the rest.
 """
 
@@ -12,6 +13,7 @@ import math
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,14 +131,19 @@ OPERATIONS = {
 def device_seconds(function: Callable, repeats: int = 50) -> list[float]:
     """How long calls of `function` take on the current GPU, each with cold caches.
 
-    Before each call the GPU is kept waiting for about a millisecond. So all of it is enqueued when its time begins, and
-    what the host does is not in it, unless the call itself waits for the device.
+    Before each call the GPU is kept waiting for twice as long as a call takes the host, a millisecond at least. So all
+    of it is enqueued when its time begins, and what the host does is not in it, unless the call itself waits.
     """
+    function()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    host = time.perf_counter() - began
     beyond_caches = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
         beyond_caches.zero_()
-        torch.cuda._sleep(2_000_000)  # cycles
+        torch.cuda._sleep(int(2e9 * max(1e-3, 2 * host)))  # cycles, of about half a nanosecond
         start.record()
         function()
         end.record()
@@ -184,8 +191,9 @@ class Timer:
             return statistics.median(device_seconds(self.call))
         except TritonError:  # too much shared memory
             return math.inf
-        except RuntimeError:  # a size that does not compile; the rest is not to be measured on a broken device
-            torch.cuda.synchronize()
+        except RuntimeError as error:  # a size that does not compile
+            torch.cuda.synchronize()  # fails on a broken device, on which the rest is not to be measured
+            tqdm.write(f"{self.operation} {config}: {error}")
             return math.inf
         finally:
             os.environ.pop("LESA_TUNED")

@@ -215,11 +215,12 @@ def newton_predict(
         stage_bounds: S - 1 falling noise levels.
         history_length: anchors read in each stage, S ints; K is the largest.
         grid_size, spline_order: of the splines on [-1, 1].
-        backend: "auto", "triton", "extension" (newton on a CPU, without gradients) or "torch".
+        backend: "auto", "triton", "extension" (on a CPU, without gradients) or "torch".
 
     Returns:
-        `[B, T, D]` in the dtype of `storage`, bfloat16 for float8; computed in float32, but for matrix products, whose
-        operands Triton rounds to the dtype of `storage`. There a forecast with a residual is rounded without it first.
+        `[B, T, D]` in the dtype of `storage`, bfloat16 for float8; computed in float32. Triton rounds what it
+        multiplies for a residual to the dtype of `storage` (bfloat16 for float8, and in the backward for float16, whose
+        range is too small), and the forecast once before the residual is added.
 
     Raises:
         ValueError, TypeError: a tensor has another shape, dtype or device than above; named.
@@ -476,11 +477,11 @@ def dense_predict(
         stage_bounds: S - 1 falling noise levels.
         history_length: entries read in each stage, S ints; K is the largest.
         grid_size, spline_order: of the splines on [-1, 1].
-        backend: "auto", "triton", "extension" (newton on a CPU, without gradients) or "torch".
+        backend: "auto", "triton" or "torch".
 
     Returns:
-        `[B, T, D]` in the dtype of `storage`, bfloat16 for float8; computed in float32, but for matrix products, whose
-        operands Triton rounds to the dtype of `storage`. There a forecast with a residual is rounded without it first.
+        `[B, T, D]` in the dtype of `storage`, bfloat16 for float8; computed in float32, but Triton rounds what it
+        multiplies to the dtype of `storage`, bfloat16 for float8.
 
     Raises:
         ValueError, TypeError: a tensor has another shape, dtype or device than above; named.

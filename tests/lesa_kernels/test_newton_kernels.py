@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lesa_kernels import (
     FeatureRing,
@@ -203,6 +204,17 @@ def newton_taps(ring, sigma):
         g = (g[:-1] - g[1:]) / (s[:-j] - s[j:])[..., None, None]
         reach = reach * (sigma.double() - s[j - 1])
         yield g[0] * reach[:, None, None]
+
+
+@torch.no_grad()
+def test_an_empty_batch(kernel_device):
+    predictor, ring, sigma = make("windows", kernel_device, pushes=[4])
+    state, experts, shape = functional(predictor, ring, sigma)
+    none = [None if t is None else t[:, :0] if t.ndim > 1 else t[:0] for t in state]
+    head = make_head(ring, 3)
+    head = OutputHead(head.weight, head.bias, head.scale[:0], head.shift[:0])
+    assert newton_predict(*none, *experts, *shape, backend="triton").shape == (0, 5, 24)
+    assert newton_velocity(*none, *experts, head, *shape, backend="triton").shape == (0, 5, 3)
 
 
 @torch.no_grad()
@@ -520,13 +532,16 @@ def test_compiles_without_a_graph_break(backend, kernel_device):
 
 
 @torch.no_grad()
-def test_one_graph_serves_all_sizes(kernel_device):
+def test_two_graphs_serve_all_sizes(kernel_device):
+    """One for the first, and one for all others: nothing is compiled anew for a size."""
     predictor, _, _ = make("windows", kernel_device)
-    step = torch.compile(lambda ring, sigma, head: predictor.predict_velocity(ring, sigma, head), fullgraph=True, backend="aot_eager")  # noqa: E501  # fmt: skip
-    for tokens in (3, 5, 8):
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(predictor.predict_velocity, fullgraph=True, backend=counter)
+    for tokens in (3, 5, 8, 9):
         _, ring, sigma = make("windows", kernel_device, pushes=[4, 3], tokens=tokens)
         head = make_head(ring, 4)
         assert torch.equal(step(ring, sigma, head), predictor.predict_velocity(ring, sigma, head))
+    assert counter.frame_count == 2
 
 
 def test_autocast_changes_nothing(kernel_device):

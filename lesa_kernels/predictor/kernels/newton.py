@@ -321,8 +321,9 @@ def newton_grid(shape: tuple[int, ...], device: torch.device, config: dict[str, 
         config: its launch configuration.
     """
     _, batch, tokens, width = shape
-    blocks = batch * triton.cdiv(width, config["BLOCK_D"])
+    blocks = max(batch * triton.cdiv(width, config["BLOCK_D"]), 1)
     # Rounded down: PROGRAMS is how many a multiprocessor holds at once, and one more would wait for a second round.
+    # Some multiprocessors stay idle where the blocks do not divide the places.
     wanted = config["PROGRAMS"] * multiprocessors(device) // blocks
     splits = min(max(wanted, 1), max(triton.cdiv(tokens, config["BLOCK_T"]), 1))
     return (blocks * splits,), splits
@@ -475,7 +476,8 @@ def newton_predict_bwd(
         newton_predict_fwd(
             storage, scales, sigmas, cursor, count, sigma, *parameters, *shape, out_dtype=grad.dtype, read=read
         )
-        grad_read = torch.bmm(grad.float(), up[history.stage].float())
+        wide = grad.float() if grad.dtype == torch.float16 else grad  # float16 has too small a range
+        grad_read = torch.bmm(wide, up[history.stage].to(wide.dtype)).float()
     config = launch_config("newton_predict_bwd", storage.dtype, storage.device)
     grid, splits = newton_grid(storage.shape, storage.device, config)
     totals = [empty(splits, batch, taps, width)]
