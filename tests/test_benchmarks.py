@@ -1,5 +1,6 @@
 """The benchmarks run and say what they should: one cheap case of every suite, and the end-to-end script."""
 
+import importlib
 import json
 import runpy
 import subprocess
@@ -120,8 +121,14 @@ def test_the_committed_roofline_is_that_of_the_code(tmp_path):
     assert (tmp_path / "roofline.md").read_text() == (ROOT / "docs" / "roofline.md").read_text()
 
 
-def test_sanitizer_calls_the_kernels():
+@pytest.mark.parametrize(
+    "calls, dtype", [("layers", torch.float32), ("forecasts", torch.bfloat16), ("forecast_gradients", torch.float32)]
+)
+def test_sanitizer_calls_the_kernels(calls, dtype, monkeypatch):
     """In the interpreter here; on a GPU `make gpu` runs it."""
     pytest.importorskip("triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    runpy.run_path(BENCHMARKS / "sanitize.py")["layers"](torch.float32, device)
+    kind = type(importlib.import_module("lesa_kernels.predictor.kernels.newton")._newton_predict_fwd_kernel)
+    launch, launches = kind.__getitem__, []
+    monkeypatch.setattr(kind, "__getitem__", lambda kernel, grid: launches.append(kernel) or launch(kernel, grid))
+    runpy.run_path(BENCHMARKS / "sanitize.py")[calls](dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    assert len(launches) > 3
