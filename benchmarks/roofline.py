@@ -121,7 +121,7 @@ Of the KAN layer only the p + 1 bases that are not zero are counted; a form that
 cores does (1 + G + p) / (2 + p) times as much, here 2.4 times.
 
 No floor has what the programs of one kernel leave for each other. For flux-1024px in bfloat16 that is 13 MB, written
-and read once, for a velocity of rank 0, 51 MB for one of rank 32, and 13 MB, and the forecast once more, for newton
+and read once, for a velocity of rank 0, 102 MB for one of rank 32, and 13 MB, and the forecast once more, for newton
 predict of rank 32. Whether these stay in the second-level cache decides what they cost.
 
 """

@@ -4,6 +4,7 @@ import torch
 
 from lesa_kernels._checks import Said, argument_error, check_choice, check_int, check_tensor
 from lesa_kernels._dispatch import resolve_backend
+from lesa_kernels.bspline_kan.op import TRITON_ORDERS
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
 from lesa_kernels.predictor.reference import (
     OutputHead,
@@ -17,7 +18,6 @@ from lesa_kernels.predictor.reference import (
 STORED_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)
 
 # What the kernels are written for; plain torch does the rest.
-KERNEL_DEGREES = range(1, 6)
 KERNEL_HEAD_OUTPUTS = 256
 KERNEL_SCRATCH_BYTES = 1 << 30
 
@@ -164,7 +164,7 @@ def _has_kernels(storage, sigmas, sigma, spline_order, *others) -> bool:
     tensors = (storage, *(tensor for tensor in others if tensor is not None))
     return (
         all(tensor.dtype != torch.float64 for tensor in tensors)
-        and spline_order in KERNEL_DEGREES
+        and TRITON_ORDERS[0] <= spline_order <= TRITON_ORDERS[1]
         and (storage.stride(3) == 1 or storage.shape[3] == 1)
         and not _needs_gradient(sigmas, sigma)
     )

@@ -64,7 +64,6 @@ class Case:
             tcgen05), "small" if any tensor-core instruction will do, None if it has none.
         vectorised: whether it must read global memory 16 bytes at a time.
         may_spill: dtypes in which it is run too seldom for its registers to matter.
-        stack: bytes of stack that its kernels may take, for what is kept while something is done that is not hot.
     """
 
     name: str
@@ -75,7 +74,6 @@ class Case:
     products: str | None = None
     vectorised: bool = False
     may_spill: tuple[torch.dtype, ...] = ()
-    stack: int = 0
 
 
 def empty_ring(predictor: FusedKANPredictor, size: FeatureShape) -> FeatureRing:
@@ -165,8 +163,7 @@ CASES = [
     Case("newton_predict-rank0", predict("newton", rank=0), vectorised=True),
     Case("newton_predict-rank32", predict("newton", rank=32), products="small", vectorised=True),
     Case("newton_velocity-rank0", velocity(0), products="small", vectorised=True),
-    # Its sweep over the tokens fits into the registers. What it keeps while it finishes a tile, once each, does not.
-    Case("newton_velocity-rank32", velocity(32), products="small", vectorised=True, stack=96),
+    Case("newton_velocity-rank32", velocity(32), products="small", vectorised=True, may_spill=(torch.float32,)),
     Case("dense_predict", predict("dense", cast=True), products="large", vectorised=True),
     Case("dense_predict-cast", predict("dense"), dtypes=(torch.bfloat16,), products="large", vectorised=True),
     gradient("newton_predict-rank0-backward", predict_backward("newton", rank=0), TRAINING),
