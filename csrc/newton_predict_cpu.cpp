@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu_elements.h"
+#include "cpu.h"
 
 namespace lesa {
 namespace {

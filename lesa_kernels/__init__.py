@@ -13,6 +13,7 @@ _SOURCES = {
     "bspline_basis": "lesa_kernels.bspline_kan",
     "bspline_evaluate": "lesa_kernels.bspline_kan",
     "FeatureRing": "lesa_kernels.feature_ring",
+    "ring_gather": "lesa_kernels.feature_ring",
     "ring_push": "lesa_kernels.feature_ring",
     "FusedKANPredictor": "lesa_kernels.predictor",
     "OutputHead": "lesa_kernels.predictor",

@@ -1,8 +1,9 @@
 """Which implementation runs: `backend="auto" | "triton" | "extension" | "torch"`.
 
-`auto` takes Triton for CUDA tensors and the compiled extension for CPU tensors, each where the operation has it, else
-plain torch. A backend that is named in an argument and can't run is an error that says why. Triton runs on CPU tensors
-too, in its interpreter, when it is named and the process was started with `TRITON_INTERPRET=1`; that is for tests.
+`auto` takes the first that the operation has: for CUDA tensors Triton, the compiled extension, plain torch; for CPU
+tensors the compiled extension, plain torch. A backend that is named in an argument and can't run is an error that says
+why. Triton runs on CPU tensors too, in its interpreter, when it is named and the process was started with
+`TRITON_INTERPRET=1`; that is for tests.
 
 The environment variable `LESA_BACKEND` replaces `auto`; it is read at every call. It speaks to all operations at once,
 so it leaves those alone that have no such implementation: they do what `auto` does.
@@ -54,9 +55,12 @@ def resolve_backend(backend: str, tensor: torch.Tensor, implemented: tuple[str, 
             'Pass backend="auto" to let the tensor\'s device decide.',
             RuntimeError,
         )
-    if chosen == "extension":
+    if chosen == "extension" and (reason := extension_problem(tensor.device)) is not None:
         extension()  # says why, if it can't be loaded
-    elif chosen == "triton" and (reason := triton_error(tensor.device)) is not None:
+        raise RuntimeError(
+            f'{operation} can\'t run in the compiled extension on {tensor.device}: {reason}. Choose backend="torch".'
+        )
+    if chosen == "triton" and (reason := triton_error(tensor.device)) is not None:
         raise RuntimeError(f'{operation} can\'t run on Triton: {reason}. Choose backend="torch".')
     return chosen
 
@@ -90,12 +94,24 @@ def _interprets() -> bool:
     )
 
 
+@torch.compiler.assume_constant_result
+def extension_problem(device: torch.device) -> str | None:
+    """Why the compiled extension can't run on tensors of `device`, or None if it can."""
+    return _cuda_problem(device) if device.type == "cuda" and extension_error() is None else extension_error()
+
+
+@functools.cache
+def _cuda_problem(device: torch.device) -> str | None:
+    return extension().cuda_problem(torch.cuda.current_device() if device.index is None else device.index) or None
+
+
 def _automatic(tensor: torch.Tensor, implemented: tuple[str, ...], operation: str) -> str:
-    preferred = "triton" if tensor.is_cuda else "extension"
-    if preferred not in implemented:
+    order = ("triton", "extension") if tensor.is_cuda else ("extension",)
+    preferred = next((name for name in order if name in implemented), "torch")
+    if preferred == "torch":
         return "torch"
     if preferred == "extension":
-        reason = extension_error()
+        reason = extension_problem(tensor.device)
         remedy = "Build it with `pip install .` in a checkout of lesa-kernels"
     else:
         reason = triton_error(tensor.device)

@@ -161,7 +161,7 @@ def test_forced_cuda_without_a_working_nvcc_is_an_error_with_the_remedy(sdist, p
     assert result.returncode != 0
     said = " ".join(result.stdout.split())
     assert "LESA_CUDA=1 asks for a build with CUDA, but no working nvcc was found." in said
-    assert "Install the CUDA toolkit, 11.8 or newer, and put nvcc on PATH" in said and "LESA_CUDA=0" in said
+    assert "Install the CUDA toolkit, 12.0 or newer, and put nvcc on PATH" in said and "LESA_CUDA=0" in said
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_an_old_nvcc_is_not_used(tmp_path):
     assert "LESA_CUDA=auto: nvcc 11.4" in said and "so lesa_kernels._C is built for the CPU only." in said
     status, said = configure(tmp_path, "-DLESA_CUDA=1", path=path)
     assert status != 0
-    assert "asks for a build with CUDA, but nvcc 11.4" in said and "Install the CUDA toolkit, 11.8 or newer" in said
+    assert "asks for a build with CUDA, but nvcc 11.4" in said and "Install the CUDA toolkit, 12.0 or newer" in said
 
 
 @needs_nvcc

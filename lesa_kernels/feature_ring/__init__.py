@@ -1,7 +1,7 @@
 """The ring of computed features that predictors forecast from."""
 
-from lesa_kernels.feature_ring.op import ring_push
-from lesa_kernels.feature_ring.reference import ring_push_ref
+from lesa_kernels.feature_ring.op import ring_gather, ring_push
+from lesa_kernels.feature_ring.reference import ring_gather_ref, ring_push_ref
 from lesa_kernels.feature_ring.ring import FeatureRing, RingSnapshot
 
-__all__ = ["FeatureRing", "RingSnapshot", "ring_push", "ring_push_ref"]
+__all__ = ["FeatureRing", "RingSnapshot", "ring_gather", "ring_gather_ref", "ring_push", "ring_push_ref"]

@@ -1,30 +1,29 @@
-"""The push into the feature ring as a torch operator, and its public function."""
+"""The push into the feature ring and the read of one feature, as torch operators, and their public functions."""
 
 import torch
 
-from lesa_kernels._checks import Said, argument_error, check_tensor
+from lesa_kernels._checks import Said, argument_error, check_float, check_int, check_tensor
 from lesa_kernels._dispatch import resolve_backend
 from lesa_kernels._extension import extension
-from lesa_kernels.feature_ring.reference import ring_push_ref
+from lesa_kernels.feature_ring.reference import ring_gather_ref, ring_push_ref
 
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STORAGE_DTYPES = (*FEATURE_DTYPES, torch.float8_e4m3fn)
 
-_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in STORAGE_DTYPES}
 
 _LIBRARY = torch.library.Library("lesa_kernels", "FRAGMENT")
-_LIBRARY.define(
-    "ring_push(Tensor(a!) storage, Tensor(b!)? scales, Tensor(c!) sigmas, Tensor(d!) cursor, Tensor(e!) count, "
-    "Tensor features, Tensor sigma, Tensor? rows) -> ()"
-)
+_RING = "Tensor(a!) storage, Tensor(b!)? scales, Tensor(c!) sigmas, Tensor(d!) cursor, Tensor(e!) count"
+_LIBRARY.define(f"ring_push({_RING}, Tensor features, Tensor sigma, Tensor? rows) -> ()")
+_LIBRARY.define(f"ring_push.Scalar({_RING}, Tensor features, float sigma, Tensor? rows) -> ()")
+_LIBRARY.define("ring_gather(Tensor storage, Tensor? scales, Tensor cursor, Tensor count, int age) -> Tensor")
 
 
-def _check_push(storage, scales, sigmas, cursor, count, features, sigma, rows):
+def _check_ring(storage, scales, cursor, count):
     capacity, batch, tokens, dim = check_tensor(
         "storage", storage, ("capacity", "batch", "tokens", "dim"), STORAGE_DTYPES
     ).shape
     device = storage.device
-    check_tensor("sigmas", sigmas, (capacity, batch), (torch.float32,), device)
     check_tensor("cursor", cursor, (batch,), (torch.int32,), device)
     check_tensor("count", count, (batch,), (torch.int32,), device)
     if storage.dtype == torch.float8_e4m3fn:
@@ -33,16 +32,66 @@ def _check_push(storage, scales, sigmas, cursor, count, features, sigma, rows):
     elif scales is not None:
         remedy = "Scales belong to a ring of float8_e4m3fn."
         raise argument_error("scales", "be None for this dtype of `storage`", scales, remedy)
-    buffers = {"storage": storage, "scales": scales, "sigmas": sigmas, "cursor": cursor, "count": count}
-    for name, buffer in buffers.items():
-        if buffer is not None and not buffer.is_contiguous():
-            remedy = "Allocate the ring with `FeatureRing`."
-            raise argument_error(name, "be contiguous", Said(f"strides {list(buffer.stride())}"), remedy)
+    for name, buffer in {"storage": storage, "scales": scales, "cursor": cursor, "count": count}.items():
+        _check_contiguous(name, buffer)
+
+
+def _check_contiguous(name, buffer):
+    if buffer is not None and not buffer.is_contiguous():
+        remedy = "Allocate the ring with `FeatureRing`."
+        raise argument_error(name, "be contiguous", Said(f"strides {list(buffer.stride())}"), remedy)
+
+
+def _check_push(storage, scales, sigmas, cursor, count, features, sigma, rows):
+    if _fits(storage, scales, sigmas, cursor, count, features, sigma, rows):
+        return
+    _check_ring(storage, scales, cursor, count)
+    capacity, batch, tokens, dim = storage.shape
+    device = storage.device
+    check_tensor("sigmas", sigmas, (capacity, batch), (torch.float32,), device)
+    _check_contiguous("sigmas", sigmas)
     samples = batch
     if rows is not None:
         samples = check_tensor("rows", rows, ("n",), (torch.int64,), device).shape[0]
     check_tensor("features", features, (samples, tokens, dim), FEATURE_DTYPES, device)
-    check_tensor("sigma", sigma, (samples,), (torch.float32,), device)
+    if isinstance(sigma, torch.Tensor):
+        check_tensor("sigma", sigma, (samples,), (torch.float32,), device)
+
+
+def _fits(storage, scales, sigmas, cursor, count, features, sigma, rows) -> bool:
+    """Whether the rest of `_check_push` would find nothing wrong; takes a fraction of its time."""
+    if storage.dim() != 4:
+        return False
+    device, stored = storage.device, storage.dtype
+    capacity, batch, tokens, dim = storage.shape
+    samples = batch if rows is None else rows.numel()
+    return (
+        (rows is None or (rows.dim() == 1 and rows.dtype == torch.int64 and rows.device == device))
+        and (not isinstance(sigma, torch.Tensor) or _is(sigma, (samples,), torch.float32, device))
+        and (stored in FEATURE_DTYPES if scales is None else stored == torch.float8_e4m3fn)
+        and (
+            scales is None or (_is(scales, (capacity, batch, tokens), torch.float32, device) and scales.is_contiguous())
+        )
+        and features.shape == (samples, tokens, dim)
+        and features.dtype in FEATURE_DTYPES
+        and sigmas.shape == (capacity, batch)
+        and cursor.shape == count.shape == (batch,)
+        and cursor.dtype == count.dtype == torch.int32
+        and sigmas.dtype == torch.float32
+        and sigmas.device == cursor.device == count.device == features.device == device
+        and storage.is_contiguous()
+        and sigmas.is_contiguous()
+        and cursor.is_contiguous()
+        and count.is_contiguous()
+    )
+
+
+def _is(tensor, shape, dtype, device) -> bool:
+    return tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
+
+
+def _check_apart(features, storage):
+    """Raises `ValueError` if they share memory; the compiled code checks that itself."""
     if torch.compiler.is_compiling() or features.numel() == 0:
         return  # nothing has an address
     if features.untyped_storage().data_ptr() == storage.untyped_storage().data_ptr():
@@ -60,49 +109,113 @@ def check_rows(rows: torch.Tensor, batch: int) -> None:
         raise argument_error("rows", must, Said(str(listed)), "Pass each row of the ring's batch at most once.")
 
 
+def _check_tensors(**named) -> None:
+    for name, value in named.items():
+        check_tensor(name, value)
+
+
+def _where(tensor) -> tuple[int, int]:
+    """The CUDA device that a tensor is on and its current stream, as compiled code takes them; -1 and 0 for the CPU."""
+    if not tensor.is_cuda:
+        return -1, 0
+    stream = torch.cuda.current_stream(tensor.device)
+    return stream.device_index, stream.cuda_stream
+
+
+def _address(tensor) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def push_arguments(storage, scales, sigmas, cursor, count, features, sigma, rows) -> tuple:
+    """What the compiled `ring_push` takes, in its order; `sigma` and `rows` are contiguous, or a float and None."""
+    level = 0.0
+    if not isinstance(sigma, torch.Tensor):
+        sigma, level = None, sigma
+    return (
+        storage.data_ptr(),
+        _NAMES[storage.dtype],
+        storage.shape,
+        _address(scales),
+        sigmas.data_ptr(),
+        cursor.data_ptr(),
+        count.data_ptr(),
+        features.data_ptr(),
+        _NAMES[features.dtype],
+        features.stride(),
+        _address(sigma),
+        level,
+        _address(rows),
+        features.shape[0],
+        *_where(storage),
+        torch.get_num_threads(),
+    )
+
+
+def gather_arguments(storage, scales, cursor, count, age, output) -> tuple:
+    """What the compiled `ring_gather` takes, in its order."""
+    return (
+        storage.data_ptr(),
+        _NAMES[storage.dtype],
+        storage.shape,
+        _address(scales),
+        cursor.data_ptr(),
+        count.data_ptr(),
+        age,
+        output.data_ptr(),
+        *_where(storage),
+        torch.get_num_threads(),
+    )
+
+
 def _ring_push_extension(storage, scales, sigmas, cursor, count, features, sigma, rows):
     # All checks are here, since the operator can be called without `ring_push`; the compiled code checks rows' values.
     _check_push(storage, scales, sigmas, cursor, count, features, sigma, rows)
-    if scales is not None:
-        remedy = 'Pass backend="auto" or backend="torch".'
-        must = "have one of the dtypes float32, float16, bfloat16 for the compiled extension"
-        raise argument_error("storage", must, storage, remedy, TypeError)
-    samples = features.shape[0]
-    if samples == 0:
-        return
-    sigma = sigma.contiguous()
-    rows = None if rows is None else rows.contiguous()
-    on_cuda = storage.is_cuda
-    extension().ring_push(
-        storage=storage.data_ptr(),
-        storage_dtype=_NAMES[storage.dtype],
-        storage_sizes=tuple(storage.shape),
-        sigmas=sigmas.data_ptr(),
-        cursor=cursor.data_ptr(),
-        count=count.data_ptr(),
-        features=features.data_ptr(),
-        features_dtype=_NAMES[features.dtype],
-        features_strides=features.stride(),
-        sigma=sigma.data_ptr(),
-        rows=0 if rows is None else rows.data_ptr(),
-        samples=samples,
-        device=storage.device.index if on_cuda else -1,
-        stream=torch.cuda.current_stream(storage.device).cuda_stream if on_cuda else 0,
-        threads=torch.get_num_threads(),
-    )
+    if isinstance(sigma, torch.Tensor):
+        sigma = sigma.contiguous()
+    if rows is not None:
+        if rows.shape[0] == 0:
+            return
+        rows = rows.contiguous()
+    extension().ring_push(*push_arguments(storage, scales, sigmas, cursor, count, features, sigma, rows))
     # Autograd must know that values were overwritten which it may have saved. Inference tensors count nothing.
-    torch.autograd.graph.increment_version(
-        [buffer for buffer in (storage, sigmas, cursor, count) if not buffer.is_inference()]
-    )
+    written = (storage, sigmas, cursor, count) if scales is None else (storage, scales, sigmas, cursor, count)
+    torch.autograd.graph.increment_version([buffer for buffer in written if not buffer.is_inference()])
 
 
-_LIBRARY.impl("ring_push", _ring_push_extension, "CPU")
-_LIBRARY.impl("ring_push", _ring_push_extension, "CUDA")
+def _gather_output(storage) -> torch.Tensor:
+    dtype = torch.float32 if storage.dtype == torch.float8_e4m3fn else storage.dtype
+    return torch.empty(storage.shape[1:], dtype=dtype, device=storage.device)
+
+
+def _ring_gather_extension(storage, scales, cursor, count, age):
+    _check_ring(storage, scales, cursor, count)
+    output = _gather_output(storage)
+    extension().ring_gather(*gather_arguments(storage, scales, cursor, count, age, output))
+    return output
+
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("ring_push", _ring_push_extension, _device)
+    _LIBRARY.impl("ring_push.Scalar", _ring_push_extension, _device)
+    _LIBRARY.impl("ring_gather", _ring_gather_extension, _device)
 
 
 @torch.library.register_fake("lesa_kernels::ring_push", lib=_LIBRARY)
+@torch.library.register_fake("lesa_kernels::ring_push.Scalar", lib=_LIBRARY)
 def _(storage, scales, sigmas, cursor, count, features, sigma, rows):
     return None
+
+
+@torch.library.register_fake("lesa_kernels::ring_gather", lib=_LIBRARY)
+def _(storage, scales, cursor, count, age):
+    return _gather_output(storage)
+
+
+_PUSH, _PUSH_SCALAR = torch.ops.lesa_kernels.ring_push.default, torch.ops.lesa_kernels.ring_push.Scalar
+
+
+def _implemented(storage) -> tuple[str, ...]:
+    return ("extension", "torch") if storage.device.type in ("cpu", "cuda") else ("torch",)
 
 
 def ring_push(
@@ -112,7 +225,7 @@ def ring_push(
     cursor: torch.Tensor,
     count: torch.Tensor,
     features: torch.Tensor,
-    sigma: torch.Tensor,
+    sigma: float | torch.Tensor,
     rows: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> None:
@@ -124,18 +237,22 @@ def ring_push(
     with a scale per token: the token's largest magnitude over 448, one for zeros, NaN where a value is not finite. No
     gradient is recorded.
 
+    On a GPU the extension launches one kernel on the current stream, and nothing waits for the host. In a CUDA graph, a
+    sigma that is a float is a constant of the graph: pass a tensor, and change its value between replays.
+
     Args:
-        storage: `[capacity, B, T, D]` float32, float16, bfloat16 or float8_e4m3fn, contiguous.
+        storage: `[capacity, B, T, D]` float32, float16, bfloat16 or float8_e4m3fn, contiguous. On a GPU the capacity is
+            at most 65535.
         scales: `[capacity, B, T]` float32, contiguous, for float8: what a token's values are multiples of; else None.
         sigmas: `[capacity, B]` float32, contiguous: the sigma of each stored feature.
         cursor: `[B]` int32: the slot that the next append writes.
         count: `[B]` int32: how many anchors are valid.
         features: `[n, T, D]` float32, float16 or bfloat16, any strides, sharing no memory with the ring.
-        sigma: `[n]` float32.
-        rows: `[n]` int64, distinct: the ring's row of each sample. None: sample i goes to row i, and n = B.
-            Its values are not checked on a GPU.
-        backend: "auto" (the compiled extension for CPU tensors, plain torch for CUDA tensors and for float8),
-            "extension" or "torch".
+        sigma: `[n]` float32, or a float for all.
+        rows: `[n]` int64, distinct: the ring's row of each sample. None: sample i goes to row i, and n = B. On a GPU
+            their values are checked by the device alone: one that is out of range fails an assertion there, and rows
+            that repeat leave either feature.
+        backend: "auto" (the compiled extension, plain torch where it can't run), "extension" or "torch".
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
@@ -145,18 +262,63 @@ def ring_push(
 
     Equivalent to `ring_push_ref`.
     """
-    tensors = {"storage": storage, "sigmas": sigmas, "cursor": cursor, "count": count}
-    optional = {name: value for name, value in (("scales", scales), ("rows", rows)) if value is not None}
-    tensors |= {"features": features, "sigma": sigma} | optional
-    for name, value in tensors.items():
-        check_tensor(name, value)
-    in_torch = storage.is_cuda or storage.dtype == torch.float8_e4m3fn
-    implemented = ("torch",) if in_torch else ("extension", "torch")
-    if resolve_backend(backend, storage, implemented, "ring_push") == "extension":
-        state = (storage, scales, sigmas, cursor, count)
-        torch.ops.lesa_kernels.ring_push(*state, features.detach(), sigma.detach(), rows)
+    Tensor = torch.Tensor
+    if not (isinstance(storage, Tensor) and isinstance(features, Tensor) and isinstance(sigmas, Tensor)):
+        _check_tensors(storage=storage, sigmas=sigmas, features=features)
+    if not (isinstance(cursor, Tensor) and isinstance(count, Tensor)):
+        _check_tensors(cursor=cursor, count=count)
+    if not ((scales is None or isinstance(scales, Tensor)) and (rows is None or isinstance(rows, Tensor))):
+        _check_tensors(**{name: value for name, value in (("scales", scales), ("rows", rows)) if value is not None})
+    scalar = not isinstance(sigma, Tensor)
+    if scalar:
+        sigma = check_float("sigma", sigma)
+    extends = resolve_backend(backend, storage, _implemented(storage), "ring_push") == "extension"
+    if scalar and (not extends or torch.compiler.is_compiling()):
+        samples = cursor.shape[0] if rows is None else rows.numel()
+        sigma, scalar = torch.full((samples,), sigma, dtype=torch.float32, device=storage.device), False
+    if extends:
+        if features.requires_grad:
+            features = features.detach()
+        if scalar:
+            _PUSH_SCALAR(storage, scales, sigmas, cursor, count, features, sigma, rows)
+        else:
+            _PUSH(storage, scales, sigmas, cursor, count, features, sigma.detach(), rows)
     else:
         _check_push(storage, scales, sigmas, cursor, count, features, sigma, rows)
+        _check_apart(features, storage)
         if rows is not None:
             check_rows(rows, storage.shape[1])
         ring_push_ref(storage, scales, sigmas, cursor, count, features, sigma, rows)
+
+
+def ring_gather(
+    storage: torch.Tensor,
+    scales: torch.Tensor | None,
+    cursor: torch.Tensor,
+    count: torch.Tensor,
+    age: int = 0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Reads one feature of each row of a ring. No gradient is recorded.
+
+    Args:
+        storage, scales, cursor, count: the ring's buffers, as `ring_push` has them.
+        age: which one, from 0 for the newest to `capacity - 1`. Beyond a row's count its oldest is read.
+        backend: "auto" (the compiled extension, plain torch where it can't run), "extension" or "torch".
+
+    Returns:
+        `[B, T, D]` in the dtype of `storage`, float32 for float8, which is multiplied with its scales. Rows without an
+        anchor are NaN.
+
+    Raises:
+        TypeError: an argument is no tensor or has another dtype.
+        ValueError: an argument has another shape or device, or is not contiguous, or `age` is out of range.
+        RuntimeError: the backend can't run here.
+
+    Equivalent to `ring_gather_ref`.
+    """
+    _check_ring(storage, scales, cursor, count)
+    age = check_int("age", age, minimum=0, maximum=storage.shape[0] - 1)
+    if resolve_backend(backend, storage, _implemented(storage), "ring_gather") == "extension":
+        return torch.ops.lesa_kernels.ring_gather(storage.detach(), scales, cursor, count, age)
+    return ring_gather_ref(storage, scales, cursor, count, age)

@@ -1,4 +1,4 @@
-"""The definition of a push into the feature ring, in plain torch."""
+"""The definition of a push into the feature ring, and of a read from it, in plain torch."""
 
 import torch
 
@@ -70,3 +70,20 @@ def ring_push_ref(
     appended = torch.where(extends, (valid + 1).clamp(max=capacity), torch.ones_like(valid))
     count[rows] = torch.where(replaces, valid, appended)
     cursor[rows] = torch.where(replaces, append_slot, (append_slot + 1) % capacity).to(cursor.dtype)
+
+
+@torch.no_grad()
+def ring_gather_ref(
+    storage: torch.Tensor,
+    scales: torch.Tensor | None,
+    cursor: torch.Tensor,
+    count: torch.Tensor,
+    age: int = 0,
+) -> torch.Tensor:
+    """Reads one feature of each row. Arguments as in `ring_gather`; nothing waits for the device."""
+    slots = newest_slots(cursor, count, storage.shape[0])[age]
+    rows = torch.arange(storage.shape[1], device=storage.device)
+    features = storage[slots, rows]
+    if scales is not None:
+        features = dequantise_float8(features, scales[slots, rows])
+    return features.masked_fill_((count == 0)[:, None, None], float("nan"))

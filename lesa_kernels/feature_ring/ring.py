@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lesa_kernels._checks import argument_error, check_choice, check_float, check_int, check_tensor
+from lesa_kernels._checks import argument_error, check_choice, check_int, check_tensor
 from lesa_kernels._dispatch import BACKENDS
-from lesa_kernels.feature_ring.op import STORAGE_DTYPES, check_rows, ring_push
+from lesa_kernels.feature_ring.op import STORAGE_DTYPES, check_rows, ring_gather, ring_push
 from lesa_kernels.feature_ring.reference import dequantise_float8, newest_slots
 
 
@@ -101,9 +101,6 @@ class FeatureRing:
         """
         if rows is not None:
             rows = self._rows(rows)
-        if not isinstance(sigma, torch.Tensor):
-            samples = self.batch if rows is None else rows.numel()
-            sigma = torch.full((samples,), check_float("sigma", sigma), dtype=torch.float32, device=self.device)
         ring_push(self.storage, self.scales, self.sigmas, self.cursor, self.count, features, sigma, rows, self.backend)
 
     def newest_first(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -123,18 +120,32 @@ class FeatureRing:
         sigmas = self.sigmas[slots, rows].masked_fill_(empty, float("nan"))
         return features, sigmas, self.count.clone()
 
+    def gather(self, age: int = 0) -> torch.Tensor:
+        """One feature of each row, as a copy; in one pass over it.
+
+        Args:
+            age: which one, from 0 for the newest to `capacity - 1`. Beyond a row's count its oldest is read.
+
+        Returns:
+            `[B, T, D]` of the ring's dtype (float32 for float8). A row without any anchor is NaN.
+
+        Raises:
+            TypeError, ValueError: `age` is no integer in range.
+            RuntimeError: the backend can't run here.
+        """
+        return ring_gather(self.storage, self.scales, self.cursor, self.count, age, self.backend)
+
     def reset(self, rows: Sequence[int] | torch.Tensor | None = None) -> None:
         """Forgets the anchors of `rows`, or of all rows; the memory is kept.
 
         Raises:
             TypeError, ValueError: `rows` are no distinct rows of the batch.
         """
-        chosen = slice(None)
         if rows is not None:
             chosen = check_tensor("rows", self._rows(rows), ("n",), (torch.int64,), self.device)
             check_rows(chosen, self.batch)
-        self.cursor[chosen] = 0
-        self.count[chosen] = 0
+        for buffer in (self.cursor, self.count):
+            buffer.zero_() if rows is None else buffer.index_fill_(0, chosen, 0)  # neither waits for the host
 
     def snapshot(self) -> RingSnapshot:
         """A copy of the whole state, for `restore`."""

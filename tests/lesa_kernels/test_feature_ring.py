@@ -364,6 +364,7 @@ def raw_push(**changes):
         storage=storage.data_ptr(),
         storage_dtype="float32",
         storage_sizes=(2, 3, 4, 5),
+        scales=0,
         sigmas=sigmas.data_ptr(),
         cursor=cursor.data_ptr(),
         count=count.data_ptr(),
@@ -371,6 +372,7 @@ def raw_push(**changes):
         features_dtype="float32",
         features_strides=(20, 5, 1),
         sigma=sigma.data_ptr(),
+        level=0.0,
         rows=0 if rows is None else rows.data_ptr(),
         samples=3,
         device=-1,
@@ -391,13 +393,31 @@ BAD_CALLS = {
     "null sigmas": (dict(sigmas=0), "`sigmas` must not be a null pointer"),
     "null cursor": (dict(cursor=0), "`cursor` must not be a null pointer"),
     "null count": (dict(count=0), "`count` must not be a null pointer"),
-    "null sigma": (dict(sigma=0), "`sigma` must not be a null pointer"),
+    "null scales": (dict(storage_dtype="float8_e4m3fn"), "`scales` must not be a null pointer"),
+    "scales of float32": (dict(scales=64), "`scales` must be a null pointer for this dtype of `storage`"),
+    "odd storage": (dict(storage=4097), "`storage` must be aligned to its elements of 4 bytes"),
+    "odd features": (dict(features=4098), "`features` must be aligned to its elements of 4 bytes"),
+    "odd sigma": (dict(sigma=4098), "`sigma` must be aligned to its elements of 4 bytes"),
+    "odd rows": (dict(rows=4100), "`rows` must be aligned to its elements of 8 bytes"),
     "negative size": (dict(storage_sizes=(2, 3, -4, 5)), "`tokens` must be at least 0, but got -4"),
+    "no slot": (dict(storage_sizes=(0, 3, 4, 5)), "`capacity` must be at least 1, but got 0"),
     "negative stride": (dict(features_strides=(20, -5, 1)), "`features_strides` must be at least 0"),
     "huge storage": (dict(storage_sizes=(2, 3, 2**31, 2**31)), r"`storage` must address at most 2\^63 - 1 bytes"),
+    "huge capacity": (
+        dict(storage_sizes=(2**31, 3, 4, 5)),
+        "`capacity` must be at most 2147483647, but got 2147483648",
+    ),
+    "huge capacity on a GPU": (dict(storage_sizes=(65536, 3, 4, 5), device=0), "`capacity` must be at most 65535"),
     "huge stride": (dict(features_strides=(2**62, 5, 1)), r"`features` must address at most 2\^63 - 1 bytes"),
-    "unknown dtype": (dict(features_dtype="float64"), "`features_dtype` must be one of float32, float16, bfloat16"),
-    "unknown storage dtype": (dict(storage_dtype="int8"), "`storage_dtype` must be one of float32, float16, bfloat16"),
+    "unknown dtype": (
+        dict(features_dtype="float64"),
+        "`features_dtype` must be one of float32, float16, bfloat16, but",
+    ),
+    "unknown storage dtype": (
+        dict(storage_dtype="int8"),
+        "`storage_dtype` must be one of .*, float8_e4m3fn, but got 'i",
+    ),
+    "no such device": (dict(device=-2), "`device` must be at least -1"),
     "no thread": (dict(threads=0), "`threads` must be at least 1"),
     "too few samples": (dict(samples=2), "`samples` must equal `batch` where no `rows` are given"),
     "row out of range": (dict(row_values=torch.tensor([0, 1, 3])), r"`rows` must lie in \[0, 3\), but got 3"),
@@ -415,9 +435,15 @@ def test_the_compiled_function_checks_before_it_writes(case):
 
 
 @needs_extension
-def test_the_compiled_function_refuses_a_cuda_device():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
+def test_where_cuda_cannot_run_the_compiled_function_says_why():
     assert raw_push()[0].eq(1).all()
-    with pytest.raises(RuntimeError, match="runs on the CPU only, but the tensors are on CUDA device 0"):
+    problem = extension().cuda_problem(0)
+    assert ("built without CUDA" in problem) == (extension().build_info()["cuda_version"] is None)
+    assert problem and ("built without CUDA" in problem or "cudaError" in problem)
+    with pytest.raises(
+        RuntimeError, match=r"lesa_kernels\.ring_push on CUDA device 0 failed: .*(without CUDA|cudaError)"
+    ):
         raw_push(device=0)
 
 
@@ -431,9 +457,9 @@ def spied(monkeypatch):
 
         class Spy:
             @staticmethod
-            def ring_push(**kwargs):
+            def ring_push(*args):
                 ran.append("extension")
-                compiled.ring_push(**kwargs)
+                compiled.ring_push(*args)
 
         monkeypatch.setattr(op, "extension", lambda: Spy)
     return ran
@@ -600,6 +626,4 @@ def test_scales_belong_to_float8():
         ring_push(ring.storage, None, *rest)
     with pytest.raises(ValueError, match="`scales` must be None for this dtype of `storage`"):
         ring_push(plain.storage, ring.scales, *rest)
-    with pytest.raises(RuntimeError, match="`backend` must be one that ring_push has"):
-        ring_push(ring.storage, ring.scales, *rest, backend="extension")
     assert ring.count.tolist() == [0]

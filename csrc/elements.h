@@ -1,50 +1,45 @@
 #pragma once
 
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <thread>
-#include <vector>
+#include <limits>
 
-#if defined(__GNUC__)
+#if defined(__CUDACC__)
+#define LESA_INLINE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
 #define LESA_INLINE inline __attribute__((always_inline))
 #else
 #define LESA_INLINE inline
 #endif
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define LESA_X86
-#include <cpuid.h>
-#include <immintrin.h>
-#endif
-
-// What the CPU kernels have in common: element types, what the processor can do, and threads.
-
 namespace lesa {
 
-// Element types. Conversions are branch-free on bits, so that compilers vectorise the loops over them.
+// Element types, the same on the CPU and on a GPU, so that both give the same bytes. Conversions are branch-free on bits,
+// so that compilers vectorise the loops over them.
 
 LESA_INLINE uint32_t bits_of(float value) {
   uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
+  memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
 LESA_INLINE float float_of(uint32_t bits) {
   float value;
-  std::memcpy(&value, &bits, sizeof value);
+  memcpy(&value, &bits, sizeof value);
   return value;
 }
 
 struct Float32 {
   using Bits = float;
+  static constexpr Bits kNan = std::numeric_limits<float>::quiet_NaN();
   static LESA_INLINE float load(Bits value) { return value; }
   static LESA_INLINE Bits store(float value) { return value; }
 };
 
 struct BFloat16 {
   using Bits = uint16_t;
+  static constexpr Bits kNan = 0x7fc0;
+
   static LESA_INLINE float load(Bits value) { return float_of(uint32_t{value} << 16); }
   static LESA_INLINE Bits store(float value) {
     const uint32_t bits = bits_of(value);
@@ -55,6 +50,7 @@ struct BFloat16 {
 
 struct Float16 {
   using Bits = uint16_t;
+  static constexpr Bits kNan = 0x7e00;
 
   static LESA_INLINE float load(Bits value) {
     const uint32_t magnitude = uint32_t{value} & 0x7fffu;
@@ -79,30 +75,38 @@ struct Float16 {
   }
 };
 
-#ifdef LESA_X86
+// e4m3 without infinities; its values go up to 448.
+struct Float8 {
+  using Bits = uint8_t;
+  static constexpr Bits kNan = 0x7f;
 
-inline bool has_avx2_and_f16c() {
-  unsigned eax, ebx, ecx = 0, edx;
-  return __builtin_cpu_supports("avx2") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
-}
-
-#endif
-
-// Calls body(begin, end) until [0, total) is covered in chunks, on up to `threads` threads, the caller's included.
-template <class Body>
-void parallel_chunks(int64_t total, int64_t chunk, int64_t threads, const Body& body) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t begin; (begin = next.fetch_add(chunk)) < total;) body(begin, std::min(begin + chunk, total));
-  };
-  std::vector<std::thread> helpers;
-  try {
-    while (static_cast<int64_t>(helpers.size()) + 1 < threads) helpers.emplace_back(work);
-  } catch (...) {
-    // The system grants no further thread, or no memory for one: those that run share the work.
+  static LESA_INLINE float load(Bits value) {
+    const uint32_t magnitude = uint32_t{value} & 0x7fu;
+    const uint32_t normal = (magnitude << 20) + (120u << 23);  // rebias the exponent: 127 - 7
+    // A subnormal is a multiple of 2^-9: written into the mantissa of 2^-6, which is then taken off again.
+    const uint32_t subnormal = bits_of(float_of((magnitude << 20) + (121u << 23)) - float_of(121u << 23));
+    const uint32_t finite = magnitude < 0x08u ? subnormal : normal;
+    return float_of((magnitude == 0x7fu ? 0x7fc00000u : finite) | (uint32_t{value} & 0x80u) << 24);
   }
-  work();
-  for (auto& helper : helpers) helper.join();
+
+  // Saturates. NaN, which no caller has, would be 448.
+  static LESA_INLINE Bits store(float value) {
+    const uint32_t bits = bits_of(value);
+    const uint32_t unbounded = bits & 0x7fffffffu;
+    const uint32_t magnitude = unbounded < 0x43e00000u ? unbounded : 0x43e00000u;  // 448
+    // Ties to even; a carry out of the mantissa raises the exponent.
+    const uint32_t normal = (magnitude - (120u << 23) + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20;
+    // Adding 2^14, whose unit in the last place is 2^-9, lets the FPU round to the multiples of 2^-9.
+    const uint32_t subnormal = bits_of(float_of(magnitude) + 16384.0f) - bits_of(16384.0f);
+    return static_cast<Bits>((magnitude < (121u << 23) ? subnormal : normal) | (bits & 0x80000000u) >> 24);
+  }
+};
+
+// The scale of a float8 token whose largest magnitude has the given bits.
+LESA_INLINE float float8_scale(uint32_t largest) {
+  if (largest > 0x7f7fffffu) return Float32::kNan;
+  const float scale = float_of(largest) / 448.0f;
+  return scale == 0.0f ? 1.0f : scale;
 }
 
 }  // namespace lesa

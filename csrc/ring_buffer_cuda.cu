@@ -1,0 +1,535 @@
+#include <cuda_runtime.h>
+
+#undef NDEBUG
+#include <algorithm>
+#include <cassert>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "ring_buffer.h"
+
+// What can be seen only on the device, such as a row that is out of range, fails an assertion there: the message goes to
+// the standard error, and the next call that waits for the device reports an error. Nothing stays alive beyond it, which
+// costs no registers.
+#define LESA_DEMAND(condition, message) \
+  if (!(condition)) {                   \
+    assert(false && message);           \
+    __builtin_unreachable();            \
+  }
+
+namespace lesa {
+namespace {
+
+constexpr int kThreads = 256;       // of a block
+constexpr int kTokenThreads = 128;  // of a block with a token for each warp, whose threads have many registers
+constexpr int kWarp = 32;
+constexpr int kTokens = kTokenThreads / kWarp;
+constexpr int kHeldBytes = 64;      // of the source, that each thread has under way at a time
+constexpr int kHeldOfToken = 6;     // vectors of a float8 token in each thread's registers: all up to a width of 3072
+constexpr int64_t kBlocksPerProcessor = 32;  // several waves, so that none waits long for the last
+constexpr int64_t kMostPrograms = 0xffff;    // blocks of a sample: `count` counts them in 16 bits
+
+// What a kernel's blocks have to do. A sample is `runs` pieces of memory of `length` elements that lie side by side in
+// the ring. A block does `programs`-th parts of a sample, in rounds.
+struct Work {
+  uint32_t programs;
+  int64_t rounds;
+  int64_t runs, length, vectors;  // vectors of a run, with one for a ragged beginning
+  bool aligned;                   // each run begins at 16 bytes in the ring, whatever its slot
+};
+
+// N elements that lie side by side, in registers; moved 16 bytes at a time where they can be.
+template <class Element, int N>
+struct Vector {
+  using Bits = typename Element::Bits;
+  static constexpr int kPerRegister = sizeof(uint32_t) / sizeof(Bits);
+  static constexpr int kRegisters = N / kPerRegister;
+  static_assert(kRegisters % 4 == 0, "a vector is whole words of 16 bytes");
+
+  uint32_t registers[kRegisters];
+
+  __device__ __forceinline__ Bits get(int i) const {
+    if constexpr (kPerRegister == 1) {
+      return float_of(registers[i]);
+    } else {
+      return static_cast<Bits>(registers[i / kPerRegister] >> i % kPerRegister * 8 * sizeof(Bits));
+    }
+  }
+
+  // In the order of `i`, for all of them.
+  __device__ __forceinline__ void set(int i, Bits value) {
+    if constexpr (kPerRegister == 1) {
+      registers[i] = bits_of(value);
+    } else {
+      const uint32_t before = i % kPerRegister == 0 ? 0 : registers[i / kPerRegister];
+      registers[i / kPerRegister] = before | static_cast<uint32_t>(value) << i % kPerRegister * 8 * sizeof(Bits);
+    }
+  }
+
+  // From element `first` of a run of `length` elements, `stride` apart; zero outside the run.
+  __device__ __forceinline__ void load(const Bits* run, int64_t stride, int64_t length, int64_t first) {
+    const Bits* from = run + first;
+    const bool whole = stride == 1 && first >= 0 && first + N <= length;
+    if (whole && reinterpret_cast<uintptr_t>(from) % sizeof(uint4) == 0) {
+#pragma unroll
+      for (int i = 0; i < kRegisters; i += 4) {
+        const uint4 word = __ldg(reinterpret_cast<const uint4*>(from) + i / 4);
+        registers[i] = word.x, registers[i + 1] = word.y, registers[i + 2] = word.z, registers[i + 3] = word.w;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const bool inside = first + i >= 0 && first + i < length;
+        set(i, inside ? __ldg(run + (first + i) * stride) : Bits(0));
+      }
+    }
+  }
+
+  // To element `first` of a run of `length` elements, which is at 16 bytes where all of the vector is inside.
+  __device__ __forceinline__ void store(Bits* run, int64_t length, int64_t first) const {
+    if (first >= 0 && first + N <= length) {
+#pragma unroll
+      for (int i = 0; i < kRegisters; i += 4) {
+        const uint4 word = make_uint4(registers[i], registers[i + 1], registers[i + 2], registers[i + 3]);
+        __stcg(reinterpret_cast<uint4*>(run + first) + i / 4, word);  // compilers split a plain assignment
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (first + i >= 0 && first + i < length) run[first + i] = get(i);
+      }
+    }
+  }
+};
+
+// How many elements `address` is past 16 bytes.
+template <class Bits>
+__device__ __forceinline__ int64_t past_alignment(const Bits* address) {
+  return reinterpret_cast<uintptr_t>(address) % sizeof(uint4) / sizeof(Bits);
+}
+
+// Where a block's sample goes; thread 0 finds it out for all.
+struct Entry {
+  int64_t row, target;  // `target` counts samples of the storage
+  Placement placed;
+  float sigma;
+};
+
+// Reads the state of a sample's row. Every thread of a block calls it once, and `leave` at the end.
+__device__ __forceinline__ int64_t enter(const RingPush& p, int64_t sample, Entry& entry) {
+  if (threadIdx.x == 0) {
+    const int64_t row = p.rows ? p.rows[sample] : sample;
+    LESA_DEMAND(row >= 0 && row < p.batch, "the rows of lesa_kernels.ring_push must lie in the ring's batch");
+    const int32_t cursor = p.cursor[row];
+    const int32_t count = p.count[row] & 0xffff;  // the upper half counts blocks
+    LESA_DEMAND(cursor >= 0 && cursor < p.capacity && count <= p.capacity, "a ring's cursor or count must be in range");
+    const int64_t newest = cursor == 0 ? p.capacity - 1 : cursor - 1;
+    entry.row = row;
+    entry.sigma = p.sigma ? p.sigma[sample] : p.level;
+    entry.placed =
+        place(cursor, count, static_cast<int32_t>(p.capacity), entry.sigma, p.sigmas[newest * p.batch + row]);
+    entry.target = entry.placed.slot * p.batch + row;
+  }
+  __syncthreads();
+  return entry.target;
+}
+
+// Writes the state of a sample's row once all of its blocks have read the old one: the last to arrive here does.
+__device__ __forceinline__ void leave(const RingPush& p, uint32_t programs, const Entry& entry) {
+  if (threadIdx.x != 0) return;
+  __threadfence();
+  auto* count = reinterpret_cast<unsigned*>(p.count + entry.row);
+  if (atomicAdd(count, 0x10000u) >> 16 == programs - 1) {
+    __threadfence();
+    p.sigmas[entry.target] = entry.sigma;
+    p.cursor[entry.row] = entry.placed.cursor;
+    p.count[entry.row] = entry.placed.count;
+  }
+}
+
+template <class Source, class Target>
+__global__ void __launch_bounds__(kThreads) ring_push_kernel(const RingPush p, const Work work) {
+  using From = typename Source::Bits;
+  using To = typename Target::Bits;
+  constexpr int N = sizeof(uint4) / (sizeof(From) < sizeof(To) ? sizeof(From) : sizeof(To));
+  constexpr int kHeld = kHeldBytes / (N * sizeof(From));
+  __shared__ Entry entry;
+  const int64_t sample = blockIdx.x / work.programs;
+  const uint32_t program = blockIdx.x % work.programs;
+  const From* source = static_cast<const From*>(p.features) + sample * p.sample_stride;
+  To* storage = static_cast<To*>(p.storage);
+
+  // Where runs begin at 16 bytes, loads need not wait for the state.
+  int64_t target = 0;
+  bool entered = !work.aligned || program >= work.rounds;
+  if (entered) target = enter(p, sample, entry);
+  for (int64_t round = program; round < work.rounds; round += work.programs) {
+    Vector<Source, N> held[kHeld];
+    const int64_t begin = round * (kThreads * kHeld) + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int64_t vector = begin + i * kThreads;
+      const int64_t run = work.runs == 1 ? 0 : vector / work.vectors;
+      if (run >= work.runs) continue;
+      const To* to = storage + (target * work.runs + run) * work.length;
+      const int64_t shift = work.aligned ? 0 : past_alignment(to);
+      const int64_t first = (vector - run * work.vectors) * N - shift;
+      held[i].load(source + run * p.token_stride, p.dim_stride, work.length, first);
+    }
+    if (!entered) target = enter(p, sample, entry);
+    entered = true;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int64_t vector = begin + i * kThreads;
+      const int64_t run = work.runs == 1 ? 0 : vector / work.vectors;
+      if (run >= work.runs) continue;
+      To* to = storage + (target * work.runs + run) * work.length;
+      const int64_t shift = work.aligned ? 0 : past_alignment(to);
+      const int64_t first = (vector - run * work.vectors) * N - shift;
+      if constexpr (std::is_same_v<Source, Target>) {
+        held[i].store(to, work.length, first);
+      } else {
+        Vector<Target, N> converted;
+#pragma unroll
+        for (int k = 0; k < N; ++k) converted.set(k, Target::store(Source::load(held[i].get(k))));
+        converted.store(to, work.length, first);
+      }
+    }
+  }
+  leave(p, work.programs, entry);
+}
+
+// `value / scale` in IEEE's way, for a scale from 2^-80 to 2^80 and its correctly rounded reciprocal: the first quotient
+// is off by two units in the last place at most, the second by less than one, which rounds the third correctly
+// (Markstein). The residuals are exact for all quotients that float8 tells from zero, those from 2^-10 on.
+__device__ __forceinline__ float divide(float value, float scale, float reciprocal) {
+  const float first = __fmul_rn(value, reciprocal);
+  const float second = __fmaf_rn(-__fmaf_rn(first, scale, -value), reciprocal, first);
+  const float third = __fmaf_rn(-__fmaf_rn(second, scale, -value), reciprocal, second);
+  return copysignf(third, value);  // zeros keep their sign
+}
+
+template <class Source, int N>
+__device__ __forceinline__ uint32_t largest_magnitude(const Vector<Source, N>& vector, uint32_t largest) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const uint32_t magnitude = bits_of(Source::load(vector.get(i))) & 0x7fffffffu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest;
+}
+
+// Two values as float8, the first in the lower byte; both are at most a little above 448, and not NaN.
+__device__ __forceinline__ uint16_t float8_pair(float first, float second) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
+  return pair;
+#else
+  return static_cast<uint16_t>(Float8::store(first) | Float8::store(second) << 8);
+#endif
+}
+
+template <class Source, int N>
+__device__ __forceinline__ Vector<Float8, N> quantise(const Vector<Source, N>& values, float scale) {
+  Vector<Float8, N> quantised;
+  const bool divides = scale > 0x1p-80f && scale < 0x1p80f;
+  const float reciprocal = __frcp_rn(scale);
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
+    float pair[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const float value = Source::load(values.get(i + k));
+      pair[k] = divides ? divide(value, scale, reciprocal) : __fdiv_rn(value, scale);
+    }
+    const uint16_t bits = scale == scale ? float8_pair(pair[0], pair[1]) : Float8::kNan << 8 | Float8::kNan;
+    quantised.set(i, static_cast<uint8_t>(bits));
+    quantised.set(i + 1, static_cast<uint8_t>(bits >> 8));
+  }
+  return quantised;
+}
+
+// A warp for each token: what it has loaded for the largest magnitude stays in registers, and is loaded again only
+// beyond a width of 3072.
+template <class Source>
+__global__ void __launch_bounds__(kTokenThreads, sizeof(typename Source::Bits) == 4 ? 2 : 3) ring_push_float8_kernel(const RingPush p, const Work work) {
+  using From = typename Source::Bits;
+  constexpr int N = sizeof(uint4);
+  __shared__ Entry entry;
+  const int64_t sample = blockIdx.x / work.programs;
+  const uint32_t program = blockIdx.x % work.programs;
+  const int lane = threadIdx.x % kWarp;
+  const From* source = static_cast<const From*>(p.features) + sample * p.sample_stride;
+  uint8_t* storage = static_cast<uint8_t*>(p.storage);
+
+  int64_t target = 0;
+  bool entered = !work.aligned || program >= work.rounds;
+  if (entered) target = enter(p, sample, entry);
+  for (int64_t round = program; round < work.rounds; round += work.programs) {
+    const int64_t token = round * kTokens + threadIdx.x / kWarp;
+    const int64_t vectors = token < p.tokens ? work.vectors : 0;
+    const From* from = source + token * p.token_stride;
+    const int64_t shift = work.aligned ? 0 : past_alignment(storage + (target * p.tokens + token) * p.dim);
+    Vector<Source, N> held[kHeldOfToken];
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < kHeldOfToken; ++i) {
+      const int64_t vector = i * kWarp + lane;
+      if (vector < vectors) held[i].load(from, p.dim_stride, p.dim, vector * N - shift);
+    }
+#pragma unroll
+    for (int i = 0; i < kHeldOfToken; ++i) {
+      if (i * kWarp + lane < vectors) largest = largest_magnitude(held[i], largest);
+    }
+    for (int64_t vector = kHeldOfToken * kWarp + lane; vector < vectors; vector += kWarp) {
+      Vector<Source, N> more;
+      more.load(from, p.dim_stride, p.dim, vector * N - shift);
+      largest = largest_magnitude(more, largest);
+    }
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, largest, distance);
+      largest = other > largest ? other : largest;
+    }
+    const float scale = float8_scale(largest);
+
+    if (!entered) target = enter(p, sample, entry);
+    entered = true;
+    uint8_t* to = storage + (target * p.tokens + token) * p.dim;
+    if (lane == 0 && token < p.tokens) p.scales[target * p.tokens + token] = scale;
+#pragma unroll
+    for (int i = 0; i < kHeldOfToken; ++i) {
+      const int64_t vector = i * kWarp + lane;
+      if (vector < vectors) quantise(held[i], scale).store(to, p.dim, vector * N - shift);
+    }
+    for (int64_t vector = kHeldOfToken * kWarp + lane; vector < vectors; vector += kWarp) {
+      Vector<Source, N> more;
+      more.load(from, p.dim_stride, p.dim, vector * N - shift);
+      quantise(more, scale).store(to, p.dim, vector * N - shift);
+    }
+  }
+  leave(p, work.programs, entry);
+}
+
+// A row's slot, counted in samples of the storage, and whether the row has an anchor.
+struct Found {
+  int64_t source;
+  bool any;
+};
+
+__device__ __forceinline__ Found find(const RingGather& g, int64_t row) {
+  const int32_t cursor = g.cursor[row], count = g.count[row];
+  LESA_DEMAND(cursor >= 0 && cursor < g.capacity && count >= 0 && count <= g.capacity,
+              "a ring's cursor or count must be in range");
+  return {slot_of_age(cursor, count, g.capacity, g.age) * g.batch + row, count > 0};
+}
+
+template <class Element>
+__global__ void __launch_bounds__(kThreads) ring_gather_kernel(const RingGather g, const Work work) {
+  using Bits = typename Element::Bits;
+  constexpr int N = sizeof(uint4) / sizeof(Bits);
+  const int64_t row = blockIdx.x / work.programs;
+  const Found found = find(g, row);
+  const Bits* from = static_cast<const Bits*>(g.storage) + found.source * work.length;
+  Bits* to = static_cast<Bits*>(g.output) + row * work.length;
+  const int64_t shift = past_alignment(to);
+  for (int64_t round = blockIdx.x % work.programs; round < work.rounds; round += work.programs) {
+    const int64_t vector = round * kThreads + threadIdx.x;
+    if (vector >= work.vectors) continue;
+    Vector<Element, N> values;
+    values.load(from, 1, work.length, vector * N - shift);
+    if (!found.any) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) values.set(i, Element::kNan);
+    }
+    values.store(to, work.length, vector * N - shift);
+  }
+}
+
+// A warp for each token.
+__global__ void __launch_bounds__(kTokenThreads) ring_gather_float8_kernel(const RingGather g, const Work work) {
+  constexpr int N = sizeof(uint4);
+  const int64_t row = blockIdx.x / work.programs;
+  const int lane = threadIdx.x % kWarp;
+  const Found found = find(g, row);
+  for (int64_t round = blockIdx.x % work.programs; round < work.rounds; round += work.programs) {
+    const int64_t token = round * kTokens + threadIdx.x / kWarp;
+    if (token >= g.tokens) continue;
+    const int64_t at = found.source * g.tokens + token;
+    const uint8_t* from = static_cast<const uint8_t*>(g.storage) + at * g.dim;
+    const float scale = found.any ? g.scales[at] : Float32::kNan;
+    float* to = static_cast<float*>(g.output) + (row * g.tokens + token) * g.dim;
+    const int64_t shift = past_alignment(to);
+    for (int64_t vector = lane; vector < work.vectors; vector += kWarp) {
+      Vector<Float8, N> stored;
+      stored.load(from, 1, g.dim, vector * N - shift);
+      Vector<Float32, N> values;
+#pragma unroll
+      for (int i = 0; i < N; ++i) values.set(i, __fmul_rn(Float8::load(stored.get(i)), scale));
+      values.store(to, g.dim, vector * N - shift);
+    }
+  }
+}
+
+// Errors of CUDA
+
+std::string describe(cudaError_t error) {
+  return std::string(cudaGetErrorString(error)) + " (" + cudaGetErrorName(error) + ")";
+}
+
+[[noreturn]] void fail(const char* operation, int device, cudaError_t error) {
+  throw std::runtime_error(std::string("lesa_kernels.") + operation + " on CUDA device " + std::to_string(device) +
+                           " failed: " + describe(error) +
+                           ". If it is an error of work that was enqueued before, CUDA_LAUNCH_BLOCKING=1 shows whose.");
+}
+
+void check(const char* operation, int device, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is reported here, and not by whoever asks next
+  fail(operation, device, error);
+}
+
+// Makes a device the current one of this thread until the end of the scope.
+class OnDevice {
+ public:
+  OnDevice(const char* operation, int device) {
+    check(operation, device, cudaGetDevice(&before_));
+    if (before_ == device) return;
+    check(operation, device, cudaSetDevice(device));
+    changed_ = true;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// Launches
+
+// The work of `samples` samples in rounds that a block can do, where each needs `rounds`.
+Work divide_work(const char* operation, int device, int64_t samples, int64_t rounds) {
+  int processors = 0;
+  check(operation, device, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  if (samples > std::numeric_limits<int32_t>::max()) {
+    refuse("samples", "be at most 2^31 - 1 on a GPU", std::to_string(samples), "Push them in several calls.");
+  }
+  const int64_t share = std::max<int64_t>(1, kBlocksPerProcessor * processors / samples);
+  Work work{};
+  work.rounds = rounds;
+  work.programs = static_cast<uint32_t>(std::max<int64_t>(1, std::min({rounds, share, kMostPrograms})));
+  return work;
+}
+
+template <class Arguments>
+void launch(const char* operation, void (*kernel)(const Arguments, const Work), const Arguments& arguments,
+            const Work& work, int64_t samples, int threads) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<uint32_t>(samples * work.programs));
+  config.blockDim = dim3(threads);
+  config.stream = reinterpret_cast<cudaStream_t>(arguments.stream);
+  check(operation, arguments.device, cudaLaunchKernelEx(&config, kernel, arguments, work));
+  check(operation, arguments.device, cudaGetLastError());
+}
+
+int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool begins_aligned(const void* address, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(address) % sizeof(uint4) == 0 && bytes % sizeof(uint4) == 0;
+}
+
+template <class Source, class Target>
+void push(const RingPush& p) {
+  constexpr int64_t from = sizeof(typename Source::Bits), to = sizeof(typename Target::Bits);
+  constexpr int64_t N = sizeof(uint4) / std::min(from, to);
+  constexpr int64_t round = kThreads * (kHeldBytes / (N * from));
+  // Tokens that follow each other without a gap are one long run.
+  const bool dense = p.token_stride == p.dim * p.dim_stride;
+  const int64_t runs = dense ? 1 : p.tokens;
+  const int64_t length = dense ? p.tokens * p.dim : p.dim;
+  const bool aligned = begins_aligned(p.storage, length * to);
+  const int64_t vectors = length == 0 ? 0 : divided_up(length + (aligned ? 0 : N - 1), N);
+  Work work = divide_work("ring_push", p.device, p.samples, divided_up(runs * vectors, round));
+  work.runs = runs, work.length = length, work.vectors = vectors, work.aligned = aligned;
+  launch("ring_push", ring_push_kernel<Source, Target>, p, work, p.samples, kThreads);
+}
+
+template <class Source>
+void push_float8(const RingPush& p) {
+  constexpr int64_t N = sizeof(uint4);
+  const bool aligned = begins_aligned(p.storage, p.dim);
+  Work work = divide_work("ring_push", p.device, p.samples, divided_up(p.tokens, kTokens));
+  work.length = p.dim, work.aligned = aligned;
+  work.vectors = p.dim == 0 ? 0 : divided_up(p.dim + (aligned ? 0 : N - 1), N);
+  launch("ring_push", ring_push_float8_kernel<Source>, p, work, p.samples, kTokenThreads);
+}
+
+template <class Source>
+void push_from(const RingPush& p) {
+  switch (p.storage_dtype) {
+    case DType::float32: return push<Source, Float32>(p);
+    case DType::float16: return push<Source, Float16>(p);
+    case DType::bfloat16: return push<Source, BFloat16>(p);
+    case DType::float8_e4m3fn: return push_float8<Source>(p);
+  }
+}
+
+template <class Element>
+void gather(const RingGather& g) {
+  constexpr int64_t N = sizeof(uint4) / sizeof(typename Element::Bits);
+  const int64_t length = g.tokens * g.dim;
+  const int64_t vectors = divided_up(length + N - 1, N);
+  Work work = divide_work("ring_gather", g.device, g.batch, divided_up(vectors, kThreads));
+  work.length = length, work.vectors = vectors;
+  launch("ring_gather", ring_gather_kernel<Element>, g, work, g.batch, kThreads);
+}
+
+void gather_float8(const RingGather& g) {
+  constexpr int64_t N = sizeof(uint4);
+  Work work = divide_work("ring_gather", g.device, g.batch, divided_up(g.tokens, kTokens));
+  work.vectors = divided_up(g.dim + N - 1, N);
+  launch("ring_gather", ring_gather_float8_kernel, g, work, g.batch, kTokenThreads);
+}
+
+}  // namespace
+
+void ring_push_cuda(const RingPush& p) {
+  if (p.samples == 0) return;
+  const OnDevice guard("ring_push", p.device);
+  switch (p.features_dtype) {
+    case DType::float32: return push_from<Float32>(p);
+    case DType::float16: return push_from<Float16>(p);
+    default: return push_from<BFloat16>(p);
+  }
+}
+
+void ring_gather_cuda(const RingGather& g) {
+  if (g.tokens * g.dim == 0) return;
+  const OnDevice guard("ring_gather", g.device);
+  switch (g.storage_dtype) {
+    case DType::float32: return gather<Float32>(g);
+    case DType::float16: return gather<Float16>(g);
+    case DType::bfloat16: return gather<BFloat16>(g);
+    case DType::float8_e4m3fn: return gather_float8(g);
+  }
+}
+
+std::string ring_cuda_problem(int device) {
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  cudaFuncAttributes attributes;
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, ring_push_float8_kernel<Float32>);
+  cudaSetDevice(before);
+  cudaGetLastError();
+  return error == cudaSuccess ? "" : describe(error);
+}
+
+}  // namespace lesa

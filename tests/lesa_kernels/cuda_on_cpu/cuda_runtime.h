@@ -1,0 +1,256 @@
+// As much of CUDA as csrc/ uses, on a CPU: with this folder on the include path a C++ compiler takes the .cu files as they
+// are, and kernels run without a GPU. A block's threads are fibers that run in random order from one barrier to the next;
+// blocks run one after the other, in random order too. So a kernel that relies on an order which CUDA does not promise
+// gives wrong results, and the sanitizers of the compiler see every access to memory.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define CUDART_VERSION 0
+#define __CUDA_ARCH_LIST__ emulated
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_on_cpu {
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kStack = 256 << 10;
+
+[[noreturn]] inline void stop(const char* reason) {
+  std::fprintf(stderr, "cuda_on_cpu: %s\n", reason);
+  std::abort();
+}
+
+class Block {
+ public:
+  // Runs `body` once for every thread.
+  void run(unsigned threads, const std::function<void()>& body) {
+    body_ = &body;
+    fibers_.resize(threads);
+    exchanged_.assign(threads, 0);
+    for (auto& fiber : fibers_) {
+      if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStack;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, &Block::enter, 0);
+      fiber.waits = Waits::no;
+      fiber.done = false;
+    }
+    std::vector<unsigned> order(threads);
+    std::iota(order.begin(), order.end(), 0u);
+    while (true) {
+      std::shuffle(order.begin(), order.end(), random());
+      for (const unsigned i : order) {
+        if (!fibers_[i].done && fibers_[i].waits == Waits::no) resume(i);
+      }
+      if (std::all_of(fibers_.begin(), fibers_.end(), [](const Fiber& f) { return f.done; })) return;
+      release();
+    }
+  }
+
+  void wait_for_block() { pause(Waits::block); }
+
+  unsigned exchange(unsigned value, unsigned distance) {
+    const unsigned self = current_;
+    exchanged_[self] = value;
+    pause(Waits::warp);
+    const unsigned other = exchanged_[self ^ distance];
+    pause(Waits::warp);
+    return other;
+  }
+
+  static std::mt19937& random() {
+    static std::mt19937 generator;
+    return generator;
+  }
+
+ private:
+  enum class Waits { no, block, warp };
+
+  struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    void* fake_stack = nullptr;  // of AddressSanitizer
+    Waits waits;
+    bool done;
+  };
+
+  void resume(unsigned i) {
+    current_ = i;
+    threadIdx = dim3(i);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&fake_stack_, fibers_[i].stack.get(), kStack);
+#endif
+    swapcontext(&scheduler_, &fibers_[i].context);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fake_stack_, nullptr, nullptr);
+#endif
+  }
+
+  void pause(Waits waits) {
+    Fiber& fiber = fibers_[current_];
+    fiber.waits = waits;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(fiber.done ? nullptr : &fiber.fake_stack, bottom_, size_);
+#endif
+    swapcontext(&fiber.context, &scheduler_);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fiber.fake_stack, &bottom_, &size_);
+#endif
+  }
+
+  static void enter();
+
+  // Lets those go on that wait for each other and are all there.
+  void release() {
+    bool released = false;
+    for (size_t begin = 0; begin < fibers_.size(); begin += kWarp) {
+      const size_t end = std::min(begin + kWarp, fibers_.size());
+      const auto waits = [&](const Fiber& f) { return !f.done && f.waits == Waits::warp; };
+      if (std::all_of(fibers_.begin() + begin, fibers_.begin() + end, waits)) {
+        for (size_t i = begin; i < end; ++i) fibers_[i].waits = Waits::no;
+        released = true;
+      }
+    }
+    if (released) return;
+    for (const auto& fiber : fibers_) {
+      if (fiber.done || fiber.waits != Waits::block) stop("some threads of a block wait where others never come");
+    }
+    for (auto& fiber : fibers_) fiber.waits = Waits::no;
+  }
+
+  const std::function<void()>* body_ = nullptr;
+  std::vector<Fiber> fibers_;
+  std::vector<unsigned> exchanged_;
+  ucontext_t scheduler_;
+  unsigned current_ = 0;
+  void* fake_stack_ = nullptr;
+  const void* bottom_ = nullptr;  // of the stack of whoever runs the block
+  size_t size_ = 0;
+};
+
+inline Block block;
+
+inline void Block::enter() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &block.bottom_, &block.size_);
+#endif
+  (*block.body_)();
+  block.fibers_[block.current_].done = true;
+  block.pause(Waits::no);
+}
+
+}  // namespace cuda_on_cpu
+
+inline void __syncthreads() { cuda_on_cpu::block.wait_for_block(); }
+inline void __threadfence() {}
+inline unsigned __shfl_xor_sync(unsigned, unsigned value, int distance) {
+  return cuda_on_cpu::block.exchange(value, distance);
+}
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  const unsigned before = *address;
+  *address += value;
+  return before;
+}
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+template <class T>
+void __stcg(T* address, T value) {
+  *address = value;
+}
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float a) { return 1.0f / a; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice, cudaErrorInvalidResourceHandle };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+struct cudaFuncAttributes {};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+namespace cuda_on_cpu {
+
+inline int device = 0;
+constexpr int kDevices = 2;
+inline const cudaStream_t kBadStream = reinterpret_cast<cudaStream_t>(uintptr_t{0xbad});
+
+}  // namespace cuda_on_cpu
+
+inline const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaErrorInvalidDevice ? "cudaErrorInvalidDevice" : "cudaErrorInvalidResourceHandle";
+}
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid resource handle";
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = cuda_on_cpu::device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= cuda_on_cpu::kDevices) return cudaErrorInvalidDevice;
+  cuda_on_cpu::device = device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 2;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return cudaSuccess;
+}
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  if (config->stream == cuda_on_cpu::kBadStream) return cudaErrorInvalidResourceHandle;
+  gridDim = config->gridDim;
+  blockDim = config->blockDim;
+  std::vector<unsigned> order(gridDim.x);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), cuda_on_cpu::Block::random());
+  for (const unsigned index : order) {
+    blockIdx = dim3(index);
+    cuda_on_cpu::block.run(blockDim.x, [&] { kernel(arguments...); });
+  }
+  return cudaSuccess;
+}
