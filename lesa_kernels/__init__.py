@@ -13,6 +13,8 @@ _SOURCES = {
     "bspline_basis": "lesa_kernels.bspline_kan",
     "bspline_evaluate": "lesa_kernels.bspline_kan",
     "FeatureRing": "lesa_kernels.feature_ring",
+    "TieredRing": "lesa_kernels.feature_ring",
+    "make_ring": "lesa_kernels.feature_ring",
     "ring_gather": "lesa_kernels.feature_ring",
     "ring_push": "lesa_kernels.feature_ring",
     "FusedKANPredictor": "lesa_kernels.predictor",

@@ -2,6 +2,17 @@
 
 from lesa_kernels.feature_ring.op import ring_gather, ring_push
 from lesa_kernels.feature_ring.reference import ring_gather_ref, ring_push_ref
-from lesa_kernels.feature_ring.ring import FeatureRing, RingSnapshot
+from lesa_kernels.feature_ring.ring import FeatureRing, RingSnapshot, ring_nbytes
+from lesa_kernels.feature_ring.tiered import TieredRing, make_ring
 
-__all__ = ["FeatureRing", "RingSnapshot", "ring_gather", "ring_gather_ref", "ring_push", "ring_push_ref"]
+__all__ = [
+    "FeatureRing",
+    "RingSnapshot",
+    "TieredRing",
+    "make_ring",
+    "ring_gather",
+    "ring_gather_ref",
+    "ring_nbytes",
+    "ring_push",
+    "ring_push_ref",
+]

@@ -42,7 +42,8 @@ def _check_contiguous(name, buffer):
         raise argument_error(name, "be contiguous", Said(f"strides {list(buffer.stride())}"), remedy)
 
 
-def _check_push(storage, scales, sigmas, cursor, count, features, sigma, rows):
+def check_push(storage, scales, sigmas, cursor, count, features, sigma, rows) -> None:
+    """Raises `TypeError` or `ValueError` where an argument of a push has another shape, dtype, device or layout."""
     if _fits(storage, scales, sigmas, cursor, count, features, sigma, rows):
         return
     _check_ring(storage, scales, cursor, count)
@@ -59,7 +60,7 @@ def _check_push(storage, scales, sigmas, cursor, count, features, sigma, rows):
 
 
 def _fits(storage, scales, sigmas, cursor, count, features, sigma, rows) -> bool:
-    """Whether the rest of `_check_push` would find nothing wrong; takes a fraction of its time."""
+    """Whether the rest of `check_push` would find nothing wrong; takes a fraction of its time."""
     if storage.dim() != 4:
         return False
     device, stored = storage.device, storage.dtype
@@ -169,7 +170,7 @@ def gather_arguments(storage, scales, cursor, count, age, output) -> tuple:
 
 def _ring_push_extension(storage, scales, sigmas, cursor, count, features, sigma, rows):
     # All checks are here, since the operator can be called without `ring_push`; the compiled code checks rows' values.
-    _check_push(storage, scales, sigmas, cursor, count, features, sigma, rows)
+    check_push(storage, scales, sigmas, cursor, count, features, sigma, rows)
     if isinstance(sigma, torch.Tensor):
         sigma = sigma.contiguous()
     if rows is not None:
@@ -284,7 +285,7 @@ def ring_push(
         else:
             _PUSH(storage, scales, sigmas, cursor, count, features, sigma.detach(), rows)
     else:
-        _check_push(storage, scales, sigmas, cursor, count, features, sigma, rows)
+        check_push(storage, scales, sigmas, cursor, count, features, sigma, rows)
         _check_apart(features, storage)
         if rows is not None:
             check_rows(rows, storage.shape[1])

@@ -22,6 +22,39 @@ class RingSnapshot:
     count: torch.Tensor
 
 
+def token_nbytes(dim: int, dtype: torch.dtype) -> int:
+    """Bytes of a stored token, with its scale."""
+    return dim * dtype.itemsize + (4 if dtype == torch.float8_e4m3fn else 0)
+
+
+def ring_nbytes(capacity: int, batch: int, tokens: int, dim: int, dtype: torch.dtype) -> int:
+    """Bytes of a `FeatureRing` of these sizes: tokens and a noise level per slot, and a cursor and a count per row."""
+    return capacity * batch * (tokens * token_nbytes(dim, dtype) + 4) + 8 * batch
+
+
+def rows_tensor(rows: Sequence[int] | torch.Tensor, batch: int) -> torch.Tensor:
+    """`rows` as a tensor: a list as one of the CPU, its values checked; a tensor as it is, for its user to check."""
+    if isinstance(rows, torch.Tensor):
+        return rows
+    tensor = torch.tensor([check_int("rows", row, minimum=0, maximum=batch - 1) for row in rows], dtype=torch.int64)
+    check_rows(tensor, batch)
+    return tensor
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the CPU on `device`, without waiting for what the device is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def check_snapshot(snapshot: RingSnapshot, shape: Sequence[int], dtype: torch.dtype, device=None) -> None:
+    """Raises unless it is a snapshot of a ring of these sizes and dtype, and on that device if one is given."""
+    if not isinstance(snapshot, RingSnapshot):
+        remedy = "Pass what `snapshot()` returned."
+        raise argument_error("snapshot", "be a RingSnapshot", snapshot, remedy, TypeError)
+    remedy = "Restore a snapshot into a ring of the sizes, dtype and device it was taken from."
+    check_tensor("snapshot.storage", snapshot.storage, tuple(shape), (dtype,), device, remedy)
+
+
 class FeatureRing:
     """The last `capacity` features of each sample of a batch, with their sigmas.
 
@@ -35,7 +68,7 @@ class FeatureRing:
         dim: width D of a token's feature, at least 1.
         dtype: what features are stored as: float32, float16, bfloat16, or float8_e4m3fn with a scale per token.
         device: where the ring lives.
-        backend: "auto" (the compiled extension on the CPU, plain torch on a GPU), "extension" or "torch".
+        backend: "auto" (the compiled extension, plain torch where it can't run), "extension" or "torch".
 
     Attributes:
         storage: `[capacity, B, T, D]` of `dtype`.
@@ -73,9 +106,24 @@ class FeatureRing:
         self.count = torch.zeros(self.batch, dtype=torch.int32, device=self.device)
 
     @property
+    def state(self) -> tuple[torch.Tensor | None, ...]:
+        """`(storage, scales, sigmas, cursor, count)`, the order of all operations on rings."""
+        return self.storage, self.scales, self.sigmas, self.cursor, self.count
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the buffers."""
+        """Bytes of the buffers, as `ring_nbytes` says."""
         return sum(buffer.nbytes for buffer in self._buffers().values())
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes of the buffers on the device: all."""
+        return self.nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes in host memory beside the device's: none."""
+        return 0
 
     def push(
         self,
@@ -101,7 +149,7 @@ class FeatureRing:
         """
         if rows is not None:
             rows = self._rows(rows)
-        ring_push(self.storage, self.scales, self.sigmas, self.cursor, self.count, features, sigma, rows, self.backend)
+        ring_push(*self.state, features, sigma, rows, self.backend)
 
     def newest_first(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The anchors of each row from the newest to the oldest, as copies.
@@ -157,11 +205,7 @@ class FeatureRing:
         Raises:
             TypeError, ValueError: it is no snapshot, or one of another kind of ring.
         """
-        if not isinstance(snapshot, RingSnapshot):
-            remedy = "Pass what `snapshot()` returned."
-            raise argument_error("snapshot", "be a RingSnapshot", snapshot, remedy, TypeError)
-        remedy = "Restore a snapshot into a ring of the sizes, dtype and device it was taken from."
-        check_tensor("snapshot.storage", snapshot.storage, self.storage.shape, (self.dtype,), self.device, remedy)
+        check_snapshot(snapshot, self.storage.shape, self.dtype, self.device)
         for name, buffer in self._buffers().items():
             buffer.copy_(getattr(snapshot, name))
 
@@ -171,14 +215,8 @@ class FeatureRing:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _rows(self, rows: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """`rows` as a tensor. Who uses it checks it, but for a list on its way to a GPU, where nobody can."""
-        if isinstance(rows, torch.Tensor):
-            return rows
-        listed = [check_int("rows", row, minimum=0, maximum=self.batch - 1) for row in rows]
-        rows = torch.tensor(listed, dtype=torch.int64)
-        if self.device.type != "cpu":
-            check_rows(rows, self.batch)
-        return rows.to(self.device)
+        """`rows` as a tensor, a list as one of the device."""
+        return rows if isinstance(rows, torch.Tensor) else to_device(rows_tensor(rows, self.batch), self.device)
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

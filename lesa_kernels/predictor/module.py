@@ -9,7 +9,7 @@ from torch import nn
 
 from lesa_kernels._checks import Said, argument_error, check_choice, check_float, check_tensor
 from lesa_kernels._dispatch import BACKENDS
-from lesa_kernels.feature_ring import FeatureRing
+from lesa_kernels.feature_ring import FeatureRing, TieredRing, make_ring
 from lesa_kernels.predictor.config import PredictorConfig
 from lesa_kernels.predictor.op import (
     FLOAT_DTYPES,
@@ -96,11 +96,22 @@ class FusedKANPredictor(nn.Module):
             self.mix_weight.zero_()
             self.mix_bias.zero_()
 
-    def make_ring(self, batch: int, tokens: int, dtype: torch.dtype = torch.float32, device="cpu") -> FeatureRing:
-        """A ring that fits this predictor: its longest history of `[batch, tokens, feature_dim]` features."""
-        return FeatureRing(self.config.max_history, batch, tokens, self.config.feature_dim, dtype, device)
+    def make_ring(
+        self,
+        batch: int,
+        tokens: int,
+        dtype: torch.dtype = torch.float32,
+        device="cpu",
+        max_device_bytes: int | None = None,
+    ) -> FeatureRing | TieredRing:
+        """A ring that fits this predictor: its longest history of `[batch, tokens, feature_dim]` features.
 
-    def forward(self, ring: FeatureRing, sigma: float | torch.Tensor) -> torch.Tensor:
+        Beyond `max_device_bytes` it keeps its oldest features in host memory, as `TieredRing` says.
+        """
+        sizes = (self.config.max_history, batch, tokens, self.config.feature_dim)
+        return make_ring(*sizes, dtype, device, max_device_bytes=max_device_bytes)
+
+    def forward(self, ring: FeatureRing | TieredRing, sigma: float | torch.Tensor) -> torch.Tensor:
         """Forecasts the features at `sigma`.
 
         Args:
@@ -113,7 +124,8 @@ class FusedKANPredictor(nn.Module):
         Raises:
             ValueError, TypeError: the ring's width is not `feature_dim`, it is too small, or `sigma` does not fit.
         """
-        return self.forecast(*self._state(ring), self._target(ring, sigma))
+        target = self._target(ring, sigma)
+        return self._over(ring, lambda *state: self.forecast(*state, target))
 
     def forecast(
         self,
@@ -129,7 +141,9 @@ class FusedKANPredictor(nn.Module):
         state = (storage, scales, sigmas, cursor, count, sigma)
         return predict(*state, *self._experts(), *self._shape(), backend=self.backend)
 
-    def predict_velocity(self, ring: FeatureRing, sigma: float | torch.Tensor, head: OutputHead) -> torch.Tensor:
+    def predict_velocity(
+        self, ring: FeatureRing | TieredRing, sigma: float | torch.Tensor, head: OutputHead
+    ) -> torch.Tensor:
         """Forecasts the features at `sigma` and applies the output head to them.
 
         With a newton predictor on Triton this is one kernel, as `newton_velocity` says, and the forecast never touches
@@ -145,12 +159,17 @@ class FusedKANPredictor(nn.Module):
         Raises:
             ValueError, TypeError: as `forward` does, or a tensor of `head` does not fit.
         """
-        if self.config.mixer == "dense":
-            return output_head(self(ring, sigma), head)
-        state = (*self._state(ring), self._target(ring, sigma))
-        return newton_velocity(*state, *self._experts(), head, *self._shape(), backend=self.backend)
+        target = self._target(ring, sigma)
+        experts, shape = self._experts(), self._shape()
 
-    def fuses_velocity(self, ring: FeatureRing, head: OutputHead | None = None) -> bool:
+        def velocity(*state):
+            if self.config.mixer == "dense":
+                return output_head(self.forecast(*state, target), head)
+            return newton_velocity(*state, target, *experts, head, *shape, backend=self.backend)
+
+        return self._over(ring, velocity)
+
+    def fuses_velocity(self, ring: FeatureRing | TieredRing, head: OutputHead | None = None) -> bool:
         """Whether `predict_velocity` from this ring is one kernel: with `head`, or with one that is made for it."""
         if self.config.mixer == "dense":
             return False
@@ -158,9 +177,14 @@ class FusedKANPredictor(nn.Module):
         order = self.config.spline_order
         if newton_backend(*state, *self._experts(), order, self.backend, "newton_velocity") != "triton":
             return False
-        return head is None or newton_velocity_is_fused(ring.storage, self.down, head)
+        return head is None or newton_velocity_is_fused(state[0], self.down, head)
 
-    def _state(self, ring: FeatureRing) -> tuple:
+    def _over(self, ring: FeatureRing | TieredRing, function) -> torch.Tensor:
+        """`function` of the ring's state, piece by piece where it is not all on the device."""
+        state = self._state(ring)
+        return ring.by_pieces(function) if isinstance(ring, TieredRing) else function(*state)
+
+    def _state(self, ring: FeatureRing | TieredRing) -> tuple:
         if ring.dim != self.config.feature_dim:
             raise argument_error(
                 "ring.dim",
@@ -168,9 +192,9 @@ class FusedKANPredictor(nn.Module):
                 ring.dim,
                 "Use a predictor that was trained for this model.",
             )
-        return ring.storage, ring.scales, ring.sigmas, ring.cursor, ring.count
+        return ring.state
 
-    def _target(self, ring: FeatureRing, sigma: float | torch.Tensor) -> torch.Tensor:
+    def _target(self, ring: FeatureRing | TieredRing, sigma: float | torch.Tensor) -> torch.Tensor:
         if isinstance(sigma, torch.Tensor):
             return sigma.to(torch.float32).expand(ring.batch) if sigma.ndim == 0 else sigma
         return torch.full((ring.batch,), check_float("sigma", sigma), dtype=torch.float32, device=ring.device)

@@ -8,8 +8,8 @@ import torch
 from lesa.hook import Run, StepHook, installed_hook
 from lesa.models import adapter_for
 from lesa.schedule import FEW_STEPS, Schedule, ScheduleLike, as_schedule
-from lesa_kernels import FeatureRing, FusedKANPredictor
-from lesa_kernels._checks import Said, argument_error
+from lesa_kernels import FeatureRing, FusedKANPredictor, TieredRing
+from lesa_kernels._checks import Said, argument_error, check_int
 
 
 @dataclass
@@ -21,12 +21,16 @@ class StreamStats:
         predicted: the executed steps that were forecast, in order.
         fused: those of the predicted steps whose forecast and output head were one kernel.
         reasons: why each computed step was computed.
+        ring_device_bytes, ring_host_bytes: what the ring of features takes on its device, and in host memory beside it;
+            0 before the first computed step. The rings are freed when the run ends.
     """
 
     computed: list[int] = field(default_factory=list)
     predicted: list[int] = field(default_factory=list)
     fused: list[int] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
+    ring_device_bytes: int = 0
+    ring_host_bytes: int = 0
 
 
 @dataclass
@@ -56,6 +60,16 @@ class CacheStats:
         predicted = {step for stream in self.streams.values() for step in stream.predicted}
         return len(predicted.difference(*(stream.computed for stream in self.streams.values())))
 
+    @property
+    def ring_device_bytes(self) -> int:
+        """Bytes that the rings of all streams take on the device."""
+        return sum(stream.ring_device_bytes for stream in self.streams.values())
+
+    @property
+    def ring_host_bytes(self) -> int:
+        """Bytes that the rings of all streams take in host memory beside it."""
+        return sum(stream.ring_host_bytes for stream in self.streams.values())
+
     def summary(self) -> str:
         """A few lines for people."""
         lines = []
@@ -64,11 +78,19 @@ class CacheStats:
             lines.append(f"{name}: computed {len(stream.computed)} ({steps}), predicted {len(stream.predicted)} steps")
             if stream.fused:
                 lines[-1] += f", {len(stream.fused)} of them in one kernel with the output head"
+            if stream.ring_device_bytes:
+                lines[-1] += f"; its features take {_mebibytes(stream.ring_device_bytes)}"
+            if stream.ring_host_bytes:
+                lines[-1] += f", and {_mebibytes(stream.ring_host_bytes)} of host memory"
             unplanned = {s: r for s, r in stream.reasons.items() if r != "scheduled"}
             lines += [f"  step {step}: {reason}" for step, reason in unplanned.items()]
         if self.unlocated:
             lines.append(f"computed {self.unlocated} calls whose timestep was not one of the scheduler's")
         return "\n".join(lines + self.notes) or "no step ran yet"
+
+
+def _mebibytes(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB"
 
 
 class CacheHandle:
@@ -93,7 +115,12 @@ class CacheHandle:
         self.disable()
 
 
-def enable_cache(pipe, predictor: FusedKANPredictor, schedule: ScheduleLike | None = None) -> CacheHandle:
+def enable_cache(
+    pipe,
+    predictor: FusedKANPredictor,
+    schedule: ScheduleLike | None = None,
+    max_device_bytes: int | None = None,
+) -> CacheHandle:
     """Lets `predictor` forecast the steps of `pipe` that `schedule` does not compute.
 
     Args:
@@ -102,6 +129,8 @@ def enable_cache(pipe, predictor: FusedKANPredictor, schedule: ScheduleLike | No
         schedule: which steps are computed: a `lesa.Schedule`, a list of step indices counted over the steps that a call
             executes, or an interval N for steps 0, 1, 2 and then every N. None: as the predictor was trained; then runs
             of fewer than 10 steps are computed whole, unless it was trained at that number.
+        max_device_bytes: the most that the stored features of one stream of calls may take on the device; beyond it the
+            oldest ones wait in host memory, which costs time. Guidance by two calls per step has two streams.
 
     Returns:
         A handle with `stats` and `disable()`, usable as a context manager.
@@ -109,7 +138,8 @@ def enable_cache(pipe, predictor: FusedKANPredictor, schedule: ScheduleLike | No
     Raises:
         TypeError: `pipe` is of no supported family, or `predictor` is no predictor.
         ValueError: the predictor was made for another family or width, is on another device, has weights that are not
-            finite, or has no schedule while none was given.
+            finite, or has no schedule while none was given. The first computed step raises it, if `max_device_bytes`
+            is less than the least that its features need.
         RuntimeError: a cache is on already. A run raises it too, if another cache was enabled meanwhile or a second
             thread enters the transformer.
     """
@@ -164,7 +194,9 @@ def enable_cache(pipe, predictor: FusedKANPredictor, schedule: ScheduleLike | No
         as_schedule(schedule, 1)  # a wrong interval is an error here, not at the first step
     else:
         schedule = as_schedule(schedule)
-    hook = _CacheHook(pipe, adapter, predictor.eval(), schedule, as_trained)
+    if max_device_bytes is not None:
+        check_int("max_device_bytes", max_device_bytes)
+    hook = _CacheHook(pipe, adapter, predictor.eval(), schedule, as_trained, max_device_bytes)
     hook.install()
     return CacheHandle(hook)
 
@@ -179,11 +211,12 @@ def disable_cache(pipe) -> None:
 class _CacheHook(StepHook):
     """Computes or predicts each call."""
 
-    def __init__(self, pipe, adapter, predictor, schedule, as_trained):
+    def __init__(self, pipe, adapter, predictor, schedule, as_trained, max_device_bytes):
         super().__init__(pipe, adapter)
         self.predictor, self.schedule, self.as_trained = predictor, schedule, as_trained
+        self.max_device_bytes = max_device_bytes
         self.stats = CacheStats()
-        self.rings: dict[str, FeatureRing] = {}
+        self.rings: dict[str, FeatureRing | TieredRing] = {}
         self.computed: frozenset[int] = frozenset()
         self.forecasts_are_finite = True
 
@@ -272,8 +305,11 @@ class _CacheHook(StepHook):
 
     def _push(self, stream, features, sigma) -> None:
         ring = self.rings.get(stream)
-        fits = ring is not None and ring.storage.shape[1:] == features.shape
-        if not fits or (ring.storage.dtype, ring.storage.device) != (features.dtype, features.device):
+        fits = ring is not None and (ring.batch, ring.tokens, ring.dim) == features.shape
+        if not fits or (ring.dtype, ring.device) != (features.dtype, features.device):
             batch, tokens, _ = features.shape
-            ring = self.rings[stream] = self.predictor.make_ring(batch, tokens, features.dtype, features.device)
+            ring = self.predictor.make_ring(batch, tokens, features.dtype, features.device, self.max_device_bytes)
+            self.rings[stream] = ring
+            stats = self.stats.streams[stream]
+            stats.ring_device_bytes, stats.ring_host_bytes = ring.device_nbytes, ring.host_nbytes
         ring.push(features, sigma)

@@ -1,10 +1,12 @@
 import copy
 import gc
 import math
+import re
 import threading
 import warnings
 import weakref
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +26,7 @@ from lesa.demo import digits
 from lesa.hook import Run
 from lesa.models import adapter_for
 from lesa.models.flux import FluxAdapter
-from lesa_kernels import FusedKANPredictor, PredictorConfig, output_head
+from lesa_kernels import FeatureRing, FusedKANPredictor, PredictorConfig, TieredRing, output_head
 
 STEPS = 12
 SOME = [0, 1, 2, 5, 9]
@@ -662,6 +664,66 @@ def test_an_interrupt_leaves_no_state(pipe, generate):
         assert (stream.computed, stream.predicted) == ([0, 1, 2], [3, 4])
         assert torch.equal(generate(pipe), clean)
         assert handle.stats.streams["cond"].computed == SOME
+
+
+def formula_in_the_readme():
+    """The README's formula for a ring's bytes, as a function of the names in it."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (formula,) = re.findall(r"`bytes = (.*)`", text)
+    return lambda **sizes: eval(formula, {"__builtins__": {}}, sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_stats_report_the_memory_of_the_rings_to_the_byte(fresh_pipe, generate, dtype):
+    fresh_pipe.transformer.to(dtype)
+    predictor = make_predictor()
+    rings = rings_of(predictor)
+    with lesa.enable_cache(fresh_pipe, predictor, SOME) as cache:
+        generate(fresh_pipe, STEPS)
+    (ring,) = rings
+    taken = sum(b.untyped_storage().nbytes() for b in ring.state if b is not None)
+    sizes = dict(capacity=4, batch=2, tokens=64, dim=DIM, itemsize=dtype.itemsize, scale=0)
+    assert taken == formula_in_the_readme()(**sizes) == 4 * (2 * (64 * 128 * dtype.itemsize + 4)) + 2 * 8
+    (stream,) = cache.stats.streams.values()
+    assert stream.ring_device_bytes == cache.stats.ring_device_bytes == taken
+    assert cache.stats.ring_host_bytes == 0
+    assert f"its features take {taken / 2**20:.1f} MiB" in cache.stats.summary()
+    float8 = FeatureRing(3, 5, 7, 11, torch.float8_e4m3fn)
+    assert float8.nbytes == formula_in_the_readme()(capacity=3, batch=5, tokens=7, dim=11, itemsize=1, scale=4)
+
+
+def test_every_stream_has_a_ring_in_the_stats(pipe):
+    predictor = make_predictor()
+    rings = rings_of(predictor)
+    with lesa.enable_cache(pipe, predictor, SOME) as cache:
+        drive(pipe, [call_arguments(pipe), call_arguments(pipe, labels=(1, 6))], STEPS)
+    assert len(rings) == len(cache.stats.streams) == 2
+    assert cache.stats.ring_device_bytes == sum(ring.nbytes for ring in rings) == 2 * rings[0].nbytes
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_budget_keeps_features_in_host_memory_and_changes_nothing(pipe, generate, share):
+    predictor = make_predictor()
+    with lesa.enable_cache(pipe, predictor, SOME) as cache:
+        expected = generate(pipe, STEPS)
+    whole = cache.stats.ring_device_bytes
+    rings = rings_of(predictor)
+    budget = int(share * whole)
+    with lesa.enable_cache(pipe, predictor, SOME, max_device_bytes=budget) as cache:
+        assert torch.equal(generate(pipe, STEPS), expected)
+        (ring,) = rings
+        assert isinstance(ring, TieredRing)
+        assert cache.stats.ring_device_bytes == ring.device_nbytes <= budget
+        assert cache.stats.ring_host_bytes == ring.host_nbytes > 0
+        assert re.search(r"take 0\.\d MiB, and 0\.\d MiB of host memory", cache.stats.summary())
+        (stream,) = cache.stats.streams.values()
+        assert stream.computed == SOME and stream.ring_host_bytes == ring.host_nbytes
+    too_small = lesa.enable_cache(pipe, predictor, SOME, max_device_bytes=1000)
+    with pytest.raises(ValueError, match="`max_device_bytes` must be at least"), too_small:
+        generate(pipe, STEPS)
+    with pytest.raises(TypeError, match="`max_device_bytes` must be an integer"):
+        lesa.enable_cache(pipe, predictor, SOME, max_device_bytes="1 GB")
+    assert lesa.hook.installed_hook(pipe.transformer) is None
 
 
 def test_rings_are_freed_after_a_run(pipe, generate):

@@ -1,0 +1,432 @@
+"""`TieredRing`: a feature ring larger than the memory it may take on the device."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lesa_kernels._checks import argument_error, check_choice, check_float, check_int, check_tensor
+from lesa_kernels._dispatch import BACKENDS
+from lesa_kernels.feature_ring.op import STORAGE_DTYPES, check_push, check_rows, ring_gather
+from lesa_kernels.feature_ring.ring import (
+    FeatureRing,
+    RingSnapshot,
+    check_snapshot,
+    ring_nbytes,
+    rows_tensor,
+    to_device,
+    token_nbytes,
+)
+
+FEWEST_PIECES = 8  # of the tokens, so that a piece is computed while the next is on its way
+MOST_PIECES = 64
+
+
+@dataclass
+class _Anchor:
+    """Where a stored feature is."""
+
+    sigma: float  # a float32 value
+    slot: int
+    near: bool  # on the device, not in host memory
+
+
+def make_ring(
+    capacity: int,
+    batch: int,
+    tokens: int,
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    max_device_bytes: int | None = None,
+) -> "FeatureRing | TieredRing":
+    """A `FeatureRing`, or a `TieredRing` where that would take more than `max_device_bytes` on the device.
+
+    Args:
+        capacity, batch, tokens, dim, dtype, device, backend: as in `FeatureRing`.
+        max_device_bytes: the budget; without bounds if None.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described, or the budget is below the least that a ring needs.
+    """
+    sizes = (capacity, batch, tokens, dim, dtype, device, backend)
+    if max_device_bytes is None:
+        return FeatureRing(*sizes)
+    check_int("max_device_bytes", max_device_bytes, minimum=0)
+    needed = ring_nbytes(*sizes[:5])
+    if needed <= max_device_bytes:
+        return FeatureRing(*sizes)
+    if capacity == 1 or tokens == 0:
+        raise argument_error(
+            "max_device_bytes",
+            f"be at least {needed}, for there is nothing that host memory could keep",
+            max_device_bytes,
+            "Raise it, or store in a smaller dtype.",
+        )
+    return TieredRing(*sizes, max_device_bytes)
+
+
+class TieredRing:
+    """As `FeatureRing`, with the oldest features of each sample in host memory: pinned, where the device is a GPU.
+
+    What is read comes back in pieces of the tokens, `pieces()`, each copied on a stream of its own while the one before
+    is worked on; the first ones are fetched as soon as a push or the last read has ended. Predictors read it as they
+    read a `FeatureRing`, and forecast the same.
+
+    Which feature is where is kept on the host. So a push needs the noise levels there: pass floats or tensors of the
+    CPU, since a tensor on a GPU is waited for. Nothing of this can be captured into a CUDA graph.
+
+    Args:
+        capacity, batch, tokens, dim, dtype, device, backend: as in `FeatureRing`.
+        max_device_bytes: what all of the ring's buffers may take on the device.
+
+    Attributes:
+        resident: the newest features of each sample that stay on the device.
+        piece_tokens: the most tokens of a piece.
+        sigmas: `[capacity, B]` float32, the newest in the last row.
+        cursor: `[B]` int32, zeros.
+        count: `[B]` int32, the valid anchors of each row.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described, or `max_device_bytes` is below the least that such a
+            ring needs, which the message says.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        batch: int,
+        tokens: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        backend: str,
+        max_device_bytes: int,
+    ):
+        self.capacity = check_int("capacity", capacity, minimum=2)
+        self.batch = check_int("batch", batch)
+        self.tokens = check_int("tokens", tokens)
+        self.dim = check_int("dim", dim)
+        self.dtype = check_choice("dtype", dtype, STORAGE_DTYPES)
+        self.backend = check_choice("backend", backend, BACKENDS)
+        self.resident, self.piece_tokens = self._divide(check_int("max_device_bytes", max_device_bytes))
+        self._near = FeatureRing(self.resident, batch, tokens, dim, dtype, device, backend)
+        self.device = self._near.device
+        on_gpu = self.device.type == "cuda"
+        self._far = self._empty(self.capacity - self.resident, self.tokens, "cpu", pin_memory=on_gpu)
+        self._staged = [self._empty(self.capacity, self.piece_tokens, self.device) for _ in range(2)]
+        self.sigmas = torch.zeros(self.capacity, batch, device=self.device)
+        self.cursor = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        self.count = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        self._copies = _CopyStream(self.device)
+        for features, scales in (*self._staged, (self._near.storage, self._near.scales)):
+            self._copies.uses(features, scales)
+        self._fetched: list[int | None] = [None, None]  # the piece that each staging buffer holds or gets
+        self._anchors: list[list[_Anchor]] = [[] for _ in range(batch)]  # of each row, the newest first
+        self._near_cursor, self._far_cursor = [0] * batch, [0] * batch
+
+    def _divide(self, budget: int) -> tuple[int, int]:
+        """How many features stay on the device, and how many tokens a piece has."""
+        capacity, batch, tokens = self.capacity, self.batch, self.tokens
+        sizes = (batch, tokens, self.dim, self.dtype)
+        fixed = ring_nbytes(capacity, batch, 0, self.dim, self.dtype)
+        feature = ring_nbytes(2, *sizes) - ring_nbytes(1, *sizes)  # one more slot
+        ring = ring_nbytes(1, *sizes)  # one slot, with what goes with it
+        of_token = 2 * capacity * batch * token_nbytes(self.dim, self.dtype)
+        least_tokens, most_tokens = -(-tokens // MOST_PIECES), -(-tokens // FEWEST_PIECES)
+        least = fixed + ring + of_token * least_tokens
+        if budget < least:
+            must = f"be at least {least}: one feature, and two pieces of all {capacity}"
+            raise argument_error("max_device_bytes", must, budget, "Raise it, or store in a smaller dtype.")
+        more = (budget - least) // feature
+        resident = 1 + min(more, capacity - 2)
+        left = budget - fixed - ring - (resident - 1) * feature
+        return resident, min(left // of_token, most_tokens)
+
+    def _empty(self, slots, tokens, device, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = (slots, self.batch, tokens)
+        scales = None
+        if self.dtype == torch.float8_e4m3fn:
+            scales = torch.ones(shape, device=device, **options)
+        return torch.zeros(*shape, self.dim, dtype=self.dtype, device=device, **options), scales
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes of the buffers on the device."""
+        staged = [buffer for pair in self._staged for buffer in pair]
+        buffers = (*staged, self.sigmas, self.cursor, self.count)
+        return self._near.nbytes + sum(buffer.nbytes for buffer in buffers if buffer is not None)
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of the buffers in host memory."""
+        return sum(buffer.nbytes for buffer in self._far if buffer is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return self.device_nbytes + self.host_nbytes
+
+    @property
+    def state(self) -> tuple[torch.Tensor | None, ...]:
+        """`(storage, scales, sigmas, cursor, count)` of a first piece, without its values: those are in `pieces()`."""
+        return *self._views(0), self.sigmas, self.cursor, self.count
+
+    def push(
+        self,
+        features: torch.Tensor,
+        sigma: float | torch.Tensor,
+        rows: Sequence[int] | torch.Tensor | None = None,
+    ) -> None:
+        """As `FeatureRing.push`; a `sigma` or `rows` on a GPU are waited for."""
+        self._copies.check_not_capturing()
+        listed = self._listed(rows)
+        if isinstance(sigma, torch.Tensor):
+            levels = check_tensor("sigma", sigma, (len(listed),), (torch.float32,)).tolist()
+        else:
+            levels = [float(np.float32(check_float("sigma", sigma)))] * len(listed)
+        on_device = [
+            to_device(torch.tensor(values, dtype=dtype), self.device)
+            for values, dtype in ((levels, torch.float32), (listed, torch.int64))
+        ]
+        check_push(*self._near.state, features, *on_device)  # before anything moves
+        self._copies.begin()
+        for row, level in zip(listed, levels):
+            anchors = self._anchors[row]
+            if len(anchors) >= self.resident and level < anchors[0].sigma:
+                self._evict(row)
+        self._copies.end()
+        self._near.push(features, *on_device)
+        for row, level in zip(listed, levels):
+            self._note_push(row, level)
+        self._moved()
+
+    def _listed(self, rows) -> list[int]:
+        if rows is None:
+            return list(range(self.batch))
+        rows = check_tensor("rows", rows_tensor(rows, self.batch), ("n",), (torch.int64,)).cpu()
+        check_rows(rows, self.batch)
+        return rows.tolist()
+
+    def _evict(self, row: int) -> None:
+        """Copies the oldest feature that is on the device to host memory, where it takes the oldest one's place."""
+        anchor = self._anchors[row][self.resident - 1]
+        slot = self._far_cursor[row]
+        for far, near in zip(self._far, (self._near.storage, self._near.scales)):
+            if far is not None:
+                self._copies.copy(far[slot, row], near[anchor.slot, row])
+        self._far_cursor[row] = (slot + 1) % (self.capacity - self.resident)
+        anchor.slot, anchor.near = slot, False
+
+    def _note_push(self, row: int, level: float) -> None:
+        """Follows what the ring on the device did with a push into a row."""
+        anchors = self._anchors[row]
+        if anchors and level == anchors[0].sigma:
+            return
+        if not (anchors and level < anchors[0].sigma):
+            anchors.clear()
+        anchors.insert(0, _Anchor(level, self._near_cursor[row], True))
+        del anchors[self.capacity :]
+        self._near_cursor[row] = (self._near_cursor[row] + 1) % self.resident
+
+    def _moved(self) -> None:
+        """Brings the state on the device up to date, and fetches the first pieces anew."""
+        levels = torch.zeros(self.capacity, self.batch)
+        for row, anchors in enumerate(self._anchors):
+            for age, anchor in enumerate(anchors):
+                levels[self.capacity - 1 - age, row] = anchor.sigma
+        counts = torch.tensor([len(anchors) for anchors in self._anchors], dtype=torch.int32)
+        for target, source in ((self.sigmas, levels), (self.count, counts)):
+            target.copy_(to_device(source, self.device))
+        self._fetched = [None, None]
+        self._fetch_ahead()
+
+    def pieces(self) -> Iterator[tuple[slice, tuple[torch.Tensor | None, ...]]]:
+        """All that is stored, in pieces of the tokens.
+
+        Yields:
+            the tokens of a piece, and its `(storage, scales, sigmas, cursor, count)` as `ring_push` has them, storage
+            `[capacity, B, n, D]`. They are valid on the current stream, until the next piece is asked for.
+        """
+        self._copies.check_not_capturing()
+        count = -(-self.tokens // self.piece_tokens)
+        self._fetch_ahead()
+        for piece in range(count):
+            place = piece % 2
+            self._copies.wait_for(place)
+            try:
+                tokens = self._tokens(piece)
+                state = (*self._views(piece), self.sigmas, self.cursor, self.count)
+                yield slice(tokens.start, tokens.stop), state
+            finally:
+                self._fetched[place] = None
+            if piece + 2 < count:
+                self._copies.begin()
+                self._fetch(piece + 2)
+        self._fetch_ahead()
+
+    def _tokens(self, piece: int) -> range:
+        begin = piece * self.piece_tokens
+        return range(begin, min(begin + self.piece_tokens, self.tokens))
+
+    def _views(self, piece: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The staging buffers of a piece as contiguous tensors, also where it is shorter than others."""
+        shape = (self.capacity, self.batch, len(self._tokens(piece)))
+        features, scales = self._staged[piece % 2]
+        features = features.view(-1)[: int(np.prod(shape)) * self.dim].view(*shape, self.dim)
+        return features, None if scales is None else scales.view(-1)[: int(np.prod(shape))].view(shape)
+
+    def _fetch_ahead(self) -> None:
+        """Fetches the first two pieces, where that was not done yet."""
+        self._copies.begin()
+        for piece in range(min(2, -(-self.tokens // self.piece_tokens))):
+            if self._fetched[piece] != piece:
+                self._fetch(piece)
+
+    def _fetch(self, piece: int) -> None:
+        """Copies a piece of all anchors into its staging buffer."""
+        tokens = self._tokens(piece)
+        staged = self._views(piece)
+        stores = {True: (self._near.storage, self._near.scales), False: self._far}
+        for row, anchors in enumerate(self._anchors):
+            for age, anchor in enumerate(anchors):
+                for target, source in zip(staged, stores[anchor.near]):
+                    if target is not None:
+                        part = source[anchor.slot, row, tokens.start : tokens.stop]
+                        self._copies.copy(target[self.capacity - 1 - age, row], part)
+        self._copies.end(piece % 2)
+        self._fetched[piece % 2] = piece
+
+    def gather(self, age: int = 0) -> torch.Tensor:
+        """As `FeatureRing.gather`."""
+        age = check_int("age", age, minimum=0, maximum=self.capacity - 1)
+        return self.by_pieces(lambda storage, scales, _, *rest: ring_gather(storage, scales, *rest, age, self.backend))
+
+    def by_pieces(self, function) -> torch.Tensor:
+        """`function` of each piece's state, `[B, n, O]`, put together to `[B, T, O]`."""
+        result = None
+        for tokens, state in self.pieces():
+            part = function(*state)
+            if result is None:
+                result = part.new_empty(self.batch, self.tokens, part.shape[-1])
+            result[:, tokens] = part
+        return result
+
+    def newest_first(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `FeatureRing.newest_first`; the result is on the device, whatever the budget."""
+        features = torch.stack([self.gather(age) for age in range(self.capacity)])
+        order = (torch.arange(self.capacity, device=self.device)[:, None]).minimum((self.count - 1).clamp(min=0))
+        sigmas = self.sigmas.flip(0).gather(0, order).masked_fill_(self.count == 0, float("nan"))
+        return features, sigmas, self.count.clone()
+
+    def reset(self, rows: Sequence[int] | torch.Tensor | None = None) -> None:
+        """As `FeatureRing.reset`."""
+        listed = self._listed(rows)
+        self._near.reset(None if rows is None else listed)
+        self._forget(listed)
+        self._moved()
+
+    def _forget(self, rows) -> None:
+        for row in rows:
+            self._anchors[row] = []
+            self._near_cursor[row] = self._far_cursor[row] = 0
+
+    def snapshot(self) -> RingSnapshot:
+        """A copy of the whole state, for `restore`; its features are in host memory."""
+        storage, scales = self._empty(self.capacity, self.tokens, "cpu")
+        for tokens, (features, piece_scales, *_) in self.pieces():
+            storage[:, :, tokens].copy_(features)
+            if scales is not None:
+                scales[:, :, tokens].copy_(piece_scales)
+        return RingSnapshot(storage, scales, self.sigmas.clone(), self.cursor.clone(), self.count.clone())
+
+    def restore(self, snapshot: RingSnapshot) -> None:
+        """Puts a snapshot of this ring, or of one of the same sizes and dtype, back.
+
+        Raises:
+            TypeError, ValueError: it is no snapshot, or one of another kind of ring.
+        """
+        check_snapshot(snapshot, (self.capacity, self.batch, self.tokens, self.dim), self.dtype)
+        self.reset()
+        cursor, count = snapshot.cursor.tolist(), snapshot.count.tolist()
+        sigmas = snapshot.sigmas.tolist()
+        self._copies.begin()
+        for row in range(self.batch):
+            near = min(self.resident, count[row])
+            for age in range(count[row]):
+                source = (cursor[row] - 1 - age) % self.capacity
+                slot = near - 1 - age if age < near else count[row] - 1 - age
+                stores = (self._near.storage, self._near.scales) if age < near else self._far
+                for target, stored in zip(stores, (snapshot.storage, snapshot.scales)):
+                    if target is not None:
+                        self._copies.copy(target[slot, row], stored[source, row])
+                self._anchors[row].append(_Anchor(sigmas[source][row], slot, age < near))
+            self._near_cursor[row] = near % self.resident
+            self._far_cursor[row] = (count[row] - near) % (self.capacity - self.resident)
+        self._copies.end()
+        # The ring on the device has the same anchors, as far as it reaches.
+        cursors = torch.tensor(self._near_cursor, dtype=torch.int32)
+        counts = torch.tensor([min(self.resident, n) for n in count], dtype=torch.int32)
+        levels = torch.zeros(self.resident, self.batch)
+        for row, anchors in enumerate(self._anchors):
+            for anchor in anchors[: self.resident]:
+                levels[anchor.slot, row] = anchor.sigma
+        for target, source in ((self._near.cursor, cursors), (self._near.count, counts), (self._near.sigmas, levels)):
+            target.copy_(to_device(source, self.device))
+        self._moved()
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"TieredRing(capacity={self.capacity}, batch={self.batch}, tokens={self.tokens}, dim={self.dim}, "
+            f"dtype={dtype}, device='{self.device}', backend='{self.backend}', resident={self.resident}, "
+            f"{self.device_nbytes / 2**20:.1f} MiB and {self.host_nbytes / 2**20:.1f} MiB in host memory, "
+            f"count={[len(anchors) for anchors in self._anchors]})"
+        )
+
+
+class _CopyStream:
+    """A stream for copies beside the work on a GPU; on a CPU, copies are made at once."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.ready: dict[int, torch.cuda.Event] = {}
+
+    def uses(self, *buffers: torch.Tensor | None) -> None:
+        """Keeps the memory of buffers from being used for others before the copies have ended."""
+        for buffer in buffers:
+            if self.stream is not None and buffer is not None:
+                buffer.record_stream(self.stream)
+
+    def begin(self) -> None:
+        """Copies that follow wait for all that the current stream was given."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+
+    def end(self, place: int | None = None) -> None:
+        """What the current stream is given after this waits for the copies; with a `place`, after `wait_for(place)`."""
+        if self.stream is None:
+            return
+        if place is None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        else:
+            self.ready[place] = self.stream.record_event()
+
+    def wait_for(self, place: int) -> None:
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.ready[place])
+
+    def check_not_capturing(self) -> None:
+        if self.stream is not None and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "A TieredRing can't be captured into a CUDA graph, since it moves features to and from host memory. "
+                "Capture with a FeatureRing, which has all of them on the device."
+            )
