@@ -19,7 +19,9 @@ import shapes  # noqa: E402
 from work import Floors, synchronise  # noqa: E402
 
 RATIOS = pytest.StashKey[list]()  # of (test name, extra_info)
+LAUNCHES = pytest.StashKey[list]()  # the same
 WARM_UP_CALLS = 3
+CALLS, ROUNDS = 50, 200  # of a call that is not waited for; the queue of a GPU has room for a thousand kernels
 
 
 def pytest_addoption(parser):
@@ -28,6 +30,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[RATIOS] = []
+    config.stash[LAUNCHES] = []
 
 
 def _device(config) -> str:
@@ -95,6 +98,33 @@ def timed(benchmark, device):
     return run
 
 
+@pytest.fixture
+def launched(benchmark, device, request):
+    """`launched(function, group)`: benchmarks what a call of `function` takes the host, which does not wait for it.
+
+    A round is as many calls as a GPU's queue has room for, and begins with an empty one, so that no call has to wait.
+    The time of one call goes into `benchmark.extra_info`. On a CPU the call's work is in it. It has no floor.
+    """
+
+    def run(function: Callable, group: str):
+        def calls():
+            for _ in range(CALLS):
+                function()
+
+        benchmark.group = f"{group}, {CALLS} calls"
+        calls()
+        benchmark.pedantic(calls, setup=lambda: synchronise(device), rounds=ROUNDS)
+        synchronise(device)
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        p20, *_, p80 = (each / CALLS for each in statistics.quantiles(benchmark.stats.stats.sorted_data, n=5))
+        median = statistics.median(benchmark.stats.stats.sorted_data) / CALLS
+        benchmark.extra_info.update(call_median_s=median, call_p20_s=p20, call_p80_s=p80, calls=CALLS)
+        request.config.stash[LAUNCHES].append((request.node.name, benchmark.extra_info))
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def floors(device) -> Floors:
     """The measured floors of this machine."""
@@ -128,7 +158,11 @@ def against_floor(floors, request):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[RATIOS]
+    _summarise_floors(terminalreporter, config.stash[RATIOS])
+    _summarise_launches(terminalreporter, config.stash[LAUNCHES])
+
+
+def _summarise_floors(terminalreporter, rows):
     if not rows:
         return
     width = max(len(name) for name, _ in rows)
@@ -141,3 +175,12 @@ def pytest_terminal_summary(terminalreporter, config):
         if "over_computed_step" in info:
             line += f"  = {info['over_computed_step']:.4f} of a computed step"
         terminalreporter.write_line(line)
+
+
+def _summarise_launches(terminalreporter, rows):
+    if not rows:
+        return
+    width = max(len(name) for name, _ in rows)
+    terminalreporter.section("time of the host for a call that is not waited for")
+    for name, info in rows:
+        terminalreporter.write_line(f"{name:<{width}}  {info['call_median_s'] * 1e6:>8.2f} us")

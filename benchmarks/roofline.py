@@ -71,6 +71,8 @@ def on_features(shape: FeatureShape) -> dict[str, dict[str, int]]:
         found[f"dense predict, K = {history}"] = work.dense_predict(*bfloat16, history)
     found["ring push"] = work.ring_push(*bfloat16)
     found["ring push, float8 ring"] = work.ring_push(*bfloat16, stored=torch.float8_e4m3fn)
+    found["ring gather"] = work.ring_gather(*bfloat16)
+    found["ring gather, float8 ring"] = work.ring_gather(*float8)
     return found
 
 

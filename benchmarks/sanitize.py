@@ -1,14 +1,23 @@
 """Calls every kernel at small odd sizes, for `compute-sanitizer`: `compute-sanitizer python benchmarks/sanitize.py`.
 
 Tokens, widths and rows are no multiples of a block, samples of one batch are in different stages and have histories of
-different lengths. The results are only looked at for values that are not finite: the tests compare them.
+different lengths. Triton's results are only looked at for values that are not finite: the tests compare them. What the
+ring holds is compared with plain torch.
+
+initcheck has to follow the kernels of torch too: with a filter it would miss what they write, and take all that our
+kernels read of it for uninitialised. So it runs without one, and `--judge` tells whose reports its log has.
 """
 
 import argparse
 import copy
+import itertools
+import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig
 from lesa_kernels.bspline_kan import bspline_kan
@@ -17,6 +26,24 @@ BATCH, TOKENS, DIM = 3, 37, 72
 SIGMA = [0.8, 0.5, 0.2]  # one sample in each stage
 STORED = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
 FLOATS = STORED[:3]
+
+# Tokens, width, and how many elements the ring begins after 16 bytes. A warp keeps a token up to a width of 3072.
+RINGS = {
+    "aligned": (37, 64, 0),
+    "odd": (5, 33, 0),
+    "ahead": (9, 64, 1),
+    "long": (3, 3104, 0),
+    "long and odd": (2, 3073, 1),
+}
+LAYOUTS = {
+    "contiguous": torch.clone,
+    "slice of tokens": lambda features: F.pad(features, (0, 0, 2, 0))[:, 2:],
+    "slice of the width": lambda features: F.pad(features, (3, 0))[..., 3:],
+    "tokens last": lambda features: features.mT.contiguous().mT,
+}
+# The kernels of csrc/ and those of Triton, in a line that says where a report comes from.
+OURS = re.compile(r"^=+\s+at (?:0x[0-9a-f]+ in )?(?:void )?(?:lesa::|_\w+_kernel\b)")
+SUMMARY = re.compile(r"^=+ ERROR SUMMARY: (\d+) error")
 
 
 def filled_ring(predictor: FusedKANPredictor, dtype: torch.dtype, device: str) -> FeatureRing:
@@ -69,6 +96,35 @@ def layers(dtype: torch.dtype, device: str) -> None:
             finite(value)
 
 
+def ring(stored: torch.dtype, device: str) -> None:
+    """Pushes into a ring, from each dtype and layout, and reads from it, against plain torch on the CPU."""
+    for dtype, (tokens, dim, ahead) in itertools.product(FLOATS, RINGS.values()):
+        tested = FeatureRing(3, BATCH, tokens, dim, stored, device, "extension")
+        plain = FeatureRing(3, BATCH, tokens, dim, stored, "cpu", "torch")
+        memory = torch.zeros(ahead + tested.storage.numel(), dtype=stored, device=device)
+        tested.storage = memory[ahead:].view(tested.storage.shape)
+        if not tested.gather().isnan().all():
+            raise RuntimeError(f"a ring of {stored} without any anchor must be read as NaN")
+        sigma = torch.tensor(SIGMA)
+        for i, layout in enumerate(LAYOUTS.values()):
+            features, levels = torch.randn(BATCH, tokens, dim).to(dtype), sigma - 0.01 * i
+            tested.push(layout(features.to(device)), levels.to(device))
+            plain.push(features, levels)
+        rows = torch.tensor([2, 0])
+        tested.push(layout(features[:2].to(device)), 0.15, rows.to(device))
+        plain.push(features[:2], 0.15, rows)
+        for name, expected in vars(plain.snapshot()).items():
+            same(f"{name} after pushes of {dtype} into {stored}", getattr(tested, name), expected)
+        for age in range(tested.capacity):
+            same(f"gather({age}) of {stored}", tested.gather(age), plain.gather(age))
+
+
+def same(what: str, actual: torch.Tensor | None, expected: torch.Tensor | None) -> None:
+    """Raises unless the bytes are equal."""
+    if expected is not None and not torch.equal(actual.cpu().view(torch.uint8), expected.view(torch.uint8)):
+        raise RuntimeError(f"{what} is not that of plain torch")
+
+
 def finite(value: torch.Tensor) -> None:
     """Raises unless all of `value` is finite."""
     if not torch.isfinite(value).all():
@@ -79,15 +135,32 @@ RUNS: list[tuple[Callable, tuple[torch.dtype, ...]]] = [
     (forecasts, STORED),
     (forecast_gradients, FLOATS),
     (layers, FLOATS),
+    (ring, STORED),
 ]
+
+
+def judge(log: str) -> None:
+    """Exits unless the log of a tool is complete and has no report of a kernel of ours."""
+    lines = log.splitlines()
+    ours = [line for line in lines if OURS.match(line)]
+    errors = [int(found[1]) for found in map(SUMMARY.match, lines) if found]
+    if not errors:
+        sys.exit("the log has no summary: the tool was stopped")
+    print(f"{len(ours)} of {sum(errors)} reports are of kernels of lesa_kernels", *sorted(set(ours)), sep="\n")
+    sys.exit(len(ours) > 0)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--device", default="cuda", help="default: cuda; cpu with TRITON_INTERPRET=1 runs the interpreter"
+        "--device",
+        default="cuda",
+        help="default: cuda; cpu, with TRITON_INTERPRET=1, runs the interpreter and the extension's part for the CPU",
     )
+    parser.add_argument("--judge", type=Path, metavar="LOG", help="run nothing, but see whose reports a log has")
     options = parser.parse_args(argv)
+    if options.judge is not None:
+        judge(options.judge.read_text())
     torch.manual_seed(0)
     for run, dtypes in RUNS:
         for dtype in dtypes:

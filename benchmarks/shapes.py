@@ -30,6 +30,7 @@ class FeatureShape:
         return self.batch, self.tokens, self.dim, self.dtype
 
 
+ONE_TOKEN = FeatureShape("one-token", 1, 1, 8, torch.float32)  # nothing to do: what is left is the cost of a call
 DIGITS = FeatureShape("digits-64", 64, 64, 128, torch.float32)  # the bundled model, 64 samples
 FLUX_512PX = FeatureShape("flux-512px", 1, 1024, 3072, torch.float32)
 FLUX_REDUCED = FeatureShape("flux-1024px-quarter", 1, 1024, 768, torch.float32)  # a quarter of its tokens and width

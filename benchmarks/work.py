@@ -64,9 +64,15 @@ def output_head(batch, tokens, dim, dtype, out_channels):
 
 
 def ring_push(batch, tokens, dim, dtype, stored=None):
-    """A push into the ring: one feature in, one slot out."""
+    """A push into the ring: one feature in, one slot out, with its scales where `stored` is float8."""
     written = _history_bytes(batch, tokens, dim, stored or dtype, 1)
     return {"bytes": batch * tokens * dim * dtype.itemsize + written, "flops": 0}
+
+
+def ring_gather(batch, tokens, dim, dtype):
+    """A read from a ring of `dtype`: one slot in, one feature out, which is float32 where the ring is float8."""
+    written = batch * tokens * dim * (torch.float32 if dtype.itemsize == 1 else dtype).itemsize
+    return {"bytes": _history_bytes(batch, tokens, dim, dtype, 1) + written, "flops": 0}
 
 
 def polynomial(batch, tokens, dim, dtype, history=4):

@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
+#include <exception>
+#include <functional>
+#include <mutex>
 #include <thread>
-#include <vector>
 
 #include "elements.h"
 
@@ -12,6 +15,11 @@
 #define LESA_X86
 #include <cpuid.h>
 #include <immintrin.h>
+#endif
+
+#if defined(__unix__) || defined(__APPLE__)
+#define LESA_POSIX
+#include <pthread.h>
 #endif
 
 // What the CPU kernels have in common: what the processor can do, and threads.
@@ -27,6 +35,87 @@ inline bool has_avx2_and_f16c() {
 
 #endif
 
+// Threads that are kept from call to call: to start one takes as long as to copy a megabyte.
+class Helpers {
+ public:
+  static Helpers& get() {
+#ifdef LESA_POSIX
+    // A forked process has none of the threads. Before it, another thread may have held the mutexes.
+    static const int at_fork = pthread_atfork(nullptr, nullptr, [] { instance() = new Helpers; });
+    static_cast<void>(at_fork);
+#endif
+    return *instance();
+  }
+
+  // Runs `work` in this thread and in up to `count` others, as many as come before this thread has done all: `work` takes
+  // what it does from a common store, so that who comes late finds nothing, and is not waited for.
+  void run(int64_t count, const std::function<void()>& work) {
+    if (count < 1) return work();
+    const std::unique_lock<std::mutex> alone(caller_, std::try_to_lock);
+    if (!alone.owns_lock()) return work();  // the helpers are helping another caller
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      try {
+        while (static_cast<int64_t>(threads_) < count) {
+          std::thread([this] { help(); }).detach();
+          ++threads_;
+        }
+      } catch (...) {
+        // The system grants no further thread, or no memory for one: those that run share the work.
+      }
+      work_ = &work;
+      wanted_ = std::min<int64_t>(count, threads_);
+    }
+    come_.notify_all();
+    std::exception_ptr failure;
+    try {
+      work();
+    } catch (...) {
+      failure = std::current_exception();
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    wanted_ = 0;
+    left_.wait(lock, [this] { return running_ == 0; });
+    if (!failure) failure = failure_;
+    failure_ = nullptr;
+    if (failure) std::rethrow_exception(failure);
+  }
+
+ private:
+  // Never deleted: at the end of a process its threads may still wait.
+  static Helpers*& instance() {
+    static Helpers* helpers = new Helpers;
+    return helpers;
+  }
+
+  void help() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+      come_.wait(lock, [this] { return wanted_ > 0; });
+      --wanted_;
+      ++running_;
+      const std::function<void()>& work = *work_;
+      lock.unlock();
+      std::exception_ptr failure;
+      try {
+        work();
+      } catch (...) {
+        failure = std::current_exception();
+      }
+      lock.lock();
+      if (failure) failure_ = failure;
+      if (--running_ == 0) left_.notify_one();
+    }
+  }
+
+  std::mutex caller_;  // held by the one caller that is being helped
+  std::mutex mutex_;   // of all that follows
+  std::condition_variable come_, left_;
+  const std::function<void()>* work_ = nullptr;
+  int64_t wanted_ = 0, running_ = 0, threads_ = 0;
+  std::exception_ptr failure_;
+};
+
 // Calls body(begin, end) until [0, total) is covered in chunks, on up to `threads` threads, the caller's included.
 template <class Body>
 void parallel_chunks(int64_t total, int64_t chunk, int64_t threads, const Body& body) {
@@ -34,14 +123,8 @@ void parallel_chunks(int64_t total, int64_t chunk, int64_t threads, const Body& 
   const auto work = [&] {
     for (int64_t begin; (begin = next.fetch_add(chunk)) < total;) body(begin, std::min(begin + chunk, total));
   };
-  std::vector<std::thread> helpers;
-  try {
-    while (static_cast<int64_t>(helpers.size()) + 1 < threads) helpers.emplace_back(work);
-  } catch (...) {
-    // The system grants no further thread, or no memory for one: those that run share the work.
-  }
-  work();
-  for (auto& helper : helpers) helper.join();
+  const int64_t chunks = (total + chunk - 1) / chunk;
+  Helpers::get().run(std::min(threads, chunks) - 1, work);
 }
 
 }  // namespace lesa

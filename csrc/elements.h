@@ -14,8 +14,8 @@
 
 namespace lesa {
 
-// Element types, the same on the CPU and on a GPU, so that both give the same bytes. Conversions are branch-free on bits,
-// so that compilers vectorise the loops over them.
+// Element types, the same on the CPU and on a GPU, so that both give the same bytes. Conversions are branch-free on
+// bits, so that compilers vectorise the loops over them.
 
 LESA_INLINE uint32_t bits_of(float value) {
   uint32_t bits;

@@ -17,7 +17,7 @@
 namespace lesa {
 namespace {
 
-constexpr int64_t kThreadBytes = int64_t{8} << 20;  // bytes of a push for each further thread
+constexpr int64_t kThreadBytes = int64_t{1} << 20;  // bytes of a push for each further thread
 constexpr int64_t kChunkBytes = int64_t{1} << 18;   // what a thread takes at a time
 
 // Copies `n` elements from `source`, `stride` apart, to contiguous `target`.
@@ -128,8 +128,8 @@ CopyRun run_for(DType source, DType target) {
   }
 }
 
-// Stores one token, its `n` elements `stride` apart, as float8 at `target` and its scale at `scale`. `wide` has room for
-// n floats.
+// Stores one token, its `n` elements `stride` apart, as float8 at `target` and its scale at `scale`. `wide` has room
+// for n floats.
 
 using QuantiseToken = void (*)(const void* source, int64_t stride, int64_t n, float* wide, uint8_t* target,
                                float* scale);
@@ -279,7 +279,8 @@ void check_ring_push(const RingPush& p) {
     last = sum("features", last, product("features", p.dim - 1, p.dim_stride));
     const int64_t features = product("features", sum("features", last, 1), item_size(p.features_dtype));
     check_pointer("features", p.features, item_size(p.features_dtype));
-    const auto storage_at = reinterpret_cast<uintptr_t>(p.storage), features_at = reinterpret_cast<uintptr_t>(p.features);
+    const auto storage_at = reinterpret_cast<uintptr_t>(p.storage);
+    const auto features_at = reinterpret_cast<uintptr_t>(p.features);
     const int64_t storage = p.capacity * p.batch * p.tokens * p.dim * item_size(p.storage_dtype);
     if (features_at < storage_at + storage && storage_at < features_at + features) {
       refuse("features", "share no memory with the ring", "a view of `storage`", "Pass a copy, `features.clone()`.");

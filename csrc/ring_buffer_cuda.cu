@@ -1,6 +1,6 @@
 #include <cuda_runtime.h>
 
-#undef NDEBUG
+#undef NDEBUG  // release builds, too, have the assertions of the device
 #include <algorithm>
 #include <cassert>
 #include <limits>
@@ -10,9 +10,9 @@
 
 #include "ring_buffer.h"
 
-// What can be seen only on the device, such as a row that is out of range, fails an assertion there: the message goes to
-// the standard error, and the next call that waits for the device reports an error. Nothing stays alive beyond it, which
-// costs no registers.
+// What can be seen only on the device, such as a row that is out of range, fails an assertion there: the message goes
+// to the standard error, and the next call that waits for the device reports an error. Nothing stays alive beyond it,
+// which costs no registers.
 #define LESA_DEMAND(condition, message) \
   if (!(condition)) {                   \
     assert(false && message);           \
@@ -201,8 +201,8 @@ __global__ void __launch_bounds__(kThreads) ring_push_kernel(const RingPush p, c
   leave(p, work.programs, entry);
 }
 
-// `value / scale` in IEEE's way, for a scale from 2^-80 to 2^80 and its correctly rounded reciprocal: the first quotient
-// is off by two units in the last place at most, the second by less than one, which rounds the third correctly
+// `value / scale` in IEEE's way, for a scale from 2^-80 to 2^80 and its correctly rounded reciprocal: the first
+// quotient is off by two units in the last place at most, the second by less than one, which rounds the third correctly
 // (Markstein). The residuals are exact for all quotients that float8 tells from zero, those from 2^-10 on.
 __device__ __forceinline__ float divide(float value, float scale, float reciprocal) {
   const float first = __fmul_rn(value, reciprocal);
@@ -223,7 +223,7 @@ __device__ __forceinline__ uint32_t largest_magnitude(const Vector<Source, N>& v
 
 // Two values as float8, the first in the lower byte; both are at most a little above 448, and not NaN.
 __device__ __forceinline__ uint16_t float8_pair(float first, float second) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= (CUDART_VERSION >= 12010 ? 890 : 900)  // CUDA 12.0 has it on sm_90 only
   uint16_t pair;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
   return pair;
@@ -255,7 +255,8 @@ __device__ __forceinline__ Vector<Float8, N> quantise(const Vector<Source, N>& v
 // A warp for each token: what it has loaded for the largest magnitude stays in registers, and is loaded again only
 // beyond a width of 3072.
 template <class Source>
-__global__ void __launch_bounds__(kTokenThreads, sizeof(typename Source::Bits) == 4 ? 2 : 3) ring_push_float8_kernel(const RingPush p, const Work work) {
+__global__ void __launch_bounds__(kTokenThreads, sizeof(typename Source::Bits) == 4 ? 2 : 3)
+    ring_push_float8_kernel(const RingPush p, const Work work) {
   using From = typename Source::Bits;
   constexpr int N = sizeof(uint4);
   __shared__ Entry entry;

@@ -54,13 +54,17 @@ def env_report() -> dict[str, Any]:
     }
 
 
+def _in_words(value: Any, separator: str = "; ") -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_in_words(entry, ' ')}" for key, entry in value.items())
+    if isinstance(value, list):
+        return separator.join(value) or "none"
+    return "none" if value is None else str(value)
+
+
 def main() -> None:
     for name, value in env_report().items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
-        elif isinstance(value, list):
-            value = "; ".join(value) or "none"
-        print(f"{name:>14}: {value}")
+        print(f"{name:>14}: {_in_words(value)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmarks run and say what they should: one cheap case of every suite, and the end-to-end script."""
 
 import importlib
+import itertools
 import json
 import runpy
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+
+from lesa_kernels._extension import extension
+from lesa_kernels.feature_ring import op
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -21,9 +25,14 @@ CASES = {
     "bench_predictor.py::test_velocity[digits-64-0-fused]": {"floor", "ratio_to_floor", "bytes", "flops"},
     "bench_predictor.py::test_polynomial[digits-64]": {"floor", "ratio_to_floor", "bytes"},
     "bench_ring.py::test_push[digits-64-torch-kept]": {"floor", "ratio_to_floor", "bytes"},
+    "bench_ring.py::test_push[digits-64-extension-to-float8]": {"floor", "ratio_to_floor", "bytes"},
+    "bench_ring.py::test_copy[digits-64-to-float8]": {"floor", "ratio_to_floor", "bytes"},
+    "bench_ring.py::test_gather[digits-64-extension-float8]": {"floor", "ratio_to_floor", "bytes"},
+    "bench_ring.py::test_clone[digits-64-float8]": {"floor", "ratio_to_floor", "bytes"},
     "bench_step.py::test_computed_step[flux-13M]": {"floor", "ratio_to_floor", "flops"},
     "bench_step.py::test_predicted_step[flux-13M-0]": {"floor", "ratio_to_floor", "over_computed_step"},
 }
+LAUNCHES = ("bench_ring.py::test_push_launch[extension-float]", "bench_ring.py::test_copy_launch")
 
 
 def run(folder, *arguments):
@@ -34,11 +43,15 @@ def run(folder, *arguments):
     return result.stdout
 
 
+def load(file):
+    return runpy.run_path(str(BENCHMARKS / file))  # as a str: `inspect`, which torch asks when it registers, needs one
+
+
 @pytest.fixture(scope="module")
 def suites(tmp_path_factory):
     """What the benchmarks printed and the JSON that they wrote."""
     folder = tmp_path_factory.mktemp("benchmarks")
-    nodes = [f"{BENCHMARKS}/{case}" for case in CASES]
+    nodes = [f"{BENCHMARKS}/{case}" for case in (*CASES, *LAUNCHES)]
     options = ["-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "--device", "cpu", "--benchmark-only"]
     few = ["--benchmark-max-time", "0.01", "--benchmark-min-rounds", "5", "--benchmark-json", "out.json"]
     printed = run(folder, "-m", "pytest", "-p", "no:cacheprovider", *options, *few, *nodes)
@@ -52,7 +65,7 @@ def test_every_suite_has_a_case_here():
 def test_each_benchmark_says_its_floor(suites):
     printed, report = suites
     measured = {Path(b["fullname"]).name: b for b in report["benchmarks"]}
-    assert set(measured) == set(CASES)
+    assert set(measured) == {*CASES, *LAUNCHES}
     for case, fields in CASES.items():
         info = measured[case]["extra_info"]
         assert fields <= set(info), case
@@ -61,6 +74,26 @@ def test_each_benchmark_says_its_floor(suites):
         assert measured[case]["group"]
     table = printed.partition("time over floor")[2]
     assert all(case.partition("::")[2] in table for case in CASES) and "of a computed step" in table
+
+
+def test_a_launch_says_what_one_call_takes(suites):
+    printed, report = suites
+    table = printed.partition("time of the host for a call")[2]
+    for case in LAUNCHES:
+        (measured,) = [b for b in report["benchmarks"] if b["fullname"].endswith(case)]
+        info = measured["extra_info"]
+        assert info["call_median_s"] == pytest.approx(measured["stats"]["median"] / info["calls"])
+        assert 0 < info["call_p20_s"] <= info["call_median_s"] <= info["call_p80_s"] < 1e-3
+        assert case.partition("::")[2] in table and "ratio_to_floor" not in info
+
+
+def test_work_of_the_ring_counts_scales():
+    work = load("work.py")
+    half, float8 = torch.bfloat16, torch.float8_e4m3fn
+    assert work["ring_push"](2, 3, 5, half) == {"bytes": 2 * 3 * 5 * 4, "flops": 0}
+    assert work["ring_push"](2, 3, 5, half, float8) == {"bytes": 2 * 3 * (5 * 2 + 5 + 4), "flops": 0}
+    assert work["ring_gather"](2, 3, 5, half) == {"bytes": 2 * 3 * 5 * 4, "flops": 0}
+    assert work["ring_gather"](2, 3, 5, float8) == {"bytes": 2 * 3 * (5 + 4 + 5 * 4), "flops": 0}
 
 
 def test_a_predicted_step_costs_less_than_a_computed_one(suites):
@@ -96,7 +129,7 @@ def test_end_to_end_runs_and_reports(tmp_path):
 
 
 def test_end_to_end_has_the_size_it_says():
-    model = runpy.run_path(BENCHMARKS / "shapes.py")["FLUX_100M"]
+    model = load("shapes.py")["FLUX_100M"]
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(**model.transformer_config())
     assert 95e6 < sum(p.numel() for p in transformer.parameters()) < 105e6
@@ -130,5 +163,63 @@ def test_sanitizer_calls_the_kernels(calls, dtype, monkeypatch):
     kind = type(importlib.import_module("lesa_kernels.predictor.kernels.newton")._newton_predict_fwd_kernel)
     launch, launches = kind.__getitem__, []
     monkeypatch.setattr(kind, "__getitem__", lambda kernel, grid: launches.append(kernel) or launch(kernel, grid))
-    runpy.run_path(BENCHMARKS / "sanitize.py")[calls](dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    load("sanitize.py")[calls](dtype, "cuda" if torch.cuda.is_available() else "cpu")
     assert len(launches) > 3
+
+
+def test_sanitizer_calls_the_ring_and_compares_it(monkeypatch):
+    sanitize = load("sanitize.py")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    compiled, pushed, gathered = extension(), set(), set()
+
+    class Spy:
+        @staticmethod
+        def ring_push(*arguments):
+            pushed.add((arguments[8], arguments[1]))
+            compiled.ring_push(*arguments)
+
+        @staticmethod
+        def ring_gather(*arguments):
+            gathered.add(arguments[1])
+            compiled.ring_gather(*arguments)
+
+    monkeypatch.setattr(op, "extension", lambda: Spy)
+    for stored in sanitize["STORED"]:
+        sanitize["ring"](stored, device)
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in sanitize["STORED"]]
+    assert pushed == set(itertools.product(dtypes[:3], dtypes)) and gathered == set(dtypes)
+    assert (sanitize["ring"], sanitize["STORED"]) in sanitize["RUNS"]
+    Spy.ring_push = staticmethod(lambda *arguments: None)
+    with pytest.raises(RuntimeError, match="storage after pushes of .* is not that of plain torch"):
+        sanitize["ring"](torch.bfloat16, device)
+
+
+THEIRS = "========= at void at::native::vectorized_elementwise_kernel<(int)4, FillFunctor<float>>(int, T2)+0x150"
+OURS = {
+    "csrc": "========= at void lesa::<unnamed>::ring_push_kernel<lesa::Float32>(lesa::RingPush, lesa::Work)+0x4d0",
+    "csrc, older": "========= at 0x150 in void lesa::_GLOBAL__N__5c_cu::ring_gather_kernel<lesa::Float16>(lesa::Work)",
+    "csrc, no template": "========= at lesa::<unnamed>::ring_gather_float8_kernel(lesa::RingGather, lesa::Work)+0x10",
+    "Triton": "========= at _newton_predict_fwd_kernel+0x1a0 in newton.py:120",
+}
+
+
+@pytest.mark.parametrize("report", [None, *OURS])
+def test_sanitizer_tells_our_reports_from_those_of_torch(report, tmp_path, capsys):
+    reports = [THEIRS] if report is None else [THEIRS, OURS[report]]
+    lines = [line for at in reports for line in ("========= Uninitialized __global__ memory read of size 4 bytes", at)]
+    log = tmp_path / "initcheck.txt"
+    lines.append(f"========= ERROR SUMMARY: {len(reports)} error{'s' * (len(reports) > 1)}")
+    log.write_text("\n".join(lines))
+    with pytest.raises(SystemExit) as exited:
+        load("sanitize.py")["main"](["--judge", str(log)])
+    assert exited.value.code == len(reports) - 1
+    first, *named = capsys.readouterr().out.splitlines()
+    assert first == f"{len(reports) - 1} of {len(reports)} reports are of kernels of lesa_kernels"
+    assert named == reports[1:]
+
+
+def test_sanitizer_takes_no_log_that_breaks_off(tmp_path):
+    log = tmp_path / "initcheck.txt"
+    log.write_text("========= COMPUTE-SANITIZER\n========= Error: process didn't terminate successfully\n")
+    with pytest.raises(SystemExit, match="no summary"):
+        load("sanitize.py")["judge"](log.read_text())

@@ -1,13 +1,25 @@
 """What can only be seen on a GPU: launches, synchronisation, CUDA graphs, streams, and results there."""
 
 import math
+import random
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lesa_kernels import BSplineKAN, FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig
+from lesa_kernels._extension import extension, extension_error
 
 pytestmark = pytest.mark.gpu
+
+# A build that should have kernels and can't run them is a failure, not a skip.
+NO_KERNELS = extension_error() or ("" if extension().build_info()["cuda_version"] else "built without CUDA")
+needs_kernels = pytest.mark.skipif(bool(NO_KERNELS), reason=f"the extension has no CUDA kernels: {NO_KERNELS}")
 
 BATCH, TOKENS, DIM, OUT = 3, 200, 192, 16
 SIGMA = (0.8, 0.5, 0.2)  # one sample in each stage
@@ -74,12 +86,17 @@ def call(request):
     return call
 
 
-def test_one_launch(call):
+def launches(function) -> list[str]:
+    """What a call of `function` gives the GPU to do: names of kernels and copies."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        call()
+        function()
         torch.cuda.synchronize()
-    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def test_one_launch(call):
+    kernels = launches(call)
     assert len(kernels) == 1, kernels
 
 
@@ -176,3 +193,371 @@ def test_gradients_are_the_same_every_time():
     x, grad = randn(5000, 128).requires_grad_(), randn(5000, 128, seed=1)
     first, second = (torch.autograd.grad(layer(x), [x, *layer.parameters()], grad) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+# The ring
+
+
+def assert_same_bytes(actual, expected, name="tensor"):
+    """Equal bytes; only the payload of a NaN may differ."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, name
+    actual, expected = actual.cpu(), expected.cpu()
+    if actual.is_floating_point():
+        nan = expected.isnan()
+        assert torch.equal(actual.isnan(), nan), f"{name}: NaN at other places"
+        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[actual.itemsize]
+        actual, expected = (each.view(integer).masked_fill(nan, 0) for each in (actual, expected))
+    assert torch.equal(actual, expected), f"{name}: {int((actual != expected).sum())} elements differ"
+
+
+def assert_same_rings(actual: FeatureRing, expected: FeatureRing):
+    for name, buffer in vars(expected.snapshot()).items():
+        if buffer is not None:
+            assert_same_bytes(getattr(actual, name), buffer, name)
+    for age in range(expected.capacity):
+        assert_same_bytes(actual.gather(age), expected.gather(age), f"gather({age})")
+
+
+def rings_to_compare(*sizes) -> list[FeatureRing]:
+    """A ring of the kernels, and what it has to be: in plain torch on the same GPU, and of the extension on the CPU."""
+    places = (("cuda", "extension"), ("cuda", "torch"), ("cpu", "extension"))
+    rings = [FeatureRing(*sizes, device=device, backend=backend) for device, backend in places]
+    for ring in rings:
+        ring.storage.view(torch.uint8).fill_(0x7F)  # so that it shows where nobody should have written
+    return rings
+
+
+def values(n, tokens, dim, dtype, seed=0):
+    """On the CPU. Tokens of all magnitudes; one is zero, and one has a value that is not finite."""
+    generator = torch.Generator().manual_seed(seed)
+    magnitude = 10 ** (12 * torch.rand(n, tokens, 1, generator=generator) - 8)
+    result = torch.randn(n, tokens, dim, generator=generator) * magnitude
+    result[0, 0] = 0
+    result[-1, -1, -1] = (math.nan, math.inf, -math.inf, 1.0)[seed % 4]
+    return result.to(dtype)
+
+
+LAYOUTS = {
+    "contiguous": torch.clone,
+    "slice of tokens": lambda x: F.pad(x, (0, 0, 2, 1))[:, 2:-1],
+    "slice of the width": lambda x: F.pad(x, (1, 4))[..., 1:-4],
+    "other order": lambda x: x.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+}
+RING_SIZES = {"aligned": (9, 64), "odd": (5, 33), "one value": (1, 1), "long": (3, 3072), "long and odd": (2, 3073)}
+SIGMAS_AND_ROWS = (
+    (0.9, None),
+    ([0.8, 0.85], None),
+    ([0.8, 0.7], None),  # replaces the newest, and is appended
+    (0.6, [1]),
+    ([0.5, 0.55], [1, 0]),
+    ([0.45, 0.4], None),  # over the oldest
+    ([math.nan, 0.9], None),  # new histories
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stored", STORED, ids=str)
+@pytest.mark.parametrize("dtype", STORED[:3], ids=str)
+def test_pushes_and_gathers_give_the_bytes_of_plain_torch_and_of_the_cpu(dtype, stored, layout):
+    for tokens, dim in RING_SIZES.values():
+        rings = rings_to_compare(3, 2, tokens, dim, stored)
+        for seed, (sigma, rows) in enumerate(SIGMAS_AND_ROWS):
+            for other in rings[1:]:
+                assert_same_rings(rings[0], other)
+            features = values(2 if rows is None else len(rows), tokens, dim, dtype, seed)
+            for ring in rings:
+                level = sigma if isinstance(sigma, float) else torch.tensor(sigma, device=ring.device)
+                where = None if rows is None else torch.tensor(rows, device=ring.device)
+                ring.push(LAYOUTS[layout](features.to(ring.device)), level, where)
+        for other in rings[1:]:
+            assert_same_rings(rings[0], other)
+        assert rings[0].count.tolist() == [1, 1]
+
+
+@needs_kernels
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_pushes_and_gathers_of_the_size_of_flux(stored):
+    rings = rings_to_compare(2, 1, 4096, 3072, stored)
+    for seed in range(3):
+        features = values(1, 4096, 3072, torch.bfloat16, seed)
+        for ring in rings:
+            ring.push(features.to(ring.device), 0.9 - 0.1 * seed)
+    for other in rings[1:]:
+        assert_same_rings(rings[0], other)
+
+
+def on_gpu(tensor):
+    """A copy with the same strides and offset."""
+    memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).cuda()
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+@needs_kernels
+@pytest.mark.parametrize("seed", range(4))
+def test_random_pushes_and_gathers(seed):
+    """Random sizes, layouts and alignments, as `ring_fuzz.py` makes them for the CPU."""
+    fuzz = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "lesa_kernels" / "ring_fuzz.py")))
+    rng = random.Random(seed)
+    for _ in range(50):
+        dim = rng.choice((1, 3, 8, 16, 17, 48, 65, 200, 513, 3072, 3073, 4100, rng.randint(1, 300)))
+        sizes = rng.choice((1, 2, 3, 5)), rng.randint(1, 4), rng.choice((0, 1, 2, 5, rng.randint(1, 40))), dim
+        stored = rng.choice(STORED)
+        tested = FeatureRing(*sizes, stored, "cuda", "extension")
+        plain = FeatureRing(*sizes, stored, "cpu", "torch")
+        for name, buffer in vars(plain.snapshot()).items():
+            if buffer is not None:
+                setattr(tested, name, on_gpu(fuzz.ragged(rng, buffer)))
+        for _ in range(2 * plain.capacity + 2):
+            rows = fuzz.random_rows(rng, plain.batch)
+            listed = list(range(plain.batch)) if rows is None else list(map(int, rows))
+            features = fuzz.random_values(rng, (len(listed), *sizes[2:]), rng.choice(STORED[:3]))
+            push = fuzz.random_layout(rng, features), fuzz.random_sigma(rng, plain, listed), rows
+            plain.push(*push)
+            tested.push(*(on_gpu(each) if isinstance(each, torch.Tensor) else each for each in push))
+            assert_same_rings(tested, plain)
+
+
+def ring_calls(stored=torch.bfloat16, backend="extension"):
+    """A ring, and what a program does with it whose tensors are on the GPU; all of it has been done before."""
+    ring = FeatureRing(3, BATCH, TOKENS, DIM, stored, "cuda", backend)
+    features, sigma = randn(BATCH, TOKENS, DIM), torch.tensor(SIGMA, device="cuda")
+    rows = torch.tensor([2, 0], device="cuda")
+    calls = {
+        "push": lambda: ring.push(features, sigma),
+        "push, sigma a float": lambda: ring.push(features, 0.5),
+        "push of rows": lambda: ring.push(features[:2], sigma[:2], rows),
+        "push of rows, sigma a float": lambda: ring.push(features[:2], 0.4, rows),
+        "gather": lambda: ring.gather(1),
+        "reset of rows": lambda: ring.reset(rows),
+        "reset": lambda: ring.reset(),
+    }
+    for call in calls.values():
+        call()
+    torch.cuda.synchronize()
+    return ring, calls
+
+
+@needs_kernels
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_a_push_and_a_gather_are_one_launch_each(stored):
+    calls = ring_calls(stored)[1]
+    for name, call in calls.items():
+        if name.startswith("reset"):
+            continue
+        kernels = launches(call)
+        assert len(kernels) == 1 and f"ring_{name.partition(' ')[0].strip(',')}" in kernels[0], (name, kernels)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("backend", "variable", "extends"),
+    [("auto", None, True), ("auto", "triton", True), ("auto", "torch", False), ("torch", None, False)],
+)
+def test_which_backend_runs_on_a_gpu(backend, variable, extends, monkeypatch):
+    if variable is not None:
+        monkeypatch.setenv("LESA_BACKEND", variable)
+    calls = ring_calls(backend=backend)[1]
+    for name in ("push", "gather"):
+        assert any(f"ring_{name}" in kernel for kernel in launches(calls[name])) == extends, name
+
+
+@needs_kernels
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_nothing_about_a_ring_waits_for_the_host(stored):
+    calls = ring_calls(stored)[1]
+    torch.cuda.set_sync_debug_mode("error")  # sees torch, but not what the extension does
+    try:
+        torch.cuda._sleep(200_000_000)  # a tenth of a second; whoever waits comes back when it is over
+        for call in calls.values():
+            call()
+        assert not torch.cuda.current_stream().query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_kernels
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_a_push_in_a_cuda_graph_walks_through_the_slots(stored):
+    ring, eager, warm = (FeatureRing(3, 2, 5, 33, stored, "cuda", "extension") for _ in range(3))
+    features, sigma = randn(2, 5, 33), torch.full((2,), 1.0, device="cuda")
+    warm.push(features, sigma)  # loads the kernels, which a capture must not
+    warm.gather()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ring.push(features, sigma)
+        newest = ring.gather()
+    assert_same_rings(ring, eager)
+    lower, same, higher = -0.125, 0.0, 0.375
+    steps = ((lower, 1, 1), (lower, 2, 2), (lower, 0, 3), (lower, 1, 3), (same, 1, 3), (higher, 2, 1), (lower, 0, 2))
+    for seed, (change, cursor, count) in enumerate(steps):
+        features.copy_(randn(2, 5, 33, seed=seed))
+        sigma.add_(change)
+        newest.fill_(math.nan)
+        graph.replay()
+        assert ring.cursor.tolist() == [cursor] * 2 and ring.count.tolist() == [count] * 2, seed
+        eager.push(features, sigma)
+        assert_same_rings(ring, eager)
+        assert_same_bytes(newest, eager.gather(), "newest")
+
+
+@needs_kernels
+def test_a_float_is_a_constant_of_a_cuda_graph():
+    ring, features = FeatureRing(3, 2, 5, 32, torch.bfloat16, "cuda", "extension"), randn(2, 5, 32)
+    ring.push(features, 0.75)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ring.push(features, 0.5)
+    for seed in range(3):
+        features.copy_(randn(2, 5, 32, seed=seed))
+        graph.replay()
+        assert ring.count.tolist() == [2, 2]  # the first is appended, the others replace it
+        assert torch.equal(ring.storage[1], features.to(torch.bfloat16))
+        assert ring.sigmas[:2].tolist() == [[0.75, 0.75], [0.5, 0.5]]
+
+
+@needs_kernels
+def test_a_push_and_a_forecast_in_one_cuda_graph(call):
+    eager = Call(call.name, torch.bfloat16)
+    features, level = randn(BATCH, TOKENS, DIM), call.sigma + 0.015  # below the newest anchors, which are 0.02 higher
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call.ring.push(features, level)
+        output = call()
+    for seed in (11, 12, 13):
+        features.copy_(randn(BATCH, TOKENS, DIM, seed=seed))
+        level.sub_(0.002)
+        output.fill_(math.nan)
+        graph.replay()
+        eager.ring.push(features, level)
+        assert_same_rings(call.ring, eager.ring)
+        assert torch.equal(output, eager())
+
+
+@needs_kernels
+def test_a_forecast_sees_a_push_that_its_stream_waited_for(call):
+    eager = Call(call.name, torch.bfloat16)
+    features, level = randn(BATCH, TOKENS, DIM, seed=9), call.sigma + 0.005
+    before = call()
+    eager.ring.push(features, level)
+    expected = eager()
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        call.ring.push(features, level)
+        pushed = side.record_event()
+    torch.cuda.current_stream().wait_event(pushed)
+    result = call()
+    torch.cuda.synchronize()
+    assert torch.equal(result, expected) and not torch.equal(result, before)
+
+
+@needs_kernels
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_pushed_features_may_be_overwritten_or_freed_at_once(stored):
+    ring, _ = ring_calls(stored)
+    expected = FeatureRing(3, BATCH, TOKENS, DIM, stored, "cuda", "torch")
+    for seed, sigma in ((1, 0.8), (2, 0.7)):
+        expected.push(randn(BATCH, TOKENS, DIM, seed=seed), sigma)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)  # all below is enqueued before any of it is done
+        features = randn(BATCH, TOKENS, DIM, seed=1)
+        ring.push(features, 0.8)
+        features.fill_(math.nan)
+        features = randn(BATCH, TOKENS, DIM, seed=2)
+        ring.push(features, 0.7)
+        address = features.data_ptr()
+        del features
+        others = [torch.full((BATCH, TOKENS, DIM), math.nan, device="cuda") for _ in range(8)]
+    side.synchronize()
+    assert address in {each.data_ptr() for each in others}
+    for age in range(2):
+        assert_same_bytes(ring.gather(age), expected.gather(age), f"gather({age})")
+
+
+@needs_kernels
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_a_ring_on_another_than_the_current_device(stored):
+    ring = FeatureRing(3, 2, 5, 33, stored, "cuda:1", "extension")
+    expected = FeatureRing(3, 2, 5, 33, stored, "cpu", "extension")
+    with torch.cuda.device(0):
+        for seed in range(4):
+            features, sigma = values(2, 5, 33, torch.float32, seed), torch.tensor([0.9, 0.8]) - 0.1 * seed
+            ring.push(features.to("cuda:1"), sigma.to("cuda:1"))
+            expected.push(features, sigma)
+        assert_same_rings(ring, expected)
+        assert torch.cuda.current_device() == 0
+
+
+@needs_kernels
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_more_elements_than_32_bits_can_count(stored):
+    tokens, dim, part = 400_000, 3072, 40_000  # two slots of 1.2 * 2^30 elements
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    if free < 14e9:
+        pytest.skip(f"needs 14 GB of memory on the GPU, and {free / 1e9:.1f} GB are free")
+    ring = FeatureRing(2, 1, tokens, dim, stored, "cuda", "extension")
+    assert ring.storage.numel() > 2**31
+    features = torch.empty(1, tokens, dim, dtype=torch.bfloat16, device="cuda")
+    for slot in range(2):
+        features.normal_(generator=torch.Generator("cuda").manual_seed(slot))
+        ring.push(features, 0.9 - 0.1 * slot)
+        gathered = ring.gather()
+        for begin in range(0, tokens, part):
+            plain = FeatureRing(1, 1, part, dim, stored, "cuda", "torch")
+            plain.push(features[:, begin : begin + part], 0.5)
+            bits = ring.storage[slot, :, begin : begin + part].view(torch.uint8)
+            assert torch.equal(bits, plain.storage[0].view(torch.uint8)), (slot, begin)
+            assert torch.equal(gathered[:, begin : begin + part], plain.gather()), (slot, begin)
+        del gathered
+    first = features.normal_(generator=torch.Generator("cuda").manual_seed(0))[:, :part]
+    plain.push(first, 0.4)
+    assert torch.equal(ring.storage[0, :, :part].view(torch.uint8), plain.storage[0].view(torch.uint8))
+
+
+BROKEN = {
+    "row too large": ("rows.fill_(2)", "the rows of lesa_kernels.ring_push must lie in the ring's batch"),
+    "row negative": ("rows.fill_(-1)", "the rows of lesa_kernels.ring_push must lie in the ring's batch"),
+    "cursor": ("ring.cursor.fill_(2)", "a ring's cursor or count must be in range"),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_only_the_device_can_see_fails_by_name(case, tmp_path):
+    """In a process of its own, whose GPU can't be used afterwards."""
+    change, message = BROKEN[case]
+    program = f"""
+import torch
+from lesa_kernels import FeatureRing
+
+ring = FeatureRing(2, 2, 3, 8, device="cuda", backend="extension")
+features, rows = torch.ones(1, 3, 8, device="cuda"), torch.tensor([1], device="cuda")
+ring.push(features, 0.75, rows)
+torch.cuda.synchronize()
+print("pushed")
+{change}
+ring.push(features, 0.5, rows)
+try:
+    torch.cuda.synchronize()
+except RuntimeError as error:
+    print("synchronize:", error)
+try:
+    ring.push(features, 0.25, rows)
+except RuntimeError as error:
+    print("push:", error)
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert message in result.stderr, result.stdout + result.stderr
+    first, *said = result.stdout.splitlines()
+    assert first == "pushed"
+    assert any(line.startswith("synchronize:") and "device-side assert" in line for line in said), said
+    assert any(line.startswith("push: lesa_kernels.ring_push on CUDA device 0 failed: ") for line in said), said

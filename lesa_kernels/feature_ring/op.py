@@ -91,7 +91,7 @@ def _is(tensor, shape, dtype, device) -> bool:
     return tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
 
 
-def _check_apart(features, storage):
+def check_apart(features: torch.Tensor, storage: torch.Tensor) -> None:
     """Raises `ValueError` if they share memory; the compiled code checks that itself."""
     if torch.compiler.is_compiling() or features.numel() == 0:
         return  # nothing has an address
@@ -286,7 +286,7 @@ def ring_push(
             _PUSH(storage, scales, sigmas, cursor, count, features, sigma.detach(), rows)
     else:
         check_push(storage, scales, sigmas, cursor, count, features, sigma, rows)
-        _check_apart(features, storage)
+        check_apart(features, storage)
         if rows is not None:
             check_rows(rows, storage.shape[1])
         ring_push_ref(storage, scales, sigmas, cursor, count, features, sigma, rows)

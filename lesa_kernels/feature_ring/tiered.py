@@ -9,7 +9,7 @@ import torch
 
 from lesa_kernels._checks import argument_error, check_choice, check_float, check_int, check_tensor
 from lesa_kernels._dispatch import BACKENDS
-from lesa_kernels.feature_ring.op import STORAGE_DTYPES, check_push, check_rows, ring_gather
+from lesa_kernels.feature_ring.op import STORAGE_DTYPES, check_apart, check_push, check_rows, ring_gather
 from lesa_kernels.feature_ring.ring import (
     FeatureRing,
     RingSnapshot,
@@ -193,6 +193,7 @@ class TieredRing:
             for values, dtype in ((levels, torch.float32), (listed, torch.int64))
         ]
         check_push(*self._near.state, features, *on_device)  # before anything moves
+        check_apart(features, self._near.storage)
         self._copies.begin()
         for row, level in zip(listed, levels):
             anchors = self._anchors[row]

@@ -1,12 +1,17 @@
 """Compares random pushes into feature rings, and reads from them, with the plain torch form, byte by byte.
 
 As a program, `python ring_fuzz.py --cases 1000` runs the compiled extension of the lesa_kernels that Python finds, and
-with `--kernels` its CUDA kernels, where they were built to run on the CPU (see `cuda_on_cpu/`).
+with `--kernels` its CUDA kernels, where they were built to run on the CPU (see `cuda_on_cpu/`). `--ties` and `--blocks`
+add what chance seldom finds, see `run_ties` and `run_blocks`.
 """
 
 import argparse
+import ctypes
+import itertools
 import random
+import sys
 import time
+import traceback
 
 import torch
 
@@ -78,20 +83,22 @@ def random_layout(rng: random.Random, values: torch.Tensor) -> torch.Tensor:
 
 
 def random_sigma(rng: random.Random, ring: FeatureRing, rows: list[int]) -> float | torch.Tensor:
-    """Below, at and above the newest levels, or NaN."""
+    """Below, at and above the newest levels, a zero, or what is not finite."""
     if rng.random() < 0.3:
-        return rng.random()
+        return rng.choice((rng.random(), 0.0))
     levels = []
     for row in rows:
         newest = float(ring.sigmas[(int(ring.cursor[row]) - 1) % ring.capacity, row])
-        levels.append(rng.choice((newest * 0.9, newest * 0.9, newest - 0.125, newest, newest + 0.5, float("nan"))))
-    return torch.tensor(levels)
+        usual = (newest * 0.9, newest * 0.9, newest - 0.125, newest, newest + 0.5)
+        levels.append(rng.choice((*usual, *usual, -0.0, float("nan"), float("inf"))))
+    return torch.tensor(levels).repeat_interleave(2)[::2] if rng.random() < 0.2 else torch.tensor(levels)
 
 
-def random_rows(rng: random.Random, batch: int) -> list[int] | None:
+def random_rows(rng: random.Random, batch: int) -> list[int] | torch.Tensor | None:
     if rng.random() < 0.5:
         return None
-    return rng.sample(range(batch), rng.randint(0, batch))
+    rows = rng.sample(range(batch), rng.randint(0, batch))
+    return torch.tensor(rows, dtype=torch.int64).repeat_interleave(2)[::2] if rng.random() < 0.2 else rows
 
 
 class Case:
@@ -103,7 +110,12 @@ class Case:
         if rng.random() < 0.02:
             dim = rng.choice((3072, 3073, 4100))  # beyond what a warp keeps of a token
         tokens = rng.choice((0, 1, 1, 2, 3, 5, 8, 9, rng.randint(1, 40))) if dim < 1000 else rng.randint(1, 3)
-        sizes = (rng.choice((1, 1, 2, 3, 5)), rng.randint(1, 4), tokens, dim)
+        batch = rng.randint(1, 4)
+        if rng.random() < 0.02:
+            batch, tokens, dim = rng.randint(33, 70), rng.randint(1, 13), rng.randint(1, 20)  # a block for each sample
+        elif rng.random() < 0.02:
+            tokens, dim = rng.randint(40, 80), rng.choice((200, 256, 301))  # and many for each
+        sizes = (rng.choice((1, 1, 2, 3, 5)), batch, tokens, dim)
         dtype = rng.choice(STORAGE_DTYPES)
         self.tested, self.plain = (FeatureRing(*sizes, dtype=dtype, backend=name) for name in (backend, "torch"))
         for ring in (self.tested, self.plain):  # what nobody has written yet has to stay as it is
@@ -130,7 +142,7 @@ class Case:
 
     def push(self) -> None:
         rows = random_rows(self.rng, self.plain.batch)
-        listed = list(range(self.plain.batch)) if rows is None else rows
+        listed = list(range(self.plain.batch)) if rows is None else list(map(int, rows))
         shape = (len(listed), self.plain.tokens, self.plain.dim)
         features = random_layout(self.rng, random_values(self.rng, shape, self.rng.choice(FEATURE_DTYPES)))
         sigma = random_sigma(self.rng, self.plain, listed)
@@ -162,32 +174,76 @@ class Case:
 
     def refuse(self) -> None:
         """A call that can't be right is refused and changes nothing; the comparison after it shows that."""
+        self.rng.choice((self.bad_push, self.bad_push, self.bad_gather, self.bad_values))()
+
+    def bad_push(self) -> None:
         ring, rng = self.tested, self.rng
-        state = (ring.storage, ring.scales, ring.sigmas, ring.cursor, ring.count)
         features, sigma = torch.ones(ring.batch, ring.tokens, ring.dim), torch.ones(ring.batch)
-        arguments = list(op.push_arguments(*state, features, sigma, None))
-        empty = features.numel() == 0
-        negative, huge = -rng.randint(1, 2**40), 2 ** rng.randint(50, 62)
-        sizes = list(ring.storage.shape)
-        sizes[rng.randrange(4)] = rng.choice((negative, *([] if empty else [huge])))
+        arguments = list(op.push_arguments(*self.state(), features, sigma, None))
         strides = list(features.stride())
-        strides[rng.randrange(3)] = negative
-        bad = {1: ["int8", ""], 2: [sizes], 4: [0], 5: [0], 6: [0], 8: ["float64", "float8_e4m3fn"], 9: [strides]}
-        bad |= {13: [negative, ring.batch + 1], 14: [-2], 16: [0, -1]}
-        if not empty:
-            bad |= {0: [0, arguments[0] + 1] if ring.storage.itemsize > 1 else [0], 7: [0, arguments[7] + 1]}
-            if ring.scales is None:
-                bad[3] = [features.data_ptr()]
-            else:
-                bad[3] = [0, arguments[3] + 2]
+        strides[rng.randrange(3)] = -rng.randint(1, 2**40)
+        bad = {1: ["int8", ""], 2: [self.bad_sizes(rng.randint(50, 62))], 4: [0], 5: [0], 6: [0]}
+        bad |= {8: ["float64", "float8_e4m3fn"], 9: [strides], 10: [arguments[10] + 2], 12: [4]}
+        bad |= {13: [-rng.randint(1, 2**40), ring.batch + 1], 14: [-2], 16: [0, -1]}
+        if features.numel() > 0:
+            in_ring = ring.storage.data_ptr() + ring.storage.nbytes - 1
+            bad |= {0: [0, arguments[0] + 1] if ring.storage.itemsize > 1 else [0]}
+            bad |= {3: [4096] if ring.scales is None else [0, arguments[3] + 2]}
+            bad |= {7: [0, arguments[7] + 1, in_ring - in_ring % features.itemsize]}
         place = rng.choice(sorted(bad))
         arguments[place] = rng.choice(bad[place])
-        try:
-            extension().ring_push(*arguments)
-        except ValueError as error:
-            assert "must" in str(error), error
-        else:
-            raise AssertionError(f"argument {place} was taken as {arguments[place]!r}")
+        assert_refused(extension().ring_push, arguments)
+
+    def bad_gather(self) -> None:
+        ring, rng = self.tested, self.rng
+        output = torch.empty(ring.storage.shape[1:], dtype=ring.dtype if ring.scales is None else torch.float32)
+        arguments = list(op.gather_arguments(ring.storage, ring.scales, ring.cursor, ring.count, 0, output))
+        bad = {1: ["int8", ""], 2: [self.bad_sizes(62)], 4: [0], 5: [0], 6: [-1, ring.capacity], 8: [-2], 10: [0, -1]}
+        if output.numel() > 0:
+            bad |= {0: [0], 3: [4096] if ring.scales is None else [0, arguments[3] + 2], 7: [0, arguments[7] + 1]}
+        place = rng.choice(sorted(bad))
+        arguments[place] = rng.choice(bad[place])
+        assert_refused(extension().ring_gather, arguments)
+
+    def bad_values(self) -> None:
+        """What has to be read to be seen: the CPU reads all of it before it writes. A GPU fails an assertion."""
+        ring, rng = self.tested, self.rng
+        if op._where(ring.storage)[0] >= 0:
+            return
+        features = torch.ones(ring.batch, ring.tokens, ring.dim)
+        if rng.random() < 0.5:
+            listed = rng.sample(range(ring.batch), ring.batch - 1)
+            rows = torch.tensor([*listed, rng.choice((ring.batch, -1, 2**40, *listed[:1]))])
+            assert_refused(extension().ring_push, op.push_arguments(*self.state(), features, 0.5, rows))
+            return
+        buffer, row = rng.choice((ring.cursor, ring.count)), rng.randrange(ring.batch)
+        value = buffer[row].item()
+        buffer[row] = rng.choice((-1, ring.capacity + (buffer is ring.count)))
+        assert_refused(extension().ring_push, op.push_arguments(*self.state(), features, 0.5, None))
+        output = torch.empty(ring.storage.shape[1:])
+        state = (ring.storage, ring.scales, ring.cursor, ring.count)
+        assert_refused(extension().ring_gather, op.gather_arguments(*state, 0, output))
+        buffer[row] = value
+
+    def state(self) -> tuple:
+        ring = self.tested
+        return ring.storage, ring.scales, ring.sigmas, ring.cursor, ring.count
+
+    def bad_sizes(self, exponent: int) -> list[int]:
+        """The storage's, but for one that is negative, or 2 to the `exponent`."""
+        sizes, negative = list(self.tested.storage.shape), -self.rng.randint(1, 2**40)
+        huge = negative if 0 in sizes else 2**exponent
+        sizes[self.rng.randrange(4)] = self.rng.choice((negative, huge))
+        return sizes
+
+
+def assert_refused(function, arguments) -> None:
+    try:
+        function(*arguments)
+    except ValueError as error:
+        assert "must" in str(error), error
+    else:
+        raise AssertionError(f"{function.__name__} took {arguments!r}")
 
 
 def run(seed: int, cases: int, backend: str = "extension", steps: int = 8, seconds: float = float("inf")) -> int:
@@ -206,17 +262,100 @@ def run(seed: int, cases: int, backend: str = "extension", steps: int = 8, secon
     return cases
 
 
+def both_rings(*sizes, dtype: torch.dtype, backend: str) -> tuple[FeatureRing, FeatureRing]:
+    return tuple(FeatureRing(*sizes, dtype=dtype, backend=name) for name in (backend, "torch"))
+
+
+def push_both(rings: tuple[FeatureRing, FeatureRing], features: torch.Tensor, *arguments) -> None:
+    for ring in rings:
+        ring.push(features, *arguments)
+    for name, expected in rings[1]._buffers().items():
+        assert_same_bytes(rings[0]._buffers()[name], expected, f"{name} of {rings[0]} after {features.dtype}")
+
+
+def tie_tokens(dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Tokens of many scales with values whose quotients lie at all ties between two e4m3 numbers, and beside them."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    ties = torch.cat([(numbers[1:] + numbers[:-1]) / 2, numbers])
+    # A kernel divides in another way below a scale of 2^-80 and above one of 2^80; below 2^-126 are subnormal numbers.
+    exponents = torch.tensor([-148, -145, -140, -134, -130, -127, -126, -120, -85, *[-80] * 8, *[80] * 8, 90, 118])
+    exponents = torch.cat([exponents.float(), torch.randint(-79, 80, (24,), generator=generator).float()])
+    exponents = torch.cat([exponents, torch.randint(-12, 8, (24,), generator=generator).float()])
+    mantissas = 1 + torch.rand(len(exponents), generator=generator)
+    mantissas[9:25] = torch.tensor([1 - 2**-24, 1, 1 + 2**-23, 1 + 2**-22, 1.25, 1.75, 2 - 2**-22, 2 - 2**-23] * 2)
+    mantissas[::3] = mantissas[::3].bfloat16().float()
+    largest = (448.0 * mantissas.double() * 2.0 ** exponents.double()).to(dtype)
+    largest = largest[largest.isfinite() & (largest > 0)][:, None]
+    scale = (largest.float() / 448).double()
+    nearest = (scale * ties).to(dtype)
+    integers = nearest.view(INTEGERS[dtype.itemsize])
+    values = [(integers + delta).view(dtype) for delta in (-2, -1, 0, 1, 2)]
+    values = torch.cat(values, dim=1).nan_to_num(0.0).abs().minimum(largest)
+    return torch.cat([values, -values, largest], dim=1)[None]
+
+
+def run_ties(seed: int, cases: int, backend: str = "extension") -> int:
+    """Compares what is seldom found by chance: quotients at and beside ties. Returns how many there were."""
+    compared = 0
+    for case in range(cases):
+        for dtype in FEATURE_DTYPES:
+            features = tie_tokens(dtype, seed + case)
+            rings = both_rings(1, *features.shape, dtype=torch.float8_e4m3fn, backend=backend)
+            push_both(rings, features, 0.5)
+            compared += features.numel()
+    return compared
+
+
+def run_blocks(seed: int, backend: str = "extension") -> int:
+    """Compares samples that many blocks share, and some whose blocks have several rounds. Returns how many pushes."""
+    generator = torch.Generator().manual_seed(seed)
+    pushes = 0
+    for dtype in STORAGE_DTYPES:
+        for (batch, tokens, dim), sources in (((2, 96, 750), FEATURE_DTYPES), ((40, 26, 333), (torch.float32,))):
+            rings = both_rings(2, batch, tokens, dim, dtype=dtype, backend=backend)
+            for step, source in itertools.product(range(4 if batch == 2 else 2), sources):
+                rows = torch.randperm(batch, generator=generator)
+                # Smaller, equal and greater levels, and NaN, after which a block that saw the new state would append.
+                newest = rings[1].sigmas[rings[1].cursor[rows].long() - 1, rows]
+                sigma = newest + torch.tensor([-0.125, 0.0, 0.125, float("nan")])[(rows + step) % 4]
+                push_both(rings, torch.randn(batch, tokens, dim, generator=generator).to(source), sigma, rows)
+                pushes += 1
+                if batch == 2 and op._where(rings[0].storage)[0] >= 0:
+                    launched = ctypes.c_int.in_dll(ctypes.CDLL(extension().__file__), "cuda_on_cpu_launch_blocks")
+                    assert launched.value >= 8 * batch, launched
+            for age in range(2):
+                assert_same_bytes(rings[0].gather(age), rings[1].gather(age), f"gather({age})")
+    return pushes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=1000, help="default: 1000")
+    parser.add_argument("--cases", type=int, default=1000, help="random rings; default: 1000")
+    parser.add_argument("--ties", type=int, default=0, help="rounds of quotients at ties; default: 0")
+    parser.add_argument("--blocks", action="store_true", help="samples that many blocks share")
     parser.add_argument("--seed", type=int, default=0, help="of the first case; default: 0")
     parser.add_argument("--kernels", action="store_true", help="run the CUDA kernels, built to run on the CPU")
     options = parser.parse_args()
     if options.kernels:
         op._where = lambda tensor: (0, 0)  # to the compiled code, CPU tensors are then on device 0
-    start = time.monotonic()
-    done = run(options.seed, options.cases)
-    print(f"{done} cases in {time.monotonic() - start:.1f} s, {extension().__file__}")
+    torch.set_num_threads(1)  # the tensors are small, and threads that wait spin
+    work = {
+        "cases": lambda: run(options.seed, options.cases),
+        "ties": lambda: run_ties(options.seed, options.ties),
+        "blocks": lambda: run_blocks(options.seed) if options.blocks else 0,
+    }
+    failed = False
+    for name, function in work.items():
+        start = time.monotonic()
+        try:
+            done = function()
+        except AssertionError:
+            traceback.print_exc()
+            failed = True
+        else:
+            print(f"{done} {name} in {time.monotonic() - start:.1f} s, {extension().__file__}", flush=True)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -280,6 +280,8 @@ def test_a_bad_push_is_refused_and_changes_nothing(changes, message):
             each.push(features, 0.9 - 0.1 * step)
     with pytest.raises(ValueError, match=message):
         ring.push(**{"features": features, "sigma": 0.1} | changes)
+    with pytest.raises(ValueError, match="`features` must share no memory with the ring"):
+        ring.push(ring._near.storage[0], 0.1)
     assert_equal_rings(ring, plain)
 
 

@@ -1,7 +1,7 @@
-// As much of CUDA as csrc/ uses, on a CPU: with this folder on the include path a C++ compiler takes the .cu files as they
-// are, and kernels run without a GPU. A block's threads are fibers that run in random order from one barrier to the next;
-// blocks run one after the other, in random order too. So a kernel that relies on an order which CUDA does not promise
-// gives wrong results, and the sanitizers of the compiler see every access to memory.
+// As much of CUDA as csrc/ uses, on a CPU: with this folder on the include path a C++ compiler takes the .cu files as
+// they are, and kernels run without a GPU. A block's threads are fibers that run in random order from one barrier to the
+// next; blocks run one after the other, in random order too. So a kernel that relies on an order which CUDA does not
+// promise gives wrong results, and the sanitizers of the compiler see every access to memory.
 #pragma once
 
 #include <ucontext.h>
@@ -15,6 +15,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -45,7 +46,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace cuda_on_cpu {
 
 constexpr unsigned kWarp = 32;
-constexpr size_t kStack = 256 << 10;
+constexpr size_t kStack = 64 << 10;
 
 [[noreturn]] inline void stop(const char* reason) {
   std::fprintf(stderr, "cuda_on_cpu: %s\n", reason);
@@ -199,7 +200,7 @@ inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice, cudaErrorInvalidResourceHandle };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice, cudaErrorInvalidResourceHandle, cudaErrorInvalidConfiguration };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 struct cudaFuncAttributes {};
 struct cudaLaunchConfig_t {
@@ -208,32 +209,58 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream = nullptr;
 };
 
+// What tests look at through ctypes.
+extern "C" {
+#define LESA_FOR_TESTS inline __attribute__((visibility("default"), used))
+LESA_FOR_TESTS int cuda_on_cpu_device = 0;          // the current one
+LESA_FOR_TESTS int cuda_on_cpu_launch_device = -1;  // of the last launch, as are its blocks
+LESA_FOR_TESTS int cuda_on_cpu_launch_blocks = 0;
+#undef LESA_FOR_TESTS
+}
+
 namespace cuda_on_cpu {
 
-inline int device = 0;
 constexpr int kDevices = 2;
 inline const cudaStream_t kBadStream = reinterpret_cast<cudaStream_t>(uintptr_t{0xbad});
+
+inline cudaError_t last_error = cudaSuccess;
+
+inline cudaError_t result(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
 
 }  // namespace cuda_on_cpu
 
 inline const char* cudaGetErrorName(cudaError_t error) {
-  return error == cudaErrorInvalidDevice ? "cudaErrorInvalidDevice" : "cudaErrorInvalidResourceHandle";
+  switch (error) {
+    case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+    case cudaErrorInvalidResourceHandle: return "cudaErrorInvalidResourceHandle";
+    case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
+    default: return "cudaSuccess";
+  }
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "invalid resource handle";
+  switch (error) {
+    case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorInvalidResourceHandle: return "invalid resource handle";
+    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    default: return "no error";
+  }
 }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::last_error, cudaSuccess); }
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = cuda_on_cpu::device;
+  *device = cuda_on_cpu_device;
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int device) {
-  if (device < 0 || device >= cuda_on_cpu::kDevices) return cudaErrorInvalidDevice;
-  cuda_on_cpu::device = device;
+  if (device < 0 || device >= cuda_on_cpu::kDevices) return cuda_on_cpu::result(cudaErrorInvalidDevice);
+  cuda_on_cpu_device = device;
   return cudaSuccess;
 }
+// Differs from call to call, so that the blocks of a sample have more or less to do.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 2;
+  *value = 1 + cuda_on_cpu::Block::random()() % 4;
   return cudaSuccess;
 }
 template <class Kernel>
@@ -241,10 +268,16 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
   return cudaSuccess;
 }
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  if (config->stream == cuda_on_cpu::kBadStream) return cudaErrorInvalidResourceHandle;
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  if (config->stream == cuda_on_cpu::kBadStream) return cuda_on_cpu::result(cudaErrorInvalidResourceHandle);
   gridDim = config->gridDim;
   blockDim = config->blockDim;
+  if (gridDim.x == 0 || gridDim.x > 0x7fffffff || blockDim.x == 0 || blockDim.x > 1024) {
+    return cuda_on_cpu::result(cudaErrorInvalidConfiguration);
+  }
+  cuda_on_cpu_launch_device = cuda_on_cpu_device;
+  cuda_on_cpu_launch_blocks = gridDim.x;
   std::vector<unsigned> order(gridDim.x);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), cuda_on_cpu::Block::random());
