@@ -4,7 +4,7 @@ import warnings
 import pytest
 import torch
 
-from lesa_kernels import FeatureRing, _dispatch, ring_push
+from lesa_kernels import FeatureRing, _dispatch, ring_gather, ring_push
 from lesa_kernels._extension import extension, extension_error
 from lesa_kernels.feature_ring import op, ring_push_ref
 
@@ -519,6 +519,39 @@ def test_opcheck(rows):
     torch.library.opcheck(torch.ops.lesa_kernels.ring_push.default, arguments)
 
 
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)  # the check can't compute with float8
+def test_opcheck_of_the_other_operators(dtype):
+    ring = FeatureRing(2, 3, 4, 5, dtype=dtype)
+    operators = torch.ops.lesa_kernels
+    torch.library.opcheck(operators.ring_push.Scalar, (*ring.state, torch.randn(3, 4, 5), 0.5, None))
+    ring.push(torch.randn(3, 4, 5), 0.5)
+    state = (ring.storage, ring.scales, ring.cursor, ring.count)
+    torch.library.opcheck(operators.ring_gather.default, (*state, 1))
+
+
+@backends
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn], ids=str)
+def test_gather_reads_by_age(backend, dtype):
+    ring = FeatureRing(3, 2, 4, 16, dtype=dtype, backend=backend)
+    pushed = [torch.full((2, 4, 16), float(value)) for value in (1, 2, 4, 8)]
+    assert ring.gather().isnan().all()
+    for step, features in enumerate(pushed):
+        ring.push(features, 0.9 - 0.1 * step)
+    ring.push(torch.zeros(1, 4, 16), 0.95, rows=[1])  # starts anew
+    for age, value in enumerate((8.0, 4.0, 2.0)):
+        result = ring.gather(age)
+        assert result.dtype == (torch.float32 if dtype.itemsize == 1 else dtype) and result.shape == (2, 4, 16)
+        assert result[0].eq(value).all() and result[1].eq(0).all()  # beyond its count a row's oldest
+    for age, kind in ((3, ValueError), (-1, ValueError), (1.0, TypeError)):
+        with pytest.raises(kind, match="`age` must be an integer of at least 0 and at most 2"):
+            ring.gather(age)
+    with pytest.raises(TypeError, match="`cursor` must have dtype int32"):
+        ring_gather(ring.storage, ring.scales, ring.cursor.long(), ring.count)
+    empty = FeatureRing(2, 2, 0, 4, dtype=dtype, backend=backend)
+    assert empty.gather(1).shape == (2, 0, 4)
+
+
 @backends
 @pytest.mark.parametrize("rows", [None, torch.tensor([2, 0])])
 def test_compiles_without_a_graph_break(backend, rows):
@@ -528,7 +561,7 @@ def test_compiles_without_a_graph_break(backend, rows):
 
     def step(ring, features, sigma):
         ring.push(features * 2, sigma, rows)
-        return ring.newest_first()
+        return *ring.newest_first(), ring.gather(1)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for level in (0.9, 0.8, 0.8, 0.7):
