@@ -1,8 +1,8 @@
 """Compares random pushes into feature rings, and reads from them, with the plain torch form, byte by byte.
 
 As a program, `python ring_fuzz.py --cases 1000` runs the compiled extension of the lesa_kernels that Python finds, and
-with `--kernels` its CUDA kernels, where they were built to run on the CPU (see `cuda_on_cpu/`). `--ties` and `--blocks`
-add what chance seldom finds, see `run_ties` and `run_blocks`.
+with `--kernels` its CUDA kernels, where they were built to run on the CPU (see `cuda_on_cpu/`). `--ties` and `--large`
+add what chance seldom finds, see `run_ties` and `run_large`.
 """
 
 import argparse
@@ -49,8 +49,9 @@ def random_values(rng: random.Random, shape: tuple[int, int, int], dtype: torch.
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     values = torch.randn(shape, generator=generator)
     kinds = torch.randint(12, shape[:2], generator=generator)
-    for kind, factor in ((0, 0.0), (1, -0.0), (2, 1e-41), (3, 1e-7), (4, 1e30), (5, 448.0)):
+    for kind, factor in ((0, 0.0), (1, -0.0), (2, 1e-41), (3, 1e-7), (4, 1e30), (5, 448.0), (9, 4e4)):
         values[kinds == kind] *= factor
+    values[kinds == 10] *= 2.0 ** torch.randint(-149, 128, shape, generator=generator)[kinds == 10]
     for kind, value in ((6, float("nan")), (7, float("inf")), (8, -float("inf"))):
         values[..., rng.randrange(shape[2])][kinds == kind] = value
     return values.to(dtype)
@@ -307,25 +308,32 @@ def run_ties(seed: int, cases: int, backend: str = "extension") -> int:
     return compared
 
 
-def run_blocks(seed: int, backend: str = "extension") -> int:
-    """Compares samples that many blocks share, and some whose blocks have several rounds. Returns how many pushes."""
+def run_large(seed: int, backend: str = "extension") -> int:
+    """Compares samples that many blocks or threads share, and blocks with several rounds; returns how many pushes."""
     generator = torch.Generator().manual_seed(seed)
+    on_cpu = op._where(torch.empty(0))[0] < 0
+    kinds = [((2, 96, 750), FEATURE_DTYPES, 4), ((40, 26, 333), (torch.float32,), 2)]
+    kinds += [((2, 801, 701), FEATURE_DTYPES, 1)] if on_cpu else []  # above the size from which threads are used
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 if on_cpu else 1)
     pushes = 0
-    for dtype in STORAGE_DTYPES:
-        for (batch, tokens, dim), sources in (((2, 96, 750), FEATURE_DTYPES), ((40, 26, 333), (torch.float32,))):
-            rings = both_rings(2, batch, tokens, dim, dtype=dtype, backend=backend)
-            for step, source in itertools.product(range(4 if batch == 2 else 2), sources):
-                rows = torch.randperm(batch, generator=generator)
-                # Smaller, equal and greater levels, and NaN, after which a block that saw the new state would append.
-                newest = rings[1].sigmas[rings[1].cursor[rows].long() - 1, rows]
-                sigma = newest + torch.tensor([-0.125, 0.0, 0.125, float("nan")])[(rows + step) % 4]
-                push_both(rings, torch.randn(batch, tokens, dim, generator=generator).to(source), sigma, rows)
-                pushes += 1
-                if batch == 2 and op._where(rings[0].storage)[0] >= 0:
-                    launched = ctypes.c_int.in_dll(ctypes.CDLL(extension().__file__), "cuda_on_cpu_launch_blocks")
-                    assert launched.value >= 8 * batch, launched
-            for age in range(2):
-                assert_same_bytes(rings[0].gather(age), rings[1].gather(age), f"gather({age})")
+    for dtype, (sizes, sources, steps) in itertools.product(STORAGE_DTYPES, kinds):
+        batch, tokens, dim = sizes
+        rings = both_rings(2, *sizes, dtype=dtype, backend=backend)
+        for step, source, gap in itertools.product(range(steps), sources, (0, 1)):
+            rows = torch.randperm(batch, generator=generator)
+            # Smaller, equal and greater levels, and NaN, after which a block that saw the new state would append.
+            newest = rings[1].sigmas[rings[1].cursor[rows].long() - 1, rows]
+            sigma = newest + torch.tensor([-0.125, 0.0, 0.125, float("nan")])[(rows + step) % 4]
+            features = torch.randn(batch, tokens, dim + gap, generator=generator).to(source)[..., :dim]
+            push_both(rings, features, sigma, rows)
+            pushes += 1
+            if sizes == kinds[0][0] and not on_cpu:
+                launched = ctypes.c_int.in_dll(ctypes.CDLL(extension().__file__), "cuda_on_cpu_launch_blocks")
+                assert launched.value >= 8 * batch, launched
+        for age in range(2):
+            assert_same_bytes(rings[0].gather(age), rings[1].gather(age), f"gather({age})")
+    torch.set_num_threads(threads)
     return pushes
 
 
@@ -333,7 +341,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=1000, help="random rings; default: 1000")
     parser.add_argument("--ties", type=int, default=0, help="rounds of quotients at ties; default: 0")
-    parser.add_argument("--blocks", action="store_true", help="samples that many blocks share")
+    parser.add_argument("--large", action="store_true", help="samples that many blocks or threads share")
     parser.add_argument("--seed", type=int, default=0, help="of the first case; default: 0")
     parser.add_argument("--kernels", action="store_true", help="run the CUDA kernels, built to run on the CPU")
     options = parser.parse_args()
@@ -343,7 +351,7 @@ def main() -> None:
     work = {
         "cases": lambda: run(options.seed, options.cases),
         "ties": lambda: run_ties(options.seed, options.ties),
-        "blocks": lambda: run_blocks(options.seed) if options.blocks else 0,
+        "large pushes": lambda: run_large(options.seed) if options.large else 0,
     }
     failed = False
     for name, function in work.items():

@@ -66,10 +66,10 @@ class Ring:
         return self.storage[begin : begin + FEATURE]
 
 
-def refusal(call) -> str:
+def refusal(call, kind: type[Exception] = RuntimeError) -> str:
     try:
         call()
-    except RuntimeError as error:
+    except kind as error:
         return str(error)
     raise AssertionError("nothing was refused")
 
@@ -120,6 +120,19 @@ def cuda_problem():
         assert _C.cuda_problem(7) == "invalid device ordinal (cudaErrorInvalidDevice)"
         assert emulated("device").value == current
         Ring().push()
+
+
+def refusals():
+    """What is seen before a launch: nothing on the device would see it."""
+    ring = Ring()
+    ring.push()
+    before = bytes(ring.storage), bytes(ring.count)
+    emulated("launch_device").value = -1
+    message = refusal(lambda: ring.push(rows=[0, 1, 0]), ValueError)
+    assert message.startswith("`samples` must be at most `batch`, but got 3 for a batch of 2. "), message
+    message = refusal(lambda: ring.push(features=ctypes.addressof(ring.storage)), ValueError)
+    assert message.startswith("`features` must share no memory with the ring, "), message
+    assert before == (bytes(ring.storage), bytes(ring.count)) and emulated("launch_device").value == -1
 
 
 def same_call_again():
