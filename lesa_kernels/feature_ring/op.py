@@ -251,8 +251,8 @@ def ring_push(
         features: `[n, T, D]` float32, float16 or bfloat16, any strides, sharing no memory with the ring.
         sigma: `[n]` float32, or a float for all.
         rows: `[n]` int64, distinct: the ring's row of each sample. None: sample i goes to row i, and n = B. On a GPU
-            their values are checked by the device alone: one that is out of range fails an assertion there, and rows
-            that repeat leave either feature.
+            their values are checked by the device alone: one that is out of range fails an assertion there. Rows that
+            repeat are not seen there, and leave that row in no defined state: reset it.
         backend: "auto" (the compiled extension, plain torch where it can't run), "extension" or "torch".
 
     Raises:
