@@ -75,6 +75,7 @@ class CMakeBuild(build_ext):
             f"-DLESA_VERSION={self.distribution.get_version()}",
             f"-DLESA_CUDA={os.environ.get('LESA_CUDA', '') or 'auto'}",
             f"-DLESA_CUDA_ARCHS={os.environ.get('LESA_CUDA_ARCHS', '')}",
+            f"-DLESA_JOBS={(max_jobs() or ['0'])[-1]}",
         ]
         build = [cmake, "--build", str(build_dir), *max_jobs()]
         for command in (configure, build):

@@ -65,5 +65,4 @@ inline DType dtype_from_name(const std::string& argument, const std::string& nam
          "'" + name + "'", "Convert the tensor with `.to(dtype)`.");
 }
 
-
 }  // namespace lesa

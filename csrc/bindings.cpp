@@ -51,7 +51,11 @@ void ring_push(uintptr_t storage, const std::string& storage_dtype, const std::a
       threads,
   };
   lesa::check_ring_push(push);
-  device < 0 ? lesa::ring_push_cpu(push) : lesa::ring_push_cuda(push);
+  if (device < 0) {
+    lesa::ring_push_cpu(push);
+  } else {
+    lesa::ring_push_cuda(push);
+  }
 }
 
 void ring_gather(uintptr_t storage, const std::string& storage_dtype, const std::array<int64_t, 4>& storage_sizes,
@@ -74,7 +78,11 @@ void ring_gather(uintptr_t storage, const std::string& storage_dtype, const std:
       threads,
   };
   lesa::check_ring_gather(gather);
-  device < 0 ? lesa::ring_gather_cpu(gather) : lesa::ring_gather_cuda(gather);
+  if (device < 0) {
+    lesa::ring_gather_cpu(gather);
+  } else {
+    lesa::ring_gather_cuda(gather);
+  }
 }
 
 void newton_predict(uintptr_t storage, const std::string& storage_dtype, const std::array<int64_t, 4>& storage_sizes,

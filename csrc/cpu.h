@@ -47,8 +47,8 @@ class Helpers {
     return *instance();
   }
 
-  // Runs `work` in this thread and in up to `count` others, as many as come before this thread has done all: `work` takes
-  // what it does from a common store, so that who comes late finds nothing, and is not waited for.
+  // Runs `work` in this thread and in up to `count` others, as many as come before this thread has done all: `work`
+  // takes what it does from a common store, so that who comes late finds nothing, and is not waited for.
   void run(int64_t count, const std::function<void()>& work) {
     if (count < 1) return work();
     const std::unique_lock<std::mutex> alone(caller_, std::try_to_lock);

@@ -77,8 +77,9 @@ void check_ring_gather(const RingGather& gather);
 // On the CPU, throws std::invalid_argument, before anything is written, for rows that are out of range or repeated and
 // for a cursor or count that is out of range.
 void ring_push_cpu(const RingPush& push);
-// Enqueues one kernel, which may be captured into a graph. A row, cursor or count that is out of range fails an
-// assertion on the device. Throws std::runtime_error, which names the operation, where the kernel can't be launched.
+// Enqueues one kernel, which may be captured into a graph. Rows that are out of range or repeated, and a cursor or
+// count that is out of range, fail an assertion on the device. Throws std::runtime_error where the kernel can't be
+// launched. Both name the operation.
 void ring_push_cuda(const RingPush& push);
 
 // Copies the features, float8 times its scales; rows without an anchor are NaN. Errors as of the pushes.

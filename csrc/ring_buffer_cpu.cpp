@@ -352,6 +352,7 @@ void ring_push_cpu(const RingPush& p) {
     return;
   }
 
+  if (p.samples == 0 || feature == 0) return;
   // Tokens that follow each other without a gap are one long run.
   const bool dense = p.token_stride == p.dim * p.dim_stride;
   const int64_t run = dense ? feature : p.dim;

@@ -118,13 +118,20 @@ struct Entry {
 };
 
 // Reads the state of a sample's row. Every thread of a block calls it once, and `leave` at the end.
-__device__ __forceinline__ int64_t enter(const RingPush& p, int64_t sample, Entry& entry) {
+__device__ __forceinline__ int64_t enter(const RingPush& p, int64_t sample, uint32_t programs, Entry& entry) {
+  if (p.rows) {  // two samples in one row would count their blocks together
+    for (int64_t other = threadIdx.x; other < sample; other += blockDim.x) {
+      LESA_DEMAND(p.rows[other] != p.rows[sample], "lesa_kernels.ring_push: the rows must be distinct");
+    }
+  }
   if (threadIdx.x == 0) {
     const int64_t row = p.rows ? p.rows[sample] : sample;
-    LESA_DEMAND(row >= 0 && row < p.batch, "the rows of lesa_kernels.ring_push must lie in the ring's batch");
+    LESA_DEMAND(row >= 0 && row < p.batch, "lesa_kernels.ring_push: the rows must lie in the ring's batch");
     const int32_t cursor = p.cursor[row];
-    const int32_t count = p.count[row] & 0xffff;  // the upper half counts blocks
-    LESA_DEMAND(cursor >= 0 && cursor < p.capacity && count <= p.capacity, "a ring's cursor or count must be in range");
+    const auto counted = static_cast<uint32_t>(p.count[row]);  // in the upper half, blocks that have left
+    const auto count = static_cast<int32_t>(counted & 0xffffu);
+    LESA_DEMAND(cursor >= 0 && cursor < p.capacity && count <= p.capacity && counted >> 16 < programs,
+                "lesa_kernels.ring_push: the ring's cursor and count must be in range");
     const int64_t newest = cursor == 0 ? p.capacity - 1 : cursor - 1;
     entry.row = row;
     entry.sigma = p.sigma ? p.sigma[sample] : p.level;
@@ -164,7 +171,7 @@ __global__ void __launch_bounds__(kThreads) ring_push_kernel(const RingPush p, c
   // Where runs begin at 16 bytes, loads need not wait for the state.
   int64_t target = 0;
   bool entered = !work.aligned || program >= work.rounds;
-  if (entered) target = enter(p, sample, entry);
+  if (entered) target = enter(p, sample, work.programs, entry);
   for (int64_t round = program; round < work.rounds; round += work.programs) {
     Vector<Source, N> held[kHeld];
     const int64_t begin = round * (kThreads * kHeld) + threadIdx.x;
@@ -178,7 +185,7 @@ __global__ void __launch_bounds__(kThreads) ring_push_kernel(const RingPush p, c
       const int64_t first = (vector - run * work.vectors) * N - shift;
       held[i].load(source + run * p.token_stride, p.dim_stride, work.length, first);
     }
-    if (!entered) target = enter(p, sample, entry);
+    if (!entered) target = enter(p, sample, work.programs, entry);
     entered = true;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
@@ -268,7 +275,7 @@ __global__ void __launch_bounds__(kTokenThreads, sizeof(typename Source::Bits) =
 
   int64_t target = 0;
   bool entered = !work.aligned || program >= work.rounds;
-  if (entered) target = enter(p, sample, entry);
+  if (entered) target = enter(p, sample, work.programs, entry);
   for (int64_t round = program; round < work.rounds; round += work.programs) {
     const int64_t token = round * kTokens + threadIdx.x / kWarp;
     const int64_t vectors = token < p.tokens ? work.vectors : 0;
@@ -297,7 +304,7 @@ __global__ void __launch_bounds__(kTokenThreads, sizeof(typename Source::Bits) =
     }
     const float scale = float8_scale(largest);
 
-    if (!entered) target = enter(p, sample, entry);
+    if (!entered) target = enter(p, sample, work.programs, entry);
     entered = true;
     uint8_t* to = storage + (target * p.tokens + token) * p.dim;
     if (lane == 0 && token < p.tokens) p.scales[target * p.tokens + token] = scale;
@@ -324,7 +331,7 @@ struct Found {
 __device__ __forceinline__ Found find(const RingGather& g, int64_t row) {
   const int32_t cursor = g.cursor[row], count = g.count[row];
   LESA_DEMAND(cursor >= 0 && cursor < g.capacity && count >= 0 && count <= g.capacity,
-              "a ring's cursor or count must be in range");
+              "lesa_kernels.ring_gather: the ring's cursor and count must be in range");
   return {slot_of_age(cursor, count, g.capacity, g.age) * g.batch + row, count > 0};
 }
 
@@ -416,11 +423,11 @@ class OnDevice {
 // Launches
 
 // The work of `samples` samples in rounds that a block can do, where each needs `rounds`.
-Work divide_work(const char* operation, int device, int64_t samples, int64_t rounds) {
+Work divide_work(const char* operation, int device, const char* argument, int64_t samples, int64_t rounds) {
   int processors = 0;
   check(operation, device, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   if (samples > std::numeric_limits<int32_t>::max()) {
-    refuse("samples", "be at most 2^31 - 1 on a GPU", std::to_string(samples), "Push them in several calls.");
+    refuse(argument, "be at most 2^31 - 1 on a GPU", std::to_string(samples), "Divide them among several rings.");
   }
   const int64_t share = std::max<int64_t>(1, kBlocksPerProcessor * processors / samples);
   Work work{};
@@ -452,12 +459,12 @@ void push(const RingPush& p) {
   constexpr int64_t N = sizeof(uint4) / std::min(from, to);
   constexpr int64_t round = kThreads * (kHeldBytes / (N * from));
   // Tokens that follow each other without a gap are one long run.
-  const bool dense = p.token_stride == p.dim * p.dim_stride;
+  const bool dense = p.tokens == 0 || p.dim == 0 || p.token_stride == p.dim * p.dim_stride;
   const int64_t runs = dense ? 1 : p.tokens;
   const int64_t length = dense ? p.tokens * p.dim : p.dim;
   const bool aligned = begins_aligned(p.storage, length * to);
   const int64_t vectors = length == 0 ? 0 : divided_up(length + (aligned ? 0 : N - 1), N);
-  Work work = divide_work("ring_push", p.device, p.samples, divided_up(runs * vectors, round));
+  Work work = divide_work("ring_push", p.device, "samples", p.samples, divided_up(runs * vectors, round));
   work.runs = runs, work.length = length, work.vectors = vectors, work.aligned = aligned;
   launch("ring_push", ring_push_kernel<Source, Target>, p, work, p.samples, kThreads);
 }
@@ -466,7 +473,7 @@ template <class Source>
 void push_float8(const RingPush& p) {
   constexpr int64_t N = sizeof(uint4);
   const bool aligned = begins_aligned(p.storage, p.dim);
-  Work work = divide_work("ring_push", p.device, p.samples, divided_up(p.tokens, kTokens));
+  Work work = divide_work("ring_push", p.device, "samples", p.samples, divided_up(p.tokens, kTokens));
   work.length = p.dim, work.aligned = aligned;
   work.vectors = p.dim == 0 ? 0 : divided_up(p.dim + (aligned ? 0 : N - 1), N);
   launch("ring_push", ring_push_float8_kernel<Source>, p, work, p.samples, kTokenThreads);
@@ -487,14 +494,14 @@ void gather(const RingGather& g) {
   constexpr int64_t N = sizeof(uint4) / sizeof(typename Element::Bits);
   const int64_t length = g.tokens * g.dim;
   const int64_t vectors = divided_up(length + N - 1, N);
-  Work work = divide_work("ring_gather", g.device, g.batch, divided_up(vectors, kThreads));
+  Work work = divide_work("ring_gather", g.device, "batch", g.batch, divided_up(vectors, kThreads));
   work.length = length, work.vectors = vectors;
   launch("ring_gather", ring_gather_kernel<Element>, g, work, g.batch, kThreads);
 }
 
 void gather_float8(const RingGather& g) {
   constexpr int64_t N = sizeof(uint4);
-  Work work = divide_work("ring_gather", g.device, g.batch, divided_up(g.tokens, kTokens));
+  Work work = divide_work("ring_gather", g.device, "batch", g.batch, divided_up(g.tokens, kTokens));
   work.vectors = divided_up(g.dim + N - 1, N);
   launch("ring_gather", ring_gather_float8_kernel, g, work, g.batch, kTokenThreads);
 }

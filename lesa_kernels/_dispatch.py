@@ -97,12 +97,18 @@ def _interprets() -> bool:
 @torch.compiler.assume_constant_result
 def extension_problem(device: torch.device) -> str | None:
     """Why the compiled extension can't run on tensors of `device`, or None if it can."""
-    return _cuda_problem(device) if device.type == "cuda" and extension_error() is None else extension_error()
+    if device.type != "cuda" or extension_error() is not None:
+        return extension_error()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index in _RUNS_ON:
+        return None
+    problem = extension().cuda_problem(index) or None
+    if problem is None:
+        _RUNS_ON.add(index)  # a problem may pass, such as a lack of memory
+    return problem
 
 
-@functools.cache
-def _cuda_problem(device: torch.device) -> str | None:
-    return extension().cuda_problem(torch.cuda.current_device() if device.index is None else device.index) or None
+_RUNS_ON: set[int] = set()  # the CUDA devices that the extension is known to run on
 
 
 def _automatic(tensor: torch.Tensor, implemented: tuple[str, ...], operation: str) -> str:

@@ -523,9 +523,14 @@ def test_more_elements_than_32_bits_can_count(stored):
 
 
 BROKEN = {
-    "row too large": ("rows.fill_(2)", "the rows of lesa_kernels.ring_push must lie in the ring's batch"),
-    "row negative": ("rows.fill_(-1)", "the rows of lesa_kernels.ring_push must lie in the ring's batch"),
-    "cursor": ("ring.cursor.fill_(2)", "a ring's cursor or count must be in range"),
+    "row too large": ("rows.fill_(2)", "lesa_kernels.ring_push: the rows must lie in the ring's batch"),
+    "row negative": ("rows.fill_(-1)", "lesa_kernels.ring_push: the rows must lie in the ring's batch"),
+    "row twice": (
+        "features, rows = features.expand(2, 3, 8), rows.repeat(2)",
+        "lesa_kernels.ring_push: the rows must be distinct",
+    ),
+    "cursor": ("ring.cursor.fill_(2)", "lesa_kernels.ring_push: the ring's cursor and count must be in range"),
+    "count": ("ring.count.fill_(0x10001)", "lesa_kernels.ring_push: the ring's cursor and count must be in range"),
 }
 
 

@@ -95,7 +95,9 @@ def check_apart(features: torch.Tensor, storage: torch.Tensor) -> None:
     """Raises `ValueError` if they share memory; the compiled code checks that itself."""
     if torch.compiler.is_compiling() or features.numel() == 0:
         return  # nothing has an address
-    if features.untyped_storage().data_ptr() == storage.untyped_storage().data_ptr():
+    last = sum((size - 1) * stride for size, stride in zip(features.shape, features.stride()))
+    begin, end = features.data_ptr(), features.data_ptr() + (last + 1) * features.itemsize
+    if begin < storage.data_ptr() + storage.nbytes and storage.data_ptr() < end:
         must, got = "share no memory with the ring", Said("a view of `storage`")
         raise argument_error("features", must, got, "Pass a copy, `features.clone()`.")
 
@@ -215,8 +217,10 @@ def _(storage, scales, cursor, count, age):
 _PUSH, _PUSH_SCALAR = torch.ops.lesa_kernels.ring_push.default, torch.ops.lesa_kernels.ring_push.Scalar
 
 
-def _implemented(storage) -> tuple[str, ...]:
-    return ("extension", "torch") if storage.device.type in ("cpu", "cuda") else ("torch",)
+def ring_backend(backend: str, storage: torch.Tensor, operation: str) -> str:
+    """What runs `operation` on a ring; see `resolve_backend`, also for what is raised."""
+    implemented = ("extension", "torch") if storage.device.type in ("cpu", "cuda") else ("torch",)
+    return resolve_backend(backend, storage, implemented, operation)
 
 
 def ring_push(
@@ -251,8 +255,8 @@ def ring_push(
         features: `[n, T, D]` float32, float16 or bfloat16, any strides, sharing no memory with the ring.
         sigma: `[n]` float32, or a float for all.
         rows: `[n]` int64, distinct: the ring's row of each sample. None: sample i goes to row i, and n = B. On a GPU
-            their values are checked by the device alone: one that is out of range fails an assertion there. Rows that
-            repeat are not seen there, and leave that row in no defined state: reset it.
+            their values are checked by the device alone: one that is out of range or repeated fails an assertion there,
+            which ends the use of that device by the process.
         backend: "auto" (the compiled extension, plain torch where it can't run), "extension" or "torch".
 
     Raises:
@@ -273,7 +277,7 @@ def ring_push(
     scalar = not isinstance(sigma, Tensor)
     if scalar:
         sigma = check_float("sigma", sigma)
-    extends = resolve_backend(backend, storage, _implemented(storage), "ring_push") == "extension"
+    extends = ring_backend(backend, storage, "ring_push") == "extension"
     if scalar and (not extends or torch.compiler.is_compiling()):
         samples = cursor.shape[0] if rows is None else rows.numel()
         sigma, scalar = torch.full((samples,), sigma, dtype=torch.float32, device=storage.device), False
@@ -320,6 +324,6 @@ def ring_gather(
     """
     _check_ring(storage, scales, cursor, count)
     age = check_int("age", age, minimum=0, maximum=storage.shape[0] - 1)
-    if resolve_backend(backend, storage, _implemented(storage), "ring_gather") == "extension":
+    if ring_backend(backend, storage, "ring_gather") == "extension":
         return torch.ops.lesa_kernels.ring_gather(storage.detach(), scales, cursor, count, age)
     return ring_gather_ref(storage, scales, cursor, count, age)

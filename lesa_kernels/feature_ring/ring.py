@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from lesa_kernels._checks import argument_error, check_choice, check_int, check_tensor
-from lesa_kernels._dispatch import BACKENDS
+from lesa_kernels._dispatch import BACKENDS, extension_problem
 from lesa_kernels.feature_ring.op import STORAGE_DTYPES, check_rows, ring_gather, ring_push
 from lesa_kernels.feature_ring.reference import dequantise_float8, newest_slots
 
@@ -44,6 +44,14 @@ def rows_tensor(rows: Sequence[int] | torch.Tensor, batch: int) -> torch.Tensor:
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A small tensor of the CPU on `device`, without waiting for what the device is doing."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of a GPU is being captured into a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def check_snapshot(snapshot: RingSnapshot, shape: Sequence[int], dtype: torch.dtype, device=None) -> None:
@@ -104,6 +112,8 @@ class FeatureRing:
         self.sigmas = torch.zeros(self.capacity, self.batch, dtype=torch.float32, device=self.device)
         self.cursor = torch.zeros(self.batch, dtype=torch.int32, device=self.device)
         self.count = torch.zeros(self.batch, dtype=torch.int32, device=self.device)
+        if backend != "torch" and self.device.type == "cuda":
+            extension_problem(self.device)  # loads the kernels now, which a graph that is being captured may not allow
 
     @property
     def state(self) -> tuple[torch.Tensor | None, ...]:
@@ -141,11 +151,12 @@ class FeatureRing:
             features: `[B, T, D]` float32, float16 or bfloat16, any strides, no view of the ring's `storage`;
                 `[n, T, D]` with `rows`.
             sigma: the noise level, one float for all samples or float32 `[B]`; `[n]` with `rows`.
-            rows: the n distinct rows of the batch to push into; all if None. Rows on a GPU are not checked.
+            rows: the n distinct rows of the batch to push into; all if None. Rows on a GPU are checked by the device
+                alone, as `ring_push` says.
 
         Raises:
             TypeError, ValueError: an argument is not as described.
-            RuntimeError: the backend can't run here.
+            RuntimeError: the backend can't run here, or `rows` are a list while a CUDA graph is captured.
         """
         if rows is not None:
             rows = self._rows(rows)
@@ -216,7 +227,13 @@ class FeatureRing:
 
     def _rows(self, rows: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """`rows` as a tensor, a list as one of the device."""
-        return rows if isinstance(rows, torch.Tensor) else to_device(rows_tensor(rows, self.batch), self.device)
+        if isinstance(rows, torch.Tensor):
+            return rows
+        tensor = rows_tensor(rows, self.batch)
+        if is_capturing(self.device):  # each replay would read the list's memory, which is used for others by then
+            must, remedy = "be a tensor on the GPU in a CUDA graph", "Make it before the capture, and keep it."
+            raise argument_error("rows", must, rows, remedy, RuntimeError)
+        return to_device(tensor, self.device)
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

@@ -9,11 +9,12 @@ import torch
 
 from lesa_kernels._checks import argument_error, check_choice, check_float, check_int, check_tensor
 from lesa_kernels._dispatch import BACKENDS
-from lesa_kernels.feature_ring.op import STORAGE_DTYPES, check_apart, check_push, check_rows, ring_gather
+from lesa_kernels.feature_ring.op import STORAGE_DTYPES, check_apart, check_push, check_rows, ring_backend, ring_gather
 from lesa_kernels.feature_ring.ring import (
     FeatureRing,
     RingSnapshot,
     check_snapshot,
+    is_capturing,
     ring_nbytes,
     rows_tensor,
     to_device,
@@ -125,6 +126,7 @@ class TieredRing:
         for features, scales in (*self._staged, (self._near.storage, self._near.scales)):
             self._copies.uses(features, scales)
         self._fetched: list[int | None] = [None, None]  # the piece that each staging buffer holds or gets
+        self._uses = 0  # counts changes of the ring and reads, so that a read notices another one inside it
         self._anchors: list[list[_Anchor]] = [[] for _ in range(batch)]  # of each row, the newest first
         self._near_cursor, self._far_cursor = [0] * batch, [0] * batch
 
@@ -139,8 +141,9 @@ class TieredRing:
         least_tokens, most_tokens = -(-tokens // MOST_PIECES), -(-tokens // FEWEST_PIECES)
         least = fixed + ring + of_token * least_tokens
         if budget < least:
-            must = f"be at least {least}: one feature, and two pieces of all {capacity}"
-            raise argument_error("max_device_bytes", must, budget, "Raise it, or store in a smaller dtype.")
+            enough = min(least, ring_nbytes(capacity, *sizes))  # of very few tokens, all are less than two pieces
+            remedy = "Raise it, or store in a smaller dtype."
+            raise argument_error("max_device_bytes", f"be at least {enough}", budget, remedy)
         more = (budget - least) // feature
         resident = 1 + min(more, capacity - 2)
         left = budget - fixed - ring - (resident - 1) * feature
@@ -162,7 +165,7 @@ class TieredRing:
 
     @property
     def host_nbytes(self) -> int:
-        """Bytes of the buffers in host memory."""
+        """Bytes of the buffers in host memory. PyTorch may pin more: it rounds up, to twice as much at most."""
         return sum(buffer.nbytes for buffer in self._far if buffer is not None)
 
     @property
@@ -181,8 +184,11 @@ class TieredRing:
         sigma: float | torch.Tensor,
         rows: Sequence[int] | torch.Tensor | None = None,
     ) -> None:
-        """As `FeatureRing.push`; a `sigma` or `rows` on a GPU are waited for."""
-        self._copies.check_not_capturing()
+        """As `FeatureRing.push`; a `sigma` or `rows` on a GPU are waited for.
+
+        Should the push itself fail, such as for lack of memory, the rows that it was for are empty.
+        """
+        self._begin_use()
         listed = self._listed(rows)
         if isinstance(sigma, torch.Tensor):
             levels = check_tensor("sigma", sigma, (len(listed),), (torch.float32,)).tolist()
@@ -194,16 +200,29 @@ class TieredRing:
         ]
         check_push(*self._near.state, features, *on_device)  # before anything moves
         check_apart(features, self._near.storage)
-        self._copies.begin()
-        for row, level in zip(listed, levels):
-            anchors = self._anchors[row]
-            if len(anchors) >= self.resident and level < anchors[0].sigma:
-                self._evict(row)
-        self._copies.end()
-        self._near.push(features, *on_device)
+        ring_backend(self.backend, self._near.storage, "ring_push")
+        try:
+            self._copies.begin()
+            for row, level in zip(listed, levels):
+                anchors = self._anchors[row]
+                if len(anchors) >= self.resident and level < anchors[0].sigma:
+                    self._evict(row)
+            self._copies.end()
+            self._near.push(features, *on_device)
+        except BaseException:
+            self.reset(listed)  # nobody knows how far it came
+            raise
         for row, level in zip(listed, levels):
             self._note_push(row, level)
         self._moved()
+
+    def _begin_use(self) -> None:
+        if is_capturing(self.device):
+            raise RuntimeError(
+                "A TieredRing can't be captured into a CUDA graph, since it moves features to and from host memory. "
+                "Capture with a FeatureRing, which has all of them on the device."
+            )
+        self._uses += 1
 
     def _listed(self, rows) -> list[int]:
         if rows is None:
@@ -251,8 +270,12 @@ class TieredRing:
         Yields:
             the tokens of a piece, and its `(storage, scales, sigmas, cursor, count)` as `ring_push` has them, storage
             `[capacity, B, n, D]`. They are valid on the current stream, until the next piece is asked for.
+
+        Raises:
+            RuntimeError: the ring was changed or read otherwise since the last piece, or a CUDA graph is captured.
         """
-        self._copies.check_not_capturing()
+        self._begin_use()
+        use = self._uses
         count = -(-self.tokens // self.piece_tokens)
         self._fetch_ahead()
         for piece in range(count):
@@ -264,6 +287,10 @@ class TieredRing:
                 yield slice(tokens.start, tokens.stop), state
             finally:
                 self._fetched[place] = None
+            if self._uses != use:
+                raise RuntimeError(
+                    "A TieredRing was changed or read otherwise while its pieces were being read. Read them all first."
+                )
             if piece + 2 < count:
                 self._copies.begin()
                 self._fetch(piece + 2)
@@ -325,6 +352,7 @@ class TieredRing:
 
     def reset(self, rows: Sequence[int] | torch.Tensor | None = None) -> None:
         """As `FeatureRing.reset`."""
+        self._begin_use()
         listed = self._listed(rows)
         self._near.reset(None if rows is None else listed)
         self._forget(listed)
@@ -352,6 +380,7 @@ class TieredRing:
         """
         check_snapshot(snapshot, (self.capacity, self.batch, self.tokens, self.dim), self.dtype)
         self.reset()
+        self._copies.synchronise()  # what is on the host already is copied to host memory at once
         cursor, count = snapshot.cursor.tolist(), snapshot.count.tolist()
         sigmas = snapshot.sigmas.tolist()
         self._copies.begin()
@@ -425,9 +454,7 @@ class _CopyStream:
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_event(self.ready[place])
 
-    def check_not_capturing(self) -> None:
-        if self.stream is not None and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "A TieredRing can't be captured into a CUDA graph, since it moves features to and from host memory. "
-                "Capture with a FeatureRing, which has all of them on the device."
-            )
+    def synchronise(self) -> None:
+        """Waits until all copies have been made."""
+        if self.stream is not None:
+            self.stream.synchronize()

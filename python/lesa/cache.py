@@ -274,6 +274,7 @@ class _CacheHook(StepHook):
             self.warn(f"{reason}: computing this step and the rest of the run")
         stats.computed.append(step)
         stats.reasons[step] = reason
+        del ring  # a new one may take its place
         return compute(lambda features, conditioning: self._push(stream, features, sigma))
 
     def _predict(self, step, ring, sigma, call, stats):
@@ -307,6 +308,8 @@ class _CacheHook(StepHook):
         ring = self.rings.get(stream)
         fits = ring is not None and (ring.batch, ring.tokens, ring.dim) == features.shape
         if not fits or (ring.dtype, ring.device) != (features.dtype, features.device):
+            self.rings.pop(stream, None)
+            ring = None  # the last name of it: it is freed before another one takes memory
             batch, tokens, _ = features.shape
             ring = self.predictor.make_ring(batch, tokens, features.dtype, features.device, self.max_device_bytes)
             self.rings[stream] = ring

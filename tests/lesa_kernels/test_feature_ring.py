@@ -1,5 +1,6 @@
 import itertools
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -445,6 +446,39 @@ def test_where_cuda_cannot_run_the_compiled_function_says_why():
         RuntimeError, match=r"lesa_kernels\.ring_push on CUDA device 0 failed: .*(without CUDA|cudaError)"
     ):
         raw_push(device=0)
+
+
+@backends
+def test_disjoint_parts_of_one_memory_are_no_overlap(backend):
+    memory = torch.zeros(3 * 2 * 4 * 5 + 10)
+    ring = FeatureRing(2, 2, 4, 5, backend=backend)
+    ring.storage = memory[:80].view(2, 2, 4, 5)
+    ring.push(memory[80:120].fill_(1).view(2, 4, 5), 0.5)
+    assert ring.storage[0].eq(1).all()
+    with pytest.raises(ValueError, match="`features` must share no memory"):
+        ring.push(memory[79:119].view(2, 4, 5), 0.4)
+
+
+def test_a_list_of_rows_is_refused_in_a_graph(monkeypatch):
+    ring = FeatureRing(2, 2, 3, 4)
+    ring.push(torch.ones(1, 3, 4), 0.5, rows=[1])
+    monkeypatch.setattr("lesa_kernels.feature_ring.ring.is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="`rows` must be a tensor on the GPU in a CUDA graph"):
+        ring.push(torch.ones(1, 3, 4), 0.4, rows=[0])
+    with pytest.raises(RuntimeError, match="`rows` must be a tensor on the GPU in a CUDA graph"):
+        ring.reset([0])
+    assert ring.count.tolist() == [0, 1]
+    ring.push(torch.ones(1, 3, 4), 0.4, rows=torch.tensor([0]))
+    assert ring.count.tolist() == [1, 1]
+
+
+def test_a_problem_of_cuda_may_pass(monkeypatch):
+    answers = ["out of memory", "out of memory", "", "asked once more than needed"]
+    monkeypatch.setattr(_dispatch, "extension", lambda: SimpleNamespace(cuda_problem=lambda index: answers.pop(0)))
+    monkeypatch.setattr(_dispatch, "extension_error", lambda: None)
+    monkeypatch.setattr(_dispatch, "_RUNS_ON", set())
+    asked = [_dispatch.extension_problem(torch.device("cuda", 3)) for _ in range(4)]
+    assert asked == ["out of memory", "out of memory", None, None] and len(answers) == 1
 
 
 def spied(monkeypatch):

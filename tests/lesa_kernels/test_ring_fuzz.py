@@ -194,8 +194,8 @@ def test_a_kernel_is_launched(sanitized, name):
 
 
 OVERFLOW, ABORT = r"AddressSanitizer: heap-buffer-overflow(.|\n)*", -signal.SIGABRT
-BAD_ROW = r"Assertion .*the rows of lesa_kernels\.ring_push must lie in the ring's batch"
-BAD_STATE = r"Assertion .*a ring's cursor or count must be in range"
+BAD_ROW = r"Assertion .*lesa_kernels\.ring_push: the rows must lie in the ring's batch"
+BAD_STATE = r"Assertion .*lesa_kernels\.%s: the ring's cursor and count must be in range"
 
 # Name -> exit status, and what is said.
 ENDS = {
@@ -204,9 +204,12 @@ ENDS = {
     "storage_at_the_end_of_all_addresses": (1, r"ring_buffer_cpu\.cpp:.* runtime error: pointer index .* overflowed"),
     "row_out_of_range": (ABORT, BAD_ROW),
     "row_negative": (ABORT, BAD_ROW),
-    "broken_cursor": (ABORT, BAD_STATE),
-    "broken_count": (ABORT, BAD_STATE),
-    "broken_count_in_a_gather": (ABORT, BAD_STATE),
+    "row_twice": (ABORT, r"Assertion .*lesa_kernels\.ring_push: the rows must be distinct"),
+    "broken_cursor": (ABORT, BAD_STATE % "ring_push"),
+    "broken_count": (ABORT, BAD_STATE % "ring_push"),
+    "blocks_left_over_in_a_count": (ABORT, BAD_STATE % "ring_push"),
+    "negative_count": (ABORT, BAD_STATE % "ring_push"),
+    "broken_count_in_a_gather": (ABORT, BAD_STATE % "ring_gather"),
 }
 
 

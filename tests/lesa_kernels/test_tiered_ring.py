@@ -46,8 +46,8 @@ class LateCopies:
             target.copy_(source)
         del self.pending[:count]
 
-    def check_not_capturing(self):
-        pass
+    def synchronise(self):
+        self._copy_up_to(len(self.pending))
 
 
 @pytest.fixture(params=["at once", "late"])
@@ -250,7 +250,7 @@ def test_what_fits_stays_on_the_device_and_what_cannot_fit_is_refused():
     assert isinstance(make_ring(*sizes), FeatureRing)
     with pytest.raises(ValueError, match=r"`max_device_bytes` must be at least (\d+).*but got 9000") as error:
         make_ring(*sizes, max_device_bytes=9000)
-    least = int(str(error.value).split("at least ")[1].split(":")[0])
+    least = int(str(error.value).split("at least ")[1].split(",")[0])
     smallest = make_ring(*sizes, max_device_bytes=least)
     assert smallest.resident == 1 and smallest.device_nbytes <= least
     with pytest.raises(ValueError, match=f"must be at least {least}"):
@@ -297,6 +297,75 @@ def test_a_read_that_is_given_up_leaves_no_trace(copies):
                 if count == pieces:
                     break
             assert_equal_rings(ring, plain)
+
+
+def changed_inside(ring):
+    return {
+        "push": lambda: ring.push(torch.zeros(BATCH, TOKENS, DIM), 0.1),
+        "gather": lambda: ring.gather(1),
+        "reset": lambda: ring.reset([0]),
+        "another read": lambda: [*ring.pieces()],
+    }
+
+
+@pytest.mark.parametrize("change", ["push", "gather", "reset", "another read"])
+def test_a_read_notices_what_happens_inside_it(copies, change):
+    ring, _ = make_both()
+    ring.push(torch.ones(BATCH, TOKENS, DIM), 0.5)
+    read = ring.pieces()
+    next(read)
+    changed_inside(ring)[change]()
+    with pytest.raises(RuntimeError, match="was changed or read otherwise while its pieces were being read"):
+        next(read)
+    assert ring.gather().isfinite().any()
+
+
+@pytest.mark.parametrize("rows", [None, [1]])
+def test_a_push_that_fails_on_the_way_empties_its_rows(copies, monkeypatch, rows):
+    torch.manual_seed(0)
+    ring, plain = make_both()
+
+    def push(step):
+        features = torch.randn(BATCH, TOKENS, DIM)
+        for each in (ring, plain):
+            each.push(features, 0.9 - 0.1 * step)
+
+    for step in range(6):
+        push(step)
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("a lack of memory for the test")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(ring._near, "push", fail)
+        ring.push(torch.ones(BATCH if rows is None else 1, TOKENS, DIM), 0.1, rows)
+    plain.reset(rows)
+    assert_equal_rings(ring, plain)
+    for step in range(6, 12):
+        push(step)
+        assert_equal_rings(ring, plain)
+
+
+def test_a_backend_that_cannot_run_is_refused_before_anything_moves(monkeypatch):
+    ring, plain = make_both()
+    for each in (ring, plain):
+        each.push(torch.ones(BATCH, TOKENS, DIM), 0.5)
+    monkeypatch.setenv("LESA_BACKEND", "nothing")
+    with pytest.raises(ValueError, match="`LESA_BACKEND` must be one of"):
+        ring.push(torch.ones(BATCH, TOKENS, DIM), 0.4)
+    monkeypatch.delenv("LESA_BACKEND")
+    assert_equal_rings(ring, plain)
+
+
+def test_the_least_budget_is_never_more_than_all_of_it():
+    for tokens in (1, 2, 3):
+        sizes = (4, 2, tokens, 8)
+        needed = ring_nbytes(*sizes, torch.float32)
+        with pytest.raises(ValueError, match="must be at least") as error:
+            make_ring(*sizes, max_device_bytes=100)
+        named = int(str(error.value).split("at least ")[1].split(",")[0])
+        assert named <= needed
+        make_ring(*sizes, max_device_bytes=named)
 
 
 def test_what_it_is_shows():
@@ -352,3 +421,19 @@ def test_a_graph_is_refused():
     features, graph = torch.ones(1, 1000, 128, device="cuda"), torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="A TieredRing can't be captured"), torch.cuda.graph(graph):
         ring.push(features, 0.5)
+    with pytest.raises(RuntimeError, match="A TieredRing can't be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ring.reset()
+
+
+@pytest.mark.gpu
+def test_a_snapshot_of_the_cpu_is_restored_on_a_busy_gpu():
+    torch.manual_seed(0)
+    kept = FeatureRing(4, BATCH, 5000, DIM)
+    ring = make_ring(4, BATCH, 5000, DIM, device="cuda", max_device_bytes=int(0.65 * kept.nbytes))
+    for step in range(6):
+        kept.push(torch.randn(BATCH, 5000, DIM), 0.9 - 0.1 * step)
+        torch.cuda._sleep(10_000_000)
+        ring.push(torch.randn(BATCH, 5000, DIM, device="cuda"), 0.9 - 0.1 * step)
+    ring.restore(kept.snapshot())
+    for actual, expected in zip(ring.newest_first(), kept.newest_first()):
+        assert_same(actual.cpu(), expected)

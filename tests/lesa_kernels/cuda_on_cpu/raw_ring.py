@@ -185,6 +185,22 @@ def row_negative():
     Ring().push(rows=[-1])
 
 
+def row_twice():
+    Ring().push(rows=[1, 1])
+
+
+def blocks_left_over_in_a_count():
+    ring = Ring()
+    ring.count[1] = 0x10001
+    ring.push()
+
+
+def negative_count():
+    ring = Ring()
+    ring.count[1] = -65535
+    ring.push()
+
+
 def broken_cursor():
     ring = Ring()
     ring.cursor[1] = CAPACITY
