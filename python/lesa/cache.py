@@ -280,10 +280,11 @@ class _CacheHook(StepHook):
     def _predict(self, step, ring, sigma, call, stats):
         """The transformer's output at a skipped step, and the forecast, or None if it was never in memory."""
         keeps_none = self.predictor.config.history == "anchors" and not torch.is_grad_enabled()
+        conditioning = self.adapter.conditioning(call, ring.dtype)
         if keeps_none and self.predictor.fuses_velocity(ring):
             reason = self.adapter.why_head_not_plain(self._capture.id, ring.device)
             if reason is None:
-                head = self.adapter.head_of(call, ring.dtype)
+                head = self.adapter.output_head(conditioning)
                 if self.predictor.fuses_velocity(ring, head):
                     stats.fused.append(step)
                 return self.adapter.output(call, self.predictor.predict_velocity(ring, sigma, head)), None
@@ -291,7 +292,7 @@ class _CacheHook(StepHook):
             if note not in self.stats.notes:
                 self.stats.notes.append(note)
         features = self.predictor(ring, sigma)
-        return self.adapter.head(call, features), features
+        return self.adapter.output(call, self.adapter.head(features, conditioning, call)), features
 
     def _reason_to_compute(self, step, ring, call) -> str | None:
         if step in self.computed:

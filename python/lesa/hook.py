@@ -48,6 +48,7 @@ class Run:
 
     Args:
         scheduler: the pipeline's, its timesteps set for this run.
+        timestep_scale: by which its timesteps are divided before the transformer gets them.
 
     Attributes:
         sigmas: float32 noise level of each of the scheduler's steps.
@@ -55,14 +56,14 @@ class Run:
         index: index of the current step.
     """
 
-    def __init__(self, scheduler):
-        self.scheduler = scheduler
+    def __init__(self, scheduler, timestep_scale: float):
+        self.scheduler, self.timestep_scale = scheduler, timestep_scale
         self.identity = scheduler.timesteps  # a new tensor every run; kept, so that its address can't be reused
         self.timesteps = scheduler.timesteps.tolist()
         sigmas = getattr(scheduler, "sigmas", None)
         known = sigmas is not None and len(sigmas) >= len(self.timesteps)
-        self.train_steps = scheduler.config.get("num_train_timesteps", 1000)
-        self.sigmas = sigmas.tolist() if known else [t / self.train_steps for t in self.timesteps]
+        train_steps = scheduler.config.get("num_train_timesteps", 1000)
+        self.sigmas = sigmas.tolist() if known else [t / train_steps for t in self.timesteps]
         self.begin: int | None = None
         self.index = -1
 
@@ -85,7 +86,7 @@ class Run:
         """
         if getattr(self.scheduler, "num_inference_steps", None) is None:
             return None
-        value = float(timestep.reshape(-1)[0]) * self.train_steps
+        value = float(timestep.reshape(-1)[0]) * self.timestep_scale
         tolerance = max(torch.finfo(timestep.dtype).eps, 1e-6) * abs(value) + 1e-3
         near = [i for i, t in enumerate(self.timesteps) if abs(t - value) <= tolerance]
         position = getattr(self.scheduler, "step_index", None)
@@ -265,13 +266,13 @@ class StepHook(ModelHook):
         scheduler = self.pipe.scheduler
         if self.run is None or not self.run.covers(scheduler):
             self.forget()
-            self.run = Run(scheduler)
+            self.run = Run(scheduler, self.adapter.timestep_scale)
         index = self.run.locate(timestep)
         if index is None:
             return None
         if index < self.run.index:  # the same timesteps from the start again
             self.forget()
-            self.run = Run(scheduler)
+            self.run = Run(scheduler, self.adapter.timestep_scale)
         run = self.run
         if index != run.index:
             self._calls_at_step = {}

@@ -25,7 +25,7 @@ import lesa
 from lesa.demo import digits
 from lesa.hook import Run
 from lesa.models import adapter_for
-from lesa.models.flux import FluxAdapter
+from lesa.models.adapter import Adapter
 from lesa_kernels import FeatureRing, FusedKANPredictor, PredictorConfig, TieredRing, output_head
 
 STEPS = 12
@@ -908,7 +908,7 @@ def test_half_precision_everything_computed_is_bit_exact(fresh_pipe, generate):
 @pytest.mark.parametrize("steps", [10, 50, 200, 1000])
 def test_steps_are_located_by_the_schedulers_position(pipe, dtype, steps):
     pipe.scheduler.set_timesteps(steps)
-    run = Run(pipe.scheduler)
+    run = Run(pipe.scheduler, 1000)
     for index, t in enumerate(pipe.scheduler.timesteps):
         pipe.scheduler._step_index = index
         assert run.locate(t.to(dtype).expand(2) / 1000) == index
@@ -919,7 +919,7 @@ def test_steps_are_located_without_a_position():
     timesteps = torch.linspace(1, 1 / 50, 50) * 1000
     scheduler = SimpleNamespace(timesteps=timesteps, config={}, sigmas=None, num_inference_steps=50)
     for dtype in (torch.float32, torch.bfloat16):
-        run = Run(scheduler)
+        run = Run(scheduler, 1000)
         assert run.sigmas == pytest.approx([1 - i / 50 for i in range(50)], abs=1e-6)
         for index, t in enumerate(timesteps):
             assert run.locate((t.to(dtype) / 1000).expand(2)) == index
@@ -1001,8 +1001,11 @@ def assert_head_is_exact(transformer, call):
     grab.remove()
     adapter = adapter_for(SimpleNamespace(transformer=transformer))
     with torch.no_grad():
-        actual = adapter.head(adapter.bind((), call), seen[0][0])
-        head = adapter.output_head(seen[0][1])
+        bound, features = adapter.bind((), call), seen[0][0]
+        conditioning = adapter.conditioning(bound, features.dtype)
+        assert torch.equal(conditioning, seen[0][1])
+        actual = adapter.output(bound, adapter.head(features, conditioning, bound))
+        head = adapter.output_head(conditioning)
     assert torch.equal(actual[0], expected[0])
     assert type(actual) is type(expected)
     return seen[0][0], expected[0], head
@@ -1079,7 +1082,7 @@ def test_a_plain_head_is_computed_with_the_forecast(pipe, generate, monkeypatch)
     with lesa.enable_cache(pipe, predictor, schedule) as handle:
         plain = generate(pipe, labels=(3,))
         assert handle.stats.streams["cond"].fused == []
-        monkeypatch.delattr(FluxAdapter, "head")  # the model's own head is not run
+        monkeypatch.delattr(Adapter, "head")  # the model's own head is not run
         on_kernels(predictor)
         fused = generate(pipe, labels=(3,))
     stream = handle.stats.streams["cond"]
@@ -1177,7 +1180,8 @@ def test_the_head_as_tensors_is_the_models(pipe, guidance, dtype):
         call["guidance"] = torch.full((2,), 3.5, dtype=dtype)
     features = torch.randn(2, 64, DIM, dtype=dtype)
     with torch.no_grad():
-        expected = adapter.head(call, features)[0]
-        actual = output_head(features, adapter.head_of(call, dtype))
+        conditioning = adapter.conditioning(call, dtype)
+        expected = adapter.head(features, conditioning, call)
+        actual = output_head(features, adapter.output_head(conditioning))
     tolerance = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())

@@ -1,12 +1,13 @@
 """One small adapter per model family: where the output head begins, and what it needs."""
 
+from lesa.models.adapter import Adapter
 from lesa.models.flux import FluxAdapter
 from lesa_kernels._checks import Said, argument_error
 
 ADAPTERS = (FluxAdapter,)
 
 
-def adapter_for(pipe):
+def adapter_for(pipe) -> Adapter:
     """The adapter of the pipeline's transformer.
 
     Args:

@@ -1,0 +1,161 @@
+"""What lesa needs to know of a transformer whose output head is an AdaLN and a linear projection."""
+
+import inspect
+
+import numpy as np
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils.peft_utils import apply_lora_scale
+
+from lesa.models.plain_head import why_not_plain
+from lesa_kernels import OutputHead
+
+
+class Adapter:
+    """Base of the adapters, one for each model family.
+
+    A family names its classes and says what conditions its head. Where the transformer's output is not the projected
+    tokens as they are, it says how they are put together, too. The base expects the modules `norm_out`, an
+    `AdaLayerNormContinuous`, `proj_out`, a linear layer, and `time_text_embed`, and blocks in `transformer_blocks`.
+
+    Args:
+        transformer: an instance of one of `transformer_classes`.
+
+    Attributes:
+        family: its name, which predictors and recordings carry.
+        transformer_classes: the classes of transformers that it handles.
+        timestep_scale: the number by which the family's pipelines divide the scheduler's timesteps for the transformer.
+        attention_kwargs: name of the argument of `forward` that carries the scale of LoRA.
+        conditioned_on: names of the arguments beside `timestep` that `condition` reads; each is None or has a leading
+            dimension of B.
+        feature_dim: D, the width of the features.
+    """
+
+    family: str
+    transformer_classes: tuple[type, ...]
+    timestep_scale = 1.0
+    attention_kwargs = "attention_kwargs"
+    conditioned_on: tuple[str, ...] = ()
+
+    def __init__(self, transformer: torch.nn.Module):
+        self.transformer = transformer
+        config = transformer.config
+        self.feature_dim: int = config.num_attention_heads * config.attention_head_dim
+        parameters = [*inspect.signature(type(transformer).forward).parameters.values()][1:]
+        self._names = [p.name for p in parameters]
+        self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        self._head_modules = torch.nn.ModuleList([transformer.time_text_embed, self.head_entry, self.projection])
+
+    # What a family has to say, or may say otherwise
+
+    def condition(self, timestep: torch.Tensor, inputs: dict, dtype: torch.dtype) -> torch.Tensor:
+        """The second input of `head_entry`, as the transformer's forward makes it.
+
+        Args:
+            timestep: `[B]`, as it was passed to the transformer.
+            inputs: the arguments named in `conditioned_on`.
+            dtype: of the features.
+
+        Returns:
+            `[B, D]`.
+        """
+        raise NotImplementedError
+
+    def shape(self, call: dict) -> tuple[int, int]:
+        """Batch and tokens of the features that this call computes."""
+        return tuple(call["hidden_states"].shape[:2])
+
+    def arrange(self, call: dict, velocity: torch.Tensor) -> torch.Tensor:
+        """The projected tokens `[B, T, O]` in the shape of the transformer's output."""
+        return velocity
+
+    def decode(self, pipe, latents: torch.Tensor, height: int | None = None, width: int | None = None) -> np.ndarray:
+        """Images from what the pipeline returns with `output_type="latent"`, as the pipeline itself decodes them.
+
+        Args:
+            pipe: the pipeline.
+            latents: as the pipeline returned them.
+            height, width: as they were passed to the pipeline, in pixels.
+
+        Returns:
+            `[B, height, width, 3]` float32 in [0, 1]; videos `[B, frames, height, width, 3]`.
+        """
+        raise NotImplementedError
+
+    # What follows from it
+
+    @classmethod
+    def handles(cls, transformer) -> bool:
+        """Whether this adapter is made for `transformer`."""
+        return isinstance(transformer, cls.transformer_classes)
+
+    @property
+    def head_entry(self) -> torch.nn.Module:
+        """The module whose first input is the features to forecast `[B, T, D]`, and the second the conditioning."""
+        return self.transformer.norm_out
+
+    @property
+    def projection(self) -> torch.nn.Module:
+        """The head's last layer, which a recording keeps the weights of."""
+        return self.transformer.proj_out
+
+    @property
+    def head_modules(self) -> torch.nn.ModuleList:
+        """All that a predicted step runs of the transformer."""
+        return self._head_modules
+
+    @property
+    def counted_module(self) -> torch.nn.Module:
+        """A module inside the first block's attention, which runs exactly when that attention is computed.
+
+        lesa skips all of a step or nothing. A cache that skips only attentions computes the rest in every step.
+        """
+        return self.transformer.transformer_blocks[0].attn.norm_q
+
+    def bind(self, args: tuple, kwargs: dict) -> dict:
+        """The transformer's arguments by name. Wrong ones are left for the transformer to refuse."""
+        return {**self._defaults, **dict(zip(self._names, args)), **kwargs}
+
+    def conditioning(self, call: dict, dtype: torch.dtype) -> torch.Tensor:
+        """`condition` for one call `[B, D]`, under the call's LoRA scale."""
+        inputs = {name: call[name] for name in self.conditioned_on}
+        return self.scaled(call, self.condition, call["timestep"], inputs, dtype)
+
+    def head(self, features: torch.Tensor, conditioning: torch.Tensor, call: dict) -> torch.Tensor:
+        """The model's own `norm_out` and `proj_out` `[B, T, O]`, under the call's LoRA scale."""
+        return self.scaled(call, lambda: self.projection(self.head_entry(features, conditioning)))
+
+    def scaled(self, call: dict, function, *args):
+        """`function(*args)` while the head's LoRA layers have the scale that this call asks for."""
+        return _scaled(self._head_modules, function, args, joint_attention_kwargs=call[self.attention_kwargs])
+
+    def output(self, call: dict, velocity: torch.Tensor):
+        """Projected tokens `[B, T, O]` as the transformer returns them."""
+        sample = self.arrange(call, velocity)
+        return Transformer2DModelOutput(sample=sample) if call["return_dict"] else (sample,)
+
+    def why_head_not_plain(self, own_hook: int, device: torch.device) -> str | None:
+        """Why the head must run in the model's own modules, or None; see `why_not_plain`."""
+        return why_not_plain(self.head_entry, self.projection, own_hook, device)
+
+    def output_head(self, conditioning: torch.Tensor) -> OutputHead:
+        """The head as plain tensors, modulated for one step.
+
+        Args:
+            conditioning: `[B, D]`, the second input of `head_entry`.
+        """
+        norm, projection = self.head_entry, self.projection
+        scale, shift = norm.linear(norm.silu(conditioning).to(norm.linear.weight.dtype)).chunk(2, dim=1)
+        return OutputHead(projection.weight, projection.bias, scale, shift, norm.norm.eps)
+
+
+@apply_lora_scale("joint_attention_kwargs")
+def _scaled(modules, function, args, joint_attention_kwargs=None):
+    return function(*args)
+
+
+@torch.no_grad()
+def decoded(pipe, latents: torch.Tensor) -> np.ndarray:
+    """What the pipeline's VAE and image processor make of unpacked latents `[B, C, h, w]`."""
+    images = pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
+    return pipe.image_processor.postprocess(images, output_type="np")
