@@ -1,96 +1,19 @@
 """`enable_cache`: predicts most denoising steps of a diffusers pipeline."""
 
+import functools
+import math
 import numbers
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from lesa.hook import Run, StepHook, installed_hook
+from lesa.conditioning import Conditioner
+from lesa.hook import Call, Run, StepHook, installed_hook
 from lesa.models import adapter_for
 from lesa.schedule import FEW_STEPS, Schedule, ScheduleLike, as_schedule
+from lesa.stats import CacheStats, StreamStats
 from lesa_kernels import FeatureRing, FusedKANPredictor, TieredRing
 from lesa_kernels._checks import Said, argument_error, check_int
-
-
-@dataclass
-class StreamStats:
-    """What happened in one stream of calls, such as the conditional one.
-
-    Args:
-        computed: the executed steps that ran the transformer, in order.
-        predicted: the executed steps that were forecast, in order.
-        fused: those of the predicted steps whose forecast and output head were one kernel.
-        reasons: why each computed step was computed.
-        ring_device_bytes, ring_host_bytes: what the ring of features takes on its device, and in host memory beside it;
-            0 before the first computed step. The rings are freed when the run ends.
-    """
-
-    computed: list[int] = field(default_factory=list)
-    predicted: list[int] = field(default_factory=list)
-    fused: list[int] = field(default_factory=list)
-    reasons: dict[int, str] = field(default_factory=dict)
-    ring_device_bytes: int = 0
-    ring_host_bytes: int = 0
-
-
-@dataclass
-class CacheStats:
-    """What happened in the latest run of the pipeline.
-
-    Args:
-        runs: how many runs began since the cache was enabled.
-        unlocated: how many calls since then were computed because their timestep was none of the scheduler's.
-        streams: statistics by stream.
-        notes: what is worth knowing of the run, such as a schedule other than the trained one.
-    """
-
-    runs: int = 0
-    unlocated: int = 0
-    streams: dict[str, StreamStats] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def computed_steps(self) -> int:
-        """Number of steps at which any stream ran the transformer."""
-        return len({step for stream in self.streams.values() for step in stream.computed})
-
-    @property
-    def predicted_steps(self) -> int:
-        """Number of steps at which every stream was forecast."""
-        predicted = {step for stream in self.streams.values() for step in stream.predicted}
-        return len(predicted.difference(*(stream.computed for stream in self.streams.values())))
-
-    @property
-    def ring_device_bytes(self) -> int:
-        """Bytes that the rings of all streams take on the device."""
-        return sum(stream.ring_device_bytes for stream in self.streams.values())
-
-    @property
-    def ring_host_bytes(self) -> int:
-        """Bytes that the rings of all streams take in host memory beside it."""
-        return sum(stream.ring_host_bytes for stream in self.streams.values())
-
-    def summary(self) -> str:
-        """A few lines for people."""
-        lines = []
-        for name, stream in self.streams.items():
-            steps = ",".join(map(str, stream.computed))
-            lines.append(f"{name}: computed {len(stream.computed)} ({steps}), predicted {len(stream.predicted)} steps")
-            if stream.fused:
-                lines[-1] += f", {len(stream.fused)} of them in one kernel with the output head"
-            if stream.ring_device_bytes:
-                lines[-1] += f"; its features take {_mebibytes(stream.ring_device_bytes)}"
-            if stream.ring_host_bytes:
-                lines[-1] += f", and {_mebibytes(stream.ring_host_bytes)} of host memory"
-            unplanned = {s: r for s, r in stream.reasons.items() if r != "scheduled"}
-            lines += [f"  step {step}: {reason}" for step, reason in unplanned.items()]
-        if self.unlocated:
-            lines.append(f"computed {self.unlocated} calls whose timestep was not one of the scheduler's")
-        return "\n".join(lines + self.notes) or "no step ran yet"
-
-
-def _mebibytes(nbytes: int) -> str:
-    return f"{nbytes / 2**20:.1f} MiB"
 
 
 class CacheHandle:
@@ -120,6 +43,7 @@ def enable_cache(
     predictor: FusedKANPredictor,
     schedule: ScheduleLike | None = None,
     max_device_bytes: int | None = None,
+    strict: bool = False,
 ) -> CacheHandle:
     """Lets `predictor` forecast the steps of `pipe` that `schedule` does not compute.
 
@@ -131,6 +55,8 @@ def enable_cache(
             of fewer than 10 steps are computed whole, unless it was trained at that number.
         max_device_bytes: the most that the stored features of one stream of calls may take on the device; beyond it the
             oldest ones wait in host memory, which costs time. Guidance by two calls per step has two streams.
+        strict: raise `RuntimeError` where a step that the schedule leaves out can't be predicted. Otherwise it is
+            computed, with a warning, and `stats` says why. A run of few steps that is computed whole is no error.
 
     Returns:
         A handle with `stats` and `disable()`, usable as a context manager.
@@ -196,7 +122,7 @@ def enable_cache(
         schedule = as_schedule(schedule)
     if max_device_bytes is not None:
         check_int("max_device_bytes", max_device_bytes)
-    hook = _CacheHook(pipe, adapter, predictor.eval(), schedule, as_trained, max_device_bytes)
+    hook = _CacheHook(pipe, adapter, predictor.eval(), schedule, as_trained, max_device_bytes, strict)
     hook.install()
     return CacheHandle(hook)
 
@@ -208,112 +134,172 @@ def disable_cache(pipe) -> None:
         hook.uninstall()
 
 
+@dataclass
+class _Stream:
+    """What a run keeps of one stream of calls."""
+
+    stats: StreamStats
+    conditioner: Conditioner
+    ring: FeatureRing | TieredRing | None = None
+    shape: tuple[int, int] | None = None  # batch and tokens of the call whose features are the newest in the ring
+
+
 class _CacheHook(StepHook):
     """Computes or predicts each call."""
 
-    def __init__(self, pipe, adapter, predictor, schedule, as_trained, max_device_bytes):
+    def __init__(self, pipe, adapter, predictor, schedule, as_trained, max_device_bytes, strict):
         super().__init__(pipe, adapter)
         self.predictor, self.schedule, self.as_trained = predictor, schedule, as_trained
-        self.max_device_bytes = max_device_bytes
+        self.max_device_bytes, self.strict = max_device_bytes, strict
+        self._keeps_forecasts = predictor.config.history == "steps"
         self.stats = CacheStats()
-        self.rings: dict[str, FeatureRing | TieredRing] = {}
+        self.streams: dict[str, _Stream] = {}
         self.computed: frozenset[int] = frozenset()
         self.forecasts_are_finite = True
 
     def forget(self) -> None:
         super().forget()
-        self.rings = {}
+        self.streams = {}
         self.forecasts_are_finite = True
 
     def on_run(self, run: Run) -> None:
         """Chooses the computed steps of the run."""
-        self.stats.runs += 1
-        self.stats.streams = {}
-        self.stats.notes = []
+        self.stats.begin_run()
+        self._note_adapters()
         config, sigmas = self.predictor.config, run.executed_sigmas
         total = len(sigmas)
         if self.as_trained and total < FEW_STEPS and total != config.num_inference_steps:
-            self.stats.notes.append(f"computed everything: {total} steps are too few to predict any")
+            self.stats.note(f"computed everything: {total} steps are too few to predict any")
             self.computed = frozenset(range(total))
             return
         schedule = as_schedule(self.schedule, total)
         if schedule.sigmas is None and schedule.num_inference_steps not in (None, total):
             meant = schedule.num_inference_steps
-            self.stats.notes.append(f"the schedule is for {meant} steps and has no noise levels: its indices stand")
+            self.stats.note(f"the schedule is for {meant} steps and has no noise levels: its indices stand")
         beyond = [step for step in schedule.steps if step >= total]
         if schedule.sigmas is None and beyond:
             steps = ",".join(map(str, beyond))
-            self.stats.notes.append(f"the run has {total} steps, which leaves out the schedule's {steps}")
+            self.stats.note(f"the run has {total} steps, which leaves out the schedule's {steps}")
         self.computed = schedule.computed_in(sigmas)
         if config.num_inference_steps not in (None, total):
             trained = config.num_inference_steps
-            self.stats.notes.append(f"the predictor was trained at {trained} steps, this run has {total}")
+            self.stats.note(f"the predictor was trained at {trained} steps, this run has {total}")
         elif config.schedule is not None and self.computed != frozenset(config.schedule):
             steps = ",".join(map(str, config.schedule))
-            self.stats.notes.append(f"the predictor was trained with the computed steps {steps}")
+            self.stats.note(f"the predictor was trained with the computed steps {steps}")
+
+    def _note_adapters(self) -> None:
+        transformer = self.adapter.transformer
+        if getattr(transformer, "_hf_peft_config_loaded", False) and (names := transformer.active_adapters()):
+            note = (
+                f"the adapters {', '.join(names)} are on: unless the predictor was trained with them, its forecasts "
+                "are less close"
+            )
+            self.stats.note(note)
+            self.warn(note)
 
     def on_unlocated(self) -> None:
         self.stats.unlocated += 1
-        self.rings = {}  # another run has the transformer; what was computed before it is no history any more
+        self.streams = {}  # another run has the transformer; what was computed before it is no history any more
+        self._fall_back(
+            "the timestep is not one of the scheduler's, or not the one that it is at",
+            "A cached transformer serves the scheduler of the pipeline that the cache was enabled for.",
+        )
 
-    def on_call(self, step, stream, sigma, call, compute):
-        stats = self.stats.streams.setdefault(stream, StreamStats())
-        ring = self.rings.get(stream)
-        reason = self._reason_to_compute(step, ring, call)
-        if reason is None:
-            output, features = self._predict(step, ring, sigma, call, stats)
-            if torch.isfinite(output[0]).all():
-                if self.predictor.config.history == "steps":
-                    ring.push(features, sigma)
-                stats.predicted.append(step)
-                return output
-            if step in stats.fused:
-                stats.fused.remove(step)
-            self.forecasts_are_finite = False
-            reason = "the forecast was not finite"
-            self.warn(f"{reason}: computing this step and the rest of the run")
-        stats.computed.append(step)
-        stats.reasons[step] = reason
-        del ring  # a new one may take its place
-        return compute(lambda features, conditioning: self._push(stream, features, sigma))
+    def wants_prediction(self, call) -> bool:
+        stream = self.streams.get(call.stream)
+        if stream is None:
+            stats = self.stats.streams.setdefault(call.stream, StreamStats())
+            stream = self.streams[call.stream] = _Stream(stats, Conditioner(self.adapter))
+        stream.stats.begin(call.step, call.arguments["hidden_states"].device)
+        if call.step in self.computed:
+            stream.stats.reasons[call.step] = "scheduled"
+            return False
+        if not self.forecasts_are_finite:  # which was said when it was found
+            stream.stats.reasons[call.step] = "an earlier forecast was not finite"
+            return False
+        reason, remedy = self._why_not(stream, call)
+        if reason is not None:
+            stream.stats.reasons[call.step] = reason
+            self._fall_back(reason, remedy)
+        return reason is None
 
-    def _predict(self, step, ring, sigma, call, stats):
-        """The transformer's output at a skipped step, and the forecast, or None if it was never in memory."""
-        keeps_none = self.predictor.config.history == "anchors" and not torch.is_grad_enabled()
-        conditioning = self.adapter.conditioning(call, ring.dtype)
-        if keeps_none and self.predictor.fuses_velocity(ring):
-            reason = self.adapter.why_head_not_plain(self._capture.id, ring.device)
-            if reason is None:
-                head = self.adapter.output_head(conditioning)
-                if self.predictor.fuses_velocity(ring, head):
-                    stats.fused.append(step)
-                return self.adapter.output(call, self.predictor.predict_velocity(ring, sigma, head)), None
-            note = f"the output head ran in the model's own modules: {reason}"
-            if note not in self.stats.notes:
-                self.stats.notes.append(note)
-        features = self.predictor(ring, sigma)
-        return self.adapter.output(call, self.adapter.head(features, conditioning, call)), features
+    def _why_not(self, stream: _Stream, call: Call) -> tuple[str | None, str]:
+        """Why a step that the schedule leaves out can't be predicted, or None; and what helps."""
+        if stream.ring is None:
+            return "no history", "Compute an earlier step of this stream: choose another schedule."
+        if stream.shape != self.adapter.shape(call.arguments):
+            return "the shape changed", "Keep batch and size the same in a run."
+        device = next(self.predictor.parameters()).device
+        if device != stream.ring.device:
+            return (
+                f"the predictor is on {device}, and the features on {stream.ring.device}",
+                f"Move it with `predictor.to('{stream.ring.device}')`.",
+            )
+        return None, ""
 
-    def _reason_to_compute(self, step, ring, call) -> str | None:
-        if step in self.computed:
-            return "scheduled"
+    def predict(self, call, arguments):
+        stream, predictor = self.streams[call.stream], self.predictor
+        ring, conditioner = stream.ring, stream.conditioner
+        if self._keeps_forecasts or torch.is_grad_enabled() or not predictor.fuses_velocity(ring):
+            pass  # the forecast is needed, or its gradient
+        else:
+            why = self.adapter.why_head_not_plain(self._capture.id, ring.device)
+            if why is None:
+                head = conditioner.head(self.run, arguments, ring.dtype)
+                if predictor.fuses_velocity(ring, head):
+                    stream.stats.fused.append(call.step)
+                return self.adapter.output(arguments, predictor.predict_velocity(ring, call.sigma, head))
+            self.stats.note(f"the output head ran in the model's own modules: {why}")
+        features = self._forecast = predictor(ring, call.sigma)
+        conditioning = conditioner.conditioning(self.run, arguments, ring.dtype)
+        return self.adapter.output(arguments, self.adapter.head(features, conditioning, arguments))
+
+    def accepts(self, call, output) -> bool:
+        """Sends for the sum of the output, which says whether it is finite. A CPU answers at once, a GPU later."""
+        stream = self.streams[call.stream]
+        self.post(output[0].sum(dtype=torch.float32), functools.partial(self._on_sum, call, self.run))
         if not self.forecasts_are_finite:
-            return "an earlier forecast was not finite"
-        if ring is None:
-            return "no history"
-        if (ring.batch, ring.tokens) != self.adapter.shape(call):
-            return "the shape changed"
-        return None
+            return False
+        if self._keeps_forecasts:
+            stream.ring.push(self._forecast, call.sigma)
+        stream.stats.predicted.append(call.step)
+        stream.stats.end(call.step, output[0].device)
+        return True
 
-    def _push(self, stream, features, sigma) -> None:
-        ring = self.rings.get(stream)
+    def _on_sum(self, call: Call, run: Run, value: float) -> None:
+        if math.isfinite(value) or run is not self.run:
+            return
+        self.forecasts_are_finite = False
+        stats, reason = self.streams[call.stream].stats, "the forecast was not finite"
+        late = call.step in stats.predicted
+        if not late:
+            if call.step in stats.fused:
+                stats.fused.remove(call.step)
+            stats.reasons[call.step] = reason
+        remedy = "So is the rest of the run. Check the predictor with `lesa.evaluate`, or use bfloat16."
+        self._fall_back(reason, remedy)
+
+    def _fall_back(self, reason: str, remedy: str) -> None:
+        """Warns that something is computed that was not to be, or raises."""
+        if self.strict:
+            raise RuntimeError(f"lesa: a step can't be predicted: {reason}. {remedy} Without `strict`, it is computed.")
+        self.warn(f"{reason}: computing. {remedy}")
+
+    def keep(self, call, features, conditioning) -> None:
+        stream = self.streams[call.stream]
+        self._push(stream, features, call.sigma)
+        stream.shape = self.adapter.shape(call.arguments)
+        stream.stats.computed.append(call.step)
+        stream.stats.end(call.step, features.device)
+
+    def _push(self, stream: _Stream, features, sigma) -> None:
+        ring = stream.ring
         fits = ring is not None and (ring.batch, ring.tokens, ring.dim) == features.shape
         if not fits or (ring.dtype, ring.device) != (features.dtype, features.device):
-            self.rings.pop(stream, None)
-            ring = None  # the last name of it: it is freed before another one takes memory
+            stream.ring = ring = None  # the last name of it: it is freed before another one takes memory
             batch, tokens, _ = features.shape
             ring = self.predictor.make_ring(batch, tokens, features.dtype, features.device, self.max_device_bytes)
-            self.rings[stream] = ring
-            stats = self.stats.streams[stream]
-            stats.ring_device_bytes, stats.ring_host_bytes = ring.device_nbytes, ring.host_nbytes
+            stream.ring = ring
+            stream.stats.ring_device_bytes, stream.stats.ring_host_bytes = ring.device_nbytes, ring.host_nbytes
         ring.push(features, sigma)

@@ -1,16 +1,25 @@
 """The hook on a transformer: which run, which step and which stream a call belongs to, and its features."""
 
+import functools
+import itertools
 import threading
+import types
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import StateManager
+from diffusers.hooks.hooks import HookFunctionReference, StateManager
 
+from lesa.mailbox import Mailbox
 from lesa_kernels._checks import Said, argument_error
 
 HOOK_NAME = "lesa"
+COMPILE_FIRST = (
+    "lesa decides outside of the compiled graph: compile with `pipe.transformer.compile(...)`, or call "
+    "`torch.compile(pipe.transformer, fullgraph=True)` before `lesa.enable_cache`"
+)
 
 
 def installed_hook(transformer) -> "StepHook | None":
@@ -51,9 +60,11 @@ class Run:
         timestep_scale: by which its timesteps are divided before the transformer gets them.
 
     Attributes:
+        timesteps: the scheduler's.
         sigmas: float32 noise level of each of the scheduler's steps.
         begin: index of the first step that was executed, or None before it.
         index: index of the current step.
+        exact: whether all samples are known to get the timesteps that `passed` gives, to the bit.
     """
 
     def __init__(self, scheduler, timestep_scale: float):
@@ -66,6 +77,8 @@ class Run:
         self.sigmas = sigmas.tolist() if known else [t / train_steps for t in self.timesteps]
         self.begin: int | None = None
         self.index = -1
+        self.exact = False
+        self._passed: dict[torch.dtype, list[float]] = {}
 
     def covers(self, scheduler) -> bool:
         """Whether the scheduler is still in this run: a new run sets new timesteps."""
@@ -76,7 +89,26 @@ class Run:
         """Noise levels of the steps that this run executes."""
         return self.sigmas[self.begin : len(self.timesteps)]
 
-    def locate(self, timestep: torch.Tensor) -> int | None:
+    @property
+    def position(self) -> int | None:
+        """The index at which the scheduler says that it is, or None where it does not say."""
+        index = getattr(self.scheduler, "step_index", None)
+        return getattr(self.scheduler, "begin_index", None) if index is None else index
+
+    def passed(self, dtype: torch.dtype) -> list[float]:
+        """The timesteps as a pipeline passes them to the transformer in `dtype`: rounded, and then divided."""
+        if dtype not in self._passed:
+            timesteps = torch.tensor(self.timesteps).to(dtype)
+            self._passed[dtype] = (timesteps / self.timestep_scale if self.timestep_scale != 1 else timesteps).tolist()
+        return self._passed[dtype]
+
+    def near(self, value: float, dtype: torch.dtype) -> list[int]:
+        """The steps whose timestep is the passed `value`, as far as the precision of `dtype` tells them apart."""
+        value *= self.timestep_scale
+        tolerance = max(torch.finfo(dtype).eps, 1e-6) * abs(value) + 1e-3
+        return [i for i, t in enumerate(self.timesteps) if abs(t - value) <= tolerance]
+
+    def locate(self, value: float, dtype: torch.dtype) -> int | None:
         """The index of the scheduler's timestep that the transformer was given, or None.
 
         The value has the latents' precision, where neighbours can merge. Of the candidates the scheduler's own position
@@ -86,17 +118,30 @@ class Run:
         """
         if getattr(self.scheduler, "num_inference_steps", None) is None:
             return None
-        value = float(timestep.reshape(-1)[0]) * self.timestep_scale
-        tolerance = max(torch.finfo(timestep.dtype).eps, 1e-6) * abs(value) + 1e-3
-        near = [i for i, t in enumerate(self.timesteps) if abs(t - value) <= tolerance]
-        position = getattr(self.scheduler, "step_index", None)
-        if position is None:
-            position = getattr(self.scheduler, "begin_index", None)
+        near, position = self.near(value, dtype), self.position
         if position is not None:
             return position if position in near else None
         if self.begin is not None:
             near = [i for i in near if i <= self.index + 1]
+        value *= self.timestep_scale
         return min(near, key=lambda i: (i < self.index, abs(self.timesteps[i] - value)), default=None)
+
+
+@dataclass
+class Call:
+    """One call of the transformer.
+
+    Args:
+        step: index among the executed steps of the run.
+        stream: name of the stream of calls, such as "cond".
+        sigma: the step's noise level.
+        arguments: the transformer's, by name, as the caller passed them.
+    """
+
+    step: int
+    stream: str
+    sigma: float
+    arguments: dict
 
 
 class _ContextTracker(StateManager):
@@ -113,8 +158,31 @@ class _ContextTracker(StateManager):
         self.name = None
 
 
+class _InnerGate:
+    """Stands in the place of `forward`, a bound method of the transformer; without a hook it lets all calls through."""
+
+    __slots__ = ("hook", "forward", "__dict__")  # wrappers copy the `__dict__` of what they wrap, and keep it
+
+    def __init__(self, hook: "StepHook", forward: Callable):
+        functools.update_wrapper(self, forward)  # for `inspect.signature`
+        self.hook, self.forward = hook, forward
+
+    def __call__(self, *args, **kwargs):
+        hook = self.hook
+        if hook is None or hook.inside == "compute":
+            return self.forward(*args, **kwargs)
+        if hook.inside == "predict":
+            return hook.predict_inside(args, kwargs)
+        return hook.enter(self.forward, args, kwargs)  # a call that came past the outer gate
+
+
 class StepHook(ModelHook):
-    """Base of the hooks on a transformer. Finds run, step and stream of each call and hands it to `on_call`.
+    """Base of the hooks on a transformer, which has two gates there.
+
+    The outer one stands before everything that a call of the transformer runs, compiled or not. It finds run, step and
+    stream, and decides whether the transformer is computed. The inner one stands in the place of the class's `forward`,
+    below all that wraps it, such as offloading, context parallelism and hooks. In a step that is not computed it does
+    the subclass's `predict` instead. So whatever wraps `forward` sees every step, in whichever order it was put on.
 
     Args:
         pipe: the pipeline whose scheduler tells the steps.
@@ -128,10 +196,16 @@ class StepHook(ModelHook):
         self.pipe, self.adapter = pipe, adapter
         self.context = _ContextTracker()
         self.run: Run | None = None
-        self._calls_at_step: dict[str | None, int] = {}
-        self._on_features: Callable | None = None  # set while a computed step runs
+        self._sources: dict[str, tuple] = {}  # by stream, its context and the text of its latest call
+        self._called: set[str] = set()  # the streams that were called in this step
         self._entered = threading.Lock()  # held while a call is under way
+        self._call: Call | None = None
+        self.inside: str | None = None  # what the inner gate does now: "compute" or "predict"
+        self._captured: tuple | None = None
+        self._mailbox = Mailbox()
         self._warned: set[str] = set()
+
+    # Putting it on and taking it off
 
     def install(self) -> None:
         """Puts the hook on the transformer.
@@ -142,40 +216,53 @@ class StepHook(ModelHook):
         transformer = self.adapter.transformer
         check_uncached(transformer)
         self._had_registry = hasattr(transformer, "_diffusers_hook")
-        self._had_forward = "forward" in transformer.__dict__
-        registry = HookRegistry.check_if_exists_or_initialize(transformer)
-        registry.register_hook(self, HOOK_NAME)
-        self._forward, self._link = transformer.forward, self.fn_ref.forward
+        _join(HookRegistry.check_if_exists_or_initialize(transformer), self)
+        self._forward = types.MethodType(type(transformer).forward, transformer)
+        self._gate = _InnerGate(self, self._forward)
+        if not _replace_forward(transformer, self._forward, self._gate):  # a wrapper that does not show what it wraps
+            self._forward = transformer.forward
+            transformer.forward = self._gate = _InnerGate(self, self._forward)
+        # A module that `torch.compile` returned is called in the place of the transformer.
+        self._called_module = self.pipe.transformer
+        attributes = vars(self._called_module)
+        self._compiled = attributes.get("_compiled_call_impl")
+        attributes["_compiled_call_impl"] = self._outer_gate
+        attributes["compile"] = self._compile
         self._capture = self.adapter.head_entry.register_forward_pre_hook(self._on_head_entry)
 
     def uninstall(self) -> None:
         """Restores the transformer. Does nothing if the hook is off already.
 
-        A wrapper that was put around `forward` since, such as accelerate's for offloading, stays and works on: the link
-        that it holds lets calls through.
+        A wrapper that was put around `forward` meanwhile, such as accelerate's for offloading, stays and works on.
         """
         transformer = self.adapter.transformer
         if installed_hook(transformer) is not self:
             return
+        self._gate.hook = None  # it stays open: a wrapper may hold it unseen
         self._capture.remove()
+        attributes = vars(self._called_module)
+        del attributes["compile"], attributes["_compiled_call_impl"]
+        if self._compiled is not None:
+            attributes["_compiled_call_impl"] = self._compiled
+        _replace_forward(transformer, self._gate, self._forward)
         registry = transformer._diffusers_hook
-        names = [*registry.hooks]
-        later = names[names.index(HOOK_NAME) + 1 :]
-        caller = registry.hooks[later[0]].fn_ref if later else transformer
-        if self.fn_ref.forward is not self._link:  # a hook below was removed: diffusers put what it had below here
-            self.fn_ref.original_forward = self.fn_ref.forward
-        link = caller.forward
-        registry.remove_hook(HOOK_NAME, recurse=False)  # it also gives the caller a new link, whatever the old one was
-        if link is not self._forward:
-            caller.forward, through = link, ModelHook()
-            self.fn_ref.pre_forward, self.fn_ref.post_forward = through.pre_forward, through.post_forward
-            self.fn_ref.forward = self.fn_ref.original_forward
-        elif not registry.hooks:
-            if not self._had_forward:
-                del transformer.forward
-            if not self._had_registry:
-                del transformer._diffusers_hook
+        _leave(registry)
+        if not registry.hooks and not self._had_registry:
+            del transformer._diffusers_hook
         self.forget()
+
+    def _compile(self, *args, **kwargs) -> None:
+        """In the place of the module's own `compile`: what is compiled is behind the outer gate."""
+        self._compiled = torch.compile(self._called_module._call_impl, *args, **kwargs)
+
+    def __deepcopy__(self, memo):
+        raise argument_error(
+            "transformer",
+            "have no cache on to be copied",
+            Said("one with lesa on"),
+            "Call `lesa.disable_cache(pipe)` first.",
+            RuntimeError,
+        )
 
     def reset_state(self, module):
         """Called by diffusers when a run has ended: frees what was kept for it."""
@@ -186,31 +273,49 @@ class StepHook(ModelHook):
     def forget(self) -> None:
         """Drops the current run and all that belongs to it."""
         self.run = None
-        self._calls_at_step = {}
+        self._sources, self._called = {}, set()
+        self._mailbox.clear()
+
+    # What a subclass does
 
     def on_run(self, run: Run) -> None:
         """Called at the first step of a run."""
 
     def on_unlocated(self) -> None:
-        """Called when a call's timestep is none of the scheduler's; the call is computed."""
+        """Called when a call's timestep is none of the scheduler's, or turns out late to have been none."""
+        self.warn(
+            "the timestep is not one of the scheduler's, or not the one that it is at: computing. A cached "
+            "transformer serves the scheduler of the pipeline that the cache was enabled for"
+        )
 
-    def on_call(self, step: int, stream: str, sigma: float, call: dict, compute: Callable):
-        """Handles one call of the transformer.
+    def wants_prediction(self, call: Call) -> bool:
+        """Whether this call is not to be computed."""
+        return False
+
+    def predict(self, call: Call, arguments: dict):
+        """The transformer's output, forecast.
 
         Args:
-            step: index among the executed steps of the run.
-            stream: name of the stream of calls, such as "cond".
-            sigma: the step's noise level.
-            call: the transformer's arguments by name.
-            compute: `compute(on_features)` runs the transformer and returns its output; on the way
-                `on_features(features [B, T, D], conditioning)` gets the inputs of the output head.
-
-        Returns:
-            The transformer's output.
+            call: as it came to the outer gate.
+            arguments: the transformer's, by name, as they came to the inner gate.
         """
         raise NotImplementedError
 
-    def new_forward(self, module, *args, **kwargs):
+    def accepts(self, call: Call, output) -> bool:
+        """Whether what `predict` gave is good; else the call is computed."""
+        return True
+
+    def keep(self, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
+        """Gets the inputs of the output head, `[B, T, D]` and `[B, D]`, of a call that was computed."""
+        raise NotImplementedError
+
+    # The gates. Nothing of the two is compiled, but what they run may be.
+
+    def _outer_gate(self, *args, **kwargs):
+        return self.enter(self._compiled or self._called_module._call_impl, args, kwargs)
+
+    @torch.compiler.disable(recursive=False, reason=COMPILE_FIRST)
+    def enter(self, run, args, kwargs):
         if not self._entered.acquire(blocking=False):
             raise argument_error(
                 "pipe",
@@ -220,54 +325,83 @@ class StepHook(ModelHook):
                 RuntimeError,
             )
         try:
-            _check_no_other_cache(module)
-            return self._call(args, kwargs)
+            call = self._begin(args, kwargs)
+            if call is not None and self.wants_prediction(call):
+                output = self._predicted(call, args, kwargs)
+                if output is not None:
+                    return output
+            self.inside = "compute"
+            output = run(*args, **kwargs)
+            if call is not None:
+                self._computed(call)
+            return output
         finally:
+            self._call = self.inside = self._captured = None
             self._entered.release()
 
-    def _call(self, args, kwargs):
-        call = self.adapter.bind(args, kwargs)
-        step = self._enter_step(call["timestep"])
+    @torch.compiler.disable
+    def _begin(self, args, kwargs) -> Call | None:
+        _check_no_other_cache(self.adapter.transformer)
+        arguments = self.adapter.bind(args, kwargs)
+        self._read_mail()
+        step = self._enter_step(arguments["timestep"])
         if step is None:
-            self.warn(
-                "the timestep is not one of the scheduler's, or not the one that it is at: computing. A cached "
-                "transformer serves the scheduler of the pipeline that the cache was enabled for"
-            )
             self.on_unlocated()
-            return self.fn_ref.original_forward(*args, **kwargs)
+            return None
+        sigma = self.run.sigmas[self.run.index]
+        self._call = Call(step, self._stream_of(arguments), sigma, arguments)
+        return self._call
 
-        def compute(on_features):
-            self._on_features = on_features
-            try:
-                return self.fn_ref.original_forward(*args, **kwargs)
-            finally:
-                self._on_features = None
+    @torch.compiler.disable
+    def _predicted(self, call: Call, args, kwargs):
+        self.inside = "predict"
+        output = self.adapter.transformer._call_impl(*args, **kwargs)
+        return output if self.accepts(call, output) else None
 
-        return self.on_call(step, self._stream_name(), self.run.sigmas[self.run.index], call, compute)
+    def predict_inside(self, args, kwargs):
+        """`predict`, for the inner gate."""
+        return self.predict(self._call, self.adapter.bind(args, kwargs))
+
+    @torch.compiler.disable
+    def _computed(self, call: Call) -> None:
+        if self._captured is None:
+            raise RuntimeError(
+                "The transformer's output head did not run. lesa can't work on a transformer whose forward was "
+                "replaced: restore it, or disable the cache."
+            )
+        self.keep(call, *self._captured)
+
+    def _on_head_entry(self, module, args) -> None:
+        if self.inside == "compute":
+            self._captured = args[:2]
+
+    # Finding out what a call is
+
+    def post(self, value: torch.Tensor, receive: Callable[[float], None]) -> None:
+        """Sends for a number on the device; `receive` gets it once it is on the host: now, or at a later call."""
+        self._mailbox.post(receive, value)
+        self._read_mail()
+
+    def _read_mail(self) -> None:
+        for receive, value in self._mailbox.collect():
+            receive(value)
 
     def warn(self, message: str) -> None:
         """Warns, once for each message."""
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(f"lesa: {message}", RuntimeWarning, stacklevel=5)
+            warnings.warn(f"lesa: {message}", RuntimeWarning, stacklevel=2)
 
-    def _on_head_entry(self, module, args) -> None:
-        if self._on_features is not None:
-            self._on_features(*args[:2])
-        elif not self._entered.locked():  # a wrapper or hook below was removed, and took this one along
-            self.warn(
-                "the transformer ran past lesa's hook, which another hook took along when it was removed: nothing is "
-                "predicted. Call `lesa.disable_cache(pipe)` and enable the cache again; with offloading, enable the "
-                "cache first"
-            )
-
-    def _enter_step(self, timestep) -> int | None:
+    def _enter_step(self, timestep: torch.Tensor) -> int | None:
         """Finds the run and the step that this call belongs to; returns the executed step, or None if it is unknown."""
         scheduler = self.pipe.scheduler
         if self.run is None or not self.run.covers(scheduler):
             self.forget()
+            if getattr(scheduler, "timesteps", None) is None:
+                return None
             self.run = Run(scheduler, self.adapter.timestep_scale)
-        index = self.run.locate(timestep)
+        value = self._value_of(timestep)
+        index = self.run.position if value is None else self.run.locate(value, timestep.dtype)
         if index is None:
             return None
         if index < self.run.index:  # the same timesteps from the start again
@@ -275,16 +409,85 @@ class StepHook(ModelHook):
             self.run = Run(scheduler, self.adapter.timestep_scale)
         run = self.run
         if index != run.index:
-            self._calls_at_step = {}
+            self._called = set()
         run.index = index
+        self._check_timestep(run, index, timestep, value)
         if run.begin is None:
             run.begin = index
             self.on_run(run)
         return index - run.begin
 
-    def _stream_name(self) -> str:
-        """The stream of this call: its `cache_context`, and its order among the calls of a step in one context."""
-        context = self.context.name
-        order = self._calls_at_step.get(context, 0)
-        self._calls_at_step[context] = order + 1
-        return (context or "main") + (f"-{order + 1}" if order else "")
+    def _value_of(self, timestep: torch.Tensor) -> float | None:
+        """The timestep's value, or None where reading it would wait for a GPU and the scheduler has a position."""
+        run = self.run
+        if timestep.device.type == "cpu" or run.position is None or not 0 <= run.position < len(run.timesteps):
+            return timestep.reshape(-1)[0].item()
+        return None
+
+    def _check_timestep(self, run: Run, index: int, timestep: torch.Tensor, value: float | None) -> None:
+        """Compares what was passed with the scheduler's timestep: now, or when it is on the host."""
+        dtype = timestep.dtype
+
+        def receive(value: float) -> None:
+            if run is not self.run:
+                return
+            if index not in run.near(value, dtype):
+                self.forget()
+                self.on_unlocated()
+            elif value != run.passed(dtype)[index]:
+                run.exact = False
+
+        def receive_spread(value: float) -> None:
+            run.exact = value == 0
+
+        if run.begin is None:
+            self.post(timestep.amax() - timestep.amin(), receive_spread)
+        if value is None:
+            self.post(timestep.reshape(-1)[:1], receive)
+        else:
+            receive(value)
+
+    def _stream_of(self, arguments: dict) -> str:
+        """The stream of this call.
+
+        It is named by its `cache_context`. Where several streams have one context, or none, a call belongs to the
+        stream that had the same text before; else it is told by its order among the calls of the step.
+        """
+        context, source = self.context.name or "main", arguments.get("encoder_hidden_states")
+        same = (name for name, had in self._sources.items() if had[0] == context and had[1] is source)
+        names = (context + (f"-{order}" if order > 1 else "") for order in itertools.count(1))
+        name = next(n for n in itertools.chain(same, names) if n not in self._called)
+        self._called.add(name)
+        self._sources[name] = context, source
+        return name
+
+
+def _join(registry: HookRegistry, hook: StepHook) -> None:
+    """Lets the hook hear of contexts and resets, without wrapping `forward`.
+
+    It comes first in the order, where the removal of another hook never looks for the wrapper of a neighbour.
+    """
+    registry.hooks[HOOK_NAME] = hook
+    registry._hook_order.insert(0, HOOK_NAME)
+    registry._fn_refs.insert(0, HookFunctionReference())
+
+
+def _leave(registry: HookRegistry) -> None:
+    index = registry._hook_order.index(HOOK_NAME)
+    del registry.hooks[HOOK_NAME], registry._hook_order[index], registry._fn_refs[index]
+
+
+def _replace_forward(transformer, old: Callable, new: Callable) -> bool:
+    """Puts `new` wherever the module, accelerate or diffusers hold `old` as its forward; says whether there was one."""
+    registry = getattr(transformer, "_diffusers_hook", None)
+    holders = [(transformer, "_old_forward")]
+    holders += [(ref, name) for ref in getattr(registry, "_fn_refs", ()) for name in ("forward", "original_forward")]
+    found = [(holder, name) for holder, name in holders if vars(holder).get(name) == old]
+    for holder, name in found:
+        setattr(holder, name, new)
+    if transformer.forward == old:
+        found.append((transformer, "forward"))
+        transformer.forward = new
+        if new == types.MethodType(type(transformer).forward, transformer):
+            del transformer.forward  # the class's own
+    return bool(found)

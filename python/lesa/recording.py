@@ -258,9 +258,6 @@ class _RecordingHook(StepHook):
         self.sigmas = run.executed_sigmas
         self.streams = {}
 
-    def on_call(self, step, stream, sigma, call, compute):
-        return compute(lambda features, conditioning: self._keep(step, stream, features, conditioning))
-
     def check_complete(self) -> None:
         """Raises `RuntimeError` unless every stream has every step."""
         seen = {name: len(stream.steps) for name, stream in self.streams.items()} or {"any": 0}
@@ -297,12 +294,12 @@ class _RecordingHook(StepHook):
             for name, stream in self.streams.items()
         }
 
-    def _keep(self, step, name, features, conditioning) -> None:
+    def keep(self, call, features, conditioning) -> None:
         bad = (~features.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         self.head = head = self.adapter.output_head(conditioning)
-        stream = self.streams.get(name)
+        stream, step = self.streams.get(call.stream), call.step
         if stream is None:
-            stream = self.streams[name] = self._new_stream(features, head)
+            stream = self.streams[call.stream] = self._new_stream(features, head)
         if bad:
             raise argument_error(
                 "features",

@@ -105,6 +105,11 @@ class Adapter:
         return self._head_modules
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether adapters such as LoRA are on a module of the head, which may change what it computes at any time."""
+        return any(hasattr(module, "base_layer") for module in self._head_modules.modules())
+
+    @property
     def counted_module(self) -> torch.nn.Module:
         """A module inside the first block's attention, which runs exactly when that attention is computed.
 

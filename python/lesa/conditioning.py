@@ -1,0 +1,79 @@
+"""The conditioning of the output head, for all steps of a run at once."""
+
+from dataclasses import replace
+
+import torch
+
+from lesa.hook import Run
+from lesa.models import Adapter
+from lesa_kernels import OutputHead
+
+
+class Conditioner:
+    """Gives the conditioning of the output head, in one run and one stream of calls.
+
+    It depends on the timestep, and on inputs that stay the same in a run. So the first step that asks gets it computed
+    in one batch with that of all steps after it. Where that is in doubt, each step computes its own: when timesteps are
+    not passed as the scheduler has them, inputs change from step to step, or adapters such as LoRA are on the head.
+
+    Args:
+        adapter: of the transformer.
+    """
+
+    def __init__(self, adapter: Adapter):
+        self.adapter = adapter
+        self._inputs: tuple | None = None  # what the plan was made of
+        self._plans = 0
+        self._conditioning: tuple[torch.Tensor, ...] = ()
+        self._heads: tuple[OutputHead, ...] = ()
+        self._begin = 0
+
+    def conditioning(self, run: Run, arguments: dict, dtype: torch.dtype) -> torch.Tensor:
+        """The conditioning `[B, D]` of the run's current step.
+
+        Args:
+            run: the current one.
+            arguments: the transformer's, by name.
+            dtype: of the features.
+        """
+        if not self._is_planned(run, arguments, dtype):
+            return self.adapter.conditioning(arguments, dtype)
+        return self._conditioning[run.index - self._begin]
+
+    def head(self, run: Run, arguments: dict, dtype: torch.dtype) -> OutputHead:
+        """The plain output head as tensors, modulated for the run's current step; arguments as in `conditioning`."""
+        if not self._is_planned(run, arguments, dtype):
+            return self.adapter.output_head(self.adapter.conditioning(arguments, dtype))
+        if not self._heads:
+            head, batch = self.adapter.output_head(torch.cat(self._conditioning)), len(self._conditioning[0])
+            parts = zip(head.scale.split(batch), head.shift.split(batch))
+            self._heads = tuple(replace(head, scale=scale, shift=shift) for scale, shift in parts)
+        return self._heads[run.index - self._begin]
+
+    def _is_planned(self, run: Run, arguments: dict, dtype: torch.dtype) -> bool:
+        """Plans if need be; says whether the current step is planned."""
+        if not run.exact or torch.is_grad_enabled():
+            return False
+        timestep = arguments["timestep"]
+        given = {name: arguments[name] for name in self.adapter.conditioned_on}
+        scale = (arguments[self.adapter.attention_kwargs] or {}).get("scale")
+        tensors = tuple((id(t), None if t is None or t.is_inference() else t._version) for t in given.values())
+        inputs = (tensors, scale, dtype, timestep.dtype, timestep.shape, timestep.device)
+        if inputs == self._inputs:
+            return bool(self._conditioning)
+        self._inputs, self._given = inputs, given  # as long as they are held, nothing else gets their ids
+        self._conditioning = self._heads = ()
+        self._plans += 1
+        if self._plans > 2 or self.adapter.has_adapters:
+            return False
+        self._begin = run.index
+        passed = run.identity[run.index :].to(timestep.device, timestep.dtype, non_blocking=True)
+        if run.timestep_scale != 1:
+            passed = passed / run.timestep_scale
+        steps, batch = len(passed), timestep.numel()
+        repeated = {k: v if v is None else v.repeat(steps, *[1] * (v.ndim - 1)) for k, v in given.items()}
+        rows = self.adapter.scaled(
+            arguments, self.adapter.condition, passed.repeat_interleave(batch), repeated, dtype
+        )
+        self._conditioning = rows.split(batch)
+        return True
