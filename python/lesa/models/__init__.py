@@ -2,9 +2,12 @@
 
 from lesa.models.adapter import Adapter
 from lesa.models.flux import FluxAdapter
+from lesa.models.hunyuan_video import HunyuanVideoAdapter
+from lesa.models.qwen_image import QwenImageAdapter
+from lesa.models.sd3 import SD3Adapter
 from lesa_kernels._checks import Said, argument_error
 
-ADAPTERS = (FluxAdapter,)
+ADAPTERS = (FluxAdapter, QwenImageAdapter, HunyuanVideoAdapter, SD3Adapter)
 
 
 def adapter_for(pipe) -> Adapter:

@@ -1,6 +1,7 @@
 """What lesa needs to know of a transformer whose output head is an AdaLN and a linear projection."""
 
 import inspect
+import math
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from diffusers.utils.peft_utils import apply_lora_scale
 
 from lesa.models.plain_head import why_not_plain
 from lesa_kernels import OutputHead
+from lesa_kernels._checks import Said, argument_error
 
 
 class Adapter:
@@ -161,6 +163,39 @@ def _scaled(modules, function, args, joint_attention_kwargs=None):
 
 @torch.no_grad()
 def decoded(pipe, latents: torch.Tensor) -> np.ndarray:
-    """What the pipeline's VAE and image processor make of unpacked latents `[B, C, h, w]`."""
+    """What the pipeline's VAE and image processor make of unpacked latents `[B, C, h, w]` or `[B, C, 1, h, w]`."""
     images = pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
+    images = images[:, :, 0] if images.ndim == 5 else images
     return pipe.image_processor.postprocess(images, output_type="np")
+
+
+def packed_grid(
+    tokens: int, height: int | None, width: int | None, side: int, patch: int, one_frame: bool = True
+) -> tuple[int, int]:
+    """Rows and columns of the tokens of an image.
+
+    Pipelines that edit an image may scale the size that they are asked for, and keep its aspect; then the grid is the
+    one of that many tokens that comes nearest to the aspect.
+
+    Args:
+        tokens: of the image, or of all its frames.
+        height, width: as they were passed to the pipeline, in pixels.
+        side: what the pipeline takes for one that is None.
+        patch: height and width of a token, in pixels.
+        one_frame: whether the tokens are those of one frame; otherwise of any number of frames of this size.
+
+    Raises:
+        ValueError: the image has not the size that was given.
+    """
+    rows, columns = (height or side) // patch, (width or side) // patch
+    if tokens == rows * columns or (not one_frame and rows * columns and tokens % (rows * columns) == 0):
+        return rows, columns
+    if height is None or width is None or not one_frame:
+        raise argument_error(
+            "height and width",
+            "be those of the images",
+            Said(f"{height} and {width} for latents of {tokens} tokens, {patch} pixels wide"),
+            "Pass the size that the pipeline worked at; it may have taken it from a given image.",
+        )
+    grids = ((n, tokens // n) for n in range(1, tokens + 1) if tokens % n == 0)
+    return min(grids, key=lambda grid: abs(math.log(grid[0] / grid[1] * width / height)))

@@ -2,7 +2,7 @@
 
 from diffusers import FluxTransformer2DModel
 
-from lesa.models.adapter import Adapter, decoded
+from lesa.models.adapter import Adapter, decoded, packed_grid
 
 
 class FluxAdapter(Adapter):
@@ -22,6 +22,7 @@ class FluxAdapter(Adapter):
         return self.transformer.time_text_embed(*conditions)
 
     def decode(self, pipe, latents, height=None, width=None):
-        side = pipe.default_sample_size * pipe.vae_scale_factor
-        latents = pipe._unpack_latents(latents, height or side, width or side, pipe.vae_scale_factor)
+        side, scale = pipe.default_sample_size * pipe.vae_scale_factor, pipe.vae_scale_factor
+        rows, columns = packed_grid(latents.shape[1], height, width, side, 2 * scale)
+        latents = pipe._unpack_latents(latents, rows * 2 * scale, columns * 2 * scale, scale)
         return decoded(pipe, latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor)
