@@ -288,10 +288,16 @@ class _CacheHook(StepHook):
 
     def keep(self, call, features, conditioning) -> None:
         stream = self.streams[call.stream]
+        stream.stats.computed.append(call.step)
+        stream.stats.end(call.step, call.arguments["hidden_states"].device)
+        if features is None:
+            self._fall_back(
+                "the output head did not run where lesa sees it",
+                "Compile with `pipe.transformer.compile(...)`, and don't replace the transformer's forward.",
+            )
+            return
         self._push(stream, features, call.sigma)
         stream.shape = self.adapter.shape(call.arguments)
-        stream.stats.computed.append(call.step)
-        stream.stats.end(call.step, features.device)
 
     def _push(self, stream: _Stream, features, sigma) -> None:
         ring = stream.ring

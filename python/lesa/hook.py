@@ -305,8 +305,11 @@ class StepHook(ModelHook):
         """Whether what `predict` gave is good; else the call is computed."""
         return True
 
-    def keep(self, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
-        """Gets the inputs of the output head, `[B, T, D]` and `[B, D]`, of a call that was computed."""
+    def keep(self, call: Call, features: torch.Tensor | None, conditioning: torch.Tensor | None) -> None:
+        """Gets the inputs of the output head, `[B, T, D]` and `[B, D]`, of a call that was computed.
+
+        They are None if the head was not seen to run: it is not, in a graph that was compiled before.
+        """
         raise NotImplementedError
 
     # The gates. Nothing of the two is compiled, but what they run may be.
@@ -325,8 +328,8 @@ class StepHook(ModelHook):
                 RuntimeError,
             )
         try:
-            call = self._begin(args, kwargs)
-            if call is not None and self.wants_prediction(call):
+            call, predicted = self._begin(args, kwargs)
+            if predicted:
                 output = self._predicted(call, args, kwargs)
                 if output is not None:
                     return output
@@ -340,17 +343,18 @@ class StepHook(ModelHook):
             self._entered.release()
 
     @torch.compiler.disable
-    def _begin(self, args, kwargs) -> Call | None:
+    def _begin(self, args, kwargs) -> tuple[Call | None, bool]:
+        """What is called, or None if that is not known, and whether to predict it."""
         _check_no_other_cache(self.adapter.transformer)
         arguments = self.adapter.bind(args, kwargs)
         self._read_mail()
         step = self._enter_step(arguments["timestep"])
         if step is None:
             self.on_unlocated()
-            return None
+            return None, False
         sigma = self.run.sigmas[self.run.index]
         self._call = Call(step, self._stream_of(arguments), sigma, arguments)
-        return self._call
+        return self._call, self.wants_prediction(self._call)
 
     @torch.compiler.disable
     def _predicted(self, call: Call, args, kwargs):
@@ -364,12 +368,7 @@ class StepHook(ModelHook):
 
     @torch.compiler.disable
     def _computed(self, call: Call) -> None:
-        if self._captured is None:
-            raise RuntimeError(
-                "The transformer's output head did not run. lesa can't work on a transformer whose forward was "
-                "replaced: restore it, or disable the cache."
-            )
-        self.keep(call, *self._captured)
+        self.keep(call, *(self._captured or (None, None)))
 
     def _on_head_entry(self, module, args) -> None:
         if self.inside == "compute":

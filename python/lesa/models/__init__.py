@@ -20,6 +20,7 @@ def adapter_for(pipe) -> Adapter:
         TypeError: the pipeline has no transformer of a supported family.
     """
     transformer = getattr(pipe, "transformer", None)
+    transformer = getattr(transformer, "_orig_mod", transformer)  # of what `torch.compile(transformer)` returned
     for adapter in ADAPTERS:
         if adapter.handles(transformer):
             return adapter(transformer)
