@@ -1,5 +1,7 @@
 """The public functions: which implementation runs is decided here, and the operators that torch knows them by."""
 
+import functools
+
 import torch
 
 from lesa_kernels._checks import Said, argument_error, check_choice, check_int, check_tensor
@@ -25,6 +27,7 @@ _STATE = ("storage", "scales", "sigmas", "cursor", "count", "sigma")
 _UNITS = ("in_weight", "in_bias", "spline", "out_weight", "out_bias")
 _NEWTON_TENSORS = (*_STATE, *_UNITS, "down", "up", "up_bias")
 _DENSE_TENSORS = (*_STATE, *_UNITS, "mix_weight", "mix_bias")
+_STATE_DTYPES = (torch.float32, torch.int32, torch.int32, torch.float32)  # of sigmas, cursor, count, sigma
 _OPTIONAL = ("scales", "down", "up", "up_bias")
 
 _LIBRARY = torch.library.Library("lesa_kernels", "FRAGMENT")
@@ -95,11 +98,50 @@ def _check_tensors(names, values):
             check_tensor(name, value)
 
 
+def _newton_fits(state, experts, stage_bounds, history_length, coefficients) -> bool:
+    """Whether the arguments are what `_check_newton` demands, found out fast. False means: look closer."""
+    storage, scales, *state = state
+    in_weight, down = experts[0], experts[5]
+    if torch.compiler.is_compiling() or scales is not None or storage.ndim != 4 or in_weight.ndim != 3:
+        return False
+    capacity, batch, _, width = storage.shape
+    sizes = (capacity, batch, width, in_weight.shape[1], None if down is None else down.shape[1], coefficients)
+    shapes = _newton_shapes(tuple(stage_bounds), tuple(history_length), *sizes)
+    tensors, device = [tensor for tensor in (*state, *experts) if tensor is not None], storage.device
+    return (
+        tuple([tensor.shape for tensor in tensors]) == shapes
+        and all([tensor.device == device for tensor in tensors])
+        and tuple([tensor.dtype for tensor in state]) == _STATE_DTYPES
+        and all([tensor.dtype in FLOAT_DTYPES for tensor in tensors[4:]])
+        and storage.dtype in FLOAT_DTYPES
+        and {*map(type, history_length)} == {int}  # 2.0 finds the shapes of 2
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _newton_shapes(stage_bounds, history_length, capacity, batch, width, hidden, rank, coefficients):
+    """The shapes that the tensors of a newton forecast must have, but for `storage`; None where no shapes are right."""
+    stages, taps = len(stage_bounds) + 1, max(history_length) - 1
+    falls = all(a > b for a, b in zip(stage_bounds, stage_bounds[1:]))
+    if not falls or len(history_length) != stages or not 1 <= min(history_length) <= taps + 1 <= capacity:
+        return None
+    shapes = [(capacity, batch), (batch,), (batch,), (batch,)]
+    shapes += [(stages, hidden, taps + 2), (stages, hidden), (stages, hidden, coefficients)]
+    shapes += [(stages, taps, width, hidden), (stages, taps, width)]
+    if rank is not None:
+        shapes += [(stages, rank, taps, width), (stages, width, rank), (stages, width)]
+    return tuple(shapes)
+
+
 def _check_newton(
     storage, scales, sigmas, cursor, count, sigma, in_weight, in_bias, spline, out_weight, out_bias, down, up, up_bias,
     stage_bounds, history_length, grid_size, spline_order,
 ):  # fmt: skip
-    _check_ring(storage, scales, sigmas, cursor, count, sigma)
+    experts = (in_weight, in_bias, spline, out_weight, out_bias, down, up, up_bias)
+    state = (storage, scales, sigmas, cursor, count, sigma)
+    if _newton_fits(state, experts, stage_bounds, history_length, grid_size + spline_order):
+        return
+    _check_ring(*state)
     _check_history(storage, stage_bounds, history_length)
     stages, taps, width = len(stage_bounds) + 1, max(history_length) - 1, storage.shape[3]
     experts = [
@@ -284,7 +326,7 @@ def _newton_predict(*args):
             raise argument_error("storage", "be on the CPU for the compiled extension", storage, remedy)
         from lesa_kernels.predictor.extension import newton_predict_extension
 
-        return newton_predict_extension(storage, *_contiguous(others))
+        return newton_predict_extension(storage, *others)
     from lesa_kernels.predictor.kernels.newton import newton_predict_fwd
 
     return newton_predict_fwd(storage, *_contiguous(others), forecast_dtype(storage.dtype))

@@ -142,6 +142,7 @@ class _Stream:
     conditioner: Conditioner
     ring: FeatureRing | TieredRing | None = None
     shape: tuple[int, int] | None = None  # batch and tokens of the call whose features are the newest in the ring
+    fuses: bool = False  # whether the predictor has one kernel for forecast and output head
 
 
 class _CacheHook(StepHook):
@@ -241,7 +242,7 @@ class _CacheHook(StepHook):
     def predict(self, call, arguments):
         stream, predictor = self.streams[call.stream], self.predictor
         ring, conditioner = stream.ring, stream.conditioner
-        if self._keeps_forecasts or torch.is_grad_enabled() or not predictor.fuses_velocity(ring):
+        if self._keeps_forecasts or torch.is_grad_enabled() or not stream.fuses:
             pass  # the forecast is needed, or its gradient
         else:
             why = self.adapter.why_head_not_plain(self._capture.id, ring.device)
@@ -306,6 +307,6 @@ class _CacheHook(StepHook):
             stream.ring = ring = None  # the last name of it: it is freed before another one takes memory
             batch, tokens, _ = features.shape
             ring = self.predictor.make_ring(batch, tokens, features.dtype, features.device, self.max_device_bytes)
-            stream.ring = ring
+            stream.ring, stream.fuses = ring, self.predictor.fuses_velocity(ring)
             stream.stats.ring_device_bytes, stream.stats.ring_host_bytes = ring.device_nbytes, ring.host_nbytes
         ring.push(features, sigma)

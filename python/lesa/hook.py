@@ -102,11 +102,11 @@ class Run:
             self._passed[dtype] = (timesteps / self.timestep_scale if self.timestep_scale != 1 else timesteps).tolist()
         return self._passed[dtype]
 
-    def near(self, value: float, dtype: torch.dtype) -> list[int]:
-        """The steps whose timestep is the passed `value`, as far as the precision of `dtype` tells them apart."""
+    def is_near(self, index: int, value: float, dtype: torch.dtype) -> bool:
+        """Whether the passed `value` is the timestep of a step, as far as the precision of `dtype` tells."""
         value *= self.timestep_scale
         tolerance = max(torch.finfo(dtype).eps, 1e-6) * abs(value) + 1e-3
-        return [i for i, t in enumerate(self.timesteps) if abs(t - value) <= tolerance]
+        return 0 <= index < len(self.timesteps) and abs(self.timesteps[index] - value) <= tolerance
 
     def locate(self, value: float, dtype: torch.dtype) -> int | None:
         """The index of the scheduler's timestep that the transformer was given, or None.
@@ -118,11 +118,11 @@ class Run:
         """
         if getattr(self.scheduler, "num_inference_steps", None) is None:
             return None
-        near, position = self.near(value, dtype), self.position
+        position = self.position
         if position is not None:
-            return position if position in near else None
-        if self.begin is not None:
-            near = [i for i in near if i <= self.index + 1]
+            return position if self.is_near(position, value, dtype) else None
+        end = len(self.timesteps) if self.begin is None else self.index + 2
+        near = [index for index in range(end) if self.is_near(index, value, dtype)]
         value *= self.timestep_scale
         return min(near, key=lambda i: (i < self.index, abs(self.timesteps[i] - value)), default=None)
 
@@ -430,7 +430,7 @@ class StepHook(ModelHook):
         def receive(value: float) -> None:
             if run is not self.run:
                 return
-            if index not in run.near(value, dtype):
+            if not run.is_near(index, value, dtype):
                 self.forget()
                 self.on_unlocated()
             elif value != run.passed(dtype)[index]:
