@@ -21,7 +21,7 @@ OWN = {}  # median seconds of the model's own head modules
 
 
 class Loop:
-    """The loop of a pipeline, one run after the other. `step` calls the transformer; `advance` goes to the next step."""
+    """The loop of a pipeline, run after run: `step` calls the transformer, and `advance` goes to the next step."""
 
     def __init__(self, depth, device):
         torch.manual_seed(0)
