@@ -78,8 +78,11 @@ void check_ring_gather(const RingGather& gather);
 // for a cursor or count that is out of range.
 void ring_push_cpu(const RingPush& push);
 // Enqueues one kernel, which may be captured into a graph. Rows that are out of range or repeated, and a cursor or
-// count that is out of range, fail an assertion on the device. Throws std::runtime_error where the kernel can't be
-// launched. Both name the operation.
+// count that is out of range, fail an assertion on the device. While the kernel runs, the upper half of a count is the
+// number of the sample's blocks that have ended. Where it was not zero before, or two streams push into a row at the
+// same time, a block other than the last may write the row's state. That fails an assertion if another one is seen to
+// have begun before and to end after it; it is not noticed if all the others begin after it. Throws std::runtime_error
+// where the kernel can't be launched. Both name the operation.
 void ring_push_cuda(const RingPush& push);
 
 // Copies the features, float8 times its scales; rows without an anchor are NaN. Errors as of the pushes.

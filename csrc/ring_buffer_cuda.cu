@@ -113,6 +113,7 @@ __device__ __forceinline__ int64_t past_alignment(const Bits* address) {
 // Where a block's sample goes; thread 0 finds it out for all.
 struct Entry {
   int64_t row, target;  // `target` counts samples of the storage
+  uint32_t counted;     // the row's count, with the blocks that had left
   Placement placed;
   float sigma;
 };
@@ -134,6 +135,7 @@ __device__ __forceinline__ int64_t enter(const RingPush& p, int64_t sample, uint
                 "lesa_kernels.ring_push: the ring's cursor and count must be in range");
     const int64_t newest = cursor == 0 ? p.capacity - 1 : cursor - 1;
     entry.row = row;
+    entry.counted = counted;
     entry.sigma = p.sigma ? p.sigma[sample] : p.level;
     entry.placed =
         place(cursor, count, static_cast<int32_t>(p.capacity), entry.sigma, p.sigmas[newest * p.batch + row]);
@@ -143,12 +145,18 @@ __device__ __forceinline__ int64_t enter(const RingPush& p, int64_t sample, uint
   return entry.target;
 }
 
-// Writes the state of a sample's row once all of its blocks have read the old one: the last to arrive here does.
+// Writes the state of a sample's row once all of its blocks have read the old one: the last to arrive here does. Until
+// then the count grows by the blocks that leave, and by nothing else. If the launch found some left over in it, the
+// state is written too early, and the blocks that are under way see it here: the count has become less than what they
+// found. A block that begins only after that can't tell what it finds from the state before the push.
 __device__ __forceinline__ void leave(const RingPush& p, uint32_t programs, const Entry& entry) {
   if (threadIdx.x != 0) return;
   __threadfence();
   auto* count = reinterpret_cast<unsigned*>(p.count + entry.row);
-  if (atomicAdd(count, 0x10000u) >> 16 == programs - 1) {
+  const uint32_t counted = atomicAdd(count, 0x10000u);
+  LESA_DEMAND(counted >= entry.counted && (counted & 0xffffu) == (entry.counted & 0xffffu),
+              "lesa_kernels.ring_push: the ring's count must not change while a push is under way");
+  if (counted >> 16 == programs - 1) {
     __threadfence();
     p.sigmas[entry.target] = entry.sigma;
     p.cursor[entry.row] = entry.placed.cursor;

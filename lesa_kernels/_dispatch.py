@@ -12,6 +12,7 @@ so it leaves those alone that have no such implementation: they do what `auto` d
 import functools
 import importlib
 import os
+import sys
 import warnings
 
 import torch
@@ -134,5 +135,13 @@ def _warn_once(operation: str, missing: str, reason: str, remedy: str) -> None:
         f"{operation} runs in plain torch, because {missing} is not available ({reason}). {remedy}; "
         "LESA_BACKEND=torch chooses plain torch without a warning.",
         RuntimeWarning,
-        stacklevel=6,
+        stacklevel=_users_level(),
     )
+
+
+def _users_level() -> int:
+    """The `stacklevel` of whoever called the package: operations are called directly, by modules and by rings."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("lesa_kernels", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -531,26 +531,29 @@ BROKEN = {
     ),
     "cursor": ("ring.cursor.fill_(2)", "lesa_kernels.ring_push: the ring's cursor and count must be in range"),
     "count": ("ring.count.fill_(0x10001)", "lesa_kernels.ring_push: the ring's cursor and count must be in range"),
+    "count of 64 blocks": (
+        "features = torch.ones(1, 4096, 64, device='cuda')\n"
+        "ring = FeatureRing(2, 2, 4096, 64, device='cuda', backend='extension')\n"
+        "ring.count.fill_(0x200001)",
+        "lesa_kernels.ring_push: the ring's count must not change while a push is under way",
+    ),
 }
 
 
-@needs_kernels
-@pytest.mark.parametrize("case", BROKEN)
-def test_what_only_the_device_can_see_fails_by_name(case, tmp_path):
-    """In a process of its own, whose GPU can't be used afterwards."""
-    change, message = BROKEN[case]
+def run_broken(change, backend, folder):
+    """What a process says that pushes something broken; its GPU can't be used afterwards."""
     program = f"""
 import torch
 from lesa_kernels import FeatureRing
 
-ring = FeatureRing(2, 2, 3, 8, device="cuda", backend="extension")
+ring = FeatureRing(2, 2, 3, 8, device="cuda", backend="{backend}")
 features, rows = torch.ones(1, 3, 8, device="cuda"), torch.tensor([1], device="cuda")
 ring.push(features, 0.75, rows)
 torch.cuda.synchronize()
 print("pushed")
 {change}
-ring.push(features, 0.5, rows)
 try:
+    ring.push(features, 0.5, rows)
     torch.cuda.synchronize()
 except RuntimeError as error:
     print("synchronize:", error)
@@ -560,9 +563,23 @@ except RuntimeError as error:
     print("push:", error)
 """
     command = [sys.executable, "-c", program]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert message in result.stderr, result.stdout + result.stderr
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     first, *said = result.stdout.splitlines()
     assert first == "pushed"
     assert any(line.startswith("synchronize:") and "device-side assert" in line for line in said), said
+    return result.stderr, said
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_only_the_device_can_see_fails_by_name(case, tmp_path):
+    change, message = BROKEN[case]
+    errors, said = run_broken(change, "extension", tmp_path)
+    assert message in errors, errors
     assert any(line.startswith("push: lesa_kernels.ring_push on CUDA device 0 failed: ") for line in said), said
+
+
+@pytest.mark.parametrize("case", ["row too large", "row negative", "row twice"])
+def test_bad_rows_fail_by_name_in_plain_torch_too(case, tmp_path):
+    errors, _ = run_broken(BROKEN[case][0], "torch", tmp_path)
+    assert "lesa_kernels.ring_push: the rows must be distinct and lie in [0, 2)" in errors, errors

@@ -1,7 +1,7 @@
 """`TieredRing`: a feature ring larger than the memory it may take on the device."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,12 @@ class _Anchor:
     near: bool  # on the device, not in host memory
 
 
+def _least_nbytes(capacity: int, batch: int, tokens: int, dim: int, dtype: torch.dtype) -> int:
+    """Bytes on the device of the smallest `TieredRing` of these sizes: one slot, and two of the smallest pieces."""
+    pieces = 2 * capacity * batch * token_nbytes(dim, dtype) * -(-tokens // MOST_PIECES)
+    return ring_nbytes(capacity, batch, 0, dim, dtype) + ring_nbytes(1, batch, tokens, dim, dtype) + pieces
+
+
 def make_ring(
     capacity: int,
     batch: int,
@@ -60,13 +66,9 @@ def make_ring(
     needed = ring_nbytes(*sizes[:5])
     if needed <= max_device_bytes:
         return FeatureRing(*sizes)
-    if capacity == 1 or tokens == 0:
-        raise argument_error(
-            "max_device_bytes",
-            f"be at least {needed}, for there is nothing that host memory could keep",
-            max_device_bytes,
-            "Raise it, or store in a smaller dtype.",
-        )
+    if needed <= _least_nbytes(*sizes[:5]):  # such as of one slot, or of very few tokens
+        must = f"be at least {needed}, for a ring of these sizes with a part in host memory takes no less"
+        raise argument_error("max_device_bytes", must, max_device_bytes, "Raise it, or store in a smaller dtype.")
     return TieredRing(*sizes, max_device_bytes)
 
 
@@ -119,9 +121,9 @@ class TieredRing:
         on_gpu = self.device.type == "cuda"
         self._far = self._empty(self.capacity - self.resident, self.tokens, "cpu", pin_memory=on_gpu)
         self._staged = [self._empty(self.capacity, self.piece_tokens, self.device) for _ in range(2)]
-        self.sigmas = torch.zeros(self.capacity, batch, device=self.device)
+        self._sigmas = torch.zeros(self.capacity, batch, device=self.device)
         self.cursor = torch.zeros(batch, dtype=torch.int32, device=self.device)
-        self.count = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        self._count = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self._copies = _CopyStream(self.device)
         for features, scales in (*self._staged, (self._near.storage, self._near.scales)):
             self._copies.uses(features, scales)
@@ -129,25 +131,22 @@ class TieredRing:
         self._uses = 0  # counts changes of the ring and reads, so that a read notices another one inside it
         self._anchors: list[list[_Anchor]] = [[] for _ in range(batch)]  # of each row, the newest first
         self._near_cursor, self._far_cursor = [0] * batch, [0] * batch
+        self._unfinished: set[int] = set()  # the rows of a change that has not come to its end
 
     def _divide(self, budget: int) -> tuple[int, int]:
         """How many features stay on the device, and how many tokens a piece has."""
         capacity, batch, tokens = self.capacity, self.batch, self.tokens
         sizes = (batch, tokens, self.dim, self.dtype)
-        fixed = ring_nbytes(capacity, batch, 0, self.dim, self.dtype)
+        least = _least_nbytes(capacity, *sizes)
+        if budget < least:
+            remedy = "Raise it, or store in a smaller dtype."
+            raise argument_error("max_device_bytes", f"be at least {least}", budget, remedy)
         feature = ring_nbytes(2, *sizes) - ring_nbytes(1, *sizes)  # one more slot
-        ring = ring_nbytes(1, *sizes)  # one slot, with what goes with it
         of_token = 2 * capacity * batch * token_nbytes(self.dim, self.dtype)
         least_tokens, most_tokens = -(-tokens // MOST_PIECES), -(-tokens // FEWEST_PIECES)
-        least = fixed + ring + of_token * least_tokens
-        if budget < least:
-            enough = min(least, ring_nbytes(capacity, *sizes))  # of very few tokens, all are less than two pieces
-            remedy = "Raise it, or store in a smaller dtype."
-            raise argument_error("max_device_bytes", f"be at least {enough}", budget, remedy)
-        more = (budget - least) // feature
-        resident = 1 + min(more, capacity - 2)
-        left = budget - fixed - ring - (resident - 1) * feature
-        return resident, min(left // of_token, most_tokens)
+        more = min((budget - least) // feature, capacity - 2)
+        left = budget - least - more * feature
+        return 1 + more, min(least_tokens + left // of_token, most_tokens)
 
     def _empty(self, slots, tokens, device, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = (slots, self.batch, tokens)
@@ -160,7 +159,7 @@ class TieredRing:
     def device_nbytes(self) -> int:
         """Bytes of the buffers on the device."""
         staged = [buffer for pair in self._staged for buffer in pair]
-        buffers = (*staged, self.sigmas, self.cursor, self.count)
+        buffers = (*staged, self._sigmas, self.cursor, self._count)
         return self._near.nbytes + sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
     @property
@@ -172,6 +171,18 @@ class TieredRing:
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return self.device_nbytes + self.host_nbytes
+
+    @property
+    def sigmas(self) -> torch.Tensor:
+        """The noise levels, as the class says."""
+        self._finish()
+        return self._sigmas
+
+    @property
+    def count(self) -> torch.Tensor:
+        """The valid anchors of each row."""
+        self._finish()
+        return self._count
 
     @property
     def state(self) -> tuple[torch.Tensor | None, ...]:
@@ -186,7 +197,7 @@ class TieredRing:
     ) -> None:
         """As `FeatureRing.push`; a `sigma` or `rows` on a GPU are waited for.
 
-        Should the push itself fail, such as for lack of memory, the rows that it was for are empty.
+        Should the push itself fail, such as for lack of memory, the rows that it was for are empty from then on.
         """
         self._begin_use()
         listed = self._listed(rows)
@@ -201,7 +212,7 @@ class TieredRing:
         check_push(*self._near.state, features, *on_device)  # before anything moves
         check_apart(features, self._near.storage)
         ring_backend(self.backend, self._near.storage, "ring_push")
-        try:
+        with self._changing(listed):
             self._copies.begin()
             for row, level in zip(listed, levels):
                 anchors = self._anchors[row]
@@ -209,12 +220,33 @@ class TieredRing:
                     self._evict(row)
             self._copies.end()
             self._near.push(features, *on_device)
-        except BaseException:
-            self.reset(listed)  # nobody knows how far it came
-            raise
-        for row, level in zip(listed, levels):
-            self._note_push(row, level)
+            for row, level in zip(listed, levels):
+                self._note_push(row, level)
+
+    @contextmanager
+    def _changing(self, rows: Iterable[int]) -> Iterator[None]:
+        """Marks the rows until what is done to them, in a `with` block, is known on the device as well.
+
+        Nobody knows how far a change came that failed, or was interrupted by Ctrl-C, and what would clean up behind it
+        may fail for the same reason. So the mark stays, and the next use empties the rows.
+        """
+        self._uses += 1
+        self._unfinished.update(rows)
+        yield
         self._moved()
+        self._unfinished.clear()
+
+    def _finish(self) -> None:
+        """Empties the rows of a change that has not come to its end."""
+        if self._unfinished:
+            self._empty_rows(sorted(self._unfinished))
+
+    def _empty_rows(self, rows: list[int]) -> None:
+        with self._changing(rows):
+            for row in rows:
+                self._anchors[row] = []
+                self._near_cursor[row] = self._far_cursor[row] = 0
+            self._near.reset(rows)
 
     def _begin_use(self) -> None:
         if is_capturing(self.device):
@@ -222,7 +254,7 @@ class TieredRing:
                 "A TieredRing can't be captured into a CUDA graph, since it moves features to and from host memory. "
                 "Capture with a FeatureRing, which has all of them on the device."
             )
-        self._uses += 1
+        self._finish()
 
     def _listed(self, rows) -> list[int]:
         if rows is None:
@@ -259,7 +291,7 @@ class TieredRing:
             for age, anchor in enumerate(anchors):
                 levels[self.capacity - 1 - age, row] = anchor.sigma
         counts = torch.tensor([len(anchors) for anchors in self._anchors], dtype=torch.int32)
-        for target, source in ((self.sigmas, levels), (self.count, counts)):
+        for target, source in ((self._sigmas, levels), (self._count, counts)):
             target.copy_(to_device(source, self.device))
         self._fetched = [None, None]
         self._fetch_ahead()
@@ -275,6 +307,7 @@ class TieredRing:
             RuntimeError: the ring was changed or read otherwise since the last piece, or a CUDA graph is captured.
         """
         self._begin_use()
+        self._uses += 1
         use = self._uses
         count = -(-self.tokens // self.piece_tokens)
         self._fetch_ahead()
@@ -283,7 +316,7 @@ class TieredRing:
             self._copies.wait_for(place)
             try:
                 tokens = self._tokens(piece)
-                state = (*self._views(piece), self.sigmas, self.cursor, self.count)
+                state = (*self._views(piece), self._sigmas, self.cursor, self._count)
                 yield slice(tokens.start, tokens.stop), state
             finally:
                 self._fetched[place] = None
@@ -353,15 +386,7 @@ class TieredRing:
     def reset(self, rows: Sequence[int] | torch.Tensor | None = None) -> None:
         """As `FeatureRing.reset`."""
         self._begin_use()
-        listed = self._listed(rows)
-        self._near.reset(None if rows is None else listed)
-        self._forget(listed)
-        self._moved()
-
-    def _forget(self, rows) -> None:
-        for row in rows:
-            self._anchors[row] = []
-            self._near_cursor[row] = self._far_cursor[row] = 0
+        self._empty_rows(self._listed(rows))
 
     def snapshot(self) -> RingSnapshot:
         """A copy of the whole state, for `restore`; its features are in host memory."""
@@ -375,6 +400,8 @@ class TieredRing:
     def restore(self, snapshot: RingSnapshot) -> None:
         """Puts a snapshot of this ring, or of one of the same sizes and dtype, back.
 
+        Should that itself fail, all rows are empty from then on.
+
         Raises:
             TypeError, ValueError: it is no snapshot, or one of another kind of ring.
         """
@@ -383,30 +410,31 @@ class TieredRing:
         self._copies.synchronise()  # what is on the host already is copied to host memory at once
         cursor, count = snapshot.cursor.tolist(), snapshot.count.tolist()
         sigmas = snapshot.sigmas.tolist()
-        self._copies.begin()
-        for row in range(self.batch):
-            near = min(self.resident, count[row])
-            for age in range(count[row]):
-                source = (cursor[row] - 1 - age) % self.capacity
-                slot = near - 1 - age if age < near else count[row] - 1 - age
-                stores = (self._near.storage, self._near.scales) if age < near else self._far
-                for target, stored in zip(stores, (snapshot.storage, snapshot.scales)):
-                    if target is not None:
-                        self._copies.copy(target[slot, row], stored[source, row])
-                self._anchors[row].append(_Anchor(sigmas[source][row], slot, age < near))
-            self._near_cursor[row] = near % self.resident
-            self._far_cursor[row] = (count[row] - near) % (self.capacity - self.resident)
-        self._copies.end()
-        # The ring on the device has the same anchors, as far as it reaches.
-        cursors = torch.tensor(self._near_cursor, dtype=torch.int32)
-        counts = torch.tensor([min(self.resident, n) for n in count], dtype=torch.int32)
-        levels = torch.zeros(self.resident, self.batch)
-        for row, anchors in enumerate(self._anchors):
-            for anchor in anchors[: self.resident]:
-                levels[anchor.slot, row] = anchor.sigma
-        for target, source in ((self._near.cursor, cursors), (self._near.count, counts), (self._near.sigmas, levels)):
-            target.copy_(to_device(source, self.device))
-        self._moved()
+        near = self._near
+        with self._changing(range(self.batch)):
+            self._copies.begin()
+            for row in range(self.batch):
+                newest = min(self.resident, count[row])
+                for age in range(count[row]):
+                    source = (cursor[row] - 1 - age) % self.capacity
+                    slot = newest - 1 - age if age < newest else count[row] - 1 - age
+                    stores = (near.storage, near.scales) if age < newest else self._far
+                    for target, stored in zip(stores, (snapshot.storage, snapshot.scales)):
+                        if target is not None:
+                            self._copies.copy(target[slot, row], stored[source, row])
+                    self._anchors[row].append(_Anchor(sigmas[source][row], slot, age < newest))
+                self._near_cursor[row] = newest % self.resident
+                self._far_cursor[row] = (count[row] - newest) % (self.capacity - self.resident)
+            self._copies.end()
+            # The ring on the device has the same anchors, as far as it reaches.
+            cursors = torch.tensor(self._near_cursor, dtype=torch.int32)
+            counts = torch.tensor([min(self.resident, n) for n in count], dtype=torch.int32)
+            levels = torch.zeros(self.resident, self.batch)
+            for row, anchors in enumerate(self._anchors):
+                for anchor in anchors[: self.resident]:
+                    levels[anchor.slot, row] = anchor.sigma
+            for target, source in ((near.cursor, cursors), (near.count, counts), (near.sigmas, levels)):
+                target.copy_(to_device(source, self.device))
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -414,7 +442,7 @@ class TieredRing:
             f"TieredRing(capacity={self.capacity}, batch={self.batch}, tokens={self.tokens}, dim={self.dim}, "
             f"dtype={dtype}, device='{self.device}', backend='{self.backend}', resident={self.resident}, "
             f"{self.device_nbytes / 2**20:.1f} MiB and {self.host_nbytes / 2**20:.1f} MiB in host memory, "
-            f"count={[len(anchors) for anchors in self._anchors]})"
+            f"count={self.count.tolist()})"
         )
 
 

@@ -544,6 +544,24 @@ def test_without_the_extension_auto_warns_once_and_extension_is_refused(monkeypa
         ring.push(torch.ones(1, 2, 3), 0.5)
 
 
+USES = {
+    "push": lambda ring: ring.push(torch.ones(1, 2, 3), 0.5),
+    "gather": lambda ring: ring.gather(),
+    "ring_push": lambda ring: ring_push(*ring.state, torch.ones(1, 2, 3), 0.5),
+    "ring_gather": lambda ring: ring_gather(ring.storage, ring.scales, ring.cursor, ring.count),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_the_warning_names_the_users_line(monkeypatch, name):
+    monkeypatch.setattr(_dispatch, "extension_problem", lambda device: "a reason for the test")
+    _dispatch._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="a reason for the test") as caught:
+        USES[name](FeatureRing(2, 1, 2, 3))
+    (warning,) = caught
+    assert (warning.filename, warning.lineno) == (__file__, USES[name].__code__.co_firstlineno)
+
+
 @needs_extension
 @pytest.mark.parametrize("rows", [None, torch.tensor([2, 0])])
 def test_opcheck(rows):
@@ -625,6 +643,36 @@ def test_the_reference_moves_no_value_to_the_host():
         numbers = [torch.empty(3, dtype=torch.int32) for _ in range(2)]
         ring = [torch.empty(2, 3, 4, 5), None, torch.empty(2, 3), *numbers]
         assert ring_push_ref(*ring, torch.empty(3, 4, 5), torch.empty(3)) is None
+
+
+ROWS = {"negative": [0, -1], "too large": [2, 1], "twice": [1, 0, 1], "good": [1, 0], "none": []}
+BAD_ROWS = r"lesa_kernels\.ring_push: the rows must be distinct and lie in \[0, 2\)"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_are_checked_where_they_are(name):
+    """As in plain torch on a GPU, where nothing may wait for their values."""
+    rows = torch.tensor(ROWS[name], dtype=torch.int64)
+    if name in ("good", "none"):
+        op._assert_rows(rows, 2)
+    else:
+        with pytest.raises(RuntimeError, match=BAD_ROWS):
+            op._assert_rows(rows, 2)
+
+
+def test_the_check_of_rows_moves_no_value_to_the_host():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        op._assert_rows(torch.empty(3, dtype=torch.int64), 2)
+
+
+def test_rows_are_checked_in_a_traced_graph():
+    ring = FeatureRing(2, 2, 3, 4, backend="torch")
+    compiled = torch.compile(ring.push, fullgraph=True, backend="aot_eager")
+    compiled(torch.ones(2, 3, 4), torch.ones(2), torch.tensor([1, 0]))
+    with pytest.raises(RuntimeError, match=BAD_ROWS):
+        compiled(torch.ones(2, 3, 4), torch.ones(2), torch.tensor([0, -1]))
 
 
 def float8_oracle(token):

@@ -2,11 +2,12 @@
 
 import copy
 import random
+import warnings
 
 import pytest
 import torch
 
-from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig, TieredRing, make_ring
+from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig, TieredRing, _dispatch, make_ring
 from lesa_kernels.feature_ring import ring_nbytes, tiered
 
 BATCH, TOKENS, DIM = 3, 40, 24
@@ -255,7 +256,7 @@ def test_what_fits_stays_on_the_device_and_what_cannot_fit_is_refused():
     assert smallest.resident == 1 and smallest.device_nbytes <= least
     with pytest.raises(ValueError, match=f"must be at least {least}"):
         make_ring(*sizes, max_device_bytes=least - 1)
-    with pytest.raises(ValueError, match="nothing that host memory could keep"):
+    with pytest.raises(ValueError, match="must be at least 28836, for a ring of these sizes with a part in host"):
         make_ring(1, 3, 100, 24, max_device_bytes=100)
     with pytest.raises(TypeError, match="`max_device_bytes` must be an integer"):
         make_ring(*sizes, max_device_bytes=1e6)
@@ -320,6 +321,16 @@ def test_a_read_notices_what_happens_inside_it(copies, change):
     assert ring.gather().isfinite().any()
 
 
+def test_a_refused_push_does_not_disturb_a_read():
+    ring, plain = make_both()
+    for each in (ring, plain):
+        each.push(torch.ones(BATCH, TOKENS, DIM), 0.5)
+    for tokens, (storage, *_) in ring.pieces():
+        assert_same(storage[-1], plain.storage[0, :, tokens])
+        with pytest.raises(ValueError, match="`features` must have shape"):
+            ring.push(torch.ones(BATCH, TOKENS, DIM + 1), 0.4)
+
+
 @pytest.mark.parametrize("rows", [None, [1]])
 def test_a_push_that_fails_on_the_way_empties_its_rows(copies, monkeypatch, rows):
     torch.manual_seed(0)
@@ -346,6 +357,70 @@ def test_a_push_that_fails_on_the_way_empties_its_rows(copies, monkeypatch, rows
         assert_equal_rings(ring, plain)
 
 
+class Failing:
+    """Fails at the n-th step of a change and at every one after it, as where no memory is left, until it is mended."""
+
+    def __init__(self, monkeypatch, ring):
+        self.left = None
+        for owner, name in ((tiered, "to_device"), (ring._near, "push"), (ring._near, "reset"), (ring._copies, "copy")):
+            monkeypatch.setattr(owner, name, self.step(getattr(owner, name)))
+
+    def step(self, function):
+        def checked(*args):
+            if self.left is not None:
+                if self.left == 0:
+                    raise torch.OutOfMemoryError("a lack of memory for the test")
+                self.left -= 1
+            return function(*args)
+
+        return checked
+
+
+CHANGES = {
+    "push": lambda ring, features, snapshot: ring.push(features, 0.1),
+    "push of a row": lambda ring, features, snapshot: ring.push(features[:1], 0.1, [1]),
+    "reset of a row": lambda ring, features, snapshot: ring.reset([1]),
+    "restore": lambda ring, features, snapshot: ring.restore(snapshot),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_wherever_a_change_fails_its_rows_are_empty_or_as_they_were(copies, monkeypatch, name):
+    torch.manual_seed(0)
+    features = torch.randn(20, BATCH, TOKENS, DIM)
+    before, old = make_both()
+    for step in range(6):
+        for each in (before, old):
+            each.push(features[step], 0.9 - 0.1 * step)
+    emptied = copy.deepcopy(old)
+    emptied.reset([1] if "of a row" in name else None)
+    snapshot, ways = old.snapshot(), set()
+    for steps in range(1000):
+        ring = copy.deepcopy(before)
+        with monkeypatch.context() as patch:
+            failing = Failing(patch, ring)
+            uses, failing.left = ring._uses, steps
+            try:
+                CHANGES[name](ring, features[6], snapshot)
+                break
+            except torch.OutOfMemoryError:
+                pass
+            changed = ring._uses > uses
+            if changed and ring._unfinished:
+                with pytest.raises(torch.OutOfMemoryError):  # nothing is read before the rows could be emptied
+                    ring.gather()
+                with pytest.raises(torch.OutOfMemoryError):
+                    ring.count  # noqa: B018
+        plain = copy.deepcopy(emptied if changed else old)
+        ways.add(changed)
+        assert torch.equal(ring.count, plain.count) and (ring.sigmas[:, ring.count == 0] == 0).all()
+        for step in range(7, 13):
+            assert_equal_rings(ring, plain)
+            for each in (ring, plain):
+                each.push(features[step], 0.2 - 0.01 * step)
+    assert 3 < steps < 1000 and True in ways
+
+
 def test_a_backend_that_cannot_run_is_refused_before_anything_moves(monkeypatch):
     ring, plain = make_both()
     for each in (ring, plain):
@@ -366,6 +441,28 @@ def test_the_least_budget_is_never_more_than_all_of_it():
         named = int(str(error.value).split("at least ")[1].split(",")[0])
         assert named <= needed
         make_ring(*sizes, max_device_bytes=named)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 40, 200])
+def test_a_tiered_ring_names_the_least_that_it_takes(tokens):
+    sizes = (4, 2, tokens, 8, torch.float32, "cpu", "auto")
+    with pytest.raises(ValueError, match="must be at least") as error:
+        TieredRing(*sizes, 100)
+    named = int(str(error.value).split("at least ")[1].split(",")[0])
+    assert TieredRing(*sizes, named).device_nbytes <= named
+    with pytest.raises(ValueError, match=f"must be at least {named}"):
+        TieredRing(*sizes, named - 1)
+
+
+def test_without_the_extension_the_warning_names_the_users_line(monkeypatch):
+    monkeypatch.setattr(_dispatch, "extension_problem", lambda device: "a reason for the test")
+    ring, _ = make_both()
+    for use in (lambda: ring.push(torch.ones(BATCH, TOKENS, DIM), 0.5), ring.gather):
+        _dispatch._warn_once.cache_clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            use()
+        assert [warning.filename for warning in caught] == [__file__] * len(caught) and caught
 
 
 def test_what_it_is_shows():

@@ -1,7 +1,8 @@
 // As much of CUDA as csrc/ uses, on a CPU: with this folder on the include path a C++ compiler takes the .cu files as
 // they are, and kernels run without a GPU. A block's threads are fibers that run in random order from one barrier to the
-// next; blocks run one after the other, in random order too. So a kernel that relies on an order which CUDA does not
-// promise gives wrong results, and the sanitizers of the compiler see every access to memory.
+// next; blocks run one after the other, in random order too, except that the first one waits at its first memory fence
+// until all others have ended. So a kernel that relies on an order which CUDA does not promise gives wrong results, and
+// the sanitizers of the compiler see every access to memory.
 #pragma once
 
 #include <ucontext.h>
@@ -15,6 +16,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -27,7 +29,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __shared__ static
+#define __shared__ static thread_local  // the block that waits has a thread of its own
 #define __launch_bounds__(...)
 
 struct dim3 {
@@ -41,7 +43,8 @@ struct alignas(16) uint4 {
 
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline thread_local dim3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
 
 namespace cuda_on_cpu {
 
@@ -163,23 +166,28 @@ class Block {
   size_t size_ = 0;
 };
 
-inline Block block;
+// Memory for the threads' stacks is kept from launch to launch.
+inline Block first_block, other_blocks;
+inline thread_local Block* block = nullptr;
+inline std::function<void()> run_others;  // until the first block has come to a fence
 
 inline void Block::enter() {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &block.bottom_, &block.size_);
+  __sanitizer_finish_switch_fiber(nullptr, &block->bottom_, &block->size_);
 #endif
-  (*block.body_)();
-  block.fibers_[block.current_].done = true;
-  block.pause(Waits::no);
+  (*block->body_)();
+  block->fibers_[block->current_].done = true;
+  block->pause(Waits::no);
 }
 
 }  // namespace cuda_on_cpu
 
-inline void __syncthreads() { cuda_on_cpu::block.wait_for_block(); }
-inline void __threadfence() {}
+inline void __syncthreads() { cuda_on_cpu::block->wait_for_block(); }
+inline void __threadfence() {
+  if (const auto others = std::exchange(cuda_on_cpu::run_others, nullptr)) std::thread(others).join();
+}
 inline unsigned __shfl_xor_sync(unsigned, unsigned value, int distance) {
-  return cuda_on_cpu::block.exchange(value, distance);
+  return cuda_on_cpu::block->exchange(value, distance);
 }
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
   const unsigned before = *address;
@@ -281,9 +289,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   std::vector<unsigned> order(gridDim.x);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), cuda_on_cpu::Block::random());
-  for (const unsigned index : order) {
+  const auto run = [&](cuda_on_cpu::Block& block, unsigned index) {
+    cuda_on_cpu::block = &block;
     blockIdx = dim3(index);
-    cuda_on_cpu::block.run(blockDim.x, [&] { kernel(arguments...); });
-  }
+    block.run(blockDim.x, [&] { kernel(arguments...); });
+  };
+  cuda_on_cpu::run_others = [&] {
+    std::for_each(order.begin() + 1, order.end(), [&](unsigned index) { run(cuda_on_cpu::other_blocks, index); });
+  };
+  run(cuda_on_cpu::first_block, order.front());
+  if (const auto others = std::exchange(cuda_on_cpu::run_others, nullptr)) others();  // a kernel without a fence
   return cudaSuccess;
 }

@@ -195,6 +195,26 @@ def blocks_left_over_in_a_count():
     ring.push()
 
 
+def large_push(blocks_left_over: int) -> int:
+    """A second push into a row whose sample several blocks share; how many they were."""
+    sizes, feature = (CAPACITY, 1, 256, 256), 256 * 256
+    storage, features = (ctypes.c_float * (CAPACITY * feature))(), (ctypes.c_float * feature)()
+    ring = Ring()
+    ring.sigmas[0], ring.cursor[0], ring.count[0] = 0.9, 1, blocks_left_over << 16 | 1
+    pointers = dict(storage=ctypes.addressof(storage), features=ctypes.addressof(features))
+    ring.push(samples=1, storage_sizes=sizes, features_strides=(feature, 256, 1), **pointers)
+    assert (ring.cursor[0], ring.count[0], ring.sigmas[1]) == (2, 2, 0.5)
+    return emulated("launch_blocks").value
+
+
+def a_sample_that_blocks_share():
+    assert large_push(0) > 2
+
+
+def blocks_left_over_in_a_count_of_many():
+    large_push(1)
+
+
 def negative_count():
     ring = Ring()
     ring.count[1] = -65535
