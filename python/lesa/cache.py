@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lesa.conditioning import Conditioner
+from lesa.control import DeferredControl, computed
 from lesa.hook import Call, Run, StepHook, installed_hook
 from lesa.models import adapter_for
 from lesa.schedule import FEW_STEPS, Schedule, ScheduleLike, as_schedule
@@ -152,11 +153,26 @@ class _CacheHook(StepHook):
         super().__init__(pipe, adapter)
         self.predictor, self.schedule, self.as_trained = predictor, schedule, as_trained
         self.max_device_bytes, self.strict = max_device_bytes, strict
+        controlnet = getattr(pipe, "controlnet", None)
+        self._control = None if controlnet is None else DeferredControl(controlnet, adapter.control_outputs)
         self._keeps_forecasts = predictor.config.history == "steps"
         self.stats = CacheStats()
         self.streams: dict[str, _Stream] = {}
         self.computed: frozenset[int] = frozenset()
         self.forecasts_are_finite = True
+
+    def install(self) -> None:
+        super().install()
+        if self._control is not None:
+            self._control.install()
+
+    def uninstall(self) -> None:
+        super().uninstall()
+        if self._control is not None:
+            self._control.uninstall()
+
+    def needed(self, kwargs):
+        return computed(kwargs)
 
     def forget(self) -> None:
         super().forget()

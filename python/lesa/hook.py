@@ -305,6 +305,10 @@ class StepHook(ModelHook):
         """Whether what `predict` gave is good; else the call is computed."""
         return True
 
+    def needed(self, kwargs: dict) -> dict:
+        """The transformer's keyword arguments for a call that is computed."""
+        return kwargs
+
     def keep(self, call: Call, features: torch.Tensor | None, conditioning: torch.Tensor | None) -> None:
         """Gets the inputs of the output head, `[B, T, D]` and `[B, D]`, of a call that was computed.
 
@@ -333,6 +337,7 @@ class StepHook(ModelHook):
                 output = self._predicted(call, args, kwargs)
                 if output is not None:
                     return output
+            kwargs = self.needed(kwargs)
             self.inside = "compute"
             output = run(*args, **kwargs)
             if call is not None:

@@ -28,6 +28,7 @@ class Adapter:
         transformer_classes: the classes of transformers that it handles.
         timestep_scale: the number by which the family's pipelines divide the scheduler's timesteps for the transformer.
         attention_kwargs: name of the argument of `forward` that carries the scale of LoRA.
+        control_outputs: how many lists of residuals the family's ControlNets return in a tuple; 0 for a bare one.
         conditioned_on: names of the arguments beside `timestep` that `condition` reads; each is None or has a leading
             dimension of B.
         feature_dim: D, the width of the features.
@@ -37,6 +38,7 @@ class Adapter:
     transformer_classes: tuple[type, ...]
     timestep_scale = 1.0
     attention_kwargs = "attention_kwargs"
+    control_outputs = 0
     conditioned_on: tuple[str, ...] = ()
 
     def __init__(self, transformer: torch.nn.Module):

@@ -12,6 +12,7 @@ class FluxAdapter(Adapter):
     transformer_classes = (FluxTransformer2DModel,)
     timestep_scale = 1000.0
     attention_kwargs = "joint_attention_kwargs"
+    control_outputs = 2
     conditioned_on = ("guidance", "pooled_projections")
 
     def condition(self, timestep, inputs, dtype):

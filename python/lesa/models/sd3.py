@@ -11,6 +11,7 @@ class SD3Adapter(Adapter):
     family = "sd3"
     transformer_classes = (SD3Transformer2DModel,)
     attention_kwargs = "joint_attention_kwargs"
+    control_outputs = 1
     conditioned_on = ("pooled_projections",)
 
     def condition(self, timestep, inputs, dtype):
