@@ -8,6 +8,7 @@ import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -17,8 +18,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 import lesa
-from lesa import models
-from lesa.models import adapter_for
+from lesa.models import ADAPTERS, Adapter, adapter_for
 from lesa.models.adapter import packed_grid
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
 SOME = [0, 1, 2, 5, 9]
 NEAR = 0.015
-"""Relative error of the latents that first-order forecasts stay below; holding the first feature makes 0.05 and more."""
+"""Relative error that first-order forecasts stay below. Holding the first feature makes one of 0.04 and more."""
 
 FAMILIES = {
     "flux": ("flux", small.FLUX),
@@ -40,7 +40,9 @@ FAMILIES = {
 WITHOUT_A_TRANSFORMER = {"FluxPriorReduxPipeline"}  # it makes prompt embeddings for others
 
 every_case = pytest.mark.parametrize("name", small.ALL)
-one_or_two = pytest.mark.parametrize("batch", [1, 2])
+one_or_two = pytest.mark.parametrize(
+    "name, batch", [(n, b) for n, case in small.ALL.items() for b in (1, 2) if b <= (case.most or 2)]
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -86,11 +88,6 @@ def plain(pipes):
     return latents_of
 
 
-def skip_if_refused(case, batch):
-    if case.most is not None and batch > case.most:
-        pytest.skip(f"{case.pipeline} takes no more than {case.most} prompts at once")
-
-
 def untrained():
     """Draws a line through the newest two computed features."""
     torch.manual_seed(0)
@@ -119,6 +116,12 @@ def parts_of(transformer):
     return {"first block": blocks[0], "last block": blocks[-1], **embedders, "norm_out": transformer.norm_out}
 
 
+def step_index(pipe):
+    """The index of the scheduler's step that a call of the transformer belongs to."""
+    index = pipe.scheduler.step_index
+    return (pipe.scheduler.begin_index or 0) if index is None else index
+
+
 @contextmanager
 def watched(pipe):
     """Gives a dict that tells at which of the scheduler's steps each part ran, in order."""
@@ -127,11 +130,7 @@ def watched(pipe):
     def watch(name, module):
         seen[name] = []
 
-        def note(module, args):
-            index = pipe.scheduler.step_index
-            seen[name].append((pipe.scheduler.begin_index or 0) if index is None else index)
-
-        handles.append(module.register_forward_pre_hook(note))
+        handles.append(module.register_forward_pre_hook(lambda *_: seen[name].append(step_index(pipe))))
 
     for name, module in parts_of(pipe.transformer).items():
         watch(name, module)
@@ -163,11 +162,9 @@ def test_the_family_of_each_transformer(family, pipes):
         assert adapter_for(pipes(name)).family == family
 
 
-@every_case
 @one_or_two
 def test_all_steps_computed_and_disabled_are_bit_exact(pipe, plain, name, batch):
     case = small.ALL[name]
-    skip_if_refused(case, batch)
     wanted = plain(name, batch)
     with lesa.enable_cache(pipe, untrained(), range(STEPS)) as handle:
         assert torch.equal(case.latents(pipe, steps=STEPS, batch=batch), wanted)
@@ -177,11 +174,9 @@ def test_all_steps_computed_and_disabled_are_bit_exact(pipe, plain, name, batch)
     assert torch.equal(case.latents(pipe, steps=STEPS, batch=batch), wanted)
 
 
-@every_case
 @one_or_two
 def test_forecasts_skip_the_blocks_and_stay_near(pipe, plain, name, batch):
     case = small.ALL[name]
-    skip_if_refused(case, batch)
     wanted = plain(name, batch)
     with lesa.enable_cache(pipe, untrained(), SOME) as handle:
         with watched(pipe) as seen:
@@ -247,7 +242,7 @@ def in_dtype(value, dtype):
 @torch.no_grad()
 def test_conditioning_and_head_are_those_of_the_forward(pipe, name):
     case = small.ALL[name]
-    batch = 2 if case.most is None else case.most
+    batch = case.most or 2
     with calls_of(pipe.transformer) as calls:
         case.latents(pipe, steps=3, batch=batch)
     call = calls[-1][0]
@@ -274,7 +269,7 @@ def test_conditioning_and_head_are_those_of_the_forward(pipe, name):
 @torch.no_grad()
 def test_many_steps_are_conditioned_in_one_batch(pipe, name):
     case = small.ALL[name]
-    adapter, batch = adapter_for(pipe), 2 if case.most is None else case.most
+    adapter, batch = adapter_for(pipe), case.most or 2
     with calls_of(pipe.transformer) as calls:
         case.latents(pipe, steps=5, batch=batch)
     calls = calls[: 5 * len(case.streams) : len(case.streams)]  # one stream of one run
@@ -288,10 +283,40 @@ def test_many_steps_are_conditioned_in_one_batch(pipe, name):
     torch.testing.assert_close(at_once, one_by_one, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["qwen layered"])
+def test_several_images_of_one_prompt_share_its_row(pipe, name):
+    case = small.ALL[name]
+    wanted = case.latents(pipe, num_images_per_prompt=2)
+    with lesa.enable_cache(pipe, untrained(), SOME), calls_of(pipe.transformer) as calls:
+        cached = case.latents(pipe, num_images_per_prompt=2)
+    call, features, *_ = calls[0]
+    assert len(features) == 2 and len(call["additional_t_cond"]) == 1
+    assert 0 < distance(cached, wanted) < NEAR
+
+
+@torch.no_grad()
+def test_rows_of_given_images_and_of_kinds_together():
+    torch.manual_seed(0)
+    transformer = small.qwen_transformer(zero_cond_t=True, use_additional_t_cond=True).eval()
+    adapter = adapter_for(SimpleNamespace(transformer=transformer))
+    call = {
+        "hidden_states": torch.randn(2, 48, 4 * small.LATENT_CHANNELS),
+        "encoder_hidden_states": torch.randn(2, small.TEXT_TOKENS, small.TEXT_DIM),
+        "timestep": torch.tensor([0.3, 0.3]),
+        "img_shapes": [[(1, 4, 6)] * 2] * 2,
+        "additional_t_cond": torch.tensor([1]),
+    }
+    with calls_of(transformer) as calls:
+        transformer(**call)
+    assert torch.equal(adapter.conditioning(adapter.bind((), call), torch.float32), calls[0][2])
+    many = adapter.condition(call["timestep"].repeat(3), {"additional_t_cond": torch.tensor([1, 1, 1])}, torch.float32)
+    torch.testing.assert_close(many, calls[0][2].repeat(3, 1), rtol=1e-5, atol=1e-6)
+
+
 @every_case
 def test_the_counted_module_runs_where_the_first_block_runs(pipe, name):
     ran = []
-    hook = adapter_for(pipe).counted_module.register_forward_hook(lambda *_: ran.append(pipe.scheduler.step_index or 0))
+    hook = adapter_for(pipe).counted_module.register_forward_hook(lambda *_: ran.append(step_index(pipe)))
     with hook, watched(pipe) as seen, lesa.enable_cache(pipe, untrained(), [0, 3]):
         small.ALL[name].latents(pipe, steps=5)
     assert ran == seen["first block"]
@@ -309,7 +334,7 @@ NOT_DECODED_ALIKE = {
 @every_case
 def test_decode_gives_what_the_pipeline_gives(pipe, name):
     case = small.ALL[name]
-    batch = 1 if case.most is not None or not case.returns_latents else 2
+    batch = (case.most or 2) if case.returns_latents else 1  # of several layered images it returns wrong parts
     images = np.stack(case.run(pipe, steps=2, batch=batch, output_type="np"))
     latents = case.latents(pipe, steps=2, batch=batch)
     height, width = (case.size.get(side, given) for side, given in (("height", small.HEIGHT), ("width", small.WIDTH)))
@@ -384,6 +409,24 @@ def test_a_control_image_changes_the_output_of_a_cached_run(pipes):
         assert distance(other, ours) > 0.001
 
 
+@pytest.mark.parametrize("name", ["flux distilled cfg", "qwen cfg", "hunyuan cfg", "sd3 cfg"])
+def test_in_bfloat16_every_step_is_found(name):
+    """The last bits of a bfloat16 timestep do not tell neighbouring steps apart."""
+    case = small.ALL[name]
+    pipe = case.build().to(torch.bfloat16)
+    pipe.scheduler = type(pipe.scheduler)(shift=12.0)
+    inputs = {k: in_dtype(v, torch.bfloat16) for k, v in case.inputs().items() if "embeds" in k}
+    wanted = case.latents(pipe, steps=50, **inputs)
+    with lesa.enable_cache(pipe, untrained(), range(50)) as handle:
+        assert torch.equal(case.latents(pipe, steps=50, **inputs), wanted)
+    assert handle.stats.unlocated == 0
+    with lesa.enable_cache(pipe, untrained(), 4) as handle, watched(pipe) as seen:
+        cached = case.latents(pipe, steps=50, **inputs)
+    assert seen["last block"] == [step for step in [0, 1, *range(2, 50, 4)] for _ in case.streams]
+    assert handle.stats.unlocated == 0 and pipe.transformer.dtype == torch.bfloat16
+    assert 0 < distance(cached.float(), wanted.float()) < 0.05
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["qwen"])
 def test_guidance_in_one_batch_is_one_stream(pipe, name):
@@ -454,13 +497,18 @@ def guide():
 def test_the_guide_shows_the_file_as_it_is():
     (block,) = re.findall(r"^```python\n(.*?)^```", guide(), re.MULTILINE | re.DOTALL)
     assert block == (ROOT / "python" / "lesa" / "models" / "sd3.py").read_text()
-    assert f"{models.ADAPTERS[-1].__name__}" in block
 
 
-def test_the_guide_names_what_is_there():
-    named = set(re.findall(r"`([a-z_]+)`", guide()))
-    assert {"condition", "shape", "arrange", "decode", "counted_module"} <= named
-    base, instance = models.Adapter, models.ADAPTERS[-1](small.sd3_transformer())
-    elsewhere = {"norm_out", "proj_out", "time_text_embed", "timestep", "pytest", "transformer_blocks", "small_pipelines"}
-    for name in named - elsewhere:
-        assert hasattr(base, name) or hasattr(instance, name), name
+def test_the_guide_answers_with_all_that_an_adapter_can_say():
+    answers = {
+        name for row in re.findall(r"^\|[^|]+\|([^|]+)\|", guide(), re.MULTILINE) for name in re.findall("`(.+?)`", row)
+    }
+    assert answers and all(name in {*vars(Adapter), *Adapter.__annotations__} for name in answers)
+    for adapter in ADAPTERS:
+        said = {name for name in vars(adapter) if not name.startswith("_")}
+        assert said <= answers and {"family", "transformer_classes", "condition", "decode"} <= said
+
+
+def test_links_in_the_guide_lead_somewhere():
+    for path in re.findall(r"`((?:python|tests)/[^`]+)`", guide()):
+        assert (ROOT / path).exists(), path
