@@ -4,6 +4,7 @@ Text encoders are left out; prompts are random embeddings. All sizes are the sma
 """
 
 import importlib
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -292,6 +293,14 @@ FLUX = {
         "FluxKontextInpaintPipeline", _MASKS, options=_AREA | {"_auto_resize": False}, strength=0.75
     ),
 }
+
+
+def _guided_by_embeddings(case):
+    """Some of them had to be given a negative prompt in words, and so a text encoder, before diffusers 0.39."""
+    return "negative_prompt_embeds is not None" in inspect.getsource(case.pipeline_class.__call__)
+
+
+FLUX = {name: case for name, case in FLUX.items() if len(case.streams) == 1 or _guided_by_embeddings(case)}
 
 # Qwen-Image
 

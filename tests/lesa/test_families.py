@@ -372,7 +372,8 @@ def test_packed_grid():
 
 
 OTHERS = {
-    "flux controlnet cfg": {"height": 24, "width": 16, "control_image": [small.image(9, 24, 16)]},
+    "flux cfg": {"height": 24, "width": 16},
+    "flux controlnet": {"height": 24, "width": 16, "control_image": [small.image(9, 24, 16)]},
     "flux control img2img": {"height": 24, "width": 16, "control_image": [small.image(9, 24, 16)]},
     "qwen controlnet cfg": {"height": 24, "width": 16, "control_image": small.image(9, 24, 16)},
     "qwen img2img cfg": {"height": 24, "width": 16},
