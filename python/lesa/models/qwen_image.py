@@ -20,6 +20,8 @@ class QwenImageAdapter(Adapter):
     def condition(self, timestep, inputs, dtype):
         timestep, kind = timestep.to(dtype), inputs["additional_t_cond"]
         batch = len(timestep)
+        if kind is not None:  # it has a row for each prompt, of which several images may be made
+            kind = kind.repeat_interleave(batch // len(kind))
         if self.transformer.config.get("zero_cond_t"):  # the tokens of given images have a time of their own, zero
             timestep = torch.cat([timestep, timestep * 0])
             kind = None if kind is None else torch.cat([kind, kind])

@@ -1,0 +1,515 @@
+"""Every pipeline class of every family, small and random: nothing changes by itself, and steps are really skipped."""
+
+import copy
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+import lesa
+from lesa.models import ADAPTERS, Adapter, adapter_for
+from lesa.models.adapter import packed_grid
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+
+sys.path.append(str(Path(__file__).parent))
+import small_pipelines as small  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 12
+SOME = [0, 1, 2, 5, 9]
+NEAR = 0.015
+"""Relative error that first-order forecasts stay below. Holding the first feature makes one of 0.04 and more."""
+
+FAMILIES = {
+    "flux": ("flux", small.FLUX),
+    "qwen-image": ("qwenimage", small.QWEN_IMAGE),
+    "hunyuan-video": ("hunyuan_video", small.HUNYUAN_VIDEO),
+    "sd3": ("stable_diffusion_3", small.SD3),
+}
+WITHOUT_A_TRANSFORMER = {"FluxPriorReduxPipeline"}  # it makes prompt embeddings for others
+
+every_case = pytest.mark.parametrize("name", small.ALL)
+one_or_two = pytest.mark.parametrize(
+    "name, batch", [(n, b) for n, case in small.ALL.items() for b in (1, 2) if b <= (case.most or 2)]
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_areas():
+    verbosity = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity_error()  # they warn of embeddings without masks, and the like
+    with small.small_areas():
+        yield
+    diffusers.logging.set_verbosity(verbosity)
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    """`pipes(name)` -> the small pipeline of that name, one for the whole file."""
+    made = {}
+
+    def pipe_of(name):
+        if name not in made:
+            made[name] = small.ALL[name].build()
+        return made[name]
+
+    return pipe_of
+
+
+@pytest.fixture
+def pipe(pipes, request):
+    pipe = pipes(request.getfixturevalue("name"))
+    yield pipe
+    lesa.disable_cache(pipe)
+    assert "forward" not in pipe.transformer.__dict__
+
+
+@pytest.fixture(scope="module")
+def plain(pipes):
+    """`plain(name, batch)` -> latents of the pipeline without lesa."""
+    made = {}
+
+    def latents_of(name, batch):
+        if (name, batch) not in made:
+            made[name, batch] = small.ALL[name].latents(pipes(name), steps=STEPS, batch=batch)
+        return made[name, batch]
+
+    return latents_of
+
+
+def untrained():
+    """Draws a line through the newest two computed features."""
+    torch.manual_seed(0)
+    return FusedKANPredictor(PredictorConfig(small.DIM, rank=4, hidden=8))
+
+
+def trained_on_50(family):
+    steps = (0, 2, 6, 12, 18, 25, 32, 39, 46)
+    sigmas = tuple(1 - step / 50 for step in steps)
+    config = PredictorConfig(
+        small.DIM, rank=4, hidden=8, family=family, num_inference_steps=50, schedule=steps, schedule_sigmas=sigmas
+    )
+    torch.manual_seed(0)
+    return FusedKANPredictor(config)
+
+
+def distance(latents, wanted):
+    return float((latents - wanted).norm() / wanted.norm())
+
+
+def parts_of(transformer):
+    """Its first and its last block, what embeds tokens and text, and the last norm."""
+    blocks = [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", [])]
+    names = ("x_embedder", "img_in", "pos_embed", "context_embedder", "txt_in", "clean_x_embedder", "image_projection")
+    embedders = {n: m for n in names if isinstance(m := getattr(transformer, n, None), torch.nn.Module)}
+    return {"first block": blocks[0], "last block": blocks[-1], **embedders, "norm_out": transformer.norm_out}
+
+
+def step_index(pipe):
+    """The index of the scheduler's step that a call of the transformer belongs to."""
+    index = pipe.scheduler.step_index
+    return (pipe.scheduler.begin_index or 0) if index is None else index
+
+
+@contextmanager
+def watched(pipe):
+    """Gives a dict that tells at which of the scheduler's steps each part ran, in order."""
+    seen, handles = {}, []
+
+    def watch(name, module):
+        seen[name] = []
+
+        handles.append(module.register_forward_pre_hook(lambda *_: seen[name].append(step_index(pipe))))
+
+    for name, module in parts_of(pipe.transformer).items():
+        watch(name, module)
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_pipeline_class_is_here(family):
+    package = importlib.import_module(f"diffusers.pipelines.{FAMILIES[family][0]}")
+    found = set()
+    for info in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        for name, kind in vars(importlib.import_module(info.name)).items():
+            ours = inspect.isclass(kind) and issubclass(kind, DiffusionPipeline) and kind.__module__ == info.name
+            if ours and "transformer" in inspect.signature(kind).parameters:
+                found.add(name)
+            elif ours:
+                assert name in WITHOUT_A_TRANSFORMER
+    assert len(found) >= 3
+    assert {case.pipeline for case in FAMILIES[family][1].values()} == found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_family_of_each_transformer(family, pipes):
+    for name in FAMILIES[family][1]:
+        assert adapter_for(pipes(name)).family == family
+
+
+@one_or_two
+def test_all_steps_computed_and_disabled_are_bit_exact(pipe, plain, name, batch):
+    case = small.ALL[name]
+    wanted = plain(name, batch)
+    with lesa.enable_cache(pipe, untrained(), range(STEPS)) as handle:
+        assert torch.equal(case.latents(pipe, steps=STEPS, batch=batch), wanted)
+    assert [*handle.stats.streams] == [*case.streams]
+    assert all(s.computed == [*range(STEPS)] and not s.predicted for s in handle.stats.streams.values())
+    assert handle.stats.unlocated == 0
+    assert torch.equal(case.latents(pipe, steps=STEPS, batch=batch), wanted)
+
+
+@one_or_two
+def test_forecasts_skip_the_blocks_and_stay_near(pipe, plain, name, batch):
+    case = small.ALL[name]
+    wanted = plain(name, batch)
+    with lesa.enable_cache(pipe, untrained(), SOME) as handle:
+        with watched(pipe) as seen:
+            cached = case.latents(pipe, steps=STEPS, batch=batch)
+        again = case.latents(pipe, steps=STEPS, batch=batch)
+    begin = seen["norm_out"][0]
+    steps = {part: [index - begin for index in indices] for part, indices in seen.items()}
+    calls = len(case.streams)
+    assert steps.pop("norm_out") == [step for step in range(STEPS) for _ in range(calls)] * case.runs
+    assert len(steps) >= 4
+    for part, ran in steps.items():
+        assert ran == [step for step in SOME for _ in range(calls)] * case.runs, part
+    assert [*handle.stats.streams] == [*case.streams]
+    for stream in handle.stats.streams.values():
+        assert stream.computed == SOME
+        assert stream.predicted == [step for step in range(STEPS) if step not in SOME]
+        assert stream.reasons == dict.fromkeys(SOME, "scheduled")
+    assert handle.stats.runs == 2 * case.runs and handle.stats.unlocated == 0
+    with lesa.enable_cache(pipe, untrained(), [0]):
+        held = case.latents(pipe, steps=STEPS, batch=batch)
+    assert cached.shape == wanted.shape and cached.isfinite().all()
+    assert 0 < distance(cached, wanted) < NEAR
+    assert distance(cached, wanted) < distance(held, wanted) / 8
+    assert torch.equal(again, cached)
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+@pytest.mark.parametrize("name", ["flux", "qwen", "qwen cfg", "qwen edit plus", "hunyuan", "sd3 cfg"])
+def test_models_of_few_steps_are_computed_whole_and_it_is_said_once(pipe, name, steps):
+    case = small.ALL[name]
+    wanted = case.latents(pipe, steps=steps)
+    with lesa.enable_cache(pipe, trained_on_50(adapter_for(pipe).family)) as handle:
+        for _ in range(2):
+            assert torch.equal(case.latents(pipe, steps=steps), wanted)
+            assert handle.stats.notes == [f"computed everything: {steps} steps are too few to predict any"]
+    assert all(s.computed == [*range(steps)] for s in handle.stats.streams.values())
+
+
+@contextmanager
+def calls_of(transformer):
+    """Gives a list of `(arguments, features, conditioning, output)` of each call, as they were."""
+    calls, entered = [], []
+    hooks = [
+        transformer.norm_out.register_forward_pre_hook(lambda module, args: entered.append([a.clone() for a in args])),
+        transformer.register_forward_hook(
+            lambda module, args, call, output: calls.append((dict(call), *entered.pop(), output)), with_kwargs=True
+        ),
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def in_dtype(value, dtype):
+    if isinstance(value, (list, tuple)):
+        return type(value)(in_dtype(v, dtype) for v in value)
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+@every_case
+@torch.no_grad()
+def test_conditioning_and_head_are_those_of_the_forward(pipe, name):
+    case = small.ALL[name]
+    batch = case.most or 2
+    with calls_of(pipe.transformer) as calls:
+        case.latents(pipe, steps=3, batch=batch)
+    call = calls[-1][0]
+    halves = copy.deepcopy(pipe.transformer).to(torch.bfloat16)
+    kept = ("timestep", "guidance")  # pipelines pass them in float32, or round them before
+    half_call = {k: v if k in kept else in_dtype(v, torch.bfloat16) for k, v in call.items()}
+    for transformer, inputs in ((pipe.transformer, call), (halves, half_call)):
+        adapter = type(adapter_for(pipe))(transformer)
+        for return_dict in (True, False):
+            inputs = {**inputs, "return_dict": return_dict}
+            with calls_of(transformer) as calls:
+                output = transformer(**inputs)
+            _, features, conditioning, _ = calls[0]
+            bound = adapter.bind((), inputs)
+            made = adapter.conditioning(bound, features.dtype)
+            assert made.dtype == conditioning.dtype == transformer.dtype and torch.equal(made, conditioning)
+            assert adapter.shape(bound) == features.shape[:2] and adapter.feature_dim == features.shape[2]
+            ours = adapter.output(bound, adapter.head(features, conditioning, bound))
+            assert type(ours) is type(output) is (Transformer2DModelOutput if return_dict else tuple)
+            assert len(ours) == 1 and torch.equal(ours[0], output[0])
+
+
+@every_case
+@torch.no_grad()
+def test_many_steps_are_conditioned_in_one_batch(pipe, name):
+    case = small.ALL[name]
+    adapter, batch = adapter_for(pipe), case.most or 2
+    with calls_of(pipe.transformer) as calls:
+        case.latents(pipe, steps=5, batch=batch)
+    calls = calls[: 5 * len(case.streams) : len(case.streams)]  # one stream of one run
+    inputs = {name: calls[0][0].get(name) for name in adapter.conditioned_on}
+    assert all(value is None or len(value) == len(calls[0][1]) for value in inputs.values())
+    repeated = {name: value if value is None else torch.cat([value] * 5) for name, value in inputs.items()}
+    timesteps = torch.cat([call["timestep"] for call, *_ in calls])
+    at_once = adapter.condition(timesteps, repeated, torch.float32)
+    one_by_one = torch.cat([conditioning for _, _, conditioning, _ in calls])
+    assert not torch.equal(*one_by_one[:: len(calls[0][1])][:2])
+    torch.testing.assert_close(at_once, one_by_one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["qwen layered"])
+def test_several_images_of_one_prompt_share_its_row(pipe, name):
+    case = small.ALL[name]
+    wanted = case.latents(pipe, num_images_per_prompt=2)
+    with lesa.enable_cache(pipe, untrained(), SOME), calls_of(pipe.transformer) as calls:
+        cached = case.latents(pipe, num_images_per_prompt=2)
+    call, features, *_ = calls[0]
+    assert len(features) == 2 and len(call["additional_t_cond"]) == 1
+    assert 0 < distance(cached, wanted) < NEAR
+
+
+@torch.no_grad()
+def test_rows_of_given_images_and_of_kinds_together():
+    torch.manual_seed(0)
+    transformer = small.qwen_transformer(zero_cond_t=True, use_additional_t_cond=True).eval()
+    adapter = adapter_for(SimpleNamespace(transformer=transformer))
+    call = {
+        "hidden_states": torch.randn(2, 48, 4 * small.LATENT_CHANNELS),
+        "encoder_hidden_states": torch.randn(2, small.TEXT_TOKENS, small.TEXT_DIM),
+        "timestep": torch.tensor([0.3, 0.3]),
+        "img_shapes": [[(1, 4, 6)] * 2] * 2,
+        "additional_t_cond": torch.tensor([1]),
+    }
+    with calls_of(transformer) as calls:
+        transformer(**call)
+    assert torch.equal(adapter.conditioning(adapter.bind((), call), torch.float32), calls[0][2])
+    many = adapter.condition(call["timestep"].repeat(3), {"additional_t_cond": torch.tensor([1, 1, 1])}, torch.float32)
+    torch.testing.assert_close(many, calls[0][2].repeat(3, 1), rtol=1e-5, atol=1e-6)
+
+
+@every_case
+def test_the_counted_module_runs_where_the_first_block_runs(pipe, name):
+    ran = []
+    hook = adapter_for(pipe).counted_module.register_forward_hook(lambda *_: ran.append(step_index(pipe)))
+    with hook, watched(pipe) as seen, lesa.enable_cache(pipe, untrained(), [0, 3]):
+        small.ALL[name].latents(pipe, steps=5)
+    assert ran == seen["first block"]
+    assert len(ran) == 2 * len(small.ALL[name].streams) * small.ALL[name].runs
+
+
+NOT_DECODED_ALIKE = {
+    "hunyuan image concat": "it decodes a frame that its latents come without",
+    "hunyuan image concat cfg": "it decodes a frame that its latents come without",
+    "hunyuan framepack sections cfg": "it blends sections that were decoded one by one",
+    "sd3 inpaint cfg": "it leaves out the shift of the latents, which the others do not",
+}
+
+
+@every_case
+def test_decode_gives_what_the_pipeline_gives(pipe, name):
+    case = small.ALL[name]
+    batch = (case.most or 2) if case.returns_latents else 1  # of several layered images it returns wrong parts
+    images = np.stack(case.run(pipe, steps=2, batch=batch, output_type="np"))
+    latents = case.latents(pipe, steps=2, batch=batch)
+    height, width = (case.size.get(side, given) for side, given in (("height", small.HEIGHT), ("width", small.WIDTH)))
+    decoded = adapter_for(pipe).decode(pipe, latents, height, width)
+    assert decoded.dtype == np.float32 and decoded.shape == images.shape
+    assert decoded.shape[-3:-1] == (height, width) and decoded.min() >= 0 and decoded.max() <= 1
+    assert decoded.std() > 0.01
+    assert np.array_equal(decoded, images) == (name not in NOT_DECODED_ALIKE)
+
+
+def test_decode_of_sections_takes_what_the_pipeline_returns(pipes):
+    name = "hunyuan framepack sections cfg"
+    latents = small.ALL[name].run(pipes(name), steps=2)
+    assert isinstance(latents, list)
+    decoded = adapter_for(pipes(name)).decode(pipes(name), latents)
+    assert np.array_equal(decoded, adapter_for(pipes(name)).decode(pipes(name), latents[-1]))
+
+
+def test_decode_finds_the_size_that_the_pipeline_took(pipes):
+    pipe, case = pipes("flux kontext"), small.ALL["flux kontext"]
+    asked = {"height": 4 * small.HEIGHT, "width": 4 * small.WIDTH}  # scaled to the area of the small size
+    images = case.run(pipe, steps=2, output_type="np", **asked)
+    assert images.shape[1:3] == (small.HEIGHT, small.WIDTH)
+    assert np.array_equal(adapter_for(pipe).decode(pipe, case.latents(pipe, steps=2, **asked), **asked), images)
+
+
+def test_packed_grid():
+    assert packed_grid(24, 16, 24, 1024, 4) == (4, 6)
+    assert packed_grid(4096, None, None, 1024, 16) == (64, 64)
+    assert packed_grid(4050, 512, 1024, 1024, 16) == (45, 90)
+    assert packed_grid(72, 16, 24, 640, 4, one_frame=False) == (4, 6)
+    for arguments in ((4140, None, None, 1024, 16), (70, 16, 24, 640, 4, False)):
+        with pytest.raises(ValueError, match="`height and width` must be those of the images"):
+            packed_grid(*arguments)
+
+
+OTHERS = {
+    "flux cfg": {"height": 24, "width": 16},
+    "flux controlnet": {"height": 24, "width": 16, "control_image": [small.image(9, 24, 16)]},
+    "flux control img2img": {"height": 24, "width": 16, "control_image": [small.image(9, 24, 16)]},
+    "qwen controlnet cfg": {"height": 24, "width": 16, "control_image": small.image(9, 24, 16)},
+    "qwen img2img cfg": {"height": 24, "width": 16},
+    "hunyuan cfg": {"height": 48, "num_frames": 5},
+    "hunyuan image replace": {"num_frames": 13},
+    "sd3 cfg": {"height": 24, "width": 16},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_runs_that_differ_do_not_touch_each_other(pipe, name):
+    case = small.ALL[name]
+    control = {k: v for k, v in OTHERS[name].items() if k == "control_image"}
+    runs = [{}, OTHERS[name], {"batch": 2}, {}, {"seed": 3, **control}, {"steps": 10}, {}]
+
+    def fresh(options):
+        pipe = case.build()
+        with lesa.enable_cache(pipe, untrained(), SOME):
+            return case.latents(pipe, **options)
+
+    with lesa.enable_cache(pipe, untrained(), SOME) as handle:
+        made = [case.latents(pipe, **options) for options in runs]
+    assert handle.stats.unlocated == 0
+    for latents, options in zip(made, runs):
+        assert torch.equal(latents, fresh(options)), options
+    assert torch.equal(made[0], made[3]) and not torch.equal(made[0], made[4])
+
+
+def test_a_control_image_changes_the_output_of_a_cached_run(pipes):
+    for name, control in (("flux controlnet", [small.image(9)]), ("qwen controlnet", small.image(9))):
+        case, pipe = small.ALL[name], pipes(name)
+        with lesa.enable_cache(pipe, untrained(), SOME):
+            ours, other = case.latents(pipe), case.latents(pipe, control_image=control)
+        assert distance(other, ours) > 0.001
+
+
+@pytest.mark.parametrize("name", ["flux distilled cfg", "qwen cfg", "hunyuan cfg", "sd3 cfg"])
+def test_in_bfloat16_every_step_is_found(name):
+    """The last bits of a bfloat16 timestep do not tell neighbouring steps apart."""
+    case = small.ALL[name]
+    pipe = case.build().to(torch.bfloat16)
+    pipe.scheduler = type(pipe.scheduler)(shift=12.0)
+    inputs = {k: in_dtype(v, torch.bfloat16) for k, v in case.inputs().items() if "embeds" in k}
+    wanted = case.latents(pipe, steps=50, **inputs)
+    with lesa.enable_cache(pipe, untrained(), range(50)) as handle:
+        assert torch.equal(case.latents(pipe, steps=50, **inputs), wanted)
+    assert handle.stats.unlocated == 0
+    with lesa.enable_cache(pipe, untrained(), 4) as handle, watched(pipe) as seen:
+        cached = case.latents(pipe, steps=50, **inputs)
+    assert seen["last block"] == [step for step in [0, 1, *range(2, 50, 4)] for _ in case.streams]
+    assert handle.stats.unlocated == 0 and pipe.transformer.dtype == torch.bfloat16
+    assert 0 < distance(cached.float(), wanted.float()) < 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen"])
+def test_guidance_in_one_batch_is_one_stream(pipe, name):
+    """A loop over the transformer, whose calls hold the conditional and the unconditional rows."""
+    embeds = torch.randn(2, small.TEXT_TOKENS, small.TEXT_DIM, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(1, 24, 4 * small.LATENT_CHANNELS, generator=torch.Generator().manual_seed(2))
+
+    def loop():
+        latents, scheduler = noise, pipe.scheduler
+        scheduler.set_timesteps(STEPS, mu=1.0)
+        for t in scheduler.timesteps:
+            velocity = pipe.transformer(
+                hidden_states=torch.cat([latents] * 2),
+                timestep=t.expand(2) / 1000,
+                encoder_hidden_states=embeds,
+                img_shapes=[[(1, 4, 6)]] * 2,
+            ).sample
+            cond, uncond = velocity.chunk(2)
+            latents = scheduler.step(uncond + 3.0 * (cond - uncond), t, latents).prev_sample
+        return latents
+
+    wanted = loop()
+    with lesa.enable_cache(pipe, untrained(), SOME) as handle, watched(pipe) as seen:
+        cached = loop()
+    assert seen["first block"] == SOME and [*handle.stats.streams] == ["main"]
+    assert 0 < distance(cached, wanted) < NEAR
+
+
+@pytest.mark.parametrize("name", ["sd3 cfg"])
+def test_guidance_by_skipped_layers_is_a_stream_of_its_own(pipe, name):
+    case = small.ALL[name]
+    options = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.6}
+    wanted = case.latents(pipe, **options)
+    assert distance(wanted, case.latents(pipe)) > 0.001
+    with lesa.enable_cache(pipe, untrained(), SOME) as handle:
+        cached = case.latents(pipe, **options)
+    extra = handle.stats.streams["main-2"]  # of half the rows, from step 1 to step 7
+    assert (extra.computed, extra.predicted) == ([1, 2, 5], [3, 4, 6, 7])
+    assert handle.stats.streams["main"].computed == SOME
+    assert 0 < distance(cached, wanted) < NEAR
+    with lesa.enable_cache(pipe, untrained(), [0, 4, 8]) as handle:
+        case.latents(pipe, **options)
+    assert handle.stats.streams["main-2"].reasons == {1: "no history", 4: "scheduled"}
+
+
+@pytest.mark.parametrize("name", ["flux distilled cfg", "qwen cfg", "hunyuan cfg", "hunyuan framepack", "sd3"])
+def test_recordings_can_be_trained_on(pipe, name, tmp_path):
+    case = small.ALL[name]
+    inputs = [case.inputs(seed) for seed in (1,)] * 2
+    wanted = case.latents(pipe)
+    recorded = lesa.record(pipe, inputs, tmp_path, STEPS, progress=False)
+    assert torch.equal(case.latents(pipe), wanted)
+    family = adapter_for(pipe).family
+    assert recorded.manifest["family"] == family and len(recorded) == 2 * len(case.streams)
+    config = PredictorConfig(small.DIM, rank=2, hidden=4, family=family)
+    predictor = lesa.train(recorded, config, SOME, epochs=1, guided_epochs=1, tokens_per_batch=4, progress=False)
+    assert predictor.config.schedule == tuple(SOME) and predictor.config.num_inference_steps == STEPS
+    with lesa.enable_cache(pipe, predictor) as handle:
+        cached = case.latents(pipe)
+    assert all(s.computed == SOME and len(s.predicted) == 7 for s in handle.stats.streams.values())
+    assert 0 < distance(cached, wanted) < 2 * NEAR
+
+
+def guide():
+    return (ROOT / "docs" / "adding-a-family.md").read_text()
+
+
+def test_the_guide_shows_the_file_as_it_is():
+    (block,) = re.findall(r"^```python\n(.*?)^```", guide(), re.MULTILINE | re.DOTALL)
+    assert block == (ROOT / "python" / "lesa" / "models" / "sd3.py").read_text()
+
+
+def test_the_guide_answers_with_all_that_an_adapter_can_say():
+    answers = {
+        name for row in re.findall(r"^\|[^|]+\|([^|]+)\|", guide(), re.MULTILINE) for name in re.findall("`(.+?)`", row)
+    }
+    assert answers and all(name in {*vars(Adapter), *Adapter.__annotations__} for name in answers)
+    for adapter in ADAPTERS:
+        said = {name for name in vars(adapter) if not name.startswith("_")}
+        assert said <= answers and {"family", "transformer_classes", "condition", "decode"} <= said
+
+
+def test_links_in_the_guide_lead_somewhere():
+    for path in re.findall(r"`((?:python|tests)/[^`]+)`", guide()):
+        assert (ROOT / path).exists(), path
