@@ -410,6 +410,23 @@ def test_a_control_image_changes_the_output_of_a_cached_run(pipes):
         assert distance(other, ours) > 0.001
 
 
+CONTROLNETS = [name for name, case in small.ALL.items() if "ControlNet" in case.pipeline]
+
+
+@pytest.mark.parametrize("name", CONTROLNETS)
+def test_a_controlnet_runs_in_computed_steps_only(pipe, plain, name):
+    case, wanted, calls = small.ALL[name], plain(name, 1), []
+    counter = pipe.controlnet.register_forward_hook(lambda *_: calls.append(1))
+    with lesa.enable_cache(pipe, untrained(), SOME) as handle:
+        cached = case.latents(pipe, steps=STEPS, batch=1)
+        assert len(calls) == len(SOME) == handle.stats.computed_steps
+    calls.clear()
+    assert torch.equal(case.latents(pipe, steps=STEPS, batch=1), wanted)
+    assert len(calls) == STEPS and "_compiled_call_impl" not in vars(pipe.controlnet)
+    assert 0 < distance(cached, wanted) < NEAR
+    counter.remove()
+
+
 @pytest.mark.parametrize("name", ["flux distilled cfg", "qwen cfg", "hunyuan cfg", "sd3 cfg"])
 def test_in_bfloat16_every_step_is_found(name):
     """The last bits of a bfloat16 timestep do not tell neighbouring steps apart."""
