@@ -58,7 +58,7 @@ class Conditioner:
         given = {name: arguments[name] for name in self.adapter.conditioned_on}
         scale = (arguments[self.adapter.attention_kwargs] or {}).get("scale")
         tensors = tuple((id(t), None if t is None or t.is_inference() else t._version) for t in given.values())
-        inputs = (tensors, scale, dtype, timestep.dtype, timestep.shape, timestep.device)
+        inputs = (tensors, scale, dtype, timestep.dtype, timestep.device, arguments["hidden_states"].shape)
         if inputs == self._inputs:
             return bool(self._conditioning)
         self._inputs, self._given = inputs, given  # as long as they are held, nothing else gets their ids
@@ -70,10 +70,17 @@ class Conditioner:
         passed = run.identity[run.index :].to(timestep.device, timestep.dtype, non_blocking=True)
         if run.timestep_scale != 1:
             passed = passed / run.timestep_scale
-        steps, batch = len(passed), timestep.numel()
-        repeated = {k: v if v is None else v.repeat(steps, *[1] * (v.ndim - 1)) for k, v in given.items()}
-        rows = self.adapter.scaled(
-            arguments, self.adapter.condition, passed.repeat_interleave(batch), repeated, dtype
-        )
+        steps, batch = len(passed), self.adapter.shape(arguments)[0]
+        repeated = {name: _repeated(value, batch, steps) for name, value in given.items()}
+        timesteps = passed.repeat_interleave(batch)
+        rows = self.adapter.scaled(arguments, self.adapter.condition, timesteps, repeated, dtype)
         self._conditioning = rows.split(batch)
         return True
+
+
+def _repeated(value: torch.Tensor | None, batch: int, steps: int) -> torch.Tensor | None:
+    """The rows of one call `steps` times; one row that stands for the whole batch, as often as that has samples."""
+    if value is None:
+        return None
+    rows = batch if len(value) == 1 else len(value)
+    return value.expand(rows, *value.shape[1:]).repeat(steps, *[1] * (value.ndim - 1))

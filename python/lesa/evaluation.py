@@ -133,7 +133,7 @@ class Evaluation:
 
     Args:
         runs: the contenders, the reference first.
-        images: by run, the first few images of one size, `[n, height, width, 3]` in [0, 1].
+        images: by run, the first few images of one size, `[n, height, width, 3]` in [0, 1]; of a video the middle one.
         facts: what was measured on: model, samples, seed, device, threads, versions.
     """
 
@@ -314,7 +314,8 @@ class _Contest:
     def _call(self, arguments, seeds, steps, **options):
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         call = {**arguments, "generator": generators, "num_inference_steps": steps, "output_type": "latent"}
-        return self.pipe(**call, **options).images
+        latents = self.pipe(**call, **options, return_dict=False)[0]
+        return latents[-1] if isinstance(latents, list) else latents  # FramePack: after each section
 
     @contextmanager
     def _counted(self, computed: set[int]):
@@ -354,6 +355,8 @@ class _Contest:
         )
         shape = pairs[0][0][1].shape
         images = [image for (_, image), _ in pairs if image.shape == shape]
+        if len(shape) == 4:
+            images = [video[len(video) // 2] for video in images]
         self.pictured[name] = np.stack(images[: self.pictured_samples])
 
 
@@ -408,6 +411,9 @@ def _psnr(values: np.ndarray, wanted: np.ndarray, peak: float) -> float:
 
 
 def _ssim(image: np.ndarray, wanted: np.ndarray) -> float:
+    """Of an image `[H, W, 3]`, or the mean over the frames of a video."""
+    if image.ndim == 4:
+        return float(np.mean([_ssim(*frames) for frames in zip(image, wanted)]))
     side = min(7, *image.shape[:2])  # the usual window is 7 pixels wide; it must be odd and fit
     return structural_similarity(image, wanted, win_size=side - (side % 2 == 0), channel_axis=-1, data_range=1.0)
 

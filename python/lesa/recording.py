@@ -255,6 +255,14 @@ class _RecordingHook(StepHook):
         self.head: OutputHead | None = None
 
     def on_run(self, run: Run) -> None:
+        if any(stream.steps for stream in self.streams.values()):
+            raise argument_error(
+                "inputs",
+                "make the pipeline go through its steps once",
+                Said("a second run in one call, such as for the next section of a long video"),
+                "Ask for a shorter video, of one section.",
+                RuntimeError,
+            )
         self.sigmas = run.executed_sigmas
         self.streams = {}
 
@@ -299,26 +307,36 @@ class _RecordingHook(StepHook):
             return  # `check_complete` will miss it
         bad = (~features.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         self.head = head = self.adapter.output_head(conditioning)
-        stream, step = self.streams.get(call.stream), call.step
-        if stream is None:
-            stream = self.streams[call.stream] = self._new_stream(features, head)
+        step = call.step
         if bad:
             raise argument_error(
                 "features",
                 "be finite",
-                Said(f"NaN or Inf in sample {self.numbers[bad[0]]} at step {step}"),
+                Said(f"NaN or Inf in sample {self.numbers[bad[0] % len(self.numbers)]} at step {step}"),
                 "Record in bfloat16 or float32, and check the sample's input.",
                 RuntimeError,
             )
+        halves = {call.stream: slice(None)}
+        if len(features) == 2 * len(self.numbers) and getattr(self.pipe, "do_classifier_free_guidance", False):
+            # Guidance in one batch: without the prompts, then with them. Each half is a stream of its own.
+            middle = len(self.numbers)
+            halves = {call.stream: slice(middle), f"{call.stream}-with-prompt": slice(middle, None)}
+        for name, rows in halves.items():
+            self._keep(name, step, features[rows], head.scale[rows], head.shift[rows])
+
+    def _keep(self, name, step, features, scale, shift) -> None:
+        stream = self.streams.get(name)
+        if stream is None:
+            stream = self.streams[name] = self._new_stream(features, scale)
         if self.tokens_per_sample is not None:
             index = stream.token_index.to(features.device)[:, :, None].expand(-1, -1, features.shape[2])
             features = features.gather(1, index)
         stream.features[:, step] = features
-        stream.scale[:, step] = head.scale
-        stream.shift[:, step] = head.shift
+        stream.scale[:, step] = scale
+        stream.shift[:, step] = shift
         stream.steps.add(step)
 
-    def _new_stream(self, features, head) -> _Stream:
+    def _new_stream(self, features, scale) -> _Stream:
         batch, tokens, width = features.shape
         steps = len(self.sigmas)
         if batch != len(self.numbers):
@@ -338,8 +356,8 @@ class _RecordingHook(StepHook):
             )
         return _Stream(
             torch.empty(batch, steps, kept, width, dtype=features.dtype),
-            torch.empty(batch, steps, width, dtype=head.scale.dtype),
-            torch.empty(batch, steps, width, dtype=head.shift.dtype),
+            torch.empty(batch, steps, width, dtype=scale.dtype),
+            torch.empty(batch, steps, width, dtype=scale.dtype),
             torch.stack([_choose_tokens(tokens, kept, self.seed + number) for number in self.numbers]),
         )
 

@@ -490,15 +490,17 @@ def test_guidance_by_skipped_layers_is_a_stream_of_its_own(pipe, name):
     assert handle.stats.streams["main-2"].reasons == {1: "no history", 4: "scheduled"}
 
 
-@pytest.mark.parametrize("name", ["flux distilled cfg", "qwen cfg", "hunyuan cfg", "hunyuan framepack", "sd3"])
-def test_recordings_can_be_trained_on(pipe, name, tmp_path):
+@pytest.mark.parametrize("name", ["flux distilled cfg", "qwen cfg", "hunyuan cfg", "hunyuan framepack", "sd3 cfg"])
+def test_recordings_can_be_trained_on_and_evaluated(pipe, name, tmp_path):
     case = small.ALL[name]
     inputs = [case.inputs(seed) for seed in (1,)] * 2
     wanted = case.latents(pipe)
     recorded = lesa.record(pipe, inputs, tmp_path, STEPS, progress=False)
     assert torch.equal(case.latents(pipe), wanted)
     family = adapter_for(pipe).family
-    assert recorded.manifest["family"] == family and len(recorded) == 2 * len(case.streams)
+    streams = 2 if name == "sd3 cfg" else len(case.streams)  # it has both halves of its guidance in one batch
+    assert recorded.manifest["family"] == family and len(recorded) == 2 * streams
+    assert recorded.samples == sorted([0, 1] * streams)
     config = PredictorConfig(small.DIM, rank=2, hidden=4, family=family)
     predictor = lesa.train(recorded, config, SOME, epochs=1, guided_epochs=1, tokens_per_batch=4, progress=False)
     assert predictor.config.schedule == tuple(SOME) and predictor.config.num_inference_steps == STEPS
@@ -506,6 +508,17 @@ def test_recordings_can_be_trained_on(pipe, name, tmp_path):
         cached = case.latents(pipe)
     assert all(s.computed == SOME and len(s.predicted) == 7 for s in handle.stats.streams.values())
     assert 0 < distance(cached, wanted) < 2 * NEAR
+    result = lesa.evaluate(pipe, inputs, [predictor], [], STEPS, batch_size=1, progress=False)
+    reference, mine = result.runs
+    assert (reference.computed_steps, mine.steps) == (STEPS, tuple(SOME))
+    assert 20 < mine.psnr < 100 and 0.5 < mine.ssim < 1
+    assert all(images.ndim == 4 and images.shape[-1] == 3 for images in result.images.values())
+
+
+def test_a_recording_of_several_sections_is_refused(pipes, tmp_path):
+    name = "hunyuan framepack sections cfg"
+    with pytest.raises(RuntimeError, match="must make the pipeline go through its steps once, but got a second run"):
+        lesa.record(pipes(name), [small.ALL[name].inputs(1)], tmp_path, STEPS, progress=False)
 
 
 def guide():
