@@ -14,6 +14,7 @@ from lesa.cli import _parser
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "python/lesa/demo/weights/README.md"]
+PAGES = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(language):
@@ -70,12 +71,42 @@ def test_every_command_is_shown():
     assert shown == {"demo", "record", "train", "generate", "evaluate", "env"}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", DOCUMENTS + PAGES)
 def test_links_to_files_lead_somewhere(document):
     text = (ROOT / document).read_text()
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     missing = [link for link in links if not ((ROOT / document).parent / link).exists()]
     assert not missing
+
+
+def test_every_page_can_be_reached():
+    """From the README, by links."""
+    reached, ahead = set(), ["README.md"]
+    while ahead:
+        document = ROOT / ahead.pop()
+        links = re.findall(r"\]\(([^)#]+\.md)\)", document.read_text())
+        found = {str((document.parent / link).resolve().relative_to(ROOT)) for link in links if "://" not in link}
+        ahead += found - reached
+        reached |= found
+    assert set(PAGES) <= reached
+
+
+def said():
+    """All text that the packages can say: their string literals, what is filled in shown as `...`."""
+    for path in [*(ROOT / "python").rglob("*.py"), *(ROOT / "lesa_kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(v.value if isinstance(v, ast.Constant) else "..." for v in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_the_messages_in_the_troubleshooting_table_exist():
+    text = (ROOT / "docs/troubleshooting.md").read_text()
+    keys = re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+    everything = "\n".join(said())
+    assert len(keys) > 15
+    assert [key for key in keys if key not in everything] == []
 
 
 @pytest.mark.parametrize("document", [name for name in DOCUMENTS if name != "README.md"])

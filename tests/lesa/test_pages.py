@@ -1,0 +1,113 @@
+"""The examples in the documentation run: with small pipelines of random weights in the place of the large ones."""
+
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+
+import lesa
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+
+sys.path.append(str(Path(__file__).parent))
+import small_pipelines as small  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEDULE = (0, 2, 6, 12, 18, 25, 32, 39, 46)
+CASES = {  # of the pipeline classes that the pages load
+    "FluxPipeline": "flux distilled",
+    "FluxControlNetPipeline": "flux controlnet",
+    "QwenImagePipeline": "qwen cfg",
+    "QwenImageEditPipeline": "qwen edit",
+    "HunyuanVideoPipeline": "hunyuan",
+    "StableDiffusion3Pipeline": "sd3 cfg",
+}
+SMALLER = {"height=480, width=640, num_frames=65": "height=32, width=48, num_frames=9"}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def examples():
+    """Every Python block of the pages that loads a pipeline."""
+    for page in PAGES:
+        blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        for number, block in enumerate(b for b in blocks if "Pipeline.from_pretrained(" in b):
+            yield pytest.param(block, id=f"{page.stem}-{number}")
+
+
+def encode_prompt(pipe, *args, **kwargs):
+    """What each family's own returns, from random embeddings."""
+    kind = type(pipe.transformer).__name__
+    made = small.embeddings(1)
+    prompt, pooled = made["prompt_embeds"], made["pooled_prompt_embeds"]
+    mask = torch.ones(1, small.TEXT_TOKENS)
+    if kind.startswith("Flux"):
+        return prompt, pooled, torch.zeros(small.TEXT_TOKENS, 3)
+    if kind.startswith("Qwen"):
+        return prompt, mask.to(torch.int64)
+    if kind.startswith("Hunyuan"):
+        return prompt, pooled, mask
+    other = small.embeddings(1, negative=True)
+    return prompt, other["negative_prompt_embeds"], pooled, other["negative_pooled_prompt_embeds"]
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Makes whatever the examples load: pipelines, ControlNets, predictors, pictures."""
+    used = SimpleNamespace(pipelines=[], written=[])
+
+    def stay(thing):
+        thing.to = lambda *device: thing
+        return thing
+
+    def finish(pipe):
+        pipe.default_sample_size = 8
+        pipe.set_progress_bar_config(disable=True)
+        used.pipelines.append(type(pipe).__name__)
+        return stay(pipe)
+
+    def load_pipeline(cls, name, torch_dtype=None, **parts):
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", name) and torch_dtype == torch.bfloat16
+        pipe = small.ALL[CASES[cls.__name__]].build()
+        if parts:
+            pipe.register_modules(**parts)
+        return finish(pipe)
+
+    def load_predictor(cls, name, **options):
+        sigmas = tuple(1 - step / 50 for step in SCHEDULE)
+        steps = {"num_inference_steps": 50, "schedule": SCHEDULE, "schedule_sigmas": sigmas}
+        return stay(FusedKANPredictor(PredictorConfig(small.DIM, rank=4, hidden=8, **steps)))
+
+    for name in {*CASES, "FluxImg2ImgPipeline"}:
+        cls = getattr(diffusers, name)
+        monkeypatch.setattr(cls, "encode_prompt", encode_prompt)
+        monkeypatch.setattr(cls, "from_pretrained", classmethod(load_pipeline))
+    from_pipe = diffusers.FluxImg2ImgPipeline.from_pipe.__func__
+    made_from = classmethod(lambda cls, pipe: finish(from_pipe(cls, pipe)))
+    monkeypatch.setattr(diffusers.FluxImg2ImgPipeline, "from_pipe", made_from)
+    controlnet = classmethod(lambda cls, name, **options: small.flux_controlnet().eval())
+    monkeypatch.setattr(diffusers.FluxControlNetModel, "from_pretrained", controlnet)
+    monkeypatch.setattr(FusedKANPredictor, "from_pretrained", classmethod(load_predictor))
+    monkeypatch.setattr(diffusers.utils, "load_image", lambda name: small.image(3))
+    monkeypatch.setattr(diffusers.utils, "export_to_video", lambda frames, name, fps: used.written.append(name))
+    with small.small_areas():
+        yield used
+
+
+@pytest.mark.parametrize("example", examples())
+def test_examples_run(example, stand_ins, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for large, little in SMALLER.items():
+        example = example.replace(large, little)
+    names = {}
+    exec(compile(example, "example", "exec"), names)
+    cache = names["cache"]
+    assert cache.stats.predicted_steps > cache.stats.computed_steps > 3
+    printed = capsys.readouterr().out
+    assert cache.stats.summary() in printed
+    assert lesa.hook.installed_hook(names["pipe"].transformer) is None
+    wanted = re.findall(r'"(\w+\.(?:png|mp4))"', re.sub(r"load_image\(.*?\)", "", example))
+    assert sorted([path.name for path in tmp_path.iterdir()] + stand_ins.written) == sorted(wanted)
+    assert names["pipe"].__class__.__name__ in stand_ins.pipelines
