@@ -382,7 +382,9 @@ class StepHook(ModelHook):
         self._read_mail()
 
     def _read_mail(self) -> None:
-        for receive, value in self._mailbox.collect():
+        """Hands out what is on the host, without waiting: but processes that share a transformer must decide alike."""
+        shared = getattr(self.adapter.transformer, "_parallel_config", None) is not None
+        for receive, value in self._mailbox.collect(wait=shared):
             receive(value)
 
     def warn(self, message: str) -> None:
