@@ -142,6 +142,7 @@ class _Stream:
     conditioner: Conditioner
     ring: FeatureRing | TieredRing | None = None
     shape: tuple[int, int] | None = None  # batch and tokens of the call whose features are the newest in the ring
+    is_other_text: bool = False  # since that call
 
 
 class _CacheHook(StepHook):
@@ -206,6 +207,10 @@ class _CacheHook(StepHook):
             "A cached transformer serves the scheduler of the pipeline that the cache was enabled for.",
         )
 
+    def on_other_text(self, stream: str) -> None:
+        if stream in self.streams:
+            self.streams[stream].is_other_text = True
+
     def wants_prediction(self, call) -> bool:
         stream = self.streams.get(call.stream)
         if stream is None:
@@ -230,6 +235,8 @@ class _CacheHook(StepHook):
             return "no history", "Compute an earlier step of this stream: choose another schedule."
         if stream.shape != self.adapter.shape(call.arguments):
             return "the shape changed", "Keep batch and size the same in a run."
+        if stream.is_other_text:
+            return "the text changed", "Keep the texts the same in a run, and the order of their calls."
         device = next(self.predictor.parameters()).device
         if device != stream.ring.device:
             return (
@@ -297,12 +304,12 @@ class _CacheHook(StepHook):
             )
             return
         self._push(stream, features, call.sigma)
-        stream.shape = self.adapter.shape(call.arguments)
+        stream.shape, stream.is_other_text = self.adapter.shape(call.arguments), False
 
     def _push(self, stream: _Stream, features, sigma) -> None:
         ring = stream.ring
         fits = ring is not None and (ring.batch, ring.tokens, ring.dim) == features.shape
-        if not fits or (ring.dtype, ring.device) != (features.dtype, features.device):
+        if not fits or stream.is_other_text or (ring.dtype, ring.device) != (features.dtype, features.device):
             stream.ring = ring = None  # the last name of it: it is freed before another one takes memory
             batch, tokens, _ = features.shape
             ring = self.predictor.make_ring(batch, tokens, features.dtype, features.device, self.max_device_bytes)

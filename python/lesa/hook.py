@@ -196,7 +196,7 @@ class StepHook(ModelHook):
         self.pipe, self.adapter = pipe, adapter
         self.context = _ContextTracker()
         self.run: Run | None = None
-        self._sources: dict[str, tuple] = {}  # by stream, its context and the text of its latest call
+        self._sources: dict[str, tuple] = {}  # by stream, its context, its latest text, and whether it had that before
         self._called: set[str] = set()  # the streams that were called in this step
         self._entered = threading.Lock()  # held while a call is under way
         self._call: Call | None = None
@@ -287,6 +287,9 @@ class StepHook(ModelHook):
             "the timestep is not one of the scheduler's, or not the one that it is at: computing. A cached "
             "transformer serves the scheduler of the pipeline that the cache was enabled for"
         )
+
+    def on_other_text(self, stream: str) -> None:
+        """Called when a stream that kept its text gets another one."""
 
     def wants_prediction(self, call: Call) -> bool:
         """Whether this call is not to be computed."""
@@ -452,14 +455,19 @@ class StepHook(ModelHook):
         """The stream of this call.
 
         It is named by its `cache_context`. Where several streams have one context, or none, a call belongs to the
-        stream that had the same text before; else it is told by its order among the calls of the step.
+        stream that had the same text before; else it is told by its order among the calls of the step. That says
+        little where that stream has kept one text: then it may be another one, and its history is not this call's.
         """
         context, source = self.context.name or "main", arguments.get("encoder_hidden_states")
         same = (name for name, had in self._sources.items() if had[0] == context and had[1] is source)
         names = (context + (f"-{order}" if order > 1 else "") for order in itertools.count(1))
-        name = next(n for n in itertools.chain(same, names) if n not in self._called)
+        own = (name for name in names if self._sources.get(name, (context,))[0] == context)
+        name = next(n for n in itertools.chain(same, own) if n not in self._called)
+        _, text, kept = self._sources.get(name, (None, None, False))
+        if kept and text is not source:
+            self.on_other_text(name)
         self._called.add(name)
-        self._sources[name] = context, source
+        self._sources[name] = context, source, name in self._sources and text is source
         return name
 
 
