@@ -155,12 +155,14 @@ class _CacheHook(StepHook):
         self._keeps_forecasts = predictor.config.history == "steps"
         self.stats = CacheStats()
         self.streams: dict[str, _Stream] = {}
+        self._forecast: torch.Tensor | None = None  # what `predict` leaves for `accepts`
         self.computed: frozenset[int] = frozenset()
         self.forecasts_are_finite = True
 
     def forget(self) -> None:
         super().forget()
         self.streams = {}
+        self._forecast = None
         self.forecasts_are_finite = True
 
     def on_run(self, run: Run) -> None:
@@ -258,7 +260,9 @@ class _CacheHook(StepHook):
                     stream.stats.fused.append(call.step)
                 return self.adapter.output(arguments, predictor.predict_velocity(ring, call.sigma, head))
             self.stats.note(f"the output head ran in the model's own modules: {why}")
-        features = self._forecast = predictor(ring, call.sigma)
+        features = predictor(ring, call.sigma)
+        if self._keeps_forecasts:
+            self._forecast = features
         conditioning = conditioner.conditioning(self.run, arguments, ring.dtype)
         return self.adapter.output(arguments, self.adapter.head(features, conditioning, arguments))
 
@@ -270,6 +274,7 @@ class _CacheHook(StepHook):
             return False
         if self._keeps_forecasts:
             stream.ring.push(self._forecast, call.sigma)
+            self._forecast = None
         stream.stats.predicted.append(call.step)
         stream.stats.end(call.step, output[0].device)
         return True

@@ -266,8 +266,11 @@ class StepHook(ModelHook):
 
     def reset_state(self, module):
         """Called by diffusers when a run has ended: frees what was kept for it."""
-        self.forget()
-        self.context.reset()
+        try:
+            self._read_mail()  # what the last steps sent, which no further call will ask for
+        finally:
+            self.forget()
+            self.context.reset()
         return module
 
     def forget(self) -> None:
@@ -350,6 +353,8 @@ class StepHook(ModelHook):
         """What is called, or None if that is not known, and whether to predict it."""
         _check_no_other_cache(self.adapter.transformer)
         arguments = self.adapter.bind(args, kwargs)
+        if self.run is not None and not self.run.covers(self.pipe.scheduler):
+            self.forget()  # what is on the way is about a run that is over
         self._read_mail()
         step = self._enter_step(arguments["timestep"])
         if step is None:
@@ -399,9 +404,8 @@ class StepHook(ModelHook):
     def _enter_step(self, timestep: torch.Tensor) -> int | None:
         """Finds the run and the step that this call belongs to; returns the executed step, or None if it is unknown."""
         scheduler = self.pipe.scheduler
-        if self.run is None or not self.run.covers(scheduler):
-            self.forget()
-            if getattr(scheduler, "timesteps", None) is None:
+        if self.run is None:
+            if not isinstance(getattr(scheduler, "timesteps", None), torch.Tensor):
                 return None
             self.run = Run(scheduler, self.adapter.timestep_scale)
         value = self._value_of(timestep)
