@@ -72,8 +72,8 @@ class Run:
         self.identity = scheduler.timesteps  # a new tensor every run; kept, so that its address can't be reused
         self.timesteps = scheduler.timesteps.tolist()
         sigmas = getattr(scheduler, "sigmas", None)
-        known = sigmas is not None and len(sigmas) >= len(self.timesteps)
-        train_steps = scheduler.config.get("num_train_timesteps", 1000)
+        known = isinstance(sigmas, torch.Tensor) and len(sigmas) >= len(self.timesteps)
+        train_steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
         self.sigmas = sigmas.tolist() if known else [t / train_steps for t in self.timesteps]
         self.begin: int | None = None
         self.index = -1
