@@ -144,6 +144,7 @@ class _Stream:
     ring: FeatureRing | TieredRing | None = None
     shape: tuple[int, int] | None = None  # batch and tokens of the call whose features are the newest in the ring
     fuses: bool = False  # whether the predictor has one kernel for forecast and output head
+    is_other_text: bool = False  # since that call
 
 
 class _CacheHook(StepHook):
@@ -158,6 +159,7 @@ class _CacheHook(StepHook):
         self._keeps_forecasts = predictor.config.history == "steps"
         self.stats = CacheStats()
         self.streams: dict[str, _Stream] = {}
+        self._forecast: torch.Tensor | None = None  # what `predict` leaves for `accepts`
         self.computed: frozenset[int] = frozenset()
         self.forecasts_are_finite = True
 
@@ -177,6 +179,7 @@ class _CacheHook(StepHook):
     def forget(self) -> None:
         super().forget()
         self.streams = {}
+        self._forecast = None
         self.forecasts_are_finite = True
 
     def on_run(self, run: Run) -> None:
@@ -223,6 +226,10 @@ class _CacheHook(StepHook):
             "A cached transformer serves the scheduler of the pipeline that the cache was enabled for.",
         )
 
+    def on_other_text(self, stream: str) -> None:
+        if stream in self.streams:
+            self.streams[stream].is_other_text = True
+
     def wants_prediction(self, call) -> bool:
         stream = self.streams.get(call.stream)
         if stream is None:
@@ -247,6 +254,8 @@ class _CacheHook(StepHook):
             return "no history", "Compute an earlier step of this stream: choose another schedule."
         if stream.shape != self.adapter.shape(call.arguments):
             return "the shape changed", "Keep batch and size the same in a run."
+        if stream.is_other_text:
+            return "the text changed", "Keep the texts the same in a run, and the order of their calls."
         device = next(self.predictor.parameters()).device
         if device != stream.ring.device:
             return (
@@ -268,7 +277,9 @@ class _CacheHook(StepHook):
                     stream.stats.fused.append(call.step)
                 return self.adapter.output(arguments, predictor.predict_velocity(ring, call.sigma, head))
             self.stats.note(f"the output head ran in the model's own modules: {why}")
-        features = self._forecast = predictor(ring, call.sigma)
+        features = predictor(ring, call.sigma)
+        if self._keeps_forecasts:
+            self._forecast = features
         conditioning = conditioner.conditioning(self.run, arguments, ring.dtype)
         return self.adapter.output(arguments, self.adapter.head(features, conditioning, arguments))
 
@@ -280,6 +291,7 @@ class _CacheHook(StepHook):
             return False
         if self._keeps_forecasts:
             stream.ring.push(self._forecast, call.sigma)
+            self._forecast = None
         stream.stats.predicted.append(call.step)
         stream.stats.end(call.step, output[0].device)
         return True
@@ -314,12 +326,12 @@ class _CacheHook(StepHook):
             )
             return
         self._push(stream, features, call.sigma)
-        stream.shape = self.adapter.shape(call.arguments)
+        stream.shape, stream.is_other_text = self.adapter.shape(call.arguments), False
 
     def _push(self, stream: _Stream, features, sigma) -> None:
         ring = stream.ring
         fits = ring is not None and (ring.batch, ring.tokens, ring.dim) == features.shape
-        if not fits or (ring.dtype, ring.device) != (features.dtype, features.device):
+        if not fits or stream.is_other_text or (ring.dtype, ring.device) != (features.dtype, features.device):
             stream.ring = ring = None  # the last name of it: it is freed before another one takes memory
             batch, tokens, _ = features.shape
             ring = self.predictor.make_ring(batch, tokens, features.dtype, features.device, self.max_device_bytes)

@@ -72,8 +72,8 @@ class Run:
         self.identity = scheduler.timesteps  # a new tensor every run; kept, so that its address can't be reused
         self.timesteps = scheduler.timesteps.tolist()
         sigmas = getattr(scheduler, "sigmas", None)
-        known = sigmas is not None and len(sigmas) >= len(self.timesteps)
-        train_steps = scheduler.config.get("num_train_timesteps", 1000)
+        known = isinstance(sigmas, torch.Tensor) and len(sigmas) >= len(self.timesteps)
+        train_steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
         self.sigmas = sigmas.tolist() if known else [t / train_steps for t in self.timesteps]
         self.begin: int | None = None
         self.index = -1
@@ -196,7 +196,7 @@ class StepHook(ModelHook):
         self.pipe, self.adapter = pipe, adapter
         self.context = _ContextTracker()
         self.run: Run | None = None
-        self._sources: dict[str, tuple] = {}  # by stream, its context and the text of its latest call
+        self._sources: dict[str, tuple] = {}  # by stream, its context, its latest text, and whether it had that before
         self._called: set[str] = set()  # the streams that were called in this step
         self._entered = threading.Lock()  # held while a call is under way
         self._call: Call | None = None
@@ -266,8 +266,11 @@ class StepHook(ModelHook):
 
     def reset_state(self, module):
         """Called by diffusers when a run has ended: frees what was kept for it."""
-        self.forget()
-        self.context.reset()
+        try:
+            self._read_mail()  # what the last steps sent, which no further call will ask for
+        finally:
+            self.forget()
+            self.context.reset()
         return module
 
     def forget(self) -> None:
@@ -287,6 +290,9 @@ class StepHook(ModelHook):
             "the timestep is not one of the scheduler's, or not the one that it is at: computing. A cached "
             "transformer serves the scheduler of the pipeline that the cache was enabled for"
         )
+
+    def on_other_text(self, stream: str) -> None:
+        """Called when a stream that kept its text gets another one."""
 
     def wants_prediction(self, call: Call) -> bool:
         """Whether this call is not to be computed."""
@@ -352,6 +358,8 @@ class StepHook(ModelHook):
         """What is called, or None if that is not known, and whether to predict it."""
         _check_no_other_cache(self.adapter.transformer)
         arguments = self.adapter.bind(args, kwargs)
+        if self.run is not None and not self.run.covers(self.pipe.scheduler):
+            self.forget()  # what is on the way is about a run that is over
         self._read_mail()
         step = self._enter_step(arguments["timestep"])
         if step is None:
@@ -387,7 +395,9 @@ class StepHook(ModelHook):
         self._read_mail()
 
     def _read_mail(self) -> None:
-        for receive, value in self._mailbox.collect():
+        """Hands out what is on the host, without waiting: but processes that share a transformer must decide alike."""
+        shared = getattr(self.adapter.transformer, "_parallel_config", None) is not None
+        for receive, value in self._mailbox.collect(wait=shared):
             receive(value)
 
     def warn(self, message: str) -> None:
@@ -399,9 +409,8 @@ class StepHook(ModelHook):
     def _enter_step(self, timestep: torch.Tensor) -> int | None:
         """Finds the run and the step that this call belongs to; returns the executed step, or None if it is unknown."""
         scheduler = self.pipe.scheduler
-        if self.run is None or not self.run.covers(scheduler):
-            self.forget()
-            if getattr(scheduler, "timesteps", None) is None:
+        if self.run is None:
+            if not isinstance(getattr(scheduler, "timesteps", None), torch.Tensor):
                 return None
             self.run = Run(scheduler, self.adapter.timestep_scale)
         value = self._value_of(timestep)
@@ -455,14 +464,19 @@ class StepHook(ModelHook):
         """The stream of this call.
 
         It is named by its `cache_context`. Where several streams have one context, or none, a call belongs to the
-        stream that had the same text before; else it is told by its order among the calls of the step.
+        stream that had the same text before; else it is told by its order among the calls of the step. That says
+        little where that stream has kept one text: then it may be another one, and its history is not this call's.
         """
         context, source = self.context.name or "main", arguments.get("encoder_hidden_states")
         same = (name for name, had in self._sources.items() if had[0] == context and had[1] is source)
         names = (context + (f"-{order}" if order > 1 else "") for order in itertools.count(1))
-        name = next(n for n in itertools.chain(same, names) if n not in self._called)
+        own = (name for name in names if self._sources.get(name, (context,))[0] == context)
+        name = next(n for n in itertools.chain(same, own) if n not in self._called)
+        _, text, kept = self._sources.get(name, (None, None, False))
+        if kept and text is not source:
+            self.on_other_text(name)
         self._called.add(name)
-        self._sources[name] = context, source
+        self._sources[name] = context, source, name in self._sources and text is source
         return name
 
 

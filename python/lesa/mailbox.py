@@ -28,10 +28,15 @@ class Mailbox:
             letter, event = value.detach().reshape(1), None
         self._on_the_way.append((note, letter, event))
 
-    def collect(self) -> Iterator[tuple[Any, float]]:
-        """The notes and numbers that have arrived, in the order in which they were sent."""
-        while self._on_the_way and self._arrived(self._on_the_way[0][2]):
-            note, letter, _ = self._on_the_way.popleft()
+    def collect(self, wait: bool = False) -> Iterator[tuple[Any, float]]:
+        """The notes and numbers that have arrived, in the order in which they were sent; with `wait`, all of them."""
+        while self._on_the_way:
+            note, letter, event = self._on_the_way[0]
+            if wait and event is not None:
+                event.synchronize()
+            elif not self._arrived(event):
+                return
+            self._on_the_way.popleft()
             yield note, letter.item()
 
     def clear(self) -> None:

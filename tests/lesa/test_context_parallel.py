@@ -1,0 +1,220 @@
+"""Context parallelism of diffusers (Ulysses) over two processes on the CPU.
+
+The module is also the program of those processes: `python test_context_parallel.py RANK FOLDER`. They run all cases and
+save what they made in the folder. The tests compare it with what this process makes by itself.
+"""
+
+import math
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+
+import lesa
+from lesa.demo import digits
+from lesa.mailbox import Mailbox
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+
+RANKS = 2
+STEPS = 12
+SOME = [0, 1, 2, 5, 9]
+NAN_BELOW = 0.45  # a noise level between those of steps 6 and 7, of which both are predicted
+CASES = ["off", "everything", "cache first", "parallelism first", "disabled", "not finite", "found late"]
+TIME_LIMIT_S = 60  # all cases take about 15 s
+
+
+def flux_pipeline():
+    return digits.load_pipeline()
+
+
+def qwen_image_pipeline():
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 6, 6),
+    )
+    pipe = QwenImagePipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, transformer.eval())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+FAMILIES = {"flux": flux_pipeline, "qwen-image": qwen_image_pipeline}
+
+
+def generate(pipe):
+    """Latents of two images. The texts are of six tokens: each process gets as many of them."""
+    torch.manual_seed(1)
+    if isinstance(pipe, QwenImagePipeline):
+        mask = torch.ones(2, 6, dtype=torch.long)
+        mask[1, 4:] = 0
+        texts = {"prompt_embeds": torch.randn(2, 6, 24), "prompt_embeds_mask": mask, "height": 128, "width": 64}
+        texts |= {"negative_prompt_embeds": torch.randn(2, 6, 24), "negative_prompt_embeds_mask": mask}
+        texts["true_cfg_scale"] = 2.0
+    else:
+        inputs = digits.inputs_for((3, 8))
+        texts = {n: torch.cat([i[n] for i in inputs]) for n in ("prompt_embeds", "pooled_prompt_embeds")}
+        texts["prompt_embeds"] = texts["prompt_embeds"].repeat(1, 6, 1) + 0.1 * torch.randn(2, 6, digits.EMBEDDING_DIM)
+        texts |= {"height": digits.SIDE, "width": digits.SIDE}
+    generators = [torch.Generator().manual_seed(i) for i in (3, 4)]
+    return pipe(**texts, num_inference_steps=STEPS, generator=generators, output_type="latent").images
+
+
+class NanPredictor(FusedKANPredictor):
+    """Gives NaN below a noise level."""
+
+    def forward(self, ring, sigma):
+        return super().forward(ring, sigma) * (math.nan if sigma < NAN_BELOW else 1)
+
+
+def make_predictor(pipe, case):
+    torch.manual_seed(2)
+    config = pipe.transformer.config
+    width = config.num_attention_heads * config.attention_head_dim
+    predictor = FusedKANPredictor(PredictorConfig(width, rank=4, hidden=8))
+    torch.nn.init.constant_(predictor.out_bias[:, 1:], 0.3)
+    if case in ("not finite", "found late"):
+        predictor.__class__ = NanPredictor
+    return predictor
+
+
+class LateEvent:
+    """Stands for the event of a GPU that has not come to its place when it is asked, but does so when waited for."""
+
+    def __init__(self):
+        self.waited = False
+
+    def query(self):
+        return self.waited
+
+    def synchronize(self):
+        self.waited = True
+
+
+class LateMailbox(Mailbox):
+    """One whose letters are never there unless they are waited for."""
+
+    def post(self, note, value):
+        self._on_the_way.append((note, value.detach().reshape(1), LateEvent()))
+
+
+def run_case(family, case, parallelise=lambda transformer: None, late=False):
+    """What one case makes: latents, how often the first block ran, and the steps of each stream.
+
+    With `late`, what the device says is on the host only when it is waited for.
+    """
+    pipe, blocks = FAMILIES[family](), []
+    schedule = range(STEPS) if case == "everything" else SOME
+    pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: blocks.append(1))
+    if case == "parallelism first":
+        parallelise(pipe.transformer)
+    handle = None if case == "off" else lesa.enable_cache(pipe, make_predictor(pipe, case), schedule)
+    if case != "parallelism first":
+        parallelise(pipe.transformer)
+    if case == "disabled":
+        generate(pipe)
+        handle.disable()
+        blocks.clear()
+    elif late:
+        handle._hook._mailbox = LateMailbox()
+    latents = generate(pipe)
+    streams = {} if handle is None else handle.stats.streams
+    return {
+        "latents": latents,
+        "blocks": len(blocks),
+        "steps": {name: (stream.computed, stream.predicted) for name, stream in streams.items()},
+    }
+
+
+def work(rank, folder):
+    """What one of the processes does."""
+    from diffusers import ContextParallelConfig
+
+    torch.set_num_threads(1)
+    torch.accelerator.device_count = lambda: RANKS  # diffusers numbers the ranks' accelerators; there is none
+    torch._C._get_accelerator = lambda *_: torch.device("cpu")
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
+
+    def parallelise(transformer):
+        transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=RANKS))
+
+    results = {}
+    for family in FAMILIES:
+        for case in CASES:
+            begun, late = time.perf_counter(), case == "found late" and rank == 0  # the other one finds it out at once
+            print(f"{family}, {case} ...", end=" ", flush=True)
+            results[family, case] = run_case(family, case, parallelise, late)
+            print(f"{time.perf_counter() - begun:.1f} s", flush=True)
+    torch.save(results, f"{folder}/results-{rank}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each of the processes made, by family and case."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("torch is built without gloo")
+    folder = tmp_path_factory.mktemp("context-parallel")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    logs = [folder / f"log-{rank}" for rank in range(RANKS)]
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as out:
+            command = [sys.executable, __file__, str(rank), str(folder)]
+            processes.append(subprocess.Popen(command, stdout=out, stderr=out, env=environment))
+    until = time.monotonic() + TIME_LIMIT_S
+    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+        if time.monotonic() > until:
+            break
+        time.sleep(0.05)
+    states = [process.poll() for process in processes]
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+    if states != [0] * RANKS:
+        ends = "\n".join(f"--- process {rank}:\n{log.read_text()[-3000:]}" for rank, log in enumerate(logs))
+        pytest.fail(f"exit codes {states} after {TIME_LIMIT_S} s or less (None: was still running)\n{ends}")
+    return [torch.load(folder / f"results-{rank}") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes_equal_one(results, family, case):
+    if case in ("not finite", "found late"):
+        with pytest.warns(RuntimeWarning, match="the forecast was not finite"):
+            alone = run_case(family, case)
+    else:
+        alone = run_case(family, case)
+    assert alone["latents"].isfinite().all()
+    streams = 2 if family == "qwen-image" else 1
+    computed = {"off": STEPS, "disabled": STEPS, "everything": STEPS, "not finite": 9, "found late": 9}
+    assert alone["blocks"] == streams * computed.get(case, len(SOME))
+    for result in results:
+        ours = result[family, case]
+        torch.testing.assert_close(ours["latents"], alone["latents"], rtol=0, atol=1e-5)
+        assert (ours["blocks"], ours["steps"]) == (alone["blocks"], alone["steps"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_forecast_is_not_the_plain_run(results, family):
+    """Else the cases above would compare nothing."""
+    by_case = {case: results[0][family, case]["latents"] for case in CASES}
+    for case in ("cache first", "not finite"):
+        assert (by_case[case] - by_case["off"]).abs().max() > 1e-2
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), sys.argv[2])
