@@ -251,7 +251,9 @@ class _CacheHook(StepHook):
                     stream.stats.fused.append(call.step)
                 return self.adapter.output(arguments, predictor.predict_velocity(ring, call.sigma, head))
             self.stats.note(f"the output head ran in the model's own modules: {why}")
-        features = self._forecast = predictor(ring, call.sigma)
+        features = predictor(ring, call.sigma)
+        if self._keeps_forecasts:
+            ring.push(features, call.sigma)  # before the head, which may overwrite them
         conditioning = conditioner.conditioning(self.run, arguments, ring.dtype)
         return self.adapter.output(arguments, self.adapter.head(features, conditioning, arguments))
 
@@ -261,8 +263,6 @@ class _CacheHook(StepHook):
         self.post(output[0].sum(dtype=torch.float32), functools.partial(self._on_sum, call, self.run))
         if not self.forecasts_are_finite:
             return False
-        if self._keeps_forecasts:
-            stream.ring.push(self._forecast, call.sigma)
         stream.stats.predicted.append(call.step)
         stream.stats.end(call.step, output[0].device)
         return True

@@ -228,7 +228,7 @@ class StepHook(ModelHook):
         self._compiled = attributes.get("_compiled_call_impl")
         attributes["_compiled_call_impl"] = self._outer_gate
         attributes["compile"] = self._compile
-        self._capture = self.adapter.head_entry.register_forward_pre_hook(self._on_head_entry)
+        self._capture = self.adapter.head_entry.register_forward_pre_hook(self._on_head_entry, prepend=True)
 
     def uninstall(self) -> None:
         """Restores the transformer. Does nothing if the hook is off already.
@@ -371,8 +371,8 @@ class StepHook(ModelHook):
         self.keep(call, *(self._captured or (None, None)))
 
     def _on_head_entry(self, module, args) -> None:
-        if self.inside == "compute":
-            self._captured = args[:2]
+        if self.inside == "compute":  # what comes after may overwrite them
+            self._captured = tuple(arg.detach().clone() for arg in args[:2])
 
     # Finding out what a call is
 
