@@ -189,8 +189,12 @@ class _CacheHook(StepHook):
             self.stats.note(f"the predictor was trained with the computed steps {steps}")
 
     def _note_adapters(self) -> None:
+        names = dict.fromkeys(getattr(self.pipe, "fused_loras", ()))  # what is fused stays when it is unloaded
         transformer = self.adapter.transformer
-        if getattr(transformer, "_hf_peft_config_loaded", False) and (names := transformer.active_adapters()):
+        for module in transformer.modules() if getattr(transformer, "_hf_peft_config_loaded", False) else ():
+            if getattr(module, "disable_adapters", None) is False:  # a layer with adapters, and they are on
+                names |= dict.fromkeys(module.active_adapters)
+        if names:
             note = (
                 f"the adapters {', '.join(names)} are on: unless the predictor was trained with them, its forecasts "
                 "are less close"
