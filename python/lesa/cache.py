@@ -159,7 +159,6 @@ class _CacheHook(StepHook):
         self._keeps_forecasts = predictor.config.history == "steps"
         self.stats = CacheStats()
         self.streams: dict[str, _Stream] = {}
-        self._forecast: torch.Tensor | None = None  # what `predict` leaves for `accepts`
         self.computed: frozenset[int] = frozenset()
         self.forecasts_are_finite = True
 
@@ -179,7 +178,6 @@ class _CacheHook(StepHook):
     def forget(self) -> None:
         super().forget()
         self.streams = {}
-        self._forecast = None
         self.forecasts_are_finite = True
 
     def on_run(self, run: Run) -> None:
@@ -209,8 +207,12 @@ class _CacheHook(StepHook):
             self.stats.note(f"the predictor was trained with the computed steps {steps}")
 
     def _note_adapters(self) -> None:
+        names = dict.fromkeys(getattr(self.pipe, "fused_loras", ()))  # what is fused stays when it is unloaded
         transformer = self.adapter.transformer
-        if getattr(transformer, "_hf_peft_config_loaded", False) and (names := transformer.active_adapters()):
+        for module in transformer.modules() if getattr(transformer, "_hf_peft_config_loaded", False) else ():
+            if getattr(module, "disable_adapters", None) is False:  # a layer with adapters, and they are on
+                names |= dict.fromkeys(module.active_adapters)
+        if names:
             note = (
                 f"the adapters {', '.join(names)} are on: unless the predictor was trained with them, its forecasts "
                 "are less close"
@@ -279,7 +281,7 @@ class _CacheHook(StepHook):
             self.stats.note(f"the output head ran in the model's own modules: {why}")
         features = predictor(ring, call.sigma)
         if self._keeps_forecasts:
-            self._forecast = features
+            ring.push(features, call.sigma)  # before the head, which may overwrite them
         conditioning = conditioner.conditioning(self.run, arguments, ring.dtype)
         return self.adapter.output(arguments, self.adapter.head(features, conditioning, arguments))
 
@@ -289,9 +291,6 @@ class _CacheHook(StepHook):
         self.post(output[0].sum(dtype=torch.float32), functools.partial(self._on_sum, call, self.run))
         if not self.forecasts_are_finite:
             return False
-        if self._keeps_forecasts:
-            stream.ring.push(self._forecast, call.sigma)
-            self._forecast = None
         stream.stats.predicted.append(call.step)
         stream.stats.end(call.step, output[0].device)
         return True
@@ -317,16 +316,18 @@ class _CacheHook(StepHook):
 
     def keep(self, call, features, conditioning) -> None:
         stream = self.streams[call.stream]
-        stream.stats.computed.append(call.step)
-        stream.stats.end(call.step, call.arguments["hidden_states"].device)
-        if features is None:
+        self._push(stream, features, call.sigma)
+        stream.shape, stream.is_other_text = self.adapter.shape(call.arguments), False
+
+    def finish(self, call, kept) -> None:
+        stats = self.streams[call.stream].stats
+        stats.computed.append(call.step)
+        stats.end(call.step, call.arguments["hidden_states"].device)
+        if not kept:
             self._fall_back(
                 "the output head did not run where lesa sees it",
                 "Compile with `pipe.transformer.compile(...)`, and don't replace the transformer's forward.",
             )
-            return
-        self._push(stream, features, call.sigma)
-        stream.shape, stream.is_other_text = self.adapter.shape(call.arguments), False
 
     def _push(self, stream: _Stream, features, sigma) -> None:
         ring = stream.ring

@@ -201,7 +201,8 @@ class StepHook(ModelHook):
         self._entered = threading.Lock()  # held while a call is under way
         self._call: Call | None = None
         self.inside: str | None = None  # what the inner gate does now: "compute" or "predict"
-        self._captured: tuple | None = None
+        self._captured: tuple | None = None  # the inputs of the output head, from a compiled graph
+        self._kept = False
         self._mailbox = Mailbox()
         self._warned: set[str] = set()
 
@@ -228,7 +229,7 @@ class StepHook(ModelHook):
         self._compiled = attributes.get("_compiled_call_impl")
         attributes["_compiled_call_impl"] = self._outer_gate
         attributes["compile"] = self._compile
-        self._capture = self.adapter.head_entry.register_forward_pre_hook(self._on_head_entry)
+        self._capture = self.adapter.head_entry.register_forward_pre_hook(self._on_head_entry, prepend=True)
 
     def uninstall(self) -> None:
         """Restores the transformer. Does nothing if the hook is off already.
@@ -315,12 +316,17 @@ class StepHook(ModelHook):
         """The transformer's keyword arguments for a call that is computed."""
         return kwargs
 
-    def keep(self, call: Call, features: torch.Tensor | None, conditioning: torch.Tensor | None) -> None:
-        """Gets the inputs of the output head, `[B, T, D]` and `[B, D]`, of a call that was computed.
-
-        They are None if the head was not seen to run: it is not, in a graph that was compiled before.
-        """
+    def keep(self, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
+        """Gets the inputs of the output head, `[B, T, D]` and `[B, D]`, of a call that is computed."""
         raise NotImplementedError
+
+    def finish(self, call: Call, kept: bool) -> None:
+        """Called after a call that was computed.
+
+        Args:
+            call: that call.
+            kept: whether `keep` was called. It is not where the head runs in a graph that was compiled before.
+        """
 
     # The gates. Nothing of the two is compiled, but what they run may be.
 
@@ -351,6 +357,7 @@ class StepHook(ModelHook):
             return output
         finally:
             self._call = self.inside = self._captured = None
+            self._kept = False
             self._entered.release()
 
     @torch.compiler.disable
@@ -381,11 +388,23 @@ class StepHook(ModelHook):
 
     @torch.compiler.disable
     def _computed(self, call: Call) -> None:
-        self.keep(call, *(self._captured or (None, None)))
+        if self._captured is not None:
+            self._keep(*self._captured)
+        self.finish(call, self._kept)
 
     def _on_head_entry(self, module, args) -> None:
+        """Keeps the inputs of the head at once, for what comes after may overwrite them; a graph copies them out."""
         if self.inside == "compute":
-            self._captured = args[:2]
+            if torch.compiler.is_compiling():
+                self._captured = tuple(arg.detach().clone() for arg in args[:2])
+            else:
+                self._keep(*args[:2])
+
+    @torch.compiler.disable
+    def _keep(self, features: torch.Tensor, conditioning: torch.Tensor) -> None:
+        if self._call is not None:
+            self._kept = True
+            self.keep(self._call, features, conditioning)
 
     # Finding out what a call is
 

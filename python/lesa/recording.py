@@ -303,8 +303,6 @@ class _RecordingHook(StepHook):
         }
 
     def keep(self, call, features, conditioning) -> None:
-        if features is None:
-            return  # `check_complete` will miss it
         bad = (~features.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         self.head = head = self.adapter.output_head(conditioning)
         step = call.step

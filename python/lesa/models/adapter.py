@@ -48,7 +48,7 @@ class Adapter:
         parameters = [*inspect.signature(type(transformer).forward).parameters.values()][1:]
         self._names = [p.name for p in parameters]
         self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        self._head_modules = torch.nn.ModuleList([transformer.time_text_embed, self.head_entry, self.projection])
+        self._head_modules = torch.nn.ModuleList()
 
     # What a family has to say, or may say otherwise
 
@@ -106,12 +106,15 @@ class Adapter:
     @property
     def head_modules(self) -> torch.nn.ModuleList:
         """All that a predicted step runs of the transformer."""
+        modules = self.transformer.time_text_embed, self.head_entry, self.projection
+        if modules != tuple(self._head_modules):  # peft puts a layer with LoRA in the place of a plain one
+            self._head_modules = torch.nn.ModuleList(modules)
         return self._head_modules
 
     @property
     def has_adapters(self) -> bool:
         """Whether adapters such as LoRA are on a module of the head, which may change what it computes at any time."""
-        return any(hasattr(module, "base_layer") for module in self._head_modules.modules())
+        return any(hasattr(module, "base_layer") for module in self.head_modules.modules())
 
     @property
     def counted_module(self) -> torch.nn.Module:
@@ -136,7 +139,7 @@ class Adapter:
 
     def scaled(self, call: dict, function, *args):
         """`function(*args)` while the head's LoRA layers have the scale that this call asks for."""
-        return _scaled(self._head_modules, function, args, joint_attention_kwargs=call[self.attention_kwargs])
+        return _scaled(self.head_modules, function, args, joint_attention_kwargs=call[self.attention_kwargs])
 
     def output(self, call: dict, velocity: torch.Tensor):
         """Projected tokens `[B, T, O]` as the transformer returns them."""

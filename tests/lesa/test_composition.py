@@ -1,0 +1,668 @@
+"""The cache together with all that users do to a transformer besides: compile, offload, adapt, quantise, train it."""
+
+import math
+import warnings
+
+import accelerate
+import pytest
+import torch
+import torch._dynamo
+from diffusers import FluxTransformer2DModel
+from diffusers.hooks import group_offloading
+from diffusers.hooks.group_offloading import ModuleGroup
+
+import lesa
+from lesa.demo import digits
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+
+STEPS = 12
+SOME = [0, 1, 2, 5, 9]
+DIM = 128
+
+
+def make_predictor(**options):
+    """A predictor whose forecast depends on all its anchors."""
+    torch.manual_seed(0)
+    predictor = FusedKANPredictor(PredictorConfig(DIM, **{"rank": 4, "hidden": 8, **options}))
+    if predictor.config.mixer == "newton":
+        torch.nn.init.constant_(predictor.out_bias[:, 1:], 0.3)
+    else:
+        torch.nn.init.normal_(predictor.mix_weight, std=0.01)
+    return predictor
+
+
+def enable(pipe, schedule=SOME, **options):
+    """A cache that raises where a step that is to be predicted is not."""
+    return lesa.enable_cache(pipe, make_predictor(), schedule, **{"strict": True, **options})
+
+
+def count_blocks(transformer):
+    """A list that gets an entry whenever the transformer's first block runs."""
+    seen = []
+    transformer.transformer_blocks[0].register_forward_pre_hook(lambda module, args: seen.append(1))
+    return seen
+
+
+def assert_forecast(handle, steps=STEPS):
+    """The schedule was obeyed: nothing was computed that was to be predicted."""
+    stream = handle.stats.streams["cond"]
+    assert (stream.computed, stream.predicted) == (SOME, [step for step in range(steps) if step not in SOME])
+
+
+def ours(caught):
+    return [str(w.message) for w in caught if str(w.message).startswith("lesa: ")]
+
+
+def make_small_pipe(**config):
+    """A pipeline around a random transformer of two blocks, which compiles fast."""
+    torch.manual_seed(1)
+    config = digits.TRANSFORMER_CONFIG | {"num_layers": 1, "num_single_layers": 1} | config
+    pipe = digits.build_pipeline(FluxTransformer2DModel(**config).eval())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def small_pipe():
+    return make_small_pipe()
+
+
+# torch.compile
+
+
+class Backend:
+    """Runs the graphs that dynamo hands it as they are, and counts them and their runs."""
+
+    def __init__(self):
+        self.graphs = self.runs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+
+        def run(*args):
+            self.runs += 1
+            return graph.forward(*args)
+
+        return run
+
+
+def compile_module(pipe, backend):
+    pipe.transformer.compile(backend=backend)
+
+
+def compile_module_fullgraph(pipe, backend):
+    pipe.transformer.compile(backend=backend, fullgraph=True)
+
+
+def wrap(pipe, backend):
+    pipe.transformer = torch.compile(pipe.transformer, backend=backend)
+
+
+def wrap_fullgraph(pipe, backend):
+    pipe.transformer = torch.compile(pipe.transformer, backend=backend, fullgraph=True)
+
+
+def compile_blocks(pipe, backend):
+    pipe.transformer.compile_repeated_blocks(backend=backend, fullgraph=True)
+
+
+COMPILE = [compile_module, compile_module_fullgraph, wrap, wrap_fullgraph, compile_blocks]
+no_recompiles = torch._dynamo.config.patch(error_on_recompile=True)
+
+
+@pytest.fixture
+def backend():
+    torch._dynamo.reset()
+    yield Backend()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compile_it", COMPILE, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("cache_first", [False, True], ids=["compile-cache", "cache-compile"])
+def test_a_compiled_transformer(small_pipe, generate, backend, compile_it, cache_first):
+    pipe = small_pipe
+    if cache_first and compile_it is wrap_fullgraph:
+        pytest.skip("refused, as test_wrapping_with_fullgraph_after_enabling says")
+    plain = generate(pipe)
+    with enable(pipe):
+        cached, longer = generate(pipe), generate(pipe, steps=15)
+    if cache_first:
+        handle = enable(pipe)
+        compile_it(pipe, backend)
+    else:
+        compile_it(pipe, backend)
+        assert torch.equal(generate(pipe), plain)
+        compiled = vars(pipe.transformer).get("_compiled_call_impl")
+        per_step, odd = divmod(backend.runs, STEPS)
+        assert per_step and not odd
+        handle = enable(pipe)
+    before = backend.runs
+    assert torch.equal(generate(pipe), cached)
+    assert_forecast(handle)
+    if cache_first:
+        per_step, odd = divmod(backend.runs, len(SOME))
+        assert per_step and not odd
+    assert backend.runs - before == per_step * len(SOME)
+    with no_recompiles:
+        assert torch.equal(generate(pipe), cached)
+        assert torch.equal(generate(pipe, steps=15), longer)
+        assert_forecast(handle, steps=15)
+    handle.disable()
+    before = backend.runs
+    assert torch.equal(generate(pipe), plain)
+    assert backend.runs - before == per_step * STEPS
+    if not cache_first:
+        assert vars(pipe.transformer).get("_compiled_call_impl") is compiled
+        assert "compile" not in vars(pipe.transformer)
+    graphs = backend.graphs
+    with enable(pipe, range(STEPS)) as handle:
+        assert torch.equal(generate(pipe), plain)
+    with enable(pipe), no_recompiles:
+        assert torch.equal(generate(pipe), cached)
+    with no_recompiles:
+        assert torch.equal(generate(pipe), plain)
+    assert backend.graphs == graphs
+
+
+def test_wrapping_with_fullgraph_after_enabling(small_pipe, generate, backend):
+    pipe, transformer = small_pipe, small_pipe.transformer
+    with enable(pipe) as handle:
+        cached = generate(pipe)
+        wrap_fullgraph(pipe, backend)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"call `torch\.compile\(pipe\.transformer, fullgraph=True"):
+            generate(pipe)
+        pipe.transformer = transformer
+        assert torch.equal(generate(pipe), cached)
+        assert_forecast(handle)
+
+
+def test_the_cache_goes_from_a_transformer_that_was_wrapped_meanwhile(small_pipe, generate, backend):
+    plain, transformer = generate(small_pipe), small_pipe.transformer
+    enable(small_pipe)
+    wrap(small_pipe, backend)
+    generate(small_pipe)
+    lesa.disable_cache(small_pipe)
+    assert lesa.hook.installed_hook(transformer) is None
+    assert torch.equal(generate(small_pipe), plain)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["lenient", "strict"])
+def test_a_compiled_forward_is_computed(small_pipe, generate, backend, strict):
+    pipe = small_pipe
+    plain = generate(pipe)
+    pipe.transformer.forward = torch.compile(pipe.transformer.forward, backend=backend)
+    assert torch.equal(generate(pipe), plain)
+    runs = backend.runs
+    handle = enable(pipe, strict=strict)
+    if strict:
+        with pytest.raises(RuntimeError, match=r"the output head did not run.*pipe\.transformer\.compile"):
+            generate(pipe)
+    else:
+        with pytest.warns(RuntimeWarning, match=r"the output head did not run.*pipe\.transformer\.compile"):
+            assert torch.equal(generate(pipe), plain)
+        stream = handle.stats.streams["cond"]
+        assert (stream.computed, stream.predicted) == ([*range(STEPS)], [])
+        assert backend.runs == 2 * runs
+        assert {stream.reasons[step] for step in range(STEPS) if step not in SOME} == {"no history"}
+    handle.disable()
+    assert torch.equal(generate(pipe), plain)
+
+
+def test_code_that_inductor_made(small_pipe, generate):
+    torch._dynamo.reset()
+    pipe = small_pipe
+    with enable(pipe):
+        expected = generate(pipe, labels=(3,))
+    pipe.transformer.compile(fullgraph=True)
+    plain = generate(pipe, labels=(3,))
+    with enable(pipe) as handle:
+        cached = generate(pipe, labels=(3,))
+        assert_forecast(handle)
+        with no_recompiles:
+            assert torch.equal(generate(pipe, labels=(3,)), cached)
+        torch.testing.assert_close(cached, expected, rtol=1e-4, atol=1e-4)
+    with enable(pipe, range(STEPS)):
+        everything = generate(pipe, labels=(3,))
+    torch.testing.assert_close(everything, plain, rtol=1e-5, atol=1e-5)  # the head's entry ends a fusion
+    assert torch.equal(generate(pipe, labels=(3,)), plain)
+    torch._dynamo.reset()
+
+
+# Features that others overwrite
+
+
+def overwrite_input_of_norm(transformer):
+    def overwrite(module, args, output):
+        args[0].fill_(7.0)
+
+    transformer.norm_out.register_forward_hook(overwrite)
+
+
+def overwrite_input_before_norm(transformer):
+    """Gives the head copies, and overwrites what came to its entry."""
+
+    def hook(module, args):
+        copies = tuple(arg.clone() for arg in args)
+        args[0].fill_(7.0)
+        args[1].fill_(7.0)
+        return copies
+
+    transformer.norm_out.register_forward_pre_hook(hook)
+
+
+def overwrite_after_the_projection(transformer):
+    """As a module does that reuses the memory of the features, once nobody in the model needs them."""
+    held = []
+
+    def hold(module, args):
+        held.append(args[0])
+
+    def overwrite(module, args, output):
+        held.pop().zero_()
+
+    transformer.norm_out.register_forward_pre_hook(hold)
+    transformer.proj_out.register_forward_hook(overwrite)
+
+
+@pytest.mark.parametrize(
+    "overwrite", [overwrite_input_of_norm, overwrite_input_before_norm, overwrite_after_the_projection]
+)
+@pytest.mark.parametrize("mixer", ["newton", "dense"])  # dense: forecasts are in the history, too
+@pytest.mark.parametrize("cache_first", [False, True], ids=["hook-cache", "cache-hook"])
+def test_the_history_is_what_the_head_got(fresh_pipe, generate, overwrite, mixer, cache_first):
+    pipe = fresh_pipe
+    plain = generate(pipe)
+    with lesa.enable_cache(pipe, make_predictor(mixer=mixer), SOME):
+        cached = generate(pipe)
+    if not cache_first:
+        overwrite(pipe.transformer)
+    with lesa.enable_cache(pipe, make_predictor(mixer=mixer), SOME, strict=True) as handle:
+        if cache_first:
+            overwrite(pipe.transformer)
+        assert torch.equal(generate(pipe), cached)
+        assert_forecast(handle)
+    assert torch.equal(generate(pipe), plain)
+
+
+def test_the_history_is_what_the_head_got_in_a_compiled_transformer(small_pipe, generate, backend):
+    pipe = small_pipe
+    with enable(pipe):
+        cached = generate(pipe)
+    overwrite_input_of_norm(pipe.transformer)
+    compile_module_fullgraph(pipe, backend)
+    with enable(pipe) as handle:
+        assert torch.equal(generate(pipe), cached)
+        assert_forecast(handle)
+
+
+@pytest.mark.parametrize("cache_first", [False, True], ids=["hook-cache", "cache-hook"])
+def test_a_hook_that_changes_the_heads_input_acts_once(fresh_pipe, generate, cache_first):
+    """The history holds what comes to the head's entry, and the hook changes a forecast as it changes the features."""
+    pipe, entered = fresh_pipe, []
+    ramp = torch.linspace(0, 3, DIM)
+    shift = lambda module, args: (args[0] + ramp, args[1])  # noqa: E731
+    predictor = make_predictor()
+    rings, make_ring = [], predictor.make_ring
+    predictor.make_ring = lambda *args: rings.append(make_ring(*args)) or rings[-1]
+    pipe.transformer.single_transformer_blocks[-1].register_forward_hook(
+        lambda module, args, output: entered.append(output[1].clone())
+    )
+    if not cache_first:
+        pipe.transformer.norm_out.register_forward_pre_hook(shift)
+    with lesa.enable_cache(pipe, predictor, SOME, strict=True):
+        if cache_first:
+            pipe.transformer.norm_out.register_forward_pre_hook(shift)
+
+        def look(pipe, step, timestep, tensors):
+            if step == STEPS - 1:
+                assert torch.equal(rings[0].newest_first()[0][0], entered[-1])
+            return {}
+
+        generate(pipe, callback_on_step_end=look)
+    assert len(entered) == len(SOME)
+
+
+# Offloading and casting
+
+
+def tensors_of(group):
+    """What a group of diffusers' group offloading moves."""
+    owned = [t for module in group.modules for t in (*module.parameters(), *module.buffers())]
+    return [*owned, *group.parameters, *group.buffers]
+
+
+class Elsewhere:
+    """A device that weights are on while they are offloaded."""
+
+    def __init__(self, store, group):
+        self.store, self.group = store, group
+
+    def __eq__(self, device):
+        return any(id(t) in self.store for t in tensors_of(self.group))
+
+    __hash__ = None
+
+
+@pytest.fixture
+def nan_when_offloaded(monkeypatch):
+    """Makes weights that are offloaded NaN until they are onloaded, so that none can be used by mistake."""
+    store = {}
+
+    def offload(tensors):
+        for tensor in tensors:
+            if tensor.is_floating_point() and id(tensor) not in store:
+                store[id(tensor)] = tensor, tensor.data
+                tensor.data = torch.full_like(tensor.data, math.nan)
+
+    def onload(tensors):
+        for tensor in tensors:
+            if id(tensor) in store:
+                _, tensor.data = store.pop(id(tensor))
+
+    def pre_forward(self, module, *args, **kwargs):
+        onload([*module.parameters(), *module.buffers()])
+        return args, kwargs
+
+    def init_hook(self, module):
+        offload([*module.parameters(), *module.buffers()])
+        return module
+
+    monkeypatch.setattr(ModuleGroup, "offload_", lambda group: offload(tensors_of(group)))
+    monkeypatch.setattr(ModuleGroup, "onload_", lambda group: onload(tensors_of(group)))
+    monkeypatch.setattr(accelerate.hooks.CpuOffload, "init_hook", init_hook)
+    monkeypatch.setattr(accelerate.hooks.CpuOffload, "pre_forward", pre_forward)
+    return store
+
+
+CPU = torch.device("cpu")
+
+
+def model_offload(pipe, folder):
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def sequential_offload(pipe, folder):
+    """As `enable_sequential_cpu_offload`, which only a GPU has: weights are on the meta device between calls."""
+    for model in (pipe.vae, pipe.transformer):
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        accelerate.hooks.add_hook_to_module(model, accelerate.hooks.AlignDevicesHook(io_same_device=True), True)
+        accelerate.hooks.attach_align_device_hook(model, CPU, offload=True, weights_map=weights)
+
+
+def one_block_per_group(pipe, folder):
+    pipe.transformer.enable_group_offload(CPU, offload_type="block_level", num_blocks_per_group=1)
+
+
+def three_blocks_per_group(pipe, folder):
+    pipe.transformer.enable_group_offload(CPU, offload_type="block_level", num_blocks_per_group=3)
+
+
+def leaves(pipe, folder):
+    pipe.transformer.enable_group_offload(CPU, offload_type="leaf_level")
+
+
+OFFLOAD = [model_offload, sequential_offload, one_block_per_group, three_blocks_per_group, leaves]
+
+
+def check_both_orders(pipe, generate, change, cached, plain, cache_first):
+    """`change` alters how the weights are kept, and nothing else."""
+    seen = count_blocks(pipe.transformer)
+    if not cache_first:
+        change()
+    handle = enable(pipe)
+    if cache_first:
+        change()
+    for _ in range(3):
+        seen.clear()
+        assert torch.equal(generate(pipe), cached)
+        assert_forecast(handle)
+        assert len(seen) == len(SOME)
+    handle.disable()
+    seen.clear()
+    assert torch.equal(generate(pipe), plain)
+    assert len(seen) == STEPS
+    with enable(pipe, range(STEPS)):
+        assert torch.equal(generate(pipe), plain)
+
+
+@pytest.mark.parametrize("offload", OFFLOAD, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("cache_first", [False, True], ids=["offload-cache", "cache-offload"])
+def test_offloading(fresh_pipe, generate, nan_when_offloaded, tmp_path, offload, cache_first):
+    plain = generate(fresh_pipe)
+    with enable(fresh_pipe):
+        cached = generate(fresh_pipe)
+    check_both_orders(fresh_pipe, generate, lambda: offload(fresh_pipe, tmp_path), cached, plain, cache_first)
+    if offload is sequential_offload:
+        assert fresh_pipe.transformer.proj_out.weight.is_meta
+    else:
+        assert fresh_pipe.transformer.proj_out.weight.isnan().all()  # they were offloaded in the end
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("cache_first", [False, True], ids=["offload-cache", "cache-offload"])
+def test_offloading_to_disk(fresh_pipe, generate, tmp_path, kind, cache_first):
+    plain = generate(fresh_pipe)
+    with enable(fresh_pipe):
+        cached = generate(fresh_pipe)
+
+    def offload():
+        options = {"num_blocks_per_group": 2, "offload_to_disk_path": str(tmp_path)}
+        fresh_pipe.transformer.enable_group_offload(CPU, offload_type=kind, **options)
+
+    check_both_orders(fresh_pipe, generate, offload, cached, plain, cache_first)
+    assert [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("offload", [model_offload, one_block_per_group], ids=lambda f: f.__name__)
+def test_the_hooks_of_a_pipeline_go_without_the_cache(fresh_pipe, generate, nan_when_offloaded, offload, tmp_path):
+    plain = generate(fresh_pipe)
+    handle = enable(fresh_pipe)
+    cached = generate(fresh_pipe)
+    offload(fresh_pipe, tmp_path)
+    fresh_pipe.remove_all_hooks()  # of accelerate; those of diffusers stay
+    for tensor, data in nan_when_offloaded.values() if offload is model_offload else ():
+        tensor.data = data
+    nan_when_offloaded.clear() if offload is model_offload else None
+    assert torch.equal(generate(fresh_pipe), cached)
+    assert_forecast(handle)
+    handle.disable()
+    assert torch.equal(generate(fresh_pipe), plain)
+
+
+@pytest.mark.parametrize("cache_first", [False, True], ids=["offload-cache", "cache-offload"])
+def test_prefetching_in_the_order_of_the_first_call(fresh_pipe, generate, nan_when_offloaded, cache_first):
+    """As with streams on a GPU: each group brings the next one of the order in which they ran at first."""
+    plain = generate(fresh_pipe)
+    with enable(fresh_pipe):
+        cached = generate(fresh_pipe)
+    transformer = fresh_pipe.transformer
+
+    def offload():
+        leaves(fresh_pipe, None)
+        config = group_offloading.GroupOffloadingConfig(CPU, CPU, "leaf_level", False, False, False)
+        group = ModuleGroup([], CPU, CPU, offload_leader=transformer, onload_leader=transformer)
+        group_offloading._apply_lazy_group_offloading_hook(transformer, group, config=config)
+        for module in transformer.modules():
+            hook = getattr(module, "_diffusers_hook", None) and module._diffusers_hook.get_hook("group_offloading")
+            if hook is not None:
+                hook.group.offload_device = Elsewhere(nan_when_offloaded, hook.group)
+
+    check_both_orders(fresh_pipe, generate, offload, cached, plain, cache_first)
+    chained = transformer.norm_out.linear._diffusers_hook.get_hook("group_offloading").next_group
+    assert chained.modules == [transformer.proj_out] and not chained.onload_self
+
+
+def on_kernels(predictor):
+    """The predictor on Triton: in its interpreter, where there is no GPU."""
+    predictor.backend = "triton"
+    return predictor
+
+
+LATE = [*range(STEPS - 1)]
+NOT_PLAIN = "the output head ran in the model's own modules: "
+
+
+@pytest.mark.parametrize(
+    "offload, why",
+    [
+        (one_block_per_group, None),
+        (model_offload, None),
+        (leaves, "norm_out.linear has a hook or another forward"),
+        (sequential_offload, "norm_out has no plain weights"),
+    ],
+    ids=lambda p: getattr(p, "__name__", ""),
+)
+def test_the_head_that_ran_while_offloading(fresh_pipe, generate, nan_when_offloaded, offload, why):
+    with enable(fresh_pipe, LATE):
+        cached = generate(fresh_pipe, labels=(3,))
+    offload(fresh_pipe, None)
+    with lesa.enable_cache(fresh_pipe, on_kernels(make_predictor()), LATE, strict=True) as handle:
+        torch.testing.assert_close(generate(fresh_pipe, labels=(3,)), cached, rtol=1e-4, atol=1e-5)
+    assert handle.stats.streams["cond"].fused == ([STEPS - 1] if why is None else [])
+    assert handle.stats.notes == ([] if why is None else [NOT_PLAIN + why])
+
+
+@pytest.mark.parametrize("cache_first", [False, True], ids=["casting-cache", "cache-casting"])
+def test_layerwise_casting(fresh_pipe, generate, cache_first):
+    def cast(transformer):
+        options = {"skip_modules_pattern": ("x_embedder",)}  # in the place of one with `proj_out`
+        transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32, **options)
+
+    rounded = digits.load_pipeline()
+    cast(rounded.transformer)
+    weights = rounded.transformer.state_dict()
+    assert weights["proj_out.weight"].dtype == torch.float8_e4m3fn
+    oracle = digits.load_pipeline()
+    oracle.transformer.load_state_dict(weights)  # in float32 again, without hooks
+    plain = generate(oracle)
+    with enable(oracle):
+        cached = generate(oracle)
+    check_both_orders(fresh_pipe, generate, lambda: cast(fresh_pipe.transformer), cached, plain, cache_first)
+    assert fresh_pipe.transformer.proj_out.weight.dtype == torch.float8_e4m3fn
+    with lesa.enable_cache(fresh_pipe, on_kernels(make_predictor()), LATE) as handle:
+        generate(fresh_pipe, labels=(3,))
+    assert handle.stats.notes == [NOT_PLAIN + "proj_out has a hook or another forward"]
+
+
+# LoRA
+
+HEAD = ["proj_out", "norm_out.linear", "time_text_embed.timestep_embedder.linear_1"]
+BODY = ["transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp"]
+
+
+def lora(pipe, seed, targets=(*HEAD, *BODY), factor=1.0):
+    """Weights of a LoRA as `load_lora_weights` takes them."""
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for name in targets:
+        weight = pipe.transformer.get_submodule(name).weight
+        state[f"transformer.{name}.lora_A.weight"] = torch.randn(4, weight.shape[1], generator=generator) * 0.1
+        state[f"transformer.{name}.lora_B.weight"] = factor * torch.randn(weight.shape[0], 4, generator=generator) * 0.1
+    return state
+
+
+def two_adapters(pipe):
+    pipe.load_lora_weights(lora(pipe, 1), adapter_name="second")
+    pipe.set_adapters(["first", "second"], [0.5, 0.8])
+
+
+CHANGES = [
+    ("load", lambda pipe: pipe.load_lora_weights(lora(pipe, 0), adapter_name="first"), {}),
+    ("scale of a call", lambda pipe: None, {"joint_attention_kwargs": {"scale": 0.5}}),
+    ("set", lambda pipe: pipe.set_adapters("first", 0.3), {}),
+    ("hot-swap", lambda pipe: pipe.load_lora_weights(lora(pipe, 2), adapter_name="first", hotswap=True), {}),
+    ("two adapters", two_adapters, {}),
+    ("disable", lambda pipe: pipe.disable_lora(), {}),
+    ("enable", lambda pipe: pipe.enable_lora(), {}),
+    ("delete", lambda pipe: pipe.delete_adapters(["first", "second"]), {}),
+    ("load again", lambda pipe: pipe.load_lora_weights(lora(pipe, 3), adapter_name="third"), {}),
+    ("unload", lambda pipe: pipe.unload_lora_weights(), {}),
+    ("load a last one", lambda pipe: pipe.load_lora_weights(lora(pipe, 4), adapter_name="first"), {}),
+    ("fuse", lambda pipe: pipe.fuse_lora(), {}),
+    ("unfuse", lambda pipe: pipe.unfuse_lora(), {}),
+    ("unload after that", lambda pipe: pipe.unload_lora_weights(), {}),
+]
+
+
+@pytest.fixture
+def peft():
+    return pytest.importorskip("peft", reason="LoRA needs peft")
+
+
+def test_lora_between_calls_is_as_in_a_fresh_pipeline(generate, peft):
+    pipe = make_small_pipe()
+    handle, steady, exact = enable(pipe), [], []
+    without = generate(pipe)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for name, change, options in CHANGES:
+            change(pipe)
+            steady.append(generate(pipe, **options))
+            assert_forecast(handle)
+            off = name in ("disable", "delete", "unload", "unload after that")
+            assert any(note.startswith("the adapters") for note in handle.stats.notes) != off, name
+    assert [m.split(" are on")[0] for m in ours(caught)] == [
+        "lesa: the adapters first",
+        "lesa: the adapters first, second",
+        "lesa: the adapters third",
+    ]
+    handle.disable()
+    by_name = {name: images for (name, _, _), images in zip(CHANGES, steady)}
+    assert torch.equal(by_name.pop("unload"), without)
+    for name in ("disable", "delete"):  # peft's layers are still there, and each step computes its own conditioning
+        torch.testing.assert_close(by_name.pop(name), without, rtol=1e-5, atol=1e-5)
+    fresh = make_small_pipe()
+    for (name, change, options), expected in zip(CHANGES, steady):
+        change(fresh)
+        with enable(fresh):
+            exact.append(generate(fresh, **options))
+        assert torch.equal(exact[-1], expected), name
+        plain = generate(fresh, **options)
+        with enable(fresh, range(STEPS)):
+            assert torch.equal(generate(fresh, **options), plain), name
+    del by_name["enable"]  # of the same two adapters
+    distinct = [*by_name.values()]
+    assert not any(torch.equal(a, b) for i, a in enumerate(distinct) for b in distinct[:i])
+
+
+@pytest.mark.parametrize("target", HEAD)
+@pytest.mark.parametrize("cache_first", [False, True], ids=["load-cache", "cache-load"])
+def test_the_scale_of_lora_acts_on_the_predicted_steps(fresh_pipe, generate, peft, target, cache_first):
+    """Half of the scale is half of the weights, to the bit, and only of the last step, which is predicted."""
+    half = {"joint_attention_kwargs": {"scale": 0.5}}
+    fresh_pipe.load_lora_weights(lora(fresh_pipe, 0, [target], factor=0.5))
+    with enable(fresh_pipe):
+        expected = generate(fresh_pipe)
+    fresh_pipe.unload_lora_weights()
+    if not cache_first:
+        fresh_pipe.load_lora_weights(lora(fresh_pipe, 0, [target]))
+    with enable(fresh_pipe) as handle:
+        if cache_first:
+            fresh_pipe.load_lora_weights(lora(fresh_pipe, 0, [target]))
+        assert torch.equal(generate(fresh_pipe, **half), expected)
+        assert not torch.equal(generate(fresh_pipe), expected)
+        assert_forecast(handle)
+
+
+def test_lora_that_was_fused_and_unloaded_is_noted(small_pipe, generate, peft):
+    """Which leaves changed weights, and nothing on the transformer that tells of it."""
+    small_pipe.load_lora_weights(lora(small_pipe, 0), adapter_name="first")
+    small_pipe.fuse_lora()
+    small_pipe.unload_lora_weights()
+    with pytest.warns(RuntimeWarning, match="the adapters first are on"), enable(small_pipe) as handle:
+        generate(small_pipe)
+    assert len(handle.stats.notes) == 1 and handle.stats.notes[0].startswith("the adapters first are on")
+    assert handle.stats.notes[0] in handle.stats.summary()
+
+
+def test_lora_and_compilation(small_pipe, generate, backend, peft):
+    small_pipe.load_lora_weights(lora(small_pipe, 0))
+    plain = generate(small_pipe)
+    with enable(small_pipe):
+        cached = generate(small_pipe)
+    compile_module(small_pipe, backend)
+    with enable(small_pipe) as handle:
+        assert torch.equal(generate(small_pipe), cached)
+        with no_recompiles:
+            assert torch.equal(generate(small_pipe), cached)
+        assert_forecast(handle)
+    assert torch.equal(generate(small_pipe), plain)
