@@ -320,9 +320,9 @@ class _RecordingHook(StepHook):
             middle = len(self.numbers)
             halves = {call.stream: slice(middle), f"{call.stream}-with-prompt": slice(middle, None)}
         for name, rows in halves.items():
-            self._keep(name, step, features[rows], head.scale[rows], head.shift[rows])
+            self._keep_rows(name, step, features[rows], head.scale[rows], head.shift[rows])
 
-    def _keep(self, name, step, features, scale, shift) -> None:
+    def _keep_rows(self, name, step, features, scale, shift) -> None:
         stream = self.streams.get(name)
         if stream is None:
             stream = self.streams[name] = self._new_stream(features, scale)
