@@ -279,33 +279,32 @@ CUSTOM = [1.0, 0.98, 0.95, 0.93, 0.85, 0.7, 0.66, 0.5, 0.43, 0.4, 0.25, 0.2, 0.1
     ids=["10", "28", "50", "custom", "50 at 0.35", "28 at 0.35", "custom at 0.8"],
 )
 def test_computed_steps_are_those_of_an_oracle(pipe, generate, options, run_sigmas):
-    total, executed = len(run_sigmas), []
+    total, steps, executed = len(run_sigmas), [], []
     if "strength" in options:
-        scheduler = pipe.scheduler
         pipe = FluxImg2ImgPipeline(**pipe.components)
         pipe.set_progress_bar_config(disable=True)
-        assert pipe.scheduler is scheduler
         options = options | {name: value[:1] for name, value in IMAGE.items()}
-    pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: executed.append(handle_step()))
-
-    def handle_step():
-        return handle._hook._call.step
-
     expected = {
         "trained": nearest_steps(run_sigmas, [1 - s / 50 for s in TRAINED]),
         "interval": [0, 1, 2, *range(6, total, 4)],
         "indices": [s for s in (0, 3, 4, 9, 40) if s < total],
     }
-    try:
-        for kind, schedule in (("trained", None), ("interval", 4), ("indices", [0, 3, 4, 9, 40])):
-            with lesa.enable_cache(pipe, trained_predictor(), schedule) as handle:
-                generate(pipe, labels=(3,), **options)
-            (stream,) = handle.stats.streams.values()
-            assert stream.computed == executed == expected[kind]
-            assert stream.predicted == [s for s in range(total) if s not in expected[kind]]
-            executed.clear()
-    finally:
-        pipe.transformer.transformer_blocks[0]._forward_pre_hooks.clear()
+    block = pipe.transformer.transformer_blocks[0]
+    spies = [
+        pipe.transformer.register_forward_pre_hook(lambda *_: steps.append(len(steps))),
+        block.register_forward_pre_hook(lambda *_: executed.append(steps[-1])),
+    ]
+    for kind, schedule in (("trained", None), ("interval", 4), ("indices", [0, 3, 4, 9, 40])):
+        with lesa.enable_cache(pipe, trained_predictor(), schedule) as handle:
+            generate(pipe, labels=(3,), **options)
+        (stream,) = handle.stats.streams.values()
+        assert stream.computed == executed == expected[kind]
+        assert stream.predicted == [s for s in range(total) if s not in expected[kind]]
+        assert steps == [*range(total)]
+        steps.clear()
+        executed.clear()
+    for spy in spies:
+        spy.remove()
 
 
 def test_noise_levels_that_the_scheduler_shifts(pipe, generate):
@@ -515,6 +514,17 @@ def test_the_rings_of_all_streams_are_freed_by_disabling(pipe):
     assert [ring() for ring in rings] == [None, None]
 
 
+def meet_twice(barrier):
+    """A hook whose first two calls wait for those of another thread."""
+    turns = iter(range(2))
+
+    def hook(module, args):
+        if next(turns, None) is not None:
+            barrier.wait(30)
+
+    return hook
+
+
 def test_two_pipelines_in_two_threads_equal_themselves_alone(generate):
     pipes = [digits.load_pipeline() for _ in range(2)]
     options = [{"labels": (3, 8), "seed": 1}, {"labels": (5,), "seed": 7, "steps": STEPS + 4}]
@@ -524,14 +534,8 @@ def test_two_pipelines_in_two_threads_equal_themselves_alone(generate):
             alone.append(generate(pipe, **option))
     handles = [lesa.enable_cache(pipe, make_predictor(), schedule) for pipe, schedule in zip(pipes, schedules)]
     together, meet = [[], []], threading.Barrier(2)
-    for pipe in pipes:  # the first calls are inside the transformers at once
-
-        def wait(module, args, count=[]):  # noqa: B006
-            count.append(1)
-            if len(count) <= 2:
-                meet.wait(30)
-
-        pipe.transformer.transformer_blocks[0].register_forward_pre_hook(wait)
+    for pipe in pipes:
+        pipe.transformer.transformer_blocks[0].register_forward_pre_hook(meet_twice(meet))
 
     def work(i):
         try:
