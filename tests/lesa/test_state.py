@@ -205,6 +205,9 @@ def test_a_text_that_changes_in_a_run_is_computed_at_once(pipe):
     (stream,) = handle.stats.streams.values()
     assert stream.computed == [0, 1, 2, 5, 6, 9] and stream.reasons[6] == "the text changed"
     assert torch.equal(output[6], plain[6])
+    with pytest.warns(RuntimeWarning, match="no history"):  # from there on it is as if it began there
+        alone = solo(pipe, lambda step: calls(step) if step >= 6 else [], "it")
+    assert all(torch.equal(output[step], alone[step]) for step in range(6, STEPS))
 
 
 def replay(pipe, calls, begin, total):
@@ -279,33 +282,32 @@ CUSTOM = [1.0, 0.98, 0.95, 0.93, 0.85, 0.7, 0.66, 0.5, 0.43, 0.4, 0.25, 0.2, 0.1
     ids=["10", "28", "50", "custom", "50 at 0.35", "28 at 0.35", "custom at 0.8"],
 )
 def test_computed_steps_are_those_of_an_oracle(pipe, generate, options, run_sigmas):
-    total, executed = len(run_sigmas), []
+    total, steps, executed = len(run_sigmas), [], []
     if "strength" in options:
-        scheduler = pipe.scheduler
         pipe = FluxImg2ImgPipeline(**pipe.components)
         pipe.set_progress_bar_config(disable=True)
-        assert pipe.scheduler is scheduler
         options = options | {name: value[:1] for name, value in IMAGE.items()}
-    pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: executed.append(handle_step()))
-
-    def handle_step():
-        return handle._hook._call.step
-
     expected = {
         "trained": nearest_steps(run_sigmas, [1 - s / 50 for s in TRAINED]),
         "interval": [0, 1, 2, *range(6, total, 4)],
         "indices": [s for s in (0, 3, 4, 9, 40) if s < total],
     }
-    try:
-        for kind, schedule in (("trained", None), ("interval", 4), ("indices", [0, 3, 4, 9, 40])):
-            with lesa.enable_cache(pipe, trained_predictor(), schedule) as handle:
-                generate(pipe, labels=(3,), **options)
-            (stream,) = handle.stats.streams.values()
-            assert stream.computed == executed == expected[kind]
-            assert stream.predicted == [s for s in range(total) if s not in expected[kind]]
-            executed.clear()
-    finally:
-        pipe.transformer.transformer_blocks[0]._forward_pre_hooks.clear()
+    block = pipe.transformer.transformer_blocks[0]
+    spies = [
+        pipe.transformer.register_forward_pre_hook(lambda *_: steps.append(len(steps))),
+        block.register_forward_pre_hook(lambda *_: executed.append(steps[-1])),
+    ]
+    for kind, schedule in (("trained", None), ("interval", 4), ("indices", [0, 3, 4, 9, 40])):
+        with lesa.enable_cache(pipe, trained_predictor(), schedule) as handle:
+            generate(pipe, labels=(3,), **options)
+        (stream,) = handle.stats.streams.values()
+        assert stream.computed == executed == expected[kind]
+        assert stream.predicted == [s for s in range(total) if s not in expected[kind]]
+        assert steps == [*range(total)]
+        steps.clear()
+        executed.clear()
+    for spy in spies:
+        spy.remove()
 
 
 def test_noise_levels_that_the_scheduler_shifts(pipe, generate):
@@ -467,7 +469,7 @@ def test_no_features_are_kept_when_a_run_has_ended(pipe, generate, history):
     with lesa.enable_cache(pipe, predictor, SOME) as handle:
         generate(pipe, callback_on_step_end=look)
         assert features_alive() == before
-        assert len(during) > len(before)  # else nothing was looked at
+        assert len(during) == len(before) + 1  # the ring's storage, and nothing beside it
         assert handle.stats.predicted_steps == len(REST)
     assert features_alive() == before
 
@@ -515,6 +517,17 @@ def test_the_rings_of_all_streams_are_freed_by_disabling(pipe):
     assert [ring() for ring in rings] == [None, None]
 
 
+def meet_twice(barrier):
+    """A hook whose first two calls wait for those of another thread."""
+    turns = iter(range(2))
+
+    def hook(module, args):
+        if next(turns, None) is not None:
+            barrier.wait(30)
+
+    return hook
+
+
 def test_two_pipelines_in_two_threads_equal_themselves_alone(generate):
     pipes = [digits.load_pipeline() for _ in range(2)]
     options = [{"labels": (3, 8), "seed": 1}, {"labels": (5,), "seed": 7, "steps": STEPS + 4}]
@@ -524,14 +537,8 @@ def test_two_pipelines_in_two_threads_equal_themselves_alone(generate):
             alone.append(generate(pipe, **option))
     handles = [lesa.enable_cache(pipe, make_predictor(), schedule) for pipe, schedule in zip(pipes, schedules)]
     together, meet = [[], []], threading.Barrier(2)
-    for pipe in pipes:  # the first calls are inside the transformers at once
-
-        def wait(module, args, count=[]):  # noqa: B006
-            count.append(1)
-            if len(count) <= 2:
-                meet.wait(30)
-
-        pipe.transformer.transformer_blocks[0].register_forward_pre_hook(wait)
+    for pipe in pipes:
+        pipe.transformer.transformer_blocks[0].register_forward_pre_hook(meet_twice(meet))
 
     def work(i):
         try:
@@ -640,6 +647,7 @@ def test_what_is_in_doubt_is_computed_counted_and_warned_of_once(pipe, doubt):
     assert counted == len(blocks)
     if doubt is wrong_timestep:
         assert handle.stats.unlocated == 1
+        assert handle.stats.streams["main"].reasons[7] == "no history"  # another run may have had the transformer
     else:
         assert reason in {s.reasons.get(step) for s in handle.stats.streams.values()}
         assert f"step {step}: {reason}" in handle.stats.summary()
@@ -846,7 +854,7 @@ def test_another_pipelines_scheduler_is_found_late(pipe, generate, clean, as_on_
     expected = expected_of(clean, generate)
     other = digits.build_pipeline(pipe.transformer)
     other.set_progress_bar_config(disable=True)
-    plain, seen = generate(other, steps=20), []
+    plain = generate(other, steps=20)
     as_on_a_gpu(1)
 
     def fail(pipe, index, timestep, tensors):
@@ -859,9 +867,7 @@ def test_another_pipelines_scheduler_is_found_late(pipe, generate, clean, as_on_
         with lesa.enable_cache(pipe, make_predictor(), [0, 1, 2, 6, 9]) as handle:
             with pytest.raises(Stop):
                 generate(pipe, callback_on_step_end=fail)  # this leaves its scheduler at step 6, which is computed
-            spy = pipe.transformer.register_forward_hook(lambda m, a, out: seen.append({*handle._hook.streams}))
             result = generate(other, steps=20)
-            spy.remove()
             assert handle.stats.unlocated > 0
     assert len([m for m in ours(caught) if "not one of the scheduler's" in m]) == 1
     assert torch.equal(result, plain)
@@ -1005,6 +1011,16 @@ def test_timesteps_that_differ_between_samples_are_not_planned(pipe, conditions)
     assert handle.stats.streams["main"].predicted == REST
     assert conditions == [2] * len(REST)
     assert all(torch.equal(outputs[step], plain[step]) for step in SOME)
+
+
+def test_timesteps_that_are_not_the_schedulers_to_the_bit_are_not_planned(pipe, conditions):
+    with lesa.enable_cache(pipe, make_predictor(), SOME) as handle, torch.no_grad():
+        pipe.scheduler.set_timesteps(STEPS)
+        for t in pipe.scheduler.timesteps:
+            output = pipe.transformer(**FIRST, timestep=(t + 5e-4).expand(2) / 1000)[0]
+            pipe.scheduler.step(output, t, FIRST["hidden_states"])
+    assert handle.stats.streams["main"].predicted == REST
+    assert conditions == [2] * len(REST)
 
 
 def test_a_head_with_adapters_is_not_planned(fresh_pipe, conditions, monkeypatch):
