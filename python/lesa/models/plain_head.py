@@ -32,7 +32,7 @@ def why_not_plain(
         wrapped = "forward" in vars(module) or hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook")
         if hooks or wrapped or module._compiled_call_impl is not None:
             return f"{name} has a hook or another forward"
-        for weight in module.parameters():
+        for weight in module.parameters(recurse=False):
             if type(weight) is not torch.nn.Parameter or not weight.is_floating_point() or weight.is_meta:
                 return f"{name} has no plain weights"
             if weight.device != device:
