@@ -52,7 +52,7 @@ class Conditioner:
 
     def _is_planned(self, run: Run, arguments: dict, dtype: torch.dtype) -> bool:
         """Plans if need be; says whether the current step is planned."""
-        if not run.exact or torch.is_grad_enabled():
+        if not run.exact or torch.is_grad_enabled() or self.adapter.has_adapters:
             return False
         timestep = arguments["timestep"]
         given = {name: arguments[name] for name in self.adapter.conditioned_on}
@@ -64,7 +64,7 @@ class Conditioner:
         self._inputs, self._given = inputs, given  # as long as they are held, nothing else gets their ids
         self._conditioning = self._heads = ()
         self._plans += 1
-        if self._plans > 2 or self.adapter.has_adapters:
+        if self._plans > 2:
             return False
         self._begin = run.index
         passed = run.identity[run.index :].to(timestep.device, timestep.dtype, non_blocking=True)
