@@ -1,7 +1,5 @@
 """What a predicted step takes the host: hook, state, forecast and head, on a transformer that is deep and narrow."""
 
-import statistics
-
 import pytest
 import torch
 from work import synchronise
@@ -14,14 +12,12 @@ from lesa.demo.digits import build_pipeline  # noqa: E402
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS, COMPUTED = 50, (0, 2, 6, 12, 18, 25, 32, 39, 46)
-ROUNDS = 400
 DEPTHS = {"6-blocks": (2, 4), "57-blocks": (19, 38)}  # double and single blocks; FLUX.1 has 57
 WIDTH = 32  # narrow, so that there is next to no arithmetic
-OWN = {}  # median seconds of the model's own head modules
 
 
 class Loop:
-    """The loop of a pipeline, run after run: `step` calls the transformer, and `advance` goes to the next step."""
+    """The loop of a pipeline, run after run."""
 
     def __init__(self, depth, device):
         torch.manual_seed(0)
@@ -39,9 +35,15 @@ class Loop:
             "txt_ids": torch.zeros(4, 3, device=device),
             "return_dict": False,
         }
+        self.features = torch.randn(1, 16, WIDTH, device=device)
+        self.conditioning = torch.randn(1, WIDTH, device=device)
 
     def step(self):
         self.output = self.pipe.transformer(**self.inputs, timestep=self.timestep)[0]
+
+    def own_head(self):
+        transformer = self.pipe.transformer
+        transformer.proj_out(transformer.norm_out(self.features, self.conditioning))
 
     def advance(self):
         scheduler = self.pipe.scheduler
@@ -63,40 +65,19 @@ class Loop:
         synchronise(self.device)
 
 
-@pytest.fixture(params=DEPTHS)
-def loop(request, device):
-    return Loop(request.param, device)
-
-
-def timed_on_host(benchmark, function, setup=None) -> float | None:
-    """Benchmarks calls that are not waited for; returns the median, None under --benchmark-disable."""
-    benchmark.group = "host time of a predicted step"
-    for _ in range(STEPS):
-        if setup is not None:
-            setup()
-        function()
-    benchmark.pedantic(function, setup=setup, rounds=ROUNDS)
-    return None if benchmark.stats is None else statistics.median(benchmark.stats.stats.data)
-
-
-@torch.no_grad()
-def test_own_head(benchmark, loop, device):
-    """The transformer's `norm_out` and `proj_out`, which a predicted step runs where it does not fuse them."""
-    transformer = loop.pipe.transformer
-    features, conditioning = torch.randn(1, 16, WIDTH, device=device), torch.randn(1, WIDTH, device=device)
-    seconds = timed_on_host(benchmark, lambda: transformer.proj_out(transformer.norm_out(features, conditioning)))
-    OWN["seconds"] = seconds
-
-
 @pytest.mark.parametrize("rank", [0, 32])
+@pytest.mark.parametrize("depth", DEPTHS)
 @torch.no_grad()
-def test_predicted_step(benchmark, loop, device, rank):
+def test_predicted_step(benchmark, host_time, device, depth, rank):
+    """What lesa does: the time of a predicted step without that of the model's own `norm_out` and `proj_out`.
+
+    The first predicted step of a run conditions the head for all of them. It is one round in forty. On a GPU the step
+    is fused and runs none of the model's own modules.
+    """
+    loop = Loop(depth, device)
     predictor = FusedKANPredictor(PredictorConfig(WIDTH, rank=rank)).to(device)
     with lesa.enable_cache(loop.pipe, predictor, COMPUTED, strict=True) as handle:
-        median = timed_on_host(benchmark, loop.step, loop.advance_to_predicted)
+        host_time(benchmark, loop.step, loop.advance_to_predicted, None if device.type == "cuda" else loop.own_head)
         (stream,) = handle.stats.streams.values()
         assert set(stream.computed) <= set(COMPUTED) and set(stream.predicted).isdisjoint(COMPUTED)
         assert len(stream.predicted) == loop.index + 1 - len(stream.computed)
-    if median is not None and OWN.get("seconds"):
-        fused = bool(stream.fused)  # then it runs none of the model's own modules
-        benchmark.extra_info["without_own_head_s"] = median - (0 if fused else OWN["seconds"])

@@ -4,6 +4,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from work import Floors, synchronise  # noqa: E402
 RATIOS = pytest.StashKey[list]()  # of (test name, extra_info)
 LAUNCHES = pytest.StashKey[list]()  # the same
 WARM_UP_CALLS = 3
+HOST_TIMES = pytest.StashKey[list]()  # the same
 CALLS, ROUNDS = 50, 200  # of a call that is not waited for; the queue of a GPU has room for a thousand kernels
 
 
@@ -31,6 +33,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[RATIOS] = []
     config.stash[LAUNCHES] = []
+    config.stash[HOST_TIMES] = []
 
 
 def _device(config) -> str:
@@ -125,6 +128,36 @@ def launched(benchmark, device, request):
     return run
 
 
+@pytest.fixture
+def host_time(request):
+    """`host_time(benchmark, step, prepare, part)`: benchmarks what a call of `step` takes the host, without `part`.
+
+    `prepare` is called before each. `part`, or None, is something that `step` does, and that is not to count; its
+    median goes off. The result goes into `benchmark.extra_info`. It has no floor.
+    """
+
+    def run(benchmark, step: Callable, prepare: Callable, part: Callable | None):
+        def seconds(function):
+            begin = time.perf_counter()
+            function()
+            return time.perf_counter() - begin
+
+        benchmark.group = "host time of a predicted step"
+        for _ in range(CALLS):
+            prepare()
+            step()
+        benchmark.pedantic(step, setup=prepare, rounds=2 * ROUNDS)
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        of_part = 0.0 if part is None else statistics.median([seconds(part) for _ in range(2 * ROUNDS)])
+        p20, *_, p80 = (each - of_part for each in statistics.quantiles(benchmark.stats.stats.sorted_data, n=5))
+        median = statistics.median(benchmark.stats.stats.sorted_data) - of_part
+        benchmark.extra_info.update(host_median_s=median, host_p20_s=p20, host_p80_s=p80, part_s=of_part)
+        request.config.stash[HOST_TIMES].append((request.node.name, benchmark.extra_info))
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def floors(device) -> Floors:
     """The measured floors of this machine."""
@@ -160,6 +193,7 @@ def against_floor(floors, request):
 def pytest_terminal_summary(terminalreporter, config):
     _summarise_floors(terminalreporter, config.stash[RATIOS])
     _summarise_launches(terminalreporter, config.stash[LAUNCHES])
+    _summarise_host_times(terminalreporter, config.stash[HOST_TIMES])
 
 
 def _summarise_floors(terminalreporter, rows):
@@ -184,3 +218,14 @@ def _summarise_launches(terminalreporter, rows):
     terminalreporter.section("time of the host for a call that is not waited for")
     for name, info in rows:
         terminalreporter.write_line(f"{name:<{width}}  {info['call_median_s'] * 1e6:>8.2f} us")
+
+
+def _summarise_host_times(terminalreporter, rows):
+    if not rows:
+        return
+    width = max(len(name) for name, _ in rows)
+    terminalreporter.section("time of the host, without the model's own head modules")
+    for name, info in rows:
+        low, median, high = (info[f"host_{key}_s"] * 1e6 for key in ("p20", "median", "p80"))
+        spread = f"20th to 80th percentile {low:.0f} to {high:.0f}"
+        terminalreporter.write_line(f"{name:<{width}}  {median:>8.1f} us  ({spread})")

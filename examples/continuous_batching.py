@@ -41,3 +41,8 @@ def serve(waiting: list[torch.Tensor]) -> dict[int, torch.Tensor]:
         done = (busy & (step == STEPS)).nonzero().flatten().tolist()
         finished |= {request[slot]: latents[slot].clone() for slot in done}
     return finished
+
+
+if __name__ == "__main__":
+    for number, image in sorted(serve([torch.randn(TOKENS, CHANNELS) for _ in range(5)]).items()):
+        print(f"request {number}: mean {image.mean():+.3f}")

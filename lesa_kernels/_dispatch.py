@@ -132,16 +132,16 @@ def _automatic(tensor: torch.Tensor, implemented: tuple[str, ...], operation: st
 @functools.cache
 def _warn_once(operation: str, missing: str, reason: str, remedy: str) -> None:
     warnings.warn(
-        f"{operation} runs in plain torch, because {missing} is not available ({reason}). {remedy}; "
+        f"lesa: {operation} runs in plain torch, because {missing} is not available ({reason}). {remedy}; "
         "LESA_BACKEND=torch chooses plain torch without a warning.",
         RuntimeWarning,
-        stacklevel=_users_level(),
+        stacklevel=users_level(),
     )
 
 
-def _users_level() -> int:
-    """The `stacklevel` of whoever called the package: operations are called directly, by modules and by rings."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("lesa_kernels", "torch"):
+def users_level() -> int:
+    """The `stacklevel` of whoever called the packages, for a warning: there may be any number of calls between."""
+    frame, level, ours = sys._getframe(1), 1, ("lesa_kernels", "lesa", "torch")
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
         frame, level = frame.f_back, level + 1
     return level

@@ -32,6 +32,7 @@ CASES = {
     "bench_step.py::test_computed_step[flux-13M]": {"floor", "ratio_to_floor", "flops"},
     "bench_step.py::test_predicted_step[flux-13M-0]": {"floor", "ratio_to_floor", "over_computed_step"},
 }
+HOST_TIMES = ("bench_overhead.py::test_predicted_step[6-blocks-0]",)
 LAUNCHES = ("bench_ring.py::test_push_launch[extension-float]", "bench_ring.py::test_copy_launch")
 
 
@@ -51,7 +52,7 @@ def load(file):
 def suites(tmp_path_factory):
     """What the benchmarks printed and the JSON that they wrote."""
     folder = tmp_path_factory.mktemp("benchmarks")
-    nodes = [f"{BENCHMARKS}/{case}" for case in (*CASES, *LAUNCHES)]
+    nodes = [f"{BENCHMARKS}/{case}" for case in (*CASES, *LAUNCHES, *HOST_TIMES)]
     options = ["-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "--device", "cpu", "--benchmark-only"]
     few = ["--benchmark-max-time", "0.01", "--benchmark-min-rounds", "5", "--benchmark-json", "out.json"]
     printed = run(folder, "-m", "pytest", "-p", "no:cacheprovider", *options, *few, *nodes)
@@ -59,13 +60,14 @@ def suites(tmp_path_factory):
 
 
 def test_every_suite_has_a_case_here():
-    assert {path.name for path in BENCHMARKS.glob("bench_*.py")} == {case.partition("::")[0] for case in CASES}
+    tested = {case.partition("::")[0] for case in (*CASES, *HOST_TIMES)}
+    assert {path.name for path in BENCHMARKS.glob("bench_*.py")} == tested
 
 
 def test_each_benchmark_says_its_floor(suites):
     printed, report = suites
     measured = {Path(b["fullname"]).name: b for b in report["benchmarks"]}
-    assert set(measured) == {*CASES, *LAUNCHES}
+    assert set(measured) == {*CASES, *LAUNCHES, *HOST_TIMES}
     for case, fields in CASES.items():
         info = measured[case]["extra_info"]
         assert fields <= set(info), case
@@ -84,6 +86,17 @@ def test_a_launch_says_what_one_call_takes(suites):
         info = measured["extra_info"]
         assert info["call_median_s"] == pytest.approx(measured["stats"]["median"] / info["calls"])
         assert 0 < info["call_p20_s"] <= info["call_median_s"] <= info["call_p80_s"] < 1e-3
+        assert case.partition("::")[2] in table and "ratio_to_floor" not in info
+
+
+def test_a_predicted_step_says_what_the_host_takes(suites):
+    printed, report = suites
+    table = printed.partition("without the model's own head modules")[2]
+    for case in HOST_TIMES:
+        (measured,) = [b for b in report["benchmarks"] if b["fullname"].endswith(case)]
+        info = measured["extra_info"]
+        assert info["host_median_s"] == pytest.approx(measured["stats"]["median"] - info["part_s"])
+        assert 0 < info["host_p20_s"] <= info["host_median_s"] <= info["host_p80_s"] and info["part_s"] > 0
         assert case.partition("::")[2] in table and "ratio_to_floor" not in info
 
 

@@ -155,7 +155,7 @@ class _CacheHook(StepHook):
         self.predictor, self.schedule, self.as_trained = predictor, schedule, as_trained
         self.max_device_bytes, self.strict = max_device_bytes, strict
         controlnet = getattr(pipe, "controlnet", None)
-        self._control = None if controlnet is None else DeferredControl(controlnet, adapter.control_outputs)
+        self._control = None if controlnet is None else DeferredControl.of(controlnet, adapter.control_outputs)
         self._keeps_forecasts = predictor.config.history == "steps"
         self.stats = CacheStats()
         self.streams: dict[str, _Stream] = {}
@@ -165,12 +165,13 @@ class _CacheHook(StepHook):
     def install(self) -> None:
         super().install()
         if self._control is not None:
-            self._control.install()
+            self._control.join(self.is_awaited)
 
     def uninstall(self) -> None:
         super().uninstall()
         if self._control is not None:
-            self._control.uninstall()
+            self._control.leave(self.is_awaited)
+            self._control = None
 
     def needed(self, kwargs):
         return computed(kwargs)
@@ -299,7 +300,7 @@ class _CacheHook(StepHook):
         if math.isfinite(value) or run is not self.run:
             return
         self.forecasts_are_finite = False
-        stats, reason = self.streams[call.stream].stats, "the forecast was not finite"
+        stats, reason = self.stats.streams[call.stream], "the forecast was not finite"
         late = call.step in stats.predicted
         if not late:
             if call.step in stats.fused:

@@ -92,7 +92,7 @@ def _train(options) -> None:
     names = ("mixer", "rank", "hidden", "history_length", "stage_bounds")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     config = PredictorConfig(trajectories.feature_dim, **given) if given else None
-    more = {} if options.epochs is None else {"epochs": options.epochs}
+    more = {name: getattr(options, name) for name in ("epochs", "budget") if getattr(options, name) is not None}
     device = _device(options)
     predictor = train(
         trajectories, config, options.schedule, out_dir=options.out, seed=options.seed, device=device, **more
@@ -324,6 +324,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, type=Path, help="folder for the predictor")
     text = "computed steps such as 0,2,6,12, or an interval such as 7 (default: nine spread steps)"
     sub.add_argument("--schedule", type=_schedule, help=text)
+    text = "how many steps to compute; which ones is searched, in the place of --schedule"
+    sub.add_argument("--budget", type=_positive, help=text)
     sub.add_argument("--mixer", choices=("newton", "dense"), help="kind of predictor (default: newton)")
     sub.add_argument("--rank", type=_natural, help="of newton's linear residual, 0 for none (default: 32)")
     sub.add_argument("--hidden", type=_positive, help="spline units (default: 64 for newton, 256 for dense)")

@@ -23,6 +23,7 @@ class Conditioner:
     def __init__(self, adapter: Adapter):
         self.adapter = adapter
         self._inputs: tuple | None = None  # what the plan was made of
+        self._given: dict[str, torch.Tensor | None] = {}
         self._plans = 0
         self._conditioning: tuple[torch.Tensor, ...] = ()
         self._heads: tuple[OutputHead, ...] = ()

@@ -6,13 +6,13 @@ import torch
 
 
 class Residuals(Sequence):
-    """What a ControlNet would return, computed when somebody looks at it; a list of tensors."""
+    """A list of a ControlNet's residuals, computed when somebody looks at it."""
 
-    def __init__(self, compute: Callable):
+    def __init__(self, compute: Callable[[], list]):
         self._compute = compute
 
-    def value(self):
-        """The list itself, or None where the ControlNet gives none."""
+    def value(self) -> list:
+        """The list itself."""
         return self._compute()
 
     def __getitem__(self, index):
@@ -26,7 +26,7 @@ class _Once:
     """Calls a function when it is first asked for the result."""
 
     def __init__(self, function: Callable):
-        self._function = function
+        self._function, self._result = function, None
 
     def __call__(self):
         if self._function is not None:
@@ -37,6 +37,8 @@ class _Once:
 class DeferredControl:
     """Defers the calls of a ControlNet to the transformer that gets its residuals.
 
+    The first call of a run is not deferred: that step is computed, and the call shows which of the lists are None.
+
     Args:
         controlnet: of the pipeline.
         outputs: how many lists of residuals it returns; 0 for one that is not in a tuple.
@@ -44,30 +46,50 @@ class DeferredControl:
 
     def __init__(self, controlnet: torch.nn.Module, outputs: int):
         self.controlnet, self.outputs = controlnet, outputs
+        self._awaited: list[Callable[[], bool]] = []
+        self._run: Callable | None = None  # what was in the place of the gate
+        self._is_none: tuple[bool, ...] | None = None
 
-    def install(self) -> None:
-        """Puts it before all that a call of the ControlNet runs, unless one is there."""
-        attributes = vars(self.controlnet)
-        self._run = attributes.get("_compiled_call_impl")
-        if not isinstance(getattr(self._run, "__self__", None), DeferredControl):
-            attributes["_compiled_call_impl"] = self._gate
+    @classmethod
+    def of(cls, controlnet: torch.nn.Module, outputs: int) -> "DeferredControl":
+        """The one that is on `controlnet` already, or a new one."""
+        there = getattr(vars(controlnet).get("_compiled_call_impl"), "__self__", None)
+        return there if isinstance(there, cls) else cls(controlnet, outputs)
 
-    def uninstall(self) -> None:
-        """Restores the ControlNet."""
-        attributes = vars(self.controlnet)
-        if attributes.get("_compiled_call_impl") == self._gate:
-            attributes["_compiled_call_impl"] = self._run
-            if self._run is None:
-                del attributes["_compiled_call_impl"]
+    def join(self, awaited: Callable[[], bool]) -> None:
+        """Defers from now on the calls that come while `awaited()` says that a cached transformer waits for them."""
+        if not self._awaited:
+            attributes = vars(self.controlnet)
+            self._run = attributes.get("_compiled_call_impl")
+            attributes.update(_compiled_call_impl=self._gate, compile=self._compile)
+        self._awaited.append(awaited)
+
+    def leave(self, awaited: Callable[[], bool]) -> None:
+        """Takes `join` back; the last one restores the ControlNet."""
+        self._awaited.remove(awaited)
+        if not self._awaited:
+            attributes = vars(self.controlnet)
+            del attributes["_compiled_call_impl"], attributes["compile"]
+            if self._run is not None:
+                attributes["_compiled_call_impl"] = self._run
+
+    def _compile(self, *args, **kwargs) -> None:
+        """In the place of the module's own `compile`: what is compiled is behind the gate."""
+        self._run = torch.compile(self.controlnet._call_impl, *args, **kwargs)
 
     def _gate(self, *args, **kwargs):
         run = self._run or self.controlnet._call_impl
         if kwargs.get("return_dict", True):
             return run(*args, **kwargs)  # an output object, which has more to it than residuals
-        result = _Once(lambda: run(*args, **kwargs))
+        if self._is_none is None or not any(awaited() for awaited in self._awaited):
+            result = run(*args, **kwargs)
+            self._is_none = tuple(part is None for part in (result if self.outputs else (result,)))
+            return result
+        once = _Once(lambda: run(*args, **kwargs))
         if not self.outputs:
-            return Residuals(result)
-        return tuple(Residuals(lambda index=index: result()[index]) for index in range(self.outputs))
+            return None if self._is_none[0] else Residuals(once)
+        parts = range(self.outputs)
+        return tuple(None if self._is_none[n] else Residuals(lambda n=n: once()[n]) for n in parts)
 
 
 def computed(kwargs: dict) -> dict:

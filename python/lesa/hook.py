@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import threading
 import types
 import warnings
@@ -14,6 +15,7 @@ from diffusers.hooks.hooks import HookFunctionReference, StateManager
 
 from lesa.mailbox import Mailbox
 from lesa_kernels._checks import Said, argument_error
+from lesa_kernels._dispatch import users_level
 
 HOOK_NAME = "lesa"
 COMPILE_FIRST = (
@@ -144,6 +146,21 @@ class Call:
     arguments: dict
 
 
+@dataclass
+class _Source:
+    """What the latest call of a stream came with."""
+
+    context: str
+    text: torch.Tensor | None
+    version: int | None
+    kept: bool  # whether the call before had the same text
+
+
+def _version(tensor: torch.Tensor | None) -> int | None:
+    """How often a tensor was changed in place, as far as that is known."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
 class _ContextTracker(StateManager):
     """Keeps the name of the current `cache_context`; diffusers hands it to every attribute of this type."""
 
@@ -196,7 +213,7 @@ class StepHook(ModelHook):
         self.pipe, self.adapter = pipe, adapter
         self.context = _ContextTracker()
         self.run: Run | None = None
-        self._sources: dict[str, tuple] = {}  # by stream, its context, its latest text, and whether it had that before
+        self._sources: dict[str, _Source] = {}  # by stream
         self._called: set[str] = set()  # the streams that were called in this step
         self._entered = threading.Lock()  # held while a call is under way
         self._call: Call | None = None
@@ -335,6 +352,7 @@ class StepHook(ModelHook):
 
     @torch.compiler.disable(recursive=False, reason=COMPILE_FIRST)
     def enter(self, run, args, kwargs):
+        """Computes a call by `run(*args, **kwargs)`, or predicts it."""
         if not self._entered.acquire(blocking=False):
             raise argument_error(
                 "pipe",
@@ -370,7 +388,6 @@ class StepHook(ModelHook):
         self._read_mail()
         step = self._enter_step(arguments["timestep"])
         if step is None:
-            self.on_unlocated()
             return None, False
         sigma = self.run.sigmas[self.run.index]
         self._call = Call(step, self._stream_of(arguments), sigma, arguments)
@@ -423,18 +440,24 @@ class StepHook(ModelHook):
         """Warns, once for each message."""
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(f"lesa: {message}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"lesa: {message}", RuntimeWarning, stacklevel=users_level())
+
+    def is_awaited(self) -> bool:
+        """Whether the pipeline is in the middle of a run, so that the next call of its transformer comes here."""
+        run = self.run
+        return run is not None and run.covers(self.pipe.scheduler) and run.position in range(len(run.timesteps))
 
     def _enter_step(self, timestep: torch.Tensor) -> int | None:
         """Finds the run and the step that this call belongs to; returns the executed step, or None if it is unknown."""
         scheduler = self.pipe.scheduler
-        if self.run is None:
-            if not isinstance(getattr(scheduler, "timesteps", None), torch.Tensor):
-                return None
-            self.run = Run(scheduler, self.adapter.timestep_scale)
-        value = self._value_of(timestep)
-        index = self.run.position if value is None else self.run.locate(value, timestep.dtype)
+        index = None
+        if isinstance(getattr(scheduler, "timesteps", None), torch.Tensor):
+            if self.run is None:
+                self.run = Run(scheduler, self.adapter.timestep_scale)
+            value = self._value_of(timestep)
+            index = self.run.position if value is None else self.run.locate(value, timestep.dtype)
         if index is None:
+            self.on_unlocated()
             return None
         if index < self.run.index:  # the same timesteps from the start again
             self.forget()
@@ -444,6 +467,8 @@ class StepHook(ModelHook):
             self._called = set()
         run.index = index
         self._check_timestep(run, index, timestep, value)
+        if self.run is not run:  # it was another scheduler's
+            return None
         if run.begin is None:
             run.begin = index
             self.on_run(run)
@@ -466,7 +491,7 @@ class StepHook(ModelHook):
             if not run.is_near(index, value, dtype):
                 self.forget()
                 self.on_unlocated()
-            elif value != run.passed(dtype)[index]:
+            elif not math.isclose(value, run.passed(dtype)[index], rel_tol=2e-7):  # a GPU divides float32 otherwise
                 run.exact = False
 
         def receive_spread(value: float) -> None:
@@ -487,15 +512,16 @@ class StepHook(ModelHook):
         little where that stream has kept one text: then it may be another one, and its history is not this call's.
         """
         context, source = self.context.name or "main", arguments.get("encoder_hidden_states")
-        same = (name for name, had in self._sources.items() if had[0] == context and had[1] is source)
+        same = (name for name, had in self._sources.items() if had.context == context and had.text is source)
         names = (context + (f"-{order}" if order > 1 else "") for order in itertools.count(1))
-        own = (name for name in names if self._sources.get(name, (context,))[0] == context)
+        own = (name for name in names if name not in self._sources or self._sources[name].context == context)
         name = next(n for n in itertools.chain(same, own) if n not in self._called)
-        _, text, kept = self._sources.get(name, (None, None, False))
-        if kept and text is not source:
+        had, version = self._sources.get(name), _version(source)
+        kept = had is not None and had.text is source
+        if had is not None and (had.version != version if kept else had.kept):
             self.on_other_text(name)
         self._called.add(name)
-        self._sources[name] = context, source, name in self._sources and text is source
+        self._sources[name] = _Source(context, source, version, kept)
         return name
 
 

@@ -38,7 +38,10 @@ class StreamStats:
 
     @property
     def seconds(self) -> dict[int, float]:
-        """By step, how long the transformer or what stood in its place took; waits for a GPU that is still at it."""
+        """By step, how long the transformer took, with a ControlNet that waited for it, or what stood in its place.
+
+        Waits for a GPU that is still at it.
+        """
         return {step: moment - self._begun[step] for step, moment in self._ended.items()}
 
 

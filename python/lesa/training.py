@@ -30,9 +30,10 @@ FEATURE_WEIGHT, VELOCITY_WEIGHT = 0.1, 0.3
 WEIGHT_DECAY = 1e-4
 GRADIENT_CLIP = 1.0
 DEFAULT_COMPUTED_STEPS = 9
+SEARCH_TURNS, PROBE_EPOCHS = 2, 12
 
 
-class _Batch:
+class Batch:
     """Some trajectories of equal noise levels, their tokens side by side.
 
     Attributes:
@@ -145,9 +146,9 @@ def _head_aware_loss(batch, plan, forecast):
     return FEATURE_WEIGHT * _feature_loss(batch, plan, forecast) + VELOCITY_WEIGHT * velocity_loss + displacement_loss
 
 
-def _shaken(computed, total, generator):
-    """The schedule with each step but the first moved by at most one."""
-    moves = torch.randint(-1, 2, (len(computed),), generator=generator).tolist()
+def _shaken(computed, total, generator, reach):
+    """The schedule with each step but the first moved by at most `reach`."""
+    moves = torch.randint(-reach, reach + 1, (len(computed),), generator=generator).tolist()
     return {0} | {min(max(step + move, 1), total - 1) for step, move in zip(computed[1:], moves)}
 
 
@@ -156,6 +157,7 @@ def train(
     config: PredictorConfig | None = None,
     schedule: ScheduleLike | None = None,
     *,
+    budget: int | None = None,
     out_dir: str | os.PathLike | None = None,
     guided_epochs: int | None = None,
     epochs: int = 60,
@@ -175,6 +177,7 @@ def train(
         config: of the predictor. Default: newton, four anchors, rank 32, three stages, for the trajectories' model.
         schedule: the computed steps to train for: a `lesa.Schedule`, a list of steps or an interval. Default: that of
             `config`, else 9 spread steps.
+        budget: in the place of `schedule`, how many steps to compute; `find_schedule` chooses which.
         out_dir: folder for the predictor, `losses.json` and the picture `losses.png`. A training that was stopped is
             resumed from the checkpoint there. None: nothing is written.
         guided_epochs: passes over the trajectories in the first stage. Default: a third of `epochs` for dense, a sixth
@@ -203,6 +206,8 @@ def train(
     if not isinstance(trajectories, Trajectories):
         trajectories = Trajectories(trajectories)
     epochs = check_int("epochs", epochs)
+    if budget is not None:
+        schedule = _schedule_of(trajectories, config, schedule, budget, out_dir, device, seed, progress)
     run = _Training(trajectories, _complete_config(trajectories, config, schedule), out_dir, device, seed)
     newton = run.config.mixer == "newton"
     if guided_epochs is None:
@@ -220,6 +225,59 @@ def train(
         progress=progress,
     )
     return run.predictor.cpu().eval()
+
+
+def find_schedule(
+    trajectories: Trajectories,
+    budget: int,
+    config: PredictorConfig | None = None,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> Schedule:
+    """Chooses which steps to compute, by turns with training: `search_schedule` for a predictor, a predictor for that.
+
+    The first search is for an untrained predictor. The ones after it are for predictors that were trained briefly on
+    many schedules around the one before, so that they favour none.
+
+    Args:
+        trajectories: what `lesa.record` made.
+        budget: how many steps to compute.
+        config: of the predictor; a newton one. Default: as of `train`.
+        seed: of all that is random.
+        device: where to train.
+        progress: whether to show progress bars.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: `config` or `budget` does not fit the trajectories, or the predictor is not a newton one.
+    """
+    from lesa.search import search_schedule
+
+    total = trajectories.num_inference_steps
+    budget = check_int("budget", budget, minimum=2, maximum=total - 1)
+    schedule = Schedule.spread(budget, total)
+    for turn in range(SEARCH_TURNS + 1):
+        probe = _Training(trajectories, _complete_config(trajectories, config, schedule), None, device, seed, reach=3)
+        if turn:
+            probe.fit(PROBE_EPOCHS, 0, 8, 32, 3e-3, True, 0.0, progress)
+        schedule = search_schedule(trajectories, probe.predictor.cpu(), budget, seed=seed, progress=progress)
+    return schedule
+
+
+def _schedule_of(trajectories, config, schedule, budget, out_dir, device, seed, progress) -> Schedule:
+    """The schedule that a training with a budget goes on with, or a new one."""
+    if schedule is not None:
+        raise argument_error("schedule", "be left out where `budget` is given", schedule, "Pass one of the two.")
+    file = None if out_dir is None else Path(out_dir) / CHECKPOINT_NAME
+    if file is not None and file.exists():
+        known = torch.load(file, map_location="cpu", weights_only=True)["settings"]["config"]["schedule"]
+        if len(known) == budget:
+            return Schedule(tuple(known), trajectories.num_inference_steps)
+    return find_schedule(trajectories, budget, config, seed=seed, device=device, progress=progress)
 
 
 def _complete_config(trajectories, config, schedule) -> PredictorConfig:
@@ -258,7 +316,8 @@ def _complete_config(trajectories, config, schedule) -> PredictorConfig:
 class _Training:
     """One training run, and its checkpoint."""
 
-    def __init__(self, trajectories, config, out_dir, device, seed):
+    def __init__(self, trajectories, config, out_dir, device, seed, reach=1):
+        self.reach = reach
         self.trajectories, self.config, self.device, self.seed = trajectories, config, torch.device(device), seed
         self.out_dir = None if out_dir is None else Path(out_dir)
         with torch.random.fork_rng(devices=[]):
@@ -267,7 +326,7 @@ class _Training:
         self.generator = torch.Generator().manual_seed(seed)
         self.losses = {"training": [], "validation": []}
         self.loss = _head_aware_loss
-        self.head = _Head(trajectories, self.device)
+        self.head = Head(trajectories, self.device)
         self.schedule = Schedule(config.schedule, config.num_inference_steps, config.schedule_sigmas)
 
     def fit(self, guided_epochs, epochs, batch_size, tokens, learning_rate, head_aware, validation_fraction, progress):
@@ -329,7 +388,7 @@ class _Training:
             groups.setdefault(tuple(trajectory.sigmas.tolist()), []).append(trajectory)
         loss = 0.0
         for group in groups.values():
-            batch = _Batch(group, self.head, self.generator, tokens, self.device)
+            batch = Batch(group, self.head, self.generator, tokens, self.device)
             loss = loss + len(group) / len(numbers) * self._loss(batch, guided)
         return loss
 
@@ -340,7 +399,7 @@ class _Training:
         elif every_step:
             computed = {0}
         else:
-            computed = _shaken(self.schedule.steps, config.num_inference_steps, self.generator)
+            computed = _shaken(self.schedule.steps, config.num_inference_steps, self.generator, self.reach)
         plan = _Plan(computed, config.num_inference_steps, config.max_history, every_step, self.device)
         forecast = (_roll_out if every_step and not guided else _predict)(self.predictor, batch, plan)
         return self.loss(batch, plan, forecast)
@@ -401,7 +460,7 @@ class _Training:
         (self.out_dir / CHECKPOINT_NAME).unlink()
 
 
-class _Head:
+class Head:
     """The output projection that was recorded with the trajectories."""
 
     def __init__(self, trajectories, device):

@@ -207,11 +207,11 @@ def flux_transformer(**options):
     )
 
 
-def flux_controlnet():
+def flux_controlnet(num_single_layers=1):
     return diffusers.FluxControlNetModel(
         in_channels=4 * LATENT_CHANNELS,
         num_layers=1,
-        num_single_layers=1,
+        num_single_layers=num_single_layers,
         **_WIDTHS,
         joint_attention_dim=TEXT_DIM,
         pooled_projection_dim=TEXT_DIM,
@@ -219,7 +219,7 @@ def flux_controlnet():
     )
 
 
-def _opened(controlnet):
+def opened(controlnet):
     """A ControlNet begins with zeros, by which it changes nothing."""
     with torch.no_grad():
         for weight in controlnet.parameters():
@@ -230,7 +230,7 @@ def _opened(controlnet):
 
 def _flux(pipeline, named=None, *, negative=False, controlnet=False, options=None, contexts=False, **rest):
     def parts():
-        return {"vae": image_vae()} | ({"controlnet": _opened(flux_controlnet())} if controlnet else {})
+        return {"vae": image_vae()} | ({"controlnet": opened(flux_controlnet())} if controlnet else {})
 
     streams = (("cond", "uncond") if negative else ("cond",)) if contexts else ("main", "main-2")[: 1 + negative]
     return Small(
@@ -364,7 +364,7 @@ def _qwen(pipeline, named=None, *, negative=False, parts=dict, size=None, channe
 
 
 def _with_control(**options):
-    return lambda: {"controlnet": _opened(qwen_controlnet(**options))}
+    return lambda: {"controlnet": opened(qwen_controlnet(**options))}
 
 
 _QWEN = {

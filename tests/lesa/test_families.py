@@ -410,6 +410,40 @@ def test_a_control_image_changes_the_output_of_a_cached_run(pipes):
         assert distance(other, ours) > 0.001
 
 
+@pytest.mark.parametrize("change, moves", [(2, True), (5, True), (9, False)])
+def test_a_control_image_that_changes_in_a_run_acts_from_the_next_computed_step(pipes, change, moves):
+    """The callback comes after the step: what it changes after step 9, the last computed one, nobody looks at."""
+    case, pipe = small.ALL["flux controlnet"], pipes("flux controlnet")
+
+    def brighter(pipe, step, timestep, tensors):
+        return {"control_image": tensors["control_image"] + 1.0} if step == change else {}
+
+    options = {"callback_on_step_end_tensor_inputs": ["latents", "control_image"]}
+    schedule = [0, 1, 2, 3, 6, 9]
+    with lesa.enable_cache(pipe, untrained(), schedule) as handle:
+        plain = case.latents(pipe, steps=STEPS, **options)
+        changed = case.latents(pipe, steps=STEPS, callback_on_step_end=brighter, **options)
+    assert [s.computed for s in handle.stats.streams.values()] == [schedule]
+    assert torch.equal(changed, plain) != moves
+
+
+@pytest.mark.parametrize("name", ["sd3"])
+def test_heun_in_a_pipeline_that_takes_it(pipe, name):
+    scheduler = pipe.scheduler
+    pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    try:
+        plain, predictor = small.ALL[name].latents(pipe, steps=STEPS), untrained()
+        with lesa.enable_cache(pipe, predictor, range(2 * STEPS - 1)) as handle:
+            assert torch.equal(small.ALL[name].latents(pipe, steps=STEPS), plain)
+        with lesa.enable_cache(pipe, predictor, sorted([*range(0, 2 * STEPS - 1, 2), 1])) as handle:
+            cached = small.ALL[name].latents(pipe, steps=STEPS)
+        (stream,) = handle.stats.streams.values()
+        assert stream.predicted == [*range(3, 2 * STEPS - 1, 2)]
+        assert 0 < distance(cached, plain) < NEAR
+    finally:
+        pipe.scheduler = scheduler
+
+
 CONTROLNETS = [name for name, case in small.ALL.items() if "ControlNet" in case.pipeline]
 
 
@@ -425,6 +459,54 @@ def test_a_controlnet_runs_in_computed_steps_only(pipe, plain, name):
     assert len(calls) == STEPS and "_compiled_call_impl" not in vars(pipe.controlnet)
     assert 0 < distance(cached, wanted) < NEAR
     counter.remove()
+
+
+@pytest.fixture
+def controlled():
+    """Two pipelines with one ControlNet, which has no residuals for single blocks, and a count of its calls."""
+    case, calls = small.ALL["flux controlnet"], []
+    first, second = case.build(), case.build()
+    first.controlnet = second.controlnet = small.opened(small.flux_controlnet(num_single_layers=0))
+    first.controlnet.register_forward_hook(lambda *_: calls.append(1))
+    return lambda pipe: case.latents(pipe, steps=STEPS, batch=1), first, second, calls
+
+
+def test_a_controlnet_is_as_ever_for_a_pipeline_without_a_cache(controlled):
+    draw, cached, other, calls = controlled
+    plain = draw(other)
+    with lesa.enable_cache(cached, untrained(), SOME):
+        assert torch.equal(draw(other), plain)
+        first = draw(cached)
+        assert torch.equal(draw(other), plain)
+        calls.clear()
+        assert torch.equal(draw(cached), first)
+        assert len(calls) == len(SOME)
+    assert {"_compiled_call_impl", "compile"}.isdisjoint(vars(cached.controlnet))
+
+
+def test_a_controlnet_of_two_cached_pipelines(controlled):
+    draw, first, second, calls = controlled
+    handles = [lesa.enable_cache(pipe, untrained(), SOME) for pipe in (first, second)]
+    wanted = [draw(first), draw(second)]
+    handles[0].disable()
+    calls.clear()
+    assert torch.equal(draw(second), wanted[1])
+    assert len(calls) == len(SOME)
+    handles[1].disable()
+    assert {"_compiled_call_impl", "compile"}.isdisjoint(vars(first.controlnet))
+
+
+def test_a_controlnet_that_is_compiled_while_the_cache_is_on(controlled):
+    draw, pipe, _, calls = controlled
+    torch._dynamo.reset()
+    with lesa.enable_cache(pipe, untrained(), SOME):
+        wanted = draw(pipe)
+        graphs = []
+        pipe.controlnet.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+        calls.clear()
+        torch.testing.assert_close(draw(pipe), wanted)
+        assert len(calls) == len(SOME) and graphs
+    assert pipe.controlnet._compiled_call_impl is not None
 
 
 @pytest.mark.parametrize("name", ["flux distilled cfg", "qwen cfg", "hunyuan cfg", "sd3 cfg"])

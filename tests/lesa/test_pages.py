@@ -29,11 +29,14 @@ SMALLER = {"height=480, width=640, num_frames=65": "height=32, width=48, num_fra
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def python_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
 def examples():
     """Every Python block of the pages that loads a pipeline."""
     for page in PAGES:
-        blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-        for number, block in enumerate(b for b in blocks if "Pipeline.from_pretrained(" in b):
+        for number, block in enumerate(b for b in python_blocks(page) if "Pipeline.from_pretrained(" in b):
             yield pytest.param(block, id=f"{page.stem}-{number}")
 
 
@@ -94,6 +97,31 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(diffusers.utils, "export_to_video", lambda frames, name, fps: used.written.append(name))
     with small.small_areas():
         yield used
+
+
+def test_the_training_example_runs(stand_ins, tmp_path, monkeypatch, capsys):
+    """With 12 steps and short training, but else as it stands."""
+    monkeypatch.chdir(tmp_path)
+    (example,) = [block for block in python_blocks(ROOT / "README.md") if "lesa.train(" in block]
+    pipe = diffusers.FluxPipeline.from_pretrained("a/b", torch_dtype=torch.bfloat16)
+    record, train = lesa.record, lesa.train
+    fewer = {"num_inference_steps=50": "num_inference_steps=12", "tokens_per_sample=256": "tokens_per_sample=8"}
+    for large, little in {**fewer, "[0, 2, 7, 13, 19, 24, 33, 41, 47]": "[0, 1, 2, 5, 9]"}.items():
+        assert large in example
+        example = example.replace(large, little)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(diffusers.FluxPipeline, "encode_prompt", encode_prompt)
+    monkeypatch.setattr(lesa, "record", lambda *a, **k: record(*a, **k, progress=False), raising=False)
+    monkeypatch.setattr(lesa, "train", lambda *a, **k: train(*a, **k, epochs=1, progress=False), raising=False)
+    monkeypatch.setattr(FusedKANPredictor, "to", lambda self, device: self)
+    evaluate = lesa.evaluate
+    shorter = {"num_inference_steps": 12, "against": ["steps"], "progress": False}
+    monkeypatch.setattr(lesa, "evaluate", lambda *a, **k: evaluate(*a, **k, **shorter), raising=False)
+    prompts = ["a fox", "a crow"]
+    exec(compile(example, "example", "exec"), {"pipe": pipe, "prompts": prompts, "test_prompts": prompts})
+    assert (tmp_path / "flux-predictor" / "model.safetensors").exists()
+    assert "newton-5" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("example", examples())

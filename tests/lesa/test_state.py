@@ -210,6 +210,23 @@ def test_a_text_that_changes_in_a_run_is_computed_at_once(pipe):
     assert all(torch.equal(output[step], alone[step]) for step in range(6, STEPS))
 
 
+def test_a_text_that_is_changed_in_place_is_computed_at_once(pipe):
+    text = FIRST["encoder_hidden_states"].clone()
+
+    def calls(step):
+        if step == 6:
+            text.copy_(SECOND["encoder_hidden_states"])
+        return [("it", FIRST | {"encoder_hidden_states": text})]
+
+    plain = drive(pipe, calls)["it"]
+    text.copy_(FIRST["encoder_hidden_states"])
+    with pytest.warns(RuntimeWarning, match="the text"), lesa.enable_cache(pipe, make_predictor(), SOME) as handle:
+        output = drive(pipe, calls)["it"]
+    (stream,) = handle.stats.streams.values()
+    assert stream.computed == [0, 1, 2, 5, 6, 9] and stream.reasons[6] == "the text changed"
+    assert torch.equal(output[6], plain[6])
+
+
 def replay(pipe, calls, begin, total):
     """The recorded calls of one stream, as a run of their own that executes the scheduler's steps from `begin`."""
     pipe.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / total, total))
@@ -850,12 +867,13 @@ def test_strict_raises_when_the_letter_arrives(pipe, generate, clean, as_on_a_gp
         assert torch.equal(generate(pipe), expected["defaults"])
 
 
-def test_another_pipelines_scheduler_is_found_late(pipe, generate, clean, as_on_a_gpu):
+@pytest.mark.parametrize("delay", [0, 1])
+def test_another_pipelines_scheduler_is_found_late(pipe, generate, clean, as_on_a_gpu, delay):
     expected = expected_of(clean, generate)
     other = digits.build_pipeline(pipe.transformer)
     other.set_progress_bar_config(disable=True)
     plain = generate(other, steps=20)
-    as_on_a_gpu(1)
+    as_on_a_gpu(delay)
 
     def fail(pipe, index, timestep, tensors):
         if index == 5:

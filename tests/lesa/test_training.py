@@ -218,7 +218,7 @@ def test_trajectories_of_different_noise_levels_train_together(tmp_path):
 
 def test_the_loss_of_the_true_features_is_zero_and_has_a_gradient(trajectories):
     run = training._Training(trajectories, training._complete_config(trajectories, None, [0, 4]), None, "cpu", 0)
-    batch = training._Batch([trajectories[0]], run.head, run.generator, None, "cpu")
+    batch = training.Batch([trajectories[0]], run.head, run.generator, None, "cpu")
     plan = training._Plan([0, 4], STEPS, 4)
     forecast = batch.features[plan.steps].requires_grad_()
     loss = training._head_aware_loss(batch, plan, forecast)
@@ -232,7 +232,7 @@ def test_velocities_of_a_batch_are_those_of_the_output_head(trajectories):
     from lesa_kernels.predictor import output_head
 
     run = training._Training(trajectories, training._complete_config(trajectories, None, 4), None, "cpu", 0)
-    batch = training._Batch([trajectories[0], trajectories[1]], run.head, run.generator, None, "cpu")
+    batch = training.Batch([trajectories[0], trajectories[1]], run.head, run.generator, None, "cpu")
     for number in (0, 1):
         t = trajectories[number]
         head = OutputHead(run.head.weight, run.head.bias, t.scale, t.shift, run.head.eps)

@@ -114,7 +114,7 @@ class Adapter:
     @property
     def has_adapters(self) -> bool:
         """Whether adapters such as LoRA are on a module of the head, which may change what it computes at any time."""
-        return any(hasattr(module, "base_layer") for module in self.head_modules.modules())
+        return any("base_layer" in module._modules for module in self.head_modules.modules())
 
     @property
     def counted_module(self) -> torch.nn.Module:

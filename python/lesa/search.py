@@ -1,0 +1,155 @@
+"""Which steps to compute: found on recorded trajectories, for a predictor and a number of computed steps."""
+
+import math
+
+import torch
+from tqdm import tqdm
+
+from lesa.recording import Trajectories
+from lesa.schedule import Schedule
+from lesa.training import Batch, Head
+from lesa_kernels import FusedKANPredictor
+from lesa_kernels._checks import argument_error, check_int
+
+_WIDEST = 2.5
+"""How many times the mean gap a gap may be."""
+
+
+def search_schedule(
+    trajectories: Trajectories,
+    predictor: FusedKANPredictor,
+    num_computed: int,
+    *,
+    samples: int = 24,
+    tokens_per_sample: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> Schedule:
+    """Chooses the steps whose computing leaves the smallest error of the forecasts between them.
+
+    A gap between two computed steps costs the square of the displacement by which its forecast velocities miss the
+    true ones. Dynamic programming finds the cheapest chain of gaps: for each number of computed steps and each last two
+    of them, the cheapest chain that ends there, whose steps are the history of the gaps that follow. Then single steps
+    are moved as long as that makes the error of the whole run smaller, to which all gaps add up.
+
+    Args:
+        trajectories: recorded with all steps computed.
+        predictor: what forecasts; a newton predictor, trained or not.
+        num_computed: how many steps to compute.
+        samples: trajectories to look at.
+        tokens_per_sample: random tokens of each.
+        seed: of their choice.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The schedule, with the noise levels of the trajectories.
+
+    Raises:
+        ValueError: the predictor feeds on its own forecasts, or there are fewer steps than `num_computed`.
+    """
+    if predictor.config.history != "anchors":
+        raise argument_error(
+            "predictor",
+            "forecast from computed steps only",
+            predictor.config.history,
+            "Use a newton predictor, or set the schedule by hand.",
+        )
+    total = trajectories.num_inference_steps
+    count = check_int("num_computed", num_computed, minimum=2, maximum=total - 1)
+    errors = _Errors(trajectories, predictor, samples, tokens_per_sample, seed)
+    steps = _cheapest_chain(errors, count, progress)
+    steps = _refined(errors, steps)
+    sigmas = trajectories[0].sigmas.tolist()
+    return Schedule(steps, total, tuple(sigmas[step] for step in steps))
+
+
+class _Errors:
+    """Errors of forecasts on some tokens of some trajectories.
+
+    Args:
+        trajectories, predictor, samples, tokens, seed: as of `search_schedule`.
+    """
+
+    def __init__(self, trajectories, predictor, samples, tokens, seed):
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(trajectories), generator=generator)[:samples].tolist()
+        levels = trajectories[chosen[0]].sigmas
+        group = [t for t in (trajectories[number] for number in chosen) if torch.equal(t.sigmas, levels)]
+        self.total = len(levels)
+        self.batch = Batch(group, Head(trajectories, "cpu"), generator, tokens, "cpu")
+        self.predictor = predictor
+        self._after: dict[tuple[int, ...], torch.Tensor] = {}
+        self._gaps: dict[tuple[int, ...], torch.Tensor] = {}  # by history and end, the displacement over the gap
+        self._longest = predictor.config.max_history
+
+    @torch.no_grad()
+    def after(self, history: tuple[int, ...], length: int) -> torch.Tensor:
+        """How far the sample is off after 0, 1, 2, ... forecast steps `[length + 1, N, O]`.
+
+        Args:
+            history: the computed steps so far, oldest first; only the newest matter.
+            length: how many steps to forecast after the last of them.
+        """
+        batch, history = self.batch, history[-self._longest :]
+        length = min(length, self.total - 1 - history[-1])
+        targets = torch.arange(history[-1] + 1, history[-1] + 1 + length)
+        slots = torch.tensor(history + history[-1:] * (self._longest - len(history)))  # those beyond are not read
+        features = batch.features[slots][:, None].expand(-1, length, -1, -1)
+        sigmas = batch.sigmas[slots][:, None].expand(-1, length)
+        cursor = torch.full((length,), len(history) % self._longest, dtype=torch.int32)
+        held = torch.full_like(cursor, len(history))
+        forecast = self.predictor.forecast(features, None, sigmas, cursor, held, batch.sigmas[targets])
+        error = (batch.velocity(forecast, targets) - batch.velocities[targets]) * batch.widths[targets, None, None]
+        return torch.cat([torch.zeros_like(batch.velocities[:1]), error.cumsum(0)])
+
+    def costs(self, history: tuple[int, ...], length: int) -> list[float]:
+        """The squared displacement after 0, 1, 2, ... forecast steps."""
+        return self.after(history, length).square().mean((1, 2)).tolist()
+
+    def of(self, steps: tuple[int, ...]) -> float:
+        """The squared displacement at the end of a run that computes `steps`."""
+        off = 0
+        for number, end in enumerate((*steps[1:], self.total), start=1):
+            gap = (*steps[max(0, number - self._longest) : number], end)
+            if gap not in self._gaps:
+                self._gaps[gap] = self.after(gap[:-1], end - gap[-2] - 1)[-1]
+            off = off + self._gaps[gap]
+        return float(off.square().mean())
+
+
+def _cheapest_chain(errors: _Errors, count: int, progress: bool) -> tuple[int, ...]:
+    """The chain of `count` steps from step 0 whose gaps cost least together."""
+    total = errors.total
+    widest = min(math.ceil(_WIDEST * total / count), total)
+    best = {(0,): ((0,), 0.0)}  # by the last two steps: the chain, and what its gaps cost
+    for number in tqdm(range(1, count), desc="search", unit="step", disable=not progress):
+        left = count - number  # steps to choose, this one included
+        found: dict[tuple[int, ...], tuple[tuple[int, ...], float]] = {}
+        for chain, cost in best.values():
+            last = chain[-1]
+            gaps = errors.costs(chain, widest - 1)
+            for step in range(last + 1, min(last + widest, total - left) + 1):
+                if total - step > widest * left or step >= total:
+                    continue  # too far from the end
+                sum_ = cost + gaps[step - last - 1]
+                if sum_ < found.get((last, step), (None, math.inf))[1]:
+                    found[last, step] = ((*chain, step), sum_)
+        best = found
+    ends = [(cost + errors.costs(chain, total - 1 - chain[-1])[-1], chain) for chain, cost in best.values()]
+    return min(ends)[1]
+
+
+def _refined(errors: _Errors, steps: tuple[int, ...]) -> tuple[int, ...]:
+    """Moves single steps as long as that lowers the error of the whole run."""
+    error = errors.of(steps)
+    while True:
+        moved = []
+        for n in range(1, len(steps)):
+            for move in (-2, -1, 1, 2):
+                other = (*steps[:n], steps[n] + move, *steps[n + 1 :])
+                if other[-1] < errors.total and all(a < b for a, b in zip(other, other[1:])):
+                    moved.append((errors.of(other), other))
+        best = min(moved)
+        if best[0] >= error * (1 - 1e-6):
+            return steps
+        error, steps = best
