@@ -10,7 +10,9 @@ _SOURCES = {
     "disable_cache": "lesa.cache",
     "enable_cache": "lesa.cache",
     "evaluate": "lesa.evaluation",
+    "find_schedule": "lesa.training",
     "record": "lesa.recording",
+    "search_schedule": "lesa.search",
     "train": "lesa.training",
 }
 

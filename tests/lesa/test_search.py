@@ -1,0 +1,138 @@
+"""`search_schedule` and `find_schedule`, on trajectories for which the best schedules are known."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lesa
+from lesa.recording import FORMAT_VERSION, HEAD, MANIFEST
+from lesa.search import _Errors, search_schedule
+from lesa.training import find_schedule
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+
+STEPS, TOKENS, WIDTH = 14, 4, 8
+
+
+def write_trajectories(folder, feature, samples=4):
+    """`feature(step)` scales a direction of each token; the head shows the features as they are, but for its norm."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    save_file({"weight": torch.eye(WIDTH), "bias": torch.zeros(WIDTH)}, folder / HEAD)
+    sigmas = torch.linspace(1, 1 / STEPS, STEPS)
+    scales = torch.tensor([float(feature(step)) for step in range(STEPS)])
+    for number in range(samples):
+        base, direction = (torch.randn(TOKENS, WIDTH, generator=generator) for _ in range(2))
+        tensors = {
+            "features": base + scales[:, None, None] * direction,
+            "sigmas": sigmas,
+            "scale": torch.zeros(STEPS, WIDTH),
+            "shift": torch.zeros(STEPS, WIDTH),
+            "token_index": torch.arange(TOKENS),
+        }
+        save_file(tensors, folder / f"sample-{number:05d}.safetensors")
+    facts = {"family": "flux", "feature_dim": WIDTH, "num_inference_steps": STEPS, "samples": samples, "head_eps": 1e-6}
+    (folder / MANIFEST).write_text(json.dumps({"format_version": FORMAT_VERSION, "seed": 0, **facts}))
+    return lesa.Trajectories(folder)
+
+
+def line():
+    """Draws a line through the newest two computed features."""
+    return FusedKANPredictor(PredictorConfig(WIDTH, rank=0, hidden=4))
+
+
+def bent(step):
+    """Constant, with steps 5 to 8 on a slope."""
+    return min(max(step - 5, 0), 4)
+
+
+def errors(trajectories):
+    return _Errors(trajectories, line(), samples=4, tokens=TOKENS, seed=0)
+
+
+@pytest.mark.parametrize("count", [3, 4, 5])
+def test_the_found_schedule_is_the_best_of_all(tmp_path, count):
+    """Against all schedules, tried one by one."""
+    trajectories = write_trajectories(tmp_path / "t", bent)
+    found = search_schedule(trajectories, line(), count, samples=4, tokens_per_sample=TOKENS, progress=False)
+    of = errors(trajectories).of
+    every = {steps: of((0, *steps)) for steps in itertools.combinations(range(1, STEPS), count - 1)}
+    assert of(found.steps) <= min(every.values()) * 1.05 + 1e-12
+    assert of(found.steps) < 0.3 * sorted(every.values())[len(every) // 2]
+    assert len(found) == count and found.num_inference_steps == STEPS
+    assert found.sigmas == tuple(trajectories[0].sigmas[list(found.steps)].tolist())
+
+
+def test_the_error_is_that_of_forecasts_written_out_here(tmp_path):
+    trajectories, steps = write_trajectories(tmp_path / "t", bent, samples=1), (0, 2, 7)
+    features, sigmas = trajectories[0].features, trajectories[0].sigmas
+
+    def head(h):
+        return torch.nn.functional.layer_norm(h, (WIDTH,), eps=1e-6)
+
+    off = 0
+    for step in range(STEPS):
+        known = [s for s in steps if s <= step]
+        if step in steps:
+            continue
+        newest = features[known[-1]]
+        if len(known) > 1:
+            slope = (newest - features[known[-2]]) / (sigmas[known[-1]] - sigmas[known[-2]])
+            newest = newest + slope * (sigmas[step] - sigmas[known[-1]])
+        off = off + (head(newest) - head(features[step])) / STEPS
+    order = torch.randperm(TOKENS, generator=torch.Generator())  # any order: the error is a mean over tokens
+    expected = float(off[order].square().mean())
+    assert _Errors(trajectories, line(), 1, TOKENS, 0).of(steps) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_straight_world_needs_two_steps_only(tmp_path):
+    trajectories = write_trajectories(tmp_path / "t", lambda step: 0.3 * step)
+    assert errors(trajectories).of((0, 1)) < 1e-10 < errors(trajectories).of((0, 5))
+    assert search_schedule(trajectories, line(), 2, progress=False).steps == (0, 1)
+
+
+def test_searching_by_turns_with_training(tmp_path):
+    trajectories = write_trajectories(tmp_path / "t", bent)
+    config = PredictorConfig(WIDTH, rank=2, hidden=4)
+    found = find_schedule(trajectories, 4, config, progress=False)
+    assert found == find_schedule(trajectories, 4, config, progress=False)
+    predictor = lesa.train(trajectories, config, budget=4, epochs=1, progress=False)
+    assert predictor.config.schedule == found.steps and predictor.config.schedule_sigmas == found.sigmas
+
+
+def test_a_stopped_training_with_a_budget_keeps_its_schedule(tmp_path, monkeypatch):
+    trajectories, config = write_trajectories(tmp_path / "t", bent), PredictorConfig(WIDTH, rank=2, hidden=4)
+    options = {"budget": 4, "epochs": 3, "out_dir": tmp_path / "out", "progress": False}
+    whole = lesa.train(trajectories, config, **{**options, "out_dir": None})
+    save, saves = lesa.training._Training._save_checkpoint, []
+
+    def stop(self, *arguments):
+        save(self, *arguments)
+        saves.append(1)
+        if self.out_dir is not None and self.reach == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(lesa.training._Training, "_save_checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        lesa.train(trajectories, config, **options)
+    monkeypatch.undo()
+    monkeypatch.setattr(lesa.training, "find_schedule", None)  # it is not searched for again
+    resumed = lesa.train(trajectories, config, **options)
+    assert resumed.config == whole.config
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value)
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    trajectories = write_trajectories(tmp_path / "t", bent, samples=1)
+    dense = FusedKANPredictor(PredictorConfig(WIDTH, mixer="dense", hidden=4))
+    with pytest.raises(ValueError, match="`predictor` must forecast from computed steps only"):
+        search_schedule(trajectories, dense, 4)
+    with pytest.raises(ValueError, match="`num_computed` must be an integer of at least 2 and at most 13, but got 14"):
+        search_schedule(trajectories, line(), 14)
+    with pytest.raises(ValueError, match="`schedule` must be left out where `budget` is given, but got 7"):
+        lesa.train(trajectories, None, 7, budget=4)
+    with pytest.raises(ValueError, match="`budget` must be an integer of at least 2 and at most 13"):
+        lesa.train(trajectories, budget=1)
