@@ -11,6 +11,7 @@ _SOURCES = {
     "enable_cache": "lesa.cache",
     "evaluate": "lesa.evaluation",
     "record": "lesa.recording",
+    "report": "lesa.reporting",
     "train": "lesa.training",
 }
 

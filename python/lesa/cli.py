@@ -154,6 +154,12 @@ def _evaluate(options) -> None:
     _report(evaluation, options.out)
 
 
+def _report_page(options) -> None:
+    from lesa.reporting import report
+
+    print(f"Wrote {report(options.evaluation, options.out)}")
+
+
 def _env(options) -> None:
     from lesa_kernels.env_report import main as report
 
@@ -353,6 +359,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--against", type=lambda value: value.split(","), default=["steps", "taylorseer"], help=text)
     sub.add_argument("--batch-size", type=_positive, help="samples per pipeline call (default: all)")
     sub.add_argument("--out", required=True, type=Path, help="folder for the results")
+
+    sub = command("report", _report_page, "make one HTML page of what `lesa evaluate` wrote")
+    sub.add_argument("--evaluation", required=True, type=Path, metavar="DIR", help="folder that `lesa evaluate` wrote")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="page to write (default: report.html in that folder)")
 
     command("env", _env, "print the versions and devices to put into a bug report")
     return parser
