@@ -9,6 +9,7 @@ _SOURCES = {
     "Trajectories": "lesa.recording",
     "disable_cache": "lesa.cache",
     "enable_cache": "lesa.cache",
+    "estimate": "lesa.estimation",
     "evaluate": "lesa.evaluation",
     "record": "lesa.recording",
     "report": "lesa.reporting",
