@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 """Of the `summary.json` that is read."""
 ERROR_SCALES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Mean absolute errors of a pixel, of a range of 1, one of which the error maps show as their brightest colour: the
-least that 99 % of the pixels are below."""
+least that 95 % of all pixels are below."""
 LARGEST_SIDE = 768
 """Of an embedded picture, in pixels; a larger one is scaled down, so that the page stays of a size to be sent."""
 
@@ -140,7 +140,7 @@ def _page(summary: dict, ours: str | None, folder: Path) -> dict:
         "metrics": metrics,
         "sigmas": summary.get("sigmas") or [],
         "stage_bounds": summary.get("stage_bounds") or [],
-        "has_errors": any(run.get("step_errors") for run in runs),
+        "has_errors": any(error for run in runs for error in run.get("step_errors") or ()),
         **_pictures(summary, budgets, folder),
     }
 
@@ -242,7 +242,7 @@ def _pictures(summary: dict, budgets: Sequence[dict], folder: Path) -> dict:
     large = max(first.size) > LARGEST_SIDE
     images = {name: [_open(folder, file) for file in files[name][:count]] for name in names}
     errors = {name: [_error(image, full) for image, full in zip(images[name], wanted)] for name in names}
-    most = max(np.quantile(error, 0.99) for maps in errors.values() for error in maps)
+    most = np.quantile(np.concatenate([error.ravel() for maps in errors.values() for error in maps]), 0.95)
     scale = next(scale for scale in ERROR_SCALES if scale >= min(most, 1.0))
     return {
         "pictures": {

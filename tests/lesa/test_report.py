@@ -129,11 +129,16 @@ def test_a_page_without_ours_without_pictures_without_curves(tmp_path, folder):
         summary["sigmas"] = summary["stage_bounds"] = []
         summary["runs"] = [run for run in summary["runs"] if run["contender"] in ("reference", "steps")]
         for run in summary["runs"]:
-            run["step_errors"] = run["per_sample"] = None
+            run["step_errors"], run["per_sample"] = [None] * STEPS, None
 
     html = lesa.report(changed(folder, tmp_path / "e", strip)).read_text()
     assert "<h1>What fewer than 50 steps give</h1>" in html
-    assert "fewer-steps-9" in html and 'id="compare"' not in html and 'id="schedule"' not in html
+    assert (
+        "fewer-steps-9" in html
+        and 'id="compare"' not in html
+        and 'id="schedule"' not in html
+        and 'id="errors"' not in html
+    )
 
 
 @pytest.mark.parametrize(
