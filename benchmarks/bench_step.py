@@ -12,6 +12,7 @@ from diffusers import FluxTransformer2DModel  # noqa: E402
 
 import lesa  # noqa: E402
 from lesa.demo.digits import build_pipeline  # noqa: E402
+from lesa.estimation import transformer_flops  # noqa: E402
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS = 50
@@ -82,9 +83,9 @@ def test_computed_step(benchmark, timed, against_floor, walk, model, device):
         assert torch.equal(walk.step(), plain)
         timed(walk.step, f"step {model}", rounds=COMPUTED_ROUNDS)
         assert handle.stats.predicted_steps == 0
-    blocks = (model.num_layers, model.num_single_layers)
-    least = work.computed_step(model.image_tokens + model.text_tokens, dim(model), *blocks)
-    against_floor(benchmark, **least, dtype=model.dtype)
+    config = {**walk.pipe.transformer.config, "_class_name": type(walk.pipe.transformer).__name__}
+    flops = transformer_flops(config, model.image_tokens, model.text_tokens)
+    against_floor(benchmark, bytes=0, flops=flops, dtype=model.dtype)
     if benchmark.stats is not None:
         MEDIANS[model] = statistics.median(benchmark.stats.stats.data)
 

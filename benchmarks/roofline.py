@@ -1,8 +1,8 @@
 """The floor of each operation at each size: `python benchmarks/roofline.py --preset H200 --out docs/roofline.md`.
 
 An operation can't be faster than its bytes over the memory's bandwidth, nor than its FLOPs over the rate of products.
-Both amounts are those of `work.py`, which the benchmarks use too. The two rates are a datasheet's (`--preset`), given
-(`--bandwidth`, `--tflops`), or, without any of these, measured on the GPU at hand.
+Both amounts are those of `lesa_kernels/work.py`, which the benchmarks use too. The two rates are a datasheet's
+(`--preset`), given (`--bandwidth`, `--tflops`), or, without any of these, measured on the GPU at hand.
 """
 
 import argparse
@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 import work
 from shapes import FLUX, HUNYUAN_VIDEO, QWEN_IMAGE, FeatureShape
+
+from lesa_kernels.work import DATASHEETS
 
 OUT_CHANNELS = 64  # of the head of FLUX, Qwen-Image and HunyuanVideo: 16 channels, patches of 2 x 2
 
@@ -37,17 +39,7 @@ class Device:
         return max(bytes / self.bandwidth, flops / self.flops)
 
 
-def datasheet(name: str, terabytes: float, teraflops: float) -> Device:
-    """A device as NVIDIA's datasheet has it."""
-    return Device(name, terabytes * 1e12, teraflops * 1e12, "from NVIDIA's datasheet, not measured")
-
-
-PRESETS = {
-    "A100": datasheet("A100 80 GB SXM", 2.039, 312),
-    "H100": datasheet("H100 SXM", 3.35, 989),
-    "H200": datasheet("H200 SXM", 4.8, 989),
-    "B200": datasheet("B200 SXM", 8.0, 2250),
-}
+PRESETS = {name: Device(*rates, "from NVIDIA's datasheet, not measured") for name, rates in DATASHEETS.items()}
 
 
 def measured(device: torch.device) -> Device:
@@ -109,8 +101,8 @@ def page(device: Device, command: str, chart: str) -> str:
     text = f"""# Roofline
 
 Made by `{command}`. **No time on this page is a measurement.** They are floors: the least time that an operation can
-take on a device, computed from the bytes it must move and the FLOPs it must do (`benchmarks/work.py`) and two rates of
-the device. The benchmarks print how far a measured time is from such a floor.
+take on a device, computed from the bytes it must move and the FLOPs it must do (`lesa_kernels/work.py`) and two rates
+of the device. The benchmarks print how far a measured time is from such a floor.
 
 Device: {device.name}, {device.bandwidth / 1e12:.2f} TB/s of memory bandwidth and {device.flops / 1e12:.0f} TFLOPS of
 dense bfloat16 products, {device.source}.

@@ -1,8 +1,4 @@
-"""The least that each operation must move and compute, and how fast a device can: the only place with such formulas.
-
-Each function returns `{"bytes": ..., "flops": ...}`, as `against_floor` takes them. Bytes are those read and written in
-memory once; what is read again comes from a cache. FLOPs count a multiplication and an addition as two.
-"""
+"""The least that each operation must move and compute, as `lesa_kernels.work` has it, and how fast a device can."""
 
 import time
 from collections.abc import Callable
@@ -11,121 +7,18 @@ from functools import cache
 import torch
 
 from lesa_kernels.tune import device_seconds
-
-SCALE_BYTES = 4  # of a token stored in float8
-PARAMETER_BYTES = 4  # predictors keep their parameters in float32
-
-
-def newton_predict(batch, tokens, dim, dtype, history=4, rank=0, hidden=64, out_dtype=None) -> dict[str, int]:
-    """A forecast of newton: K anchors in, one feature out, and the parameters of one stage.
-
-    Args:
-        batch, tokens, dim, dtype: of the stored features.
-        history: K, the anchors that are read.
-        rank: of the residual.
-        hidden: spline units of the KAN.
-        out_dtype: of the forecast; `dtype` if None, and bfloat16 if that is float8.
-    """
-    elements = batch * tokens * dim
-    parameters = (history - 1) * dim * (hidden + 1)  # coefficients
-    flops = 2 * elements * history  # one multiplication and addition for each anchor
-    if rank:
-        parameters += rank * dim * history + dim  # K - 1 taps down, one product up, its bias
-        flops += 2 * elements * rank * history
-    written = elements * _out_dtype(dtype, out_dtype).itemsize
-    moved = _history_bytes(batch, tokens, dim, dtype, history) + written + parameters * PARAMETER_BYTES
-    return {"bytes": moved, "flops": flops}
-
-
-def dense_predict(batch, tokens, dim, dtype, history, out_dtype=None, parameter_bytes=PARAMETER_BYTES):
-    """A forecast of the paper's expert: K entries in, one feature out, and the K maps of one stage."""
-    elements = batch * tokens * dim
-    written = elements * _out_dtype(dtype, out_dtype).itemsize
-    moved = _history_bytes(batch, tokens, dim, dtype, history) + written + history * dim**2 * parameter_bytes
-    return {"bytes": moved, "flops": 2 * elements * dim * history}
-
-
-def predict_velocity(batch, tokens, dim, dtype, out_channels, history=4, rank=0, hidden=64, out_dtype=None):
-    """A forecast of newton through the output head: K anchors in, the velocity out; the forecast is never written."""
-    work = newton_predict(batch, tokens, dim, dtype, history, rank, hidden, out_dtype)
-    saved = batch * tokens * (dim - out_channels) * _out_dtype(dtype, out_dtype).itemsize
-    # The projection, and each sample's modulation.
-    head = (out_channels + 2 * batch) * dim * _out_dtype(dtype, out_dtype).itemsize
-    return {
-        "bytes": work["bytes"] - saved + head,
-        "flops": work["flops"] + 2 * batch * tokens * dim * out_channels,
-    }
-
-
-def output_head(batch, tokens, dim, dtype, out_channels):
-    """The output head alone: a feature in, the velocity out."""
-    moved = batch * tokens * (dim + out_channels) + (out_channels + 2 * batch) * dim
-    return {"bytes": moved * dtype.itemsize, "flops": 2 * batch * tokens * dim * out_channels}
-
-
-def ring_push(batch, tokens, dim, dtype, stored=None):
-    """A push into the ring: one feature in, one slot out, with its scales where `stored` is float8."""
-    written = _history_bytes(batch, tokens, dim, stored or dtype, 1)
-    return {"bytes": batch * tokens * dim * dtype.itemsize + written, "flops": 0}
-
-
-def ring_gather(batch, tokens, dim, dtype):
-    """A read from a ring of `dtype`: one slot in, one feature out, which is float32 where the ring is float8."""
-    written = batch * tokens * dim * (torch.float32 if dtype.itemsize == 1 else dtype).itemsize
-    return {"bytes": _history_bytes(batch, tokens, dim, dtype, 1) + written, "flops": 0}
-
-
-def polynomial(batch, tokens, dim, dtype, history=4):
-    """A weighted sum of anchors."""
-    elements = batch * tokens * dim
-    return {"bytes": (history + 1) * elements * dtype.itemsize, "flops": 2 * elements * history}
-
-
-def bspline_kan(rows, in_features, out_features, dtype, grid_size=5, spline_order=3, parameter_bytes=None):
-    """The KAN layer: the base branch, and those p + 1 bases of each input that are not zero.
-
-    A form that multiplies all G + p bases, as matrix products on tensor cores do, computes
-    `(1 + G + p) / (2 + p)` times as much.
-
-    Args:
-        rows, in_features, out_features, dtype: of the input and the output.
-        grid_size, spline_order: G and p.
-        parameter_bytes: of one weight; as `dtype` if None.
-    """
-    values = rows * (in_features + out_features) * dtype.itemsize
-    weights = in_features * out_features * (1 + grid_size + spline_order) * (parameter_bytes or dtype.itemsize)
-    return {"bytes": values + weights, "flops": 2 * rows * in_features * out_features * (2 + spline_order)}
-
-
-def bspline_kan_backward(rows, in_features, out_features, dtype, grid_size=5, spline_order=3, parameter_bytes=None):
-    """The gradients of the KAN layer by its input and weights: two products for each one of the forward.
-
-    The input, the gradient of the output and the weights are read, the gradients of input and weights written.
-    """
-    forward = bspline_kan(rows, in_features, out_features, dtype, grid_size, spline_order, parameter_bytes)
-    weights = in_features * out_features * (1 + grid_size + spline_order) * (parameter_bytes or dtype.itemsize)
-    moved = forward["bytes"] + rows * in_features * dtype.itemsize + weights
-    return {"bytes": moved, "flops": 2 * forward["flops"]}
-
-
-def computed_step(tokens, dim, double_blocks, single_blocks):
-    """A step of a FLUX transformer of one sample: the products with weights, and attention."""
-    blocks = double_blocks + single_blocks
-    return {"bytes": 0, "flops": 2 * (12 * tokens * dim**2 + 2 * tokens**2 * dim) * blocks}
-
-
-def both(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
-    """The work of one operation after the other."""
-    return {name: first[name] + second[name] for name in first}
-
-
-def _history_bytes(batch, tokens, dim, dtype, history) -> int:
-    scales = SCALE_BYTES if dtype.itemsize == 1 else 0
-    return history * batch * tokens * (dim * dtype.itemsize + scales)
-
-
-def _out_dtype(dtype, out_dtype):
-    return out_dtype or (torch.bfloat16 if dtype.itemsize == 1 else dtype)
+from lesa_kernels.work import (  # noqa: F401  (the benchmarks take them from here)
+    both,
+    bspline_kan,
+    bspline_kan_backward,
+    dense_predict,
+    newton_predict,
+    output_head,
+    polynomial,
+    predict_velocity,
+    ring_gather,
+    ring_push,
+)
 
 
 class Floors:

@@ -9,10 +9,12 @@ _SOURCES = {
     "Trajectories": "lesa.recording",
     "disable_cache": "lesa.cache",
     "enable_cache": "lesa.cache",
+    "estimate": "lesa.estimation",
     "evaluate": "lesa.evaluation",
     "find_schedule": "lesa.training",
     "record": "lesa.recording",
     "search_schedule": "lesa.search",
+    "report": "lesa.reporting",
     "train": "lesa.training",
 }
 

@@ -1,6 +1,7 @@
 """The `lesa` command."""
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -152,6 +153,38 @@ def _evaluate(options) -> None:
         out_dir=options.out,
     )
     _report(evaluation, options.out)
+
+
+def _report_page(options) -> None:
+    from lesa.reporting import report
+
+    print(f"Wrote {report(options.evaluation, options.out)}")
+
+
+def _estimate(options) -> None:
+    from lesa.estimation import estimate
+
+    found = estimate(
+        options.model,
+        options.height,
+        options.width,
+        options.frames,
+        num_inference_steps=options.steps,
+        schedule=options.schedule,
+        predictor=options.predictor,
+        device=options.device,
+        bandwidth=None if options.bandwidth is None else options.bandwidth * 1e9,
+        flops_rate=None if options.tflops is None else options.tflops * 1e12,
+        efficiency=options.efficiency,
+        step_seconds=options.step_seconds,
+        batch=options.batch_size,
+        dtype=options.dtype,
+        text_tokens=options.text_tokens,
+        streams=options.streams,
+        images_per_day=options.images_per_day,
+        price=options.price,
+    )
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found.table())
 
 
 def _env(options) -> None:
@@ -355,6 +388,33 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--against", type=lambda value: value.split(","), default=["steps", "taylorseer"], help=text)
     sub.add_argument("--batch-size", type=_positive, help="samples per pipeline call (default: all)")
     sub.add_argument("--out", required=True, type=Path, help="folder for the results")
+
+    sub = command("report", _report_page, "make one HTML page of what `lesa evaluate` wrote")
+    sub.add_argument("--evaluation", required=True, type=Path, metavar="DIR", help="folder that `lesa evaluate` wrote")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="page to write (default: report.html in that folder)")
+
+    sub = command("estimate", _estimate, "say what predicting most steps would save, without running anything")
+    text = "flux-1024, qwen-image-1328, hunyuan-video-480p, hunyuan-video-720p, sd3-1024, a folder, or a cached hub id"
+    sub.add_argument("--model", required=True, help=text)
+    for name in ("height", "width", "frames"):
+        sub.add_argument(f"--{name}", type=_positive, help="of a sample" + (", in pixels" if name != "frames" else ""))
+    sub.add_argument("--steps", type=_positive, default=50, help="denoising steps (default: 50)")
+    text = "computed steps such as 0,2,6,12, or an interval such as 7 (default: nine spread steps)"
+    sub.add_argument("--schedule", type=_schedule, help=text)
+    sub.add_argument("--predictor", type=Path, help="folder of a predictor (default: as `lesa train` makes them)")
+    sub.add_argument("--device", default="H100", help="A100, H100, H200, B200 or RTX4090, by datasheet (default: H100)")
+    sub.add_argument("--bandwidth", type=float, help="of another device's memory, GB/s")
+    sub.add_argument("--tflops", type=float, help="of another device's dense products")
+    sub.add_argument("--efficiency", type=float, default=0.5, help="part of these that is reached (default: 0.5)")
+    sub.add_argument("--step-seconds", type=float, help="what a computed step takes, if it was measured")
+    sub.add_argument("--batch-size", type=_positive, default=1, help="samples per call (default: 1)")
+    types = ("bfloat16", "float16", "float32")
+    sub.add_argument("--dtype", choices=types, default="bfloat16", help="of the features (default: bfloat16)")
+    sub.add_argument("--text-tokens", type=_natural, help="per sample (default: as the model's pipeline pads them)")
+    sub.add_argument("--streams", type=_positive, help="transformer calls per step (default: as the model is used)")
+    sub.add_argument("--images-per-day", type=float, help="samples a day, to say how many GPU-hours are saved")
+    sub.add_argument("--price", type=float, help="of a GPU-hour, to say how much money is saved")
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
     command("env", _env, "print the versions and devices to put into a bug report")
     return parser

@@ -69,7 +69,7 @@ finally:
     assert result.stdout.splitlines()[-1] == "False"
 
 
-@pytest.mark.parametrize("command", ["demo", "record", "train", "generate", "evaluate", "env"])
+@pytest.mark.parametrize("command", ["demo", "record", "train", "generate", "evaluate", "report", "estimate", "env"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main([command, "--help"])

@@ -1,0 +1,524 @@
+"""`estimate`: what predicting most steps costs and saves, from a model's configuration, before anything runs."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lesa.schedule import Schedule, ScheduleLike, as_schedule
+from lesa_kernels import FusedKANPredictor, PredictorConfig, work
+from lesa_kernels._checks import Said, argument_error, check_choice, check_float, check_int
+from lesa_kernels.feature_ring import ring_nbytes
+
+EFFICIENCY = 0.5
+"""The part of a datasheet's FLOP rate that computed steps are taken to reach."""
+DTYPES = ("bfloat16", "float16", "float32")
+
+_FLUX = {
+    "_class_name": "FluxTransformer2DModel",
+    "patch_size": 1,
+    "in_channels": 64,
+    "out_channels": None,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
+_QWEN_IMAGE = {
+    "_class_name": "QwenImageTransformer2DModel",
+    "patch_size": 2,
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 60,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 3584,
+}
+_HUNYUAN_VIDEO = {
+    "_class_name": "HunyuanVideoTransformer3DModel",
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "num_layers": 20,
+    "num_single_layers": 40,
+    "num_refiner_layers": 2,
+    "mlp_ratio": 4.0,
+    "patch_size": 2,
+    "patch_size_t": 1,
+    "guidance_embeds": True,
+    "text_embed_dim": 4096,
+    "pooled_projection_dim": 768,
+}
+_SD3 = {
+    "_class_name": "SD3Transformer2DModel",
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+    "dual_attention_layers": (),
+}
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What a configuration does not say.
+
+    Args:
+        name: of the family.
+        config: of its usual model.
+        text_tokens: that its pipeline passes; of Qwen-Image a guess, for there it is the prompt that decides.
+        streams: calls of the transformer per step, or samples per image in one call, with its usual guidance.
+        packing: latent pixels per token and side, beside the transformer's own patches.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    text_tokens: int
+    streams: int = 1
+    packing: int = 1
+
+
+_FAMILIES = {
+    "FluxTransformer2DModel": _Family("flux", _FLUX, 512, packing=2),
+    "QwenImageTransformer2DModel": _Family("qwen-image", _QWEN_IMAGE, 128, streams=2, packing=2),
+    "HunyuanVideoTransformer3DModel": _Family("hunyuan-video", _HUNYUAN_VIDEO, 256),
+    "SD3Transformer2DModel": _Family("sd3", _SD3, 333, streams=2),
+}
+
+PRESETS = {
+    "flux-1024": (_FLUX, 1024, 1024, 1),
+    "qwen-image-1328": (_QWEN_IMAGE, 1328, 1328, 1),
+    "hunyuan-video-480p": (_HUNYUAN_VIDEO, 480, 640, 65),
+    "hunyuan-video-720p": (_HUNYUAN_VIDEO, 720, 1280, 129),
+    "sd3-1024": (_SD3, 1024, 1024, 1),
+}
+"""Configuration, height, width and frames of well-known models: FLUX.1-dev, Qwen-Image, HunyuanVideo, SD3 medium."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `estimate` found; bytes and seconds are those of one call of the pipeline, that is, of `batch` samples.
+
+    Args:
+        model, device, dtype: what it is for.
+        batch: samples per call.
+        image_tokens, text_tokens: per sample.
+        streams: calls of the transformer per step.
+        num_inference_steps: steps of a call.
+        computed: the steps that are computed.
+        step_flops: of a computed step, of all streams.
+        full_flops, flops: of a call with all steps computed, and with those of `computed`.
+        computed_seconds, predicted_seconds: of one step.
+        full_seconds, seconds: of a call's steps, all of them computed and those of `computed`. Text encoders, decoding
+            and the host's part of a step are not in them.
+        speedup: of the seconds.
+        step_speedup: `num_inference_steps` over the number of computed steps.
+        ring_bytes, predictor_bytes: what is held on the device beside the model.
+        images_per_day: samples that are made each day, or None.
+        full_gpu_hours, gpu_hours: of a day, with all steps computed and with those of `computed`; None without images.
+        price: of a GPU-hour, or None.
+        saved: money of a day, or None.
+        assumptions: what the figures rest on.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    batch: int
+    image_tokens: int
+    text_tokens: int
+    streams: int
+    num_inference_steps: int
+    computed: tuple[int, ...]
+    step_flops: int
+    full_flops: int
+    flops: int
+    computed_seconds: float
+    predicted_seconds: float
+    full_seconds: float
+    seconds: float
+    speedup: float
+    step_speedup: float
+    ring_bytes: int
+    predictor_bytes: int
+    images_per_day: float | None
+    full_gpu_hours: float | None
+    gpu_hours: float | None
+    price: float | None
+    saved: float | None
+    assumptions: tuple[str, ...]
+
+    @property
+    def computed_steps(self) -> int:
+        """Number of computed steps."""
+        return len(self.computed)
+
+    @property
+    def predicted_steps(self) -> int:
+        """Number of predicted steps."""
+        return self.num_inference_steps - self.computed_steps
+
+    @property
+    def speedup_ratio(self) -> float:
+        """Time speed-up over step speed-up: 1 if predicted steps took no time."""
+        return self.speedup / self.step_speedup
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of ring and predictor."""
+        return self.ring_bytes + self.predictor_bytes
+
+    def to_dict(self) -> dict:
+        """A dict for JSON."""
+        derived = ("computed_steps", "predicted_steps", "speedup_ratio", "extra_bytes")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+
+    def table(self) -> str:
+        """The figures with all steps computed and with few, as aligned text, and what they rest on."""
+        rows = [
+            ("", "all steps", "with lesa"),
+            ("steps computed", f"{self.num_inference_steps}", f"{self.computed_steps}"),
+            ("steps predicted", "0", f"{self.predicted_steps}"),
+            ("PFLOP", f"{self.full_flops / 1e15:.3g}", f"{self.flops / 1e15:.3g}"),
+            ("seconds", f"{self.full_seconds:.3g}", f"{self.seconds:.3g}"),
+            ("extra memory, MB", "0", f"{self.extra_bytes / 1e6:.0f}"),
+        ]
+        if self.images_per_day is not None:
+            rows.append(("GPU-hours a day", f"{self.full_gpu_hours:.4g}", f"{self.gpu_hours:.4g}"))
+            if self.price is not None:
+                costs = (f"{hours * self.price:.2f}" for hours in (self.full_gpu_hours, self.gpu_hours))
+                rows.append(("cost of a day", *costs))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        head = f"{self.model} on {self.device}: {self.image_tokens} image tokens, batch {self.batch}, {self.dtype}"
+        lines = [head, *(f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}" for a, b, c in rows)]
+        step = f"A computed step: {self.step_flops / 1e12:.3g} TFLOP, {_time(self.computed_seconds)}"
+        lines.append(f"{step}; a predicted one: {_time(self.predicted_seconds)}.")
+        lines.append(
+            f"Speed-up {self.speedup:.2f}x, which is {self.speedup_ratio:.3f} of the steps' {self.step_speedup:.2f}x; "
+            f"ring {self.ring_bytes / 1e6:.1f} MB, predictor {self.predictor_bytes / 1e6:.1f} MB."
+        )
+        if self.images_per_day is not None:
+            saved = f"{self.full_gpu_hours - self.gpu_hours:.4g} GPU-hours"
+            money = "" if self.saved is None else f", {self.saved:.2f} in money"
+            lines.append(f"Saved a day, at {self.images_per_day:g} images: {saved}{money}.")
+        return "\n".join([*lines, *self.assumptions])
+
+
+def estimate(
+    model: str | os.PathLike,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    num_inference_steps: int = 50,
+    schedule: ScheduleLike | None = None,
+    predictor: PredictorConfig | str | os.PathLike | None = None,
+    device: str = "H100",
+    bandwidth: float | None = None,
+    flops_rate: float | None = None,
+    efficiency: float = EFFICIENCY,
+    step_seconds: float | None = None,
+    batch: int = 1,
+    dtype: str = "bfloat16",
+    text_tokens: int | None = None,
+    streams: int | None = None,
+    images_per_day: float | None = None,
+    price: float | None = None,
+) -> Estimate:
+    """What a run costs with all steps computed, and with most of them predicted.
+
+    A computed step takes its FLOPs over `efficiency` times the rate, and a push into the ring. A predicted step takes
+    the bytes that it must move over the bandwidth, or its FLOPs over the same rate if that is more.
+
+    Args:
+        model: a name in `PRESETS`, the folder of a pipeline or of its transformer, or a hub id that is in the local
+            cache.
+        height, width, frames: of a sample, in pixels. Default: the preset's, else 1024 x 1024 and one frame.
+        num_inference_steps: steps of a run.
+        schedule: the computed steps, as `enable_cache` takes them. None: as the predictor was trained, else nine spread
+            ones.
+        predictor: its configuration, or the folder of one. None: what `lesa.train` makes by default.
+        device: a name in `lesa_kernels.work.DATASHEETS`.
+        bandwidth: bytes per second, in the place of the datasheet's.
+        flops_rate: FLOPs per second of dense products, in the place of the datasheet's.
+        efficiency: part of the rate that computed steps reach, in (0, 1].
+        step_seconds: what a computed step takes as measured, of all streams, in the place of FLOPs over rate.
+        batch: samples per call.
+        dtype: of the features: "bfloat16", "float16" or "float32".
+        text_tokens: per sample. Default: as the family's pipeline pads them; 128 for Qwen-Image.
+        streams: calls of the transformer per step. Default: 2 for Qwen-Image and SD3, which guide by a second one.
+        images_per_day: samples made each day, for GPU-hours.
+        price: of a GPU-hour, for money.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or the predictor is of another width or family.
+        FileNotFoundError: there is no such model.
+    """
+    config, preset, scale, frame_scale = _find(model)
+    family = _family(config)
+    config = {**family.config, **{name: value for name, value in config.items() if name in family.config}}
+    height, width, frames = (
+        check_int(name, given if given is not None else default)
+        for name, given, default in zip(("height", "width", "frames"), (height, width, frames), preset)
+    )
+    tokens = _tokens(config, family, height, width, frames, scale, frame_scale)
+    text = check_int("text_tokens", family.text_tokens if text_tokens is None else text_tokens, minimum=0)
+    streams = check_int("streams", family.streams if streams is None else streams)
+    batch, total = check_int("batch", batch), check_int("num_inference_steps", num_inference_steps)
+    kind = getattr(torch, check_choice("dtype", dtype, DTYPES))
+    name, sheet_bandwidth, sheet_rate = work.DATASHEETS[check_choice("device", device, tuple(work.DATASHEETS))]
+    bandwidth = _positive("bandwidth", sheet_bandwidth if bandwidth is None else bandwidth)
+    rate = _positive("flops_rate", sheet_rate if flops_rate is None else flops_rate)
+    rate *= _positive("efficiency", efficiency, maximum=1.0)
+    if (bandwidth, rate) != (sheet_bandwidth, sheet_rate * efficiency):
+        name = "a device of the given rates"
+
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    predictor = _predictor(predictor, dim, family.name)
+    computed = _computed(schedule, predictor, total)
+    step_flops = streams * batch * transformer_flops(config, tokens, text)
+    sizes = (batch, tokens, dim, kind)
+    push = work.ring_push(*sizes)["bytes"] / bandwidth * streams
+    plain = step_flops / rate if step_seconds is None else _positive("step_seconds", step_seconds)
+    moved, predicted_flops = (streams * amount for amount in _predicted_work(predictor, sizes, _head_width(config)))
+    predicted_seconds = max(moved / bandwidth, predicted_flops / rate)
+    skipped = total - len(computed)
+    seconds = len(computed) * (plain + push) + skipped * predicted_seconds
+    with torch.device("meta"):
+        predictor_bytes = sum(p.nbytes for p in FusedKANPredictor(predictor).parameters())
+    hours = full_hours = saved = None
+    if images_per_day is not None:
+        images = _positive("images_per_day", images_per_day)
+        hours, full_hours = (images / batch * spent / 3600 for spent in (seconds, total * plain))
+        saved = None if price is None else (full_hours - hours) * _positive("price", price)
+    measured = "as given" if step_seconds is not None else f"at {rate / 1e12:.4g} TFLOP/s"
+    return Estimate(
+        model=str(model),
+        device=name,
+        dtype=dtype,
+        batch=batch,
+        image_tokens=tokens,
+        text_tokens=text,
+        streams=streams,
+        num_inference_steps=total,
+        computed=computed,
+        step_flops=step_flops,
+        full_flops=total * step_flops,
+        flops=len(computed) * step_flops + skipped * round(predicted_flops),
+        computed_seconds=plain,
+        predicted_seconds=predicted_seconds,
+        full_seconds=total * plain,
+        seconds=seconds,
+        speedup=total * plain / seconds,
+        step_speedup=total / len(computed),
+        ring_bytes=streams * ring_nbytes(predictor.max_history, *sizes),
+        predictor_bytes=predictor_bytes,
+        images_per_day=images_per_day,
+        full_gpu_hours=full_hours,
+        gpu_hours=hours,
+        price=price,
+        saved=saved,
+        assumptions=(
+            f"Computed steps {measured}, predicted ones at {bandwidth / 1e12:.4g} TB/s; {text} text tokens, {streams} "
+            f"transformer call{'s' if streams > 1 else ''} a step.",
+            "Without text encoders, decoding, and what the host adds to each step.",
+        ),
+    )
+
+
+def transformer_flops(config: Mapping[str, Any], image_tokens: int, text_tokens: int) -> int:
+    """FLOPs of one call of a transformer with one sample: products with weights, and attention.
+
+    Args:
+        config: of the transformer, with its `_class_name`. What is left out is as in the family's usual model.
+        image_tokens, text_tokens: of the sample.
+
+    Raises:
+        ValueError: it is of no supported family.
+    """
+    family = _family(config)
+    c = {**family.config, **{name: config[name] for name in family.config if name in config}}
+    dim, text, image = c["num_attention_heads"] * c["attention_head_dim"], text_tokens, image_tokens
+    patch = c["patch_size"] ** 2 * c.get("patch_size_t", 1)
+    patch_in = c["in_channels"] * (1 if family.name in ("flux", "qwen-image") else patch)
+    singles, ratio = c.get("num_single_layers", 0), c.get("mlp_ratio", 4.0)
+    time = _product(1, 256, dim, dim)
+    conditioning = time * (2 if c.get("guidance_embeds") else 1)
+    if "pooled_projection_dim" in c:
+        conditioning += _product(1, c["pooled_projection_dim"], dim, dim)
+    embedded = _product(image, patch_in, dim)
+    if family.name == "hunyuan-video":
+        embedded += _refiner(c, text, dim, time)
+    else:
+        embedded += _product(text, c["joint_attention_dim"], dim)
+    block = _attention(image + text, image + text, dim) + _feed_forward(image + text, dim, ratio)
+    double, single = block + 2 * _product(1, dim, 6 * dim), block + _product(1, dim, 3 * dim)
+    blocks = c["num_layers"] * double + singles * single
+    if family.name == "sd3":
+        # In the last block the text is only looked at: it is not projected back, and has a modulation of two parts.
+        blocks -= _product(text, dim, dim) + _feed_forward(text, dim, ratio) + _product(1, dim, 4 * dim)
+        second = _attention(image, image, dim) + _product(1, dim, 3 * dim)
+        blocks += len([n for n in c["dual_attention_layers"] if n < c["num_layers"]]) * second
+    return embedded + conditioning + blocks + _product(1, dim, 2 * dim) + _product(image, dim, _head_width(c))
+
+
+def _product(rows: int, *widths: int) -> int:
+    """FLOPs of linear layers one after the other."""
+    return sum(2 * rows * a * b for a, b in zip(widths, widths[1:]))
+
+
+def _attention(rows: int, keys: int, dim: int) -> int:
+    """Queries, keys, values, the output, and the two products between them."""
+    return 4 * _product(rows, dim, dim) + 2 * _product(rows, dim, keys)
+
+
+def _feed_forward(rows: int, dim: int, ratio: float) -> int:
+    return _product(rows, dim, int(dim * ratio), dim)
+
+
+def _refiner(c: Mapping[str, Any], text: int, dim: int, time: int) -> int:
+    """Of HunyuanVideo's text, which has a small transformer of its own."""
+    width = c["text_embed_dim"]
+    layer = _attention(text, text, dim) + _feed_forward(text, dim, 4.0) + _product(1, dim, 2 * dim)
+    return time + _product(1, width, dim, dim) + _product(text, width, dim) + c["num_refiner_layers"] * layer
+
+
+def _head_width(config: Mapping[str, Any]) -> int:
+    """O, the width of the output head's projection."""
+    channels = config.get("out_channels") or config["in_channels"]
+    return config["patch_size"] ** 2 * config.get("patch_size_t", 1) * channels
+
+
+def _family(config: Mapping[str, Any]) -> _Family:
+    kind = config.get("_class_name")
+    if kind not in _FAMILIES:
+        must = f"be of a transformer of a supported family, {', '.join(_FAMILIES)}"
+        raise argument_error("config._class_name", must, kind, "Use such a model.")
+    return _FAMILIES[kind]
+
+
+def _find(model) -> tuple[dict, tuple[int, int, int], int, int]:
+    """Configuration of the transformer; height, width and frames; pixels and frames per latent."""
+    if model in PRESETS:
+        config, *sizes = PRESETS[model]
+        return config, tuple(sizes), 8, 4
+    folder = Path(model)
+    if folder.is_dir():
+        inside = [folder / "transformer" / "config.json", folder / "config.json"]
+        file = next((file for file in inside if file.is_file()), inside[0])
+        vae = file.parent.parent / "vae" / "config.json"
+    else:
+        file, vae = (_cached(str(model), f"{part}/config.json") for part in ("transformer", "vae"))
+    if file is None or not file.is_file():
+        presets = ", ".join(PRESETS)
+        remedy = f"Pass one, or a preset: {presets}. A model of the hub must have been downloaded before."
+        must = "be a folder with transformer/config.json, or a hub id in the local cache"
+        raise argument_error("model", must, str(model), remedy, FileNotFoundError)
+    known = _read_json(vae) if vae is not None and vae.is_file() else {}
+    return _read_json(file), (1024, 1024, 1), *_compression(known)
+
+
+def _cached(model: str, name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = try_to_load_from_cache(model, name)
+    except HFValidationError:  # no hub id
+        return None
+    return Path(file) if isinstance(file, str) else None
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise argument_error("model", f"have a readable {file}", Said(str(error)), "Download it again.") from None
+
+
+def _compression(vae: Mapping[str, Any]) -> tuple[int, int]:
+    """Pixels and frames per latent: those of the VAE, or 8 and 4 if it isn't known."""
+    if "spatial_compression_ratio" in vae:
+        return vae["spatial_compression_ratio"], vae.get("temporal_compression_ratio", 4)
+    if "temperal_downsample" in vae:  # of Qwen-Image, in diffusers' spelling
+        return 2 ** len(vae["temperal_downsample"]), 1
+    if "block_out_channels" in vae:
+        return 2 ** (len(vae["block_out_channels"]) - 1), 1
+    return 8, 4
+
+
+def _tokens(config, family, height: int, width: int, frames: int, scale: int, frame_scale: int) -> int:
+    side = scale * family.packing * (1 if family.packing > 1 else config["patch_size"])
+    rows, columns = height // side, width // side
+    if not rows or not columns:
+        raise argument_error("height and width", f"be at least {side}", Said(f"{height} and {width}"), "Enlarge them.")
+    layers = (frames - 1) // frame_scale + 1 if family.name == "hunyuan-video" else frames
+    return rows * columns * max(1, layers // config.get("patch_size_t", 1))
+
+
+def _predictor(predictor, dim: int, family: str) -> PredictorConfig:
+    """The configuration of one that fits the model."""
+    if predictor is None:
+        return PredictorConfig(dim, family=family)
+    if not isinstance(predictor, PredictorConfig):
+        file = Path(predictor) / "config.json"
+        if not file.is_file():
+            remedy = "Pass a folder that `lesa train` wrote, or a PredictorConfig."
+            raise argument_error("predictor", "hold a config.json", Said(str(predictor)), remedy, FileNotFoundError)
+        predictor = PredictorConfig.from_dict(_read_json(file))
+    for name, wanted in (("feature_dim", dim), ("family", family)):
+        got = getattr(predictor, name)
+        if got not in (None, wanted):
+            remedy = "Use a predictor of this model."
+            raise argument_error(f"predictor.config.{name}", f"be the model's, {wanted!r}", got, remedy)
+    return predictor
+
+
+def _computed(schedule, predictor: PredictorConfig, total: int) -> tuple[int, ...]:
+    if schedule is None and predictor.schedule is None:
+        schedule = Schedule.spread(min(9, total), total)
+    elif schedule is None:
+        if predictor.num_inference_steps not in (None, total):
+            must = f"be given for {total} steps, as the predictor was trained at {predictor.num_inference_steps}"
+            raise argument_error("schedule", must, schedule, "Pass the steps to compute, or an interval.")
+        schedule = Schedule(predictor.schedule, total)
+    return tuple(step for step in as_schedule(schedule, total).steps if step < total)
+
+
+def _predicted_work(config: PredictorConfig, sizes, out_channels: int) -> tuple[float, float]:
+    """Bytes and FLOPs of a predicted step of one stream; the mean over the stages."""
+    parts = []
+    for history in config.history_length:
+        if config.mixer == "newton":
+            parts.append(work.predict_velocity(*sizes, out_channels, history, config.rank, config.hidden))
+        else:
+            parts.append(work.both(work.dense_predict(*sizes, history), work.output_head(*sizes, out_channels)))
+        if config.history == "steps":
+            parts[-1] = work.both(parts[-1], work.ring_push(*sizes))
+    moved, flops = (sum(part[name] for part in parts) / len(parts) for name in ("bytes", "flops"))
+    return moved, flops
+
+
+def _time(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def _positive(name: str, value, maximum: float = float("inf")) -> float:
+    value = check_float(name, value, 0.0, maximum)
+    if value == 0:
+        raise argument_error(name, "be above 0", value, f"Choose a larger value for `{name}`.")
+    return value

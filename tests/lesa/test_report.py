@@ -1,0 +1,403 @@
+"""The page of an evaluation: what it says, and how it behaves in a real browser."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lesa
+from lesa import cli, reporting
+from lesa.demo import digits
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+
+sys.path.append(str(Path(__file__).parent))
+from made_evaluations import PEERS, STEPS, make_evaluation  # noqa: E402
+
+ODD = "<img src=x onerror=alert(1)>&\"'</script>"
+"""As a name, it must be shown as it is."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    make_evaluation(folder)
+    lesa.report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return (folder / "report.html").read_text()
+
+
+def data_of(html: str) -> dict:
+    """What the page's script is given."""
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    return json.loads(text)
+
+
+def image_of(uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+
+def changed(folder, target, change) -> Path:
+    """A copy of an evaluation whose summary `change` has edited."""
+    shutil.copytree(folder, target)
+    summary = json.loads((target / "summary.json").read_text())
+    change(summary)
+    (target / "summary.json").write_text(json.dumps(summary))
+    return target
+
+
+def test_the_page_is_where_it_was_asked_for(folder, tmp_path, page, capsys):
+    out = tmp_path / "new" / "page.html"
+    assert lesa.report(folder, out) == out
+    assert out.read_text() == page
+    cli.main(["report", "--evaluation", str(folder), "--out", str(out.with_name("again.html"))])
+    assert capsys.readouterr().out == f"Wrote {tmp_path}/new/again.html\n"
+    assert out.with_name("again.html").read_text() == page
+
+
+def test_the_page_names_nothing_outside_itself(page):
+    assert "default-src 'none'" in page
+    markup = re.sub("<script.*?</script>", "", page, flags=re.DOTALL)
+    assert re.findall(r"(?:src|href)=\"([^\"]*)\"", markup) == ["data:,", "#quality"]
+    assert "url(" not in markup and "@import" not in markup
+
+
+def test_the_headline_has_the_main_figures(page):
+    headline = re.search("<h1>(.*?)</h1>", page)[1]
+    assert headline == (
+        "9 of 50 steps computed, 4.7 times as fast, and 49.3 dB PSNR to the full run: "
+        "5.0 dB above the best of the others."
+    )
+    assert "The best of the others with at most one step more is cache-dit at 9.7 step equivalents, 44.3 dB." in page
+
+
+def test_the_headline_hides_no_defeat(folder, tmp_path):
+    def defeat(summary):
+        run = next(run for run in summary["runs"] if run["name"] == "cache-dit-9.7")
+        run["psnr"] = 60.0
+
+    html = lesa.report(changed(folder, tmp_path / "e", defeat)).read_text()
+    assert "10.7 dB below the best of the others" in html
+    assert "\N{MINUS SIGN}10.7 dB" in html
+
+
+def test_each_budget_stands_beside_the_nearest_of_each_contender(page):
+    budgets = data_of(page)["budgets"]
+    assert [budget["ours"] for budget in budgets] == [f"newton-{n}" for n in (10, 9, 8, 7, 5)]
+    assert data_of(page)["chosen"] == 1
+    assert len(budgets[1]["peers"]) == len(PEERS) - 1
+    peers = set(budgets[1]["peers"])
+    assert {"dense-9", "fewer-steps-9", "cache-dit-8.7", "taylorseer-lite-order1-interval9"} <= peers
+    # Of two that are as near, the one of more steps: 8 to 9 and 7.
+    runs = [{"name": f"{c}-{n}", "contender": c, "step_equivalents": n} for c, n in (("newton", 8), ("x", 7), ("x", 9))]
+    assert reporting._budgets(runs, "newton") == [{"ours": "newton-8", "text": "8", "peers": ["x-9"]}]
+
+
+def test_error_maps_are_of_the_pictures(folder, page):
+    pictures = data_of(page)["pictures"]["dense-9"]
+    files = [folder / "images" / name / "1.png" for name in ("dense-9", "reference")]
+    ours, full = (np.asarray(Image.open(file)).astype(float) for file in files)
+    assert pictures[1]["mean"] == pytest.approx(np.abs(ours - full).mean() / 255, rel=1e-5)
+    embedded, error = (image_of(pictures[1][kind]) for kind in ("picture", "error"))
+    assert np.array_equal(np.asarray(embedded.convert("RGB")), np.asarray(Image.open(files[0])))
+    scale = next(s for s in reporting.ERROR_SCALES if f"{s:.0%} of the range or more" in page)
+    assert np.allclose(
+        np.asarray(error) / 255 * scale, np.minimum(np.abs(ours - full).mean(-1) / 255, scale), atol=1e-3
+    )
+
+
+def test_large_pictures_are_scaled_down_and_the_page_says_so(tmp_path):
+    make_evaluation(tmp_path, samples=1, side=1000, budgets=(9,))
+    html = lesa.report(tmp_path).read_text()
+    assert "Pictures are scaled down to 768 pixels here, figures are not." in html
+    assert data_of(html)["pictures"]["newton-9"][0]["picture"].startswith("data:image/webp")
+
+
+def test_a_page_without_ours_without_pictures_without_curves(tmp_path, folder):
+    def strip(summary):
+        summary["images"] = {}
+        summary["sigmas"] = summary["stage_bounds"] = []
+        summary["runs"] = [run for run in summary["runs"] if run["contender"] in ("reference", "steps")]
+        for run in summary["runs"]:
+            run["step_errors"], run["per_sample"] = [None] * STEPS, None
+
+    html = lesa.report(changed(folder, tmp_path / "e", strip)).read_text()
+    assert "<h1>What fewer than 50 steps give</h1>" in html
+    assert (
+        "fewer-steps-9" in html
+        and 'id="compare"' not in html
+        and 'id="schedule"' not in html
+        and 'id="errors"' not in html
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update(format_version=2), "`format_version` must be 1 in .*summary.json, but got 2"),
+        (lambda s: s.pop("seed"), "`seed` must be given in .*summary.json"),
+        (lambda s: s["runs"][3].pop("psnr"), "`psnr` must be given in .*summary.json, run 3"),
+        (lambda s: s.update(runs=s["runs"][1:]), "`runs` must begin with the reference"),
+        (lambda s: s["images"].update({"newton-9": ["../x.png"] * 3}), "`images` must be files in the evaluation's"),
+    ],
+)
+def test_summaries_of_another_form_are_refused_by_field(folder, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        lesa.report(changed(folder, tmp_path / "e", change))
+
+
+def test_missing_files_are_named(folder, tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match="must hold a summary.json"):
+        lesa.report(tmp_path)
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(ValueError, match="summary.json of JSON"):
+        lesa.report(tmp_path)
+    gone = changed(folder, tmp_path / "e", lambda summary: None)
+    (gone / "images" / "newton-9" / "1.png").unlink()
+    with pytest.raises(FileNotFoundError, match="newton-9/1.png"):
+        lesa.report(gone)
+    with pytest.raises(SystemExit):
+        cli.main(["report", "--evaluation", str(tmp_path / "nowhere")])
+    assert capsys.readouterr().err.startswith("lesa: error: `folder` must hold a summary.json")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, _digits_pipeline):
+    """The page of a real evaluation."""
+    folder, pipe = tmp_path_factory.mktemp("real"), _digits_pipeline
+    pipe(**digits.inputs_for([0])[0], num_inference_steps=12, output_type="latent")
+    sigmas, steps = pipe.scheduler.sigmas.tolist(), (0, 1, 4, 8)
+    trained = {"num_inference_steps": 12, "schedule": steps, "schedule_sigmas": [sigmas[step] for step in steps]}
+    predictor = FusedKANPredictor(PredictorConfig(128, family="flux", **trained))
+    inputs = digits.inputs_for([3, 8])
+    lesa.evaluate(pipe, inputs, [predictor], ("steps-4",), 12, seed=7, out_dir=folder, progress=False)
+    if "format_version" not in json.loads((folder / "summary.json").read_text()):
+        pytest.skip("this `lesa.evaluate` does not write the summary.json that `lesa report` reads yet")
+    return lesa.report(folder)
+
+
+def test_a_real_evaluation_makes_a_page(tiny):
+    page = data_of(tiny.read_text())
+    assert [budget["ours"] for budget in page["budgets"]] == ["newton-4"]
+    assert page["budgets"][0]["peers"] == ["fewer-steps-4"]
+    assert page["samples"] == 2 and len(page["sigmas"]) == 12
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium that keeps what its console and its network say."""
+    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.skip(f"no {'chromium' if binary is None else 'chromedriver'} on this machine")
+    options = selenium.ChromeOptions()
+    options.binary_location = binary
+    for option in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-dev-shm-usage",
+        "force-prefers-reduced-motion",
+    ):
+        options.add_argument(f"--{option}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+def opened(browser, file: Path, width: int = 1280, height: int = 900):
+    """The page in a window of that size; what was logged before is forgotten."""
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get("about:blank")
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)
+    browser.get(file.as_uri())
+    return browser
+
+
+def requested(browser) -> list[str]:
+    """Addresses that were asked for since the page was opened."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+
+
+def press(browser, *keys: str) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    ActionChains(browser).send_keys(*keys).perform()
+
+
+def tab_to(browser, condition: str, most: int = 80) -> None:
+    """Presses the Tab key until the focused element `e` is such a one."""
+    for _ in range(most):
+        press(browser, "\ue004")
+        if browser.execute_script(f"const e = document.activeElement; return {condition}"):
+            return
+    pytest.fail(f"the Tab key comes to nothing with {condition}")
+
+
+CHARTS = ("over-steps", "over-seconds", "errors", "schedule")
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_it_renders_alone_and_fits(browser, folder, width):
+    opened(browser, folder / "report.html", width)
+    for chart in CHARTS:
+        box = browser.execute_script(
+            "const s = document.querySelector(`#${arguments[0]} svg`), b = s.getBoundingClientRect();"
+            "return [b.width, b.height, s.querySelectorAll('path').length]",
+            chart,
+        )
+        assert box[0] > 250 and box[1] > 150 and box[2] > 10, chart
+    inner, scroll = browser.execute_script("return [innerWidth, document.scrollingElement.scrollWidth]")
+    assert inner == width
+    assert scroll <= inner
+    sizes = browser.execute_script("return [...document.images].map((i) => [i.complete, i.naturalWidth])")
+    assert len(sizes) > 8 and all(complete and width == 16 for complete, width in sizes)
+    assert browser.get_log("browser") == []
+    assert {url.partition(":")[0] for url in requested(browser)} <= {"file", "data"}
+    assert requested(browser) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_have_contrast(browser, folder, scheme):
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    opened(browser, folder / "report.html")
+    colors = browser.execute_script(
+        "const s = getComputedStyle(document.documentElement);"
+        "return Object.fromEntries(arguments[0].map((n) => [n, s.getPropertyValue('--' + n).trim()]))",
+        ["paper", "card", "band", "ink", "soft", "ours", "ours-soft", *(f"c-{name}" for name in PEERS)],
+    )
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+    def luminance(color):
+        parts = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722)
+
+    def contrast(one, other):
+        low, high = sorted(luminance(colors[name]) for name in (one, other))
+        return (high + 0.05) / (low + 0.05)
+
+    for text in ("ink", "soft", "ours"):
+        for ground in ("paper", "card", "band"):
+            assert contrast(text, ground) >= 4.5, (text, ground)
+    assert contrast("ours", "ours-soft") >= 4.5
+    assert all(contrast(f"c-{name}", "card") >= 3 for name in PEERS)
+    assert (luminance(colors["paper"]) > 0.5) == (scheme == "light")
+
+
+def test_the_keyboard_moves_the_slider_and_sorts_the_table(browser, folder):
+    opened(browser, folder / "report.html")
+    tab_to(browser, "e.type === 'range'")
+    press(browser, "\ue014", "\ue014", "\ue014")  # to the right
+    split = "return getComputedStyle(document.querySelector('#compare')).getPropertyValue('--split').trim()"
+    assert browser.execute_script(split) == "53%"
+    assert browser.execute_script("return document.activeElement.getAttribute('aria-valuetext')") == "53 % reference"
+    tab_to(browser, "e.closest('th') && e.textContent === 'PSNR, dB'")
+    column = browser.execute_script("return document.activeElement.closest('th').cellIndex")
+    values = f"return [...document.querySelectorAll('tbody tr')].map((r) => r.cells[{column}].dataset.value)"
+    head = "return document.activeElement.closest('th').getAttribute('aria-sort')"
+    for order in ("ascending", "descending"):
+        press(browser, "\ue007")
+        shown = browser.execute_script(values)
+        figures = [float(value) for value in shown if value]
+        assert figures == sorted(figures, reverse=order == "descending") and len(figures) > 30
+        assert shown[-1] == ""  # the reference has none
+        assert browser.execute_script(head) == order
+
+
+def test_the_keyboard_walks_a_chart_and_chooses_contender_sample_and_budget(browser, folder):
+    opened(browser, folder / "report.html")
+    tip = "return document.querySelector('#over-steps .tip').textContent"
+    chosen = "return document.querySelector('#compare .tag.right').textContent"
+    tab_to(browser, "e.name === 'budget'")
+    press(browser, "\ue014")
+    assert browser.execute_script(chosen) == "newton 8"
+    before = browser.execute_script("return document.querySelector('#compare .under').src")
+    tab_to(browser, "e.name === 'sample'")
+    press(browser, "\ue014")
+    assert browser.execute_script("return document.querySelector('#compare .under').src") != before
+    tab_to(browser, "e.closest('#strip') && e.textContent.startsWith('TaylorSeer')")
+    press(browser, "\ue007")
+    assert browser.execute_script(chosen) == "TaylorSeer 8"
+    assert browser.execute_script("return document.activeElement.getAttribute('aria-pressed')") == "true"
+    tab_to(browser, "e.closest('#over-steps')")
+    press(browser, "\ue014")
+    assert browser.execute_script(tip).startswith("newton 7PSNR, dB 45.90")
+    press(browser, "\ue015")  # down, to the next contender
+    assert "newton" not in browser.execute_script(tip)
+    press(browser, "\ue00c")
+    assert browser.execute_script(tip) == ""
+
+
+def test_the_pointer_pulls_the_handle_and_finds_values(browser, folder):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+
+    opened(browser, folder / "report.html")
+    compare = browser.find_element(By.CSS_SELECTOR, "#compare")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", compare)
+    quarter = round(compare.size["width"] / 4)
+    ActionChains(browser).move_to_element(compare).click_and_hold().move_by_offset(quarter, 0).release().perform()
+    value = browser.execute_script("return +document.querySelector('#compare input').value")
+    assert value == pytest.approx(75, abs=1)
+    chart = browser.find_element(By.CSS_SELECTOR, "#schedule svg")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
+    x, y = browser.execute_script(
+        "const s = document.querySelector('#schedule svg'), b = s.getBoundingClientRect();"
+        "const p = s.querySelector('path[stroke-width=\"4\"]').getBoundingClientRect();"
+        "return [Math.round(p.x - b.x - b.width / 2), Math.round(p.y + 8 - b.y - b.height / 2)]"
+    )
+    ActionChains(browser).move_to_element_with_offset(chart, x, y).perform()
+    tip = browser.execute_script("return document.querySelector('#schedule .tip').textContent")
+    assert tip == "newton 9step 0, sigma 1.000"
+
+
+def test_names_are_text_and_not_markup(browser, tmp_path):
+    make_evaluation(tmp_path, budgets=(9,), rename={"cache-dit": ODD, "newton": "newton"})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary["model"] = summary["device"] = ODD
+    for run in summary["runs"]:
+        run["setting"] = ODD
+    summary["not_available"] = {ODD: ODD}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    opened(browser, lesa.report(tmp_path))
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return document.querySelectorAll('[onerror]').length") == 0
+    assert browser.execute_script("return document.querySelector('.kicker').textContent") == ODD
+    legend = browser.execute_script("return [...document.querySelectorAll('#legend button')].map((b) => b.textContent)")
+    assert ODD in legend
+    tab_to(browser, "e.closest('#over-steps')")
+    assert ODD in browser.execute_script("return document.querySelector('#over-steps .tip').textContent")
+
+
+def test_the_page_of_a_real_evaluation_renders(browser, tiny):
+    opened(browser, tiny, 360)
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return document.scrollingElement.scrollWidth <= innerWidth")
+    assert browser.execute_script("return document.querySelectorAll('.chart svg path').length") > 20
+
+
+def test_a_chart_of_as_many_steps_as_the_reference(page):
+    """So that the made-up evaluation is one of the agreed form."""
+    data = data_of(page)
+    assert len(data["sigmas"]) == STEPS
+    assert all(len(run["step_errors"]) == STEPS for run in data["runs"])
