@@ -136,7 +136,7 @@ def save(transformer: QwenImageTransformer2DModel, embeddings: torch.Tensor, out
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=photos.WEIGHTS)
-    parser.add_argument("--iterations", type=int, default=2000, help="training iterations of the transformer")
+    parser.add_argument("--iterations", type=int, default=3000, help="training iterations of the transformer")
     parser.add_argument("--checkpoint", type=Path, help="file to keep the training in and to go on from")
     parser.add_argument("--predictors-only", action="store_true", help="keep the transformer that is there")
     arguments = parser.parse_args()
