@@ -61,7 +61,8 @@ def _demo(options) -> None:
         print(f"Wrote the model and its inputs to {options.export}. The whole path by hand:\n")
         print("\n".join(f"  {command}" for command in commands))
         return
-    print(f"The bundled {options.model}: 50 steps, then fewer computed ones. About a minute on two cores.", flush=True)
+    said = "50 steps, then fewer computed ones. About a minute on two cores."
+    print(f"The bundled {options.model} model: {said}", flush=True)
     start = time.perf_counter()
     _report(run_demo(options.out, model=options.model), options.out)
     print(f"The demo took {time.perf_counter() - start:.0f} s.")
