@@ -1,7 +1,7 @@
 """Makes the bundled weights of the photographs: `python -m lesa.demo.make_photos`.
 
 Flow matching on details of the photographs that ship inside scikit-image and scikit-learn, then the predictor. Seeded,
-about 20 minutes on a busy machine of 2 cores. One thread (`OMP_NUM_THREADS=1`) is fastest where cores are shared.
+about 30 minutes on 2 cores that others use as well. One thread (`OMP_NUM_THREADS=1`) is fastest where cores are shared.
 """
 
 import argparse
