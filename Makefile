@@ -61,5 +61,6 @@ gpu-results:
 	    $(PYTHON) benchmarks/sanitize.py && $$judge "$$log" || { tail -n 40 "$$log"; exit 1; }; \
 	done
 
-demo-weights:  ## make the bundled model and predictors anew
+demo-weights:  ## make the bundled models and predictors anew
 	$(PYTHON) -m lesa.demo.make_weights
+	$(PYTHON) -m lesa.demo.make_photos

@@ -58,13 +58,14 @@ def _demo(options) -> None:
 
     _quiet_diffusers()
     if options.export is not None:
-        commands = export(options.export)
+        commands = export(options.export, options.model)
         print(f"Wrote the model and its inputs to {options.export}. The whole path by hand:\n")
         print("\n".join(f"  {command}" for command in commands))
         return
-    print("The bundled digits model: 50 steps, then fewer computed ones. About a minute on two cores.", flush=True)
+    said = "50 steps, then fewer computed ones. About a minute on two cores."
+    print(f"The bundled {options.model} model: {said}", flush=True)
     start = time.perf_counter()
-    _report(run_demo(options.out), options.out)
+    _report(run_demo(options.out, model=options.model), options.out)
     print(f"The demo took {time.perf_counter() - start:.0f} s.")
 
 
@@ -341,7 +342,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--dtype", choices=dtypes, help="of the model (default: float32 on a CPU, else bfloat16)")
         return target
 
-    sub = command("demo", _demo, "draw digits with the bundled model and predictors, and compare")
+    sub = command("demo", _demo, "draw with a bundled model and its predictors, and compare")
+    models = "digits: a FLUX model (default); photos: a Qwen-Image model with guidance"
+    sub.add_argument("--model", choices=("digits", "photos"), default="digits", help=models)
     choice = sub.add_mutually_exclusive_group()
     choice.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the results (default: demo-out)")
     choice.add_argument("--export", type=Path, metavar="DIR", help="instead, write the model and its inputs to DIR")

@@ -1,4 +1,4 @@
-"""Makes the bundled weights: `python -m lesa.demo.make_weights`.
+"""Makes the bundled weights of the digits: `python -m lesa.demo.make_weights`.
 
 Flow matching on scikit-learn's handwritten digits, then the predictors of the demo. Seeded, about 20 minutes on 2
 cores.
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import lesa
 from lesa.demo import digits
-from lesa.demo.run import PREDICTORS, TRAINING_SAMPLES, labels
+from lesa.demo.run import DEMOS, Demo, labels
 from lesa.training import CURVE_NAME
 from lesa_kernels import PredictorConfig
 
@@ -76,13 +76,13 @@ def train_transformer(iterations: int, seed: int = 0) -> tuple[FluxTransformer2D
     return model.to(torch.bfloat16), embedding.weight.detach().to(torch.bfloat16)
 
 
-def train_predictors(out: Path) -> None:
-    """Records the transformer in `out` and trains the demo's predictors on it."""
-    pipe = digits.load_pipeline(out / digits.PIPELINE_DIR.name)
-    inputs = digits.inputs_for(labels(TRAINING_SAMPLES), out / digits.EMBEDDINGS_FILE.name)
+def train_predictors(demo: Demo, out: Path) -> None:
+    """Records the demo's transformer in `out` and trains the demo's predictors on it."""
+    pipe = demo.model.load_pipeline(out / demo.model.PIPELINE_DIR.name)
+    inputs = demo.model.inputs_for(labels(demo.training_samples), out / demo.model.EMBEDDINGS_FILE.name)
     with tempfile.TemporaryDirectory() as scratch:
         trajectories = lesa.record(pipe, inputs, Path(scratch) / "trajectories", batch_size=16)
-        for name, (mixer, schedule) in PREDICTORS.items():
+        for name, (mixer, schedule) in demo.predictors.items():
             trained = Path(scratch) / name
             config = PredictorConfig(trajectories.feature_dim, mixer=mixer)
             lesa.train(trajectories, config, schedule, out_dir=trained).save_pretrained(out / name)
@@ -100,7 +100,7 @@ def main() -> None:
         transformer, embeddings = train_transformer(arguments.iterations)
         digits.build_pipeline(transformer).save_pretrained(arguments.out / digits.PIPELINE_DIR.name)
         save_file({"class_embeddings": embeddings.contiguous()}, arguments.out / digits.EMBEDDINGS_FILE.name)
-    train_predictors(arguments.out)
+    train_predictors(DEMOS["digits"], arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""`lesa demo`: the bundled model and predictors against TaylorSeer and fewer steps; and the same path by hand."""
+"""`lesa demo`: a bundled model and its predictors against TaylorSeer and fewer steps; and the same path by hand."""
 
 import os
 import shlex
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
-from lesa.demo import digits
+from lesa.demo import digits, photos
 from lesa.evaluation import Evaluation, TaylorSeer, evaluate
 from lesa.inputs import write_inputs
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels._checks import check_int
+from lesa_kernels._checks import check_choice, check_int
 
 SEED = 10_000
 """Of the first sample of the demo. Training samples have seeds from 0 on."""
@@ -26,57 +29,95 @@ TEST_SAMPLES = 64
 TAYLORSEER = tuple(TaylorSeer(interval, order=1, lite=lite) for interval in (7, 10) for lite in (False, True))
 
 
+# Of the photographs. The schedule was set by hand.
+PHOTOS_SCHEDULE = (0, 2, 6, 12, 18, 25, 32, 39, 46)
+# At 10 and at 9 of 50 steps TaylorSeer is best with order 1 in lite mode and these intervals, over the same grid.
+PHOTOS_TAYLORSEER = tuple(TaylorSeer(interval, order=1, lite=lite) for interval in (7, 8) for lite in (False, True))
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A bundled model and what is shown of it.
+
+    Args:
+        model: the module that loads it.
+        predictors: mixer and schedule of the bundled predictors, by the names of their folders.
+        schedule: the computed steps of the way by hand.
+        taylorseer: what they are compared with.
+        training_samples: that the predictors are trained on.
+    """
+
+    model: ModuleType
+    predictors: Mapping[str, tuple[str, tuple[int, ...] | int]]
+    schedule: tuple[int, ...]
+    taylorseer: tuple[TaylorSeer, ...]
+    training_samples: int
+
+
+DEMOS = {
+    "digits": Demo(digits, PREDICTORS, SCHEDULE_9, TAYLORSEER, TRAINING_SAMPLES),
+    "photos": Demo(photos, {"photos-newton-9": ("newton", PHOTOS_SCHEDULE)}, PHOTOS_SCHEDULE, PHOTOS_TAYLORSEER, 96),
+}
+
+
 def labels(count: int) -> list[int]:
-    """The digits that `count` samples ask for, in turn."""
+    """The classes that `count` samples ask for, in turn. Both models have ten."""
     return [number % digits.NUM_CLASSES for number in range(count)]
 
 
-def run_demo(out_dir: str | os.PathLike, num_samples: int = TEST_SAMPLES, progress: bool = True) -> Evaluation:
-    """Runs the bundled predictors against the bundled model's 50 steps, TaylorSeer and fewer steps.
+def run_demo(
+    out_dir: str | os.PathLike, num_samples: int = TEST_SAMPLES, progress: bool = True, model: str = "digits"
+) -> Evaluation:
+    """Runs a bundled model's predictors against its 50 steps, TaylorSeer and fewer steps.
 
     Args:
         out_dir: where `summary.json` and `comparison.png` are written.
-        num_samples: number of digits to draw; none of them was used in training.
+        num_samples: number of pictures to draw; none of them was used in training.
         progress: whether to show a progress bar.
+        model: "digits" or "photos".
     """
     check_int("num_samples", num_samples)
+    demo = DEMOS[check_choice("model", model, tuple(DEMOS))]
     return evaluate(
-        digits.load_pipeline(),
-        digits.inputs_for(labels(num_samples)),
-        {name: FusedKANPredictor.from_pretrained(digits.WEIGHTS / name) for name in PREDICTORS},
-        against=("steps", *TAYLORSEER),
+        demo.model.load_pipeline(),
+        demo.model.inputs_for(labels(num_samples)),
+        {name: FusedKANPredictor.from_pretrained(digits.WEIGHTS / name) for name in demo.predictors},
+        against=("steps", *demo.taylorseer),
         seed=SEED,
         out_dir=out_dir,
         progress=progress,
     )
 
 
-def export(out_dir: str | os.PathLike) -> list[str]:
-    """Writes the bundled model and inputs, so that the whole path can be walked from the command line.
+def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
+    """Writes a bundled model and inputs, so that the whole path can be walked from the command line.
 
     Args:
-        out_dir: gets `model`, a diffusers pipeline; `inputs.safetensors`, 160 inputs to record; `prompts.safetensors`,
-            one per digit to generate from; and `test-inputs.safetensors`, the 64 inputs of the demo.
+        out_dir: gets `model`, a diffusers pipeline; `inputs.safetensors`, inputs to record, 160 of the digits and 96 of
+            the photographs; `prompts.safetensors`, one per class to generate from; and `test-inputs.safetensors`, the
+            64 inputs of the demo.
+        model: "digits" or "photos".
 
     Returns:
         The commands, in order.
     """
     folder = Path(out_dir)
-    model = folder / "model"
-    shutil.copytree(digits.PIPELINE_DIR, model, dirs_exist_ok=True)
-    files = {"inputs": TRAINING_SAMPLES, "prompts": digits.NUM_CLASSES, "test-inputs": TEST_SAMPLES}
+    demo = DEMOS[check_choice("model", model, tuple(DEMOS))]
+    shutil.copytree(demo.model.PIPELINE_DIR, folder / "model", dirs_exist_ok=True)
+    files = {"inputs": demo.training_samples, "prompts": demo.model.NUM_CLASSES, "test-inputs": TEST_SAMPLES}
     for name, count in files.items():
-        write_inputs(folder / f"{name}.safetensors", digits.inputs_for(labels(count)))
+        write_inputs(folder / f"{name}.safetensors", demo.model.inputs_for(labels(count)))
 
     def at(name: str) -> str:
         return shlex.quote(str(folder / name))
 
-    steps = ",".join(map(str, SCHEDULE_9))
+    picture = "digit.png" if model == "digits" else "photo.png"
+    steps = ",".join(map(str, demo.schedule))
     record = f"--model {at('model')} --inputs {at('inputs.safetensors')} --batch-size 16"
     fresh = f"--model {at('model')} --predictor {at('predictor')} --seed {SEED}"
     return [
         f"lesa record {record} --out {at('trajectories')}",
         f"lesa train --trajectories {at('trajectories')} --schedule {steps} --out {at('predictor')}",
-        f"lesa generate {fresh} --inputs {at('prompts.safetensors')} --output {at('digit.png')}",
+        f"lesa generate {fresh} --inputs {at('prompts.safetensors')} --output {at(picture)}",
         f"lesa evaluate {fresh} --inputs {at('test-inputs.safetensors')} --out {at('evaluation')}",
     ]

@@ -1,0 +1,154 @@
+"""Makes the bundled weights of the photographs: `python -m lesa.demo.make_photos`.
+
+Flow matching on details of the photographs that ship inside scikit-image and scikit-learn, then the predictor. Seeded,
+about 30 minutes on 2 cores that others use as well. One thread (`OMP_NUM_THREADS=1`) is fastest where cores are shared.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import skimage.data
+import torch
+import torch.nn.functional as F
+from diffusers import QwenImageTransformer2DModel
+from safetensors.torch import save_file
+from sklearn.datasets import load_sample_image
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from lesa.demo import photos
+from lesa.demo.make_weights import train_predictors
+from lesa.demo.run import DEMOS
+from lesa_kernels import FusedKANPredictor
+
+HEIGHTS = (64, 96, 144, 216)
+"""Of the photographs that the details are cut from."""
+NO_LABEL = 0.12
+"""The part of the samples that are trained as the negative prompt."""
+
+_SOURCES = {
+    "china": lambda: load_sample_image("china.jpg"),
+    "flower": lambda: load_sample_image("flower.jpg"),
+    "astronaut": skimage.data.astronaut,
+    "camera": skimage.data.camera,
+    "cat": skimage.data.chelsea,
+    "coffee": skimage.data.coffee,
+    "galaxies": skimage.data.hubble_deep_field,
+    "retina": skimage.data.retina,
+    "rocket": skimage.data.rocket,
+    "tissue": skimage.data.immunohistochemistry,
+}
+
+
+def pyramid(name: str) -> list[torch.Tensor]:
+    """The photograph at all `HEIGHTS`, each `[3, height, width]` in [-1, 1]."""
+    pixels = torch.tensor(_SOURCES[name](), dtype=torch.float32) / 127.5 - 1
+    pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.expand(3, -1, -1)
+    sizes = [(height, round(height * pixels.shape[2] / pixels.shape[1])) for height in HEIGHTS]
+    return [F.interpolate(pixels[None], size=size, mode="area")[0] for size in sizes]
+
+
+def details(pyramids: list[list[torch.Tensor]], labels: torch.Tensor) -> torch.Tensor:
+    """A random detail of each labelled photograph, at a random height, half of them mirrored: `[N, 3, SIDE, SIDE]`."""
+    cut = []
+    for label in labels.tolist():
+        photo = pyramids[label][torch.randint(len(HEIGHTS), ())]
+        top, left = (int(torch.randint(size - photos.SIDE + 1, ())) for size in photo.shape[1:])
+        cut.append(photo[:, top : top + photos.SIDE, left : left + photos.SIDE])
+    images = torch.stack(cut)
+    mirrored = torch.rand(len(images), 1, 1, 1) < 0.5
+    return torch.where(mirrored, images.flip(-1), images)
+
+
+def packed(images: torch.Tensor) -> torch.Tensor:
+    """The images `[N, 3, SIDE, SIDE]` as tokens `[N, 64, 48]`: the autoencoder's 2x2 squares, then the pipeline's."""
+    half, quarter = photos.SIDE // 2, photos.SIDE // 4
+    latents = images.reshape(-1, 3, half, 2, half, 2).permute(0, 1, 5, 3, 2, 4).reshape(-1, 12, half, half)
+    return latents.reshape(-1, 12, quarter, 2, quarter, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, quarter**2, 48)
+
+
+def train_transformer(
+    iterations: int, checkpoint: Path | None = None, seed: int = 0
+) -> tuple[QwenImageTransformer2DModel, torch.Tensor]:
+    """Trains the transformer and the embeddings; returns both in bfloat16.
+
+    Args:
+        iterations: batches of 64.
+        checkpoint: file that is written every 100 iterations, and read first if it is there.
+        seed: of weights and data.
+    """
+    torch.manual_seed(seed)
+    model = QwenImageTransformer2DModel(**photos.TRANSFORMER_CONFIG)
+    embedding = nn.Embedding(photos.NUM_CLASSES + 1, photos.EMBEDDING_DIM)
+    parameters = [*model.parameters(), *embedding.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-4)
+    parts = {"model": model, "embedding": embedding, "optimizer": optimizer}
+    first = 0
+    if checkpoint is not None and checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        torch.set_rng_state(saved["random"])
+        first = saved["iteration"]
+    pyramids = [pyramid(name) for name in photos.NAMES]
+    batch, quarter, average = 64, photos.SIDE // 4, 0.0
+    progress = tqdm(range(first, iterations), desc="transformer", initial=first, total=iterations, mininterval=10)
+    for iteration in progress:
+        labels = torch.randint(photos.NUM_CLASSES, (batch,))
+        clean = packed(details(pyramids, labels))
+        noise = torch.randn_like(clean)
+        sigma = torch.sigmoid(torch.randn(batch))
+        labels[torch.rand(batch) < NO_LABEL] = photos.NOTHING
+        # For so few tokens these two are faster on a CPU than float32 and flash attention, by 1.6 together.
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            velocity = model(
+                hidden_states=(1 - sigma)[:, None, None] * clean + sigma[:, None, None] * noise,
+                encoder_hidden_states=embedding(labels)[:, None],
+                timestep=sigma,
+                img_shapes=[[(1, quarter, quarter)]] * batch,
+                return_dict=False,
+            )[0]
+        loss = (velocity - (noise - clean)).pow(2).mean()
+        rate = 1e-3 * min(1, iteration / 100) * (0.5 + 0.5 * math.cos(math.pi * iteration / iterations))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        average += (loss.item() - average) / min(100, iteration - first + 1)
+        progress.set_postfix(loss=f"{average:.4f}", refresh=False)
+        if checkpoint is not None and (iteration + 1) % 100 == 0:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            torch.save({**states, "random": torch.get_rng_state(), "iteration": iteration + 1}, checkpoint)
+    return model.to(torch.bfloat16), embedding.weight.detach().to(torch.bfloat16)
+
+
+def save(transformer: QwenImageTransformer2DModel, embeddings: torch.Tensor, out: Path) -> None:
+    """Writes the pipeline in bfloat16, and the embeddings."""
+    pipe = photos.build_pipeline(transformer)
+    pipe.vae.to(torch.bfloat16)  # its weights stay what they are
+    pipe.save_pretrained(out / photos.PIPELINE_DIR.name)
+    save_file({"class_embeddings": embeddings.contiguous()}, out / photos.EMBEDDINGS_FILE.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=photos.WEIGHTS)
+    parser.add_argument("--iterations", type=int, default=3000, help="training iterations of the transformer")
+    parser.add_argument("--checkpoint", type=Path, help="file to keep the training in and to go on from")
+    parser.add_argument("--predictors-only", action="store_true", help="keep the transformer that is there")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not arguments.predictors_only:
+        save(*train_transformer(arguments.iterations, arguments.checkpoint), arguments.out)
+    train_predictors(DEMOS["photos"], arguments.out)
+    for name in DEMOS["photos"].predictors:  # at half the size it forecasts as well, within 0.01 dB
+        folder = arguments.out / name
+        FusedKANPredictor.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()
