@@ -152,6 +152,7 @@ def _evaluate(options) -> None:
         seed=options.seed,
         batch_size=options.batch_size,
         out_dir=options.out,
+        search_samples=options.search_samples,
     )
     _report(evaluation, options.out)
 
@@ -383,13 +384,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--height", type=_positive, help="in pixels")
     sub.add_argument("--width", type=_positive, help="in pixels")
 
-    sub = command("evaluate", _evaluate, "compare predictors with the full run, fewer steps and TaylorSeer")
+    text = "compare predictors with the full run, fewer steps and other caches"
+    sub = command("evaluate", _evaluate, text, resumes=True)
     model(sub)
     text = "folder or hub id of a predictor; may be given several times"
     sub.add_argument("--predictor", required=True, action="append", help=text)
-    text = "steps, taylorseer, steps-N, taylorseer-N, joined by commas (default: steps,taylorseer)"
+    text = (
+        "steps, taylorseer, first-block-cache, mag-cache and cache-dit, joined by commas; each also as NAME-N, for a "
+        "budget of N computed steps (default: steps,taylorseer)"
+    )
     sub.add_argument("--against", type=lambda value: value.split(","), default=["steps", "taylorseer"], help=text)
     sub.add_argument("--batch-size", type=_positive, help="samples per pipeline call (default: all)")
+    text = "samples with which the best settings of other caches are searched (default: 4)"
+    sub.add_argument("--search-samples", type=_positive, default=4, help=text)
     sub.add_argument("--out", required=True, type=Path, help="folder for the results")
 
     sub = command("report", _report_page, "make one HTML page of what `lesa evaluate` wrote")

@@ -19,8 +19,12 @@ _GROUPS = {  # by the beginning of the name, in the order of the rows
     "newton": "#0b6e4f",
     "dense": "#3a6ea5",
     "taylorseer": "#b3541e",
+    "first-block-cache": "#8a6d00",
+    "mag-cache": "#8b3a8f",
+    "cache-dit": "#a11d33",
     "fewer-steps": "#6b6b6b",
 }
+_TITLES = {"first-block-cache": "First Block Cache", "mag-cache": "MagCache", "cache-dit": "cache-dit"}
 
 
 def draw_comparison(runs: Sequence["EvaluatedRun"], images: Mapping[str, np.ndarray], file: str | os.PathLike) -> None:
@@ -88,13 +92,18 @@ def _strip(images: np.ndarray, fill: float) -> np.ndarray:
 def _title(run) -> str:
     if run.name.startswith("taylorseer"):
         return "TaylorSeer " + " ".join(run.name.split("-")[1:3]).replace("order", "order ")
+    if run.contender in _TITLES:
+        return _TITLES[run.contender]
     return run.name.replace("fewer-steps", "fewer steps").replace("-", " ")
 
 
 def _figures(run) -> str:
-    steps = f"{run.computed_steps} of {run.num_inference_steps} steps"
-    if run.num_inference_steps == run.computed_steps:
-        steps = f"{run.computed_steps} steps"
+    steps = f"{run.whole_steps:.3g} of {run.num_inference_steps} steps"
+    if run.num_inference_steps == round(run.whole_steps):
+        steps = f"{run.whole_steps:.3g} steps"
+    elif abs(run.whole_steps - run.step_equivalents) >= 0.05:
+        steps = f"{run.whole_steps:.3g} whole steps, cost {run.step_equivalents:.1f}"
     if run.name == "reference":
         return f"{steps} computed, {run.seconds:.2f} s"
-    return f"{steps}, speed-up {run.speedup:.1f}x, {run.psnr:.1f} dB"
+    speed = "" if "cost" in steps else f"speed-up {run.speedup:.1f}x, "  # one line has room for one of both
+    return f"{steps}, {speed}{run.psnr:.1f} dB"

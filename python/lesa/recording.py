@@ -188,7 +188,7 @@ def record(
         "tokens_per_sample": tokens_per_sample,
         "samples": len(inputs),
         "inputs_digest": inputs_digest(inputs),
-        "transformer": _fingerprint(adapter.transformer),
+        "transformer": fingerprint(adapter.transformer),
     }
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -360,7 +360,7 @@ class _RecordingHook(StepHook):
         )
 
 
-def _fingerprint(transformer) -> str:
+def fingerprint(transformer) -> str:
     """SHA-256 over names, shapes and sums of the parameters, and over the names of the active adapters.
 
     The sums are of the values' bits as integers: exact, so that neither device nor threads change them. A parameter

@@ -137,11 +137,12 @@ def test_generate_with_every_step_computed_equals_the_plain_pipeline(folder, tmp
 def test_evaluate_writes_summary_and_picture(folder, tmp_path, capsys):
     arguments = f"--model {MODEL} --inputs {folder}/two.safetensors --steps {STEPS} --seed 5 --batch-size 2".split()
     against = f"--device cpu --predictor {folder}/mine --against steps,steps-3,taylorseer-6 --out {tmp_path}/results"
-    cli.main(["evaluate", *arguments, *against.split()])
+    cli.main(["evaluate", *arguments, *against.split(), "--search-samples", "1"])
     summary = json.loads((tmp_path / "results" / "summary.json").read_text())
     runs = {run["name"]: run for run in summary["runs"]}
     assert runs["newton-4"]["steps"] == [0, 1, 4, 8]
-    assert {runs[name]["computed_steps"] for name in runs if name.startswith("taylorseer")} == {6}
+    assert all(runs[name]["computed_steps"] <= 6 for name in runs if name.startswith("taylorseer"))
+    assert summary["searched"]["taylorseer"]["samples"] == 1
     assert {"reference", "fewer-steps-4", "fewer-steps-3"} < set(runs)
     assert (summary["samples"], summary["seed"], summary["batch_size"]) == (2, 5, 2)
     out = capsys.readouterr().out

@@ -1,5 +1,10 @@
+import csv
+import importlib.util
 import json
 import math
+import sys
+import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,8 +12,10 @@ import torch
 from PIL import Image
 
 import lesa
+from lesa import contenders, evaluation, quality
+from lesa.contenders import CacheDiT, FirstBlockCache, MagCache, TaylorSeer, bisected, grid_of, taylorseer_grid
 from lesa.demo import digits
-from lesa.evaluation import EvaluatedRun, Evaluation, TaylorSeer, taylorseer_grid
+from lesa.evaluation import EvaluatedRun, Evaluation
 from lesa.models import adapter_for
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
@@ -77,6 +84,18 @@ def test_whole_runs_equal_the_reference_and_predicted_ones_do_not(evaluated):
         assert 15 < evaluation[name].psnr < 60
         assert 0.5 < evaluation[name].ssim < 1
     assert all(run.speedup == evaluation["reference"].seconds / run.seconds for run in evaluation.runs)
+    assert all(0 < run.denoise_seconds < run.seconds for run in evaluation.runs)
+    assert {run.peak_memory_bytes for run in evaluation.runs} == {None}
+
+
+def test_latents_are_followed_along_the_trajectory(evaluated):
+    evaluation, _ = evaluated
+    assert evaluation["reference"].step_errors == [0.0] * STEPS
+    newton = evaluation["newton-4"]
+    assert newton.step_errors[:2] == [0.0, 0.0]  # both computed
+    assert all(0 < error < 0.5 for error in newton.step_errors[2:])
+    assert newton.step_errors[-1] == pytest.approx(newton.latent_error)
+    assert evaluation["fewer-steps-4"].step_errors == [None] * STEPS
 
 
 def test_summary_holds_all_runs_and_no_infinity(evaluated):
@@ -84,7 +103,12 @@ def test_summary_holds_all_runs_and_no_infinity(evaluated):
     summary = json.loads((folder / "summary.json").read_text(), parse_constant=pytest.fail)
     assert [run["name"] for run in summary["runs"]] == [run.name for run in evaluation.runs]
     assert summary["runs"][0]["psnr"] is None
-    assert summary["counted"] == "attention of the first block"
+    assert summary["counted"] == "attention of every block"
+    assert summary["format_version"] == 1
+    assert summary["num_inference_steps"] == STEPS == len(summary["sigmas"])
+    assert summary["sigmas"] == sorted(summary["sigmas"], reverse=True) and summary["sigmas"][0] == 1.0
+    assert summary["stage_bounds"] == [0.67, 0.33]
+    assert set(summary["not_available"]) == {"lpips", "clip_score", "image_reward"}
     newton = summary["runs"][1]
     assert (newton["computed_steps"], newton["num_inference_steps"], newton["steps"]) == (4, STEPS, list(SCHEDULE))
     assert newton["psnr"] == evaluation["newton-4"].psnr
@@ -99,23 +123,54 @@ def test_table_shows_the_best_taylorseer_at_each_number_of_steps(evaluated):
     assert [line.split()[0] for line in table.splitlines() if line.startswith("taylorseer-")] == [best.name]
     row = next(line for line in table.splitlines() if line.startswith("newton-4 "))
     newton = evaluation["newton-4"]
-    expected = f"4 of 12 {newton.seconds:.2f} {newton.speedup:.2f}x {newton.psnr:.2f} {newton.ssim:.4f}"
+    expected = f"4 of 12 4.00 {newton.seconds:.2f} {newton.speedup:.2f}x {newton.psnr:.2f} {newton.ssim:.4f} -"
     assert row.split()[1:] == expected.split()
-    assert "TaylorSeer: the best setting at each number of computed steps; tried were 2 at 5." in table.splitlines()
+    row = next(line for line in table.splitlines() if line.startswith("fewer-steps-4 "))
+    lead = evaluation.against_ours(evaluation["fewer-steps-4"])
+    assert row.endswith("{psnr_difference:.2f} ({low:.2f} to {high:.2f})".format(**lead))
 
 
-def evaluated_run(name, computed=10, psnr=20.0):
-    return EvaluatedRun(name, tuple(range(computed)), 50, 1.0, 1.0, psnr, 0.9, psnr)
+def evaluated_run(name, computed=10, psnr=20.0, equivalents=None, per_sample=()):
+    kinds = ("reference", "newton", "taylorseer", "cache-dit", "fewer-steps")
+    kind = next(k for k in kinds if name.startswith(k)).replace("fewer-steps", "steps")
+    steps = tuple(range(computed))
+    cost = float(computed if equivalents is None else equivalents)
+    samples = {"psnr": list(per_sample)}
+    return EvaluatedRun(name, steps, 50, float(computed), cost, 1.0, 1.0, psnr, 0.9, psnr, kind, per_sample=samples)
 
 
-def test_table_counts_the_settings_at_each_number_of_steps():
+def test_table_shows_the_best_of_a_contender_at_each_number_of_step_equivalents():
     names = [f"taylorseer-{mode}-order{order}-interval7" for mode in ("full", "lite") for order in (1, 2)]
-    runs = [evaluated_run("reference", 50), *(evaluated_run(name) for name in names[:3]), evaluated_run(names[3], 8)]
-    lines = Evaluation(tuple(runs), {}, {}).table().splitlines()
-    assert "TaylorSeer: the best setting at each number of computed steps; tried were 3 at 10, 1 at 8." in lines
-    assert "TaylorSeer's full mode computes the attentions in so many steps, and all else in every step." in lines
-    plain = Evaluation(tuple(runs[:1] + runs[-1:]), {}, {}).table()
-    assert "tried" not in plain and "attentions" not in plain
+    runs = [evaluated_run("reference", 50), *(evaluated_run(name, psnr=i) for i, name in enumerate(names[:3]))]
+    runs += [evaluated_run(names[3], 8), evaluated_run("cache-dit-a", 9, equivalents=15.8)]
+    evaluation = Evaluation(tuple(runs), {}, {})
+    assert [run.name for run in evaluation.shown] == ["reference", names[2], names[3], "cache-dit-a"]
+    assert "all else in every step" not in evaluation.table()
+    assert "all else in every step" in Evaluation(tuple(runs[:2]), {}, {}).table()
+
+
+def test_a_run_is_compared_with_the_nearest_of_ours_that_costs_no_more():
+    runs = [
+        evaluated_run("newton-9", 9, per_sample=[30.0, 32.0]),
+        evaluated_run("newton-8", 8, per_sample=[29.0, 29.0]),
+        evaluated_run("cache-dit-a", 9, equivalents=15.8, per_sample=[28.0, 29.0]),
+        evaluated_run("taylorseer-a", 8, equivalents=8.5, per_sample=[20.0, 22.0]),
+        evaluated_run("fewer-steps-7", 7, per_sample=[20.0, 22.0]),
+        evaluated_run("fewer-steps-10", 10, per_sample=[math.inf, 22.0]),
+    ]
+    evaluation = Evaluation(tuple(runs), {}, {})
+    lead = evaluation.against_ours(evaluation["cache-dit-a"])
+    assert (lead["ours"], lead["psnr_difference"], lead["low"], lead["high"]) == ("newton-9", 2.5, 2.0, 3.0)
+    assert evaluation.against_ours(evaluation["taylorseer-a"])["ours"] == "newton-8"
+    assert evaluation.against_ours(evaluation["fewer-steps-7"]) is None
+    assert evaluation.against_ours(evaluation["newton-9"]) is None
+    written = {run["name"]: run for run in evaluation.summary()["runs"]}
+    assert written["fewer-steps-10"]["against_ours"] == {
+        "ours": "newton-9",
+        "psnr_difference": None,
+        "low": None,
+        "high": None,
+    }
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -158,25 +213,24 @@ def test_figures_do_not_depend_on_the_batch_size(pipe, inputs):
     assert split.ssim == pytest.approx(whole.ssim, abs=1e-4)
 
 
-def test_taylorseer_grid_gives_the_budgets():
+def test_taylorseer_grid_keeps_to_the_budgets():
     grid = taylorseer_grid(50, [10, 8])
-    assert {(s.interval, s.computed_in(50)) for s in grid} == {(7, 10), (10, 8), (11, 8)}
-    assert {(s.order, s.lite) for s in grid if s.interval == 7} == {(o, lite) for o in (1, 2, 3) for lite in (0, 1)}
-    assert len(grid) == 18
-
-
-def test_taylorseer_grid_takes_the_next_larger_count_where_no_interval_gives_one():
-    assert {s.computed_in(50) for s in taylorseer_grid(50, [14])} == {15}
-    assert {s.computed_in(4) for s in taylorseer_grid(4, [2])} == {3}
+    usual = [s for s in grid if s.warm_up == 3]
+    assert {(s.interval, s.computed_in(50)) for s in usual} == {(7, 10), (10, 8), (11, 8)}
+    assert {(s.order, s.lite) for s in usual if s.interval == 7} == {(o, lite) for o in (1, 2, 3) for lite in (0, 1)}
+    assert {s.warm_up for s in grid} == {1, 2, 3, 5}
+    assert max(s.computed_in(50) for s in taylorseer_grid(50, [9])) == 9
+    assert {s.computed_in(4) for s in taylorseer_grid(4, [2])} == {2}
 
 
 def test_against_names_follow_the_predictors(pipe, inputs):
     evaluation = lesa.evaluate(pipe, inputs[:1], [predictor(pipe)], ("steps", "taylorseer"), STEPS, progress=False)
-    rest = [run for run in evaluation.runs if not run.name.startswith("taylorseer")]
-    taylor = [run for run in evaluation.runs if run.name.startswith("taylorseer")]
-    assert [run.name for run in rest] == ["reference", "newton-4", "fewer-steps-4"]
-    assert {run.computed_steps for run in taylor} == {4}
-    assert len({run.name for run in taylor}) == len(taylor) == 12
+    reference, newton, taylor, fewer = evaluation.runs
+    assert [reference.name, newton.name, fewer.name] == ["reference", "newton-4", "fewer-steps-4"]
+    assert taylor.contender == "taylorseer" and taylor.whole_steps <= 4
+    searched = evaluation.facts["searched"]["taylorseer"]
+    assert searched["samples"] == 1 and searched["tried"] == len(taylorseer_grid(STEPS, [4]))
+    assert searched["budgets"] == [{"budget": 4, "by": "step_equivalents", "run": taylor.name, "why": None}]
 
 
 @pytest.mark.parametrize(
@@ -186,6 +240,8 @@ def test_against_names_follow_the_predictors(pipe, inputs):
         ({"against": ["steps-x"]}, "`against` must hold 'steps'"),
         ({"against": ["steps-0"]}, "`against` must hold 'steps'"),
         ({"against": ["steps-²"]}, "`against` must hold 'steps'"),
+        ({"against": ["mag-cache-9.5"]}, "'mag-cache', 'cache-dit', these with a budget such as"),
+        ({"search_samples": 0}, "`search_samples` must be"),
         ({"inputs": [{"prompt": "a", "callback_on_step_end": print}]}, "must leave 'callback_on_step_end' out"),
         ({"inputs": []}, "`inputs` must"),
         ({"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
@@ -226,3 +282,333 @@ def test_a_failing_run_leaves_the_pipeline_as_it_was(fresh_pipe, inputs, generat
     assert pipe._progress_bar_config == {"disable": True, "desc": "mine"}
     assert not adapter_for(pipe).counted_module._forward_hooks
     assert torch.equal(generate(pipe, steps=5), before)
+
+
+SETTINGS = {
+    "taylorseer": TaylorSeer(5),
+    "taylorseer lite": TaylorSeer(4, order=2, lite=True, warm_up=2),
+    "first-block-cache": FirstBlockCache(0.5),
+    "mag-cache": MagCache(0.5, 3, 2, (1.0,) * 6 + (0.95,) * 6),
+    "cache-dit": CacheDiT(0.5, order=1, warm_up=2),
+    "cache-dit without a calibrator": CacheDiT(0.5, order=0, warm_up=2),
+}
+
+
+@pytest.fixture(params=SETTINGS)
+def setting(request):
+    if request.param.startswith("cache-dit"):
+        pytest.importorskip("cache_dit")
+    return SETTINGS[request.param]
+
+
+def test_steps_are_counted_as_attention_itself_is_called(pipe, inputs, setting, monkeypatch):
+    calls, per_forward, measured = [0], [], []
+    attend, outcome = torch.nn.functional.scaled_dot_product_attention, evaluation._Contest.outcome
+
+    def counting(*args, **kwargs):
+        calls[0] += 1
+        return attend(*args, **kwargs)
+
+    def recording(*args, **kwargs):
+        calls[0] = 0
+        per_forward.clear()
+        made = outcome(*args, **kwargs)
+        measured.append((calls[0] / 6, sum(count == 6 for count in per_forward)))
+        return made
+
+    def before(*args):
+        per_forward.append(-calls[0])
+
+    def after(*args):
+        per_forward[-1] += calls[0]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
+    monkeypatch.setattr(evaluation._Contest, "outcome", recording)
+    hooks = [pipe.transformer.register_forward_pre_hook(before), pipe.transformer.register_forward_hook(after)]
+    result = lesa.evaluate(pipe, inputs, [predictor(pipe)], ("steps", setting), STEPS, progress=False)
+    for hook in hooks:
+        hook.remove()
+    counted = [(run.step_equivalents, run.whole_steps) for run in result.runs[1:]]
+    assert np.allclose(counted, measured[1:])
+    assert result["newton-4"].block_passes == result["newton-4"].step_equivalents == 4
+    peer = next(run for run in result.runs if run.contender == setting.contender)
+    assert len(peer.steps) == peer.whole_steps < STEPS
+    full = setting.contender == "taylorseer" and not setting.lite
+    assert peer.block_passes == (STEPS if full else pytest.approx(peer.step_equivalents))
+    if setting.contender in ("first-block-cache", "cache-dit"):  # the first block runs in every step
+        assert peer.step_equivalents == pytest.approx(peer.whole_steps + (STEPS - peer.whole_steps) / 6)
+    assert 10 < peer.psnr < 100
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_peers_leave_the_pipeline_as_it_was(fresh_pipe, generate, setting, failing):
+    pipe, before = fresh_pipe, generate(fresh_pipe)
+    things, order = [pipe, *pipe.transformer.modules()], [*pipe.transformer.state_dict()]
+    attributes = [dict(vars(thing)) for thing in things]
+    of_class = dict(vars(type(pipe)))
+    try:
+        with setting.on(pipe, STEPS):
+            during = generate(pipe)
+            assert not torch.equal(during, before)
+            if failing:
+                raise RuntimeError("out of luck")
+    except RuntimeError as error:
+        assert failing and str(error) == "out of luck"
+    assert vars(type(pipe)) == of_class
+    assert [*pipe.transformer.state_dict()] == order
+    for thing, values in zip(things, attributes):
+        assert vars(thing).keys() == values.keys()
+        assert all(value is values[name] for name, value in vars(thing).items())
+    assert torch.equal(generate(pipe), before)
+    with lesa.enable_cache(pipe, predictor(pipe)) as cache:
+        generate(pipe)
+    assert cache.stats.computed_steps == 4
+
+
+def test_cache_dit_that_is_missing_is_an_error_with_the_remedy(pipe, inputs, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for against in ("cache-dit", "cache-dit-9", CacheDiT(0.1)):
+        with pytest.raises(ImportError, match="cache-dit, which is not. Install it with `pip install cache-dit`"):
+            lesa.evaluate(pipe, inputs, [], [against], STEPS, progress=False)
+
+
+def test_magcache_is_calibrated_with_its_own_calibration(pipe, inputs, monkeypatch):
+    def smaller(*args):
+        grid = grid_of(*args)
+        return replace(grid, axes=grid.axes[3:5])
+
+    monkeypatch.setattr(evaluation, "grid_of", smaller)
+    result = lesa.evaluate(pipe, inputs, [], ["mag-cache-6"], STEPS, progress=False, search_samples=1)
+    searched = result.facts["searched"]["mag-cache"]
+    ratios = searched["mag_ratios"]
+    assert len(ratios) == STEPS and ratios[0] == 1.0 and all(0.5 < ratio < 2 for ratio in ratios)
+    assert len(set(ratios)) > 6
+    best = result[searched["budgets"][0]["run"]]
+    assert best.contender == "mag-cache" and best.whole_steps == best.step_equivalents <= 6
+    assert "ratios calibrated" in best.setting
+
+
+def test_a_budget_that_no_setting_keeps_to_is_said(pipe, inputs):
+    result = lesa.evaluate(pipe, inputs[:1], [], ["first-block-cache-3"], STEPS, progress=False)
+    equivalents, whole = result.facts["searched"]["first-block-cache"]["budgets"]
+    least = 1 + 11 / 6
+    assert (equivalents["by"], whole["by"]) == ("step_equivalents", "whole_steps")
+    assert result[equivalents["run"]].step_equivalents == pytest.approx(least)
+    assert result[whole["run"]].whole_steps <= 3 < result[whole["run"]].step_equivalents
+    result = lesa.evaluate(pipe, inputs[:1], [], ["first-block-cache-2"], STEPS, progress=False)
+    equivalents, whole = result.facts["searched"]["first-block-cache"]["budgets"]
+    assert equivalents["run"] is None and whole["run"] is not None
+    assert equivalents["why"] == "no setting has at most 2 step equivalents; the least is 2.83"
+    assert "first-block-cache: no setting has at most 2 step equivalents" in result.table()
+
+
+def test_a_setting_that_goes_above_its_budget_on_all_inputs_gives_way(pipe, inputs, monkeypatch):
+    def more(self, *args, **kwargs):
+        made = outcome(self, *args, **kwargs)
+        costs = {0.2: (4.0, 7.0), 0.3: (4.0, 4.0)}
+        if self.now in costs:
+            made.counts = (made.counts[0], costs[self.now][kwargs.get("keep", False)], made.counts[2])
+        return made
+
+    outcome = evaluation._Contest.outcome
+    monkeypatch.setattr(evaluation._Contest, "now", None, raising=False)
+    monkeypatch.setattr(evaluation._Contest, "outcome", more)
+    on = FirstBlockCache.on
+
+    def noted(self, pipe, steps):
+        evaluation._Contest.now = self.threshold
+        return on(self, pipe, steps)
+
+    monkeypatch.setattr(FirstBlockCache, "on", noted)
+    grid = contenders.Grid("two", settings=[FirstBlockCache(0.2), FirstBlockCache(0.3)])
+    monkeypatch.setattr(evaluation, "grid_of", lambda *args: grid)
+    monkeypatch.setattr(evaluation._Contest, "run_setting", noting(evaluation._Contest.run_setting))
+    result = lesa.evaluate(pipe, inputs[:1], [], ["first-block-cache-5"], STEPS, progress=False)
+    row = result.facts["searched"]["first-block-cache"]["budgets"][0]
+    assert (row["budget"], row["by"]) == (5, "step_equivalents")
+    assert row["run"] == "first-block-cache-threshold0.3"
+
+
+def noting(run_setting):
+    """So that the counts that are made up are those of the setting that runs."""
+
+    def noted(self, setting):
+        type(self).now = setting.threshold
+        return run_setting(self, setting)
+
+    return noted
+
+
+def test_a_peer_that_fails_on_a_model_is_reported_not_dropped(pipe, inputs, generate, monkeypatch):
+    def on(self, *args):
+        raise ValueError("Model class X not registered.")
+
+    before = generate(pipe)
+    monkeypatch.setattr(FirstBlockCache, "on", on)
+    result = lesa.evaluate(pipe, inputs, [], ["first-block-cache-4", "steps-4"], STEPS, progress=False)
+    why = "it fails on this model: ValueError: Model class X not registered."
+    assert result.facts["not_available"]["first-block-cache"] == why
+    assert f"first-block-cache is not available: {why}" in result.table()
+    assert [run.name for run in result.runs] == ["reference", "fewer-steps-4"]
+    assert torch.equal(generate(pipe), before)
+
+
+def test_bisection_finds_the_smallest_threshold_within_the_budget():
+    def count(setting):
+        return 50 / (1 + 10 * setting.threshold)
+
+    tried = list(bisected(FirstBlockCache(0.0), count, 10, probes=16))
+    within = min(setting.threshold for setting in tried if count(setting) <= 10)
+    assert within == pytest.approx(0.4, rel=1e-3)
+    assert len(tried) == 16
+    assert list(bisected(FirstBlockCache(0.0), lambda s: 9.2, 9)) == [FirstBlockCache(contenders.THRESHOLDS[1])]
+
+
+@pytest.mark.parametrize("peer", contenders.PEERS)
+def test_every_peer_has_a_grid_that_is_stated(peer):
+    grid = grid_of(peer, 50, [9, 8], (1.0,) * 50)
+    assert grid.text and (grid.settings or grid.axes)
+    settings = [*grid.settings, *grid.axes]
+    assert {setting.contender for setting in settings} == {peer}
+    assert len({str(setting) for setting in settings}) == len(settings)
+    assert all(str(setting).startswith(f"{peer}-") and setting.describe() for setting in settings)
+
+
+def test_bootstrap_interval_is_that_of_the_mean():
+    values = np.random.default_rng(1).normal(3.0, 2.0, size=400)
+    low, high = quality.bootstrap_interval(values)
+    half = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - half, abs=0.02)
+    assert high == pytest.approx(values.mean() + half, abs=0.02)
+    assert quality.bootstrap_interval(values) == (low, high)
+    assert quality.bootstrap_interval([1.5] * 8) == (1.5, 1.5)
+    skewed = quality.bootstrap_interval([0.0] * 9 + [10.0])
+    assert skewed == (0.0, 3.0)  # of ten draws the large value comes up 0 to 3 times
+    for broken in ([], [1.0, math.nan], [math.inf, 1.0]):
+        assert all(map(math.isnan, quality.bootstrap_interval(broken)))
+
+
+def test_relative_error_and_psnr_by_hand():
+    wanted, values = np.array([[3.0, 4.0]]), np.array([[3.0, 4.5]])
+    assert quality.relative_error(values, wanted) == pytest.approx(0.1)
+    assert quality.psnr(values, wanted, 1.0) == pytest.approx(10 * math.log10(8))
+    assert math.isnan(quality.relative_error(values, wanted * 0))
+
+
+def test_qualities_whose_networks_are_not_here_say_why(monkeypatch, tmp_path):
+    device, large = torch.device("cpu"), (64, 64, 3)
+    monkeypatch.setattr(quality, "try_to_load_from_cache", lambda *args: None)
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    monkeypatch.setitem(sys.modules, "ImageReward", None)
+    found, reasons = quality.learned_qualities(device, ["a cat"], large)
+    assert found == {}
+    assert reasons["lpips"] == "the package lpips is not installed"
+    assert "is in the hub's cache" in reasons["clip_score"]
+    assert reasons["image_reward"] == "the package image-reward is not installed"
+    _, reasons = quality.learned_qualities(device, [None], large)
+    assert reasons["clip_score"] == reasons["image_reward"] == "the inputs have no text"
+    _, reasons = quality.learned_qualities(device, ["a cat"], (16, 16, 3))
+    assert "16 x 16 pixels are too small" in reasons["lpips"]
+    _, reasons = quality.learned_qualities(device, ["a cat"], (9, 64, 64, 3))
+    assert set(reasons.values()) == {"it is for images, and these are videos"}
+
+
+def test_lpips_is_measured_where_its_weights_are(monkeypatch, tmp_path):
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+            assert net == "alex"
+
+        def forward(self, a, b):
+            assert a.shape == (1, 3, 64, 64) and a.min() >= -1
+            return (a - b).abs().mean()
+
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=LPIPS))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    _, reasons = quality.learned_qualities(torch.device("cpu"), [None], (64, 64, 3))
+    assert reasons["lpips"] == f"there are no weights of AlexNet in {tmp_path}/checkpoints"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "alexnet-owt.pth").touch()
+    found, _ = quality.learned_qualities(torch.device("cpu"), [None], (64, 64, 3))
+    assert found["lpips"](np.zeros((64, 64, 3)), np.full((64, 64, 3), 0.25), None) == pytest.approx(0.5)
+
+
+def test_csv_and_images_hold_what_the_summary_holds(evaluated):
+    evaluation, folder = evaluated
+    summary = json.loads((folder / "summary.json").read_text())
+    with (folder / "runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(summary["runs"])
+    for row, run in zip(rows, summary["runs"]):
+        run = {**run, **(run["against_ours"] or {})}
+        for name, text in row.items():
+            value = run.get(name)
+            assert text == "" if value is None else text == str(value), (name, text, value)
+    assert {"newton-4", "reference", "dense-4", "newton-4-other"} < summary["images"].keys()
+    worse = [run["name"] for run in summary["runs"] if run["contender"] == "taylorseer" and not run["is_best"]]
+    assert len(worse) == 1 and worse[0] not in summary["images"]
+    for name, files in summary["images"].items():
+        assert len(files) == 3
+        stored = np.stack([np.asarray(Image.open(folder / file)) for file in files])
+        assert np.abs(stored / 255 - evaluation.images[name]).max() < 0.5 / 255 + 1e-6
+
+
+def same(first, second):
+    """The runs without what depends on the time they took."""
+    runs = [[replace(run, seconds=1, denoise_seconds=1, speedup=1) for run in e.runs] for e in (first, second)]
+    return runs[0] == runs[1] and all(np.array_equal(first.images[n], second.images[n]) for n in first.images)
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(pipe, inputs, tmp_path, monkeypatch):
+    call, made = type(pipe).__call__, []
+    arguments = (pipe, inputs, {"a": predictor(pipe)}, ("steps", "steps-3", "first-block-cache-5"), STEPS)
+    options = {"out_dir": tmp_path, "progress": False, "search_samples": 1}
+
+    def counted(self, *args, **kwargs):
+        made.append(1)
+        if len(made) == stop:
+            raise KeyboardInterrupt
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe), "__call__", counted)
+    stop = None
+    whole = lesa.evaluate(*arguments, **{**options, "out_dir": None})
+    needed = len(made)
+    made.clear()
+    stop = 6
+    with pytest.raises(KeyboardInterrupt):
+        lesa.evaluate(*arguments, **options)
+    made.clear()
+    stop = None
+    resumed = lesa.evaluate(*arguments, **options)
+    assert len(made) == needed - 5
+    assert same(resumed, whole)
+    made.clear()
+    again = lesa.evaluate(*arguments, **options)
+    assert not made
+    assert again.summary() == resumed.summary() == json.loads((tmp_path / "summary.json").read_text())
+    assert "forward" not in pipe.transformer.__dict__
+
+
+@pytest.mark.parametrize("change", ["seed", "inputs", "weights", "predictor", "steps", "batch size"])
+def test_what_was_made_from_something_else_is_not_taken(fresh_pipe, inputs, tmp_path, change):
+    pipe = fresh_pipe
+    arguments = {"inputs": inputs, "predictors": {"a": predictor(pipe)}, "num_inference_steps": 6, "seed": 1}
+    arguments |= {"out_dir": tmp_path, "progress": False, "against": ()}
+    first = lesa.evaluate(pipe, **arguments)
+    if change == "weights":
+        with torch.no_grad():
+            pipe.transformer.proj_out.weight.mul_(1.01)
+    elif change == "predictor":
+        arguments["predictors"] = {"a": predictor(pipe, schedule=(0, 1, 2))}
+    else:
+        arguments |= {
+            "seed": {"seed": 2},
+            "inputs": {"inputs": inputs[::-1]},
+            "steps": {"num_inference_steps": 7},
+            "batch size": {"batch_size": 1},
+        }[change]
+    second = lesa.evaluate(pipe, **arguments)
+    times = [[run.seconds for run in e.runs] for e in (first, second)]
+    assert times[0][1] != times[1][1]
+    assert (times[0][0] == times[1][0]) == (change == "predictor")

@@ -593,6 +593,8 @@ def test_recordings_can_be_trained_on_and_evaluated(pipe, name, tmp_path):
     result = lesa.evaluate(pipe, inputs, [predictor], [], STEPS, batch_size=1, progress=False)
     reference, mine = result.runs
     assert (reference.computed_steps, mine.steps) == (STEPS, tuple(SOME))
+    assert reference.whole_steps == reference.step_equivalents == reference.block_passes == STEPS
+    assert mine.whole_steps == mine.step_equivalents == mine.block_passes == len(SOME)
     assert 20 < mine.psnr < 100 and 0.5 < mine.ssim < 1
     assert all(images.ndim == 4 and images.shape[-1] == 3 for images in result.images.values())
 

@@ -124,6 +124,18 @@ class Adapter:
         """
         return self.transformer.transformer_blocks[0].attn.norm_q
 
+    @property
+    def blocks(self) -> list[torch.nn.Module]:
+        """The transformer's blocks, in the order in which they run."""
+        return [*self.transformer.transformer_blocks, *getattr(self.transformer, "single_transformer_blocks", ())]
+
+    @property
+    def counted_modules(self) -> list[torch.nn.Module]:
+        """What `counted_module` is in the first block, in each of `blocks`."""
+        first = self.blocks[0]
+        path = next(name for name, module in first.named_modules() if module is self.counted_module)
+        return [block.get_submodule(path) for block in self.blocks]
+
     def bind(self, args: tuple, kwargs: dict) -> dict:
         """The transformer's arguments by name. Wrong ones are left for the transformer to refuse."""
         return {**self._defaults, **dict(zip(self._names, args)), **kwargs}

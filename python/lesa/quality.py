@@ -1,0 +1,142 @@
+"""How near samples are to those of the full run, and how sure that is."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import try_to_load_from_cache
+from skimage.metrics import structural_similarity
+
+CLIP_MODELS = ("openai/clip-vit-large-patch14", "openai/clip-vit-base-patch16", "openai/clip-vit-base-patch32")
+"""The first of these that is on the machine gives the CLIP score."""
+IMAGE_REWARD = "THUDM/ImageReward"
+LEARNED = ("lpips", "clip_score", "image_reward")
+"""Qualities that need weights, which are never downloaded."""
+_RESAMPLES = 10_000
+_SMALLEST_IMAGE = 64  # pixels; the networks of LPIPS and CLIP make nothing of smaller ones
+
+
+def psnr(values: np.ndarray, wanted: np.ndarray, peak: float) -> float:
+    """Peak signal-to-noise ratio in dB; infinite if both are equal."""
+    error = float(np.mean(np.square(values - wanted, dtype=np.float64)))
+    return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
+
+
+def ssim(image: np.ndarray, wanted: np.ndarray) -> float:
+    """Structural similarity of images `[H, W, 3]` in [0, 1], or the mean over the frames of a video."""
+    if image.ndim == 4:
+        return float(np.mean([ssim(*frames) for frames in zip(image, wanted)]))
+    side = min(7, *image.shape[:2])  # the usual window is 7 pixels wide; it must be odd and fit
+    window = side - (side % 2 == 0)
+    return float(structural_similarity(image, wanted, win_size=window, channel_axis=-1, data_range=1.0))
+
+
+def relative_error(values: np.ndarray, wanted: np.ndarray) -> float:
+    """The L2 norm of the difference over that of `wanted`."""
+    values, wanted = (array.astype(np.float64).ravel() for array in (values, wanted))
+    return float(np.linalg.norm(values - wanted) / np.linalg.norm(wanted)) if wanted.any() else math.nan
+
+
+def bootstrap_interval(differences: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of the mean.
+
+    Args:
+        differences: one per sample. One that is infinite or NaN makes both ends NaN.
+        seed: of the 10 000 resamples.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if not values.size or not np.isfinite(values).all():
+        return math.nan, math.nan
+    generator = np.random.default_rng(seed)
+    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(_RESAMPLES)]
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def learned_qualities(
+    device: torch.device, prompts: Sequence[str | None], size: Sequence[int]
+) -> tuple[dict[str, Callable[[np.ndarray, np.ndarray, str], float]], dict[str, str]]:
+    """The qualities in `LEARNED` whose networks are on this machine.
+
+    Args:
+        device: where to put the networks.
+        prompts: of the inputs; None for one that has no text.
+        size: shape of an image, `[H, W, 3]`; of a video, `[frames, H, W, 3]`.
+
+    Returns:
+        Functions of an image, the reference's image and the prompt, by name; and for the other names, why not.
+    """
+    found, reasons = {}, {}
+    for name, load in zip(LEARNED, (_lpips, _clip_score, _image_reward)):
+        if len(size) != 3:
+            result = "it is for images, and these are videos"
+        elif min(size[:2]) < _SMALLEST_IMAGE:
+            result = f"images of {size[0]} x {size[1]} pixels are too small for it; it needs {_SMALLEST_IMAGE}"
+        elif name != "lpips" and not all(prompts):
+            result = "the inputs have no text"
+        else:
+            try:
+                result = load(device)
+            except (OSError, ImportError, RuntimeError) as error:  # files that are broken, or do not fit each other
+                result = f"it could not be loaded: {' '.join(str(error).split())[:200]}"
+        (reasons if isinstance(result, str) else found)[name] = result
+    return found, reasons
+
+
+def _lpips(device):
+    try:
+        from lpips import LPIPS
+    except ImportError:
+        return "the package lpips is not installed"
+    checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
+    if not list(checkpoints.glob("alexnet-*.pth")):
+        return f"there are no weights of AlexNet in {checkpoints}"
+    network = LPIPS(net="alex", verbose=False).to(device).eval()
+
+    @torch.no_grad()
+    def distance(image, wanted, prompt):
+        tensors = (torch.from_numpy(i).permute(2, 0, 1)[None].float().to(device) * 2 - 1 for i in (image, wanted))
+        return network(*tensors).item()
+
+    return distance
+
+
+def _clip_score(device):
+    name = next((m for m in CLIP_MODELS if isinstance(try_to_load_from_cache(m, "config.json"), str)), None)
+    if name is None:
+        return f"none of {', '.join(CLIP_MODELS)} is in the hub's cache"
+    from transformers import CLIPModel, CLIPProcessor
+
+    network = CLIPModel.from_pretrained(name, local_files_only=True).to(device).eval()
+    processor = CLIPProcessor.from_pretrained(name, local_files_only=True)
+
+    @torch.no_grad()
+    def score(image, wanted, prompt):
+        pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+        inputs = processor(text=[prompt], images=[pixels], return_tensors="pt", truncation=True, padding=True)
+        output = network(**inputs.to(device))
+        return max(0.0, 100 * torch.cosine_similarity(output.image_embeds, output.text_embeds).item())
+
+    return score
+
+
+def _image_reward(device):
+    try:
+        import ImageReward
+    except ImportError:
+        return "the package image-reward is not installed"
+    wanted = ((IMAGE_REWARD, "ImageReward.pt"), (IMAGE_REWARD, "med_config.json"), ("bert-base-uncased", "vocab.txt"))
+    files = [try_to_load_from_cache(*file) for file in wanted]
+    for (repository, name), file in zip(wanted, files):
+        if not isinstance(file, str):
+            return f"{name} of {repository} is not in the hub's cache"
+    network = ImageReward.load(files[0], device=str(device), med_config=files[1])
+
+    def reward(image, wanted, prompt):
+        from PIL import Image
+
+        return float(network.score(prompt, Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8))))
+
+    return reward
