@@ -130,7 +130,7 @@ PUSH = """
 @pytest.mark.parametrize(
     ("backend", "variable", "expected"),
     [
-        ("auto", "", "RuntimeWarning ring_push runs in plain torch"),  # warnings are errors here
+        ("auto", "", "RuntimeWarning lesa: ring_push runs in plain torch"),  # warnings are errors here
         ("extension", "", "RuntimeError The compiled extension lesa_kernels._C is not available"),
         ("auto", "torch", "[1]"),
         ("torch", "", "[1]"),
