@@ -654,7 +654,7 @@ class _Search:
         self.contest, self.inputs, self.peer, self.budgets = contest, inputs, peer, sorted(budgets, reverse=True)
         self._batches = contest.batches_of(inputs)
         self._tried: dict[Setting, tuple[float, float, float]] = {}  # PSNR, whole steps, step equivalents
-        self._kept = contest.store.read_search(peer)
+        self._kept = contest.store.read_search(peer, len(inputs))
 
     def run(self) -> dict:
         """Searches, runs the best, and says what was searched."""
@@ -689,7 +689,7 @@ class _Search:
             if key not in self._kept:
                 self.contest.bar.set_postfix_str(f"search: {setting}, {len(self._tried)} tried")
                 self._kept[key] = self._attempt(lambda: self._measured(setting))
-                self.contest.store.write_search(self.peer, self._kept)
+                self.contest.store.write_search(self.peer, len(self.inputs), self._kept)
             self._tried[setting] = tuple(self._kept[key])
         return self._tried[setting]
 
@@ -785,19 +785,19 @@ class _Store:
         contents = {"key": _digest([self._key, more]), "batches": len(outcome.latents), "sigmas": sigmas}
         _write_whole(file, json.dumps({**contents, "run": asdict(run)}))  # Python's JSON knows Infinity and NaN
 
-    def read_search(self, peer: str) -> dict:
-        """By setting, the figures of the search."""
+    def read_search(self, peer: str, samples: int) -> dict:
+        """By setting, the figures of the search with so many samples."""
         file, _ = self._files(f"search {peer}")
         if file is None or not file.exists():
             return {}
         contents = json.loads(file.read_text())
-        return contents["figures"] if contents["key"] == self._key else {}
+        return contents["figures"] if contents["key"] == _digest([self._key, samples]) else {}
 
-    def write_search(self, peer: str, figures: dict) -> None:
+    def write_search(self, peer: str, samples: int, figures: dict) -> None:
         """Keeps the figures of the search so far."""
         file, _ = self._files(f"search {peer}")
         if file is not None:
-            _write_whole(file, json.dumps({"key": self._key, "figures": figures}))
+            _write_whole(file, json.dumps({"key": _digest([self._key, samples]), "figures": figures}))
 
     def _files(self, name: str):
         if self.folder is None:

@@ -590,6 +590,18 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(pipe, inputs, tmp_pa
     assert "forward" not in pipe.transformer.__dict__
 
 
+def test_a_search_with_other_samples_is_not_taken(pipe, inputs, tmp_path):
+    searched = [
+        lesa.evaluate(
+            pipe, inputs, [], ["first-block-cache-6"], STEPS, out_dir=tmp_path, progress=False, search_samples=samples
+        ).facts["searched"]["first-block-cache"]
+        for samples in (1, 3)
+    ]
+    assert [search["samples"] for search in searched] == [1, 3]
+    kept = json.loads(next((tmp_path / "runs").glob("search*.json")).read_text())
+    assert len(kept["figures"]) == searched[1]["tried"]  # none of the first search
+
+
 @pytest.mark.parametrize("change", ["seed", "inputs", "weights", "predictor", "steps", "batch size"])
 def test_what_was_made_from_something_else_is_not_taken(fresh_pipe, inputs, tmp_path, change):
     pipe = fresh_pipe
