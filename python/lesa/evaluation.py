@@ -39,7 +39,7 @@ from lesa.pipelines import quiet_progress
 from lesa.quality import LEARNED, bootstrap_interval, learned_qualities, psnr, relative_error, ssim
 from lesa.recording import fingerprint
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels._checks import argument_error, check_int
+from lesa_kernels._checks import argument_error, check_choice, check_int
 
 __all__ = ["EvaluatedRun", "Evaluation", "TaylorSeer", "evaluate", "taylorseer_grid"]
 
@@ -157,19 +157,24 @@ class Evaluation:
         """The runs for people: of each peer only the best at each rounded number of step equivalents."""
         return [run for run in self.runs if run.contender not in PEERS or self.is_best(run)]
 
-    def against_ours(self, run: EvaluatedRun) -> dict | None:
+    def against_ours(self, run: EvaluatedRun, by: str = "step_equivalents") -> dict | None:
         """How far ours is ahead of a run in PSNR.
 
+        Args:
+            run: any of `runs`.
+            by: what ours may have no more of than `run`: "step_equivalents", or "whole_steps", rounded.
+
         Returns:
-            `ours`, the name of the run of ours with the most step equivalents that has no more than `run` (of several
-            the best); `psnr_difference` in dB, the mean over samples of ours less the other; `low` and `high`, the
-            ends of its 95 % bootstrap interval. None for our own runs, for the reference, and where we have no such
-            run.
+            `ours`, the name of the run of ours with the most of these (of several the best); `psnr_difference` in dB,
+            the mean over samples of ours less the other; `low` and `high`, the ends of its 95 % bootstrap interval.
+            None for our own runs, for the reference, and where we have no such run.
         """
-        ours = [r for r in self.runs if r.is_ours and r.step_equivalents <= run.step_equivalents + 1e-6]
+        check_choice("by", by, ("step_equivalents", "whole_steps"))
+        most = run.step_equivalents + 1e-6 if by == "step_equivalents" else round(run.whole_steps)
+        ours = [r for r in self.runs if r.is_ours and getattr(r, by) <= most]
         if run.is_ours or run.contender == REFERENCE or not ours:
             return None
-        nearest = max(ours, key=lambda r: (r.step_equivalents, _rank(r)))
+        nearest = max(ours, key=lambda r: (getattr(r, by), _rank(r)))
         pairs = np.array([nearest.per_sample.get("psnr", ()), run.per_sample.get("psnr", ())], dtype=np.float64)
         with np.errstate(invalid="ignore"):
             differences = pairs[0] - pairs[1]
@@ -212,7 +217,12 @@ class Evaluation:
     def summary(self) -> dict:
         """All runs and what they were measured on, for JSON."""
         runs = [
-            {**run.to_dict(), "is_best": self.is_best(run), "against_ours": _finite(self.against_ours(run))}
+            {
+                **run.to_dict(),
+                "is_best": self.is_best(run),
+                "against_ours": _finite(self.against_ours(run)),
+                "against_ours_by_whole_steps": _finite(self.against_ours(run, "whole_steps")),
+            }
             for run in self.runs
         ]
         head = {"format_version": FORMAT_VERSION, "counted": COUNTED}

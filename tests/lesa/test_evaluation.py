@@ -162,6 +162,9 @@ def test_a_run_is_compared_with_the_nearest_of_ours_that_costs_no_more():
     lead = evaluation.against_ours(evaluation["cache-dit-a"])
     assert (lead["ours"], lead["psnr_difference"], lead["low"], lead["high"]) == ("newton-9", 2.5, 2.0, 3.0)
     assert evaluation.against_ours(evaluation["taylorseer-a"])["ours"] == "newton-8"
+    eight = replace(evaluation["cache-dit-a"], whole_steps=7.8)
+    by_whole_steps = evaluation.against_ours(eight, by="whole_steps")
+    assert (by_whole_steps["ours"], by_whole_steps["psnr_difference"]) == ("newton-8", 0.5)
     assert evaluation.against_ours(evaluation["fewer-steps-7"]) is None
     assert evaluation.against_ours(evaluation["newton-9"]) is None
     written = {run["name"]: run for run in evaluation.summary()["runs"]}
