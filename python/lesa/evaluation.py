@@ -39,7 +39,7 @@ from lesa.pipelines import quiet_progress
 from lesa.quality import LEARNED, bootstrap_interval, learned_qualities, psnr, relative_error, ssim
 from lesa.recording import fingerprint
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels._checks import argument_error, check_int
+from lesa_kernels._checks import argument_error, check_choice, check_int
 
 __all__ = ["EvaluatedRun", "Evaluation", "TaylorSeer", "evaluate", "taylorseer_grid"]
 
@@ -157,19 +157,24 @@ class Evaluation:
         """The runs for people: of each peer only the best at each rounded number of step equivalents."""
         return [run for run in self.runs if run.contender not in PEERS or self.is_best(run)]
 
-    def against_ours(self, run: EvaluatedRun) -> dict | None:
+    def against_ours(self, run: EvaluatedRun, by: str = "step_equivalents") -> dict | None:
         """How far ours is ahead of a run in PSNR.
 
+        Args:
+            run: any of `runs`.
+            by: what ours may have no more of than `run`: "step_equivalents", or "whole_steps", rounded.
+
         Returns:
-            `ours`, the name of the run of ours with the most step equivalents that has no more than `run` (of several
-            the best); `psnr_difference` in dB, the mean over samples of ours less the other; `low` and `high`, the
-            ends of its 95 % bootstrap interval. None for our own runs, for the reference, and where we have no such
-            run.
+            `ours`, the name of the run of ours with the most of these (of several the best); `psnr_difference` in dB,
+            the mean over samples of ours less the other; `low` and `high`, the ends of its 95 % bootstrap interval.
+            None for our own runs, for the reference, and where we have no such run.
         """
-        ours = [r for r in self.runs if r.is_ours and r.step_equivalents <= run.step_equivalents + 1e-6]
+        check_choice("by", by, ("step_equivalents", "whole_steps"))
+        most = run.step_equivalents + 1e-6 if by == "step_equivalents" else round(run.whole_steps)
+        ours = [r for r in self.runs if r.is_ours and getattr(r, by) <= most]
         if run.is_ours or run.contender == REFERENCE or not ours:
             return None
-        nearest = max(ours, key=lambda r: (r.step_equivalents, _rank(r)))
+        nearest = max(ours, key=lambda r: (getattr(r, by), _rank(r)))
         pairs = np.array([nearest.per_sample.get("psnr", ()), run.per_sample.get("psnr", ())], dtype=np.float64)
         with np.errstate(invalid="ignore"):
             differences = pairs[0] - pairs[1]
@@ -212,7 +217,12 @@ class Evaluation:
     def summary(self) -> dict:
         """All runs and what they were measured on, for JSON."""
         runs = [
-            {**run.to_dict(), "is_best": self.is_best(run), "against_ours": _finite(self.against_ours(run))}
+            {
+                **run.to_dict(),
+                "is_best": self.is_best(run),
+                "against_ours": _finite(self.against_ours(run)),
+                "against_ours_by_whole_steps": _finite(self.against_ours(run, "whole_steps")),
+            }
             for run in self.runs
         ]
         head = {"format_version": FORMAT_VERSION, "counted": COUNTED}
@@ -654,7 +664,7 @@ class _Search:
         self.contest, self.inputs, self.peer, self.budgets = contest, inputs, peer, sorted(budgets, reverse=True)
         self._batches = contest.batches_of(inputs)
         self._tried: dict[Setting, tuple[float, float, float]] = {}  # PSNR, whole steps, step equivalents
-        self._kept = contest.store.read_search(peer)
+        self._kept = contest.store.read_search(peer, len(inputs))
 
     def run(self) -> dict:
         """Searches, runs the best, and says what was searched."""
@@ -689,7 +699,7 @@ class _Search:
             if key not in self._kept:
                 self.contest.bar.set_postfix_str(f"search: {setting}, {len(self._tried)} tried")
                 self._kept[key] = self._attempt(lambda: self._measured(setting))
-                self.contest.store.write_search(self.peer, self._kept)
+                self.contest.store.write_search(self.peer, len(self.inputs), self._kept)
             self._tried[setting] = tuple(self._kept[key])
         return self._tried[setting]
 
@@ -785,19 +795,19 @@ class _Store:
         contents = {"key": _digest([self._key, more]), "batches": len(outcome.latents), "sigmas": sigmas}
         _write_whole(file, json.dumps({**contents, "run": asdict(run)}))  # Python's JSON knows Infinity and NaN
 
-    def read_search(self, peer: str) -> dict:
-        """By setting, the figures of the search."""
+    def read_search(self, peer: str, samples: int) -> dict:
+        """By setting, the figures of the search with so many samples."""
         file, _ = self._files(f"search {peer}")
         if file is None or not file.exists():
             return {}
         contents = json.loads(file.read_text())
-        return contents["figures"] if contents["key"] == self._key else {}
+        return contents["figures"] if contents["key"] == _digest([self._key, samples]) else {}
 
-    def write_search(self, peer: str, figures: dict) -> None:
+    def write_search(self, peer: str, samples: int, figures: dict) -> None:
         """Keeps the figures of the search so far."""
         file, _ = self._files(f"search {peer}")
         if file is not None:
-            _write_whole(file, json.dumps({"key": self._key, "figures": figures}))
+            _write_whole(file, json.dumps({"key": _digest([self._key, samples]), "figures": figures}))
 
     def _files(self, name: str):
         if self.folder is None:

@@ -162,6 +162,9 @@ def test_a_run_is_compared_with_the_nearest_of_ours_that_costs_no_more():
     lead = evaluation.against_ours(evaluation["cache-dit-a"])
     assert (lead["ours"], lead["psnr_difference"], lead["low"], lead["high"]) == ("newton-9", 2.5, 2.0, 3.0)
     assert evaluation.against_ours(evaluation["taylorseer-a"])["ours"] == "newton-8"
+    eight = replace(evaluation["cache-dit-a"], whole_steps=7.8)
+    by_whole_steps = evaluation.against_ours(eight, by="whole_steps")
+    assert (by_whole_steps["ours"], by_whole_steps["psnr_difference"]) == ("newton-8", 0.5)
     assert evaluation.against_ours(evaluation["fewer-steps-7"]) is None
     assert evaluation.against_ours(evaluation["newton-9"]) is None
     written = {run["name"]: run for run in evaluation.summary()["runs"]}
@@ -588,6 +591,18 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(pipe, inputs, tmp_pa
     assert not made
     assert again.summary() == resumed.summary() == json.loads((tmp_path / "summary.json").read_text())
     assert "forward" not in pipe.transformer.__dict__
+
+
+def test_a_search_with_other_samples_is_not_taken(pipe, inputs, tmp_path):
+    searched = [
+        lesa.evaluate(
+            pipe, inputs, [], ["first-block-cache-6"], STEPS, out_dir=tmp_path, progress=False, search_samples=samples
+        ).facts["searched"]["first-block-cache"]
+        for samples in (1, 3)
+    ]
+    assert [search["samples"] for search in searched] == [1, 3]
+    kept = json.loads(next((tmp_path / "runs").glob("search*.json")).read_text())
+    assert len(kept["figures"]) == searched[1]["tried"]  # none of the first search
 
 
 @pytest.mark.parametrize("change", ["seed", "inputs", "weights", "predictor", "steps", "batch size"])
