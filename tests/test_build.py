@@ -34,6 +34,7 @@ BUILD_VARIABLES += ["LESA_CUDA", "LESA_CUDA_ARCHS", "MAX_JOBS"]
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, and none is on PATH")
 SOURCES = ["setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "Makefile", "LICENSE", "README.md"]
 SOURCES += ["CHANGELOG.md", "CONTRIBUTING.md", ".ci", "csrc", "lesa_kernels", "python", "tests", "benchmarks", "docs"]
+SOURCES += ["examples"]
 NOT_SOURCES = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
 SYSTEM_LIBRARIES = {"libstdc++", "libm", "libgcc_s", "libc", "libpthread", "libdl", "librt"}
 SYSTEM_LIBRARIES |= {"ld-linux-x86-64", "ld-linux-aarch64"}
