@@ -583,3 +583,44 @@ def test_what_only_the_device_can_see_fails_by_name(case, tmp_path):
 def test_bad_rows_fail_by_name_in_plain_torch_too(case, tmp_path):
     errors, _ = run_broken(BROKEN[case][0], "torch", tmp_path)
     assert "lesa_kernels.ring_push: the rows must be distinct and lie in [0, 2)" in errors, errors
+
+
+def test_predicted_steps_of_a_transformer_do_not_wait_for_the_gpu():
+    """The host looks at the GPU at the first call of a run, and never in a predicted one."""
+    diffusers = pytest.importorskip("diffusers")
+    lesa = pytest.importorskip("lesa")
+    torch.manual_seed(0)
+    config = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
+    config |= {"in_channels": 4, "joint_attention_dim": 16, "pooled_projection_dim": 16, "axes_dims_rope": (4, 6, 6)}
+    transformer = diffusers.FluxTransformer2DModel(**config).eval().to("cuda", torch.bfloat16)
+    scheduler, device = diffusers.FlowMatchEulerDiscreteScheduler(), torch.device("cuda")
+    pipe = SimpleNamespace(transformer=transformer, scheduler=scheduler, _execution_device=device)
+    call = {
+        "encoder_hidden_states": randn(1, 8, 16).bfloat16(),
+        "pooled_projections": randn(1, 16).bfloat16(),
+        "img_ids": torch.zeros(64, 3, device="cuda"),
+        "txt_ids": torch.zeros(8, 3, device="cuda"),
+        "return_dict": False,
+    }
+    predictor, computed = FusedKANPredictor(PredictorConfig(32)).cuda(), [0, 1, 2, 6]
+
+    @torch.no_grad()
+    def run(mode):
+        scheduler.set_timesteps(10, device="cuda")
+        scheduler.set_begin_index(0)
+        latents, outputs = randn(1, 64, 4).bfloat16(), []
+        for step, t in enumerate(scheduler.timesteps):
+            timestep = t.expand(1).to(latents.dtype) / 1000
+            torch.cuda.set_sync_debug_mode(mode if step not in computed else "default")
+            try:
+                outputs.append(transformer(hidden_states=latents, timestep=timestep, **call)[0])
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            latents = scheduler.step(outputs[-1], t, latents, return_dict=False)[0]
+        return outputs
+
+    with lesa.enable_cache(pipe, predictor, computed, strict=True) as cache:
+        first = run("default")  # compiles the kernels
+        again = run("error")
+    assert all(torch.equal(a, b) for a, b in zip(first, again)) and cache.stats.predicted_steps == 6
+    assert all(seconds > 0 for stream in cache.stats.streams.values() for seconds in stream.seconds.values())

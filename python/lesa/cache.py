@@ -9,7 +9,7 @@ import torch
 
 from lesa.conditioning import Conditioner
 from lesa.control import DeferredControl, computed
-from lesa.hook import Call, Run, StepHook, installed_hook
+from lesa.hook import UNLOCATED, Call, Run, StepHook, installed_hook
 from lesa.models import adapter_for
 from lesa.schedule import FEW_STEPS, Schedule, ScheduleLike, as_schedule
 from lesa.stats import CacheStats, StreamStats
@@ -224,10 +224,7 @@ class _CacheHook(StepHook):
     def on_unlocated(self) -> None:
         self.stats.unlocated += 1
         self.streams = {}  # another run has the transformer; what was computed before it is no history any more
-        self._fall_back(
-            "the timestep is not one of the scheduler's, or not the one that it is at",
-            "A cached transformer serves the scheduler of the pipeline that the cache was enabled for.",
-        )
+        self._fall_back(*UNLOCATED)
 
     def on_other_text(self, stream: str) -> None:
         if stream in self.streams:
@@ -270,9 +267,8 @@ class _CacheHook(StepHook):
     def predict(self, call, arguments):
         stream, predictor = self.streams[call.stream], self.predictor
         ring, conditioner = stream.ring, stream.conditioner
-        if self._keeps_forecasts or torch.is_grad_enabled() or not stream.fuses:
-            pass  # the forecast is needed, or its gradient
-        else:
+        needs_forecast = self._keeps_forecasts or torch.is_grad_enabled()
+        if stream.fuses and not needs_forecast:
             why = self.adapter.why_head_not_plain(self._capture.id, ring.device)
             if why is None:
                 head = conditioner.head(self.run, arguments, ring.dtype)
@@ -288,12 +284,14 @@ class _CacheHook(StepHook):
 
     def accepts(self, call, output) -> bool:
         """Sends for the sum of the output, which says whether it is finite. A CPU answers at once, a GPU later."""
-        stream = self.streams[call.stream]
-        self.post(output[0].sum(dtype=torch.float32), functools.partial(self._on_sum, call, self.run))
-        if not self.forecasts_are_finite:
+        stats, run = self.streams[call.stream].stats, self.run
+        self.post(output[0].sum(dtype=torch.float32), functools.partial(self._on_sum, call, run))
+        if self.run is not run or not self.forecasts_are_finite:
+            if call.step in stats.fused:
+                stats.fused.remove(call.step)
             return False
-        stream.stats.predicted.append(call.step)
-        stream.stats.end(call.step, output[0].device)
+        stats.predicted.append(call.step)
+        stats.end(call.step, output[0].device)
         return True
 
     def _on_sum(self, call: Call, run: Run, value: float) -> None:
@@ -301,10 +299,7 @@ class _CacheHook(StepHook):
             return
         self.forecasts_are_finite = False
         stats, reason = self.stats.streams[call.stream], "the forecast was not finite"
-        late = call.step in stats.predicted
-        if not late:
-            if call.step in stats.fused:
-                stats.fused.remove(call.step)
+        if call.step not in stats.predicted:  # else it is late: that step is over
             stats.reasons[call.step] = reason
         remedy = "So is the rest of the run. Check the predictor with `lesa.evaluate`, or use bfloat16."
         self._fall_back(reason, remedy)

@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import torch
 
-from lesa.hook import Run
+from lesa.hook import Run, version_of
 from lesa.models import Adapter
 from lesa_kernels import OutputHead
+
+_MOST_PLANS = 2
+"""Inputs that change more often in a run are taken to change at every step, where plans would be in vain."""
 
 
 class Conditioner:
@@ -58,14 +61,14 @@ class Conditioner:
         timestep = arguments["timestep"]
         given = {name: arguments[name] for name in self.adapter.conditioned_on}
         scale = (arguments[self.adapter.attention_kwargs] or {}).get("scale")
-        tensors = tuple((id(t), None if t is None or t.is_inference() else t._version) for t in given.values())
+        tensors = tuple((id(t), version_of(t)) for t in given.values())
         inputs = (tensors, scale, dtype, timestep.dtype, timestep.device, arguments["hidden_states"].shape)
         if inputs == self._inputs:
             return bool(self._conditioning)
         self._inputs, self._given = inputs, given  # as long as they are held, nothing else gets their ids
         self._conditioning = self._heads = ()
         self._plans += 1
-        if self._plans > 2:
+        if self._plans > _MOST_PLANS:
             return False
         self._begin = run.index
         passed = run.identity[run.index :].to(timestep.device, timestep.dtype, non_blocking=True)

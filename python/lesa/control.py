@@ -1,5 +1,6 @@
 """A ControlNet that waits until its residuals are needed: in a predicted step they are not."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,18 +21,6 @@ class Residuals(Sequence):
 
     def __len__(self):
         return len(self.value())
-
-
-class _Once:
-    """Calls a function when it is first asked for the result."""
-
-    def __init__(self, function: Callable):
-        self._function, self._result = function, None
-
-    def __call__(self):
-        if self._function is not None:
-            self._result, self._function = self._function(), None
-        return self._result
 
 
 class DeferredControl:
@@ -85,7 +74,7 @@ class DeferredControl:
             result = run(*args, **kwargs)
             self._is_none = tuple(part is None for part in (result if self.outputs else (result,)))
             return result
-        once = _Once(lambda: run(*args, **kwargs))
+        once = functools.cache(lambda: run(*args, **kwargs))
         if not self.outputs:
             return None if self._is_none[0] else Residuals(once)
         parts = range(self.outputs)

@@ -39,7 +39,7 @@ from lesa.pipelines import quiet_progress
 from lesa.quality import LEARNED, bootstrap_interval, learned_qualities, psnr, relative_error, ssim
 from lesa.recording import fingerprint
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels._checks import argument_error, check_choice, check_int
+from lesa_kernels._checks import Said, argument_error, check_choice, check_int
 
 __all__ = ["EvaluatedRun", "Evaluation", "TaylorSeer", "evaluate", "taylorseer_grid"]
 
@@ -307,7 +307,7 @@ def evaluate(
     Raises:
         TypeError, ValueError: an argument is not as above, or a predictor does not fit the pipeline.
         ImportError: a contender is not installed.
-        RuntimeError: a cache is on already.
+        RuntimeError: a cache is on already, or the transformer's blocks can't be counted, as in a compiled graph.
     """
     adapter = adapter_for(pipe)
     check_uncached(pipe.transformer)
@@ -535,6 +535,7 @@ class _Contest:
         if kept is None:
             outcome = self.outcome(self.batches, steps, cache, each_call, keep=True)
             if not self.results:
+                _check_seen(outcome, steps)
                 sigmas = self.pipe.scheduler.sigmas[: len(self.pipe.scheduler.timesteps)]
                 self._set_reference(outcome, sigmas.tolist())
             run, images = self._judged(name, contender, setting, steps, suffix, outcome)
@@ -831,6 +832,20 @@ def _file_name(name: str) -> str:
 
 def _digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _check_seen(reference: _Outcome, steps: int) -> None:
+    """Raises `RuntimeError` unless every block was seen to run in every step of the reference."""
+    whole = reference.counts[0]
+    if round(whole, 6) != steps:
+        raise argument_error(
+            "pipe",
+            "have a transformer whose blocks are seen to run in every step",
+            Said(f"one in which they are seen in {whole:g} of {steps}"),
+            "Compiled graphs hide them: evaluate before `compile`, or with the blocks compiled one by one. Disable "
+            "other caches.",
+            RuntimeError,
+        )
 
 
 def _samples(batches, wanted):

@@ -23,6 +23,12 @@ COMPILE_FIRST = (
     "`torch.compile(pipe.transformer, fullgraph=True)` before `lesa.enable_cache`"
 )
 
+UNLOCATED = (
+    "the timestep is not one of the scheduler's, or not the one that it is at",
+    "A cached transformer serves the scheduler of the pipeline that the cache was enabled for.",
+)
+"""Why a call can't be placed in a run, and what to know of it."""
+
 
 def installed_hook(transformer) -> "StepHook | None":
     """The hook that is on `transformer`, or None."""
@@ -66,7 +72,7 @@ class Run:
         sigmas: float32 noise level of each of the scheduler's steps.
         begin: index of the first step that was executed, or None before it.
         index: index of the current step.
-        exact: whether all samples are known to get the timesteps that `passed` gives, to the bit.
+        exact: whether all samples are known to get the timesteps that `passed` gives, but for the last bit of float32.
     """
 
     def __init__(self, scheduler, timestep_scale: float):
@@ -156,7 +162,7 @@ class _Source:
     kept: bool  # whether the call before had the same text
 
 
-def _version(tensor: torch.Tensor | None) -> int | None:
+def version_of(tensor: torch.Tensor | None) -> int | None:
     """How often a tensor was changed in place, as far as that is known."""
     return None if tensor is None or tensor.is_inference() else tensor._version
 
@@ -304,10 +310,7 @@ class StepHook(ModelHook):
 
     def on_unlocated(self) -> None:
         """Called when a call's timestep is none of the scheduler's, or turns out late to have been none."""
-        self.warn(
-            "the timestep is not one of the scheduler's, or not the one that it is at: computing. A cached "
-            "transformer serves the scheduler of the pipeline that the cache was enabled for"
-        )
+        self.warn("{}: computing. {}".format(*UNLOCATED))
 
     def on_other_text(self, stream: str) -> None:
         """Called when a stream that kept its text gets another one."""
@@ -326,7 +329,7 @@ class StepHook(ModelHook):
         raise NotImplementedError
 
     def accepts(self, call: Call, output) -> bool:
-        """Whether what `predict` gave is good; else the call is computed."""
+        """Whether what `predict` gave is good, and the run still the same; else the call is computed."""
         return True
 
     def needed(self, kwargs: dict) -> dict:
@@ -367,6 +370,8 @@ class StepHook(ModelHook):
                 output = self._predicted(call, args, kwargs)
                 if output is not None:
                     return output
+                if self.run is None:  # meanwhile it was found to be another scheduler's
+                    call = self._call = None
             kwargs = self.needed(kwargs)
             self.inside = "compute"
             output = run(*args, **kwargs)
@@ -516,7 +521,7 @@ class StepHook(ModelHook):
         names = (context + (f"-{order}" if order > 1 else "") for order in itertools.count(1))
         own = (name for name in names if name not in self._sources or self._sources[name].context == context)
         name = next(n for n in itertools.chain(same, own) if n not in self._called)
-        had, version = self._sources.get(name), _version(source)
+        had, version = self._sources.get(name), version_of(source)
         kept = had is not None and had.text is source
         if had is not None and (had.version != version if kept else had.kept):
             self.on_other_text(name)

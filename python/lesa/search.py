@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from lesa.recording import Trajectories
 from lesa.schedule import Schedule
-from lesa.training import Batch, Head
+from lesa.token_batches import Batch, Head
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels._checks import argument_error, check_int
 

@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from lesa.recording import Trajectories
 from lesa.schedule import Schedule, ScheduleLike, as_schedule
+from lesa.search import search_schedule
+from lesa.token_batches import Batch, Head
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels._checks import Said, argument_error, check_float, check_int
 
@@ -31,43 +32,6 @@ WEIGHT_DECAY = 1e-4
 GRADIENT_CLIP = 1.0
 DEFAULT_COMPUTED_STEPS = 9
 SEARCH_TURNS, PROBE_EPOCHS = 2, 12
-
-
-class Batch:
-    """Some trajectories of equal noise levels, their tokens side by side.
-
-    Attributes:
-        features: `[S, N, D]`, N tokens of all trajectories.
-        velocities: `[S, N, O]`, the head's output for them.
-        sigmas: `[S]`.
-        widths: `[S]`, how far each step goes down in sigma.
-    """
-
-    def __init__(self, trajectories, head, generator, tokens, device):
-        def chosen(trajectory):
-            total = trajectory.features.shape[1]
-            if tokens is None or tokens >= total:
-                return slice(None)
-            return torch.randperm(total, generator=generator)[:tokens]
-
-        parts = [(t, t.features[:, chosen(t)].to(device, torch.float32)) for t in trajectories]
-        self.sigmas = trajectories[0].sigmas.to(device)
-        self.widths = -torch.diff(self.sigmas, append=self.sigmas.new_zeros(1))
-        self.features = torch.cat([features for _, features in parts], 1)
-
-        def modulation(name):
-            spread = [getattr(t, name)[:, None].float().expand(-1, f.shape[1], -1) for t, f in parts]
-            return torch.cat(spread, 1).to(device)
-
-        self.head = head
-        self.scale, self.shift = modulation("scale"), modulation("shift")
-        self.velocities = self.velocity(self.features, slice(None))
-
-    def velocity(self, features, steps):
-        """The head's output `[P, N, O]` for features `[P, N, D]` of these steps."""
-        normed = F.layer_norm(features, features.shape[-1:], eps=self.head.eps)
-        modulated = normed * (1 + self.scale[steps]) + self.shift[steps]
-        return F.linear(modulated, self.head.weight, self.head.bias)
 
 
 class _Plan:
@@ -255,15 +219,22 @@ def find_schedule(
     Raises:
         ValueError: `config` or `budget` does not fit the trajectories, or the predictor is not a newton one.
     """
-    from lesa.search import search_schedule
-
     total = trajectories.num_inference_steps
     budget = check_int("budget", budget, minimum=2, maximum=total - 1)
     schedule = Schedule.spread(budget, total)
     for turn in range(SEARCH_TURNS + 1):
         probe = _Training(trajectories, _complete_config(trajectories, config, schedule), None, device, seed, reach=3)
         if turn:
-            probe.fit(PROBE_EPOCHS, 0, 8, 32, 3e-3, True, 0.0, progress)
+            probe.fit(
+                guided_epochs=PROBE_EPOCHS,
+                epochs=0,
+                batch_size=8,
+                tokens=32,
+                learning_rate=3e-3,
+                head_aware=True,
+                validation_fraction=0.0,
+                progress=progress,
+            )
         schedule = search_schedule(trajectories, probe.predictor.cpu(), budget, seed=seed, progress=progress)
     return schedule
 
@@ -458,16 +429,6 @@ class _Training:
         (self.out_dir / LOSSES_NAME).write_text(json.dumps({"guided_epochs": guided_epochs, **self.losses}) + "\n")
         _plot_losses(self.losses, guided_epochs, self.out_dir / CURVE_NAME)
         (self.out_dir / CHECKPOINT_NAME).unlink()
-
-
-class Head:
-    """The output projection that was recorded with the trajectories."""
-
-    def __init__(self, trajectories, device):
-        self.eps = trajectories.head_eps
-        self.weight = trajectories.head_weight.to(device, torch.float32)
-        bias = trajectories.head_bias
-        self.bias = None if bias is None else bias.to(device, torch.float32)
 
 
 def _plot_losses(losses, guided_epochs, file) -> None:

@@ -630,6 +630,25 @@ def test_the_scale_of_lora_acts_on_the_predicted_steps(small_pipe, generate, pef
         assert_forecast(handle)
 
 
+@pytest.mark.parametrize("change, moves", [(2, True), (5, True), (9, False)])
+def test_the_weight_of_a_lora_that_changes_in_a_run_acts_from_the_next_computed_step(
+    small_pipe, generate, peft, change, moves
+):
+    """Of a LoRA in the blocks only. The callback comes after the step, and step 9 is the last one computed."""
+    small_pipe.load_lora_weights(lora(small_pipe, 0, BODY), adapter_name="first")
+
+    def other_weight(pipe, step, timestep, tensors):
+        if step == change:
+            pipe.set_adapters(["first"], [0.3])
+        return {}
+
+    handle = enable(small_pipe)
+    plain = generate(small_pipe)
+    changed = generate(small_pipe, callback_on_step_end=other_weight)
+    assert torch.equal(changed, plain) != moves
+    assert all(stream.computed == SOME for stream in handle.stats.streams.values())
+
+
 def test_lora_that_was_fused_and_unloaded_is_noted(small_pipe, generate, peft):
     """Which leaves changed weights, and nothing on the transformer that tells of it."""
     small_pipe.load_lora_weights(lora(small_pipe, 0), adapter_name="first")
@@ -887,10 +906,12 @@ def test_gradients(small_pipe, checkpointing, cache_first):
         assert_same_gradients(again[step], plain[step])
 
 
-def test_gradients_go_through_a_predicted_step_to_the_predictor(small_pipe):
-    predictor = make_predictor()
-    with lesa.enable_cache(small_pipe, predictor, [0, 1], strict=True):
+@pytest.mark.parametrize("kernels", [False, True], ids=["extension", "triton"])
+def test_gradients_go_through_a_predicted_step_to_the_predictor(small_pipe, kernels):
+    predictor = on_kernels(make_predictor()) if kernels else make_predictor()
+    with lesa.enable_cache(small_pipe, predictor, [0, 1], strict=True) as handle:
         train(small_pipe)
+    assert all(not stream.fused for stream in handle.stats.streams.values())  # a fused step has no gradients
     assert predictor.up.grad is not None and predictor.up.grad.isfinite().all() and predictor.up.grad.any()
 
 

@@ -46,6 +46,13 @@ def evaluated(_digits_pipeline, inputs, tmp_path_factory):
     return lesa.evaluate(pipe, inputs, predictors, against, STEPS, seed=7, out_dir=folder, progress=False), folder
 
 
+def test_a_compiled_transformer_whose_blocks_can_not_be_counted_is_refused(fresh_pipe, inputs):
+    torch._dynamo.reset()
+    fresh_pipe.transformer.compile(backend="eager")
+    with pytest.raises(RuntimeError, match="`pipe` must have a transformer whose blocks are seen .* seen in 0 of 12"):
+        lesa.evaluate(fresh_pipe, inputs[:1], [], (), STEPS, progress=False)
+
+
 def test_runs_are_named_by_what_they_are_and_counted(evaluated):
     evaluation, _ = evaluated
     counted = {run.name: run.steps for run in evaluation.runs}

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import lesa
-from lesa import cli, reporting
+from lesa import cli, evaluation, reporting
 from lesa.demo import digits
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
@@ -54,6 +54,10 @@ def changed(folder, target, change) -> Path:
     change(summary)
     (target / "summary.json").write_text(json.dumps(summary))
     return target
+
+
+def test_the_reader_knows_the_form_that_is_written():
+    assert reporting.FORMAT_VERSION == evaluation.FORMAT_VERSION
 
 
 def test_the_page_is_where_it_was_asked_for(folder, tmp_path, page, capsys):

@@ -17,6 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lesa
+from lesa.cache import _CacheHook
 from lesa.conditioning import Conditioner
 from lesa.demo import digits
 from lesa.hook import StepHook
@@ -891,6 +892,45 @@ def test_another_pipelines_scheduler_is_found_late(pipe, generate, clean, as_on_
     assert torch.equal(result, plain)
     with lesa.enable_cache(pipe, make_predictor(), SOME):
         assert torch.equal(generate(pipe), expected["defaults"])
+
+
+def test_another_scheduler_that_is_found_in_a_predicted_call_is_computed(pipe, generate, as_on_a_gpu, monkeypatch):
+    """The letter with its timestep comes while the forecast is made, as it may on an idle GPU."""
+    as_on_a_gpu(0)
+    arrives, seen = [True], []
+    monkeypatch.setattr(Mailbox, "_arrived", staticmethod(lambda sent: arrives[0]))
+    begin, accepts = StepHook._begin, _CacheHook.accepts
+
+    def begin_before_it(self, *args):
+        arrives[0] = False
+        return begin(self, *args)
+
+    def accept_after_it(self, *args):
+        arrives[0] = True
+        return accepts(self, *args)
+
+    def fail(pipe, index, timestep, tensors):
+        if index == 3:
+            raise Stop
+        return {}
+
+    def keep(module, args, kwargs):
+        seen.append(kwargs)
+
+    with lesa.enable_cache(pipe, make_predictor(), SOME) as handle:
+        watch = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+        with pytest.raises(Stop):
+            generate(pipe, callback_on_step_end=fail)  # this leaves its scheduler at step 4, which is to be predicted
+        watch.remove()
+        call = {**seen[-1], "timestep": torch.full((2,), 0.123)}  # the same text: it looks like the same stream
+        monkeypatch.setattr(StepHook, "_begin", begin_before_it)
+        monkeypatch.setattr(_CacheHook, "accepts", accept_after_it)
+        located = pytest.warns(RuntimeWarning, match="not one of the scheduler's")
+        with torch.no_grad(), pipe.transformer.cache_context("cond"), located:
+            output = pipe.transformer(**call)[0]
+        assert handle.stats.unlocated == 1 and handle.stats.streams["cond"].predicted == [3]
+    with torch.no_grad():
+        assert torch.equal(output, pipe.transformer(**call)[0])
 
 
 WAITS = {"_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "_unique2", "unique_dim"}

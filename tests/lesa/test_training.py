@@ -10,6 +10,7 @@ import lesa
 from lesa import training
 from lesa.recording import FORMAT_VERSION, HEAD, MANIFEST
 from lesa.schedule import Schedule
+from lesa.token_batches import Batch
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS, TOKENS, WIDTH, OUT = 12, 6, 8, 3
@@ -218,7 +219,7 @@ def test_trajectories_of_different_noise_levels_train_together(tmp_path):
 
 def test_the_loss_of_the_true_features_is_zero_and_has_a_gradient(trajectories):
     run = training._Training(trajectories, training._complete_config(trajectories, None, [0, 4]), None, "cpu", 0)
-    batch = training.Batch([trajectories[0]], run.head, run.generator, None, "cpu")
+    batch = Batch([trajectories[0]], run.head, run.generator, None, "cpu")
     plan = training._Plan([0, 4], STEPS, 4)
     forecast = batch.features[plan.steps].requires_grad_()
     loss = training._head_aware_loss(batch, plan, forecast)
@@ -232,7 +233,7 @@ def test_velocities_of_a_batch_are_those_of_the_output_head(trajectories):
     from lesa_kernels.predictor import output_head
 
     run = training._Training(trajectories, training._complete_config(trajectories, None, 4), None, "cpu", 0)
-    batch = training.Batch([trajectories[0], trajectories[1]], run.head, run.generator, None, "cpu")
+    batch = Batch([trajectories[0], trajectories[1]], run.head, run.generator, None, "cpu")
     for number in (0, 1):
         t = trajectories[number]
         head = OutputHead(run.head.weight, run.head.bias, t.scale, t.shift, run.head.eps)

@@ -5,7 +5,6 @@ about 30 minutes on 2 cores that others use as well. One thread (`OMP_NUM_THREAD
 """
 
 import argparse
-import math
 from pathlib import Path
 
 import skimage.data
@@ -19,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from lesa.demo import photos
-from lesa.demo.make_weights import train_predictors
+from lesa.demo.make_weights import step_of, train_predictors
 from lesa.demo.run import DEMOS
 from lesa_kernels import FusedKANPredictor
 
@@ -82,8 +81,7 @@ def train_transformer(
     torch.manual_seed(seed)
     model = QwenImageTransformer2DModel(**photos.TRANSFORMER_CONFIG)
     embedding = nn.Embedding(photos.NUM_CLASSES + 1, photos.EMBEDDING_DIM)
-    parameters = [*model.parameters(), *embedding.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW([*model.parameters(), *embedding.parameters()], lr=1e-3, weight_decay=1e-4)
     parts = {"model": model, "embedding": embedding, "optimizer": optimizer}
     first = 0
     if checkpoint is not None and checkpoint.exists():
@@ -111,13 +109,7 @@ def train_transformer(
                 return_dict=False,
             )[0]
         loss = (velocity - (noise - clean)).pow(2).mean()
-        rate = 1e-3 * min(1, iteration / 100) * (0.5 + 0.5 * math.cos(math.pi * iteration / iterations))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        step_of(optimizer, loss, iteration, iterations)
         average += (loss.item() - average) / min(100, iteration - first + 1)
         progress.set_postfix(loss=f"{average:.4f}", refresh=False)
         if checkpoint is not None and (iteration + 1) % 100 == 0:

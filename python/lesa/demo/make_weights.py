@@ -40,8 +40,7 @@ def train_transformer(iterations: int, seed: int = 0) -> tuple[FluxTransformer2D
     torch.manual_seed(seed)
     model = FluxTransformer2DModel(**digits.TRANSFORMER_CONFIG)
     embedding = nn.Embedding(digits.NUM_CLASSES, digits.EMBEDDING_DIM)
-    parameters = [*model.parameters(), *embedding.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW([*model.parameters(), *embedding.parameters()], lr=1e-3, weight_decay=1e-4)
     images, labels = training_data()
     half = digits.SIDE // 2
     grid = torch.meshgrid(torch.zeros(1), torch.arange(float(half)), torch.arange(float(half)), indexing="ij")
@@ -64,16 +63,21 @@ def train_transformer(iterations: int, seed: int = 0) -> tuple[FluxTransformer2D
             return_dict=False,
         )[0]
         loss = (velocity - (noise - clean)).pow(2).mean()
-        rate = 1e-3 * min(1, iteration / 100) * (0.5 + 0.5 * math.cos(math.pi * iteration / iterations))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        step_of(optimizer, loss, iteration, iterations)
         if iteration % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
     return model.to(torch.bfloat16), embedding.weight.detach().to(torch.bfloat16)
+
+
+def step_of(optimizer: torch.optim.Optimizer, loss: torch.Tensor, iteration: int, iterations: int) -> None:
+    """One step at a rate of 1e-3, with 100 iterations of warm-up and a cosine decay; gradients are clipped at 1."""
+    rate = 1e-3 * min(1, iteration / 100) * (0.5 + 0.5 * math.cos(math.pi * iteration / iterations))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
 
 
 def train_predictors(demo: Demo, out: Path) -> None:

@@ -1,0 +1,66 @@
+"""A ControlNet's deferred residuals, and when its calls are deferred."""
+
+import pytest
+import torch
+
+from lesa.control import DeferredControl, Residuals, computed
+
+
+class ControlNet(torch.nn.Module):
+    """Gives two lists, the second of which may be None."""
+
+    def __init__(self, singles=True):
+        super().__init__()
+        self.calls, self.singles = [], singles
+
+    def forward(self, x, return_dict=True):
+        self.calls.append(x)
+        lists = [x, x + 1], [x + 2] if self.singles else None
+        return dict(zip(("blocks", "singles"), lists)) if return_dict else lists
+
+
+@pytest.fixture
+def awaited():
+    """What the cached pipeline says: whether its transformer waits for a call."""
+    return [True]
+
+
+@pytest.fixture(params=[True, False])
+def net(request, awaited):
+    net = ControlNet(request.param)
+    control, is_awaited = DeferredControl.of(net, 2), lambda: awaited[0]
+    control.join(is_awaited)
+    yield net
+    control.leave(is_awaited)
+    assert {"_compiled_call_impl", "compile"}.isdisjoint(vars(net))
+
+
+def test_residuals_are_a_list_that_is_computed_once_and_when_it_is_looked_at(net):
+    net(torch.zeros(1), return_dict=False)  # the first call shows which of the lists are None
+    blocks, singles = net(torch.ones(1), return_dict=False)
+    assert len(net.calls) == 1 and isinstance(blocks, Residuals)
+    assert len(blocks) == 2 and blocks[1].item() == 2 and [r.item() for r in blocks] == [1, 2]
+    assert (singles is None) == (not net.singles)
+    assert computed({"blocks": blocks, "singles": singles, "other": 3}) == {
+        "blocks": [net.calls[1], net.calls[1] + 1],
+        "singles": [net.calls[1] + 2] if net.singles else None,
+        "other": 3,
+    }
+    assert len(net.calls) == 2
+
+
+def test_calls_that_nobody_waits_for_are_made_at_once(net, awaited):
+    net(torch.zeros(1), return_dict=False)
+    awaited[0] = False
+    blocks, _ = net(torch.ones(1), return_dict=False)
+    assert type(blocks) is list and len(net.calls) == 2
+    awaited[0] = True
+    assert type(net(torch.ones(1))) is dict and len(net.calls) == 3  # an output object
+
+
+def test_a_call_that_fails_fails_when_it_is_looked_at(net):
+    net(torch.zeros(1), return_dict=False)
+    blocks, _ = net(None, return_dict=False)
+    for _ in range(2):
+        with pytest.raises(TypeError):
+            blocks[0]
