@@ -5,6 +5,7 @@ import importlib
 _SOURCES = {
     "CacheHandle": "lesa.cache",
     "CacheStats": "lesa.cache",
+    "ErrorControl": "lesa.schedule",
     "Schedule": "lesa.schedule",
     "Trajectories": "lesa.recording",
     "disable_cache": "lesa.cache",
@@ -14,6 +15,7 @@ _SOURCES = {
     "find_schedule": "lesa.training",
     "record": "lesa.recording",
     "search_schedule": "lesa.search",
+    "refine": "lesa.refinement",
     "report": "lesa.reporting",
     "train": "lesa.training",
 }

@@ -11,10 +11,11 @@ from lesa.conditioning import Conditioner
 from lesa.control import DeferredControl, computed
 from lesa.hook import UNLOCATED, Call, Run, StepHook, installed_hook
 from lesa.models import adapter_for
-from lesa.schedule import FEW_STEPS, Schedule, ScheduleLike, as_schedule
+from lesa.schedule import FEW_STEPS, ErrorControl, Schedule, ScheduleLike, as_schedule
 from lesa.stats import CacheStats, StreamStats
 from lesa_kernels import FeatureRing, FusedKANPredictor, TieredRing
 from lesa_kernels._checks import Said, argument_error, check_int
+from lesa_kernels.predictor import output_head
 
 
 class CacheHandle:
@@ -25,12 +26,12 @@ class CacheHandle:
     """
 
     def __init__(self, hook: "_CacheHook"):
-        self._hook = hook
+        self.hook = hook
         self.stats = hook.stats
 
     def disable(self) -> None:
         """Restores the transformer. Does nothing if the cache is off already."""
-        self._hook.uninstall()
+        self.hook.uninstall()
 
     def __enter__(self) -> "CacheHandle":
         return self
@@ -42,7 +43,7 @@ class CacheHandle:
 def enable_cache(
     pipe,
     predictor: FusedKANPredictor,
-    schedule: ScheduleLike | None = None,
+    schedule: ScheduleLike | ErrorControl | None = None,
     max_device_bytes: int | None = None,
     strict: bool = False,
 ) -> CacheHandle:
@@ -52,7 +53,8 @@ def enable_cache(
         pipe: a diffusers pipeline of a supported family.
         predictor: trained for the pipeline's transformer, on the transformer's device.
         schedule: which steps are computed: a `lesa.Schedule`, a list of step indices counted over the steps that a call
-            executes, or an interval N for steps 0, 1, 2 and then every N. None: as the predictor was trained; then runs
+            executes, an interval N for steps 0, 1, 2 and then every N, or a `lesa.ErrorControl`, which chooses them
+            during the run, by the errors of the forecasts so far. None: as the predictor was trained; then runs
             of fewer than 10 steps are computed whole, unless it was trained at that number.
         max_device_bytes: the most that the stored features of one stream of calls may take on the device; beyond it the
             oldest ones wait in host memory, which costs time. Guidance by two calls per step has two streams.
@@ -117,6 +119,8 @@ def enable_cache(
         )
     if as_trained:
         schedule = Schedule(config.schedule, config.num_inference_steps, config.schedule_sigmas)
+    elif isinstance(schedule, ErrorControl):
+        _check_controllable(adapter, config)
     elif isinstance(schedule, numbers.Integral):
         as_schedule(schedule, 1)  # a wrong interval is an error here, not at the first step
     else:
@@ -126,6 +130,23 @@ def enable_cache(
     hook = _CacheHook(pipe, adapter, predictor.eval(), schedule, as_trained, max_device_bytes, strict)
     hook.install()
     return CacheHandle(hook)
+
+
+def _check_controllable(adapter, config) -> None:
+    if config.history != "anchors":
+        raise argument_error(
+            "schedule",
+            "be known before the run with a predictor that feeds on its own forecasts",
+            Said("an ErrorControl"),
+            "Use a newton predictor, or a list of steps.",
+        )
+    if getattr(adapter.transformer, "_parallel_config", None) is not None:
+        raise argument_error(
+            "schedule",
+            "be known before the run where processes share a transformer",
+            Said("an ErrorControl"),
+            "Pass a list of steps: each process sees errors of its own part only.",
+        )
 
 
 def disable_cache(pipe) -> None:
@@ -161,6 +182,8 @@ class _CacheHook(StepHook):
         self.streams: dict[str, _Stream] = {}
         self.computed: frozenset[int] = frozenset()
         self.forecasts_are_finite = True
+        self.errors: list[float] = []  # of the forecasts for the latest computed step, one per stream
+        self.recorder = None  # a `lesa.recording.Recorder` that wants to know what is computed
 
     def install(self) -> None:
         super().install()
@@ -184,9 +207,14 @@ class _CacheHook(StepHook):
     def on_run(self, run: Run) -> None:
         """Chooses the computed steps of the run."""
         self.stats.begin_run()
+        if self.recorder is not None:
+            self.recorder.on_run(run)
         self._note_adapters()
         config, sigmas = self.predictor.config, run.executed_sigmas
         total = len(sigmas)
+        if isinstance(self.schedule, ErrorControl):
+            self.computed, self.errors = self.schedule.first_steps(total), []
+            return
         if self.as_trained and total < FEW_STEPS and total != config.num_inference_steps:
             self.stats.note(f"computed everything: {total} steps are too few to predict any")
             self.computed = frozenset(range(total))
@@ -236,6 +264,8 @@ class _CacheHook(StepHook):
             stats = self.stats.streams.setdefault(call.stream, StreamStats())
             stream = self.streams[call.stream] = _Stream(stats, Conditioner(self.adapter))
         stream.stats.begin(call.step, call.arguments["hidden_states"].device)
+        if isinstance(self.schedule, ErrorControl) and call.step > max(self.computed):
+            self._choose_next_step()
         if call.step in self.computed:
             stream.stats.reasons[call.step] = "scheduled"
             return False
@@ -247,6 +277,29 @@ class _CacheHook(StepHook):
             stream.stats.reasons[call.step] = reason
             self._fall_back(reason, remedy)
         return reason is None
+
+    def _choose_next_step(self) -> None:
+        """Adds the computed step after the last one, by the errors that were found there."""
+        self.wait_for_mail()
+        before, last = sorted(self.computed)[-2:]
+        gap, levels = last - before, self.run.executed_sigmas
+        if self.errors:  # there are none where a history began anew
+            gap = self.schedule.next_gap(gap, max(self.errors) * (levels[before] - levels[last]))
+        self.computed |= {last + gap}
+        self.errors = []
+
+    def _measure(self, stream: _Stream, call: Call, features, conditioning) -> None:
+        """Sends for the error of the forecast for a step that was computed."""
+        ring, head = stream.ring, self.adapter.output_head(conditioning)
+        truth = output_head(features, head).float()
+        error = (output_head(self.predictor(ring, call.sigma), head).float() - truth).flatten(1)
+        worst = (error.norm(dim=1) / truth.flatten(1).norm(dim=1).clamp(min=1e-12)).amax()
+
+        def receive(value: float) -> None:
+            stream.stats.errors[call.step] = value
+            self.errors.append(value if math.isfinite(value) else math.inf)
+
+        self.post(worst, receive)
 
     def _why_not(self, stream: _Stream, call: Call) -> tuple[str | None, str]:
         """Why a step that the schedule leaves out can't be predicted, or None; and what helps."""
@@ -311,7 +364,11 @@ class _CacheHook(StepHook):
         self.warn(f"{reason}: computing. {remedy}")
 
     def keep(self, call, features, conditioning) -> None:
+        if self.recorder is not None:
+            self.recorder.keep(call, features, conditioning)
         stream = self.streams[call.stream]
+        if isinstance(self.schedule, ErrorControl) and len(stream.stats.computed) > 1 and self._fits(stream, features):
+            self._measure(stream, call, features, conditioning)
         self._push(stream, features, call.sigma)
         stream.shape, stream.is_other_text = self.adapter.shape(call.arguments), False
 
@@ -325,10 +382,16 @@ class _CacheHook(StepHook):
                 "Compile with `pipe.transformer.compile(...)`, and don't replace the transformer's forward.",
             )
 
+    def _fits(self, stream: _Stream, features) -> bool:
+        """Whether the stream has a history that these features belong to."""
+        ring = stream.ring
+        if ring is None or stream.is_other_text or (ring.batch, ring.tokens, ring.dim) != features.shape:
+            return False
+        return (ring.dtype, ring.device) == (features.dtype, features.device)
+
     def _push(self, stream: _Stream, features, sigma) -> None:
         ring = stream.ring
-        fits = ring is not None and (ring.batch, ring.tokens, ring.dim) == features.shape
-        if not fits or stream.is_other_text or (ring.dtype, ring.device) != (features.dtype, features.device):
+        if not self._fits(stream, features):
             stream.ring = ring = None  # the last name of it: it is freed before another one takes memory
             batch, tokens, _ = features.shape
             ring = self.predictor.make_ring(batch, tokens, features.dtype, features.device, self.max_device_bytes)

@@ -103,6 +103,27 @@ def _train(options) -> None:
     print(f"Wrote the predictor, which computes the steps {steps}, to {options.out}")
 
 
+def _refine(options) -> None:
+    from lesa.refinement import refine
+    from lesa_kernels import FusedKANPredictor
+
+    predictor = FusedKANPredictor.from_pretrained(options.predictor)
+    pipe = _load_pipeline(options)
+    refine(
+        predictor,
+        options.trajectories,
+        pipe,
+        _read_inputs(pipe, options),
+        out_dir=options.out,
+        rounds=options.rounds,
+        epochs=options.epochs,
+        samples_per_call=options.batch_size,
+        seed=options.seed,
+        device=_device(options),
+    )
+    print(f"Wrote the refined predictor to {options.out}")
+
+
 def _generate(options) -> None:
     import torch
     from PIL import Image
@@ -331,13 +352,14 @@ def _parser() -> argparse.ArgumentParser:
     def placed(sub):
         sub.add_argument("--device", help="such as cuda or cpu (default: cuda if there is one)")
 
-    def model(sub, inputs_required=True):
+    def model(sub, inputs_required=True, as_recorded=False):
         sub.add_argument("--model", required=True, help="folder or hub id of a diffusers pipeline")
         target = sub if inputs_required else sub.add_mutually_exclusive_group(required=True)
         text = "prompts in a .jsonl file, or pipeline arguments in a .safetensors file"
         target.add_argument("--inputs", required=inputs_required, type=Path, metavar="FILE", help=text)
-        sub.add_argument("--steps", type=_positive, default=50, help="denoising steps (default: 50)")
-        sub.add_argument("--seed", type=_natural, default=0, help="sample i has this + i (default: 0)")
+        if not as_recorded:
+            sub.add_argument("--steps", type=_positive, default=50, help="denoising steps (default: 50)")
+            sub.add_argument("--seed", type=_natural, default=0, help="sample i has this + i (default: 0)")
         placed(sub)
         dtypes = ("float32", "bfloat16", "float16")
         sub.add_argument("--dtype", choices=dtypes, help="of the model (default: float32 on a CPU, else bfloat16)")
@@ -373,6 +395,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--epochs", type=_positive, help="passes over the trajectories (default: 60)")
     sub.add_argument("--seed", type=_natural, default=0, help="of the training (default: 0)")
     placed(sub)
+
+    sub = command("refine", _refine, "train a predictor further on where its own forecasts lead", resumes=True)
+    model(sub, as_recorded=True)
+    sub.add_argument("--predictor", required=True, help="folder that `lesa train` wrote")
+    sub.add_argument("--trajectories", required=True, type=Path, help="folder that `lesa record` wrote of this model")
+    sub.add_argument("--out", required=True, type=Path, help="folder for the refined predictor")
+    sub.add_argument("--rounds", type=_positive, default=2, help="how often to roll out and train (default: 2)")
+    sub.add_argument("--epochs", type=_positive, default=20, help="passes over the trajectories a round (default: 20)")
+    sub.add_argument("--batch-size", type=_positive, default=1, help="samples per pipeline call (default: 1)")
+    sub.add_argument("--seed", type=_natural, default=0, help="of the training (default: 0)")
 
     sub = command("generate", _generate, "generate pictures with most steps predicted")
     source = model(sub, inputs_required=False)

@@ -441,6 +441,11 @@ class StepHook(ModelHook):
         for receive, value in self._mailbox.collect(wait=shared):
             receive(value)
 
+    def wait_for_mail(self) -> None:
+        """Hands out all that is on the way; the host waits for a GPU."""
+        for receive, value in self._mailbox.collect(wait=True):
+            receive(value)
+
     def warn(self, message: str) -> None:
         """Warns, once for each message."""
         if message not in self._warned:

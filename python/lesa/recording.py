@@ -15,7 +15,7 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,11 +23,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from lesa.hook import Run, StepHook
+from lesa.cache import enable_cache
+from lesa.hook import Call, Run, StepHook
 from lesa.inputs import batches_of, check_inputs, collate, inputs_digest
 from lesa.models import adapter_for
 from lesa.pipelines import quiet_progress
-from lesa_kernels import OutputHead
+from lesa_kernels import FusedKANPredictor, OutputHead
 from lesa_kernels._checks import Said, argument_error, check_int
 
 FORMAT_VERSION = 1
@@ -73,6 +74,7 @@ class Trajectories:
         head_bias: `[O]`, or None.
         head_eps: of the output head's layer norm.
         manifest: the manifest as a dict.
+        names: of each trajectory, its file's without the suffix.
         samples: of each trajectory, the number of its input; the streams of one input share it.
 
     Raises:
@@ -111,7 +113,8 @@ class Trajectories:
         head = load_file(self.folder / HEAD)
         self.head_weight, self.head_bias = head["weight"], head.get("bias")
         self._files = _sample_files(self.folder)
-        self.samples = [int(path.stem.split("-")[1]) for path in self._files]
+        self.names = [path.stem for path in self._files]
+        self.samples = [int(name.split("-")[1]) for name in self.names]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -135,8 +138,12 @@ def record(
     seed: int = 0,
     batch_size: int = 1,
     progress: bool = True,
+    predictor: FusedKANPredictor | None = None,
 ) -> Trajectories:
-    """Runs `pipe` on `inputs` and writes the features, noise levels and head conditioning of every step.
+    """Runs `pipe` on `inputs` and writes the features, noise levels and head conditioning of every computed step.
+
+    All steps are computed, unless a predictor is given. Then it predicts the steps that its schedule leaves out, and
+    the others are recorded along the way on which it leads the sample: a roll-out, which is what `refine` learns from.
 
     Called again after an interruption, it keeps the samples that are there and records the others. Sample i is drawn
     with `torch.Generator("cpu").manual_seed(seed + i)`, whatever its batch.
@@ -153,6 +160,7 @@ def record(
         batch_size: how many samples share a call of the pipeline. Inputs that can't, such as two sizes of images, never
             do.
         progress: whether to show a progress bar over the samples.
+        predictor: whose roll-outs to record; None for plain runs.
 
     Returns:
         The recording.
@@ -163,6 +171,7 @@ def record(
         ValueError: an argument is out of range, an input carries an argument that is not its own to choose, or
             `out_dir` holds something else than this recording or its beginning; the message names what differs.
         RuntimeError: features are not finite, a step was missed, or a cache is on for the transformer.
+        Of the predictor, what `lesa.enable_cache` raises.
     """
     inputs = check_inputs(inputs)
     check_int("batch_size", batch_size)
@@ -189,6 +198,7 @@ def record(
         "samples": len(inputs),
         "inputs_digest": inputs_digest(inputs),
         "transformer": fingerprint(adapter.transformer),
+        "predictor": None if predictor is None else fingerprint(predictor),
     }
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,31 +212,43 @@ def record(
     missing = {number for number in range(len(inputs)) if not _sample_file(folder, number).exists()}
     if not missing:
         return Trajectories(folder)
-    hook = _RecordingHook(pipe, adapter, tokens_per_sample, seed)
-    hook.install()
-    try:
+    recorder = Recorder(pipe, adapter, tokens_per_sample, seed)
+    with _kept_by(recorder, predictor) as hook:
         finished = len(inputs) - len(missing)
         bar = tqdm(total=len(inputs), initial=finished, desc="record", unit="sample", disable=not progress)
         with quiet_progress(pipe), bar:
             for numbers in batches_of(inputs, batch_size):
                 if missing.isdisjoint(numbers):
                     continue
-                hook.begin(numbers)
+                recorder.begin(numbers)
                 pipe(
                     **collate([inputs[number] for number in numbers]),
                     generator=[torch.Generator("cpu").manual_seed(seed + number) for number in numbers],
                     num_inference_steps=num_inference_steps,
                     output_type="latent",
                 )
-                hook.check_complete()
-                _begin(folder, {**planned, **hook.facts()}, hook.head)
+                recorder.check_complete(hook.computed)
+                _begin(folder, {**planned, **recorder.facts()}, recorder.head)
                 for position, number in enumerate(numbers):
                     if number in missing:
-                        _save_sample(folder, number, hook.trajectories_of(position))
+                        _save_sample(folder, number, recorder.trajectories_of(position))
                         bar.update()
+    return Trajectories(folder)
+
+
+@contextlib.contextmanager
+def _kept_by(recorder: "Recorder", predictor: FusedKANPredictor | None) -> Iterator[StepHook]:
+    """The context in which the recorder gets what is computed, of all steps or of those that the predictor leaves."""
+    if predictor is None:
+        hook = _RecordingHook(recorder.pipe, recorder.adapter)
+        hook.install()
+    else:
+        hook = enable_cache(recorder.pipe, predictor, strict=True).hook
+    hook.recorder = recorder
+    try:
+        yield hook
     finally:
         hook.uninstall()
-    return Trajectories(folder)
 
 
 @dataclass
@@ -241,10 +263,29 @@ class _Stream:
 
 
 class _RecordingHook(StepHook):
-    """Computes every call and keeps what enters the output head."""
+    """Computes every call."""
 
-    def __init__(self, pipe, adapter, tokens_per_sample, seed):
-        super().__init__(pipe, adapter)
+    recorder: "Recorder"
+    computed: frozenset[int] = frozenset()
+
+    def on_run(self, run: Run) -> None:
+        self.computed = frozenset(range(len(run.executed_sigmas)))
+        self.recorder.on_run(run)
+
+    def keep(self, call, features, conditioning) -> None:
+        self.recorder.keep(call, features, conditioning)
+
+
+class Recorder:
+    """Keeps what enters the output head in the computed steps of one call of the pipeline.
+
+    Args:
+        pipe, adapter: whose head it is.
+        tokens_per_sample, seed: as of `record`.
+    """
+
+    def __init__(self, pipe, adapter, tokens_per_sample: int | None, seed: int):
+        self.pipe, self.adapter = pipe, adapter
         self.tokens_per_sample, self.seed = tokens_per_sample, seed
 
     def begin(self, numbers: list[int]) -> None:
@@ -255,6 +296,7 @@ class _RecordingHook(StepHook):
         self.head: OutputHead | None = None
 
     def on_run(self, run: Run) -> None:
+        """Called at the first step of a run."""
         if any(stream.steps for stream in self.streams.values()):
             raise argument_error(
                 "inputs",
@@ -266,15 +308,15 @@ class _RecordingHook(StepHook):
         self.sigmas = run.executed_sigmas
         self.streams = {}
 
-    def check_complete(self) -> None:
-        """Raises `RuntimeError` unless every stream has every step."""
-        seen = {name: len(stream.steps) for name, stream in self.streams.items()} or {"any": 0}
-        for name, count in seen.items():
-            if count != len(self.sigmas) or count == 0:
+    def check_complete(self, steps: Set[int]) -> None:
+        """Raises `RuntimeError` unless every stream has these steps."""
+        seen = {name: stream.steps for name, stream in self.streams.items()} or {"any": set()}
+        for name, had in seen.items():
+            if had != steps or not had:
                 raise argument_error(
                     "pipe",
                     "call its transformer once for each of its scheduler's steps",
-                    Said(f"{count} of {len(self.sigmas)} steps in the stream {name!r}"),
+                    Said(f"{len(had)} of {len(steps)} steps in the stream {name!r}"),
                     "Use a scheduler with one call per step, and let the pipeline run to its end.",
                     RuntimeError,
                 )
@@ -289,20 +331,21 @@ class _RecordingHook(StepHook):
         }
 
     def trajectories_of(self, position: int) -> dict[str, dict]:
-        """By stream, the tensors to write for one sample of the batch."""
-        sigmas = torch.tensor(self.sigmas, dtype=torch.float32)
-        return {
-            name: {
-                "features": stream.features[position],
-                "sigmas": sigmas,
-                "scale": stream.scale[position],
-                "shift": stream.shift[position],
+        """By stream, the tensors to write for one sample of the batch: of the steps that were computed."""
+        recorded = {}
+        for name, stream in self.streams.items():
+            steps = sorted(stream.steps)
+            recorded[name] = {
+                "features": stream.features[position, steps],
+                "sigmas": torch.tensor(self.sigmas, dtype=torch.float32)[steps],
+                "scale": stream.scale[position, steps],
+                "shift": stream.shift[position, steps],
                 "token_index": stream.token_index[position],
             }
-            for name, stream in self.streams.items()
-        }
+        return recorded
 
-    def keep(self, call, features, conditioning) -> None:
+    def keep(self, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
+        """Keeps the inputs of the output head of a computed call."""
         bad = (~features.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         self.head = head = self.adapter.output_head(conditioning)
         step = call.step

@@ -97,6 +97,50 @@ class Schedule:
         return ",".join(map(str, self.steps))
 
 
+@dataclass(frozen=True)
+class ErrorControl:
+    """Chooses the computed steps during a run, so that the forecasts are as far off as is tolerated.
+
+    At a computed step the forecast for it can be compared with the truth. How far that is off, times how far the noise
+    level fell over the gap, says how far the gap has led the sample astray. The next gap is made longer or shorter, as
+    adaptive solvers of differential equations choose their steps: by `(tolerance / error) ** (1 / growth)`.
+
+    Args:
+        tolerance: the error of a gap that is aimed at: the relative L2 error of the forecast velocity at its end, times
+            its width in sigma. The samples of a batch share their steps; the worst of them decides.
+        longest: how many steps a gap may have at most, the computed one included.
+        growth: with which power of the gap's length the error is taken to grow.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range.
+    """
+
+    tolerance: float
+    longest: int = 12
+    growth: float = 2.5
+
+    _FIRST_GAP = 0.1  # of the run
+    _CHANGE = 2.0  # by which factor a gap may differ from the one before
+
+    def __post_init__(self):
+        check_float("tolerance", self.tolerance, minimum=1e-9)
+        check_int("longest", self.longest)
+        check_float("growth", self.growth, minimum=0.1)
+
+    def first_steps(self, num_inference_steps: int) -> frozenset[int]:
+        """The computed steps that no error is known for yet."""
+        total = num_inference_steps
+        second = max(1, round(0.04 * total))
+        third = second + min(max(1, round(self._FIRST_GAP * total)), self.longest)
+        return frozenset(step for step in (0, second, third) if step < total)
+
+    def next_gap(self, gap: int, error: float) -> int:
+        """The length of the gap that follows one of `gap` steps with this error."""
+        change = (self.tolerance / max(error, 1e-9)) ** (1 / self.growth)
+        change = min(max(change, 1 / self._CHANGE), self._CHANGE)
+        return min(max(round(gap * change), 1), self.longest)
+
+
 ScheduleLike = Schedule | int | Iterable[int]
 
 

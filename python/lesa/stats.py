@@ -15,6 +15,7 @@ class StreamStats:
         predicted: the executed steps that were forecast, in order.
         fused: those of the predicted steps whose forecast and output head were one kernel.
         reasons: why each computed step was computed.
+        errors: by computed step, the relative error of the forecast for it; with `lesa.ErrorControl` only.
         ring_device_bytes, ring_host_bytes: what the ring of features takes on its device, and in host memory beside it;
             0 before the first computed step. The rings are freed when the run ends.
     """
@@ -23,6 +24,7 @@ class StreamStats:
     predicted: list[int] = field(default_factory=list)
     fused: list[int] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
+    errors: dict[int, float] = field(default_factory=dict)
     ring_device_bytes: int = 0
     ring_host_bytes: int = 0
     _begun: dict[int, "_Moment"] = field(default_factory=dict, repr=False)

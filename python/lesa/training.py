@@ -34,7 +34,7 @@ DEFAULT_COMPUTED_STEPS = 9
 SEARCH_TURNS, PROBE_EPOCHS = 2, 12
 
 
-class _Plan:
+class Plan:
     """For one schedule: which steps are predicted, from which history.
 
     Attributes:
@@ -54,12 +54,19 @@ class _Plan:
         self.gaps = torch.tensor([sum(c < i for c in computed) - 1 for i in self.steps], device=device)
 
 
-def _predict(predictor, batch, plan):
-    """Forecasts `[P, N, D]` for the steps of the plan from true history: a ring with one row per step."""
-    features, sigmas = batch.features, batch.sigmas
-    history = plan.history.T.flip(0)  # oldest first, as in a full ring that begins at slot 0
+def predict(predictor, batch, plan, features, steps=None):
+    """Forecasts `[P, N, D]` for the steps of the plan from a given history: a ring with one row per step.
+
+    Args:
+        predictor, batch, plan: what forecasts what.
+        features: `[S, N, D]` of all steps, or of those in `steps` only.
+        steps: a tensor of rising steps.
+    """
+    history = plan.history.T.flip(0).contiguous()  # oldest first, as in a full ring that begins at slot 0
+    sigmas = batch.sigmas
+    rows = history if steps is None else torch.searchsorted(steps, history)
     cursor = torch.zeros_like(plan.count)
-    return predictor.forecast(features[history], None, sigmas[history], cursor, plan.count, sigmas[plan.steps])
+    return predictor.forecast(features[rows], None, sigmas[history], cursor, plan.count, sigmas[plan.steps])
 
 
 def _roll_out(predictor, batch, plan):
@@ -89,25 +96,31 @@ def _feature_loss(batch, plan, forecast):
     return (forecast - truth).abs().mean() / truth.abs().mean()
 
 
-def _head_aware_loss(batch, plan, forecast):
+def head_aware_loss(batch, plan, forecast):
     """Errors of the features, of the velocities, and of the displacement they add up to over each gap; all relative.
 
     The displacement is what a gap's forecasts do to the sample: errors that cancel within it cost nothing at its end.
     """
     velocity = batch.velocities[plan.steps]
     error = batch.velocity(forecast, plan.steps) - velocity
-    widths = batch.widths[plan.steps][:, None, None]
 
     def displacement(velocities):
-        gaps = velocities.new_zeros(int(plan.gaps.max()) + 1, *velocities.shape[1:])
-        return gaps.index_add(0, plan.gaps, velocities * widths)
-
-    def relative(error, truth):
-        return torch.linalg.vector_norm(error) / torch.linalg.vector_norm(truth).clamp(min=1e-12)
+        return over_gaps(batch, plan, velocities)
 
     velocity_loss = relative(error, velocity)
     displacement_loss = relative(displacement(error), displacement(velocity))
     return FEATURE_WEIGHT * _feature_loss(batch, plan, forecast) + VELOCITY_WEIGHT * velocity_loss + displacement_loss
+
+
+def over_gaps(batch, plan, velocities):
+    """How far velocities `[P, N, O]` of the predicted steps lead over each gap `[G, N, O]`."""
+    gaps = velocities.new_zeros(int(plan.gaps.max()) + 1, *velocities.shape[1:])
+    return gaps.index_add(0, plan.gaps, velocities * batch.widths[plan.steps][:, None, None])
+
+
+def relative(error, truth):
+    """The size of an error as a part of the truth's."""
+    return torch.linalg.vector_norm(error) / torch.linalg.vector_norm(truth).clamp(min=1e-12)
 
 
 def _shaken(computed, total, generator, reach):
@@ -124,6 +137,7 @@ def train(
     budget: int | None = None,
     out_dir: str | os.PathLike | None = None,
     guided_epochs: int | None = None,
+    reach: int = 1,
     epochs: int = 60,
     batch_size: int = 8,
     tokens_per_batch: int | None = 32,
@@ -146,7 +160,8 @@ def train(
             resumed from the checkpoint there. None: nothing is written.
         guided_epochs: passes over the trajectories in the first stage. Default: a third of `epochs` for dense, a sixth
             for newton, whose second stage has a true history too.
-        epochs: passes in the second stage.
+        reach: by how many steps the first stage moves the computed ones of a newton predictor at most.
+        epochs: passes in the second stage; may be 0 for a predictor that favours no schedule.
         batch_size: trajectories per step of the optimiser.
         tokens_per_batch: random tokens taken of each trajectory per step, since predictor and head are token-wise; None
             for all.
@@ -169,10 +184,12 @@ def train(
     """
     if not isinstance(trajectories, Trajectories):
         trajectories = Trajectories(trajectories)
-    epochs = check_int("epochs", epochs)
+    check_plain(trajectories)
+    epochs = check_int("epochs", epochs, minimum=0)
     if budget is not None:
         schedule = _schedule_of(trajectories, config, schedule, budget, out_dir, device, seed, progress)
-    run = _Training(trajectories, _complete_config(trajectories, config, schedule), out_dir, device, seed)
+    config = _complete_config(trajectories, config, schedule)
+    run = Training(trajectories, config, out_dir, device, seed, check_int("reach", reach, minimum=0))
     newton = run.config.mixer == "newton"
     if guided_epochs is None:
         guided_epochs = epochs // 6 if newton else epochs // 3
@@ -189,6 +206,13 @@ def train(
         progress=progress,
     )
     return run.predictor.cpu().eval()
+
+
+def check_plain(trajectories: Trajectories) -> None:
+    """Raises `ValueError` if they are roll-outs of a predictor."""
+    if trajectories.manifest.get("predictor") is not None:
+        remedy = "Pass those that were recorded without a predictor; `lesa.refine` makes roll-outs by itself."
+        raise argument_error("trajectories", "be of plain runs", Said("roll-outs of a predictor"), remedy)
 
 
 def find_schedule(
@@ -219,11 +243,12 @@ def find_schedule(
     Raises:
         ValueError: `config` or `budget` does not fit the trajectories, or the predictor is not a newton one.
     """
+    check_plain(trajectories)
     total = trajectories.num_inference_steps
     budget = check_int("budget", budget, minimum=2, maximum=total - 1)
     schedule = Schedule.spread(budget, total)
     for turn in range(SEARCH_TURNS + 1):
-        probe = _Training(trajectories, _complete_config(trajectories, config, schedule), None, device, seed, reach=3)
+        probe = Training(trajectories, _complete_config(trajectories, config, schedule), None, device, seed, reach=3)
         if turn:
             probe.fit(
                 guided_epochs=PROBE_EPOCHS,
@@ -284,8 +309,17 @@ def _complete_config(trajectories, config, schedule) -> PredictorConfig:
     )
 
 
-class _Training:
-    """One training run, and its checkpoint."""
+class Training:
+    """One training run, and its checkpoint.
+
+    Args:
+        trajectories: to train on.
+        config: of the predictor, complete.
+        out_dir: folder for what it writes, or None.
+        device: where to train.
+        seed: of all that is random.
+        reach: by how many steps the guided stage moves the computed ones at most.
+    """
 
     def __init__(self, trajectories, config, out_dir, device, seed, reach=1):
         self.reach = reach
@@ -296,12 +330,13 @@ class _Training:
             self.predictor = FusedKANPredictor(config).to(self.device)
         self.generator = torch.Generator().manual_seed(seed)
         self.losses = {"training": [], "validation": []}
-        self.loss = _head_aware_loss
+        self.origin = {}  # what else the training depends on, for the checkpoint
+        self.loss = head_aware_loss
         self.head = Head(trajectories, self.device)
         self.schedule = Schedule(config.schedule, config.num_inference_steps, config.schedule_sigmas)
 
     def fit(self, guided_epochs, epochs, batch_size, tokens, learning_rate, head_aware, validation_fraction, progress):
-        self.loss = _head_aware_loss if head_aware else _feature_loss
+        self.loss = head_aware_loss if head_aware else _feature_loss
         settings = {
             "config": self.config.to_dict(),
             "trajectories": self.trajectories.manifest,
@@ -313,6 +348,8 @@ class _Training:
             "head_aware": head_aware,
             "validation_fraction": validation_fraction,
             "seed": self.seed,
+            "reach": self.reach,
+            **self.origin,
         }
         training, validation = self._split(validation_fraction)
         optimizer = torch.optim.AdamW(self.predictor.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
@@ -355,13 +392,19 @@ class _Training:
     def _batch_loss(self, numbers, tokens, guided) -> torch.Tensor:
         """Mean loss over these trajectories; those of equal noise levels share one pass."""
         groups = {}
-        for trajectory in (self.trajectories[i] for i in numbers):
-            groups.setdefault(tuple(trajectory.sigmas.tolist()), []).append(trajectory)
+        for number in numbers:
+            trajectory = self.trajectories[number]
+            groups.setdefault(tuple(trajectory.sigmas.tolist()), {})[number] = trajectory
         loss = 0.0
         for group in groups.values():
-            batch = Batch(group, self.head, self.generator, tokens, self.device)
+            roll_outs = [self.roll_outs_of(number) for number in group]
+            batch = Batch([*group.values()], self.head, self.generator, tokens, self.device, roll_outs)
             loss = loss + len(group) / len(numbers) * self._loss(batch, guided)
         return loss
+
+    def roll_outs_of(self, number) -> list[torch.Tensor]:
+        """Tensors `[C, T, ...]` that batches have beside the trajectory of this number."""
+        return []
 
     def _loss(self, batch, guided) -> torch.Tensor:
         config, every_step = self.config, self.config.history == "steps"
@@ -371,8 +414,11 @@ class _Training:
             computed = {0}
         else:
             computed = _shaken(self.schedule.steps, config.num_inference_steps, self.generator, self.reach)
-        plan = _Plan(computed, config.num_inference_steps, config.max_history, every_step, self.device)
-        forecast = (_roll_out if every_step and not guided else _predict)(self.predictor, batch, plan)
+        plan = Plan(computed, config.num_inference_steps, config.max_history, every_step, self.device)
+        if every_step and not guided:
+            forecast = _roll_out(self.predictor, batch, plan)
+        else:
+            forecast = predict(self.predictor, batch, plan, batch.features)
         return self.loss(batch, plan, forecast)
 
     def _resume(self, settings, optimizer) -> int:
