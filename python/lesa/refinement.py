@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -226,15 +227,29 @@ def _drift(predictor, batch: Batch, computed: list[int]) -> torch.Tensor:
     velocities[steps] = batch.velocity(features, steps)
     velocities[plan.steps] = batch.velocity(predict(predictor, batch, plan, features, steps), plan.steps)
     errors = (velocities - batch.velocities) * batch.widths[:, None, None]
+    if predictor.corrector is not None:
+        errors[steps[1:]] += _corrections(predictor, batch, steps, features)
     return (errors.cumsum(0) - errors)[steps]
+
+
+def _corrections(predictor, batch: Batch, steps, features) -> torch.Tensor:
+    """What the corrector adds to the displacement of each computed step but the first `[C - 1, N, O]`."""
+    config = predictor.config
+    plan = Plan(steps.tolist(), len(batch.sigmas), config.max_history, device=steps.device, of_computed=True)
+    later, before = steps[1:], steps[:-1]
+    off = batch.velocity(features, steps)[1:]
+    off = off - batch.velocity(predict(predictor, batch, plan, features, steps), plan.steps)
+    gains = predictor.corrector[[config.stage_of(sigma) for sigma in batch.sigmas[later].tolist()]]
+    gains = gains * (batch.sigmas[before] - batch.sigmas[later]) * (later > before + 1)
+    return gains[:, None, None] * off
 
 
 class _Refinement(Training):
     """One round of training, on trajectories and roll-outs."""
 
     def __init__(self, predictor, trajectories, roll_outs: list[_RollOuts], out_dir, device, seed):
-        super().__init__(trajectories, predictor.config, out_dir, device, seed)
-        self.predictor.load_state_dict(predictor.state_dict())
+        super().__init__(trajectories, replace(predictor.config, corrector=True), out_dir, device, seed)
+        self.predictor.load_state_dict(predictor.state_dict(), strict=predictor.config.corrector)
         self.roll_outs = roll_outs
         self.origin = {"roll_outs": [r.recorded.manifest["predictor"] for r in roll_outs]}
 
@@ -263,6 +278,7 @@ def _roll_out_loss(predictor, batch: Batch, plan: Plan, steps, features, drift) 
     truth = batch.velocities[plan.steps]
     error = batch.velocity(predict(predictor, batch, plan, features, steps), plan.steps) - truth
     computed = (batch.velocity(features, steps) - batch.velocities[steps]) * batch.widths[steps, None, None]
+    computed = torch.cat([computed[:1], computed[1:] + _corrections(predictor, batch, steps, features)])
     gaps = over_gaps(batch, plan, error)
     off = (drift + computed)[: len(gaps)] + gaps
     way = over_gaps(batch, plan, truth)
