@@ -1,0 +1,85 @@
+"""Holds an evaluation against this project's targets: `python benchmarks/targets.py EVALUATION [EVALUATION ...]`.
+
+For each run of a predictor it finds the best of every other contender, by three measures of what a run may cost: step
+equivalents, whole steps of the model, and seconds. Other contenders may cost as much as ours, counts are rounded. The
+lead is the mean of the paired differences in PSNR, with a bootstrap interval of 95 %.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from lesa.quality import bootstrap_interval
+
+TARGETS = {"step_equivalents": 9.0, "whole_steps": 5.0, "seconds": 0.0}
+"""Of the lead over the best other contender, in dB; that over the paper's predictor is 7."""
+OURS, PAPER = "newton", "dense"
+AT_FIVE = 2.0
+"""Of the lead of 5 computed steps over what the best other contender reaches at 8 step equivalents, in dB."""
+
+
+def cost(run: dict, by: str) -> float:
+    """What a run costs, rounded where it is a count."""
+    return run[by] if by == "seconds" else round(run[by])
+
+
+def best_within(runs: list[dict], limit: float, by: str) -> dict | None:
+    """The run of highest PSNR that costs no more than `limit`, or None."""
+    within = [run for run in runs if cost(run, by) <= limit and run["psnr"] is not None]
+    return max(within, key=lambda run: run["psnr"], default=None)
+
+
+def lead(ours: dict, other: dict) -> tuple[float, float, float]:
+    """Mean of the paired differences in PSNR, and the ends of its interval, in dB."""
+    pairs = np.array([ours["per_sample"]["psnr"], other["per_sample"]["psnr"]], dtype=np.float64)
+    return (float((pairs[0] - pairs[1]).mean()), *bootstrap_interval(pairs[0] - pairs[1]))
+
+
+def rows_of(runs: list[dict]) -> list[tuple[str, ...]]:
+    """One row per run of ours and comparison."""
+    ours = sorted((run for run in runs if run["contender"] == OURS), key=lambda run: -run["whole_steps"])
+    others = [run for run in runs if run["contender"] not in (OURS, PAPER, "reference")]
+    rows = []
+
+    def row(run, by, kind, other, target):
+        if other is None:
+            rows.append((run["name"], f"{run['psnr']:.2f}", by, kind, "none costs as little", "", "", "", ""))
+            return
+        mean, low, high = lead(run, other)
+        reached = "yes" if mean >= target and low > 0 else "no"
+        figures = f"{other['psnr']:.2f}", f"{mean:+.2f} ({low:+.2f} to {high:+.2f})", f"{target:g}", reached
+        rows.append((run["name"], f"{run['psnr']:.2f}", by, kind, other["name"], *figures))
+
+    for run in ours:
+        for by, target in TARGETS.items():
+            kinds = sorted({other["contender"] for other in others})
+            found = {kind: [o for o in others if o["contender"] == kind] for kind in kinds}
+            for kind, mine in found.items():
+                row(run, by, kind, best_within(mine, cost(run, by), by), target)
+        paper = best_within([o for o in runs if o["contender"] == PAPER], cost(run, "whole_steps"), "whole_steps")
+        row(run, "whole_steps", "the paper's predictor", paper, 7.0)
+        if round(run["whole_steps"]) == 5:
+            row(run, "step_equivalents", "any, at 8", best_within(others, 8, "step_equivalents"), AT_FIVE)
+    return rows
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """The rows as a Markdown table."""
+    head = ("ours", "PSNR", "compared by", "contender", "its run", "its PSNR", "ahead by, dB", "target", "reached")
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("evaluations", nargs="+", type=Path, help="folders that `lesa evaluate` wrote")
+    for folder in parser.parse_args().evaluations:
+        summary = json.loads((folder / "summary.json").read_text())
+        print(f"{summary['model']}, {summary['samples']} samples from seed {summary['seed']}\n")
+        print(table(rows_of(summary["runs"])), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
