@@ -69,12 +69,23 @@ finally:
     assert result.stdout.splitlines()[-1] == "False"
 
 
-@pytest.mark.parametrize("command", ["demo", "record", "train", "generate", "evaluate", "report", "estimate", "env"])
+@pytest.mark.parametrize("command", ["demo", "record", "train", "refine", "generate", "evaluate", "report", "estimate", "env"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main([command, "--help"])
     assert exit.value.code == 0
     assert f"usage: lesa {command}" in capsys.readouterr().out
+
+
+def test_refine_goes_on_with_what_was_recorded(folder, tmp_path, capsys):
+    run = f"--model {MODEL} --inputs {folder}/inputs.safetensors --batch-size 4 --device cpu --rounds 1 --epochs 1"
+    where = ["--predictor", f"{folder}/mine", "--trajectories", f"{folder}/recording", "--out", str(tmp_path / "out")]
+    cli.main(["refine", *run.split(), *where])
+    assert f"Wrote the refined predictor to {tmp_path / 'out'}" in capsys.readouterr().out
+    refined = FusedKANPredictor.from_pretrained(tmp_path / "out")
+    assert refined.config.corrector and refined.config.schedule == (0, 1, 4, 8)
+    other = ["refine", *run.replace("inputs.", "two.").split(), *where[:-1], str(tmp_path / "other")]
+    assert "`inputs` must be what the trajectories were recorded with" in refused(capsys, *other)
 
 
 def test_record_writes_a_recording(folder):

@@ -40,10 +40,11 @@ def test_export_writes_the_inputs(exported):
 def test_export_names_commands_that_the_command_line_takes(exported):
     folder, commands = exported
     parsed = [cli._parser().parse_args(shlex.split(command)[1:]) for command in commands]
-    record, train, generate, evaluate = parsed
-    assert record.inputs == folder / "inputs.safetensors"
-    assert record.out == train.trajectories
-    assert str(train.out) == generate.predictor == evaluate.predictor[0]
+    record, train, refine, generate, evaluate = parsed
+    assert record.inputs == refine.inputs == folder / "inputs.safetensors"
+    assert record.out == train.trajectories == refine.trajectories
+    assert str(train.out) == refine.predictor
+    assert str(refine.out) == generate.predictor == evaluate.predictor[0]
     assert train.schedule == list(SCHEDULE_9)
     assert generate.seed == evaluate.seed == SEED
 

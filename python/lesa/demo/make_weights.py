@@ -89,7 +89,13 @@ def train_predictors(demo: Demo, out: Path) -> None:
         for name, (mixer, schedule) in demo.predictors.items():
             trained = Path(scratch) / name
             config = PredictorConfig(trajectories.feature_dim, mixer=mixer)
-            lesa.train(trajectories, config, schedule, out_dir=trained).save_pretrained(out / name)
+            epochs = {"epochs": demo.epochs} if mixer == "newton" else {}
+            predictor = lesa.train(trajectories, config, schedule, out_dir=trained, **epochs)
+            if mixer == "newton":
+                trained = Path(scratch) / f"{name}-refined"
+                arguments = {"out_dir": trained, "epochs": demo.refining_epochs, "samples_per_call": 16}
+                predictor = lesa.refine(predictor, trajectories, pipe, inputs, **arguments)
+            predictor.save_pretrained(out / name)
             shutil.copy(trained / CURVE_NAME, out / name)
 
 

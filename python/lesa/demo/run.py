@@ -17,9 +17,9 @@ from lesa_kernels._checks import check_choice, check_int
 SEED = 10_000
 """Of the first sample of the demo. Training samples have seeds from 0 on."""
 
-# The bundled predictors: mixer and schedule. That of newton-9 was searched with samples of seeds from 20 000 on.
-SCHEDULE_9 = (0, 2, 7, 13, 19, 24, 33, 41, 47)
-SCHEDULE_8 = (0, 2, 6, 12, 19, 27, 35, 43)
+# The bundled predictors: mixer and schedule, as `lesa train --budget` finds them.
+SCHEDULE_9 = (0, 2, 7, 13, 19, 26, 34, 41, 47)
+SCHEDULE_8 = (0, 2, 7, 14, 20, 28, 38, 45)
 PREDICTORS = {"newton-9": ("newton", SCHEDULE_9), "newton-8": ("newton", SCHEDULE_8), "dense-9": ("dense", 7)}
 TRAINING_SAMPLES = 160
 TEST_SAMPLES = 64
@@ -45,6 +45,8 @@ class Demo:
         schedule: the computed steps of the way by hand.
         taylorseer: what they are compared with.
         training_samples: that the predictors are trained on.
+        epochs: of training newton predictors.
+        refining_epochs: of each round of refining them.
     """
 
     model: ModuleType
@@ -52,10 +54,12 @@ class Demo:
     schedule: tuple[int, ...]
     taylorseer: tuple[TaylorSeer, ...]
     training_samples: int
+    epochs: int
+    refining_epochs: int
 
 
 DEMOS = {
-    "digits": Demo(digits, PREDICTORS, SCHEDULE_9, TAYLORSEER, TRAINING_SAMPLES),
+    "digits": Demo(digits, PREDICTORS, SCHEDULE_9, TAYLORSEER, TRAINING_SAMPLES, 60, 20),
     "photos": Demo(photos, {"photos-newton-9": ("newton", PHOTOS_SCHEDULE)}, PHOTOS_SCHEDULE, PHOTOS_TAYLORSEER, 96),
 }
 
@@ -117,7 +121,8 @@ def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
     fresh = f"--model {at('model')} --predictor {at('predictor')} --seed {SEED}"
     return [
         f"lesa record {record} --out {at('trajectories')}",
-        f"lesa train --trajectories {at('trajectories')} --schedule {steps} --out {at('predictor')}",
+        f"lesa train --trajectories {at('trajectories')} --schedule {steps} --out {at('trained')}",
+        f"lesa refine {record} --trajectories {at('trajectories')} --predictor {at('trained')} --out {at('predictor')}",
         f"lesa generate {fresh} --inputs {at('prompts.safetensors')} --output {at(picture)}",
         f"lesa evaluate {fresh} --inputs {at('test-inputs.safetensors')} --out {at('evaluation')}",
     ]
