@@ -4,10 +4,10 @@ A trajectory folder holds
 
 - `manifest.json`: what was recorded and how;
 - `head.safetensors`: `weight` `[O, D]` and, if there is one, `bias` `[O]` of the output projection;
-- `sample-00000.safetensors`, one per input: `features` `[S, T, D]`, `scale` and `shift` `[S, D]` in the model's dtype,
-  `sigmas` `[S]` float32 and `token_index` `[T]` int64, over S executed steps and T kept tokens. Where the transformer
-  is called more than once a step, as for true classifier-free guidance, the further streams of calls are
-  `sample-00000-<stream>.safetensors`.
+- `sample-00000.safetensors`, one per input: `features` `[S, T, D]`, `latents` `[S, T, O]`, `scale` and `shift` `[S, D]`
+  in the model's dtype, `sigmas` `[S]` float32 and `token_index` `[T]` int64, over S computed steps and T kept tokens.
+  Where the transformer is called more than once a step, as for true classifier-free guidance, the further streams of
+  calls are `sample-00000-<stream>.safetensors`.
 """
 
 import contextlib
@@ -49,6 +49,7 @@ class Trajectory:
         scale: `[S, D]`, of the head's modulation `(1 + scale) * LN(h) + shift`.
         shift: `[S, D]`.
         token_index: `[T]` int64, rising: which of the sample's tokens these are.
+        latents: `[S, T, O]`, the sample before each step, laid out as what the head projects.
     """
 
     features: torch.Tensor
@@ -56,6 +57,7 @@ class Trajectory:
     scale: torch.Tensor
     shift: torch.Tensor
     token_index: torch.Tensor
+    latents: torch.Tensor | None = None  # recordings of before it was kept have none
 
 
 class Trajectories:
@@ -256,6 +258,7 @@ class _Stream:
     """What one stream of calls leaves of a batch, on the CPU."""
 
     features: torch.Tensor  # [B, S, T, D]
+    latents: torch.Tensor  # [B, S, T, O]
     scale: torch.Tensor  # [B, S, D]
     shift: torch.Tensor  # [B, S, D]
     token_index: torch.Tensor  # [B, T]
@@ -337,6 +340,7 @@ class Recorder:
             steps = sorted(stream.steps)
             recorded[name] = {
                 "features": stream.features[position, steps],
+                "latents": stream.latents[position, steps],
                 "sigmas": torch.tensor(self.sigmas, dtype=torch.float32)[steps],
                 "scale": stream.scale[position, steps],
                 "shift": stream.shift[position, steps],
@@ -362,22 +366,22 @@ class Recorder:
             # Guidance in one batch: without the prompts, then with them. Each half is a stream of its own.
             middle = len(self.numbers)
             halves = {call.stream: slice(middle), f"{call.stream}-with-prompt": slice(middle, None)}
+        latents = self.adapter.latents(call.arguments)
         for name, rows in halves.items():
-            self._keep_rows(name, step, features[rows], head.scale[rows], head.shift[rows])
+            self._keep_rows(name, step, features[rows], latents[rows], head.scale[rows], head.shift[rows])
 
-    def _keep_rows(self, name, step, features, scale, shift) -> None:
+    def _keep_rows(self, name, step, features, latents, scale, shift) -> None:
         stream = self.streams.get(name)
         if stream is None:
-            stream = self.streams[name] = self._new_stream(features, scale)
-        if self.tokens_per_sample is not None:
-            index = stream.token_index.to(features.device)[:, :, None].expand(-1, -1, features.shape[2])
-            features = features.gather(1, index)
-        stream.features[:, step] = features
+            stream = self.streams[name] = self._new_stream(features, latents, scale)
+        index = stream.token_index.to(features.device)[:, :, None]
+        stream.features[:, step] = features.gather(1, index.expand(-1, -1, features.shape[2]))
+        stream.latents[:, step] = latents.gather(1, index.expand(-1, -1, latents.shape[2]))
         stream.scale[:, step] = scale
         stream.shift[:, step] = shift
         stream.steps.add(step)
 
-    def _new_stream(self, features, scale) -> _Stream:
+    def _new_stream(self, features, latents, scale) -> _Stream:
         batch, tokens, width = features.shape
         steps = len(self.sigmas)
         if batch != len(self.numbers):
@@ -397,6 +401,7 @@ class Recorder:
             )
         return _Stream(
             torch.empty(batch, steps, kept, width, dtype=features.dtype),
+            torch.empty(batch, steps, kept, latents.shape[2], dtype=latents.dtype),
             torch.empty(batch, steps, width, dtype=scale.dtype),
             torch.empty(batch, steps, width, dtype=scale.dtype),
             torch.stack([_choose_tokens(tokens, kept, self.seed + number) for number in self.numbers]),

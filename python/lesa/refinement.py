@@ -22,7 +22,7 @@ from lesa.inputs import check_inputs, inputs_digest
 from lesa.models import adapter_for
 from lesa.recording import Trajectories, fingerprint, record
 from lesa.schedule import Schedule
-from lesa.token_batches import Batch, Head
+from lesa.token_batches import Batch
 from lesa.training import CHECKPOINT_NAME, Plan, Training, check_plain, over_gaps, predict, relative
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels._checks import Said, argument_error, check_float, check_int
@@ -80,8 +80,8 @@ def refine(
             is out of range, or the pipeline, the inputs or `out_dir` are not those of the recording; named.
         RuntimeError: what `lesa.record` raises.
 
-    Source: DAgger, arXiv 1011.0686. The drift that it minimises adds up the errors of Euler steps in the velocity, as
-    flow-matching schedulers take them.
+    Source: DAgger, arXiv 1011.0686. The drift that it minimises is what remains of that before a gap, and what the
+    velocities of the gap add to it in Euler steps, as flow-matching schedulers take them.
     """
     if not isinstance(trajectories, Trajectories):
         trajectories = Trajectories(trajectories)
@@ -95,6 +95,9 @@ def refine(
             remedy = "Train it on these trajectories first."
             raise argument_error(f"predictor.config.{field}", f"be {wanted!r}", getattr(config, field), remedy)
     check_plain(trajectories)
+    if trajectories[0].latents is None:
+        remedy = "Record again with this version."
+        raise argument_error("trajectories", "hold the latents", Said("an older recording without"), remedy)
     inputs = check_inputs(inputs)
     transformer = adapter_for(pipe).transformer
     for name, key, value in (
@@ -183,12 +186,12 @@ class _RollOuts:
 
     Attributes:
         recorded: the recording, of computed steps only.
-        drifts: of each, `[C, T, O]`: by how much the velocities so far have led the sample off before each computed
-            step. Where guidance combines several streams, each has its own part.
+        drifts: of each, `[C, T, O]`: by how much the latents are off before each computed step, in the direction of the
+            velocity. Where guidance combines several streams of calls, they share it.
     """
 
     def __init__(self, trajectories, predictor, pipe, inputs, folder, samples_per_call, progress):
-        manifest, head = trajectories.manifest, Head(trajectories, "cpu")
+        manifest = trajectories.manifest
         self.recorded = record(
             pipe,
             inputs,
@@ -205,31 +208,17 @@ class _RollOuts:
             raise argument_error("pipe", "call its transformer as when it was recorded", got, "Record again.")
         self.drifts = []
         for plain, rolled in zip(trajectories, self.recorded):
-            batch = Batch([plain], head, None, None, "cpu", [[rolled.features]])
-            self.drifts.append(_drift(predictor.cpu(), batch, _computed_in(predictor.config, batch)))
+            steps = _computed_in(predictor.config, plain.sigmas)
+            self.drifts.append(plain.latents[steps].float() - rolled.latents.float())  # sigma falls
 
     def of(self, number: int) -> list[torch.Tensor]:
         """Features and drift of one of them."""
         return [self.recorded[number].features, self.drifts[number]]
 
 
-def _computed_in(config: PredictorConfig, batch: Batch) -> list[int]:
+def _computed_in(config: PredictorConfig, sigmas: torch.Tensor) -> list[int]:
     schedule = Schedule(config.schedule, config.num_inference_steps, config.schedule_sigmas)
-    return sorted(schedule.computed_in(batch.sigmas.tolist()))
-
-
-@torch.no_grad()
-def _drift(predictor, batch: Batch, computed: list[int]) -> torch.Tensor:
-    """By how much the roll-out of the batch is off before each computed step `[C, N, O]`."""
-    plan = Plan(computed, len(batch.sigmas), predictor.config.max_history)
-    (features,), steps = batch.roll_outs, torch.tensor(computed)
-    velocities = torch.empty_like(batch.velocities)
-    velocities[steps] = batch.velocity(features, steps)
-    velocities[plan.steps] = batch.velocity(predict(predictor, batch, plan, features, steps), plan.steps)
-    errors = (velocities - batch.velocities) * batch.widths[:, None, None]
-    if predictor.corrector is not None:
-        errors[steps[1:]] += _corrections(predictor, batch, steps, features)
-    return (errors.cumsum(0) - errors)[steps]
+    return sorted(schedule.computed_in(sigmas.tolist()))
 
 
 def _corrections(predictor, batch: Batch, steps, features) -> torch.Tensor:
@@ -258,7 +247,7 @@ class _Refinement(Training):
 
     def _loss(self, batch, guided):
         loss = super()._loss(batch, guided)
-        computed = _computed_in(self.config, batch)
+        computed = _computed_in(self.config, batch.sigmas)
         plan = Plan(computed, len(batch.sigmas), self.config.max_history, device=self.device)
         steps = torch.tensor(computed, device=self.device)
         for features, drift in zip(batch.roll_outs[::2], batch.roll_outs[1::2]):
@@ -267,19 +256,24 @@ class _Refinement(Training):
 
 
 def _roll_out_loss(predictor, batch: Batch, plan: Plan, steps, features, drift) -> torch.Tensor:
-    """How far off the sample is at the end of each gap, and the errors of the velocities; both relative.
+    """How far off the latents are at the end of each gap, and the errors of the velocities; both relative.
 
     Args:
         predictor, batch, plan: what forecasts what.
         steps: the computed steps, C of them.
         features: `[C, N, D]`, what was computed along the roll-out.
-        drift: `[C, N, O]`, how far off the sample was before each of them.
+        drift: `[C, N, O]`, how far off the latents were before each of them.
     """
+    off, error = _off_after_gaps(predictor, batch, plan, steps, features, drift)
     truth = batch.velocities[plan.steps]
-    error = batch.velocity(predict(predictor, batch, plan, features, steps), plan.steps) - truth
+    return relative(off, over_gaps(batch, plan, truth)) + VELOCITY_WEIGHT * relative(error, truth)
+
+
+def _off_after_gaps(predictor, batch: Batch, plan: Plan, steps, features, drift) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far off the latents are at the end of each gap `[G, N, O]`, and each predicted velocity `[P, N, O]`."""
+    error = batch.velocity(predict(predictor, batch, plan, features, steps), plan.steps) - batch.velocities[plan.steps]
     computed = (batch.velocity(features, steps) - batch.velocities[steps]) * batch.widths[steps, None, None]
-    computed = torch.cat([computed[:1], computed[1:] + _corrections(predictor, batch, steps, features)])
+    if predictor.corrector is not None:
+        computed = torch.cat([computed[:1], computed[1:] + _corrections(predictor, batch, steps, features)])
     gaps = over_gaps(batch, plan, error)
-    off = (drift + computed)[: len(gaps)] + gaps
-    way = over_gaps(batch, plan, truth)
-    return relative(off, way) + VELOCITY_WEIGHT * relative(error, truth)
+    return (drift + computed)[: len(gaps)] + gaps, error

@@ -69,7 +69,9 @@ finally:
     assert result.stdout.splitlines()[-1] == "False"
 
 
-@pytest.mark.parametrize("command", ["demo", "record", "train", "refine", "generate", "evaluate", "report", "estimate", "env"])
+@pytest.mark.parametrize(
+    "command", ["demo", "record", "train", "refine", "generate", "evaluate", "report", "estimate", "env"]
+)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main([command, "--help"])

@@ -459,6 +459,7 @@ def test_files_hold_what_the_format_says(recording):
     width = recording.feature_dim
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()} == {
         "features": (torch.float32, (STEPS, TOKENS, width)),
+        "latents": (torch.float32, (STEPS, TOKENS, 4)),
         "sigmas": (torch.float32, (STEPS,)),
         "scale": (torch.float32, (STEPS, width)),
         "shift": (torch.float32, (STEPS, width)),

@@ -9,6 +9,8 @@ import lesa
 from lesa import refinement
 from lesa.demo import digits
 from lesa.refinement import _RollOuts
+from lesa.token_batches import Batch, Head
+from lesa.training import Plan
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS, SCHEDULE = 12, [0, 2, 5, 8]
@@ -89,25 +91,16 @@ def test_the_drift_is_how_far_the_latents_are_off(pipe, recorded, name, request,
     with lesa.enable_cache(pipe, predictor):
         rolled = latents_of(pipe, inputs)
     for number, trajectory in enumerate(trajectories):
-        off = (plain - rolled)[SCHEDULE, number][:, trajectory.token_index]  # an Euler step goes down in sigma
-        torch.testing.assert_close(roll_outs.drifts[number], off, rtol=1e-3, atol=1e-4)
+        off = (plain - rolled)[:, number][:, trajectory.token_index]  # an Euler step goes down in sigma
+        torch.testing.assert_close(roll_outs.drifts[number][1:], off[SCHEDULE[1:]], rtol=1e-4, atol=1e-5)
         assert off[-1].abs().max() > 0.01
-
-
-def closeness(pipe, predictor, seed):
-    """PSNR of latents, mean over eight digits, of seeds that nothing was trained on."""
-
-    def run():
-        inputs = digits.inputs_for(labels(8))
-        arguments = {name: torch.cat([i[name] for i in inputs]) for name in ("prompt_embeds", "pooled_prompt_embeds")}
-        generator = [torch.Generator().manual_seed(seed + number) for number in range(8)]
-        size = {"height": digits.SIDE, "width": digits.SIDE}
-        return pipe(**arguments, **size, num_inference_steps=STEPS, generator=generator, output_type="latent").images
-
-    plain = run()
-    with lesa.enable_cache(pipe, predictor):
-        off = (run() - plain).square().mean((1, 2))
-    return (10 * torch.log10(4 / off)).mean().item()
+        # What training makes of it is what happened: how far off a gap ends is how far off the next one begins.
+        features, drift = roll_outs.of(number)
+        batch = Batch([trajectory], Head(trajectories, "cpu"), None, None, "cpu", [[features, drift]])
+        plan, steps = Plan(SCHEDULE, STEPS, 4), torch.tensor(SCHEDULE)
+        with torch.no_grad():
+            after, _ = refinement._off_after_gaps(predictor, batch, plan, steps, *batch.roll_outs)
+        torch.testing.assert_close(after[:-1], drift[1:], rtol=1e-3, atol=1e-4)
 
 
 def test_a_corrected_step_gives_back_its_part_of_the_error(pipe, recorded, predictor, correcting):
@@ -160,6 +153,22 @@ def test_a_forecast_that_is_not_finite_corrects_nothing(correcting):
         FusedKANPredictor(PredictorConfig(8)).correction(velocity, forecast, 0.9, 1.0, 0.85)
 
 
+def closeness(pipe, predictor, seed):
+    """PSNR of latents, mean over eight digits, of seeds that nothing was trained on."""
+
+    def run():
+        inputs = digits.inputs_for(labels(8))
+        arguments = {name: torch.cat([i[name] for i in inputs]) for name in ("prompt_embeds", "pooled_prompt_embeds")}
+        generator = [torch.Generator().manual_seed(seed + number) for number in range(8)]
+        size = {"height": digits.SIDE, "width": digits.SIDE}
+        return pipe(**arguments, **size, num_inference_steps=STEPS, generator=generator, output_type="latent").images
+
+    plain = run()
+    with lesa.enable_cache(pipe, predictor):
+        off = (run() - plain).square().mean((1, 2))
+    return (10 * torch.log10(4 / off)).mean().item()
+
+
 def test_refining_gets_closer_on_samples_it_has_not_seen(pipe, recorded, predictor):
     before = closeness(pipe, predictor, 1000)
     refined = lesa.refine(predictor, *recorded[:1], pipe, recorded[1], **{**QUICK, "epochs": 20})
@@ -200,7 +209,8 @@ def test_what_was_stopped_goes_on_to_the_same_bits(pipe, recorded, predictor, tm
             save = refinement.Training._save_checkpoint
             patch.setattr(refinement.Training, "_save_checkpoint", stopping(save, 6))  # in the second round
         else:
-            patch.setattr(refinement, "_drift", stopping(refinement._drift, 12))  # behind its roll-outs
+            save = lesa.recording._save_sample
+            patch.setattr(lesa.recording, "_save_sample", stopping(save, 12))
         with pytest.raises(StopError):
             lesa.refine(*arguments, out_dir=tmp_path / "stopped", **QUICK)
     assert (tmp_path / "stopped" / "round-2").is_dir()
@@ -240,7 +250,7 @@ def test_what_does_not_belong_together_is_refused(pipe, recorded, predictor, tmp
         lesa.record(pipe, inputs, tmp_path / "r", STEPS, batch_size=8, progress=False)
 
 
-def test_guidance_in_two_streams_is_refined_stream_by_stream(tmp_path):
+def test_guidance_in_two_streams_is_refined(tmp_path):
     from lesa.demo import photos
 
     pipe, inputs = photos.load_pipeline(), photos.inputs_for([0, 4])
@@ -248,6 +258,7 @@ def test_guidance_in_two_streams_is_refined_stream_by_stream(tmp_path):
     predictor = lesa.train(trajectories, schedule=SCHEDULE, epochs=1, progress=False)
     roll_outs = _RollOuts(trajectories, predictor, pipe, inputs, tmp_path / "r", 2, False)
     assert len(trajectories) == len(roll_outs.drifts) == 4
-    assert not torch.allclose(roll_outs.drifts[0], roll_outs.drifts[1])
+    assert torch.equal(roll_outs.drifts[0], roll_outs.drifts[1])  # both streams are off by the same
+    assert roll_outs.drifts[0][-1].abs().max() > 0.01
     refined = lesa.refine(predictor, trajectories, pipe, inputs, **{**QUICK, "rounds": 1, "epochs": 1})
     assert not torch.equal(refined.up, predictor.up)

@@ -136,6 +136,19 @@ class Adapter:
         path = next(name for name, module in first.named_modules() if module is self.counted_module)
         return [block.get_submodule(path) for block in self.blocks]
 
+    def latents(self, call: dict) -> torch.Tensor:
+        """The sample that a call was given, token by token, as `[B, T, O]`: laid out as what the head projects.
+
+        What pipelines put beside it, such as masks, comes behind its channels and is left out.
+        """
+        batch, tokens = self.shape(call)
+        width, sample = self.projection.out_features, call["hidden_states"]
+        places = torch.arange(tokens * width, device=sample.device).reshape(1, tokens, width).expand(batch, -1, -1)
+        places = self.arrange(call, places)
+        sample = sample[tuple(map(slice, places.shape))]
+        flat = sample.new_empty(batch, tokens * width)
+        return flat.scatter_(1, places.flatten(1), sample.flatten(1)).reshape(batch, tokens, width)
+
     def bind(self, args: tuple, kwargs: dict) -> dict:
         """The transformer's arguments by name. Wrong ones are left for the transformer to refuse."""
         return {**self._defaults, **dict(zip(self._names, args)), **kwargs}
