@@ -27,8 +27,6 @@ class PredictorConfig:
         hidden: number M of spline units of the KAN. Default: 64 for newton, 256 for dense.
         grid_size: number of intervals of the spline grid on [-1, 1].
         spline_order: degree of the splines.
-        corrector: whether a newton predictor has a gain per stage, by which computed steps make good for the forecasts
-            before them; `lesa.refine` trains it.
         family: the model family it was trained for, such as "flux"; None if untrained.
         num_inference_steps: number of steps it was trained at, or None.
         schedule: the steps that were computed in training, rising from 0, or None.
@@ -50,7 +48,6 @@ class PredictorConfig:
     hidden: int | None = None
     grid_size: int = 8
     spline_order: int = 3
-    corrector: bool = False
     family: str | None = None
     num_inference_steps: int | None = None
     schedule: tuple[int, ...] | None = None
@@ -96,10 +93,6 @@ class PredictorConfig:
         put("hidden", check_int("hidden", self.hidden if self.hidden is not None else (64 if newton else 256)))
         put("grid_size", check_int("grid_size", self.grid_size))
         put("spline_order", check_int("spline_order", self.spline_order))
-        if not isinstance(self.corrector, bool):
-            raise argument_error("corrector", "be True or False", self.corrector, "Pass one of them.", TypeError)
-        if self.corrector and not newton:
-            raise argument_error("corrector", "be False for the dense mixer", True, "Leave it out.")
         total = self.num_inference_steps
         if total is not None:
             put("num_inference_steps", check_int("num_inference_steps", total))
@@ -131,10 +124,6 @@ class PredictorConfig:
     def max_history(self) -> int:
         """Longest history that any stage reads: the capacity a ring needs."""
         return max(self.history_length)
-
-    def stage_of(self, sigma: float) -> int:
-        """The number of the stage that a noise level is in: how many bounds are at or above it."""
-        return sum(bound >= sigma for bound in self.stage_bounds)
 
     def to_dict(self) -> dict:
         """A dict for JSON."""

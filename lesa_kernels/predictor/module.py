@@ -75,7 +75,6 @@ class FusedKANPredictor(nn.Module):
             self.out_bias = parameter(stages)
             self.mix_weight = parameter(sum(config.history_length), width, width)
             self.mix_bias = parameter(stages, width)
-        self.corrector = parameter(stages) if config.corrector else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -92,8 +91,6 @@ class FusedKANPredictor(nn.Module):
                 nn.init.uniform_(self.down, -1, 1).div_((self.down.shape[2] * self.down.shape[3]) ** 0.5)
                 self.up.zero_()
                 self.up_bias.zero_()
-            if self.corrector is not None:
-                self.corrector.zero_()
         else:
             self.out_bias.fill_(1.0)
             self.mix_weight.zero_()
@@ -171,37 +168,6 @@ class FusedKANPredictor(nn.Module):
             return newton_velocity(*state, target, *experts, head, *shape, backend=self.backend)
 
         return self._over(ring, velocity)
-
-    def correction(
-        self, velocity: torch.Tensor, forecast: torch.Tensor, sigma: float, before: float, after: float
-    ) -> torch.Tensor:
-        """What to add to the velocity of a computed step, to make good for the forecasts since the one before.
-
-        How far the forecast for this very step is off says how far those were off that led to it. A part of that, the
-        stage's gain, is given back in the one Euler step that the velocity is used for.
-
-        Args:
-            velocity: what was computed, of any shape.
-            forecast: `predict_velocity` for this step, of the same shape.
-            sigma: the step's noise level.
-            before: that of the computed step before.
-            after: that of the step that follows.
-
-        Returns:
-            The correction in the velocity's shape and dtype, 0 where the forecast is not finite.
-
-        Raises:
-            ValueError: the predictor has no corrector.
-
-        Equivalent to `gain * (before - sigma) / (sigma - after) * (velocity - forecast)`. Source: this project's; after
-        the correctors of multistep solvers such as UniPC, arXiv 2302.04867.
-        """
-        if self.corrector is None:
-            raise argument_error(
-                "config.corrector", "be True", False, "Train the predictor with `lesa.refine`, or don't correct."
-            )
-        gain = self.corrector[self.config.stage_of(sigma)] * ((before - sigma) / (sigma - after))
-        return torch.nan_to_num(gain * (velocity.float() - forecast.float()), 0.0, 0.0, 0.0).to(velocity.dtype)
 
     def fuses_velocity(self, ring: FeatureRing | TieredRing, head: OutputHead | None = None) -> bool:
         """Whether `predict_velocity` from this ring is one kernel: with `head`, or with one that is made for it."""

@@ -6,7 +6,6 @@ import numbers
 from dataclasses import dataclass
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from lesa.conditioning import Conditioner
 from lesa.control import DeferredControl, computed
@@ -157,12 +156,6 @@ def disable_cache(pipe) -> None:
         hook.uninstall()
 
 
-def _takes_euler_steps(scheduler) -> bool:
-    """Whether a step adds the velocity times the fall in sigma to the sample, and nothing else."""
-    plain = type(scheduler) is FlowMatchEulerDiscreteScheduler
-    return plain and not getattr(scheduler.config, "stochastic_sampling", False)
-
-
 @dataclass
 class _Stream:
     """What a run keeps of one stream of calls."""
@@ -173,9 +166,6 @@ class _Stream:
     shape: tuple[int, int] | None = None  # batch and tokens of the call whose features are the newest in the ring
     fuses: bool = False  # whether the predictor has one kernel for forecast and output head
     is_other_text: bool = False  # since that call
-    last: int = 0  # the newest computed step
-    before: int = 0  # the one before the step that is being computed
-    foreseen: torch.Tensor | None = None  # the velocity that was forecast for the step that is being computed
 
 
 class _CacheHook(StepHook):
@@ -192,7 +182,6 @@ class _CacheHook(StepHook):
         self.streams: dict[str, _Stream] = {}
         self.computed: frozenset[int] = frozenset()
         self.forecasts_are_finite = True
-        self.corrects = False
         self.errors: list[float] = []  # of the forecasts for the latest computed step, one per stream
         self.recorder = None  # a `lesa.recording.Recorder` that wants to know what is computed
 
@@ -221,11 +210,6 @@ class _CacheHook(StepHook):
         if self.recorder is not None:
             self.recorder.on_run(run)
         self._note_adapters()
-        self.corrects = self.predictor.corrector is not None
-        if self.corrects and not _takes_euler_steps(self.pipe.scheduler):
-            self.corrects = False
-            kind = type(self.pipe.scheduler).__name__
-            self.stats.note(f"computed steps don't make good for forecasts: {kind} does not take plain Euler steps")
         config, sigmas = self.predictor.config, run.executed_sigmas
         total = len(sigmas)
         if isinstance(self.schedule, ErrorControl):
@@ -385,35 +369,11 @@ class _CacheHook(StepHook):
         stream = self.streams[call.stream]
         if isinstance(self.schedule, ErrorControl) and len(stream.stats.computed) > 1 and self._fits(stream, features):
             self._measure(stream, call, features, conditioning)
-        if self.corrects and call.step > stream.last + 1 and self._fits(stream, features):
-            self._foresee(stream, call, conditioning)
         self._push(stream, features, call.sigma)
-        stream.shape, stream.is_other_text, stream.last = self.adapter.shape(call.arguments), False, call.step
+        stream.shape, stream.is_other_text = self.adapter.shape(call.arguments), False
 
-    def _foresee(self, stream: _Stream, call: Call, conditioning) -> None:
-        """Forecasts the velocity of a step that is being computed."""
-        why = self.adapter.why_head_not_plain(self._capture.id, stream.ring.device)
-        if why is not None:
-            self.stats.note(f"computed steps don't make good for forecasts: {why}")
-        elif not torch.is_grad_enabled():
-            head = self.adapter.output_head(conditioning)
-            stream.foreseen = self.predictor.predict_velocity(stream.ring, call.sigma, head)
-            stream.before = stream.last
-
-    def _corrected(self, stream: _Stream, call: Call, output):
-        """The output of a computed step, with what makes good for the forecasts before it."""
-        levels, velocity = self.run.sigmas[self.run.begin :], output[0]
-        forecast, stream.foreseen = self.adapter.arrange(call.arguments, stream.foreseen), None
-        around = call.sigma, levels[stream.before], levels[call.step + 1]
-        stream.stats.corrected.append(call.step)
-        corrected = velocity + self.predictor.correction(velocity, forecast, *around)
-        return self.adapter.returned(call.arguments, corrected)
-
-    def finish(self, call, kept, output):
-        stream = self.streams[call.stream]
-        if stream.foreseen is not None:
-            output = self._corrected(stream, call, output)
-        stats = stream.stats
+    def finish(self, call, kept) -> None:
+        stats = self.streams[call.stream].stats
         stats.computed.append(call.step)
         stats.end(call.step, call.arguments["hidden_states"].device)
         if not kept:
@@ -421,7 +381,6 @@ class _CacheHook(StepHook):
                 "the output head did not run where lesa sees it",
                 "Compile with `pipe.transformer.compile(...)`, and don't replace the transformer's forward.",
             )
-        return output
 
     def _fits(self, stream: _Stream, features) -> bool:
         """Whether the stream has a history that these features belong to."""

@@ -340,15 +340,13 @@ class StepHook(ModelHook):
         """Gets the inputs of the output head, `[B, T, D]` and `[B, D]`, of a call that is computed."""
         raise NotImplementedError
 
-    def finish(self, call: Call, kept: bool, output):
-        """Called after a call that was computed; returns its output.
+    def finish(self, call: Call, kept: bool) -> None:
+        """Called after a call that was computed.
 
         Args:
             call: that call.
             kept: whether `keep` was called. It is not where the head runs in a graph that was compiled before.
-            output: the transformer's.
         """
-        return output
 
     # The gates. Nothing of the two is compiled, but what they run may be.
 
@@ -377,7 +375,9 @@ class StepHook(ModelHook):
             kwargs = self.needed(kwargs)
             self.inside = "compute"
             output = run(*args, **kwargs)
-            return output if call is None else self._computed(call, output)
+            if call is not None:
+                self._computed(call)
+            return output
         finally:
             self._call = self.inside = self._captured = None
             self._kept = False
@@ -409,10 +409,10 @@ class StepHook(ModelHook):
         return self.predict(self._call, self.adapter.bind(args, kwargs))
 
     @torch.compiler.disable
-    def _computed(self, call: Call, output):
+    def _computed(self, call: Call) -> None:
         if self._captured is not None:
             self._keep(*self._captured)
-        return self.finish(call, self._kept, output)
+        self.finish(call, self._kept)
 
     def _on_head_entry(self, module, args) -> None:
         """Keeps the inputs of the head at once, for what comes after may overwrite them; a graph copies them out."""

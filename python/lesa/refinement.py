@@ -13,7 +13,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -221,24 +220,12 @@ def _computed_in(config: PredictorConfig, sigmas: torch.Tensor) -> list[int]:
     return sorted(schedule.computed_in(sigmas.tolist()))
 
 
-def _corrections(predictor, batch: Batch, steps, features) -> torch.Tensor:
-    """What the corrector adds to the displacement of each computed step but the first `[C - 1, N, O]`."""
-    config = predictor.config
-    plan = Plan(steps.tolist(), len(batch.sigmas), config.max_history, device=steps.device, of_computed=True)
-    later, before = steps[1:], steps[:-1]
-    off = batch.velocity(features, steps)[1:]
-    off = off - batch.velocity(predict(predictor, batch, plan, features, steps), plan.steps)
-    gains = predictor.corrector[[config.stage_of(sigma) for sigma in batch.sigmas[later].tolist()]]
-    gains = gains * (batch.sigmas[before] - batch.sigmas[later]) * (later > before + 1)
-    return gains[:, None, None] * off
-
-
 class _Refinement(Training):
     """One round of training, on trajectories and roll-outs."""
 
     def __init__(self, predictor, trajectories, roll_outs: list[_RollOuts], out_dir, device, seed):
-        super().__init__(trajectories, replace(predictor.config, corrector=True), out_dir, device, seed)
-        self.predictor.load_state_dict(predictor.state_dict(), strict=predictor.config.corrector)
+        super().__init__(trajectories, predictor.config, out_dir, device, seed)
+        self.predictor.load_state_dict(predictor.state_dict())
         self.roll_outs = roll_outs
         self.origin = {"roll_outs": [r.recorded.manifest["predictor"] for r in roll_outs]}
 
@@ -273,7 +260,5 @@ def _off_after_gaps(predictor, batch: Batch, plan: Plan, steps, features, drift)
     """How far off the latents are at the end of each gap `[G, N, O]`, and each predicted velocity `[P, N, O]`."""
     error = batch.velocity(predict(predictor, batch, plan, features, steps), plan.steps) - batch.velocities[plan.steps]
     computed = (batch.velocity(features, steps) - batch.velocities[steps]) * batch.widths[steps, None, None]
-    if predictor.corrector is not None:
-        computed = torch.cat([computed[:1], computed[1:] + _corrections(predictor, batch, steps, features)])
     gaps = over_gaps(batch, plan, error)
     return (drift + computed)[: len(gaps)] + gaps, error

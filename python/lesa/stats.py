@@ -14,7 +14,6 @@ class StreamStats:
         computed: the executed steps that ran the transformer, in order.
         predicted: the executed steps that were forecast, in order.
         fused: those of the predicted steps whose forecast and output head were one kernel.
-        corrected: those of the computed steps that made good for the forecasts before them.
         reasons: why each computed step was computed.
         errors: by computed step, the relative error of the forecast for it; with `lesa.ErrorControl` only.
         ring_device_bytes, ring_host_bytes: what the ring of features takes on its device, and in host memory beside it;
@@ -24,7 +23,6 @@ class StreamStats:
     computed: list[int] = field(default_factory=list)
     predicted: list[int] = field(default_factory=list)
     fused: list[int] = field(default_factory=list)
-    corrected: list[int] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
     errors: dict[int, float] = field(default_factory=dict)
     ring_device_bytes: int = 0

@@ -38,15 +38,15 @@ class Plan:
     """For one schedule: which steps are predicted, from which history.
 
     Attributes:
-        steps: the predicted steps, P of them; or the computed ones but the first, to compare them with the truth.
+        steps: the predicted steps, P of them.
         history: `[P, K]` steps that the ring holds, newest first, the oldest repeated where there are fewer.
         count: `[P]`, how many of them are there.
         gaps: `[P]`, number of the gap between computed steps that each predicted step is in.
     """
 
-    def __init__(self, computed, total, length, every_step=False, device="cpu", of_computed=False):
+    def __init__(self, computed, total, length, every_step=False, device="cpu"):
         computed = set(computed)
-        self.steps = [i for i in range(1, total) if (i in computed) == of_computed]
+        self.steps = [i for i in range(1, total) if i not in computed]
         history = [[j for j in range(i - 1, -1, -1) if every_step or j in computed][:length] for i in self.steps]
         padded = [h + [h[-1]] * (length - len(h)) for h in history]
         self.count = torch.tensor([len(h) for h in history], dtype=torch.int32, device=device)

@@ -85,7 +85,7 @@ def test_refine_goes_on_with_what_was_recorded(folder, tmp_path, capsys):
     cli.main(["refine", *run.split(), *where])
     assert f"Wrote the refined predictor to {tmp_path / 'out'}" in capsys.readouterr().out
     refined = FusedKANPredictor.from_pretrained(tmp_path / "out")
-    assert refined.config.corrector and refined.config.schedule == (0, 1, 4, 8)
+    assert refined.config.schedule == (0, 1, 4, 8)
     other = ["refine", *run.replace("inputs.", "two.").split(), *where[:-1], str(tmp_path / "other")]
     assert "`inputs` must be what the trajectories were recorded with" in refused(capsys, *other)
 

@@ -1,7 +1,5 @@
 """`lesa.refine`, and recording along a predictor's own roll-outs, on the digits model."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -73,19 +71,8 @@ def test_a_roll_out_has_what_the_model_computed_on_the_way(pipe, recorded, predi
     assert lesa.cache.installed_hook(pipe.transformer) is None
 
 
-@pytest.fixture(scope="module")
-def correcting(predictor):
-    """The same predictor with a corrector whose gains are not 0."""
-    config = replace(predictor.config, corrector=True)
-    other = FusedKANPredictor(config).eval()
-    gains = torch.tensor([0.1, -0.05, 0.2])
-    other.load_state_dict({**predictor.state_dict(), "corrector": gains})
-    return other
-
-
-@pytest.mark.parametrize("name", ["predictor", "correcting"])
-def test_the_drift_is_how_far_the_latents_are_off(pipe, recorded, name, request, tmp_path):
-    (trajectories, inputs), predictor = recorded, request.getfixturevalue(name)
+def test_the_drift_is_how_far_the_latents_are_off(pipe, recorded, predictor, tmp_path):
+    trajectories, inputs = recorded
     roll_outs = _RollOuts(trajectories, predictor, pipe, inputs, tmp_path / "r", 8, False)
     plain = latents_of(pipe, inputs)
     with lesa.enable_cache(pipe, predictor):
@@ -101,56 +88,6 @@ def test_the_drift_is_how_far_the_latents_are_off(pipe, recorded, name, request,
         with torch.no_grad():
             after, _ = refinement._off_after_gaps(predictor, batch, plan, steps, *batch.roll_outs)
         torch.testing.assert_close(after[:-1], drift[1:], rtol=1e-3, atol=1e-4)
-
-
-def test_a_corrected_step_gives_back_its_part_of_the_error(pipe, recorded, predictor, correcting):
-    """By hand: what the hook adds to the velocity of the second computed step, from the latents of both runs."""
-    inputs = recorded[1]
-    with lesa.enable_cache(pipe, predictor):
-        without = latents_of(pipe, inputs)
-    with lesa.enable_cache(pipe, correcting) as cache:
-        corrected = latents_of(pipe, inputs)
-        (stream,) = cache.stats.streams.values()
-    assert stream.corrected == [2, 5, 8]
-    assert torch.equal(corrected[:3], without[:3])  # the first correction is in step 2
-    assert not torch.allclose(corrected[3], without[3], atol=1e-4)
-    with lesa.enable_cache(pipe, correcting, schedule=range(STEPS)) as cache:
-        everything = latents_of(pipe, inputs)
-    assert torch.equal(everything, latents_of(pipe, inputs))
-
-
-def test_no_correction_without_plain_euler_steps(fresh_pipe, recorded, predictor, correcting):
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    config = {**fresh_pipe.scheduler.config, "stochastic_sampling": True}
-    fresh_pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
-    with lesa.enable_cache(fresh_pipe, correcting) as cache:
-        latents_of(fresh_pipe, recorded[1])
-        (stream,) = cache.stats.streams.values()
-    assert not stream.corrected
-    assert any("does not take plain Euler steps" in note for note in cache.stats.notes)
-
-
-def test_no_correction_where_the_head_is_not_plain(fresh_pipe, recorded, predictor, correcting):
-    fresh_pipe.transformer.proj_out.register_forward_hook(lambda module, args, output: output)
-    with lesa.enable_cache(fresh_pipe, predictor):
-        expected = latents_of(fresh_pipe, recorded[1])
-    with lesa.enable_cache(fresh_pipe, correcting) as cache:
-        latents = latents_of(fresh_pipe, recorded[1])
-        (stream,) = cache.stats.streams.values()
-    assert torch.equal(latents, expected) and not stream.corrected
-    assert any("proj_out has a hook" in note for note in cache.stats.notes)
-
-
-def test_a_forecast_that_is_not_finite_corrects_nothing(correcting):
-    velocity, forecast = torch.ones(2, 3, 4), torch.full((2, 3, 4), 0.5)
-    forecast[0, 0] = float("nan")
-    forecast[0, 1] = float("inf")
-    correction = correcting.correction(velocity, forecast, sigma=0.9, before=1.0, after=0.85)
-    assert (correction[0, :2] == 0).all()
-    torch.testing.assert_close(correction[1], torch.full((3, 4), 0.1 * 0.1 / 0.05 * 0.5))
-    with pytest.raises(ValueError, match=r"`config.corrector` must be True"):
-        FusedKANPredictor(PredictorConfig(8)).correction(velocity, forecast, 0.9, 1.0, 0.85)
 
 
 def closeness(pipe, predictor, seed):
@@ -172,7 +109,7 @@ def closeness(pipe, predictor, seed):
 def test_refining_gets_closer_on_samples_it_has_not_seen(pipe, recorded, predictor):
     before = closeness(pipe, predictor, 1000)
     refined = lesa.refine(predictor, *recorded[:1], pipe, recorded[1], **{**QUICK, "epochs": 20})
-    assert refined.config == replace(predictor.config, corrector=True) and not refined.training
+    assert refined.config == predictor.config and not refined.training
     assert closeness(pipe, refined, 1000) > before + 0.3
     longer = lesa.train(recorded[0], schedule=SCHEDULE, epochs=46, batch_size=4, progress=False)
     assert closeness(pipe, refined, 1000) > closeness(pipe, longer, 1000)  # it is not for training longer

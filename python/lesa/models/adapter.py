@@ -168,10 +168,7 @@ class Adapter:
 
     def output(self, call: dict, velocity: torch.Tensor):
         """Projected tokens `[B, T, O]` as the transformer returns them."""
-        return self.returned(call, self.arrange(call, velocity))
-
-    def returned(self, call: dict, sample: torch.Tensor):
-        """The transformer's output as this call wants it: in an object, or in a tuple."""
+        sample = self.arrange(call, velocity)
         return Transformer2DModelOutput(sample=sample) if call["return_dict"] else (sample,)
 
     def why_head_not_plain(self, own_hook: int, device: torch.device) -> str | None:
