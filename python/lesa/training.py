@@ -12,6 +12,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -37,6 +38,14 @@ SEARCH_TURNS, PROBE_EPOCHS = 2, 12
 class Plan:
     """For one schedule: which steps are predicted, from which history.
 
+    Args:
+        computed: the schedule's steps.
+        total: number of steps of the run.
+        length: of the history that the predictor reads, K.
+        every_step: whether the history has all earlier steps, in the place of the computed ones.
+        steps: what is predicted. None: all steps that are not computed.
+        device: of the tensors.
+
     Attributes:
         steps: the predicted steps, P of them.
         history: `[P, K]` steps that the ring holds, newest first, the oldest repeated where there are fewer.
@@ -44,9 +53,9 @@ class Plan:
         gaps: `[P]`, number of the gap between computed steps that each predicted step is in.
     """
 
-    def __init__(self, computed, total, length, every_step=False, device="cpu"):
+    def __init__(self, computed, total, length, every_step=False, device="cpu", steps=None):
         computed = set(computed)
-        self.steps = [i for i in range(1, total) if i not in computed]
+        self.steps = [i for i in range(1, total) if i not in computed] if steps is None else steps
         history = [[j for j in range(i - 1, -1, -1) if every_step or j in computed][:length] for i in self.steps]
         padded = [h + [h[-1]] * (length - len(h)) for h in history]
         self.count = torch.tensor([len(h) for h in history], dtype=torch.int32, device=device)
@@ -306,6 +315,7 @@ def _complete_config(trajectories, config, schedule) -> PredictorConfig:
         num_inference_steps=total,
         schedule=schedule.steps,
         schedule_sigmas=tuple(sigmas[s] for s in schedule.steps),
+        schedule_errors=None,
     )
 
 
@@ -377,7 +387,30 @@ class Training:
                     self.losses["validation"].append(self._batch_loss(validation, tokens, guided=False).item())
                 bar.set_postfix(validation=f"{self.losses['validation'][-1]:.4f}")
             self._save_checkpoint(settings, optimizer, epoch + 1)
+        if self.config.history == "anchors":
+            errors = self._typical_errors(validation or training)
+            self.predictor.config = replace(self.config, schedule_errors=errors)
         self._finish(guided_epochs)
+
+    @torch.no_grad()
+    def _typical_errors(self, numbers) -> tuple[float, ...]:
+        """Of each computed step, the median over the samples of the velocity's error if it were forecast, relative.
+
+        Of the streams of one sample the worst counts, as in a run under `ErrorControl`.
+        """
+        config, found = self.config, {}
+        for number in numbers:
+            batch = Batch([self.trajectories[number]], self.head, None, None, self.device)
+            computed = sorted(self.schedule.computed_in(batch.sigmas.tolist()))
+            plan = Plan(computed, len(batch.sigmas), config.max_history, device=self.device, steps=computed[1:])
+            truth = batch.velocities[plan.steps].flatten(1)
+            error = batch.velocity(predict(self.predictor, batch, plan, batch.features), plan.steps).flatten(1) - truth
+            relative_error = (error.norm(dim=1) / truth.norm(dim=1).clamp(min=1e-12)).cpu()
+            levels = -batch.sigmas[plan.steps].cpu()  # of another size's noise levels, other steps are nearest
+            at = np.interp([-s for s in config.schedule_sigmas[1:]], levels, relative_error)
+            sample = self.trajectories.samples[number]
+            found[sample] = np.maximum(found.get(sample, 0.0), at)
+        return (0.0, *np.median([*found.values()], axis=0).tolist())
 
     def _split(self, validation_fraction) -> tuple[list[int], list[int]]:
         """Numbers of the trajectories to train on and to validate with; those of one sample stay together."""
