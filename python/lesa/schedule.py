@@ -164,14 +164,18 @@ class ControlledSteps:
 
     def choose_next(self, error: float | None) -> None:
         """Chooses the step after the last one, by the error there; None where it is not known."""
+        *earlier, last = sorted(self.chosen)
+        if error is None or not earlier:
+            self.add(1.0)
+            return
+        typical = float(np.interp(-self._levels[last], self._trained[1:], self.errors[1:]))
+        self.add(self.control.next_stretch(self._place(last) - self._place(earlier[-1]), error, typical))
+
+    def add(self, stretch: float) -> None:
+        """Adds the step so many gaps of the trained schedule after the last one; after the run's end, its length."""
         last = max(self.chosen)
-        place, stretch = self._place(last), 1.0
-        if error is not None:
-            before = self._place(max(self.chosen - {last}))
-            typical = float(np.interp(-self._levels[last], self._trained[1:], self.errors[1:]))
-            stretch = self.control.next_stretch(place - before, error, typical)
         places = range(len(self._trained) + 1)
-        wanted = -float(np.interp(place + stretch, places, [*self._trained, 0.0]))
+        wanted = -float(np.interp(self._place(last) + stretch, places, [*self._trained, 0.0]))
         near = range(last + 1, min(last + self.control.longest, len(self._levels) - 1) + 1)
         self.chosen |= {min(near, key=lambda step: abs(self._levels[step] - wanted))}
 

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from lesa.recording import Trajectories
-from lesa.schedule import Schedule, ScheduleLike, as_schedule
+from lesa.schedule import ControlledSteps, ErrorControl, Schedule, ScheduleLike, as_schedule
 from lesa.search import search_schedule
 from lesa.token_batches import Batch, Head
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -33,6 +33,8 @@ WEIGHT_DECAY = 1e-4
 GRADIENT_CLIP = 1.0
 DEFAULT_COMPUTED_STEPS = 9
 SEARCH_TURNS, PROBE_EPOCHS = 2, 12
+STRETCHES, STRETCH_SPREAD = (0.5, 1.4), 0.3
+"""In training for error control: the range of the gaps over the schedule's, and how far one is off its neighbours."""
 
 
 class Plan:
@@ -138,6 +140,19 @@ def _shaken(computed, total, generator, reach):
     return {0} | {min(max(step + move, 1), total - 1) for step, move in zip(computed[1:], moves)}
 
 
+def _stretched(schedule, sigmas, generator):
+    """A schedule such as error control chooses: gaps of a random length, around one that is random too."""
+    steps = ControlledSteps(ErrorControl(longest=len(sigmas)), schedule, (), sigmas)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand((), generator=generator).item()
+
+    middle = uniform(*map(math.log, STRETCHES))
+    while max(steps.chosen) < len(sigmas):
+        steps.add(math.exp(middle + uniform(-STRETCH_SPREAD, STRETCH_SPREAD)))
+    return steps.chosen - {len(sigmas)}
+
+
 def train(
     trajectories: Trajectories | str | os.PathLike,
     config: PredictorConfig | None = None,
@@ -147,6 +162,7 @@ def train(
     out_dir: str | os.PathLike | None = None,
     guided_epochs: int | None = None,
     reach: int = 1,
+    controlled: bool = False,
     epochs: int = 60,
     batch_size: int = 8,
     tokens_per_batch: int | None = 32,
@@ -170,6 +186,8 @@ def train(
         guided_epochs: passes over the trajectories in the first stage. Default: a third of `epochs` for dense, a sixth
             for newton, whose second stage has a true history too.
         reach: by how many steps the first stage moves the computed ones of a newton predictor at most.
+        controlled: whether to train for `lesa.ErrorControl`: all epochs are of the first stage, on schedules with gaps
+            half to twice as long. The forecasts are less close on the schedule itself, and closer on others.
         epochs: passes in the second stage; may be 0 for a predictor that favours no schedule.
         batch_size: trajectories per step of the optimiser.
         tokens_per_batch: random tokens taken of each trajectory per step, since predictor and head are token-wise; None
@@ -186,8 +204,9 @@ def train(
         The predictor of the last epoch, on the CPU, its config saying what it was trained on.
 
     Raises:
-        ValueError: `config` does not fit the trajectories, the schedule does not fit their steps, or `out_dir` holds
-            something else than an unfinished training with these arguments; the message names the field.
+        ValueError: `config` does not fit the trajectories or `controlled`, the schedule does not fit their steps, or
+            `out_dir` holds something else than an unfinished training with these arguments; the message names the
+            field.
 
     Source: LESA, arXiv 2602.20497, for the two stages; the loss and the newton mixer's training are this project's.
     """
@@ -198,12 +217,17 @@ def train(
     if budget is not None:
         schedule = _schedule_of(trajectories, config, schedule, budget, out_dir, device, seed, progress)
     config = _complete_config(trajectories, config, schedule)
-    run = Training(trajectories, config, out_dir, device, seed, check_int("reach", reach, minimum=0))
+    run = Training(trajectories, config, out_dir, device, seed, check_int("reach", reach, minimum=0), bool(controlled))
     newton = run.config.mixer == "newton"
+    if controlled and run.config.history != "anchors":
+        remedy = "Train a newton predictor."
+        raise argument_error("controlled", "be left out for one that feeds on its own forecasts", controlled, remedy)
     if guided_epochs is None:
         guided_epochs = epochs // 6 if newton else epochs // 3
     if learning_rate is None:
         learning_rate = 3e-3 if newton else 1e-4
+    if controlled:
+        guided_epochs, epochs = guided_epochs + epochs, 0
     run.fit(
         guided_epochs=check_int("guided_epochs", guided_epochs, minimum=0),
         epochs=epochs,
@@ -329,10 +353,11 @@ class Training:
         device: where to train.
         seed: of all that is random.
         reach: by how many steps the guided stage moves the computed ones at most.
+        controlled: whether the guided stage has schedules as of error control, in the place of those.
     """
 
-    def __init__(self, trajectories, config, out_dir, device, seed, reach=1):
-        self.reach = reach
+    def __init__(self, trajectories, config, out_dir, device, seed, reach=1, controlled=False):
+        self.reach, self.controlled = reach, controlled
         self.trajectories, self.config, self.device, self.seed = trajectories, config, torch.device(device), seed
         self.out_dir = None if out_dir is None else Path(out_dir)
         with torch.random.fork_rng(devices=[]):
@@ -359,6 +384,7 @@ class Training:
             "validation_fraction": validation_fraction,
             "seed": self.seed,
             "reach": self.reach,
+            "controlled": self.controlled,
             **self.origin,
         }
         training, validation = self._split(validation_fraction)
@@ -445,6 +471,8 @@ class Training:
             computed = self.schedule.computed_in(batch.sigmas.tolist())
         elif every_step:
             computed = {0}
+        elif self.controlled:
+            computed = _stretched(self.schedule, batch.sigmas.tolist(), self.generator)
         else:
             computed = _shaken(self.schedule.steps, config.num_inference_steps, self.generator, self.reach)
         plan = Plan(computed, config.num_inference_steps, config.max_history, every_step, self.device)
