@@ -67,8 +67,8 @@ def enable_cache(
     Raises:
         TypeError: `pipe` is of no supported family, or `predictor` is no predictor.
         ValueError: the predictor was made for another family or width, is on another device, has weights that are not
-            finite, or has no schedule while none was given. The first computed step raises it, if `max_device_bytes`
-            is less than the least that its features need.
+            finite, has no schedule while none was given, or can't be used with an `ErrorControl`. The first computed
+            step raises it, if `max_device_bytes` is less than the least that its features need.
         RuntimeError: a cache is on already. A run raises it too, if another cache was enabled meanwhile or a second
             thread enters the transformer.
     """
@@ -145,7 +145,7 @@ def _check_controllable(adapter, config) -> None:
             "predictor.config.schedule_errors",
             "say which errors are typical, for an ErrorControl to compare with",
             None,
-            "Train it with `lesa.train` of this release, or pass a list of steps.",
+            "Train it with `lesa.train(..., controlled=True)`, or pass a list of steps.",
         )
     if getattr(adapter.transformer, "_parallel_config", None) is not None:
         raise argument_error(

@@ -109,7 +109,8 @@ class ErrorControl:
     At a computed step the forecast for it can be compared with the truth. How far that is off, over what is typical
     there by the predictor's training, says how hard the sample is. The gap that follows is that of the trained
     schedule, made longer or shorter as adaptive solvers of differential equations do: by
-    `(tolerance / hardness) ** (1 / growth)`, at most twice as long and at least half.
+    `(tolerance / hardness) ** (1 / growth)`, at most twice as long and at least half. The predictor should know gaps of
+    such lengths: `lesa.train(..., controlled=True)`.
 
     Args:
         tolerance: which part of the typical error is aimed at. 1 computes about as many steps as the trained schedule;

@@ -284,7 +284,7 @@ def test_a_shared_transformer_is_refused(pipe, monkeypatch):
 
 
 def test_a_predictor_that_knows_no_typical_errors_is_refused(pipe):
-    with pytest.raises(ValueError, match=r"`predictor.config.schedule_errors` must .* but got None .*`lesa.train`"):
+    with pytest.raises(ValueError, match=r"`predictor.config.schedule_errors` must .* but got None .*`lesa.train"):
         lesa.enable_cache(pipe, bundled(schedule_errors=None), lesa.ErrorControl())
 
 
