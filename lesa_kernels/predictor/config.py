@@ -31,6 +31,8 @@ class PredictorConfig:
         num_inference_steps: number of steps it was trained at, or None.
         schedule: the steps that were computed in training, rising from 0, or None.
         schedule_sigmas: the noise levels of those steps, falling, or None.
+        schedule_errors: for each of those steps, the typical relative L2 error of the velocity that would have been
+            forecast for it, 0 for the first; or None. `lesa.ErrorControl` compares with it.
         format_version: of the saved form.
 
     Raises:
@@ -52,6 +54,7 @@ class PredictorConfig:
     num_inference_steps: int | None = None
     schedule: tuple[int, ...] | None = None
     schedule_sigmas: tuple[float, ...] | None = None
+    schedule_errors: tuple[float, ...] | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self):
@@ -114,6 +117,15 @@ class PredictorConfig:
                 self.schedule_sigmas,
                 "Pass both, or neither.",
             )
+        if self.schedule_errors is not None:
+            put_all("schedule_errors", check_float, minimum=0.0)
+            if len(self.schedule_errors) != steps:
+                raise argument_error(
+                    "schedule_errors",
+                    f"have one error for each of the {steps} steps of `schedule`",
+                    self.schedule_errors,
+                    "Pass as many, or None.",
+                )
 
     @property
     def num_stages(self) -> int:

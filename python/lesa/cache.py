@@ -11,7 +11,7 @@ from lesa.conditioning import Conditioner
 from lesa.control import DeferredControl, computed
 from lesa.hook import UNLOCATED, Call, Run, StepHook, installed_hook
 from lesa.models import adapter_for
-from lesa.schedule import FEW_STEPS, ErrorControl, Schedule, ScheduleLike, as_schedule
+from lesa.schedule import FEW_STEPS, ControlledSteps, ErrorControl, Schedule, ScheduleLike, as_schedule
 from lesa.stats import CacheStats, StreamStats
 from lesa_kernels import FeatureRing, FusedKANPredictor, TieredRing
 from lesa_kernels._checks import Said, argument_error, check_int
@@ -67,8 +67,8 @@ def enable_cache(
     Raises:
         TypeError: `pipe` is of no supported family, or `predictor` is no predictor.
         ValueError: the predictor was made for another family or width, is on another device, has weights that are not
-            finite, or has no schedule while none was given. The first computed step raises it, if `max_device_bytes`
-            is less than the least that its features need.
+            finite, has no schedule while none was given, or can't be used with an `ErrorControl`. The first computed
+            step raises it, if `max_device_bytes` is less than the least that its features need.
         RuntimeError: a cache is on already. A run raises it too, if another cache was enabled meanwhile or a second
             thread enters the transformer.
     """
@@ -140,6 +140,13 @@ def _check_controllable(adapter, config) -> None:
             Said("an ErrorControl"),
             "Use a newton predictor, or a list of steps.",
         )
+    if config.schedule_errors is None:
+        raise argument_error(
+            "predictor.config.schedule_errors",
+            "say which errors are typical, for an ErrorControl to compare with",
+            None,
+            "Train it with `lesa.train(..., controlled=True)`, or pass a list of steps.",
+        )
     if getattr(adapter.transformer, "_parallel_config", None) is not None:
         raise argument_error(
             "schedule",
@@ -182,6 +189,7 @@ class _CacheHook(StepHook):
         self.streams: dict[str, _Stream] = {}
         self.computed: frozenset[int] = frozenset()
         self.forecasts_are_finite = True
+        self.controlled: ControlledSteps | None = None  # of a run under `ErrorControl`
         self.errors: list[float] = []  # of the forecasts for the latest computed step, one per stream
         self.recorder = None  # a `lesa.recording.Recorder` that wants to know what is computed
 
@@ -213,7 +221,9 @@ class _CacheHook(StepHook):
         config, sigmas = self.predictor.config, run.executed_sigmas
         total = len(sigmas)
         if isinstance(self.schedule, ErrorControl):
-            self.computed, self.errors = self.schedule.first_steps(total), []
+            trained = Schedule(config.schedule, sigmas=config.schedule_sigmas)
+            self.controlled = ControlledSteps(self.schedule, trained, config.schedule_errors, sigmas)
+            self.computed, self.errors = self.controlled.chosen, []
             return
         if self.as_trained and total < FEW_STEPS and total != config.num_inference_steps:
             self.stats.note(f"computed everything: {total} steps are too few to predict any")
@@ -281,12 +291,8 @@ class _CacheHook(StepHook):
     def _choose_next_step(self) -> None:
         """Adds the computed step after the last one, by the errors that were found there."""
         self.wait_for_mail()
-        before, last = sorted(self.computed)[-2:]
-        gap, levels = last - before, self.run.executed_sigmas
-        if self.errors:  # there are none where a history began anew
-            gap = self.schedule.next_gap(gap, max(self.errors) * (levels[before] - levels[last]))
-        self.computed |= {last + gap}
-        self.errors = []
+        self.controlled.choose_next(max(self.errors, default=None))  # there are none where a history began anew
+        self.computed, self.errors = self.controlled.chosen, []
 
     def _measure(self, stream: _Stream, call: Call, features, conditioning) -> None:
         """Sends for the error of the forecast for a step that was computed."""

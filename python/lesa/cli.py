@@ -95,6 +95,7 @@ def _train(options) -> None:
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     config = PredictorConfig(trajectories.feature_dim, **given) if given else None
     more = {name: getattr(options, name) for name in ("epochs", "budget") if getattr(options, name) is not None}
+    more |= {"controlled": True} if options.controlled else {}
     device = _device(options)
     predictor = train(
         trajectories, config, options.schedule, out_dir=options.out, seed=options.seed, device=device, **more
@@ -129,6 +130,7 @@ def _generate(options) -> None:
     from PIL import Image
 
     from lesa.cache import enable_cache
+    from lesa.schedule import ErrorControl
     from lesa_kernels import FusedKANPredictor
 
     if options.output.suffix.lower() not in Image.registered_extensions():
@@ -140,7 +142,8 @@ def _generate(options) -> None:
     inputs = _read_inputs(pipe, options) if options.inputs else _prompts(pipe, [{"prompt": options.prompt}])
     size = {name: getattr(options, name) for name in ("height", "width") if getattr(options, name) is not None}
     predictor.to(pipe.transformer.device)
-    with enable_cache(pipe, predictor, options.schedule) as handle:
+    schedule = options.schedule if options.tolerance is None else ErrorControl(options.tolerance)
+    with enable_cache(pipe, predictor, schedule) as handle:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         for number, arguments in enumerate(inputs):
             generator = torch.Generator("cpu").manual_seed(options.seed + number)
@@ -333,6 +336,16 @@ def _positive(text: str) -> int:
     return value
 
 
+def _part(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, but got {text!r}")
+    return value
+
+
 def _natural(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"must be an integer of at least 0, but got {text!r}")
@@ -393,6 +406,7 @@ def _parser() -> argparse.ArgumentParser:
     bounds = _numbers(float, "falling noise levels such as 0.67,0.33")
     sub.add_argument("--stage-bounds", type=bounds, help="noise levels between the stages (default: 0.67,0.33)")
     sub.add_argument("--epochs", type=_positive, help="passes over the trajectories (default: 60)")
+    sub.add_argument("--controlled", action="store_true", help="train for `lesa generate --tolerance`")
     sub.add_argument("--seed", type=_natural, default=0, help="of the training (default: 0)")
     placed(sub)
 
@@ -411,7 +425,10 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--prompt", help="what to draw")
     sub.add_argument("--predictor", required=True, help="folder or hub id of a predictor")
     text = "computed steps such as 0,2,6,12, or an interval such as 7 (default: as the predictor was trained)"
-    sub.add_argument("--schedule", type=_schedule, help=text)
+    which = sub.add_mutually_exclusive_group()
+    which.add_argument("--schedule", type=_schedule, help=text)
+    text = "choose the steps by their errors: which part of the trained schedule's is aimed at, such as 1"
+    which.add_argument("--tolerance", type=_part, metavar="X", help=text)
     sub.add_argument("--output", required=True, type=Path, metavar="FILE", help="picture; several are numbered")
     sub.add_argument("--height", type=_positive, help="in pixels")
     sub.add_argument("--width", type=_positive, help="in pixels")

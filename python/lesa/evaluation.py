@@ -38,10 +38,13 @@ from lesa.models import adapter_for
 from lesa.pipelines import quiet_progress
 from lesa.quality import LEARNED, bootstrap_interval, learned_qualities, psnr, relative_error, ssim
 from lesa.recording import fingerprint
+from lesa.schedule import ErrorControl, Schedule, ScheduleLike, as_schedule
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels._checks import Said, argument_error, check_choice, check_int
 
 __all__ = ["EvaluatedRun", "Evaluation", "TaylorSeer", "evaluate", "taylorseer_grid"]
+
+Contestant = FusedKANPredictor | tuple[FusedKANPredictor, ScheduleLike | ErrorControl | None]
 
 FORMAT_VERSION = 1
 REFERENCE = "reference"
@@ -267,7 +270,7 @@ class Evaluation:
 def evaluate(
     pipe,
     inputs: Sequence[str | dict],
-    predictors: Mapping[str, FusedKANPredictor] | Sequence[FusedKANPredictor],
+    predictors: Mapping[str, Contestant] | Sequence[Contestant],
     against: Sequence[str | Setting] = ("steps", "taylorseer"),
     num_inference_steps: int = 50,
     seed: int = 0,
@@ -289,8 +292,9 @@ def evaluate(
     Args:
         pipe: a diffusers pipeline of a supported family.
         inputs: prompts, or dicts of pipeline arguments.
-        predictors: on the pipeline's device; by name, or in order. The names tell runs apart that have the same mixer
-            and number of computed steps.
+        predictors: on the pipeline's device; by name, or in order. Each by itself, to compute what it was trained for,
+            or in a tuple with what `lesa.enable_cache` takes as `schedule`, such as a `lesa.ErrorControl`. The names
+            tell runs apart that have the same mixer and number of computed steps.
         against: "steps" for plain runs of as many steps as the predictors compute, and "taylorseer",
             "first-block-cache", "mag-cache" and "cache-dit" for these caches at these budgets; "steps-N", "mag-cache-N"
             and so on for a budget of N; or a setting from `lesa.contenders`, such as `TaylorSeer`, which is run as it
@@ -320,19 +324,20 @@ def evaluate(
     if not isinstance(predictors, Mapping):
         predictors = {str(number): predictor for number, predictor in enumerate(predictors, start=1)}
 
-    for predictor in predictors.values():
-        enable_cache(pipe, predictor).disable()  # one that does not fit is refused before anything runs
+    contestants = {label: _with_schedule(value, num_inference_steps) for label, value in predictors.items()}
+    for predictor, schedule in contestants.values():
+        enable_cache(pipe, predictor, schedule).disable()  # one that does not fit is refused before anything runs
 
     with (
         quiet_progress(pipe),
-        tqdm(desc="evaluate", unit="run", disable=not progress, total=1 + len(predictors)) as bar,
+        tqdm(desc="evaluate", unit="run", disable=not progress, total=1 + len(contestants)) as bar,
     ):
         seed = check_int("seed", seed, minimum=0)
         store = _Store(out_dir, pipe, adapter, inputs, seed, size, num_inference_steps)
         contest = _Contest(pipe, adapter, inputs, seed, size, num_inference_steps, store, bar)
         contest.run(REFERENCE, REFERENCE, "all steps")
-        for label, predictor in predictors.items():
-            contest.run_ours(label, predictor)
+        for label, contestant in contestants.items():
+            contest.run_ours(label, *contestant)
         counts = {round(run.step_equivalents) for run in contest.results[1:]}
         budgets, settings = _opponents(against, counts)
         bar.total += len(budgets.get("steps", ()))
@@ -348,7 +353,7 @@ def evaluate(
         for count in sorted(budgets.get("steps", ()), reverse=True):
             contest.run("fewer-steps-{whole}", "steps", f"{count} steps of the scheduler", steps=count)
 
-    bounds = next((list(p.config.stage_bounds) for p in predictors.values()), [])
+    bounds = next((list(p.config.stage_bounds) for p, _ in contestants.values()), [])
     facts = {
         **_facts(pipe, inputs, seed, size),
         "num_inference_steps": num_inference_steps,
@@ -361,6 +366,19 @@ def evaluate(
     if out_dir is not None:
         evaluation.save(out_dir)
     return evaluation
+
+
+def _with_schedule(contestant: Contestant, num_inference_steps: int):
+    """The predictor and its schedule, None for the trained one."""
+    if not isinstance(contestant, tuple):
+        return contestant, None
+    if len(contestant) != 2:
+        remedy = "Pass `(predictor, schedule)`."
+        raise argument_error("predictors", "hold predictors, or pairs of one and a schedule", contestant, remedy)
+    predictor, schedule = contestant
+    if schedule is None or isinstance(schedule, ErrorControl):
+        return predictor, schedule
+    return predictor, as_schedule(schedule, num_inference_steps)
 
 
 class _NotAvailableError(Exception):
@@ -476,17 +494,21 @@ class _Contest:
             for numbers in batches_of(inputs, self.size)
         ]
 
-    def run_ours(self, label: str, predictor: FusedKANPredictor) -> None:
-        """Runs a predictor."""
+    def run_ours(self, label: str, predictor: FusedKANPredictor, schedule: Schedule | ErrorControl | None) -> None:
+        """Runs a predictor on a schedule, None for the trained one."""
         state = {name: value.detach().cpu() for name, value in predictor.state_dict().items()}
-        key = _digest([inputs_digest([state]), repr(predictor.config), label, [*self.pictured]])
+        key = _digest([inputs_digest([state]), repr(predictor.config), repr(schedule), label, [*self.pictured]])
         config = predictor.config
         setting = f"{config.mixer}, rank {config.rank}" if config.mixer == "newton" else config.mixer
+        if isinstance(schedule, ErrorControl):
+            setting += f", error control at {schedule.tolerance:g}"
+        elif schedule is not None:
+            setting += f", steps {schedule}"
         self.run(
             f"{config.mixer}-{{whole}}",
             config.mixer,
             setting,
-            cache=lambda: enable_cache(self.pipe, predictor),
+            cache=lambda: enable_cache(self.pipe, predictor, schedule),
             suffix=f"-{label}",
             more=key,
         )

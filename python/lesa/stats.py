@@ -15,7 +15,8 @@ class StreamStats:
         predicted: the executed steps that were forecast, in order.
         fused: those of the predicted steps whose forecast and output head were one kernel.
         reasons: why each computed step was computed.
-        errors: by computed step, the relative error of the forecast for it; with `lesa.ErrorControl` only.
+        errors: by computed step from the third on, the relative L2 error of the velocity that was forecast for it, of
+            the worst sample; with `lesa.ErrorControl` only.
         ring_device_bytes, ring_host_bytes: what the ring of features takes on its device, and in host memory beside it;
             0 before the first computed step. The rings are freed when the run ends.
     """

@@ -12,11 +12,12 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from lesa.recording import Trajectories
-from lesa.schedule import Schedule, ScheduleLike, as_schedule
+from lesa.schedule import ControlledSteps, ErrorControl, Schedule, ScheduleLike, as_schedule
 from lesa.search import search_schedule
 from lesa.token_batches import Batch, Head
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -32,10 +33,20 @@ WEIGHT_DECAY = 1e-4
 GRADIENT_CLIP = 1.0
 DEFAULT_COMPUTED_STEPS = 9
 SEARCH_TURNS, PROBE_EPOCHS = 2, 12
+STRETCHES, STRETCH_SPREAD = (0.5, 1.4), 0.3
+"""In training for error control: the range of the gaps over the schedule's, and how far one is off its neighbours."""
 
 
 class Plan:
     """For one schedule: which steps are predicted, from which history.
+
+    Args:
+        computed: the schedule's steps.
+        total: number of steps of the run.
+        length: of the history that the predictor reads, K.
+        every_step: whether the history has all earlier steps, in the place of the computed ones.
+        steps: what is predicted. None: all steps that are not computed.
+        device: of the tensors.
 
     Attributes:
         steps: the predicted steps, P of them.
@@ -44,9 +55,9 @@ class Plan:
         gaps: `[P]`, number of the gap between computed steps that each predicted step is in.
     """
 
-    def __init__(self, computed, total, length, every_step=False, device="cpu"):
+    def __init__(self, computed, total, length, every_step=False, device="cpu", steps=None):
         computed = set(computed)
-        self.steps = [i for i in range(1, total) if i not in computed]
+        self.steps = [i for i in range(1, total) if i not in computed] if steps is None else steps
         history = [[j for j in range(i - 1, -1, -1) if every_step or j in computed][:length] for i in self.steps]
         padded = [h + [h[-1]] * (length - len(h)) for h in history]
         self.count = torch.tensor([len(h) for h in history], dtype=torch.int32, device=device)
@@ -129,6 +140,19 @@ def _shaken(computed, total, generator, reach):
     return {0} | {min(max(step + move, 1), total - 1) for step, move in zip(computed[1:], moves)}
 
 
+def _stretched(schedule, sigmas, generator):
+    """A schedule such as error control chooses: gaps of a random length, around one that is random too."""
+    steps = ControlledSteps(ErrorControl(longest=len(sigmas)), schedule, (), sigmas)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand((), generator=generator).item()
+
+    middle = uniform(*map(math.log, STRETCHES))
+    while max(steps.chosen) < len(sigmas):
+        steps.add(math.exp(middle + uniform(-STRETCH_SPREAD, STRETCH_SPREAD)))
+    return steps.chosen - {len(sigmas)}
+
+
 def train(
     trajectories: Trajectories | str | os.PathLike,
     config: PredictorConfig | None = None,
@@ -138,6 +162,7 @@ def train(
     out_dir: str | os.PathLike | None = None,
     guided_epochs: int | None = None,
     reach: int = 1,
+    controlled: bool = False,
     epochs: int = 60,
     batch_size: int = 8,
     tokens_per_batch: int | None = 32,
@@ -161,6 +186,8 @@ def train(
         guided_epochs: passes over the trajectories in the first stage. Default: a third of `epochs` for dense, a sixth
             for newton, whose second stage has a true history too.
         reach: by how many steps the first stage moves the computed ones of a newton predictor at most.
+        controlled: whether to train for `lesa.ErrorControl`: all epochs are of the first stage, on schedules with gaps
+            half to twice as long. The forecasts are less close on the schedule itself, and closer on others.
         epochs: passes in the second stage; may be 0 for a predictor that favours no schedule.
         batch_size: trajectories per step of the optimiser.
         tokens_per_batch: random tokens taken of each trajectory per step, since predictor and head are token-wise; None
@@ -177,8 +204,9 @@ def train(
         The predictor of the last epoch, on the CPU, its config saying what it was trained on.
 
     Raises:
-        ValueError: `config` does not fit the trajectories, the schedule does not fit their steps, or `out_dir` holds
-            something else than an unfinished training with these arguments; the message names the field.
+        ValueError: `config` does not fit the trajectories or `controlled`, the schedule does not fit their steps, or
+            `out_dir` holds something else than an unfinished training with these arguments; the message names the
+            field.
 
     Source: LESA, arXiv 2602.20497, for the two stages; the loss and the newton mixer's training are this project's.
     """
@@ -189,12 +217,17 @@ def train(
     if budget is not None:
         schedule = _schedule_of(trajectories, config, schedule, budget, out_dir, device, seed, progress)
     config = _complete_config(trajectories, config, schedule)
-    run = Training(trajectories, config, out_dir, device, seed, check_int("reach", reach, minimum=0))
+    run = Training(trajectories, config, out_dir, device, seed, check_int("reach", reach, minimum=0), bool(controlled))
     newton = run.config.mixer == "newton"
+    if controlled and run.config.history != "anchors":
+        remedy = "Train a newton predictor."
+        raise argument_error("controlled", "be left out for one that feeds on its own forecasts", controlled, remedy)
     if guided_epochs is None:
         guided_epochs = epochs // 6 if newton else epochs // 3
     if learning_rate is None:
         learning_rate = 3e-3 if newton else 1e-4
+    if controlled:
+        guided_epochs, epochs = guided_epochs + epochs, 0
     run.fit(
         guided_epochs=check_int("guided_epochs", guided_epochs, minimum=0),
         epochs=epochs,
@@ -306,6 +339,7 @@ def _complete_config(trajectories, config, schedule) -> PredictorConfig:
         num_inference_steps=total,
         schedule=schedule.steps,
         schedule_sigmas=tuple(sigmas[s] for s in schedule.steps),
+        schedule_errors=None,
     )
 
 
@@ -319,10 +353,11 @@ class Training:
         device: where to train.
         seed: of all that is random.
         reach: by how many steps the guided stage moves the computed ones at most.
+        controlled: whether the guided stage has schedules as of error control, in the place of those.
     """
 
-    def __init__(self, trajectories, config, out_dir, device, seed, reach=1):
-        self.reach = reach
+    def __init__(self, trajectories, config, out_dir, device, seed, reach=1, controlled=False):
+        self.reach, self.controlled = reach, controlled
         self.trajectories, self.config, self.device, self.seed = trajectories, config, torch.device(device), seed
         self.out_dir = None if out_dir is None else Path(out_dir)
         with torch.random.fork_rng(devices=[]):
@@ -349,6 +384,7 @@ class Training:
             "validation_fraction": validation_fraction,
             "seed": self.seed,
             "reach": self.reach,
+            "controlled": self.controlled,
             **self.origin,
         }
         training, validation = self._split(validation_fraction)
@@ -377,7 +413,30 @@ class Training:
                     self.losses["validation"].append(self._batch_loss(validation, tokens, guided=False).item())
                 bar.set_postfix(validation=f"{self.losses['validation'][-1]:.4f}")
             self._save_checkpoint(settings, optimizer, epoch + 1)
+        if self.config.history == "anchors":
+            errors = self._typical_errors(validation or training)
+            self.predictor.config = replace(self.config, schedule_errors=errors)
         self._finish(guided_epochs)
+
+    @torch.no_grad()
+    def _typical_errors(self, numbers) -> tuple[float, ...]:
+        """Of each computed step, the median over the samples of the velocity's error if it were forecast, relative.
+
+        Of the streams of one sample the worst counts, as in a run under `ErrorControl`.
+        """
+        config, found = self.config, {}
+        for number in numbers:
+            batch = Batch([self.trajectories[number]], self.head, None, None, self.device)
+            computed = sorted(self.schedule.computed_in(batch.sigmas.tolist()))
+            plan = Plan(computed, len(batch.sigmas), config.max_history, device=self.device, steps=computed[1:])
+            truth = batch.velocities[plan.steps].flatten(1)
+            error = batch.velocity(predict(self.predictor, batch, plan, batch.features), plan.steps).flatten(1) - truth
+            relative_error = (error.norm(dim=1) / truth.norm(dim=1).clamp(min=1e-12)).cpu()
+            levels = -batch.sigmas[plan.steps].cpu()  # of another size's noise levels, other steps are nearest
+            at = np.interp([-s for s in config.schedule_sigmas[1:]], levels, relative_error)
+            sample = self.trajectories.samples[number]
+            found[sample] = np.maximum(found.get(sample, 0.0), at)
+        return (0.0, *np.median([*found.values()], axis=0).tolist())
 
     def _split(self, validation_fraction) -> tuple[list[int], list[int]]:
         """Numbers of the trajectories to train on and to validate with; those of one sample stay together."""
@@ -412,6 +471,8 @@ class Training:
             computed = self.schedule.computed_in(batch.sigmas.tolist())
         elif every_step:
             computed = {0}
+        elif self.controlled:
+            computed = _stretched(self.schedule, batch.sigmas.tolist(), self.generator)
         else:
             computed = _shaken(self.schedule.steps, config.num_inference_steps, self.generator, self.reach)
         plan = Plan(computed, config.num_inference_steps, config.max_history, every_step, self.device)

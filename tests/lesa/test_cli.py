@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -137,6 +138,35 @@ def test_generate_writes_numbered_pictures_and_says_what_was_computed(folder, tm
     assert "computed 4 (0,1,4,8), predicted 8 steps" in out
 
 
+def test_generate_chooses_steps_by_a_tolerance(folder, tmp_path, monkeypatch, capsys):
+    seen, enable_cache = [], lesa.cache.enable_cache
+
+    def spy(pipe, predictor, schedule):
+        seen.append(schedule)
+        return enable_cache(pipe, predictor, schedule)
+
+    monkeypatch.setattr(lesa.cache, "enable_cache", spy)
+    arguments = ["generate", "--model", MODEL, "--predictor", folder / "mine", "--inputs", folder / "two.safetensors"]
+    options = ["--steps", STEPS, "--tolerance", "0.001", "--output", tmp_path / "x.png", "--device", "cpu"]
+    cli.main([str(argument) for argument in (*arguments, *options)])
+    assert seen == [lesa.ErrorControl(0.001)]
+    computed = re.findall(r"([0-9]+) of 12 steps computed", capsys.readouterr().out)
+    assert len(computed) == 2 and min(map(int, computed)) > 4  # as `mine` was trained
+
+
+def test_train_for_control_says_so_to_the_library(folder, tmp_path, monkeypatch):
+    seen = {}
+
+    def train(trajectories, config, schedule, **options):
+        seen.update(options)
+        return FusedKANPredictor.from_pretrained(folder / "mine")
+
+    monkeypatch.setattr(lesa.training, "train", train)
+    arguments = ["--trajectories", str(folder / "recording"), "--out", str(tmp_path), "--device", "cpu"]
+    cli.main(["train", *arguments, "--controlled"])
+    assert seen["controlled"] is True
+
+
 def test_generate_with_every_step_computed_equals_the_plain_pipeline(folder, tmp_path):
     steps = ",".join(map(str, range(6)))
     arguments = ["generate", "--model", MODEL, "--predictor", folder / "mine", "--inputs", folder / "two.safetensors"]
@@ -196,6 +226,9 @@ PROMPT = (*GENERATE, "--predictor", "p", "--prompt", "a")
         ((*PROMPT, "--schedule", "0,5,3"), "--schedule: must be rising steps"),
         ((*PROMPT, "--schedule", "0"), "--schedule: must be an interval"),
         ((*PROMPT, "--schedule", "0,60", "--steps", "50"), "--schedule: must be below the 50 --steps, but got 60"),
+        ((*PROMPT, "--tolerance", "0"), "--tolerance: must be a number above 0"),
+        ((*PROMPT, "--tolerance", "high"), "--tolerance: must be a number above 0"),
+        ((*PROMPT, "--tolerance", "1", "--schedule", "7"), "--schedule: not allowed with argument --tolerance"),
         (("train", "--trajectories", "no/such/folder", "--out", "o"), "no/such/folder"),
         (("train", "--trajectories", "t", "--out", "o", "--stage-bounds", "high"), "--stage-bounds: must be falling"),
         (("train", "--trajectories", "t", "--out", "o", "--mixer", "mlp"), "--mixer: invalid choice: 'mlp'"),

@@ -70,6 +70,35 @@ def test_runs_are_named_by_what_they_are_and_counted(evaluated):
     assert evaluation["fewer-steps-4"].num_inference_steps == 4
 
 
+def test_a_predictor_can_come_with_a_schedule(pipe, inputs, tmp_path):
+    """Each has a run of its own, also among what is kept of an interrupted evaluation."""
+    mine = predictor(pipe, schedule_errors=(0.0, 0.5, 0.5, 0.5))
+    hard, easy = lesa.ErrorControl(1e-6), lesa.ErrorControl(1e6)
+    contestants = {"as trained": mine, "list": (mine, [0, 1, 5, 9]), "hard": (mine, hard), "easy": (mine, easy)}
+    contestants |= {"interval": (mine, 4), "none": (mine, None)}
+    arguments = {"num_inference_steps": STEPS, "batch_size": 1, "out_dir": tmp_path, "progress": False}
+    evaluated = lesa.evaluate(pipe, inputs[:2], contestants, (), **arguments)
+    runs = evaluated.runs[1:]
+    assert [run.name for run in runs[:2]] == ["newton-4", "newton-4-list"]
+    assert runs[0].steps == runs[5].steps == SCHEDULE and runs[1].steps == (0, 1, 5, 9)
+    assert runs[2].computed_steps > 4 >= runs[3].computed_steps
+    assert runs[4].steps == (0, 1, 2, 6, 10)
+    assert [run.setting.partition(", ")[2].partition(", ")[2] for run in runs] == [
+        "", "steps 0,1,5,9", "error control at 1e-06", "error control at 1e+06", "steps 0,1,2,6,10", ""
+    ]  # fmt: skip
+    assert len({run.name for run in runs}) == len(runs)
+    contestants["hard"] = (mine, easy)  # the same label, with another schedule
+    again = lesa.evaluate(pipe, inputs[:2], contestants, (), **arguments)
+    assert again.runs[3].steps == runs[3].steps
+    assert again.runs[2].per_sample == runs[1].per_sample
+
+
+@pytest.mark.parametrize("more", [(), (None, None)])
+def test_a_tuple_that_is_no_pair_is_refused(pipe, inputs, more):
+    with pytest.raises(ValueError, match="`predictors` must hold predictors, or pairs of one and a schedule, but got"):
+        lesa.evaluate(pipe, inputs[:1], {"mine": (predictor(pipe), *more)}, (), STEPS, progress=False)
+
+
 def test_figures_are_against_the_same_seeds_and_by_definition(evaluated, _digits_pipeline, generate):
     evaluation, _ = evaluated
     few, full = (generate(_digits_pipeline, steps, (3, 8, 1), seed=7) for steps in (4, STEPS))
