@@ -126,7 +126,7 @@ def measure(variant: dict, trajectories, schedule, samples: Samples, options: di
 def table(results: list[dict]) -> str:
     """The results in Markdown."""
     lines = [
-        "| predictor | learning rate | stages | units | parameters | PSNR of images | PSNR of latents | training, s |",
+        "| predictor | learning rate | stages | units | parameters | PSNR of images | of latents | training, CPU s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
