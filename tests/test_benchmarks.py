@@ -144,7 +144,7 @@ def test_end_to_end_runs_and_reports(tmp_path):
 
 def test_ablation_trains_each_variant_once(tmp_path):
     out = tmp_path / "out"
-    sizes = {"samples": 2, "steps": 12, "test-samples": 2, "epochs": 1, "tokens": 8, "out": out}
+    sizes = {"samples": 2, "steps": 12, "test-samples": 2, "epochs": 3, "tokens": 8, "out": out}
     arguments = [BENCHMARKS / "ablation.py", *(part for name, size in sizes.items() for part in (f"--{name}", size))]
     printed = run(tmp_path, *arguments, "--mixer", "newton") + run(tmp_path, *arguments)
     lines = (out / "digits.jsonl").read_text().splitlines()
