@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
+from lesa_kernels import OutputHead, PredictorConfig
 from lesa_kernels._extension import extension
 from lesa_kernels.feature_ring import op
 
@@ -139,6 +140,43 @@ def test_end_to_end_runs_and_reports(tmp_path):
         assert each["time_speedup"]["median"] == pytest.approx(speedup)
         assert each["time_over_step_speedup"]["max"] == pytest.approx(speedup / each["step_speedup"])
         assert each["name"] in printed
+
+
+def test_ablation_trains_each_variant_once(tmp_path):
+    out = tmp_path / "out"
+    sizes = {"samples": 2, "steps": 12, "test-samples": 2, "epochs": 3, "tokens": 8, "out": out}
+    arguments = [BENCHMARKS / "ablation.py", *(part for name, size in sizes.items() for part in (f"--{name}", size))]
+    printed = run(tmp_path, *arguments, "--mixer", "newton") + run(tmp_path, *arguments)
+    lines = (out / "digits.jsonl").read_text().splitlines()
+    report = json.loads((out / "ablation-digits.json").read_text())
+    results = report["predictors"]
+    assert sorted(map(json.loads, lines), key=str) == sorted(results, key=str) and len(results) == 12
+    assert report["trajectories"] == report["test_samples"] == 2 and report["num_inference_steps"] == 12
+    for kan, mlp in zip(results[::2], results[1::2]):
+        assert (kan["units"], mlp["units"]) == ("KAN", "MLP") and kan["stages"] == mlp["stages"]
+        assert kan["computed_steps"] == mlp["computed_steps"] == (9 if kan["mixer"] == "newton" else 4)
+        splines = kan["stages"] * {"newton": 64, "dense": 256}[kan["mixer"]] * 11  # eight intervals, order three
+        assert kan["parameters"] - mlp["parameters"] == splines
+        assert kan["latent_psnr"] != mlp["latent_psnr"] and min(kan["image_psnr"], mlp["image_psnr"]) > 10
+    assert printed.count("| newton | 0.003 | 3 | MLP | 126 k |") == 2
+
+
+def test_ablation_has_plain_units_in_the_place_of_splines():
+    mlp = load("ablation.py")["MLPPredictor"](PredictorConfig(2, mixer="dense", history_length=2, hidden=3))
+    with torch.no_grad():
+        for parameter in mlp.parameters():
+            parameter.normal_()
+    ring = mlp.make_ring(1, 4)
+    older, newer = torch.randn(2, 1, 4, 2)
+    ring.push(older, 1.0)
+    ring.push(newer, 0.9)
+    units = torch.nn.functional.silu(mlp.in_weight[1] @ torch.tensor([-1.5, -2.0]) + mlp.in_bias[1])
+    mixed = newer @ mlp.mix_weight[2].T + older @ mlp.mix_weight[3].T + mlp.mix_bias[1]
+    expected = newer + (mlp.out_weight[1] @ units + mlp.out_bias[1]) * mixed
+    assert torch.allclose(mlp(ring, 0.6), expected, atol=1e-4)
+    head = OutputHead(torch.eye(2), None, torch.zeros(1, 2), torch.zeros(1, 2))
+    normed = torch.nn.functional.layer_norm(expected, (2,), eps=1e-6)
+    assert torch.allclose(mlp.predict_velocity(ring, 0.6, head), normed, atol=1e-3)
 
 
 def test_end_to_end_has_the_size_it_says():

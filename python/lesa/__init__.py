@@ -13,6 +13,7 @@ _SOURCES = {
     "estimate": "lesa.estimation",
     "evaluate": "lesa.evaluation",
     "find_schedule": "lesa.training",
+    "find_stages": "lesa.stages",
     "record": "lesa.recording",
     "search_schedule": "lesa.search",
     "refine": "lesa.refinement",

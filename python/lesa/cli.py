@@ -93,14 +93,28 @@ def _train(options) -> None:
     trajectories = Trajectories(options.trajectories)
     names = ("mixer", "rank", "hidden", "history_length", "stage_bounds")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    found = given.get("stage_bounds") == "auto"
+    if found:
+        del given["stage_bounds"]
     config = PredictorConfig(trajectories.feature_dim, **given) if given else None
     more = {name: getattr(options, name) for name in ("epochs", "budget") if getattr(options, name) is not None}
     more |= {"controlled": True} if options.controlled else {}
     device = _device(options)
     predictor = train(
-        trajectories, config, options.schedule, out_dir=options.out, seed=options.seed, device=device, **more
+        trajectories,
+        config,
+        options.schedule,
+        find_stages=found,
+        out_dir=options.out,
+        seed=options.seed,
+        device=device,
+        **more,
     )
-    steps = ",".join(map(str, predictor.config.schedule))
+    config = predictor.config
+    if found:
+        bounds = ", ".join(f"{bound:.3g}" for bound in config.stage_bounds)
+        print(f"Found {config.num_stages} noise stages, with bounds at {bounds}" if bounds else "Found 1 noise stage")
+    steps = ",".join(map(str, config.schedule))
     print(f"Wrote the predictor, which computes the steps {steps}, to {options.out}")
 
 
@@ -326,6 +340,11 @@ def _lengths(text: str):
     return lengths[0] if len(lengths) == 1 else lengths
 
 
+def _stage_bounds(text: str):
+    parse = _numbers(float, "falling noise levels such as 0.67,0.33, or auto")
+    return text if text == "auto" else parse(text)
+
+
 def _positive(text: str) -> int:
     try:
         value = int(text)
@@ -403,8 +422,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--hidden", type=_positive, help="spline units (default: 64 for newton, 256 for dense)")
     text = "features that are looked back on, one number or one per stage (default: 4; for dense 4,6,8)"
     sub.add_argument("--history-length", type=_lengths, help=text)
-    bounds = _numbers(float, "falling noise levels such as 0.67,0.33")
-    sub.add_argument("--stage-bounds", type=bounds, help="noise levels between the stages (default: 0.67,0.33)")
+    text = "noise levels between the stages, or auto to have them found (default: 0.67,0.33)"
+    sub.add_argument("--stage-bounds", type=_stage_bounds, help=text)
     sub.add_argument("--epochs", type=_positive, help="passes over the trajectories (default: 60)")
     sub.add_argument("--controlled", action="store_true", help="train for `lesa generate --tolerance`")
     sub.add_argument("--seed", type=_natural, default=0, help="of the training (default: 0)")

@@ -159,6 +159,7 @@ def train(
     schedule: ScheduleLike | None = None,
     *,
     budget: int | None = None,
+    find_stages: bool = False,
     out_dir: str | os.PathLike | None = None,
     guided_epochs: int | None = None,
     reach: int = 1,
@@ -216,7 +217,9 @@ def train(
     epochs = check_int("epochs", epochs, minimum=0)
     if budget is not None:
         schedule = _schedule_of(trajectories, config, schedule, budget, out_dir, device, seed, progress)
-    config = _complete_config(trajectories, config, schedule)
+    config = complete_config(trajectories, config, schedule)
+    if find_stages:
+        config = _with_stages(trajectories, config, out_dir, device, seed, progress)
     run = Training(trajectories, config, out_dir, device, seed, check_int("reach", reach, minimum=0), bool(controlled))
     newton = run.config.mixer == "newton"
     if controlled and run.config.history != "anchors":
@@ -281,7 +284,7 @@ def find_schedule(
     budget = check_int("budget", budget, minimum=2, maximum=total - 1)
     schedule = Schedule.spread(budget, total)
     for turn in range(SEARCH_TURNS + 1):
-        probe = Training(trajectories, _complete_config(trajectories, config, schedule), None, device, seed, reach=3)
+        probe = Training(trajectories, complete_config(trajectories, config, schedule), None, device, seed, reach=3)
         if turn:
             probe.fit(
                 guided_epochs=PROBE_EPOCHS,
@@ -301,15 +304,33 @@ def _schedule_of(trajectories, config, schedule, budget, out_dir, device, seed, 
     """The schedule that a training with a budget goes on with, or a new one."""
     if schedule is not None:
         raise argument_error("schedule", "be left out where `budget` is given", schedule, "Pass one of the two.")
-    file = None if out_dir is None else Path(out_dir) / CHECKPOINT_NAME
-    if file is not None and file.exists():
-        known = torch.load(file, map_location="cpu", weights_only=True)["settings"]["config"]["schedule"]
-        if len(known) == budget:
-            return Schedule(tuple(known), trajectories.num_inference_steps)
+    known = _unfinished_config(out_dir)
+    if known is not None and len(known["schedule"]) == budget:
+        return Schedule(tuple(known["schedule"]), trajectories.num_inference_steps)
     return find_schedule(trajectories, budget, config, seed=seed, device=device, progress=progress)
 
 
-def _complete_config(trajectories, config, schedule) -> PredictorConfig:
+def _with_stages(trajectories, config, out_dir, device, seed, progress) -> PredictorConfig:
+    """The config with the noise stages of the training that goes on, or with new ones."""
+    from lesa.stages import find_stages
+
+    known = _unfinished_config(out_dir)
+    if known is not None:
+        bounds = tuple(known["stage_bounds"])
+    else:
+        bounds = find_stages(trajectories, None, config, seed=seed, device=device, progress=progress)
+    return replace(config, stage_bounds=bounds, history_length=config.history_length[0])
+
+
+def _unfinished_config(out_dir) -> dict | None:
+    """What the checkpoint in `out_dir` was configured with, or None."""
+    file = None if out_dir is None else Path(out_dir) / CHECKPOINT_NAME
+    if file is None or not file.exists():
+        return None
+    return torch.load(file, map_location="cpu", weights_only=True)["settings"]["config"]
+
+
+def complete_config(trajectories, config, schedule) -> PredictorConfig:
     """The predictor's config with what the trajectories and the schedule say, both checked against it."""
     total, width, family = trajectories.num_inference_steps, trajectories.feature_dim, trajectories.family
     if config is None:
