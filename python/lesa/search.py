@@ -9,7 +9,7 @@ from lesa.recording import Trajectories
 from lesa.schedule import Schedule
 from lesa.token_batches import Batch, Head
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels._checks import argument_error, check_int
+from lesa_kernels._checks import Said, argument_error, check_int
 
 _WIDEST = 2.5
 """How many times the mean gap a gap may be."""
@@ -36,7 +36,7 @@ def search_schedule(
         trajectories: recorded with all steps computed.
         predictor: what forecasts; a newton predictor, trained or not.
         num_computed: how many steps to compute.
-        samples: trajectories to look at.
+        samples: trajectories to look at. Where guidance combines several streams of calls, so many in all.
         tokens_per_sample: random tokens of each.
         seed: of their choice.
         progress: whether to show a progress bar.
@@ -45,7 +45,8 @@ def search_schedule(
         The schedule, with the noise levels of the trajectories.
 
     Raises:
-        ValueError: the predictor feeds on its own forecasts, or there are fewer steps than `num_computed`.
+        ValueError: the predictor feeds on its own forecasts, there are fewer steps than `num_computed`, or the
+            trajectories have several streams and no latents, which say how guidance combines them.
     """
     if predictor.config.history != "anchors":
         raise argument_error(
@@ -71,14 +72,27 @@ class _Errors:
     """
 
     def __init__(self, trajectories, predictor, samples, tokens, seed):
+        by_sample: dict[int, list[int]] = {}
+        for number, sample in enumerate(trajectories.samples):
+            by_sample.setdefault(sample, []).append(number)
+        numbers = [*by_sample.values()]
+        count = len(numbers[0])
         generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(len(trajectories), generator=generator)[:samples].tolist()
-        levels = trajectories[chosen[0]].sigmas
-        group = [t for t in (trajectories[number] for number in chosen) if torch.equal(t.sigmas, levels)]
+        order = torch.randperm(len(numbers), generator=generator)[: max(1, samples // count)].tolist()
+        chosen = [[trajectories[number] for number in numbers[i]] for i in order]
+        levels = chosen[0][0].sigmas
+        alike = [streams for streams in chosen if len(streams) == count and torch.equal(streams[0].sigmas, levels)]
         self.total = len(levels)
-        self.batch = Batch(group, Head(trajectories, "cpu"), generator, tokens, "cpu")
+        head, state = Head(trajectories, "cpu"), generator.get_state()
+        self.batches = [  # one for each stream, of the same tokens
+            Batch([*stream], head, generator.set_state(state), tokens, "cpu") for stream in zip(*alike)
+        ]
+        self.weights = torch.ones(1, 1)
+        if count > 1:
+            tokens_each = self.batches[0].features.shape[1] // len(alike)
+            weights = torch.stack([_guidance_weights(trajectories, sample) for sample in alike], 1)
+            self.weights = weights.repeat_interleave(tokens_each, 1)
         self.predictor = predictor
-        self._after: dict[tuple[int, ...], torch.Tensor] = {}
         self._gaps: dict[tuple[int, ...], torch.Tensor] = {}  # by history and end, the displacement over the gap
         self._longest = predictor.config.max_history
 
@@ -90,17 +104,20 @@ class _Errors:
             history: the computed steps so far, oldest first; only the newest matter.
             length: how many steps to forecast after the last of them.
         """
-        batch, history = self.batch, history[-self._longest :]
+        history = history[-self._longest :]
         length = min(length, self.total - 1 - history[-1])
         targets = torch.arange(history[-1] + 1, history[-1] + 1 + length)
         slots = torch.tensor(history + history[-1:] * (self._longest - len(history)))  # those beyond are not read
-        features = batch.features[slots][:, None].expand(-1, length, -1, -1)
-        sigmas = batch.sigmas[slots][:, None].expand(-1, length)
         cursor = torch.full((length,), len(history) % self._longest, dtype=torch.int32)
         held = torch.full_like(cursor, len(history))
-        forecast = self.predictor.forecast(features, None, sigmas, cursor, held, batch.sigmas[targets])
-        error = (batch.velocity(forecast, targets) - batch.velocities[targets]) * batch.widths[targets, None, None]
-        return torch.cat([torch.zeros_like(batch.velocities[:1]), error.cumsum(0)])
+        off = 0
+        for batch, weight in zip(self.batches, self.weights):
+            features = batch.features[slots][:, None].expand(-1, length, -1, -1)
+            sigmas = batch.sigmas[slots][:, None].expand(-1, length)
+            forecast = self.predictor.forecast(features, None, sigmas, cursor, held, batch.sigmas[targets])
+            error = batch.velocity(forecast, targets) - batch.velocities[targets]
+            off = off + weight[:, None] * error * batch.widths[targets, None, None]
+        return torch.cat([torch.zeros_like(self.batches[0].velocities[:1]), off.cumsum(0)])
 
     def costs(self, history: tuple[int, ...], length: int) -> list[float]:
         """The squared displacement after 0, 1, 2, ... forecast steps."""
@@ -115,6 +132,26 @@ class _Errors:
                 self._gaps[gap] = self.after(gap[:-1], end - gap[-2] - 1)[-1]
             off = off + self._gaps[gap]
         return float(off.square().mean())
+
+
+def _guidance_weights(trajectories, streams) -> torch.Tensor:
+    """How much each stream of calls of a sample adds to its velocity `[J]`: by least squares over a recorded run.
+
+    Args:
+        trajectories: for the output head.
+        streams: the trajectories of the sample.
+    """
+    if streams[0].latents is None:
+        remedy = "Record again with this version."
+        raise argument_error("trajectories", "hold the latents", Said("an older recording without"), remedy)
+    head = Head(trajectories, "cpu")
+    ways = []
+    for stream in streams:
+        batch = Batch([stream], head, None, None, "cpu")
+        ways.append((batch.velocities * batch.widths[:, None, None])[:-1].flatten())
+    latents = streams[0].latents.float()
+    moved = (latents[:-1] - latents[1:]).flatten()  # sigma falls
+    return torch.linalg.lstsq(torch.stack(ways, 1), moved[:, None]).solution[:, 0]
 
 
 def _cheapest_chain(errors: _Errors, count: int, progress: bool) -> tuple[int, ...]:

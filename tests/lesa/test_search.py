@@ -5,11 +5,12 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lesa
-from lesa.recording import FORMAT_VERSION, HEAD, MANIFEST
+from lesa.recording import FORMAT_VERSION, HEAD, MANIFEST, Trajectory
 from lesa.search import _Errors, search_schedule
+from lesa.token_batches import Batch, Head
 from lesa.training import find_schedule
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
@@ -87,6 +88,46 @@ def test_the_error_is_that_of_forecasts_written_out_here(tmp_path):
     assert _Errors(trajectories, line(), 1, TOKENS, 0).of(steps) == pytest.approx(expected, rel=1e-4)
 
 
+def write_guided(folder, weights=(2.5, -1.5), samples=3):
+    """Two streams of calls: what is wrong with the second's forecasts is wrong with the first's too, and more."""
+    trajectories = write_trajectories(folder, bent, samples)
+    generator = torch.Generator().manual_seed(1)
+    for number in range(samples):
+        file = folder / f"sample-{number:05d}.safetensors"
+        first = load_file(file)
+        second = {**first, "features": first["features"] + torch.randn(1, TOKENS, WIDTH, generator=generator)}
+        batches = [Batch([Trajectory(**t)], Head(trajectories, "cpu"), None, None, "cpu") for t in (first, second)]
+        velocity = sum(weight * batch.velocities for weight, batch in zip(weights, batches))
+        moved = (velocity * batches[0].widths[:, None, None]).cumsum(0)
+        latents = torch.cat([torch.zeros(1, TOKENS, WIDTH), -moved[:-1]])
+        save_file({**first, "latents": latents}, file)
+        save_file({**second, "latents": latents}, file.with_stem(file.stem + "-uncond"))
+    return lesa.Trajectories(folder)
+
+
+def test_what_guidance_makes_of_the_streams_is_what_counts(tmp_path):
+    trajectories = write_guided(tmp_path / "t")
+    found = _Errors(trajectories, line(), 2 * 3, TOKENS, 0)
+    expected = torch.tensor([2.5, -1.5])[:, None].expand(2, 3 * TOKENS)
+    torch.testing.assert_close(found.weights, expected, rtol=1e-3, atol=1e-3)
+    alone = []
+    for stream, batch in enumerate(found.batches):
+        one = _Errors.__new__(_Errors)
+        vars(one).update({**vars(found), "batches": [batch], "weights": torch.ones(1, 1), "_gaps": {}})
+        alone.append(one.after((0, 2), 6))
+        assert alone[-1].abs().max() > 0.01, stream
+    torch.testing.assert_close(found.after((0, 2), 6), 2.5 * alone[0] - 1.5 * alone[1], rtol=1e-3, atol=1e-5)
+    assert search_schedule(trajectories, line(), 4, samples=6, progress=False).steps[0] == 0
+
+
+def test_several_streams_without_latents_are_refused(tmp_path):
+    trajectories = write_trajectories(tmp_path / "t", bent, samples=2)
+    for file in sorted(trajectories.folder.glob("sample-*")):
+        file.with_stem(file.stem + "-uncond").write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="`trajectories` must hold the latents, but got an older recording without"):
+        search_schedule(lesa.Trajectories(trajectories.folder), line(), 4, progress=False)
+
+
 def test_a_straight_world_needs_two_steps_only(tmp_path):
     trajectories = write_trajectories(tmp_path / "t", lambda step: 0.3 * step)
     assert errors(trajectories).of((0, 1)) < 1e-10 < errors(trajectories).of((0, 5))
@@ -106,7 +147,7 @@ def test_a_stopped_training_with_a_budget_keeps_its_schedule(tmp_path, monkeypat
     trajectories, config = write_trajectories(tmp_path / "t", bent), PredictorConfig(WIDTH, rank=2, hidden=4)
     options = {"budget": 4, "epochs": 3, "out_dir": tmp_path / "out", "progress": False}
     whole = lesa.train(trajectories, config, **{**options, "out_dir": None})
-    save, saves = lesa.training._Training._save_checkpoint, []
+    save, saves = lesa.training.Training._save_checkpoint, []
 
     def stop(self, *arguments):
         save(self, *arguments)
@@ -114,7 +155,7 @@ def test_a_stopped_training_with_a_budget_keeps_its_schedule(tmp_path, monkeypat
         if self.out_dir is not None and self.reach == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(lesa.training._Training, "_save_checkpoint", stop)
+    monkeypatch.setattr(lesa.training.Training, "_save_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
         lesa.train(trajectories, config, **options)
     monkeypatch.undo()
