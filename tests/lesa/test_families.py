@@ -20,6 +20,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 import lesa
 from lesa.models import ADAPTERS, Adapter, adapter_for
 from lesa.models.adapter import packed_grid
+from lesa.search import _guidance_weights
+from lesa.token_batches import Batch, Head
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 sys.path.append(str(Path(__file__).parent))
@@ -586,6 +588,16 @@ def test_recordings_can_be_trained_on_and_evaluated(pipe, name, tmp_path):
     config = PredictorConfig(small.DIM, rank=2, hidden=4, family=family)
     predictor = lesa.train(recorded, config, SOME, epochs=1, guided_epochs=1, tokens_per_batch=4, progress=False)
     assert predictor.config.schedule == tuple(SOME) and predictor.config.num_inference_steps == STEPS
+    # The recorded latents lie as the velocities do, whatever form the transformer gets them in.
+    parts = [Batch([recorded[n]], Head(recorded, "cpu"), None, None, "cpu") for n in range(streams)]
+    weights = _guidance_weights(recorded, [recorded[n] for n in range(streams)])
+    velocity = sum(weight * part.velocities for weight, part in zip(weights, parts))
+    moved = -recorded[0].latents.float().diff(dim=0)
+    astray = (velocity * parts[0].widths[:, None, None])[:-1] - moved
+    assert astray.norm() < (0.3 if name == "qwen cfg" else 0.01) * moved.norm()  # Qwen-Image scales each token's
+    options = {"rounds": 1, "epochs": 1, "tokens_per_batch": 4, "progress": False}
+    refined = lesa.refine(predictor, recorded, pipe, inputs, **options)
+    assert not all(torch.equal(a, b) for a, b in zip(refined.parameters(), predictor.parameters()))
     with lesa.enable_cache(pipe, predictor) as handle:
         cached = case.latents(pipe)
     assert all(s.computed == SOME and len(s.predicted) == 7 for s in handle.stats.streams.values())
