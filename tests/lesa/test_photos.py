@@ -9,7 +9,7 @@ from diffusers import QwenImagePipeline
 import lesa
 from lesa import cli
 from lesa.demo import photos
-from lesa.demo.run import DEMOS, PHOTOS_SCHEDULE, TEST_SAMPLES, export, run_demo
+from lesa.demo.run import DEMOS, PHOTOS_SCHEDULE_9, TEST_SAMPLES, export, run_demo
 from lesa.inputs import collate, read_inputs
 from lesa.pipelines import load_pipeline
 from lesa_kernels import FusedKANPredictor
@@ -105,8 +105,8 @@ def test_both_streams_of_guidance_are_forecast(pipe, predictor):
     with lesa.enable_cache(pipe, predictor) as cache:
         draw(pipe, [2], steps=50)
     assert {name: stream.computed for name, stream in cache.stats.streams.items()} == {
-        "cond": list(PHOTOS_SCHEDULE),
-        "uncond": list(PHOTOS_SCHEDULE),
+        "cond": list(PHOTOS_SCHEDULE_9),
+        "uncond": list(PHOTOS_SCHEDULE_9),
     }
 
 
@@ -119,8 +119,10 @@ def test_nine_of_fifty_steps_stay_close_to_all(tmp_path):
     assert computed == {
         "reference": 50,
         "newton-9": 9,
+        "newton-8": 8,
         **{str(setting): setting.computed_in(50) for setting in settings},
         "fewer-steps-9": 9,
+        "fewer-steps-8": 8,
     }
     assert sorted({setting.computed_in(50) for setting in settings}) == [9, 10]
     taylorseer = max(run.psnr for run in evaluation.runs if run.name.startswith("taylorseer"))
@@ -132,8 +134,8 @@ def test_nine_of_fifty_steps_stay_close_to_all(tmp_path):
 
 def test_the_export_can_be_walked_from_the_command_line(tmp_path, pipe):
     commands = export(tmp_path, model="photos")
-    assert "--schedule 0,2,6,12,18,25,32,39,46 " in commands[1]
-    counts = {"inputs": 96, "prompts": 10, "test-inputs": TEST_SAMPLES}
+    assert "--schedule 0,2,5,9,16,23,30,39,46 " in commands[1]
+    counts = {"inputs": 320, "prompts": 10, "test-inputs": TEST_SAMPLES}
     assert {name: len(read_inputs(tmp_path / f"{name}.safetensors")) for name in counts} == counts
     generate = ["--model", str(tmp_path / "model"), "--inputs", str(tmp_path / "prompts.safetensors"), "--steps", "2"]
     cli.main(["generate", *generate, "--predictor", str(PREDICTOR), "--output", str(tmp_path / "photo.png")])

@@ -6,7 +6,6 @@ cores.
 
 import argparse
 import math
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from tqdm import tqdm
 import lesa
 from lesa.demo import digits
 from lesa.demo.run import DEMOS, Demo, labels
-from lesa.training import CURVE_NAME
 from lesa_kernels import PredictorConfig
 
 
@@ -87,16 +85,14 @@ def train_predictors(demo: Demo, out: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trajectories = lesa.record(pipe, inputs, Path(scratch) / "trajectories", batch_size=16)
         for name, (mixer, schedule) in demo.predictors.items():
-            trained = Path(scratch) / name
             config = PredictorConfig(trajectories.feature_dim, mixer=mixer)
-            epochs = {"epochs": demo.epochs} if mixer == "newton" else {}
-            predictor = lesa.train(trajectories, config, schedule, out_dir=trained, **epochs)
             if mixer == "newton":
-                trained = Path(scratch) / f"{name}-refined"
-                arguments = {"out_dir": trained, "epochs": demo.refining_epochs, "samples_per_call": 16}
-                predictor = lesa.refine(predictor, trajectories, pipe, inputs, **arguments)
+                predictor = lesa.train(trajectories, config, schedule, epochs=demo.epochs)
+                options = {"epochs": demo.refining_epochs, "samples_per_call": 16}
+                predictor = lesa.refine(predictor, trajectories, pipe, inputs, **options)
+            else:
+                predictor = lesa.train(trajectories, config, schedule)
             predictor.save_pretrained(out / name)
-            shutil.copy(trained / CURVE_NAME, out / name)
 
 
 def main() -> None:

@@ -29,8 +29,13 @@ TEST_SAMPLES = 64
 TAYLORSEER = tuple(TaylorSeer(interval, order=1, lite=lite) for interval in (7, 10) for lite in (False, True))
 
 
-# Of the photographs. The schedule was set by hand.
-PHOTOS_SCHEDULE = (0, 2, 6, 12, 18, 25, 32, 39, 46)
+# Of the photographs, also found by search.
+PHOTOS_SCHEDULE_9 = (0, 2, 5, 9, 16, 23, 30, 39, 46)
+PHOTOS_SCHEDULE_8 = (0, 2, 5, 10, 18, 27, 37, 45)
+PHOTOS_PREDICTORS = {
+    "photos-newton-9": ("newton", PHOTOS_SCHEDULE_9),
+    "photos-newton-8": ("newton", PHOTOS_SCHEDULE_8),
+}
 # At 10 and at 9 of 50 steps TaylorSeer is best with order 1 in lite mode and these intervals, over the same grid.
 PHOTOS_TAYLORSEER = tuple(TaylorSeer(interval, order=1, lite=lite) for interval in (7, 8) for lite in (False, True))
 
@@ -60,7 +65,7 @@ class Demo:
 
 DEMOS = {
     "digits": Demo(digits, PREDICTORS, SCHEDULE_9, TAYLORSEER, TRAINING_SAMPLES, 60, 20),
-    "photos": Demo(photos, {"photos-newton-9": ("newton", PHOTOS_SCHEDULE)}, PHOTOS_SCHEDULE, PHOTOS_TAYLORSEER, 96),
+    "photos": Demo(photos, PHOTOS_PREDICTORS, PHOTOS_SCHEDULE_9, PHOTOS_TAYLORSEER, 320, 24, 8),
 }
 
 
@@ -97,8 +102,8 @@ def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
     """Writes a bundled model and inputs, so that the whole path can be walked from the command line.
 
     Args:
-        out_dir: gets `model`, a diffusers pipeline; `inputs.safetensors`, inputs to record, 160 of the digits and 96 of
-            the photographs; `prompts.safetensors`, one per class to generate from; and `test-inputs.safetensors`, the
+        out_dir: gets `model`, a diffusers pipeline; `inputs.safetensors`, inputs to record, 160 of the digits and 320
+            of the photographs; `prompts.safetensors`, one per class to generate from; and `test-inputs.safetensors`, the
             64 inputs of the demo.
         model: "digits" or "photos".
 
@@ -118,11 +123,12 @@ def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
     picture = "digit.png" if model == "digits" else "photo.png"
     steps = ",".join(map(str, demo.schedule))
     record = f"--model {at('model')} --inputs {at('inputs.safetensors')} --batch-size 16"
+    recorded, epochs = f"--trajectories {at('trajectories')}", f"--epochs {demo.refining_epochs}"
     fresh = f"--model {at('model')} --predictor {at('predictor')} --seed {SEED}"
     return [
         f"lesa record {record} --out {at('trajectories')}",
-        f"lesa train --trajectories {at('trajectories')} --schedule {steps} --out {at('trained')}",
-        f"lesa refine {record} --trajectories {at('trajectories')} --predictor {at('trained')} --out {at('predictor')}",
+        f"lesa train {recorded} --schedule {steps} --epochs {demo.epochs} --out {at('trained')}",
+        f"lesa refine {record} {recorded} --predictor {at('trained')} {epochs} --out {at('predictor')}",
         f"lesa generate {fresh} --inputs {at('prompts.safetensors')} --output {at(picture)}",
         f"lesa evaluate {fresh} --inputs {at('test-inputs.safetensors')} --out {at('evaluation')}",
     ]
