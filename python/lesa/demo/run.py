@@ -103,8 +103,8 @@ def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
 
     Args:
         out_dir: gets `model`, a diffusers pipeline; `inputs.safetensors`, inputs to record, 160 of the digits and 320
-            of the photographs; `prompts.safetensors`, one per class to generate from; and `test-inputs.safetensors`, the
-            64 inputs of the demo.
+            of the photographs; `prompts.safetensors`, one per class to generate from; and `test-inputs.safetensors`,
+            the 64 inputs of the demo.
         model: "digits" or "photos".
 
     Returns:
