@@ -148,10 +148,12 @@ def _guidance_weights(trajectories, streams) -> torch.Tensor:
     ways = []
     for stream in streams:
         batch = Batch([stream], head, None, None, "cpu")
-        ways.append((batch.velocities * batch.widths[:, None, None])[:-1].flatten())
+        ways.append((batch.velocities * batch.widths[:, None, None])[:-1])
     latents = streams[0].latents.float()
-    moved = (latents[:-1] - latents[1:]).flatten()  # sigma falls
-    return torch.linalg.lstsq(torch.stack(ways, 1), moved[:, None]).solution[:, 0]
+    moved = latents[:-1] - latents[1:]  # sigma falls
+    drawn = moved.any(2).any(0)  # tokens of an image that is given stay as they are
+    ways = torch.stack([way[:, drawn].flatten() for way in ways], 1)
+    return torch.linalg.lstsq(ways, moved[:, drawn].reshape(-1, 1)).solution[:, 0]
 
 
 def _cheapest_chain(errors: _Errors, count: int, progress: bool) -> tuple[int, ...]:

@@ -100,6 +100,7 @@ def write_guided(folder, weights=(2.5, -1.5), samples=3):
         velocity = sum(weight * batch.velocities for weight, batch in zip(weights, batches))
         moved = (velocity * batches[0].widths[:, None, None]).cumsum(0)
         latents = torch.cat([torch.zeros(1, TOKENS, WIDTH), -moved[:-1]])
+        latents[:, -1] = 1.0  # a token of an image that is given
         save_file({**first, "latents": latents}, file)
         save_file({**second, "latents": latents}, file.with_stem(file.stem + "-uncond"))
     return lesa.Trajectories(folder)
