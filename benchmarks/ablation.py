@@ -165,11 +165,14 @@ def main(argv: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     lines = options.out / f"{options.model}.jsonl"
     results = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    conditions = {"trajectories": len(trajectories), "test_samples": options.test_samples, **training_options}
+    results = [r for r in results if conditions.items() <= r.items()]  # those under other ones are not comparable
     finished = [{name: r[name] for name in variants()[0]} for r in results]
     samples = Samples(pipe, demo.model.inputs_for(labels(options.test_samples)), total)
     wanted = [v for v in variants() if options.mixer in (None, v["mixer"]) and v not in finished]
     for variant in tqdm(wanted, desc=options.model, unit="predictor"):
-        results.append(measure(variant, trajectories, schedules[variant["mixer"]], samples, training_options))
+        found = measure(variant, trajectories, schedules[variant["mixer"]], samples, training_options)
+        results.append({**found, **conditions})
         with lines.open("a") as file:
             file.write(json.dumps(results[-1]) + "\n")
     order = variants()
@@ -178,9 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     report = {
         "model": options.model,
         "num_inference_steps": total,
-        "trajectories": len(trajectories),
-        "test_samples": options.test_samples,
-        **training_options,
+        **conditions,
         "threads": torch.get_num_threads(),
         "predictors": results,
         "environment": env_report(),

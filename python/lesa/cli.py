@@ -355,7 +355,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _part(text: str) -> float:
+def _above_zero(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -447,7 +447,7 @@ def _parser() -> argparse.ArgumentParser:
     which = sub.add_mutually_exclusive_group()
     which.add_argument("--schedule", type=_schedule, help=text)
     text = "choose the steps by their errors: which part of the trained schedule's is aimed at, such as 1"
-    which.add_argument("--tolerance", type=_part, metavar="X", help=text)
+    which.add_argument("--tolerance", type=_above_zero, metavar="X", help=text)
     sub.add_argument("--output", required=True, type=Path, metavar="FILE", help="picture; several are numbered")
     sub.add_argument("--height", type=_positive, help="in pixels")
     sub.add_argument("--width", type=_positive, help="in pixels")

@@ -395,8 +395,12 @@ class StepHook(ModelHook):
         if step is None:
             return None, False
         sigma = self.run.sigmas[self.run.index]
-        self._call = Call(step, self._stream_of(arguments), sigma, arguments)
-        return self._call, self.wants_prediction(self._call)
+        call, run = Call(step, self._stream_of(arguments), sigma, arguments), self.run
+        predicted = self.wants_prediction(call)
+        if self.run is not run:  # it was found to be another scheduler's
+            return None, False
+        self._call = call
+        return call, predicted
 
     @torch.compiler.disable
     def _predicted(self, call: Call, args, kwargs):

@@ -200,7 +200,7 @@ def record(
         "samples": len(inputs),
         "inputs_digest": inputs_digest(inputs),
         "transformer": fingerprint(adapter.transformer),
-        "predictor": None if predictor is None else fingerprint(predictor),
+        "predictor": None if predictor is None else _told_apart(predictor),
     }
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -425,6 +425,11 @@ def fingerprint(transformer) -> str:
     return digest.hexdigest()
 
 
+def _told_apart(predictor: FusedKANPredictor) -> dict:
+    """What tells a predictor from others, as JSON has it."""
+    return json.loads(json.dumps({"weights": fingerprint(predictor), "config": predictor.config.to_dict()}))
+
+
 def _choose_tokens(tokens: int, kept: int, seed: int) -> torch.Tensor:
     if kept == tokens:
         return torch.arange(tokens)
@@ -457,7 +462,7 @@ def _begin(folder: Path, manifest: dict, head: OutputHead) -> None:
         return
     tensors = {"weight": head.weight, "bias": head.bias}
     _write_tensors(folder / HEAD, {name: t.detach().cpu() for name, t in tensors.items() if t is not None})
-    with _complete_file(folder / MANIFEST) as temporary:
+    with complete_file(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -502,12 +507,12 @@ def _check_same(folder: Path, recorded: dict, manifest: dict) -> None:
 
 
 def _write_tensors(path: Path, tensors: dict) -> None:
-    with _complete_file(path) as temporary:
+    with complete_file(path) as temporary:
         save_file(tensors, temporary)
 
 
 @contextlib.contextmanager
-def _complete_file(path: Path) -> Iterator[Path]:
+def complete_file(path: Path) -> Iterator[Path]:
     """Gives a temporary name to write to; the file gets its own name only when it is whole."""
     temporary = path.with_name(path.name + ".tmp")
     yield temporary

@@ -19,7 +19,7 @@ import torch
 
 from lesa.inputs import check_inputs, inputs_digest
 from lesa.models import adapter_for
-from lesa.recording import Trajectories, fingerprint, record
+from lesa.recording import Trajectories, complete_file, fingerprint, record
 from lesa.schedule import Schedule
 from lesa.token_batches import Batch
 from lesa.training import CHECKPOINT_NAME, Plan, Training, check_plain, over_gaps, predict, relative
@@ -108,6 +108,7 @@ def refine(
             raise argument_error(name, "be what the trajectories were recorded with", Said("something else"), remedy)
     settings = {
         "predictor": fingerprint(predictor),
+        "config": json.loads(json.dumps(config.to_dict())),  # with lists in the place of tuples
         "trajectories": trajectories.manifest,
         "rounds": check_int("rounds", rounds),
         "epochs": check_int("epochs", epochs),
@@ -135,6 +136,7 @@ def refine(
                 head_aware=True,
                 validation_fraction=VALIDATION_FRACTION,
                 progress=progress,
+                finds_typical_errors=True,
             )
             predictor = run.predictor.cpu().eval()
         if out_dir is not None:
@@ -167,11 +169,12 @@ def _working_folder(out_dir, settings: dict) -> Iterator[Path]:
             "out_dir", "be empty or hold an unfinished refinement", Said(f"files in {folder}"), "Choose another."
         )
     else:
-        file.write_text(json.dumps(settings) + "\n")
+        with complete_file(file) as temporary:
+            temporary.write_text(json.dumps(settings) + "\n")
     yield folder
+    file.unlink()  # first: rounds that are left behind do no harm
     for number in range(settings["rounds"]):
         shutil.rmtree(folder / f"round-{number + 1}")
-    file.unlink()
 
 
 class _RollOuts:
@@ -200,7 +203,7 @@ class _RollOuts:
             seed=manifest["seed"],
             batch_size=samples_per_call,
             progress=progress,
-            predictor=copy.deepcopy(predictor).to(pipe.transformer.device),
+            predictor=copy.deepcopy(predictor).to(pipe._execution_device),
         )
         if self.recorded.names != trajectories.names:
             got = Said(f"{len(self.recorded)} streams of calls in the place of {len(trajectories)}")

@@ -76,9 +76,10 @@ class _Errors:
         for number, sample in enumerate(trajectories.samples):
             by_sample.setdefault(sample, []).append(number)
         numbers = [*by_sample.values()]
-        count = len(numbers[0])
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(numbers), generator=generator)[: max(1, samples // count)].tolist()
+        order = torch.randperm(len(numbers), generator=generator).tolist()
+        count = len(numbers[order[0]])
+        order = order[: max(1, samples // count)]
         chosen = [[trajectories[number] for number in numbers[i]] for i in order]
         levels = chosen[0][0].sigmas
         alike = [streams for streams in chosen if len(streams) == count and torch.equal(streams[0].sigmas, levels)]

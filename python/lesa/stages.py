@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from lesa.recording import Trajectories
 from lesa.schedule import Schedule, ScheduleLike
-from lesa.training import Training, check_plain, complete_config
+from lesa.training import MOST_TOKENS, Training, check_plain, complete_config
 from lesa_kernels import PredictorConfig
 from lesa_kernels._checks import argument_error, check_int
 
@@ -95,7 +95,7 @@ def _candidates(config: PredictorConfig, sigmas: list[float]) -> list[float]:
 
 
 def _loss_of(trajectories, config, device, seed) -> float:
-    """The validation loss, over all tokens, of a predictor that was trained briefly."""
+    """The validation loss, over many tokens, of a predictor that was trained briefly."""
     probe = _Probe(trajectories, config, None, device, seed)
     probe.fit(
         guided_epochs=0,
@@ -120,4 +120,4 @@ class _Probe(Training):
 
     @torch.no_grad()
     def validation_loss(self) -> float:
-        return self._batch_loss(self.validation, tokens=None, guided=False).item()
+        return self._batch_loss(self.validation, tokens=MOST_TOKENS, guided=False).item()

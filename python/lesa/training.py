@@ -33,6 +33,8 @@ WEIGHT_DECAY = 1e-4
 GRADIENT_CLIP = 1.0
 DEFAULT_COMPUTED_STEPS = 9
 SEARCH_TURNS, PROBE_EPOCHS = 2, 12
+MOST_TOKENS = 256
+"""Of a trajectory that is looked at as a whole."""
 STRETCHES, STRETCH_SPREAD = (0.5, 1.4), 0.3
 """In training for error control: the range of the gaps over the schedule's, and how far one is off its neighbours."""
 
@@ -150,7 +152,8 @@ def _stretched(schedule, sigmas, generator):
     middle = uniform(*map(math.log, STRETCHES))
     while max(steps.chosen) < len(sigmas):
         steps.add(math.exp(middle + uniform(-STRETCH_SPREAD, STRETCH_SPREAD)))
-    return steps.chosen - {len(sigmas)}
+    chosen = steps.chosen - {len(sigmas)}
+    return chosen if len(chosen) < len(sigmas) else chosen - {len(sigmas) - 1}  # something is left to predict
 
 
 def train(
@@ -187,6 +190,7 @@ def train(
         guided_epochs: passes over the trajectories in the first stage. Default: a third of `epochs` for dense, a sixth
             for newton, whose second stage has a true history too.
         reach: by how many steps the first stage moves the computed ones of a newton predictor at most.
+        find_stages: whether to find the noise stages first, in the place of the config's, as `lesa.find_stages` does.
         controlled: whether to train for `lesa.ErrorControl`: all epochs are of the first stage, on schedules with gaps
             half to twice as long. The forecasts are less close on the schedule itself, and closer on others.
         epochs: passes in the second stage; may be 0 for a predictor that favours no schedule.
@@ -205,9 +209,9 @@ def train(
         The predictor of the last epoch, on the CPU, its config saying what it was trained on.
 
     Raises:
-        ValueError: `config` does not fit the trajectories or `controlled`, the schedule does not fit their steps, or
-            `out_dir` holds something else than an unfinished training with these arguments; the message names the
-            field.
+        ValueError: `config` does not fit the trajectories, `controlled` or `find_stages`, the schedule does not fit
+            their steps, or `out_dir` holds something else than an unfinished training with these arguments; the message
+            names the field.
 
     Source: LESA, arXiv 2602.20497, for the two stages; the loss and the newton mixer's training are this project's.
     """
@@ -240,6 +244,7 @@ def train(
         head_aware=newton if head_aware is None else bool(head_aware),
         validation_fraction=check_float("validation_fraction", validation_fraction, 0.0, 0.9),
         progress=progress,
+        finds_typical_errors=True,
     )
     return run.predictor.cpu().eval()
 
@@ -391,7 +396,18 @@ class Training:
         self.head = Head(trajectories, self.device)
         self.schedule = Schedule(config.schedule, config.num_inference_steps, config.schedule_sigmas)
 
-    def fit(self, guided_epochs, epochs, batch_size, tokens, learning_rate, head_aware, validation_fraction, progress):
+    def fit(
+        self,
+        guided_epochs,
+        epochs,
+        batch_size,
+        tokens,
+        learning_rate,
+        head_aware,
+        validation_fraction,
+        progress,
+        finds_typical_errors=False,
+    ):
         self.loss = head_aware_loss if head_aware else _feature_loss
         settings = {
             "config": self.config.to_dict(),
@@ -434,7 +450,7 @@ class Training:
                     self.losses["validation"].append(self._batch_loss(validation, tokens, guided=False).item())
                 bar.set_postfix(validation=f"{self.losses['validation'][-1]:.4f}")
             self._save_checkpoint(settings, optimizer, epoch + 1)
-        if self.config.history == "anchors":
+        if finds_typical_errors and self.config.history == "anchors":
             errors = self._typical_errors(validation or training)
             self.predictor.config = replace(self.config, schedule_errors=errors)
         self._finish(guided_epochs)
@@ -445,9 +461,11 @@ class Training:
 
         Of the streams of one sample the worst counts, as in a run under `ErrorControl`.
         """
-        config, found = self.config, {}
+        config, found, generator = self.config, {}, torch.Generator().manual_seed(self.seed)
+        if len(config.schedule) < 2:
+            return (0.0,)
         for number in numbers:
-            batch = Batch([self.trajectories[number]], self.head, None, None, self.device)
+            batch = Batch([self.trajectories[number]], self.head, generator, MOST_TOKENS, self.device)
             computed = sorted(self.schedule.computed_in(batch.sigmas.tolist()))
             plan = Plan(computed, len(batch.sigmas), config.max_history, device=self.device, steps=computed[1:])
             truth = batch.velocities[plan.steps].flatten(1)

@@ -7,9 +7,11 @@ from diffusers import FluxPipeline
 
 from lesa import cli
 from lesa.demo import digits
-from lesa.demo.run import SCHEDULE_9, SEED, TAYLORSEER, TEST_SAMPLES, TRAINING_SAMPLES, export, run_demo
+from lesa.demo.run import DEMOS, SCHEDULE_9, SEED, TAYLORSEER, TEST_SAMPLES, TRAINING_SAMPLES, export, run_demo
 from lesa.inputs import read_inputs
 from lesa.pipelines import load_pipeline
+from lesa.schedule import as_schedule
+from lesa_kernels import FusedKANPredictor
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,14 @@ def test_export_names_commands_that_the_command_line_takes(exported):
     assert str(refine.out) == generate.predictor == evaluate.predictor[0]
     assert train.schedule == list(SCHEDULE_9)
     assert generate.seed == evaluate.seed == SEED
+
+
+@pytest.mark.parametrize("model", ["digits", "photos"])
+def test_bundled_predictors_are_those_that_the_demo_names(model):
+    for name, (mixer, schedule) in DEMOS[model].predictors.items():
+        config = FusedKANPredictor.from_pretrained(digits.WEIGHTS / name).config
+        assert (config.mixer, config.schedule) == (mixer, as_schedule(schedule, 50).steps)
+        assert (config.schedule_errors is None) == (mixer == "dense")
 
 
 def test_taylorseer_settings_have_the_demo_s_budgets():

@@ -1,8 +1,10 @@
 """`lesa.ErrorControl`: the steps that a run computes by the errors of its forecasts."""
 
+import copy
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ import torch
 import lesa
 from lesa import training
 from lesa.demo import digits, photos
+from lesa.hook import StepHook
 from lesa.inputs import collate
+from lesa.mailbox import Mailbox
 from lesa.schedule import MOST_STRETCH, ControlledSteps, Schedule
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
@@ -161,24 +165,14 @@ def test_a_lower_tolerance_is_closer_to_the_plain_run(pipe, generate):
 def test_errors_are_those_of_the_model_s_own_head(pipe, generate):
     """The features that the model computed, forecast again from those before, through the model's own modules."""
     predictor, transformer = bundled(schedule_errors=ERRORS), pipe.transformer
-    seen, computing = [], []
+    seen = []
 
-    def begin(module, args):
-        computing.append(True)
+    def keep(call, features, conditioning):
+        seen.append((features.clone(), conditioning.clone()))
 
-    def keep(module, args):
-        if computing:
-            computing.clear()
-            seen.append(args)
-
-    hooks = [
-        transformer.transformer_blocks[0].register_forward_pre_hook(begin),
-        transformer.norm_out.register_forward_pre_hook(keep),
-    ]
     with lesa.enable_cache(pipe, predictor, lesa.ErrorControl()) as cache:
+        cache.hook.recorder = SimpleNamespace(on_run=lambda run: None, keep=keep)
         generate(pipe, STEPS)
-    for hook in hooks:
-        hook.remove()
     stats, sigmas = cache.stats.streams["cond"], pipe.scheduler.sigmas.tolist()
     assert len(seen) == len(stats.computed) > 5
     batch, tokens, _ = seen[0][0].shape
@@ -256,7 +250,11 @@ def test_an_error_that_is_not_finite_makes_the_gap_short(pipe, generate):
     predictor.__class__ = NanPredictor
     with lesa.enable_cache(pipe, predictor, lesa.ErrorControl()) as cache:
         assert generate(pipe, STEPS).isfinite().all()
-    assert math.isnan(cache.stats.streams["cond"].errors[7])
+    stream = cache.stats.streams["cond"]
+    assert math.isnan(stream.errors[7])
+    with lesa.enable_cache(pipe, bundled(schedule_errors=ERRORS), lesa.ErrorControl()) as cache:
+        generate(pipe, STEPS)
+    assert stream.computed[3] - 7 < cache.stats.streams["cond"].computed[3] - 7
 
 
 def test_everything_is_computed_when_forecasts_are_not_finite(pipe, generate):
@@ -270,6 +268,53 @@ def test_everything_is_computed_when_forecasts_are_not_finite(pipe, generate):
     ):
         assert torch.equal(generate(pipe, STEPS), plain)
     assert cache.stats.computed_steps == STEPS
+
+
+def test_the_trained_gaps_stand_where_the_head_is_not_plain(fresh_pipe, generate):
+    fresh_pipe.transformer.proj_out.register_forward_hook(lambda module, args, output: output)
+    with lesa.enable_cache(fresh_pipe, bundled(schedule_errors=ERRORS), lesa.ErrorControl(0.01)) as cache:
+        generate(fresh_pipe, STEPS)
+    stream = cache.stats.streams["cond"]
+    assert not stream.errors and tuple(stream.computed) == bundled().config.schedule
+    assert any("errors are not measured" in note for note in cache.stats.notes)
+
+
+def test_late_mail_that_ends_the_run_leads_to_computing(pipe, generate, monkeypatch):
+    """As on a GPU: what says that another scheduler drives the transformer arrives when the next gap is chosen."""
+
+    class Sent:
+        arrived = False
+
+        def synchronize(self):
+            self.arrived = True
+
+        def query(self):
+            return self.arrived
+
+    def post(self, note, value):
+        self._on_the_way.append((note, value.detach().reshape(1).float(), Sent()))
+
+    other = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
+    other.set_progress_bar_config(disable=True)
+    plain = generate(other, STEPS)
+    monkeypatch.setattr(Mailbox, "post", post)
+    monkeypatch.setattr(StepHook, "_value_of", lambda self, timestep: None)
+
+    class StopError(Exception):
+        pass
+
+    def stop(pipe, step, timestep, tensors):
+        if step == 7:
+            raise StopError
+        return tensors
+
+    with lesa.enable_cache(pipe, bundled(schedule_errors=ERRORS), lesa.ErrorControl()) as cache:
+        with pytest.raises(StopError):
+            generate(pipe, STEPS, callback_on_step_end=stop)
+        with pytest.warns(RuntimeWarning, match="not one of the scheduler's"):
+            latents = generate(other, STEPS)
+        assert cache.stats.unlocated > 0
+        assert (latents - plain).square().mean() < 0.1  # its first steps may have been forecast before that was known
 
 
 def test_a_dense_predictor_is_refused(pipe):
