@@ -194,7 +194,7 @@ def test_streams_of_one_sample_are_on_the_same_side_of_the_split(tmp_path):
     for file in sorted(folder.glob("sample-*.safetensors")):
         file.with_stem(file.stem + "-uncond").write_bytes(file.read_bytes())
     both = lesa.Trajectories(folder)
-    run = training.Training(both, training._complete_config(both, None, 4), None, "cpu", 0)
+    run = training.Training(both, training.complete_config(both, None, 4), None, "cpu", 0)
     train, validation = run._split(0.4)
     assert len(both) == 12 and len(validation) == 4 and len(train) == 8
     assert not {both.samples[i] for i in train} & {both.samples[i] for i in validation}
@@ -211,14 +211,14 @@ def test_training_on_a_gpu(trajectories, mixer):
 def test_trajectories_of_different_noise_levels_train_together(tmp_path):
     mixed = write_trajectories(tmp_path / "mixed", samples=4, shifts=(1.0, 3.0))
     config = PredictorConfig(WIDTH, hidden=8, rank=0)
-    run = training.Training(mixed, training._complete_config(mixed, config, [0, 2, 5, 8]), None, "cpu", 0)
+    run = training.Training(mixed, training.complete_config(mixed, config, [0, 2, 5, 8]), None, "cpu", 0)
     together = run._batch_loss([0, 1, 2, 3], None, guided=False)
     apart = sum(run._batch_loss([i, i + 2], None, guided=False) for i in (0, 1)) / 2
     assert torch.allclose(together, apart, rtol=1e-5)
 
 
 def test_the_loss_of_the_true_features_is_zero_and_has_a_gradient(trajectories):
-    run = training.Training(trajectories, training._complete_config(trajectories, None, [0, 4]), None, "cpu", 0)
+    run = training.Training(trajectories, training.complete_config(trajectories, None, [0, 4]), None, "cpu", 0)
     batch = Batch([trajectories[0]], run.head, run.generator, None, "cpu")
     plan = training.Plan([0, 4], STEPS, 4)
     forecast = batch.features[plan.steps].requires_grad_()
@@ -232,7 +232,7 @@ def test_velocities_of_a_batch_are_those_of_the_output_head(trajectories):
     from lesa_kernels import OutputHead
     from lesa_kernels.predictor import output_head
 
-    run = training.Training(trajectories, training._complete_config(trajectories, None, 4), None, "cpu", 0)
+    run = training.Training(trajectories, training.complete_config(trajectories, None, 4), None, "cpu", 0)
     batch = Batch([trajectories[0], trajectories[1]], run.head, run.generator, None, "cpu")
     for number in (0, 1):
         t = trajectories[number]
