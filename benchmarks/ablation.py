@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import lesa
 from lesa import training
-from lesa.demo.run import DEMOS, PHOTOS_SCHEDULE, SEED, labels
+from lesa.demo.run import DEMOS, PHOTOS_SCHEDULE_9, SEED, labels
 from lesa.inputs import collate
 from lesa.models import adapter_for
 from lesa.quality import psnr
@@ -33,7 +33,7 @@ BOUNDS = {1: (), 3: (0.67, 0.33)}
 WINDOWS = {"newton": {1: 4, 3: 4}, "dense": {1: 6, 3: (4, 6, 8)}}
 RATES = {"newton": (3e-3,), "dense": (1e-4, 1e-3)}
 # Nine computed steps of 50; for the dense predictor they begin with 0, 1, 2, as in the paper.
-NEWTON_SCHEDULES = {"digits": (0, 2, 7, 13, 19, 26, 34, 41, 47), "photos": PHOTOS_SCHEDULE}
+NEWTON_SCHEDULES = {"digits": (0, 2, 7, 13, 19, 26, 34, 41, 47), "photos": PHOTOS_SCHEDULE_9}
 DENSE_INTERVAL = 7
 
 
