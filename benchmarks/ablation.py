@@ -31,7 +31,7 @@ from lesa_kernels.predictor import reference
 BOUNDS = {1: (), 3: (0.67, 0.33)}
 # One stage has the middle one of the windows of three.
 WINDOWS = {"newton": {1: 4, 3: 4}, "dense": {1: 6, 3: (4, 6, 8)}}
-RATES = {"newton": (3e-3,), "dense": (1e-4, 1e-3)}
+RATES = {"newton": 3e-3, "dense": 1e-4}
 # Nine computed steps of 50; for the dense predictor they begin with 0, 1, 2, as in the paper.
 NEWTON_SCHEDULES = {"digits": (0, 2, 7, 13, 19, 26, 34, 41, 47), "photos": PHOTOS_SCHEDULE_9}
 DENSE_INTERVAL = 7
@@ -96,11 +96,11 @@ class Samples:
 
 
 def variants() -> list[dict]:
-    """The settings of each predictor, those of equal mixer and rate side by side."""
+    """The settings of each predictor, those of equal mixer side by side."""
     return [
         {"mixer": mixer, "learning_rate": rate, "stages": stages, "units": units}
-        for mixer, rates in RATES.items()
-        for rate, stages, units in itertools.product(rates, BOUNDS, UNITS)
+        for mixer, rate in RATES.items()
+        for stages, units in itertools.product(BOUNDS, UNITS)
     ]
 
 

@@ -26,12 +26,12 @@ class CacheHandle:
     """
 
     def __init__(self, hook: "_CacheHook"):
-        self.hook = hook
+        self._hook = hook
         self.stats = hook.stats
 
     def disable(self) -> None:
         """Restores the transformer. Does nothing if the cache is off already."""
-        self.hook.uninstall()
+        self._hook.uninstall()
 
     def __enter__(self) -> "CacheHandle":
         return self

@@ -99,12 +99,12 @@ def _train(options) -> None:
     config = PredictorConfig(trajectories.feature_dim, **given) if given else None
     more = {name: getattr(options, name) for name in ("epochs", "budget") if getattr(options, name) is not None}
     more |= {"controlled": True} if options.controlled else {}
+    more |= {"find_stages": True} if found else {}
     device = _device(options)
     predictor = train(
         trajectories,
         config,
         options.schedule,
-        find_stages=found,
         out_dir=options.out,
         seed=options.seed,
         device=device,

@@ -245,7 +245,7 @@ def _kept_by(recorder: "Recorder", predictor: FusedKANPredictor | None) -> Itera
         hook = _RecordingHook(recorder.pipe, recorder.adapter)
         hook.install()
     else:
-        hook = enable_cache(recorder.pipe, predictor, strict=True).hook
+        hook = enable_cache(recorder.pipe, predictor, strict=True)._hook
     hook.recorder = recorder
     try:
         yield hook

@@ -171,7 +171,7 @@ def test_errors_are_those_of_the_model_s_own_head(pipe, generate):
         seen.append((features.clone(), conditioning.clone()))
 
     with lesa.enable_cache(pipe, predictor, lesa.ErrorControl()) as cache:
-        cache.hook.recorder = SimpleNamespace(on_run=lambda run: None, keep=keep)
+        cache._hook.recorder = SimpleNamespace(on_run=lambda run: None, keep=keep)
         generate(pipe, STEPS)
     stats, sigmas = cache.stats.streams["cond"], pipe.scheduler.sigmas.tolist()
     assert len(seen) == len(stats.computed) > 5

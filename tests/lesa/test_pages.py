@@ -104,9 +104,9 @@ def test_the_training_example_runs(stand_ins, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (example,) = [block for block in python_blocks(ROOT / "README.md") if "lesa.train(" in block]
     pipe = diffusers.FluxPipeline.from_pretrained("a/b", torch_dtype=torch.bfloat16)
-    record, train = lesa.record, lesa.train
-    fewer = {"num_inference_steps=50": "num_inference_steps=12", "tokens_per_sample=256": "tokens_per_sample=8"}
-    for large, little in {**fewer, "[0, 2, 7, 13, 19, 24, 33, 41, 47]": "[0, 1, 2, 5, 9]"}.items():
+    record, train, refine = lesa.record, lesa.train, lesa.refine
+    fewer = {"num_inference_steps=50": "num_inference_steps=12", "tokens_per_sample=96": "tokens_per_sample=8"}
+    for large, little in {**fewer, "budget=9": "schedule=[0, 1, 2, 5, 9]"}.items():
         assert large in example
         example = example.replace(large, little)
     monkeypatch.undo()
@@ -114,6 +114,8 @@ def test_the_training_example_runs(stand_ins, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(diffusers.FluxPipeline, "encode_prompt", encode_prompt)
     monkeypatch.setattr(lesa, "record", lambda *a, **k: record(*a, **k, progress=False), raising=False)
     monkeypatch.setattr(lesa, "train", lambda *a, **k: train(*a, **k, epochs=1, progress=False), raising=False)
+    little = {"rounds": 1, "epochs": 1, "progress": False}
+    monkeypatch.setattr(lesa, "refine", lambda *a, **k: refine(*a, **k, **little), raising=False)
     monkeypatch.setattr(FusedKANPredictor, "to", lambda self, device: self)
     evaluate = lesa.evaluate
     shorter = {"num_inference_steps": 12, "against": ["steps"], "progress": False}
