@@ -165,6 +165,33 @@ def test_what_was_stopped_goes_on_to_the_same_bits(pipe, recorded, predictor, tm
     assert {file.name for file in (tmp_path / "stopped").iterdir()} == expected
 
 
+def test_roll_outs_on_another_schedule_are_other_roll_outs(pipe, recorded, predictor, tmp_path):
+    """Though the weights are the same."""
+    inputs = recorded[1]
+    options = {"num_inference_steps": STEPS, "batch_size": 8, "progress": False}
+    lesa.record(pipe, inputs, tmp_path / "r", predictor=predictor, **options)
+    sigmas = tuple(recorded[0][0].sigmas[[0, 3, 6, 9]].tolist())
+    other = FusedKANPredictor(replace(predictor.config, schedule=(0, 3, 6, 9), schedule_sigmas=sigmas))
+    other.load_state_dict(predictor.state_dict())
+    with pytest.raises(ValueError, match="`predictor` must be"):
+        lesa.record(pipe, inputs, tmp_path / "r", predictor=other, **options)
+
+
+def test_cleaning_up_that_is_cut_off_loses_nothing(pipe, recorded, predictor, tmp_path, monkeypatch):
+    class StopError(Exception):
+        pass
+
+    def stop(folder):
+        raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(refinement.shutil, "rmtree", stop)
+        with pytest.raises(StopError):
+            lesa.refine(predictor, recorded[0], pipe, recorded[1], out_dir=tmp_path, **{**QUICK, "rounds": 1})
+    assert FusedKANPredictor.from_pretrained(tmp_path).config.schedule == tuple(SCHEDULE)
+    assert not (tmp_path / refinement.SETTINGS_NAME).exists()
+
+
 def test_what_does_not_belong_together_is_refused(pipe, recorded, predictor, tmp_path, fresh_pipe):
     trajectories, inputs = recorded
     with pytest.raises(ValueError, match="`inputs` must be what the trajectories were recorded with"):

@@ -208,6 +208,17 @@ def test_training_on_a_gpu(trajectories, mixer):
     assert all(p.device.type == "cpu" and torch.isfinite(p).all() for p in predictor.parameters())
 
 
+def test_one_computed_step_is_enough(trajectories):
+    predictor = lesa.train(trajectories, schedule=[0], **QUICK)
+    assert predictor.config.schedule == (0,) and predictor.config.schedule_errors == (0.0,)
+
+
+@pytest.mark.parametrize("schedule", [None, [0, 1, 2, 4, 6, 8, 10]])
+def test_training_for_error_control_on_a_dense_schedule(trajectories, schedule):
+    predictor = lesa.train(trajectories, schedule=schedule, controlled=True, **QUICK)
+    assert all(torch.isfinite(p).all() for p in predictor.parameters())
+
+
 def test_trajectories_of_different_noise_levels_train_together(tmp_path):
     mixed = write_trajectories(tmp_path / "mixed", samples=4, shifts=(1.0, 3.0))
     config = PredictorConfig(WIDTH, hidden=8, rank=0)
