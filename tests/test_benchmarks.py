@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
+from lesa.demo import digits
 from lesa_kernels import OutputHead, PredictorConfig
 from lesa_kernels._extension import extension
 from lesa_kernels.feature_ring import op
@@ -159,6 +160,15 @@ def test_ablation_trains_each_variant_once(tmp_path):
         assert kan["parameters"] - mlp["parameters"] == splines
         assert kan["latent_psnr"] != mlp["latent_psnr"] and min(kan["image_psnr"], mlp["image_psnr"]) > 10
     assert printed.count("| newton | 0.003 | 3 | MLP | 126 k |") == 2
+
+
+def test_error_control_is_drawn_beside_fixed_steps(tmp_path):
+    out, predictor = tmp_path / "out", digits.WEIGHTS / "newton-9"
+    fewest = ["--tolerances", "1.0", "--stretches", "1.0", "--samples", "1", "--out", out]
+    printed = run(tmp_path, BENCHMARKS / "error_control.py", "--controlled", predictor, "--fixed", *fewest)
+    assert (out / "error-control.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "error-control.json").read_text())
+    assert " 9.00 steps (9 to 9)" in printed and "controlled" in printed
 
 
 def test_ablation_has_plain_units_in_the_place_of_splines():
