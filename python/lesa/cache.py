@@ -293,7 +293,7 @@ class _CacheHook(StepHook):
 
     def _choose_next_step(self) -> None:
         """Adds the computed step after the last one, by the errors that were found there."""
-        self.wait_for_mail()
+        self._read_mail(wait=True)
         self.controlled.choose_next(max(self.errors, default=None))  # there are none where a history began anew
         self.computed, self.errors = self.controlled.chosen, []
 

@@ -102,13 +102,7 @@ def _train(options) -> None:
     more |= {"find_stages": True} if found else {}
     device = _device(options)
     predictor = train(
-        trajectories,
-        config,
-        options.schedule,
-        out_dir=options.out,
-        seed=options.seed,
-        device=device,
-        **more,
+        trajectories, config, options.schedule, out_dir=options.out, seed=options.seed, device=device, **more
     )
     config = predictor.config
     if found:

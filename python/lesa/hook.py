@@ -439,15 +439,13 @@ class StepHook(ModelHook):
         self._mailbox.post(receive, value)
         self._read_mail()
 
-    def _read_mail(self) -> None:
-        """Hands out what is on the host, without waiting: but processes that share a transformer must decide alike."""
-        shared = getattr(self.adapter.transformer, "_parallel_config", None) is not None
-        for receive, value in self._mailbox.collect(wait=shared):
-            receive(value)
+    def _read_mail(self, wait: bool = False) -> None:
+        """Hands out what is on the host, or with `wait` all that is on the way.
 
-    def wait_for_mail(self) -> None:
-        """Hands out all that is on the way; the host waits for a GPU."""
-        for receive, value in self._mailbox.collect(wait=True):
+        Processes that share a transformer always wait: they must decide alike.
+        """
+        shared = getattr(self.adapter.transformer, "_parallel_config", None) is not None
+        for receive, value in self._mailbox.collect(wait=wait or shared):
             receive(value)
 
     def warn(self, message: str) -> None:

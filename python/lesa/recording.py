@@ -60,6 +60,13 @@ class Trajectory:
     latents: torch.Tensor | None = None  # recordings of before it was kept have none
 
 
+def check_latents(trajectory: Trajectory) -> None:
+    """Raises `ValueError` if it was recorded by a version that did not keep the latents."""
+    if trajectory.latents is None:
+        remedy = "Record again with this version."
+        raise argument_error("trajectories", "hold the latents", Said("an older recording without"), remedy)
+
+
 class Trajectories:
     """A finished recording, read from its folder one trajectory at a time.
 
@@ -117,6 +124,14 @@ class Trajectories:
         self._files = _sample_files(self.folder)
         self.names = [path.stem for path in self._files]
         self.samples = [int(name.split("-")[1]) for name in self.names]
+
+    @property
+    def by_sample(self) -> list[list[int]]:
+        """The numbers of the trajectories of each sample: one for each stream of calls."""
+        numbers: dict[int, list[int]] = {}
+        for number, sample in enumerate(self.samples):
+            numbers.setdefault(sample, []).append(number)
+        return [*numbers.values()]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -200,7 +215,7 @@ def record(
         "samples": len(inputs),
         "inputs_digest": inputs_digest(inputs),
         "transformer": fingerprint(adapter.transformer),
-        "predictor": None if predictor is None else _told_apart(predictor),
+        "predictor": None if predictor is None else told_apart(predictor),
     }
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -425,7 +440,7 @@ def fingerprint(transformer) -> str:
     return digest.hexdigest()
 
 
-def _told_apart(predictor: FusedKANPredictor) -> dict:
+def told_apart(predictor: FusedKANPredictor) -> dict:
     """What tells a predictor from others, as JSON has it."""
     return json.loads(json.dumps({"weights": fingerprint(predictor), "config": predictor.config.to_dict()}))
 

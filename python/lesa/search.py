@@ -5,11 +5,11 @@ import math
 import torch
 from tqdm import tqdm
 
-from lesa.recording import Trajectories
+from lesa.recording import Trajectories, check_latents
 from lesa.schedule import Schedule
 from lesa.token_batches import Batch, Head
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels._checks import Said, argument_error, check_int
+from lesa_kernels._checks import argument_error, check_int
 
 _WIDEST = 2.5
 """How many times the mean gap a gap may be."""
@@ -72,10 +72,7 @@ class _Errors:
     """
 
     def __init__(self, trajectories, predictor, samples, tokens, seed):
-        by_sample: dict[int, list[int]] = {}
-        for number, sample in enumerate(trajectories.samples):
-            by_sample.setdefault(sample, []).append(number)
-        numbers = [*by_sample.values()]
+        numbers = trajectories.by_sample
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(numbers), generator=generator).tolist()
         count = len(numbers[order[0]])
@@ -142,9 +139,7 @@ def _guidance_weights(trajectories, streams) -> torch.Tensor:
         trajectories: for the output head.
         streams: the trajectories of the sample.
     """
-    if streams[0].latents is None:
-        remedy = "Record again with this version."
-        raise argument_error("trajectories", "hold the latents", Said("an older recording without"), remedy)
+    check_latents(streams[0])
     head = Head(trajectories, "cpu")
     ways = []
     for stream in streams:

@@ -165,7 +165,6 @@ def train(
     find_stages: bool = False,
     out_dir: str | os.PathLike | None = None,
     guided_epochs: int | None = None,
-    reach: int = 1,
     controlled: bool = False,
     epochs: int = 60,
     batch_size: int = 8,
@@ -189,11 +188,10 @@ def train(
             resumed from the checkpoint there. None: nothing is written.
         guided_epochs: passes over the trajectories in the first stage. Default: a third of `epochs` for dense, a sixth
             for newton, whose second stage has a true history too.
-        reach: by how many steps the first stage moves the computed ones of a newton predictor at most.
         find_stages: whether to find the noise stages first, in the place of the config's, as `lesa.find_stages` does.
         controlled: whether to train for `lesa.ErrorControl`: all epochs are of the first stage, on schedules with gaps
             half to twice as long. The forecasts are less close on the schedule itself, and closer on others.
-        epochs: passes in the second stage; may be 0 for a predictor that favours no schedule.
+        epochs: passes in the second stage.
         batch_size: trajectories per step of the optimiser.
         tokens_per_batch: random tokens taken of each trajectory per step, since predictor and head are token-wise; None
             for all.
@@ -218,13 +216,13 @@ def train(
     if not isinstance(trajectories, Trajectories):
         trajectories = Trajectories(trajectories)
     check_plain(trajectories)
-    epochs = check_int("epochs", epochs, minimum=0)
+    epochs = check_int("epochs", epochs)
     if budget is not None:
         schedule = _schedule_of(trajectories, config, schedule, budget, out_dir, device, seed, progress)
     config = complete_config(trajectories, config, schedule)
     if find_stages:
         config = _with_stages(trajectories, config, out_dir, device, seed, progress)
-    run = Training(trajectories, config, out_dir, device, seed, check_int("reach", reach, minimum=0), bool(controlled))
+    run = Training(trajectories, config, out_dir, device, seed, controlled=bool(controlled))
     newton = run.config.mixer == "newton"
     if controlled and run.config.history != "anchors":
         remedy = "Train a newton predictor."
@@ -479,12 +477,10 @@ class Training:
 
     def _split(self, validation_fraction) -> tuple[list[int], list[int]]:
         """Numbers of the trajectories to train on and to validate with; those of one sample stay together."""
-        by_sample = {}
-        for number, sample in enumerate(self.trajectories.samples):
-            by_sample.setdefault(sample, []).append(number)
+        by_sample = self.trajectories.by_sample
         order = torch.randperm(len(by_sample), generator=torch.Generator().manual_seed(self.seed)).tolist()
         held_out = min(len(order) - 1, max(1, round(validation_fraction * len(order)))) if validation_fraction else 0
-        samples = [list(by_sample.values())[i] for i in order]
+        samples = [by_sample[i] for i in order]
         return sum(samples[held_out:], []), sum(samples[:held_out], [])
 
     def _batch_loss(self, numbers, tokens, guided) -> torch.Tensor:

@@ -118,7 +118,9 @@ def test_what_guidance_makes_of_the_streams_is_what_counts(tmp_path):
         alone.append(one.after((0, 2), 6))
         assert alone[-1].abs().max() > 0.01, stream
     torch.testing.assert_close(found.after((0, 2), 6), 2.5 * alone[0] - 1.5 * alone[1], rtol=1e-3, atol=1e-5)
-    assert search_schedule(trajectories, line(), 4, samples=6, progress=False).steps[0] == 0
+    steps = search_schedule(trajectories, line(), 3, samples=6, tokens_per_sample=TOKENS, progress=False).steps
+    every = [found.of((0, *steps)) for steps in itertools.combinations(range(1, STEPS), 2)]
+    assert found.of(steps) <= min(every) * 1.05 + 1e-12
 
 
 def test_several_streams_without_latents_are_refused(tmp_path):

@@ -277,8 +277,8 @@ def test_arguments_are_checked(trajectories):
         lesa.train(trajectories, schedule=[0, 4, 12])
     with pytest.raises(ValueError, match="`schedule` must leave steps to predict"):
         lesa.train(trajectories, schedule=list(range(STEPS)))
-    with pytest.raises(ValueError, match="`epochs` must be an integer of at least 0"):
-        lesa.train(trajectories, epochs=-1)
+    with pytest.raises(ValueError, match="`epochs` must be an integer of at least 1"):
+        lesa.train(trajectories, epochs=0)
     with pytest.raises(ValueError, match="`learning_rate` must be"):
         lesa.train(trajectories, learning_rate=0.0)
     with pytest.raises(ValueError, match="`config.num_inference_steps` must be that of the trajectories, 12"):

@@ -29,7 +29,7 @@ TEST_SAMPLES = 64
 TAYLORSEER = tuple(TaylorSeer(interval, order=1, lite=lite) for interval in (7, 10) for lite in (False, True))
 
 
-# Of the photographs, also found by search.
+# Of the photographs, also found by search; see the weights' README.
 PHOTOS_SCHEDULE_9 = (0, 2, 5, 9, 16, 23, 30, 39, 46)
 PHOTOS_SCHEDULE_8 = (0, 2, 5, 10, 18, 27, 37, 45)
 PHOTOS_PREDICTORS = {
