@@ -19,11 +19,11 @@ from torch import nn
 from tqdm import tqdm
 
 import lesa
-from lesa import training
 from lesa.demo.run import DEMOS, PHOTOS_SCHEDULE_9, SEED, labels
+from lesa.evaluation.quality import psnr
 from lesa.inputs import collate
 from lesa.models import adapter_for
-from lesa.quality import psnr
+from lesa.training import training_run as training
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.env_report import env_report
 from lesa_kernels.predictor import reference

@@ -19,9 +19,9 @@ from shapes import FLUX_100M, FLUX_TINY
 from tqdm import tqdm
 
 import lesa
+from lesa.contenders.taylorseer import TaylorSeer
 from lesa.demo.digits import build_pipeline
 from lesa.demo.run import SCHEDULE_9
-from lesa.evaluation import TaylorSeer
 from lesa.models import adapter_for
 from lesa.schedule import Schedule
 from lesa_kernels import FusedKANPredictor, PredictorConfig

@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 import lesa
+from lesa.cache.error_control import ControlledSteps
 from lesa.demo import digits
-from lesa.schedule import ControlledSteps, Schedule
+from lesa.schedule import Schedule
 from lesa_kernels import FusedKANPredictor
 
 STEPS = 50

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lesa.quality import bootstrap_interval
+from lesa.evaluation.quality import bootstrap_interval
 
 TARGETS = {"step_equivalents": 9.0, "whole_steps": 5.0, "seconds": 0.0}
 """Of the lead over the best other contender, in dB."""

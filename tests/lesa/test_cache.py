@@ -22,8 +22,8 @@ from diffusers import (
 from diffusers.hooks import HookRegistry, ModelHook
 
 import lesa
+from lesa.cache.run import Run
 from lesa.demo import digits
-from lesa.hook import Run
 from lesa.models import adapter_for
 from lesa.models.adapter import Adapter
 from lesa_kernels import FeatureRing, FusedKANPredictor, PredictorConfig, TieredRing, output_head

@@ -3,13 +3,13 @@ import re
 import subprocess
 import sys
 
+import lesa.recording
 import numpy as np
 import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
-import lesa.recording
 import lesa.training
 from lesa import cli
 from lesa.demo import digits

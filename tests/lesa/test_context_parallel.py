@@ -15,8 +15,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 
 import lesa
+from lesa.cache.device_values import Mailbox
 from lesa.demo import digits
-from lesa.mailbox import Mailbox
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 RANKS = 2

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lesa.control import DeferredControl, Residuals, computed
+from lesa.cache.controlnet import DeferredControl, Residuals, computed
 
 
 class ControlNet(torch.nn.Module):

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import lesa
-from lesa import training
+from lesa.cache.device_values import Mailbox
+from lesa.cache.error_control import MOST_STRETCH, ControlledSteps
+from lesa.cache.hook import StepHook
 from lesa.demo import digits, photos
-from lesa.hook import StepHook
 from lesa.inputs import collate
-from lesa.mailbox import Mailbox
-from lesa.schedule import MOST_STRETCH, ControlledSteps, Schedule
+from lesa.schedule import Schedule
+from lesa.training import training_run as training
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS = 50

@@ -12,10 +12,17 @@ import torch
 from PIL import Image
 
 import lesa
-from lesa import contenders, evaluation, quality
-from lesa.contenders import CacheDiT, FirstBlockCache, MagCache, TaylorSeer, bisected, grid_of, taylorseer_grid
+from lesa import contenders
+from lesa.contenders import grid_of
+from lesa.contenders.base import bisected
+from lesa.contenders.cache_dit import CacheDiT
+from lesa.contenders.first_block_cache import FirstBlockCache
+from lesa.contenders.mag_cache import MagCache
+from lesa.contenders.taylorseer import TaylorSeer, taylorseer_grid
 from lesa.demo import digits
-from lesa.evaluation import EvaluatedRun, Evaluation
+from lesa.evaluation import evaluator as evaluation
+from lesa.evaluation import quality
+from lesa.evaluation.result import EvaluatedRun, Evaluation
 from lesa.models import adapter_for
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 

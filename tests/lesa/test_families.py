@@ -20,8 +20,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 import lesa
 from lesa.models import ADAPTERS, Adapter, adapter_for
 from lesa.models.adapter import packed_grid
-from lesa.search import _guidance_weights
-from lesa.token_batches import Batch, Head
+from lesa.training.batches import Batch, Head
+from lesa.training.schedule_search import _guidance_weights
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 sys.path.append(str(Path(__file__).parent))

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 import lesa
-from lesa import refinement
 from lesa.demo import digits
-from lesa.refinement import _RollOuts
-from lesa.token_batches import Batch, Head
-from lesa.training import Plan
+from lesa.training import refinement
+from lesa.training.batches import Batch, Head, Plan
+from lesa.training.refinement import _RollOuts
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS, SCHEDULE = 12, [0, 2, 5, 8]

@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 import lesa
-from lesa import cli, evaluation, reporting
+from lesa import cli
 from lesa.demo import digits
+from lesa.evaluation import evaluator as evaluation
+from lesa.evaluation import report as reporting
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 sys.path.append(str(Path(__file__).parent))

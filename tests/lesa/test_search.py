@@ -8,10 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lesa
-from lesa.recording import FORMAT_VERSION, HEAD, MANIFEST, Trajectory
-from lesa.search import _Errors, search_schedule
-from lesa.token_batches import Batch, Head
-from lesa.training import find_schedule
+from lesa.training.batches import Batch, Head
+from lesa.training.schedule_search import _Errors, find_schedule, search_schedule
+from lesa.training.trajectories import FORMAT_VERSION, HEAD, MANIFEST, Trajectory
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS, TOKENS, WIDTH = 14, 4, 8

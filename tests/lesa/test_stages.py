@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 import lesa
-from lesa import stages
 from lesa.cli import main
-from lesa.recording import FORMAT_VERSION, HEAD, MANIFEST
-from lesa.training import CHECKPOINT_NAME, Training
+from lesa.training import stages
+from lesa.training.training_run import CHECKPOINT_NAME, Training
+from lesa.training.trajectories import FORMAT_VERSION, HEAD, MANIFEST
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS, TOKENS, WIDTH = 14, 16, 8

@@ -17,11 +17,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lesa
-from lesa.cache import _CacheHook
-from lesa.conditioning import Conditioner
+from lesa.cache.conditioning import Conditioner
+from lesa.cache.device_values import Mailbox
+from lesa.cache.hook import StepHook
 from lesa.demo import digits
-from lesa.hook import StepHook
-from lesa.mailbox import Mailbox
 from lesa.models.flux import FluxAdapter
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 

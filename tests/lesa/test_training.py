@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 import lesa
-from lesa import training
-from lesa.recording import FORMAT_VERSION, HEAD, MANIFEST
 from lesa.schedule import Schedule
-from lesa.token_batches import Batch
+from lesa.training import training_run as training
+from lesa.training.batches import Batch
+from lesa.training.trajectories import FORMAT_VERSION, HEAD, MANIFEST
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS, TOKENS, WIDTH, OUT = 12, 6, 8, 3

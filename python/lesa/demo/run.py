@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from lesa.contenders.taylorseer import TaylorSeer
 from lesa.demo import digits, photos
-from lesa.evaluation import Evaluation, TaylorSeer, evaluate
+from lesa.evaluation.evaluator import evaluate
+from lesa.evaluation.result import Evaluation
 from lesa.inputs import write_inputs
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels._checks import check_choice, check_int

@@ -11,139 +11,34 @@ A trajectory folder holds
 """
 
 import contextlib
-import hashlib
 import json
-import operator
 import os
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
+from lesa.artifacts import complete_file, fingerprint, predictor_identity
 from lesa.cache import enable_cache
-from lesa.hook import Call, Run, StepHook
+from lesa.cache.hook import StepHook
+from lesa.cache.run import Call, Run
 from lesa.inputs import batches_of, check_inputs, collate, inputs_digest
 from lesa.models import adapter_for
 from lesa.pipelines import quiet_progress
+from lesa.training.trajectories import (
+    FORMAT_VERSION,
+    HEAD,
+    MANIFEST,
+    Trajectories,
+    read_manifest,
+    sample_file,
+    sample_files,
+)
 from lesa_kernels import FusedKANPredictor, OutputHead
 from lesa_kernels._checks import Said, argument_error, check_int
-
-FORMAT_VERSION = 1
-_FACTS = {"samples": int, "family": str, "feature_dim": int, "num_inference_steps": int, "head_eps": float}
-"""What reading needs of a manifest."""
-
-MANIFEST = "manifest.json"
-HEAD = "head.safetensors"
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """What the transformer computed for one sample, step by step.
-
-    Args:
-        features: `[S, T, D]`, inputs of the output head at the S executed steps, in the model's dtype.
-        sigmas: `[S]` float32, the noise levels.
-        scale: `[S, D]`, of the head's modulation `(1 + scale) * LN(h) + shift`.
-        shift: `[S, D]`.
-        token_index: `[T]` int64, rising: which of the sample's tokens these are.
-        latents: `[S, T, O]`, the sample before each step, laid out as what the head projects.
-    """
-
-    features: torch.Tensor
-    sigmas: torch.Tensor
-    scale: torch.Tensor
-    shift: torch.Tensor
-    token_index: torch.Tensor
-    latents: torch.Tensor | None = None  # recordings of before it was kept have none
-
-
-def check_latents(trajectory: Trajectory) -> None:
-    """Raises `ValueError` if it was recorded by a version that did not keep the latents."""
-    if trajectory.latents is None:
-        remedy = "Record again with this version."
-        raise argument_error("trajectories", "hold the latents", Said("an older recording without"), remedy)
-
-
-class Trajectories:
-    """A finished recording, read from its folder one trajectory at a time.
-
-    `len(trajectories)` counts them, `trajectories[i]` reads one, and iterating reads all in turn.
-
-    Args:
-        folder: where `lesa.record` wrote.
-
-    Attributes:
-        family: of the model, such as "flux".
-        feature_dim: D, the width of the features.
-        num_inference_steps: S, the executed steps of every trajectory.
-        head_weight: `[O, D]` of the output projection.
-        head_bias: `[O]`, or None.
-        head_eps: of the output head's layer norm.
-        manifest: the manifest as a dict.
-        names: of each trajectory, its file's without the suffix.
-        samples: of each trajectory, the number of its input; the streams of one input share it.
-
-    Raises:
-        FileNotFoundError: no such folder, or no manifest in it.
-        ValueError: another format version, a manifest that lacks something, or an interrupted recording.
-    """
-
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            remedy = "Check the path, or record trajectories with `lesa.record`."
-            raise argument_error("folder", "be a folder", Said(f"{folder}, which is none"), remedy, FileNotFoundError)
-        manifest = _read_manifest(self.folder)
-        if manifest is None:
-            raise argument_error(
-                "folder",
-                f"be a trajectory folder with a {MANIFEST}",
-                Said(f"{folder}, which has none"),
-                "Pass the `out_dir` of `lesa.record`.",
-                FileNotFoundError,
-            )
-        count = manifest["samples"]
-        finished = sum(_sample_file(self.folder, number).exists() for number in range(count))
-        if finished < count:
-            raise argument_error(
-                "folder",
-                "be a finished recording",
-                Said(f"{folder} with {finished} of {count} samples"),
-                "Run `lesa.record` again with the same arguments: it continues where it stopped.",
-            )
-        self.manifest = manifest
-        self.family: str = manifest["family"]
-        self.feature_dim: int = manifest["feature_dim"]
-        self.num_inference_steps: int = manifest["num_inference_steps"]
-        self.head_eps: float = manifest["head_eps"]
-        head = load_file(self.folder / HEAD)
-        self.head_weight, self.head_bias = head["weight"], head.get("bias")
-        self._files = _sample_files(self.folder)
-        self.names = [path.stem for path in self._files]
-        self.samples = [int(name.split("-")[1]) for name in self.names]
-
-    @property
-    def by_sample(self) -> list[list[int]]:
-        """The numbers of the trajectories of each sample: one for each stream of calls."""
-        numbers: dict[int, list[int]] = {}
-        for number, sample in enumerate(self.samples):
-            numbers.setdefault(sample, []).append(number)
-        return [*numbers.values()]
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> Trajectory:
-        return Trajectory(**load_file(self._files[operator.index(index)]))
-
-    def __repr__(self) -> str:
-        return (
-            f"Trajectories({str(self.folder)!r}: {len(self)} of {self.family}, {self.num_inference_steps} steps, "
-            f"width {self.feature_dim})"
-        )
 
 
 def record(
@@ -215,18 +110,18 @@ def record(
         "samples": len(inputs),
         "inputs_digest": inputs_digest(inputs),
         "transformer": fingerprint(adapter.transformer),
-        "predictor": None if predictor is None else told_apart(predictor),
+        "predictor": None if predictor is None else predictor_identity(predictor),
     }
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    recorded = _read_manifest(folder)
+    recorded = read_manifest(folder)
     if recorded is not None:
         _check_same(folder, recorded, planned)
-    elif _sample_files(folder):
+    elif sample_files(folder):
         got = Said(f"{folder} with samples and no {MANIFEST}")
         raise argument_error("out_dir", "be empty or hold a recording", got, "Record into another folder.")
 
-    missing = {number for number in range(len(inputs)) if not _sample_file(folder, number).exists()}
+    missing = {number for number in range(len(inputs)) if not sample_file(folder, number).exists()}
     if not missing:
         return Trajectories(folder)
     recorder = Recorder(pipe, adapter, tokens_per_sample, seed)
@@ -423,47 +318,16 @@ class Recorder:
         )
 
 
-def fingerprint(transformer) -> str:
-    """SHA-256 over names, shapes and sums of the parameters, and over the names of the active adapters.
-
-    The sums are of the values' bits as integers: exact, so that neither device nor threads change them. A parameter
-    whose values are not here, for it is offloaded to the meta device, sharded or packed, counts by name and shape.
-    """
-    adapters = transformer.active_adapters() if getattr(transformer, "_hf_peft_config_loaded", False) else []
-    digest = hashlib.sha256(f"{adapters}\n".encode())
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for name, parameter in sorted(transformer.named_parameters()):
-        values = parameter.detach()
-        here = type(values) is torch.Tensor and not values.is_meta
-        total = int(values.view(integers[values.element_size()]).sum(dtype=torch.int64)) if here else None
-        digest.update(f"{name} {values.dtype} {list(values.shape)} {total}\n".encode())
-    return digest.hexdigest()
-
-
-def told_apart(predictor: FusedKANPredictor) -> dict:
-    """What tells a predictor from others, as JSON has it."""
-    return json.loads(json.dumps({"weights": fingerprint(predictor), "config": predictor.config.to_dict()}))
-
-
 def _choose_tokens(tokens: int, kept: int, seed: int) -> torch.Tensor:
     if kept == tokens:
         return torch.arange(tokens)
     return torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:kept].sort().values
 
 
-def _sample_file(folder: Path, number: int) -> Path:
-    return folder / f"sample-{number:05d}.safetensors"
-
-
-def _sample_files(folder: Path) -> list[Path]:
-    """Every trajectory: by sample, the first stream before the others."""
-    return sorted(folder.glob("sample-*.safetensors"), key=lambda path: path.stem)
-
-
 def _save_sample(folder: Path, number: int, streams: dict[str, dict]) -> None:
     """Writes the streams of one sample; the first one last, for its file says that the sample is complete."""
     first, *others = streams
-    path = _sample_file(folder, number)
+    path = sample_file(folder, number)
     for name in others:
         _write_tensors(path.with_stem(f"{path.stem}-{name}"), streams[name])
     _write_tensors(path, streams[first])
@@ -471,7 +335,7 @@ def _save_sample(folder: Path, number: int, streams: dict[str, dict]) -> None:
 
 def _begin(folder: Path, manifest: dict, head: OutputHead) -> None:
     """Writes head and manifest, or checks that the recording's beginning has the same manifest."""
-    recorded = _read_manifest(folder)
+    recorded = read_manifest(folder)
     if recorded is not None:
         _check_same(folder, recorded, manifest)
         return
@@ -479,35 +343,6 @@ def _begin(folder: Path, manifest: dict, head: OutputHead) -> None:
     _write_tensors(folder / HEAD, {name: t.detach().cpu() for name, t in tensors.items() if t is not None})
     with complete_file(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def _read_manifest(folder: Path) -> dict | None:
-    """The manifest of a trajectory folder, or None; raises `ValueError` unless it is one of this version."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        manifest = json.loads(path.read_text())
-        version = manifest["format_version"]
-    except (ValueError, TypeError, KeyError):
-        got = Said(f"{path}, which is no manifest of a recording")
-        raise argument_error("folder", "be a trajectory folder", got, "Choose another folder.") from None
-    if version != FORMAT_VERSION:
-        raise argument_error(
-            f"format_version in {path}",
-            f"be {FORMAT_VERSION}",
-            version,
-            "Record again with this version of lesa, or read it with the one that wrote it.",
-        )
-    lacking = [name for name, kind in _FACTS.items() if not isinstance(manifest.get(name), kind)]
-    if lacking:
-        raise argument_error(
-            f"{path}",
-            f"have {', '.join(_FACTS)}",
-            Said(f"none, or another kind of value, for {', '.join(lacking)}"),
-            "Restore the file, or record into another folder.",
-        )
-    return manifest
 
 
 def _check_same(folder: Path, recorded: dict, manifest: dict) -> None:
@@ -524,11 +359,3 @@ def _check_same(folder: Path, recorded: dict, manifest: dict) -> None:
 def _write_tensors(path: Path, tensors: dict) -> None:
     with complete_file(path) as temporary:
         save_file(tensors, temporary)
-
-
-@contextlib.contextmanager
-def complete_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write to; the file gets its own name only when it is whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    os.replace(temporary, path)

@@ -5,16 +5,20 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from lesa.recording import Trajectories
 from lesa.schedule import Schedule, ScheduleLike
-from lesa.training import MOST_TOKENS, Training, check_plain, complete_config
+from lesa.training.training_run import MOST_TOKENS, Training, complete_config
+from lesa.training.trajectories import Trajectories, check_plain
 from lesa_kernels import PredictorConfig
 from lesa_kernels._checks import argument_error, check_int
 
 LEAST_GAIN = 0.02
 """By which part a split must lower the validation loss, with each of two seeds."""
+
+
 EPOCHS, LEARNING_RATE = 10, 1e-2
 """Of a brief training."""
+
+
 TRAINING, VALIDATION = 64, 32
 """How many trajectories a brief training looks at, at most."""
 

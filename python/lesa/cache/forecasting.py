@@ -1,166 +1,20 @@
-"""`enable_cache`: predicts most denoising steps of a diffusers pipeline."""
+"""Computes or forecasts each call of the transformer."""
 
 import functools
 import math
-import numbers
 from dataclasses import dataclass
 
 import torch
 
-from lesa.conditioning import Conditioner
-from lesa.control import DeferredControl, computed
-from lesa.hook import UNLOCATED, Call, Run, StepHook, installed_hook
-from lesa.models import adapter_for
-from lesa.schedule import FEW_STEPS, ControlledSteps, ErrorControl, Schedule, ScheduleLike, as_schedule
-from lesa.stats import CacheStats, StreamStats
-from lesa_kernels import FeatureRing, FusedKANPredictor, TieredRing
-from lesa_kernels._checks import Said, argument_error, check_int
+from lesa.cache.conditioning import Conditioner
+from lesa.cache.controlnet import DeferredControl, computed
+from lesa.cache.error_control import ControlledSteps, ErrorControl
+from lesa.cache.hook import UNLOCATED, StepHook
+from lesa.cache.run import Call, Run
+from lesa.cache.stats import CacheStats, StreamStats
+from lesa.schedule import FEW_STEPS, Schedule, as_schedule
+from lesa_kernels import FeatureRing, TieredRing
 from lesa_kernels.predictor import output_head
-
-
-class CacheHandle:
-    """A cache that is on. Leaving it as a context manager, or `disable()`, turns it off.
-
-    Args:
-        stats: what happened in the latest run.
-    """
-
-    def __init__(self, hook: "_CacheHook"):
-        self._hook = hook
-        self.stats = hook.stats
-
-    def disable(self) -> None:
-        """Restores the transformer. Does nothing if the cache is off already."""
-        self._hook.uninstall()
-
-    def __enter__(self) -> "CacheHandle":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.disable()
-
-
-def enable_cache(
-    pipe,
-    predictor: FusedKANPredictor,
-    schedule: ScheduleLike | ErrorControl | None = None,
-    max_device_bytes: int | None = None,
-    strict: bool = False,
-) -> CacheHandle:
-    """Lets `predictor` forecast the steps of `pipe` that `schedule` does not compute.
-
-    Args:
-        pipe: a diffusers pipeline of a supported family.
-        predictor: trained for the pipeline's transformer, on the transformer's device.
-        schedule: which steps are computed: a `lesa.Schedule`, a list of step indices counted over the steps that a call
-            executes, an interval N for steps 0, 1, 2 and then every N, or a `lesa.ErrorControl`, which chooses them
-            during the run, by the errors of the forecasts so far. None: as the predictor was trained; then runs
-            of fewer than 10 steps are computed whole, unless it was trained at that number.
-        max_device_bytes: the most that the stored features of one stream of calls may take on the device; beyond it the
-            oldest ones wait in host memory, which costs time. Guidance by two calls per step has two streams.
-        strict: raise `RuntimeError` where a step that the schedule leaves out can't be predicted. Otherwise it is
-            computed, with a warning, and `stats` says why. A run of few steps that is computed whole is no error.
-
-    Returns:
-        A handle with `stats` and `disable()`, usable as a context manager.
-
-    Raises:
-        TypeError: `pipe` is of no supported family, or `predictor` is no predictor.
-        ValueError: the predictor was made for another family or width, is on another device, has weights that are not
-            finite, has no schedule while none was given, or can't be used with an `ErrorControl`. The first computed
-            step raises it, if `max_device_bytes` is less than the least that its features need.
-        RuntimeError: a cache is on already. A run raises it too, if another cache was enabled meanwhile or a second
-            thread enters the transformer.
-    """
-    adapter = adapter_for(pipe)
-    if not isinstance(predictor, FusedKANPredictor):
-        raise argument_error(
-            "predictor",
-            "be a FusedKANPredictor",
-            predictor,
-            "Load one with `FusedKANPredictor.from_pretrained`, or train one with `lesa.train`.",
-            TypeError,
-        )
-    config = predictor.config
-    if config.family not in (None, adapter.family):
-        raise argument_error(
-            "predictor.config.family",
-            f"be {adapter.family!r}",
-            config.family,
-            "Use a predictor of this model's family.",
-        )
-    if config.feature_dim != adapter.feature_dim:
-        raise argument_error(
-            "predictor.config.feature_dim",
-            f"be the transformer's width, {adapter.feature_dim}",
-            config.feature_dim,
-            "Use a predictor that was trained for this model.",
-        )
-    device, head_device = (next(m.parameters()).device for m in (predictor, adapter.head_entry))
-    if device != head_device == pipe._execution_device:  # an offloaded model does not run where it is
-        raise argument_error(
-            "predictor",
-            f"be on the transformer's device, {head_device}",
-            Said(f"one on {device}"),
-            f"Move it with `predictor.to('{head_device}')`.",
-        )
-    bad = [name for name, weight in predictor.named_parameters() if not torch.isfinite(weight).all()]
-    if bad:
-        raise argument_error(
-            "predictor", "have finite weights", Said(f"NaN or Inf in {', '.join(bad)}"), "Load or train it again."
-        )
-    as_trained = schedule is None
-    if as_trained and config.schedule is None:
-        raise argument_error(
-            "schedule",
-            "be given, for this predictor was trained on none",
-            schedule,
-            "Pass an interval such as 7, or a list of the steps to compute.",
-        )
-    if as_trained:
-        schedule = Schedule(config.schedule, config.num_inference_steps, config.schedule_sigmas)
-    elif isinstance(schedule, ErrorControl):
-        _check_controllable(adapter, config)
-    elif isinstance(schedule, numbers.Integral):
-        as_schedule(schedule, 1)  # a wrong interval is an error here, not at the first step
-    else:
-        schedule = as_schedule(schedule)
-    if max_device_bytes is not None:
-        check_int("max_device_bytes", max_device_bytes)
-    hook = _CacheHook(pipe, adapter, predictor.eval(), schedule, as_trained, max_device_bytes, strict)
-    hook.install()
-    return CacheHandle(hook)
-
-
-def _check_controllable(adapter, config) -> None:
-    if config.history != "anchors":
-        raise argument_error(
-            "schedule",
-            "be known before the run with a predictor that feeds on its own forecasts",
-            Said("an ErrorControl"),
-            "Use a newton predictor, or a list of steps.",
-        )
-    if len(config.schedule_errors or ()) < 2:
-        raise argument_error(
-            "predictor.config.schedule_errors",
-            "say which errors are typical, for an ErrorControl to compare with",
-            config.schedule_errors,
-            "Train it with `lesa.train(..., controlled=True)` on two computed steps or more, or pass a list of steps.",
-        )
-    if getattr(adapter.transformer, "_parallel_config", None) is not None:
-        raise argument_error(
-            "schedule",
-            "be known before the run where processes share a transformer",
-            Said("an ErrorControl"),
-            "Pass a list of steps: each process sees errors of its own part only.",
-        )
-
-
-def disable_cache(pipe) -> None:
-    """Turns the cache of `pipe` off and restores its transformer. Does nothing if it is off already."""
-    hook = installed_hook(adapter_for(pipe).transformer)
-    if hook is not None:
-        hook.uninstall()
 
 
 @dataclass
@@ -175,7 +29,7 @@ class _Stream:
     is_other_text: bool = False  # since that call
 
 
-class _CacheHook(StepHook):
+class ForecastingHook(StepHook):
     """Computes or predicts each call."""
 
     def __init__(self, pipe, adapter, predictor, schedule, as_trained, max_device_bytes, strict):

@@ -11,8 +11,10 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from lesa.evaluation import EvaluatedRun
 
+
 _ERROR_SCALE = 0.1
 """Mean absolute error per pixel, of a range of 1, that the error maps show as their brightest colour."""
+
 
 _GROUPS = {  # by the beginning of the name, in the order of the rows
     "reference": "#202020",
@@ -24,6 +26,8 @@ _GROUPS = {  # by the beginning of the name, in the order of the rows
     "cache-dit": "#a11d33",
     "fewer-steps": "#6b6b6b",
 }
+
+
 _TITLES = {"first-block-cache": "First Block Cache", "mag-cache": "MagCache", "cache-dit": "cache-dit"}
 
 

@@ -8,7 +8,6 @@ truth.
 
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,124 +15,37 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lesa.recording import Trajectories
-from lesa.schedule import ControlledSteps, ErrorControl, Schedule, ScheduleLike, as_schedule
-from lesa.search import search_schedule
-from lesa.token_batches import Batch, Head
+from lesa.cache.error_control import ControlledSteps, ErrorControl
+from lesa.schedule import Schedule, as_schedule
+from lesa.training.batches import Batch, Head, Plan, predict, roll_out
+from lesa.training.losses import feature_loss, head_aware_loss
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-from lesa_kernels._checks import Said, argument_error, check_float, check_int
+from lesa_kernels._checks import Said, argument_error, check_int
 
 CHECKPOINT_NAME = "checkpoint.pt"
+
+
 LOSSES_NAME = "losses.json"
+
+
 CURVE_NAME = "losses.png"
 
-# In the head-aware loss, beside the displacement at 1. Chosen on samples that neither training nor the demo uses.
-FEATURE_WEIGHT, VELOCITY_WEIGHT = 0.1, 0.3
+
 WEIGHT_DECAY = 1e-4
+
+
 GRADIENT_CLIP = 1.0
+
+
 DEFAULT_COMPUTED_STEPS = 9
-SEARCH_TURNS, PROBE_EPOCHS = 2, 12
+
+
 MOST_TOKENS = 256
 """Of a trajectory that is looked at as a whole."""
+
+
 STRETCHES, STRETCH_SPREAD = (0.5, 1.4), 0.3
 """In training for error control: the range of the gaps over the schedule's, and how far one is off its neighbours."""
-
-
-class Plan:
-    """For one schedule: which steps are predicted, from which history.
-
-    Args:
-        computed: the schedule's steps.
-        total: number of steps of the run.
-        length: of the history that the predictor reads, K.
-        every_step: whether the history has all earlier steps, in the place of the computed ones.
-        steps: what is predicted. None: all steps that are not computed.
-        device: of the tensors.
-
-    Attributes:
-        steps: the predicted steps, P of them.
-        history: `[P, K]` steps that the ring holds, newest first, the oldest repeated where there are fewer.
-        count: `[P]`, how many of them are there.
-        gaps: `[P]`, number of the gap between computed steps that each predicted step is in.
-    """
-
-    def __init__(self, computed, total, length, every_step=False, device="cpu", steps=None):
-        computed = set(computed)
-        self.steps = [i for i in range(1, total) if i not in computed] if steps is None else steps
-        history = [[j for j in range(i - 1, -1, -1) if every_step or j in computed][:length] for i in self.steps]
-        padded = [h + [h[-1]] * (length - len(h)) for h in history]
-        self.count = torch.tensor([len(h) for h in history], dtype=torch.int32, device=device)
-        self.history = torch.tensor(padded, device=device)
-        self.gaps = torch.tensor([sum(c < i for c in computed) - 1 for i in self.steps], device=device)
-
-
-def predict(predictor, batch, plan, features, steps=None):
-    """Forecasts `[P, N, D]` for the steps of the plan from a given history: a ring with one row per step.
-
-    Args:
-        predictor, batch, plan: what forecasts what.
-        features: `[S, N, D]` of all steps, or of those in `steps` only.
-        steps: a tensor of rising steps.
-    """
-    history = plan.history.T.flip(0).contiguous()  # oldest first, as in a full ring that begins at slot 0
-    sigmas = batch.sigmas
-    rows = history if steps is None else torch.searchsorted(steps, history)
-    cursor = torch.zeros_like(plan.count)
-    return predictor.forecast(features[rows], None, sigmas[history], cursor, plan.count, sigmas[plan.steps])
-
-
-def _roll_out(predictor, batch, plan):
-    """Forecasts `[P, N, D]` one after the other, each from a history that holds the ones before it."""
-    features, sigmas = batch.features, batch.sigmas
-    length = predictor.config.max_history
-    seen, forecasts = [features[:1]], []
-    cursor, predicted = torch.zeros(1, dtype=torch.int32, device=features.device), set(plan.steps)
-    for step in range(1, len(features)):
-        if step in predicted:
-            count = min(step, length)
-            newest = [seen[max(step - k, 0)] for k in range(length, 0, -1)]
-            at = torch.arange(step - length, step).clamp(min=0)
-            n = torch.full_like(cursor, count)
-            seen.append(
-                predictor.forecast(torch.stack(newest), None, sigmas[at][:, None], cursor, n, sigmas[step : step + 1])
-            )
-            forecasts.append(seen[-1])
-        else:
-            seen.append(features[step : step + 1])
-    return torch.cat(forecasts)
-
-
-def _feature_loss(batch, plan, forecast):
-    """L1 of the features, as in the LESA paper, over their mean size."""
-    truth = batch.features[plan.steps]
-    return (forecast - truth).abs().mean() / truth.abs().mean()
-
-
-def head_aware_loss(batch, plan, forecast):
-    """Errors of the features, of the velocities, and of the displacement they add up to over each gap; all relative.
-
-    The displacement is what a gap's forecasts do to the sample: errors that cancel within it cost nothing at its end.
-    """
-    velocity = batch.velocities[plan.steps]
-    error = batch.velocity(forecast, plan.steps) - velocity
-
-    def displacement(velocities):
-        return over_gaps(batch, plan, velocities)
-
-    velocity_loss = relative(error, velocity)
-    displacement_loss = relative(displacement(error), displacement(velocity))
-    return FEATURE_WEIGHT * _feature_loss(batch, plan, forecast) + VELOCITY_WEIGHT * velocity_loss + displacement_loss
-
-
-def over_gaps(batch, plan, velocities):
-    """How far velocities `[P, N, O]` of the predicted steps lead over each gap `[G, N, O]`."""
-    gaps = velocities.new_zeros(int(plan.gaps.max()) + 1, *velocities.shape[1:])
-    return gaps.index_add(0, plan.gaps, velocities * batch.widths[plan.steps][:, None, None])
-
-
-def relative(error, truth):
-    """The size of an error as a part of the truth's."""
-    return torch.linalg.vector_norm(error) / torch.linalg.vector_norm(truth).clamp(min=1e-12)
 
 
 def _shaken(computed, total, generator, reach):
@@ -156,176 +68,7 @@ def _stretched(schedule, sigmas, generator):
     return chosen if len(chosen) < len(sigmas) else chosen - {len(sigmas) - 1}  # something is left to predict
 
 
-def train(
-    trajectories: Trajectories | str | os.PathLike,
-    config: PredictorConfig | None = None,
-    schedule: ScheduleLike | None = None,
-    *,
-    budget: int | None = None,
-    find_stages: bool = False,
-    out_dir: str | os.PathLike | None = None,
-    guided_epochs: int | None = None,
-    controlled: bool = False,
-    epochs: int = 60,
-    batch_size: int = 8,
-    tokens_per_batch: int | None = 32,
-    learning_rate: float | None = None,
-    head_aware: bool | None = None,
-    validation_fraction: float = 0.1,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
-) -> FusedKANPredictor:
-    """Trains a predictor on recorded trajectories.
-
-    Args:
-        trajectories: what `lesa.record` made, or its folder.
-        config: of the predictor. Default: newton, four anchors, rank 32, three stages, for the trajectories' model.
-        schedule: the computed steps to train for: a `lesa.Schedule`, a list of steps or an interval. Default: that of
-            `config`, else 9 spread steps.
-        budget: in the place of `schedule`, how many steps to compute; `find_schedule` chooses which.
-        out_dir: folder for the predictor, `losses.json` and the picture `losses.png`. A training that was stopped is
-            resumed from the checkpoint there. None: nothing is written.
-        guided_epochs: passes over the trajectories in the first stage. Default: a third of `epochs` for dense, a sixth
-            for newton, whose second stage has a true history too.
-        find_stages: whether to find the noise stages first, in the place of the config's, as `lesa.find_stages` does.
-        controlled: whether to train for `lesa.ErrorControl`: all epochs are of the first stage, on schedules with gaps
-            half to twice as long. The forecasts are less close on the schedule itself, and closer on others.
-        epochs: passes in the second stage.
-        batch_size: trajectories per step of the optimiser.
-        tokens_per_batch: random tokens taken of each trajectory per step, since predictor and head are token-wise; None
-            for all.
-        learning_rate: of AdamW, falling to zero along a cosine. Default: 3e-3 for newton; 1e-4 for dense, the paper's.
-        head_aware: whether the loss looks at what the output head makes of the features, or at the features alone, as
-            the paper's does. Default: True for newton, False for dense.
-        validation_fraction: share of the trajectories that is kept for validation, at least one of two or more.
-        seed: of initialisation, order, tokens and guided schedules.
-        device: where to train.
-        progress: whether to show a progress bar.
-
-    Returns:
-        The predictor of the last epoch, on the CPU, its config saying what it was trained on.
-
-    Raises:
-        ValueError: `config` does not fit the trajectories, `controlled` or `find_stages`, the schedule does not fit
-            their steps, or `out_dir` holds something else than an unfinished training with these arguments; the message
-            names the field.
-
-    Source: LESA, arXiv 2602.20497, for the two stages; the loss and the newton mixer's training are this project's.
-    """
-    if not isinstance(trajectories, Trajectories):
-        trajectories = Trajectories(trajectories)
-    check_plain(trajectories)
-    epochs = check_int("epochs", epochs)
-    if budget is not None:
-        schedule = _schedule_of(trajectories, config, schedule, budget, out_dir, device, seed, progress)
-    config = complete_config(trajectories, config, schedule)
-    if find_stages:
-        config = _with_stages(trajectories, config, out_dir, device, seed, progress)
-    run = Training(trajectories, config, out_dir, device, seed, controlled=bool(controlled))
-    newton = run.config.mixer == "newton"
-    if controlled and run.config.history != "anchors":
-        remedy = "Train a newton predictor."
-        raise argument_error("controlled", "be left out for one that feeds on its own forecasts", controlled, remedy)
-    if guided_epochs is None:
-        guided_epochs = epochs // 6 if newton else epochs // 3
-    if learning_rate is None:
-        learning_rate = 3e-3 if newton else 1e-4
-    if controlled:
-        guided_epochs, epochs = guided_epochs + epochs, 0
-    run.fit(
-        guided_epochs=check_int("guided_epochs", guided_epochs, minimum=0),
-        epochs=epochs,
-        batch_size=check_int("batch_size", batch_size),
-        tokens=None if tokens_per_batch is None else check_int("tokens_per_batch", tokens_per_batch),
-        learning_rate=check_float("learning_rate", learning_rate, minimum=1e-8),
-        head_aware=newton if head_aware is None else bool(head_aware),
-        validation_fraction=check_float("validation_fraction", validation_fraction, 0.0, 0.9),
-        progress=progress,
-        finds_typical_errors=True,
-    )
-    return run.predictor.cpu().eval()
-
-
-def check_plain(trajectories: Trajectories) -> None:
-    """Raises `ValueError` if they are roll-outs of a predictor."""
-    if trajectories.manifest.get("predictor") is not None:
-        remedy = "Pass those that were recorded without a predictor; `lesa.refine` makes roll-outs by itself."
-        raise argument_error("trajectories", "be of plain runs", Said("roll-outs of a predictor"), remedy)
-
-
-def find_schedule(
-    trajectories: Trajectories,
-    budget: int,
-    config: PredictorConfig | None = None,
-    *,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
-) -> Schedule:
-    """Chooses which steps to compute, by turns with training: `search_schedule` for a predictor, a predictor for that.
-
-    The first search is for an untrained predictor. The ones after it are for predictors that were trained briefly on
-    many schedules around the one before, so that they favour none.
-
-    Args:
-        trajectories: what `lesa.record` made.
-        budget: how many steps to compute.
-        config: of the predictor; a newton one. Default: as of `train`.
-        seed: of all that is random.
-        device: where to train.
-        progress: whether to show progress bars.
-
-    Returns:
-        The schedule.
-
-    Raises:
-        ValueError: `config` or `budget` does not fit the trajectories, or the predictor is not a newton one.
-    """
-    check_plain(trajectories)
-    total = trajectories.num_inference_steps
-    budget = check_int("budget", budget, minimum=2, maximum=total - 1)
-    schedule = Schedule.spread(budget, total)
-    for turn in range(SEARCH_TURNS + 1):
-        probe = Training(trajectories, complete_config(trajectories, config, schedule), None, device, seed, reach=3)
-        if turn:
-            probe.fit(
-                guided_epochs=PROBE_EPOCHS,
-                epochs=0,
-                batch_size=8,
-                tokens=32,
-                learning_rate=3e-3,
-                head_aware=True,
-                validation_fraction=0.0,
-                progress=progress,
-            )
-        schedule = search_schedule(trajectories, probe.predictor.cpu(), budget, seed=seed, progress=progress)
-    return schedule
-
-
-def _schedule_of(trajectories, config, schedule, budget, out_dir, device, seed, progress) -> Schedule:
-    """The schedule that a training with a budget goes on with, or a new one."""
-    if schedule is not None:
-        raise argument_error("schedule", "be left out where `budget` is given", schedule, "Pass one of the two.")
-    known = _unfinished_config(out_dir)
-    if known is not None and len(known["schedule"]) == budget:
-        return Schedule(tuple(known["schedule"]), trajectories.num_inference_steps)
-    return find_schedule(trajectories, budget, config, seed=seed, device=device, progress=progress)
-
-
-def _with_stages(trajectories, config, out_dir, device, seed, progress) -> PredictorConfig:
-    """The config with the noise stages of the training that goes on, or with new ones."""
-    from lesa.stages import find_stages
-
-    known = _unfinished_config(out_dir)
-    if known is not None:
-        bounds = tuple(known["stage_bounds"])
-    else:
-        bounds = find_stages(trajectories, None, config, seed=seed, device=device, progress=progress)
-    return replace(config, stage_bounds=bounds, history_length=config.history_length[0])
-
-
-def _unfinished_config(out_dir) -> dict | None:
+def unfinished_config(out_dir) -> dict | None:
     """What the checkpoint in `out_dir` was configured with, or None."""
     file = None if out_dir is None else Path(out_dir) / CHECKPOINT_NAME
     if file is None or not file.exists():
@@ -406,7 +149,7 @@ class Training:
         progress,
         finds_typical_errors=False,
     ):
-        self.loss = head_aware_loss if head_aware else _feature_loss
+        self.loss = head_aware_loss if head_aware else feature_loss
         settings = {
             "config": self.config.to_dict(),
             "trajectories": self.trajectories.manifest,
@@ -512,7 +255,7 @@ class Training:
             computed = _shaken(self.schedule.steps, config.num_inference_steps, self.generator, self.reach)
         plan = Plan(computed, config.num_inference_steps, config.max_history, every_step, self.device)
         if every_step and not guided:
-            forecast = _roll_out(self.predictor, batch, plan)
+            forecast = roll_out(self.predictor, batch, plan)
         else:
             forecast = predict(self.predictor, batch, plan, batch.features)
         return self.loss(batch, plan, forecast)

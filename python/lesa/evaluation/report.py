@@ -17,14 +17,23 @@ from lesa_kernels._checks import Said, argument_error
 
 FORMAT_VERSION = 1
 """Of the `summary.json` that is read."""
+
+
 ERROR_SCALES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Mean absolute errors of a pixel, of a range of 1, one of which the error maps show as their brightest colour: the
 least that 95 % of all pixels are below."""
+
+
 LARGEST_SIDE = 768
 """Of an embedded picture, in pixels; a larger one is scaled down, so that the page stays of a size to be sent."""
 
+
 _TEMPLATE = Path(__file__).with_name("report_template.html")
+
+
 _OURS = ("newton", "dense")  # the first of these that was evaluated
+
+
 _LABELS = {
     "newton": "newton",
     "dense": "dense, the LESA paper's",
@@ -34,6 +43,8 @@ _LABELS = {
     "mag-cache": "MagCache",
     "cache-dit": "cache-dit",
 }
+
+
 _METRICS = (  # key, short, name, digits, whether errors: the less the better, and on a logarithmic axis
     ("psnr", "PSNR", "PSNR, dB", 2, False),
     ("ssim", "SSIM", "SSIM", 4, False),
@@ -42,7 +53,11 @@ _METRICS = (  # key, short, name, digits, whether errors: the less the better, a
     ("clip_score", "CLIP", "CLIP score", 3, False),
     ("image_reward", "ImageReward", "ImageReward", 3, False),
 )
+
+
 _NEEDED = ("model", "samples", "seed", "num_inference_steps", "runs")
+
+
 _NEEDED_OF_RUN = ("name", "contender", "steps", "num_inference_steps", "step_equivalents", "seconds", "speedup", "psnr")
 
 
@@ -80,7 +95,7 @@ def report(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> P
         columns=columns,
         rows=rows,
         has_others=any(row["other"] for row in rows),
-        facts=_facts(summary),
+        facts=facts_of(summary),
         tried=_tried(runs, ours),
         error_scale=f"{page.pop('error_scale'):.0%}",
         gradient=", ".join(matplotlib.colors.to_hex(c) for c in matplotlib.colormaps["magma"](np.linspace(0, 1, 9))),
@@ -352,7 +367,7 @@ def _table(summary: dict, ours: str | None) -> tuple[list[dict], list[dict]]:
     return columns, rows
 
 
-def _facts(summary: dict) -> list[tuple[str, str]]:
+def facts_of(summary: dict) -> list[tuple[str, str]]:
     """How it was made, as names and values."""
     seed, samples = summary["seed"], summary["samples"]
     facts = [

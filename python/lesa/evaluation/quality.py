@@ -11,10 +11,18 @@ from skimage.metrics import structural_similarity
 
 CLIP_MODELS = ("openai/clip-vit-large-patch14", "openai/clip-vit-base-patch16", "openai/clip-vit-base-patch32")
 """The first of these that is on the machine gives the CLIP score."""
+
+
 IMAGE_REWARD = "THUDM/ImageReward"
+
+
 LEARNED = ("lpips", "clip_score", "image_reward")
 """Qualities that need weights, which are never downloaded."""
+
+
 _RESAMPLES = 10_000
+
+
 _SMALLEST_IMAGE = 64  # pixels; the networks of LPIPS and CLIP make nothing of smaller ones
 
 

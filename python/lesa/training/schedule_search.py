@@ -5,11 +5,64 @@ import math
 import torch
 from tqdm import tqdm
 
-from lesa.recording import Trajectories, check_latents
 from lesa.schedule import Schedule
-from lesa.token_batches import Batch, Head
-from lesa_kernels import FusedKANPredictor
+from lesa.training.batches import Batch, Head
+from lesa.training.training_run import Training, complete_config
+from lesa.training.trajectories import Trajectories, check_latents, check_plain
+from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels._checks import argument_error, check_int
+
+SEARCH_TURNS, PROBE_EPOCHS = 2, 12
+
+
+def find_schedule(
+    trajectories: Trajectories,
+    budget: int,
+    config: PredictorConfig | None = None,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> Schedule:
+    """Chooses which steps to compute, by turns with training: `search_schedule` for a predictor, a predictor for that.
+
+    The first search is for an untrained predictor. The ones after it are for predictors that were trained briefly on
+    many schedules around the one before, so that they favour none.
+
+    Args:
+        trajectories: what `lesa.record` made.
+        budget: how many steps to compute.
+        config: of the predictor; a newton one. Default: as of `train`.
+        seed: of all that is random.
+        device: where to train.
+        progress: whether to show progress bars.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: `config` or `budget` does not fit the trajectories, or the predictor is not a newton one.
+    """
+    check_plain(trajectories)
+    total = trajectories.num_inference_steps
+    budget = check_int("budget", budget, minimum=2, maximum=total - 1)
+    schedule = Schedule.spread(budget, total)
+    for turn in range(SEARCH_TURNS + 1):
+        probe = Training(trajectories, complete_config(trajectories, config, schedule), None, device, seed, reach=3)
+        if turn:
+            probe.fit(
+                guided_epochs=PROBE_EPOCHS,
+                epochs=0,
+                batch_size=8,
+                tokens=32,
+                learning_rate=3e-3,
+                head_aware=True,
+                validation_fraction=0.0,
+                progress=progress,
+            )
+        schedule = search_schedule(trajectories, probe.predictor.cpu(), budget, seed=seed, progress=progress)
+    return schedule
+
 
 _WIDEST = 2.5
 """How many times the mean gap a gap may be."""

@@ -17,17 +17,24 @@ from pathlib import Path
 
 import torch
 
+from lesa.artifacts import complete_file, fingerprint, predictor_identity
 from lesa.inputs import check_inputs, inputs_digest
 from lesa.models import adapter_for
-from lesa.recording import Trajectories, check_latents, complete_file, fingerprint, record, told_apart
-from lesa.token_batches import Batch
-from lesa.training import CHECKPOINT_NAME, Plan, Training, check_plain, over_gaps, predict, relative
+from lesa.training.batches import Batch, Plan, predict
+from lesa.training.losses import over_gaps, relative
+from lesa.training.recording import record
+from lesa.training.training_run import CHECKPOINT_NAME, Training
+from lesa.training.trajectories import Trajectories, check_latents, check_plain
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels._checks import Said, argument_error, check_float, check_int
 from lesa_kernels.predictor.module import WEIGHTS_NAME
 
 ROLL_OUTS, PREDICTOR, SETTINGS_NAME = "roll-outs", "predictor", "refinement.json"
+
+
 VALIDATION_FRACTION = 0.1
+
+
 VELOCITY_WEIGHT = 0.3
 """In the loss on a roll-out, beside the drift at 1. With a third of it, and no recorded runs, training diverged."""
 
@@ -104,7 +111,7 @@ def refine(
             remedy = "Pass what was recorded, or record again."
             raise argument_error(name, "be what the trajectories were recorded with", Said("something else"), remedy)
     settings = {
-        "predictor": told_apart(predictor),
+        "predictor": predictor_identity(predictor),
         "trajectories": trajectories.manifest,
         "rounds": check_int("rounds", rounds),
         "epochs": check_int("epochs", epochs),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from lesa.hook import Run, version_of
+from lesa.cache.run import Run, version_of
 from lesa.models import Adapter
 from lesa_kernels import OutputHead
 

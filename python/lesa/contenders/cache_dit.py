@@ -1,0 +1,62 @@
+"""cache-dit."""
+
+import importlib.util
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from lesa.contenders.base import quiet, restored
+from lesa_kernels._checks import Said, argument_error
+
+
+@dataclass(frozen=True)
+class CacheDiT:
+    """A setting of cache-dit's DBCache with F1B0: the first block runs in every step, and no last ones do.
+
+    Args:
+        threshold: `residual_diff_threshold`.
+        order: `taylorseer_order` of the TaylorSeer calibrator; 0 for no calibrator.
+        warm_up: `max_warmup_steps`.
+    """
+
+    threshold: float
+    order: int = 1
+    warm_up: int = 3
+
+    contender = "cache-dit"
+
+    def __str__(self) -> str:
+        return f"cache-dit-order{self.order}-warmup{self.warm_up}-threshold{self.threshold:.4g}"
+
+    def describe(self) -> str:
+        """The setting in words."""
+        calibrator = f"TaylorSeer of order {self.order}" if self.order else "no calibrator"
+        return f"DBCache F1B0, {calibrator}, {self.warm_up} steps of warm-up, threshold {self.threshold:.4g}"
+
+    @contextmanager
+    def on(self, pipe, num_inference_steps: int):
+        """The context in which it is on."""
+        check_cache_dit()
+        import cache_dit
+
+        config = cache_dit.DBCacheConfig(
+            Fn_compute_blocks=1,
+            Bn_compute_blocks=0,
+            residual_diff_threshold=self.threshold,
+            max_warmup_steps=self.warm_up,
+        )
+        more = {}
+        if self.order:
+            more["calibrator_config"] = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=self.order)
+        with restored(pipe), quiet("cache_dit"):
+            cache_dit.enable_cache(pipe, cache_config=config, **more)
+            try:
+                yield
+            finally:
+                cache_dit.disable_cache(pipe)
+
+
+def check_cache_dit() -> None:
+    """Raises `ImportError`, with the remedy, if cache-dit is not installed."""
+    if importlib.util.find_spec("cache_dit") is None:
+        remedy = "Install it with `pip install cache-dit`, or leave 'cache-dit' out of `against`."
+        raise argument_error("against", "name what is installed", Said("cache-dit, which is not"), remedy, ImportError)

@@ -1,0 +1,68 @@
+"""MagCache of diffusers."""
+
+import ast
+import contextlib
+import io
+from dataclasses import dataclass
+
+from diffusers.hooks import MagCacheConfig
+
+from lesa.contenders.base import diffusers_cache
+
+
+@dataclass(frozen=True)
+class MagCache:
+    """A setting of diffusers' `MagCacheConfig`.
+
+    Args:
+        threshold: `threshold`, on the accumulated error.
+        max_skip_steps: `max_skip_steps`, the most steps to skip in a row.
+        warm_up: steps before any is skipped; `retention_ratio` is this over the steps of a run.
+        mag_ratios: `mag_ratios` as `calibrate_mag_cache` measures them, one per step.
+    """
+
+    threshold: float
+    max_skip_steps: int
+    warm_up: int
+    mag_ratios: tuple[float, ...]
+
+    contender = "mag-cache"
+
+    def __str__(self) -> str:
+        return f"mag-cache-threshold{self.threshold:.4g}-skip{self.max_skip_steps}-warmup{self.warm_up}"
+
+    def describe(self) -> str:
+        """The setting in words."""
+        skipped = f"at most {self.max_skip_steps} skipped in a row"
+        return f"threshold {self.threshold:.4g}, {skipped}, {self.warm_up} steps of warm-up, ratios calibrated"
+
+    def on(self, pipe, num_inference_steps: int):
+        """The context in which it is on."""
+        config = MagCacheConfig(
+            threshold=self.threshold,
+            max_skip_steps=self.max_skip_steps,
+            retention_ratio=self.warm_up / num_inference_steps,
+            num_inference_steps=num_inference_steps,
+            mag_ratios=list(self.mag_ratios),
+        )
+        return diffusers_cache(pipe, config)
+
+
+def calibrate_mag_cache(pipe, run, num_inference_steps: int) -> tuple[float, ...]:
+    """Measures MagCache's ratios with its own calibration, which prints them.
+
+    Args:
+        pipe: the pipeline.
+        run: called without arguments, it runs the pipeline once on some inputs.
+        num_inference_steps: steps of that run.
+
+    Returns:
+        One ratio per step: the mean over the streams of calls, such as the two of classifier-free guidance.
+    """
+    config = MagCacheConfig(calibrate=True, num_inference_steps=num_inference_steps)
+    with contextlib.redirect_stdout(io.StringIO()) as printed, diffusers_cache(pipe, config):
+        run()
+    lists = [ast.literal_eval(line) for line in printed.getvalue().splitlines() if line.startswith("[") and "," in line]
+    if not lists:
+        raise RuntimeError("MagCache's calibration printed no ratios.")
+    return tuple(sum(ratios) / len(ratios) for ratios in zip(*lists))

@@ -1,0 +1,80 @@
+"""Counts which blocks of the transformer run."""
+
+import time
+from contextlib import contextmanager
+
+import torch
+
+
+class Counter:
+    """Counts over one call of the pipeline what runs of the transformer, and keeps the latents after each step."""
+
+    def __init__(self, pipe, adapter, keep_latents: int = 0):
+        self.steps: list[int] = []
+        self.latents: list[torch.Tensor] = []
+        self.first_call: float | None = None
+        self._pipe, self._keep_latents = pipe, keep_latents
+        self._attentions = adapter.counted_modules
+        self._bodies = [next(block.children()) for block in adapter.blocks]
+        self._device = pipe.transformer.device
+        self._calls = self._whole_calls = self._attention_runs = self._body_runs = 0
+        self._seen: set[int] = set()
+        self._ran: set[int] = set()
+        self._whole = False
+
+    @contextmanager
+    def on(self):
+        transformer = self._pipe.transformer
+        hooks = [transformer.register_forward_pre_hook(self._begin), transformer.register_forward_hook(self._end)]
+        for number, (attention, body) in enumerate(zip(self._attentions, self._bodies)):
+            hooks.append(attention.register_forward_hook(self._attention_ran(number)))
+            hooks.append(body.register_forward_hook(self._body_ran))
+        try:
+            yield self
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def on_step_end(self, pipe, step, timestep, tensors):
+        """The pipeline's callback."""
+        if self._whole and step not in self.steps:
+            self.steps.append(step)
+        self._whole = False
+        self._seen.add(step)
+        if self._keep_latents:
+            self.latents.append(tensors["latents"][: self._keep_latents].detach().clone())
+        return {}
+
+    def counts(self) -> tuple[float, float, float]:
+        """Whole steps, step equivalents and block passes, of one time through the steps."""
+        scale = len(self._seen) / max(self._calls, 1)
+        blocks = len(self._attentions)
+        runs = self._whole_calls, self._attention_runs / blocks, self._body_runs / blocks
+        return tuple(count * scale for count in runs)
+
+    def _begin(self, module, args):
+        if self.first_call is None:
+            synchronise(self._device)
+            self.first_call = time.perf_counter()
+        self._calls += 1
+        self._ran.clear()
+
+    def _end(self, module, args, output):
+        if len(self._ran) == len(self._attentions):
+            self._whole_calls += 1
+            self._whole = True
+
+    def _attention_ran(self, number):
+        def hook(module, args, output):
+            self._attention_runs += 1
+            self._ran.add(number)
+
+        return hook
+
+    def _body_ran(self, module, args, output):
+        self._body_runs += 1
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

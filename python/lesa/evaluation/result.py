@@ -1,0 +1,266 @@
+"""What an evaluation measured."""
+
+import csv
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lesa.contenders import PEERS
+from lesa.evaluation.picture import draw_comparison
+from lesa.evaluation.quality import LEARNED, bootstrap_interval
+from lesa.evaluation.store import digest
+from lesa_kernels._checks import check_choice
+
+FORMAT_VERSION = 1
+
+
+REFERENCE = "reference"
+
+
+OURS = ("newton", "dense")
+
+
+COUNTED = "attention of every block"
+"""What decides whether a block ran."""
+
+
+_SCALARS = (
+    "num_inference_steps", "whole_steps", "step_equivalents", "block_passes", "seconds", "denoise_seconds", "speedup",
+    "peak_memory_bytes", "psnr", "ssim", "latent_error", "latent_psnr", *LEARNED,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvaluatedRun:
+    """One contender's figures. Qualities are means over samples, against the reference run.
+
+    A block counts as run in a call of the transformer if its attention was computed, seen by a hook inside it. For all
+    contenders but one, that is when anything of the block runs. TaylorSeer's full mode forecasts attentions only: the
+    rest of every block runs in every step, which `block_passes` counts too. A step has one call of the transformer, or
+    as many as there are streams, such as two for true classifier-free guidance: figures are means over the streams, and
+    over the calls of the pipeline.
+
+    Args:
+        name: "reference", "newton-N", "dense-N", "fewer-steps-N", with N the whole steps, or of a peer's setting.
+        steps: the steps of the first call of the pipeline in which every block ran.
+        num_inference_steps: steps of the run.
+        whole_steps: number of steps in which every block ran.
+        step_equivalents: how often blocks ran, over the number of blocks.
+        seconds: wall clock of the pipeline calls with decoding, after a warm-up.
+        speedup: the reference's seconds over these.
+        psnr: of the decoded images in [0, 1], in dB; infinite if any image equals the reference's, NaN if any is NaN.
+        ssim: structural similarity of the decoded images.
+        latent_psnr: of the latents for a peak of 2, in dB. The latents of the bundled digits are the pixels before they
+            are clipped to [-1, 1].
+        contender: kind of the run: "reference", "newton", "dense", "steps", or a peer's.
+        setting: in words.
+        block_passes: like `step_equivalents`, but a block whose attention alone was skipped counts as run.
+        denoise_seconds: from the first call of the transformer on, without decoding.
+        peak_memory_bytes: the most that was allocated on a CUDA device, or None. It includes the latents of every step,
+            which are kept for `step_errors`, for every contender alike.
+        latent_error: L2 norm of the final latents' difference over the norm of the reference's.
+        lpips, clip_score, image_reward: None where their weights are not on the machine.
+        per_sample: lists of "psnr", "ssim" and "latent_error".
+        step_errors: like `latent_error`, after each step, over the first 16 samples; None where steps don't correspond.
+    """
+
+    name: str
+    steps: tuple[int, ...]
+    num_inference_steps: int
+    whole_steps: float
+    step_equivalents: float
+    seconds: float
+    speedup: float
+    psnr: float
+    ssim: float
+    latent_psnr: float
+    contender: str
+    setting: str = ""
+    block_passes: float = math.nan
+    denoise_seconds: float = math.nan
+    peak_memory_bytes: int | None = None
+    latent_error: float = math.nan
+    lpips: float | None = None
+    clip_score: float | None = None
+    image_reward: float | None = None
+    per_sample: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    step_errors: Sequence[float | None] = ()
+
+    @property
+    def computed_steps(self) -> int:
+        """Number of `steps`."""
+        return len(self.steps)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a predictor of lesa made it."""
+        return self.contender in OURS
+
+    def to_dict(self) -> dict:
+        """A dict for JSON, where a figure that is infinite or NaN is None."""
+        return finite({"name": self.name, "computed_steps": self.computed_steps, **asdict(self)})
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured.
+
+    Args:
+        runs: the contenders, the reference first.
+        images: by run, the first few images of one size, `[n, height, width, 3]` in [0, 1]; of a video the middle one.
+        facts: what was measured on, what was searched and what was not available; see `evaluate`.
+    """
+
+    runs: tuple[EvaluatedRun, ...]
+    images: Mapping[str, np.ndarray]
+    facts: Mapping
+
+    def __getitem__(self, name: str) -> EvaluatedRun:
+        return next(run for run in self.runs if run.name == name)
+
+    def is_best(self, run: EvaluatedRun) -> bool:
+        """Whether no other run of its contender has a better PSNR at its rounded step equivalents."""
+        key = run.contender, round(run.step_equivalents)
+        return run is max((r for r in self.runs if (r.contender, round(r.step_equivalents)) == key), key=_rank)
+
+    @property
+    def shown(self) -> list[EvaluatedRun]:
+        """The runs for people: of each peer only the best at each rounded number of step equivalents."""
+        return [run for run in self.runs if run.contender not in PEERS or self.is_best(run)]
+
+    def against_ours(self, run: EvaluatedRun, by: str = "step_equivalents") -> dict | None:
+        """How far ours is ahead of a run in PSNR.
+
+        Args:
+            run: any of `runs`.
+            by: what ours may have no more of than `run`: "step_equivalents", or "whole_steps", rounded.
+
+        Returns:
+            `ours`, the name of the run of ours with the most of these (of several the best); `psnr_difference` in dB,
+            the mean over samples of ours less the other; `low` and `high`, the ends of its 95 % bootstrap interval.
+            None for our own runs, for the reference, and where we have no such run.
+        """
+        check_choice("by", by, ("step_equivalents", "whole_steps"))
+        most = run.step_equivalents + 1e-6 if by == "step_equivalents" else round(run.whole_steps)
+        ours = [r for r in self.runs if r.is_ours and getattr(r, by) <= most]
+        if run.is_ours or run.contender == REFERENCE or not ours:
+            return None
+        nearest = max(ours, key=lambda r: (getattr(r, by), _rank(r)))
+        pairs = np.array([nearest.per_sample.get("psnr", ()), run.per_sample.get("psnr", ())], dtype=np.float64)
+        with np.errstate(invalid="ignore"):
+            differences = pairs[0] - pairs[1]
+        low, high = bootstrap_interval(differences)
+        mean = float(differences.mean()) if len(differences) else math.nan
+        return {"ours": nearest.name, "psnr_difference": mean, "low": low, "high": high}
+
+    def table(self) -> str:
+        """Steps, seconds, speed-up, PSNR, SSIM and our lead of the runs in `shown`, as aligned text."""
+        rows = [("run", "whole steps", "step eq.", "seconds", "speed-up", "PSNR dB", "SSIM", "ours ahead by, dB")]
+        for run in self.shown:
+            quality = ("-", "-") if run.name == REFERENCE else (f"{run.psnr:.2f}", f"{run.ssim:.4f}")
+            whole = f"{run.whole_steps:.4g} of {run.num_inference_steps}"
+            equivalents = f"{run.step_equivalents:.2f}"
+            lead = finite(self.against_ours(run) or {})
+            if lead.get("low") is not None:
+                ahead = "{psnr_difference:.2f} ({low:.2f} to {high:.2f})".format(**lead)
+            else:
+                ahead = "-"
+            speed = f"{run.seconds:.2f}", f"{run.speedup:.2f}x"
+            rows.append((run.name, whole, equivalents, *speed, *quality, ahead))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+        lines.insert(1, "-" * len(lines[0]))
+        lines += self._notes()
+        return "\n".join(lines)
+
+    def _notes(self) -> list[str]:
+        notes = ["Step eq.: how often a block ran, over the number of blocks. Ours is at most at as many, and paired."]
+        if any(run.name.startswith("taylorseer-full") for run in self.shown):
+            notes.append("TaylorSeer's full mode computes the attentions in so many steps, and all else in every step.")
+        for contender, search in self.facts.get("searched", {}).items():
+            notes.append(
+                f"{contender}: the best of {search['tried']} settings, searched with {search['samples']} samples."
+            )
+            notes += [f"{contender}: {row['why']}" for row in search["budgets"] if row["run"] is None and row["why"]]
+        peers = {name: why for name, why in self.facts.get("not_available", {}).items() if name in PEERS}
+        return notes + [f"{name} is not available: {why}" for name, why in peers.items()]
+
+    def summary(self) -> dict:
+        """All runs and what they were measured on, for JSON."""
+        runs = [
+            {
+                **run.to_dict(),
+                "is_best": self.is_best(run),
+                "against_ours": finite(self.against_ours(run)),
+                "against_ours_by_whole_steps": finite(self.against_ours(run, "whole_steps")),
+            }
+            for run in self.runs
+        ]
+        head = {"format_version": FORMAT_VERSION, "counted": COUNTED}
+        return {**head, **finite(dict(self.facts)), "runs": runs, "images": self._files()}
+
+    def _files(self) -> dict[str, list[str]]:
+        """By run, the files of its images. Names that a file can't have are numbered."""
+        shown = [run.name for run in self.runs if run.contender == REFERENCE or run.is_ours or self.is_best(run)]
+        return {
+            name: [f"images/{file_name(name)}/{number}.png" for number in range(len(self.images[name]))]
+            for name in shown
+            if name in self.images
+        }
+
+    def save(self, folder: str | os.PathLike) -> list[Path]:
+        """Writes `summary.json`, `runs.csv`, `images/` and `comparison.png` into `folder`.
+
+        Returns:
+            The paths of `comparison.png` and `summary.json`.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        picture, summary = folder / "comparison.png", folder / "summary.json"
+        draw_comparison(self.shown, self.images, picture)
+        contents = self.summary()
+        for name, files in contents["images"].items():
+            for file, image in zip(files, self.images[name]):
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray((np.nan_to_num(image).clip(0, 1) * 255).round().astype(np.uint8)).save(folder / file)
+        with (folder / "runs.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            lead = ("ours", "psnr_difference", "low", "high")
+            writer.writerow(["name", "contender", "setting", "is_best", *_SCALARS, *lead])
+            for run in contents["runs"]:
+                ahead = run["against_ours"] or {}
+                first = [run["name"], run["contender"], run["setting"], run["is_best"]]
+                writer.writerow([*first, *(run[name] for name in _SCALARS), *(ahead.get(name) for name in lead)])
+        summary.write_text(json.dumps(contents, indent=2, allow_nan=False) + "\n")
+        return [picture, summary]
+
+
+def file_name(name: str) -> str:
+    """The name, with what a file's name can't hold replaced and told apart by a digest."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._") or "run"
+    return safe if safe == name else f"{safe[:80]}-{digest(name)[:8]}"
+
+
+def finite(value):
+    """The value for JSON, with None for what is infinite or NaN."""
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def sortable(value: float) -> float:
+    """Larger is better; NaN is worst."""
+    return -math.inf if math.isnan(value) else value
+
+
+def _rank(run: EvaluatedRun) -> float:
+    return sortable(run.psnr)
