@@ -14,7 +14,7 @@ from lesa.models import adapter_for
 from lesa.schedule import FEW_STEPS, ControlledSteps, ErrorControl, Schedule, ScheduleLike, as_schedule
 from lesa.stats import CacheStats, StreamStats
 from lesa_kernels import FeatureRing, FusedKANPredictor, TieredRing
-from lesa_kernels._checks import Said, argument_error, check_int
+from lesa_kernels.checks import Said, argument_error, check_int
 from lesa_kernels.predictor import output_head
 
 

@@ -17,7 +17,7 @@ import torch
 from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks import MagCacheConfig
 
-from lesa_kernels._checks import Said, argument_error
+from lesa_kernels.checks import Said, argument_error
 
 PEERS = ("taylorseer", "first-block-cache", "mag-cache", "cache-dit")
 THRESHOLDS = (0.01, 4.0)

@@ -40,7 +40,7 @@ from lesa.quality import LEARNED, bootstrap_interval, learned_qualities, psnr, r
 from lesa.recording import fingerprint
 from lesa.schedule import ErrorControl, Schedule, ScheduleLike, as_schedule
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels._checks import Said, argument_error, check_choice, check_int
+from lesa_kernels.checks import Said, argument_error, check_choice, check_int
 
 __all__ = ["EvaluatedRun", "Evaluation", "TaylorSeer", "evaluate", "taylorseer_grid"]
 

@@ -14,8 +14,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import HookFunctionReference, StateManager
 
 from lesa.mailbox import Mailbox
-from lesa_kernels._checks import Said, argument_error
-from lesa_kernels._dispatch import users_level
+from lesa_kernels.checks import Said, argument_error
+from lesa_kernels.dispatch import users_level
 
 HOOK_NAME = "lesa"
 COMPILE_FIRST = (

@@ -29,7 +29,7 @@ from lesa.inputs import batches_of, check_inputs, collate, inputs_digest
 from lesa.models import adapter_for
 from lesa.pipelines import quiet_progress
 from lesa_kernels import FusedKANPredictor, OutputHead
-from lesa_kernels._checks import Said, argument_error, check_int
+from lesa_kernels.checks import Said, argument_error, check_int
 
 FORMAT_VERSION = 1
 _FACTS = {"samples": int, "family": str, "feature_dim": int, "num_inference_steps": int, "head_eps": float}

@@ -23,7 +23,7 @@ from lesa.recording import Trajectories, check_latents, complete_file, fingerpri
 from lesa.token_batches import Batch
 from lesa.training import CHECKPOINT_NAME, Plan, Training, check_plain, over_gaps, predict, relative
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels._checks import Said, argument_error, check_float, check_int
+from lesa_kernels.checks import Said, argument_error, check_float, check_int
 from lesa_kernels.predictor.module import WEIGHTS_NAME
 
 ROLL_OUTS, PREDICTOR, SETTINGS_NAME = "roll-outs", "predictor", "refinement.json"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lesa_kernels._checks import argument_error, check_float, check_int
+from lesa_kernels.checks import argument_error, check_float, check_int
 
 FEW_STEPS = 10
 """A run of fewer steps than this is computed whole, where the schedule was left to a predictor of other runs."""

@@ -9,7 +9,7 @@ from lesa.recording import Trajectories, check_latents
 from lesa.schedule import Schedule
 from lesa.token_batches import Batch, Head
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels._checks import argument_error, check_int
+from lesa_kernels.checks import argument_error, check_int
 
 _WIDEST = 2.5
 """How many times the mean gap a gap may be."""

@@ -9,7 +9,7 @@ from lesa.recording import Trajectories
 from lesa.schedule import Schedule, ScheduleLike
 from lesa.training import MOST_TOKENS, Training, check_plain, complete_config
 from lesa_kernels import PredictorConfig
-from lesa_kernels._checks import argument_error, check_int
+from lesa_kernels.checks import argument_error, check_int
 
 LEAST_GAIN = 0.02
 """By which part a split must lower the validation loss, with each of two seeds."""

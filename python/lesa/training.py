@@ -21,7 +21,7 @@ from lesa.schedule import ControlledSteps, ErrorControl, Schedule, ScheduleLike,
 from lesa.search import search_schedule
 from lesa.token_batches import Batch, Head
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-from lesa_kernels._checks import Said, argument_error, check_float, check_int
+from lesa_kernels.checks import Said, argument_error, check_float, check_int
 
 CHECKPOINT_NAME = "checkpoint.pt"
 LOSSES_NAME = "losses.json"
