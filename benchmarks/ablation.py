@@ -48,7 +48,7 @@ class MLPPredictor(FusedKANPredictor):
         newton = self.config.mixer == "newton"
         predict = reference.newton_predict_ref if newton else reference.dense_predict_ref
         with patch.object(reference, "kan_hidden", _silu_units):
-            return predict(*state, *self._experts(), *self._shape())
+            return predict(*state, *self.experts(), *self.shape())
 
     def predict_velocity(self, ring, sigma, head):
         return reference.output_head_ref(self(ring, sigma), head)

@@ -8,7 +8,7 @@ import work
 from shapes import ONE_TOKEN
 
 from lesa_kernels import FeatureRing
-from lesa_kernels._dispatch import extension_problem
+from lesa_kernels.dispatch import extension_problem
 from lesa_kernels.feature_ring.reference import dequantise_float8
 
 CAPACITY = 4

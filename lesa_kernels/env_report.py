@@ -7,7 +7,7 @@ import platform
 from typing import Any
 
 from lesa_kernels import __version__
-from lesa_kernels._extension import extension, extension_error
+from lesa_kernels.extension import extension, extension_error
 
 
 def _package_version(name: str) -> str:

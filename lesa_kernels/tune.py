@@ -211,7 +211,7 @@ class Timer:
 
 def tune(out: Path, device: torch.device, timer: Callable = Timer) -> None:
     """Tunes every operation and dtype that `out` does not have yet, and writes it after each."""
-    from lesa_kernels._triton import launch_config
+    from lesa_kernels.launch import launch_config
 
     found = json.loads(out.read_text()) if out.exists() else {}
     todo = [(name, dtype) for name, operation in OPERATIONS.items() for dtype in operation.dtypes]
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     tune(options.out, device)
 
-    from lesa_kernels._triton import TUNED_FOLDER, tuned_name
+    from lesa_kernels.launch import TUNED_FOLDER, tuned_name
 
     print(f"wrote {options.out}; to use it, set LESA_TUNED to its path, or copy it to")
     print(TUNED_FOLDER / f"{tuned_name(device)}.json")

@@ -14,7 +14,7 @@ from diffusers import FluxTransformer2DModel
 
 from lesa.demo import digits
 from lesa_kernels import OutputHead, PredictorConfig
-from lesa_kernels._extension import extension
+from lesa_kernels.extension import extension
 from lesa_kernels.feature_ring import op
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -270,11 +270,11 @@ def test_an_editable_install_without_network_is_imported_from_the_checkout(
     path = os.pathsep.join([path_without_nvcc, SCRIPTS])
     installed = run(pip, checkout, path, PYTHONPATH=here, CXX=hasty_compiler)
     assert installed.returncode == 0, installed.stdout
-    program = "import lesa_kernels._extension as it; print(it.__file__, it.extension().__file__, sep='\\n')"
+    program = "import lesa_kernels.extension as it; print(it.__file__, it.extension().__file__, sep='\\n')"
     said = run([python, "-c", program], tmp_path, PYTHONPATH="")
     assert said.returncode == 0, said.stdout
     files = [Path(line).relative_to(checkout / "lesa_kernels") for line in said.stdout.splitlines()]
-    assert list(map(str, files)) == ["_extension.py", f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"]
+    assert list(map(str, files)) == ["extension.py", f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"]
 
 
 @pytest.mark.parametrize("nvcc", ["missing", "broken"])
@@ -343,7 +343,7 @@ def test_another_python_has_its_own_build(tmp_path, which):
     built = run([find("cmake"), "--build", tmp_path / "build"], tmp_path)
     assert built.returncode == 0, built.stdout
     program = (
-        f"from lesa_kernels._extension import extension\nextension = extension()\n{PUSH}\n"
+        f"from lesa_kernels.extension import extension\nextension = extension()\n{PUSH}\n"
         "print(extension.build_info()['version'], push(-1))"
     )
     result = run([python, "-c", program], tmp_path, PYTHONPATH=str(tmp_path))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from lesa_kernels import BSplineKAN, FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig
-from lesa_kernels._extension import extension, extension_error
+from lesa_kernels.extension import extension, extension_error
 
 pytestmark = pytest.mark.gpu
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lesa_kernels._triton import INTERPRETED, LAUNCH_OPTIONS, architecture, launch_config, multiprocessors
+from lesa_kernels.launch import INTERPRETED, LAUNCH_OPTIONS, architecture, launch_config, multiprocessors
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

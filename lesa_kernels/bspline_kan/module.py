@@ -5,10 +5,10 @@ import math
 import torch
 from torch import nn
 
-from lesa_kernels._checks import Said, argument_error, check_choice, check_int
-from lesa_kernels._dispatch import BACKENDS
 from lesa_kernels.bspline_kan.op import bspline_kan
 from lesa_kernels.bspline_kan.reference import check_grid
+from lesa_kernels.checks import Said, argument_error, check_choice, check_int
+from lesa_kernels.dispatch import BACKENDS
 
 
 def _uniform_knots(grid_size: int, spline_order: int, grid_range: tuple[float, float]) -> torch.Tensor:

@@ -4,9 +4,9 @@ import contextlib
 
 import torch
 
-from lesa_kernels._checks import Said, argument_error, check_int, check_tensor
-from lesa_kernels._dispatch import resolve_backend
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES, bspline_kan_ref, check_grid
+from lesa_kernels.checks import Said, argument_error, check_int, check_tensor
+from lesa_kernels.dispatch import resolve_backend
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_ORDERS = (1, 5)  # least and largest degree

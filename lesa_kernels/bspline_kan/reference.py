@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from lesa_kernels._checks import argument_error, check_float, check_int, check_tensor
+from lesa_kernels.checks import argument_error, check_float, check_int, check_tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from lesa_kernels._checks import Said, argument_error, check_float, check_int, check_tensor
-from lesa_kernels._dispatch import resolve_backend
-from lesa_kernels._extension import extension
+from lesa_kernels.checks import Said, argument_error, check_float, check_int, check_tensor
+from lesa_kernels.dispatch import resolve_backend
+from lesa_kernels.extension import extension
 from lesa_kernels.feature_ring.reference import ring_gather_ref, ring_push_ref
 
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

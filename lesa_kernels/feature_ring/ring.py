@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lesa_kernels._checks import argument_error, check_choice, check_int, check_tensor
-from lesa_kernels._dispatch import BACKENDS, extension_problem
+from lesa_kernels.checks import argument_error, check_choice, check_int, check_tensor
+from lesa_kernels.dispatch import BACKENDS, extension_problem
 from lesa_kernels.feature_ring.op import STORAGE_DTYPES, check_rows, ring_gather, ring_push
 from lesa_kernels.feature_ring.reference import dequantise_float8, newest_slots
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lesa_kernels._checks import argument_error, check_choice, check_float, check_int, check_tensor
-from lesa_kernels._dispatch import BACKENDS
+from lesa_kernels.checks import argument_error, check_choice, check_float, check_int, check_tensor
+from lesa_kernels.dispatch import BACKENDS
 from lesa_kernels.feature_ring.op import STORAGE_DTYPES, check_apart, check_push, check_rows, ring_backend, ring_gather
 from lesa_kernels.feature_ring.ring import (
     FeatureRing,

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 
-from lesa_kernels._checks import Said, argument_error, check_choice, check_float, check_int
+from lesa_kernels.checks import Said, argument_error, check_choice, check_float, check_int
 
 FORMAT_VERSION = 1
 

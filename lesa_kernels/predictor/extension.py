@@ -2,7 +2,7 @@
 
 import torch
 
-from lesa_kernels._extension import extension
+from lesa_kernels.extension import extension
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _ADDRESSES = ("sigmas", "cursor", "count", "sigma", "in_weight", "in_bias", "spline", "out_weight", "out_bias")

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lesa_kernels._checks import Said, argument_error, check_choice, check_float, check_tensor
-from lesa_kernels._dispatch import BACKENDS
+from lesa_kernels.checks import Said, argument_error, check_choice, check_float, check_tensor
+from lesa_kernels.dispatch import BACKENDS
 from lesa_kernels.feature_ring import FeatureRing, TieredRing, make_ring
 from lesa_kernels.predictor.config import PredictorConfig
 from lesa_kernels.predictor.op import (
@@ -139,7 +139,7 @@ class FusedKANPredictor(nn.Module):
         """`forward` on the bare buffers of a ring; see `newton_predict` and `dense_predict` for what they hold."""
         predict = newton_predict if self.config.mixer == "newton" else dense_predict
         state = (storage, scales, sigmas, cursor, count, sigma)
-        return predict(*state, *self._experts(), *self._shape(), backend=self.backend)
+        return predict(*state, *self.experts(), *self.shape(), backend=self.backend)
 
     def predict_velocity(
         self, ring: FeatureRing | TieredRing, sigma: float | torch.Tensor, head: OutputHead
@@ -160,7 +160,7 @@ class FusedKANPredictor(nn.Module):
             ValueError, TypeError: as `forward` does, or a tensor of `head` does not fit.
         """
         target = self._target(ring, sigma)
-        experts, shape = self._experts(), self._shape()
+        experts, shape = self.experts(), self.shape()
 
         def velocity(*state):
             if self.config.mixer == "dense":
@@ -175,7 +175,7 @@ class FusedKANPredictor(nn.Module):
             return False
         state = (*self._state(ring), ring.sigmas[0])
         order = self.config.spline_order
-        if newton_backend(*state, *self._experts(), order, self.backend, "newton_velocity") != "triton":
+        if newton_backend(*state, *self.experts(), order, self.backend, "newton_velocity") != "triton":
             return False
         return head is None or newton_velocity_is_fused(state[0], self.down, head)
 
@@ -199,13 +199,15 @@ class FusedKANPredictor(nn.Module):
             return sigma.to(torch.float32).expand(ring.batch) if sigma.ndim == 0 else sigma
         return torch.full((ring.batch,), check_float("sigma", sigma), dtype=torch.float32, device=ring.device)
 
-    def _experts(self) -> tuple[torch.Tensor | None, ...]:
+    def experts(self) -> tuple[torch.Tensor | None, ...]:
+        """The parameters of all stages, in the order in which `newton_predict` or `dense_predict` takes them."""
         units = (self.in_weight, self.in_bias, self.spline, self.out_weight, self.out_bias)
         if self.config.mixer == "newton":
             return *units, self.down, self.up, self.up_bias
         return *units, self.mix_weight, self.mix_bias
 
-    def _shape(self) -> tuple:
+    def shape(self) -> tuple:
+        """`stage_bounds`, `history_length`, `grid_size` and `spline_order` of the configuration."""
         config = self.config
         return config.stage_bounds, config.history_length, config.grid_size, config.spline_order
 

@@ -4,10 +4,10 @@ import functools
 
 import torch
 
-from lesa_kernels._checks import Said, argument_error, check_choice, check_int, check_tensor
-from lesa_kernels._dispatch import resolve_backend
 from lesa_kernels.bspline_kan.op import TRITON_ORDERS
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
+from lesa_kernels.checks import Said, argument_error, check_choice, check_int, check_tensor
+from lesa_kernels.dispatch import resolve_backend
 from lesa_kernels.predictor.reference import (
     OutputHead,
     dense_predict_ref,

@@ -11,7 +11,7 @@ import torch
 
 from lesa.schedule import Schedule, ScheduleLike, as_schedule
 from lesa_kernels import FusedKANPredictor, PredictorConfig, work
-from lesa_kernels._checks import Said, argument_error, check_choice, check_float, check_int
+from lesa_kernels.checks import Said, argument_error, check_choice, check_float, check_int
 from lesa_kernels.feature_ring import ring_nbytes
 
 EFFICIENCY = 0.5

@@ -13,7 +13,7 @@ from PIL.Image import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lesa_kernels._checks import Said, argument_error, describe
+from lesa_kernels.checks import Said, argument_error, describe
 
 SUFFIXES = (".jsonl", ".safetensors")
 

@@ -4,7 +4,7 @@ import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lesa_kernels._checks import argument_error, check_float, check_int
+from lesa_kernels.checks import argument_error, check_float, check_int
 
 FEW_STEPS = 10
 """A run of fewer steps than this is computed whole, where the schedule was left to a predictor of other runs."""

@@ -898,7 +898,7 @@ def test_another_scheduler_that_is_found_in_a_predicted_call_is_computed(pipe, g
     as_on_a_gpu(0)
     arrives, seen = [True], []
     monkeypatch.setattr(Mailbox, "_arrived", staticmethod(lambda sent: arrives[0]))
-    begin, accepts = StepHook._begin, _CacheHook.accepts
+    begin, accepts = StepHook._begin, ForecastingHook.accepts
 
     def begin_before_it(self, *args):
         arrives[0] = False
@@ -923,7 +923,7 @@ def test_another_scheduler_that_is_found_in_a_predicted_call_is_computed(pipe, g
         watch.remove()
         call = {**seen[-1], "timestep": torch.full((2,), 0.123)}  # the same text: it looks like the same stream
         monkeypatch.setattr(StepHook, "_begin", begin_before_it)
-        monkeypatch.setattr(_CacheHook, "accepts", accept_after_it)
+        monkeypatch.setattr(ForecastingHook, "accepts", accept_after_it)
         located = pytest.warns(RuntimeWarning, match="not one of the scheduler's")
         with torch.no_grad(), pipe.transformer.cache_context("cond"), located:
             output = pipe.transformer(**call)[0]

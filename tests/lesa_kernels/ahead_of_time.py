@@ -225,7 +225,7 @@ def _pretend(architecture: int) -> list:
 
     launched = _recorded()
     driver.set_active(_Driver(GPUTarget("cuda", architecture, 32)))
-    import lesa_kernels._triton as shared
+    import lesa_kernels.launch as shared
 
     # Before the launchers are imported: they take it from there.
     shared.multiprocessors = lambda device: ARCHITECTURES[driver.active.get_current_target().arch]
@@ -256,7 +256,7 @@ def _recorded() -> list:
     """Every launch from now on compiles only, and appends its kernel here. Triton may be named as backend on a CPU."""
     from triton.runtime.jit import JITFunction
 
-    import lesa_kernels._dispatch as dispatch
+    import lesa_kernels.dispatch as dispatch
 
     run, launched = JITFunction.run, []
 

@@ -16,7 +16,7 @@ import traceback
 import torch
 
 from lesa_kernels import FeatureRing
-from lesa_kernels._extension import extension
+from lesa_kernels.extension import extension
 from lesa_kernels.feature_ring import op
 
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels are written in it")
 
-from lesa_kernels import _triton, dense_predict
+from lesa_kernels import dense_predict, launch
 from lesa_kernels.feature_ring.reference import dequantise_float8, newest_slots, quantise_float8
 from lesa_kernels.predictor.kernels import dense
 from lesa_kernels.predictor.reference import dense_predict_ref, forecast_dtype, stage_index
@@ -166,7 +166,7 @@ def test_offsets_beyond_32_bits(kernel_device, monkeypatch):
 def test_float8_is_decoded_where_triton_has_no_such_type(kernel_device, monkeypatch):
     values = make(kernel_device, (2, 1, 3), (2, 3, 1), 18, 20, dtype=torch.float8_e4m3fn)
     expected = forecast(values)
-    monkeypatch.setattr(_triton, "has_float8", lambda: False)
+    monkeypatch.setattr(launch, "has_float8", lambda: False)
     assert torch.equal(forecast(values), expected)
 
 
@@ -206,7 +206,7 @@ def test_tiles_of_the_copy_engine(kernel_device, monkeypatch, dtype):
     monkeypatch.setattr(dense, "has_tiles", lambda storage, mix_weight: False)
     expected = forecast(values)
     monkeypatch.setattr(dense, "has_tiles", lambda storage, mix_weight: True)
-    if not _triton.INTERPRETED and dense.architecture() < 90:
+    if not launch.INTERPRETED and dense.architecture() < 90:
         pytest.skip("this GPU has no such engine")
     assert error(forecast(values), expected) == 0
     check_forecast(values)

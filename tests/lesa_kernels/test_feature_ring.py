@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lesa_kernels import FeatureRing, _dispatch, ring_gather, ring_push
-from lesa_kernels._extension import extension, extension_error
+from lesa_kernels import FeatureRing, dispatch, ring_gather, ring_push
+from lesa_kernels.extension import extension, extension_error
 from lesa_kernels.feature_ring import op, ring_push_ref
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -474,10 +474,10 @@ def test_a_list_of_rows_is_refused_in_a_graph(monkeypatch):
 
 def test_a_problem_of_cuda_may_pass(monkeypatch):
     answers = ["out of memory", "out of memory", "", "asked once more than needed"]
-    monkeypatch.setattr(_dispatch, "extension", lambda: SimpleNamespace(cuda_problem=lambda index: answers.pop(0)))
-    monkeypatch.setattr(_dispatch, "extension_error", lambda: None)
-    monkeypatch.setattr(_dispatch, "_RUNS_ON", set())
-    asked = [_dispatch.extension_problem(torch.device("cuda", 3)) for _ in range(4)]
+    monkeypatch.setattr(dispatch, "extension", lambda: SimpleNamespace(cuda_problem=lambda index: answers.pop(0)))
+    monkeypatch.setattr(dispatch, "extension_error", lambda: None)
+    monkeypatch.setattr(dispatch, "_RUNS_ON", set())
+    asked = [dispatch.extension_problem(torch.device("cuda", 3)) for _ in range(4)]
     assert asked == ["out of memory", "out of memory", None, None] and len(answers) == 1
 
 
@@ -527,9 +527,9 @@ def test_triton_is_refused_by_name():
 
 
 def test_without_the_extension_auto_warns_once_and_extension_is_refused(monkeypatch):
-    monkeypatch.setattr("lesa_kernels._extension._module", None)
-    monkeypatch.setattr("lesa_kernels._extension._error", "a reason for the test")
-    _dispatch._warn_once.cache_clear()
+    monkeypatch.setattr("lesa_kernels.extension._module", None)
+    monkeypatch.setattr("lesa_kernels.extension._error", "a reason for the test")
+    dispatch._warn_once.cache_clear()
     ring = FeatureRing(2, 1, 2, 3)
     with pytest.warns(RuntimeWarning, match=r"not available \(a reason for the test\).*pip install"):
         ring.push(torch.ones(1, 2, 3), 0.5)
@@ -554,8 +554,8 @@ USES = {
 
 @pytest.mark.parametrize("name", USES)
 def test_the_warning_names_the_users_line(monkeypatch, name):
-    monkeypatch.setattr(_dispatch, "extension_problem", lambda device: "a reason for the test")
-    _dispatch._warn_once.cache_clear()
+    monkeypatch.setattr(dispatch, "extension_problem", lambda device: "a reason for the test")
+    dispatch._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="a reason for the test") as caught:
         USES[name](FeatureRing(2, 1, 2, 3))
     (warning,) = caught

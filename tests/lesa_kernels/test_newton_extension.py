@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lesa_kernels._extension import extension, extension_error
+from lesa_kernels.extension import extension, extension_error
 from lesa_kernels.predictor import extension as extension_module
 from lesa_kernels.predictor.extension import newton_predict_extension
 from lesa_kernels.predictor.reference import newton_predict_ref

@@ -21,7 +21,7 @@ from lesa_kernels import (
     newton_predict,
     output_head,
 )
-from lesa_kernels._extension import extension_error
+from lesa_kernels.extension import extension_error
 
 DIM = 6
 

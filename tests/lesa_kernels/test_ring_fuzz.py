@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import lesa_kernels
-from lesa_kernels._extension import extension_error
+from lesa_kernels.extension import extension_error
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "ring_fuzz.py"

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig, TieredRing, _dispatch, make_ring
+from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig, TieredRing, dispatch, make_ring
 from lesa_kernels.feature_ring import ring_nbytes, tiered
 
 BATCH, TOKENS, DIM = 3, 40, 24
@@ -455,10 +455,10 @@ def test_a_tiered_ring_names_the_least_that_it_takes(tokens):
 
 
 def test_without_the_extension_the_warning_names_the_users_line(monkeypatch):
-    monkeypatch.setattr(_dispatch, "extension_problem", lambda device: "a reason for the test")
+    monkeypatch.setattr(dispatch, "extension_problem", lambda device: "a reason for the test")
     ring, _ = make_both()
     for use in (lambda: ring.push(torch.ones(BATCH, TOKENS, DIM), 0.5), ring.gather):
-        _dispatch._warn_once.cache_clear()
+        dispatch._warn_once.cache_clear()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             use()

@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("triton", reason="there is nothing to tune without it")
 
-from lesa_kernels import _triton, tune
+from lesa_kernels import launch, tune
 
 
 def cost(config):
@@ -38,11 +38,11 @@ def test_the_first_configuration_stays_unless_another_is_faster():
 
 
 def test_operations_are_those_that_have_configurations():
-    defaults = json.loads((_triton.TUNED_FOLDER / "default.json").read_text())
+    defaults = json.loads((launch.TUNED_FOLDER / "default.json").read_text())
     assert set(tune.OPERATIONS) == set(defaults)
     for name, operation in tune.OPERATIONS.items():
         for dtype in operation.dtypes:
-            start = _triton.launch_config(name, dtype, torch.device("cpu"))
+            start = launch.launch_config(name, dtype, torch.device("cpu"))
             assert set(operation.choices) & set(start), name
 
 
@@ -82,7 +82,7 @@ def test_goes_on_where_it_was_stopped(tmp_path, fake_timer, monkeypatch):
 
     # What it wrote is what the launchers read.
     monkeypatch.setenv("LESA_TUNED", str(out))
-    assert _triton.launch_config(names[0], torch.bfloat16, device)["num_warps"] == 8
+    assert launch.launch_config(names[0], torch.bfloat16, device)["num_warps"] == 8
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch, tmp_path):
@@ -97,7 +97,7 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch, tmp_path):
 def test_a_wrong_result_can_not_win(tmp_path, monkeypatch):
     device = torch.device("cuda", torch.cuda.current_device())
     timer = tune.Timer("bspline_kan_fwd", torch.bfloat16, device, str(tmp_path))
-    config = _triton.launch_config("bspline_kan_fwd", torch.bfloat16, device)
+    config = launch.launch_config("bspline_kan_fwd", torch.bfloat16, device)
     assert 0 < timer(config) < 1
     timer.expected[0].neg_()
     assert timer(config) == math.inf
@@ -107,13 +107,13 @@ def test_a_wrong_result_can_not_win(tmp_path, monkeypatch):
 def test_calls_what_it_tunes(name, kernel_device, monkeypatch):
     """At a small size; the layers' sizes are too large for the interpreter."""
     monkeypatch.setattr(tune, "FEATURES", (1, 20, 48))
-    seen, launch_config = [], _triton._launch_config
+    seen, launch_config = [], launch._launch_config
 
     def spy(operation, *rest):
         seen.append(operation)
         return launch_config(operation, *rest)
 
-    monkeypatch.setattr(_triton, "_launch_config", spy)
+    monkeypatch.setattr(launch, "_launch_config", spy)
     results = tune.OPERATIONS[name].prepare(tune.OPERATIONS[name].dtypes[-1], kernel_device)()
     assert name in seen
     assert all(torch.isfinite(result).all() for result in results)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lesa_kernels._triton import LAUNCH_OPTIONS, architecture, launch_config
+from lesa_kernels.launch import LAUNCH_OPTIONS, architecture, launch_config
 from lesa_kernels.predictor.kernels.shared import (
     hidden_units,
     history_of,

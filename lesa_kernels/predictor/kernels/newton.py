@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lesa_kernels._triton import LAUNCH_OPTIONS, arrival_counters, launch_config, multiprocessors
+from lesa_kernels.launch import LAUNCH_OPTIONS, arrival_counters, launch_config, multiprocessors
 from lesa_kernels.predictor.gradients import HiddenUnits, coefficients_backward, read_history
 from lesa_kernels.predictor.kernels.shared import (
     anchor_weights,

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lesa_kernels import _triton
+from lesa_kernels import launch
 from lesa_kernels.bspline_kan.kernels import interpretable_dot, rounded, spline_position, spline_weights
 from lesa_kernels.predictor.reference import OFFSET_SCALE
 
@@ -297,7 +297,7 @@ def stored_bits(storage: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The storage as a kernel can take it, and its constant FLOAT8."""
     if storage.dtype != torch.float8_e4m3fn:
         return storage, NO_FLOAT8
-    if _triton.has_float8():
+    if launch.has_float8():
         return storage, FLOAT8
     return storage.view(torch.uint8), FLOAT8_BITS
 

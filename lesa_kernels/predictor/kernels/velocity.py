@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lesa_kernels._triton import LAUNCH_OPTIONS, arrival_counters, launch_config
+from lesa_kernels.launch import LAUNCH_OPTIONS, arrival_counters, launch_config
 from lesa_kernels.predictor.kernels.newton import load_maps, newton_grid, read_residual
 from lesa_kernels.predictor.kernels.shared import (
     anchor_weights,

@@ -10,7 +10,7 @@ from lesa.cache.hook import installed_hook
 from lesa.models import adapter_for
 from lesa.schedule import Schedule, ScheduleLike, as_schedule
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels._checks import Said, argument_error, check_int
+from lesa_kernels.checks import Said, argument_error, check_int
 
 
 class CacheHandle:

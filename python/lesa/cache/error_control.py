@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lesa.schedule import Schedule
-from lesa_kernels._checks import Said, argument_error, check_float, check_int
+from lesa_kernels.checks import Said, argument_error, check_float, check_int
 
 MOST_STRETCH = 2.0
 """By which factor error control makes a gap longer or shorter than the trained one at most."""

@@ -15,8 +15,8 @@ from diffusers.hooks.hooks import HookFunctionReference, StateManager
 
 from lesa.cache.device_values import Mailbox
 from lesa.cache.run import Call, Run, version_of
-from lesa_kernels._checks import Said, argument_error
-from lesa_kernels._dispatch import users_level
+from lesa_kernels.checks import Said, argument_error
+from lesa_kernels.dispatch import users_level
 
 HOOK_NAME = "lesa"
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lesa.contenders.base import quiet, restored
-from lesa_kernels._checks import Said, argument_error
+from lesa_kernels.checks import Said, argument_error
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lesa.evaluation.evaluator import evaluate
 from lesa.evaluation.result import Evaluation
 from lesa.inputs import write_inputs
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels._checks import check_choice, check_int
+from lesa_kernels.checks import check_choice, check_int
 
 SEED = 10_000
 """Of the first sample of the demo. Training samples have seeds from 0 on."""

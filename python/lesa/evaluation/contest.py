@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,32 +13,18 @@ from lesa.cache.error_control import ErrorControl
 from lesa.contenders import Setting
 from lesa.evaluation.counting import Counter, synchronise
 from lesa.evaluation.quality import learned_qualities, psnr, relative_error, ssim
-from lesa.evaluation.result import EvaluatedRun
+from lesa.evaluation.result import EvaluatedRun, Outcome
 from lesa.evaluation.store import digest
 from lesa.inputs import batches_of, collate, inputs_digest
 from lesa.schedule import Schedule
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels._checks import Said, argument_error
+from lesa_kernels.checks import Said, argument_error
 
 WARM_UP_STEPS = 12
 """Enough for a cache to predict some of them; runs of fewer than 10 steps are computed whole."""
 
 
 _TRAJECTORY_SAMPLES = 16
-
-
-@dataclass
-class Outcome:
-    """What one contender made of some batches."""
-
-    latents: list[np.ndarray]  # per batch
-    images: list[np.ndarray]
-    trajectories: list[list[np.ndarray]]  # per batch, after each step, of the first samples
-    steps: tuple[int, ...]
-    counts: tuple[float, float, float]
-    seconds: float
-    denoise_seconds: float
-    peak_memory_bytes: int | None
 
 
 class Contest:

@@ -21,7 +21,7 @@ from lesa.models import adapter_for
 from lesa.pipelines import quiet_progress
 from lesa.schedule import ScheduleLike, as_schedule
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels._checks import argument_error, check_int
+from lesa_kernels.checks import argument_error, check_int
 
 __all__ = ["EvaluatedRun", "Evaluation", "TaylorSeer", "evaluate", "taylorseer_grid"]
 

@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from lesa_kernels._checks import Said, argument_error
+from lesa_kernels.checks import Said, argument_error
 
 FORMAT_VERSION = 1
 """Of the `summary.json` that is read."""

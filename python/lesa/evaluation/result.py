@@ -16,7 +16,7 @@ from lesa.contenders import PEERS
 from lesa.evaluation.picture import draw_comparison
 from lesa.evaluation.quality import LEARNED, bootstrap_interval
 from lesa.evaluation.store import digest
-from lesa_kernels._checks import check_choice
+from lesa_kernels.checks import check_choice
 
 FORMAT_VERSION = 1
 
@@ -264,3 +264,17 @@ def sortable(value: float) -> float:
 
 def _rank(run: EvaluatedRun) -> float:
     return sortable(run.psnr)
+
+
+@dataclass
+class Outcome:
+    """What one contender made of some batches."""
+
+    latents: list[np.ndarray]  # per batch
+    images: list[np.ndarray]
+    trajectories: list[list[np.ndarray]]  # per batch, after each step, of the first samples
+    steps: tuple[int, ...]
+    counts: tuple[float, float, float]
+    seconds: float
+    denoise_seconds: float
+    peak_memory_bytes: int | None

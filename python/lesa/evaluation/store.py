@@ -12,8 +12,7 @@ import torch
 
 import lesa_kernels
 from lesa.artifacts import fingerprint
-from lesa.evaluation.contest import Outcome
-from lesa.evaluation.result import REFERENCE, EvaluatedRun, file_name
+from lesa.evaluation.result import REFERENCE, EvaluatedRun, Outcome, file_name
 from lesa.inputs import inputs_digest
 
 

@@ -5,7 +5,7 @@ from lesa.models.flux import FluxAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.sd3 import SD3Adapter
-from lesa_kernels._checks import Said, argument_error
+from lesa_kernels.checks import Said, argument_error
 
 ADAPTERS = (FluxAdapter, QwenImageAdapter, HunyuanVideoAdapter, SD3Adapter)
 

@@ -10,7 +10,7 @@ from diffusers.utils.peft_utils import apply_lora_scale
 
 from lesa.models.plain_head import why_not_plain
 from lesa_kernels import OutputHead
-from lesa_kernels._checks import Said, argument_error
+from lesa_kernels.checks import Said, argument_error
 
 
 class Adapter:

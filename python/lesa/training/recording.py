@@ -38,7 +38,7 @@ from lesa.training.trajectories import (
     sample_files,
 )
 from lesa_kernels import FusedKANPredictor, OutputHead
-from lesa_kernels._checks import Said, argument_error, check_int
+from lesa_kernels.checks import Said, argument_error, check_int
 
 
 def record(

@@ -26,7 +26,7 @@ from lesa.training.recording import record
 from lesa.training.training_run import CHECKPOINT_NAME, Training
 from lesa.training.trajectories import Trajectories, check_latents, check_plain
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels._checks import Said, argument_error, check_float, check_int
+from lesa_kernels.checks import Said, argument_error, check_float, check_int
 from lesa_kernels.predictor.module import WEIGHTS_NAME
 
 ROLL_OUTS, PREDICTOR, SETTINGS_NAME = "roll-outs", "predictor", "refinement.json"

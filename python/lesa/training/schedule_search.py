@@ -10,7 +10,7 @@ from lesa.training.batches import Batch, Head
 from lesa.training.training_run import Training, complete_config
 from lesa.training.trajectories import Trajectories, check_latents, check_plain
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-from lesa_kernels._checks import argument_error, check_int
+from lesa_kernels.checks import argument_error, check_int
 
 SEARCH_TURNS, PROBE_EPOCHS = 2, 12
 

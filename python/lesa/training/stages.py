@@ -9,7 +9,7 @@ from lesa.schedule import Schedule, ScheduleLike
 from lesa.training.training_run import MOST_TOKENS, Training, complete_config
 from lesa.training.trajectories import Trajectories, check_plain
 from lesa_kernels import PredictorConfig
-from lesa_kernels._checks import argument_error, check_int
+from lesa_kernels.checks import argument_error, check_int
 
 LEAST_GAIN = 0.02
 """By which part a split must lower the validation loss, with each of two seeds."""

@@ -10,7 +10,7 @@ from lesa.training.schedule_search import find_schedule
 from lesa.training.training_run import Training, complete_config, unfinished_config
 from lesa.training.trajectories import Trajectories, check_plain
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-from lesa_kernels._checks import argument_error, check_float, check_int
+from lesa_kernels.checks import argument_error, check_float, check_int
 
 
 def train(

@@ -20,7 +20,7 @@ from lesa.schedule import Schedule, as_schedule
 from lesa.training.batches import Batch, Head, Plan, predict, roll_out
 from lesa.training.losses import feature_loss, head_aware_loss
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-from lesa_kernels._checks import Said, argument_error, check_int
+from lesa_kernels.checks import Said, argument_error, check_int
 
 CHECKPOINT_NAME = "checkpoint.pt"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lesa_kernels._checks import Said, argument_error
+from lesa_kernels.checks import Said, argument_error
 
 FORMAT_VERSION = 1
 

@@ -17,8 +17,8 @@ import warnings
 
 import torch
 
-from lesa_kernels._checks import argument_error, check_choice
-from lesa_kernels._extension import extension, extension_error
+from lesa_kernels.checks import argument_error, check_choice
+from lesa_kernels.extension import extension, extension_error
 
 BACKENDS = ("auto", "triton", "extension", "torch")
 
@@ -82,7 +82,7 @@ def triton_error(device: torch.device) -> str | None:
 @functools.cache
 def _triton_import_error() -> str | None:
     try:
-        importlib.import_module("lesa_kernels._triton")
+        importlib.import_module("lesa_kernels.launch")
     except ImportError as error:
         return f"it can't be imported ({error})"
     return None
@@ -91,7 +91,7 @@ def _triton_import_error() -> str | None:
 @torch.compiler.assume_constant_result
 def _interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" and (
-        _triton_import_error() is not None or importlib.import_module("lesa_kernels._triton").INTERPRETED
+        _triton_import_error() is not None or importlib.import_module("lesa_kernels.launch").INTERPRETED
     )
 
 

@@ -1,6 +1,7 @@
-"""Argument checks: the only place where argument errors are worded.
+"""Argument checks and their messages, for both packages.
 
-Every message has the same four parts: the argument, what it must be, what was received, and the remedy.
+A message has four parts: the argument, what it must be, what was received, and the remedy. Where these four make a bad
+sentence, `usage_error` takes a sentence of your own and the remedy.
 """
 
 import math
@@ -22,16 +23,30 @@ def describe(value: Any) -> str:
 def argument_error(name: str, must: str, got: Any, remedy: str, kind: type[Exception] = ValueError) -> Exception:
     """Builds `kind` with the message "`name` must <must>, but got <got>. <remedy>". The caller raises it.
 
-    `got` is described with `describe` unless it is a `Said`, whose text is taken as it is.
+    `got` is described with `describe`. If it is a `Said`, its text is used unchanged.
     """
     received = got.text if isinstance(got, Said) else describe(got)
-    error = kind(f"`{name}` must {must}, but got {received}. {remedy}")
-    error.lesa_message = True  # tells it from a bug; the command line shows it without a traceback
+    return usage_error(f"`{name}` must {must}, but got {received}.", remedy, kind)
+
+
+def usage_error(sentence: str, remedy: str, kind: type[Exception] = ValueError) -> Exception:
+    """Builds `kind` with the message "<sentence> <remedy>". The caller raises it.
+
+    For what `argument_error` would say badly, such as a missing argument: "`schedule` is required: this predictor was
+    trained without one. Pass an interval such as 7, or a list of steps."
+
+    Args:
+        sentence: what is wrong; it names the argument and ends with a full stop.
+        remedy: what the caller can do.
+        kind: the class of the error.
+    """
+    error: Any = kind(f"{sentence} {remedy}")
+    error.lesa_message = True  # an error of usage, not a bug: the command line shows it without a traceback
     return error
 
 
 class Said:
-    """A received thing already put into words."""
+    """What was received, already described in words."""
 
     def __init__(self, text: str):
         self.text = text

@@ -1,6 +1,6 @@
 """What all Triton launchers share: the GPU they compile for, their launch configurations, and arrival counters.
 
-Imported only where Triton is going to be used; `lesa_kernels._dispatch` finds out whether it can be.
+Imported only where Triton is going to be used; `lesa_kernels.dispatch` finds out whether it can be.
 """
 
 import functools
@@ -12,7 +12,7 @@ import torch
 import triton
 from triton.runtime import driver
 
-from lesa_kernels._checks import Said, argument_error
+from lesa_kernels.checks import Said, argument_error
 
 # Kernels are decorated for the interpreter or for the compiler when they are imported, so this is decided once.
 INTERPRETED = triton.knobs.runtime.interpret
