@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lesa
 from lesa.cache.conditioning import Conditioner
 from lesa.cache.device_values import Mailbox
+from lesa.cache.forecasting import ForecastingHook
 from lesa.cache.hook import StepHook
 from lesa.demo import digits
 from lesa.models.flux import FluxAdapter

@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from lesa.artifacts import digest
 from lesa.cache import enable_cache
 from lesa.cache.error_control import ErrorControl
 from lesa.contenders import Setting
 from lesa.evaluation.counting import Counter, synchronise
 from lesa.evaluation.quality import learned_qualities, psnr, relative_error, ssim
 from lesa.evaluation.result import EvaluatedRun, Outcome
-from lesa.evaluation.store import digest
 from lesa.inputs import batches_of, collate, inputs_digest
 from lesa.schedule import Schedule
 from lesa_kernels import FusedKANPredictor

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lesa.artifacts import digest
 from lesa.contenders import PEERS
 from lesa.evaluation.picture import draw_comparison
 from lesa.evaluation.quality import LEARNED, bootstrap_interval
-from lesa.evaluation.store import digest
 from lesa_kernels.checks import check_choice
 
 FORMAT_VERSION = 1

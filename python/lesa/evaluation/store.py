@@ -1,6 +1,5 @@
 """Finished parts of an evaluation on disk, to resume from."""
 
-import hashlib
 import json
 import platform
 from dataclasses import asdict
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 import lesa_kernels
-from lesa.artifacts import fingerprint
+from lesa.artifacts import digest, fingerprint
 from lesa.evaluation.result import REFERENCE, EvaluatedRun, Outcome, file_name
 from lesa.inputs import inputs_digest
 
@@ -99,10 +98,6 @@ def write_whole(file: Path, text: str) -> None:
     part = file.with_suffix(".part")
     part.write_text(text)
     part.replace(file)
-
-
-def digest(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=repr).encode()).hexdigest()
 
 
 def facts_of(pipe, inputs, seed, batch_size) -> dict:
