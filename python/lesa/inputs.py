@@ -1,13 +1,10 @@
 """Pipeline arguments of many samples: files of them, and joining some for one call."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from PIL.Image import Image
 from safetensors import SafetensorError, safe_open
@@ -130,13 +127,6 @@ def can_share_a_call(first: dict, other: dict) -> bool:
     return _difference(first, other) is None
 
 
-def inputs_digest(inputs: list[dict]) -> str:
-    """SHA-256, in hexadecimal, over the names, values, shapes and dtypes of the inputs; functions count by name."""
-    digest = hashlib.sha256()
-    _update(digest, inputs)
-    return digest.hexdigest()
-
-
 def _check_suffix(file) -> Path:
     path = Path(file)
     if path.suffix not in SUFFIXES:
@@ -236,27 +226,6 @@ def _joinable(name, a, b) -> bool:
         return bool(a == b)
     except (RuntimeError, ValueError):  # lists of tensors and arrays have no single truth value
         return False
-
-
-def _update(digest, value: Any) -> None:
-    if isinstance(value, Image):
-        value = np.asarray(value)
-    if isinstance(value, dict):
-        head, parts = f"dict {len(value)}", [part for key in sorted(value) for part in (key, value[key])]
-    elif isinstance(value, (list, tuple)):
-        head, parts = f"list {len(value)}", value
-    elif isinstance(value, torch.Tensor):
-        raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        head, parts = f"tensor {value.dtype} {list(value.shape)} {hashlib.sha256(raw).hexdigest()}", ()
-    elif isinstance(value, np.ndarray):
-        head, parts = f"array {value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}", ()
-    elif value is None or isinstance(value, (bool, int, float, str)):
-        head, parts = f"{type(value).__name__} {value!r}", ()
-    else:
-        head, parts = getattr(value, "__qualname__", type(value).__qualname__), ()
-    digest.update(f"{head}\n".encode())
-    for part in parts:
-        _update(digest, part)
 
 
 def check_inputs(inputs) -> list[dict]:

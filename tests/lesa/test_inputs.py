@@ -7,8 +7,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lesa.artifacts import digest
 from lesa.demo import digits
-from lesa.inputs import can_share_a_call, collate, inputs_digest, read_inputs, write_inputs
+from lesa.inputs import can_share_a_call, collate, read_inputs, write_inputs
 
 
 def assert_same(a: list[dict], b: list[dict]):
@@ -166,8 +167,8 @@ def test_digest_tells_inputs_apart():
         {**base, "image": Image.new("L", (2, 2), 1)},
         {**base, "x": base["x"].numpy()},
     ]
-    digests = [inputs_digest([item]) for item in [base, *variants]] + [inputs_digest([base, base])]
+    digests = [digest([item]) for item in [base, *variants]] + [digest([base, base])]
     assert len(set(digests)) == len(digests)
-    assert inputs_digest([{**base, "x": base["x"].clone()}]) == digests[0]
-    assert inputs_digest([dict(reversed(base.items()))]) == digests[0]
-    assert inputs_digest([{"f": test_collate_joins_samples}]) != inputs_digest([{"f": test_jsonl_round_trip}])
+    assert digest([{**base, "x": base["x"].clone()}]) == digests[0]
+    assert digest([dict(reversed(base.items()))]) == digests[0]
+    assert digest([{"f": test_collate_joins_samples}]) != digest([{"f": test_jsonl_round_trip}])

@@ -15,7 +15,7 @@ from lesa.contenders import Setting
 from lesa.evaluation.counting import Counter, synchronise
 from lesa.evaluation.quality import learned_qualities, psnr, relative_error, ssim
 from lesa.evaluation.result import EvaluatedRun, Outcome
-from lesa.inputs import batches_of, collate, inputs_digest
+from lesa.inputs import batches_of, collate
 from lesa.schedule import Schedule
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error
@@ -56,7 +56,7 @@ class Contest:
     def run_ours(self, label: str, predictor: FusedKANPredictor, schedule: Schedule | ErrorControl | None) -> None:
         """Runs a predictor on a schedule, None for the trained one."""
         state = {name: value.detach().cpu() for name, value in predictor.state_dict().items()}
-        key = digest([inputs_digest([state]), repr(predictor.config), repr(schedule), label, [*self.pictured]])
+        key = digest([digest([state]), repr(predictor.config), repr(schedule), label, [*self.pictured]])
         config = predictor.config
         setting = f"{config.mixer}, rank {config.rank}" if config.mixer == "newton" else config.mixer
         if isinstance(schedule, ErrorControl):

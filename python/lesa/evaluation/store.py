@@ -12,7 +12,6 @@ import torch
 import lesa_kernels
 from lesa.artifacts import digest, fingerprint
 from lesa.evaluation.result import REFERENCE, EvaluatedRun, Outcome, file_name
-from lesa.inputs import inputs_digest
 
 
 class Store:
@@ -26,7 +25,7 @@ class Store:
         transformer = adapter.transformer
         facts = {**facts_of(pipe, inputs, seed, batch_size), "steps": num_inference_steps}
         self._key = digest(
-            [facts, fingerprint(transformer), inputs_digest(inputs), dict(pipe.scheduler.config), type(pipe).__name__]
+            [facts, fingerprint(transformer), digest(inputs), dict(pipe.scheduler.config), type(pipe).__name__]
         )
 
     def read(self, name: str, more: str, with_outcome: bool):

@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from lesa.artifacts import complete_file, fingerprint, predictor_identity
+from lesa.artifacts import digest, fingerprint, predictor_identity, whole_file
 from lesa.cache import enable_cache
 from lesa.cache.hook import StepHook
 from lesa.cache.run import Call, Run
-from lesa.inputs import batches_of, check_inputs, collate, inputs_digest
+from lesa.inputs import batches_of, check_inputs, collate
 from lesa.models import adapter_for
 from lesa.pipelines import quiet_progress
 from lesa.training.trajectories import (
@@ -108,7 +108,7 @@ def record(
         "seed": check_int("seed", seed, minimum=0),
         "tokens_per_sample": tokens_per_sample,
         "samples": len(inputs),
-        "inputs_digest": inputs_digest(inputs),
+        "inputs_digest": digest(inputs),
         "transformer": fingerprint(adapter.transformer),
         "predictor": None if predictor is None else predictor_identity(predictor),
     }
@@ -341,7 +341,7 @@ def _begin(folder: Path, manifest: dict, head: OutputHead) -> None:
         return
     tensors = {"weight": head.weight, "bias": head.bias}
     _write_tensors(folder / HEAD, {name: t.detach().cpu() for name, t in tensors.items() if t is not None})
-    with complete_file(folder / MANIFEST) as temporary:
+    with whole_file(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -357,5 +357,5 @@ def _check_same(folder: Path, recorded: dict, manifest: dict) -> None:
 
 
 def _write_tensors(path: Path, tensors: dict) -> None:
-    with complete_file(path) as temporary:
+    with whole_file(path) as temporary:
         save_file(tensors, temporary)

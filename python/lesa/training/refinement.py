@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from lesa.artifacts import complete_file, fingerprint, predictor_identity
-from lesa.inputs import check_inputs, inputs_digest
+from lesa.artifacts import digest, fingerprint, predictor_identity, whole_file
+from lesa.inputs import check_inputs
 from lesa.models import adapter_for
 from lesa.training.batches import Batch, Plan, predict
 from lesa.training.losses import over_gaps, relative
@@ -104,7 +104,7 @@ def refine(
     inputs = check_inputs(inputs)
     transformer = adapter_for(pipe).transformer
     for name, key, value in (
-        ("inputs", "inputs_digest", inputs_digest(inputs)),
+        ("inputs", "inputs_digest", digest(inputs)),
         ("pipe.transformer", "transformer", fingerprint(transformer)),
     ):
         if value != trajectories.manifest.get(key):
@@ -172,7 +172,7 @@ def _working_folder(out_dir, settings: dict) -> Iterator[Path]:
             "out_dir", "be empty or hold an unfinished refinement", Said(f"files in {folder}"), "Choose another."
         )
     else:
-        with complete_file(file) as temporary:
+        with whole_file(file) as temporary:
             temporary.write_text(json.dumps(settings) + "\n")
     yield folder
     file.unlink()  # first: rounds that are left behind do no harm
