@@ -41,7 +41,7 @@ def test_export_writes_the_inputs(exported):
 
 def test_export_names_commands_that_the_command_line_takes(exported):
     folder, commands = exported
-    parsed = [cli._parser().parse_args(shlex.split(command)[1:]) for command in commands]
+    parsed = [cli.parse(shlex.split(command)[1:]) for command in commands]
     record, train, refine, generate, evaluate = parsed
     assert record.inputs == refine.inputs == folder / "inputs.safetensors"
     assert record.out == train.trajectories == refine.trajectories

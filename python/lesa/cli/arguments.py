@@ -1,0 +1,92 @@
+"""Types of option values, and groups of options that several commands share. Nothing here needs torch."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+SCHEDULE = "computed steps such as 0,2,6,12, or an interval such as 7"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, but got {text!r}")
+    return value
+
+
+def natural(text: str) -> int:
+    """An integer of at least 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, but got {text!r}")
+    return int(text)
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, but got {text!r}")
+    return value
+
+
+def schedule(text: str) -> int | list[int]:
+    """An interval, or the list of computed steps."""
+    steps = _numbers(int, "an interval such as 7, or computed steps such as 0,2,6,12")(text)
+    if len(steps) == 1 and steps[0] < 1:
+        raise argparse.ArgumentTypeError(f"must be an interval of at least 1, but got {text!r}")
+    if len(steps) > 1 and (steps[0] != 0 or any(a >= b for a, b in zip(steps, steps[1:]))):
+        raise argparse.ArgumentTypeError(f"must be rising steps that start with 0, but got {text!r}")
+    return steps[0] if len(steps) == 1 else list(steps)
+
+
+def lengths(text: str) -> int | tuple[int, ...]:
+    """One history length, or one for each stage."""
+    values = _numbers(int, "an integer, or one for each stage such as 4,6,8")(text)
+    return values[0] if len(values) == 1 else values
+
+
+def stage_bounds(text: str) -> str | tuple[float, ...]:
+    """Falling noise levels, or "auto"."""
+    return text if text == "auto" else _numbers(float, "falling noise levels such as 0.67,0.33, or auto")(text)
+
+
+def _numbers(kind: type, name: str) -> Callable[[str], tuple]:
+    def parse(text: str) -> tuple:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {name}, but got {text!r}") from None
+
+    return parse
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`--device`."""
+    parser.add_argument("--device", help="such as cuda or cpu (default: cuda if there is a GPU)")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """`--model`, and where and in which dtype it runs."""
+    parser.add_argument("--model", required=True, help="folder or hub id of a diffusers pipeline")
+    add_device(parser)
+    parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32 on a CPU, else bfloat16)")
+
+
+def add_inputs(parser, required: bool = True) -> None:
+    """`--inputs`."""
+    text = "prompts in a .jsonl file, or pipeline arguments in a .safetensors file"
+    parser.add_argument("--inputs", required=required, type=Path, metavar="FILE", help=text)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """`--steps` and `--seed` of a run of the pipeline."""
+    parser.add_argument("--steps", type=positive, default=50, help="denoising steps (default: 50)")
+    parser.add_argument("--seed", type=natural, default=0, help="sample i gets this seed + i (default: 0)")

@@ -1,0 +1,32 @@
+"""`lesa demo`."""
+
+import time
+from pathlib import Path
+
+
+def add_arguments(parser) -> None:
+    """The options of the command."""
+    models = "digits: a FLUX model (default); photos: a Qwen-Image model with guidance"
+    parser.add_argument("--model", choices=("digits", "photos"), default="digits", help=models)
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the results (default: demo-out)")
+    choice.add_argument("--export", type=Path, metavar="DIR", help="instead, write the model and its inputs to DIR")
+
+
+def run(options) -> None:
+    """Runs the command."""
+    from lesa.cli.evaluate import show
+    from lesa.cli.loading import quiet_diffusers
+    from lesa.demo.run import export, run_demo
+
+    quiet_diffusers()
+    if options.export is not None:
+        commands = export(options.export, options.model)
+        print(f"Wrote the model and its inputs to {options.export}. The whole path by hand:\n")
+        print("\n".join(f"  {command}" for command in commands))
+        return
+    duration = "This takes one to two minutes on two free CPU cores, and up to five on busy ones."
+    print(f"The bundled {options.model} model: 50 steps, then fewer computed ones. {duration}", flush=True)
+    start = time.perf_counter()
+    show(run_demo(options.out, model=options.model), options.out)
+    print(f"The demo took {time.perf_counter() - start:.0f} s.")

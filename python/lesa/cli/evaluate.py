@@ -1,0 +1,66 @@
+"""`lesa evaluate`."""
+
+from pathlib import Path
+
+import lesa
+from lesa.cli import arguments
+
+OPTIONS = {
+    "out_dir": "--out",
+    "against": "--against",
+    "predictors": "--predictor",
+    "predictor": "--predictor",
+    "num_inference_steps": "--steps",
+    "batch_size": "--batch-size",
+    "search_samples": "--search-samples",
+    "inputs": "--inputs",
+    "file": "--inputs",
+    "pipe": "--model",
+}
+
+
+def add_arguments(parser) -> None:
+    """The options of the command."""
+    arguments.add_model(parser)
+    arguments.add_inputs(parser)
+    arguments.add_run(parser)
+    text = "folder or hub id of a predictor; can be given several times"
+    parser.add_argument("--predictor", required=True, action="append", help=text)
+    text = (
+        "steps, taylorseer, first-block-cache, mag-cache and cache-dit, separated by commas; NAME-N sets a budget of N "
+        "computed steps (default: steps,taylorseer)"
+    )
+    parser.add_argument("--against", type=lambda value: value.split(","), default=["steps", "taylorseer"], help=text)
+    parser.add_argument("--batch-size", type=arguments.positive, help="samples per pipeline call (default: all)")
+    text = "samples for the search of the other caches' best settings (default: 4)"
+    parser.add_argument("--search-samples", type=arguments.positive, default=4, help=text)
+    parser.add_argument("--out", required=True, type=Path, help="folder for the results")
+
+
+def run(options) -> None:
+    """Runs the command."""
+    from lesa.cli.loading import inputs_of, pipeline_of
+    from lesa_kernels import FusedKANPredictor
+
+    predictors = {}
+    for source in options.predictor:
+        label = Path(source).name if Path(source).name not in predictors else source
+        predictors[label] = FusedKANPredictor.from_pretrained(source)
+    pipe = pipeline_of(options)
+    evaluation = lesa.evaluate(
+        pipe,
+        inputs_of(options, pipe),
+        {label: predictor.to(pipe.transformer.device) for label, predictor in predictors.items()},
+        against=options.against,
+        num_inference_steps=options.steps,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        out_dir=options.out,
+        search_samples=options.search_samples,
+    )
+    show(evaluation, options.out)
+
+
+def show(evaluation, folder: Path) -> None:
+    """Prints the table of an evaluation, and where its picture and figures are."""
+    print(f"\n{evaluation.table()}\n\nWrote {folder / 'comparison.png'} and {folder / 'summary.json'}")

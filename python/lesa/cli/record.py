@@ -1,0 +1,52 @@
+"""`lesa record`."""
+
+from pathlib import Path
+
+import lesa
+from lesa.cli import arguments
+
+OPTIONS = {
+    "out_dir": "--out",
+    "num_inference_steps": "--steps",
+    "requested_num_inference_steps": "--steps",
+    "tokens_per_sample": "--tokens-per-sample",
+    "batch_size": "--batch-size",
+    "seed": "--seed",
+    "inputs": "--inputs",
+    "inputs_digest": "--inputs",
+    "file": "--inputs",
+    "folder": "--out",
+    "pipe": "--model",
+    "pipeline": "--model",
+    "transformer": "--model",
+    "dtype": "--dtype",
+}
+
+
+def add_arguments(parser) -> None:
+    """The options of the command."""
+    arguments.add_model(parser)
+    arguments.add_inputs(parser)
+    arguments.add_run(parser)
+    parser.add_argument("--out", required=True, type=Path, help="folder for the trajectories")
+    parser.add_argument("--tokens-per-sample", type=arguments.positive, help="keep a random subset of the image tokens")
+    parser.add_argument(
+        "--batch-size", type=arguments.positive, default=1, help="samples per pipeline call (default: 1)"
+    )
+
+
+def run(options) -> None:
+    """Runs the command."""
+    from lesa.cli.loading import inputs_of, pipeline_of
+
+    pipe = pipeline_of(options)
+    trajectories = lesa.record(
+        pipe,
+        inputs_of(options, pipe),
+        options.out,
+        num_inference_steps=options.steps,
+        tokens_per_sample=options.tokens_per_sample,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    print(f"Wrote {len(trajectories)} trajectories of {trajectories.num_inference_steps} steps to {options.out}")

@@ -1,0 +1,60 @@
+"""`lesa refine`."""
+
+from pathlib import Path
+
+import lesa
+from lesa.cli import arguments
+
+OPTIONS = {
+    "out_dir": "--out",
+    "trajectories": "--trajectories",
+    "folder": "--trajectories",
+    "predictor": "--predictor",
+    "rounds": "--rounds",
+    "epochs": "--epochs",
+    "samples_per_call": "--batch-size",
+    "seed": "--seed",
+    "inputs": "--inputs",
+    "file": "--inputs",
+    "pipe": "--model",
+}
+
+
+def add_arguments(parser) -> None:
+    """The options of the command."""
+    arguments.add_model(parser)
+    arguments.add_inputs(parser)
+    parser.add_argument("--predictor", required=True, help="folder that `lesa train` wrote")
+    text = "folder that `lesa record` wrote for this model"
+    parser.add_argument("--trajectories", required=True, type=Path, help=text)
+    parser.add_argument("--out", required=True, type=Path, help="folder for the refined predictor")
+    text = "how often to run the pipeline and train (default: 2)"
+    parser.add_argument("--rounds", type=arguments.positive, default=2, help=text)
+    text = "passes over the trajectories in each round (default: 20)"
+    parser.add_argument("--epochs", type=arguments.positive, default=20, help=text)
+    parser.add_argument(
+        "--batch-size", type=arguments.positive, default=1, help="samples per pipeline call (default: 1)"
+    )
+    parser.add_argument("--seed", type=arguments.natural, default=0, help="of the training (default: 0)")
+
+
+def run(options) -> None:
+    """Runs the command."""
+    from lesa.cli.loading import device_of, inputs_of, pipeline_of
+    from lesa_kernels import FusedKANPredictor
+
+    predictor = FusedKANPredictor.from_pretrained(options.predictor)
+    pipe = pipeline_of(options)
+    lesa.refine(
+        predictor,
+        options.trajectories,
+        pipe,
+        inputs_of(options, pipe),
+        out_dir=options.out,
+        rounds=options.rounds,
+        epochs=options.epochs,
+        samples_per_call=options.batch_size,
+        seed=options.seed,
+        device=device_of(options),
+    )
+    print(f"Wrote the refined predictor to {options.out}")

@@ -1,0 +1,67 @@
+"""`lesa train`."""
+
+from pathlib import Path
+
+import lesa
+from lesa.cli import arguments
+
+OPTIONS = {
+    "out_dir": "--out",
+    "trajectories": "--trajectories",
+    "folder": "--trajectories",
+    "schedule": "--schedule",
+    "budget": "--budget",
+    "epochs": "--epochs",
+    "controlled": "--controlled",
+    "seed": "--seed",
+}
+_OF_THE_CONFIG = ("mixer", "rank", "hidden", "history_length", "stage_bounds")
+
+
+def add_arguments(parser) -> None:
+    """The options of the command."""
+    parser.add_argument("--trajectories", required=True, type=Path, help="folder that `lesa record` wrote")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the predictor")
+    text = f"{arguments.SCHEDULE} (default: nine spread steps)"
+    parser.add_argument("--schedule", type=arguments.schedule, help=text)
+    text = "how many steps to compute, instead of --schedule; the best ones are searched"
+    parser.add_argument("--budget", type=arguments.positive, help=text)
+    parser.add_argument("--mixer", choices=("newton", "dense"), help="kind of predictor (default: newton)")
+    parser.add_argument("--rank", type=arguments.natural, help="of newton's linear residual, 0 for none (default: 32)")
+    text = "spline units (default: 64 for newton, 256 for dense)"
+    parser.add_argument("--hidden", type=arguments.positive, help=text)
+    text = "how many stored features are used, one number or one per stage (default: 4; for dense 4,6,8)"
+    parser.add_argument("--history-length", type=arguments.lengths, help=text)
+    text = "noise levels between the stages, or auto to search them (default: 0.67,0.33)"
+    parser.add_argument("--stage-bounds", type=arguments.stage_bounds, help=text)
+    text = "passes over the trajectories in the second of two stages (default: 60); newton adds a sixth, dense a third"
+    parser.add_argument("--epochs", type=arguments.positive, help=text)
+    parser.add_argument("--controlled", action="store_true", help="train for `lesa generate --tolerance`")
+    parser.add_argument("--seed", type=arguments.natural, default=0, help="of the training (default: 0)")
+    arguments.add_device(parser)
+
+
+def run(options) -> None:
+    """Runs the command."""
+    from lesa.cli.loading import device_of
+    from lesa_kernels import PredictorConfig
+
+    trajectories = lesa.Trajectories(options.trajectories)
+    of_config = {name: getattr(options, name) for name in _OF_THE_CONFIG if getattr(options, name) is not None}
+    find_stages = of_config.get("stage_bounds") == "auto"
+    if find_stages:
+        del of_config["stage_bounds"]
+    config = PredictorConfig(trajectories.feature_dim, **of_config) if of_config else None
+    more = {name: getattr(options, name) for name in ("epochs", "budget") if getattr(options, name) is not None}
+    more |= {"controlled": True} if options.controlled else {}
+    more |= {"find_stages": True} if find_stages else {}
+    device = device_of(options)
+    predictor = lesa.train(
+        trajectories, config, options.schedule, out_dir=options.out, seed=options.seed, device=device, **more
+    )
+    config = predictor.config
+    if find_stages:
+        bounds = ", ".join(f"{bound:.3g}" for bound in config.stage_bounds)
+        print(f"Found {config.num_stages} noise stages, with bounds at {bounds}" if bounds else "Found 1 noise stage")
+    steps = ",".join(map(str, config.schedule))
+    print(f"Wrote the predictor, which computes the steps {steps}, to {options.out}")
