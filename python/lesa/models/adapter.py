@@ -8,6 +8,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils.peft_utils import apply_lora_scale
 
+from lesa.models.costs import Costs
 from lesa.models.plain_head import why_not_plain
 from lesa_kernels import OutputHead
 from lesa_kernels.checks import Said, argument_error
@@ -26,6 +27,7 @@ class Adapter:
     Attributes:
         family: its name, which predictors and recordings carry.
         transformer_classes: the classes of transformers that it handles.
+        costs: what `lesa estimate` knows about the family.
         timestep_scale: the number by which the family's pipelines divide the scheduler's timesteps for the transformer.
         attention_kwargs: name of the argument of `forward` that carries the scale of LoRA.
         control_outputs: how many lists of residuals the family's ControlNets return in a tuple; 0 for a bare one.
@@ -36,6 +38,7 @@ class Adapter:
 
     family: str
     transformer_classes: tuple[type, ...]
+    costs: type[Costs]
     timestep_scale = 1.0
     attention_kwargs = "attention_kwargs"
     control_outputs = 0

@@ -5,14 +5,35 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 
 from lesa.models.adapter import Adapter, decoded, packed_grid
+from lesa.models.costs import Costs
 
 _LAYERED = getattr(diffusers, "QwenImageLayeredPipeline", ())
+
+
+class QwenImageCosts(Costs):
+    """What a Qwen-Image transformer costs. The number of text tokens is typical; the prompt decides it."""
+
+    usual_config = {
+        "_class_name": "QwenImageTransformer2DModel",
+        "patch_size": 2,
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": 60,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 3584,
+    }
+    presets = {"qwen-image-1328": (1328, 1328, 1)}
+    text_tokens = 128
+    streams = 2
+    packing = 2
 
 
 class QwenImageAdapter(Adapter):
     """What lesa needs to know of a Qwen-Image transformer."""
 
     family = "qwen-image"
+    costs = QwenImageCosts
     transformer_classes = (QwenImageTransformer2DModel,)
     timestep_scale = 1000.0
     conditioned_on = ("additional_t_cond",)
