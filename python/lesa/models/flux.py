@@ -28,7 +28,7 @@ class FluxCosts(Costs):
 
 
 class FluxAdapter(Adapter):
-    """What lesa needs to know of a FLUX transformer."""
+    """A FLUX transformer."""
 
     family = "flux"
     costs = FluxCosts

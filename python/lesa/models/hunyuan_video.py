@@ -48,9 +48,9 @@ class HunyuanVideoCosts(Costs):
 
 
 class HunyuanVideoAdapter(Adapter):
-    """What lesa needs to know of a HunyuanVideo transformer.
+    """A HunyuanVideo transformer.
 
-    FramePack makes a video section by section. Each section is a run of its own.
+    FramePack generates a video in sections. Each section is a separate run.
     """
 
     family = "hunyuan-video"
@@ -77,8 +77,8 @@ class HunyuanVideoAdapter(Adapter):
 
     @torch.no_grad()
     def decode(self, pipe, latents, height=None, width=None):
-        """As the base says; of FramePack all sections at once, which the pipeline blends where they overlap."""
-        if isinstance(latents, list):  # of FramePack: all that there was after each section
+        """See the base. FramePack's sections are decoded together; the pipeline itself blends their overlaps."""
+        if isinstance(latents, list):  # FramePack gives the latents after each section
             latents = latents[-1]
         video = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False)[0]
         return pipe.video_processor.postprocess_video(video, output_type="np")

@@ -30,7 +30,7 @@ class QwenImageCosts(Costs):
 
 
 class QwenImageAdapter(Adapter):
-    """What lesa needs to know of a Qwen-Image transformer."""
+    """A Qwen-Image transformer."""
 
     family = "qwen-image"
     costs = QwenImageCosts
@@ -41,9 +41,9 @@ class QwenImageAdapter(Adapter):
     def condition(self, timestep, inputs, dtype):
         timestep, kind = timestep.to(dtype), inputs["additional_t_cond"]
         batch = len(timestep)
-        if kind is not None:  # it has a row for each prompt, of which several images may be made
+        if kind is not None:  # one row for each prompt; a prompt may make several images
             kind = kind.repeat_interleave(batch // len(kind))
-        if self.transformer.config.get("zero_cond_t"):  # the tokens of given images have a time of their own, zero
+        if self.transformer.config.get("zero_cond_t"):  # the tokens of input images have time zero
             timestep = torch.cat([timestep, timestep * 0])
             kind = None if kind is None else torch.cat([kind, kind])
         like_features = timestep.new_empty(0)
@@ -51,17 +51,17 @@ class QwenImageAdapter(Adapter):
         return self.transformer.time_text_embed(timestep, like_features, *kinds)[:batch]
 
     def decode(self, pipe, latents, height=None, width=None):
-        """As the base says; of a layered pipeline `[B, layers, height, width, channels]`, by default of 640 pixels."""
+        """See the base. A layered pipeline gives `[B, layers, height, width, channels]`, by default of 640 pixels."""
         layered = isinstance(pipe, _LAYERED)
         batch, tokens, channels = latents.shape
         side = 640 if layered else pipe.default_sample_size * pipe.vae_scale_factor
         rows, columns = packed_grid(tokens, height, width, side, 2 * pipe.vae_scale_factor, one_frame=not layered)
-        patches = latents.reshape(batch, -1, rows, columns, channels // 4, 2, 2)  # the first axis is that of frames
+        patches = latents.reshape(batch, -1, rows, columns, channels // 4, 2, 2)  # [B, frames, ...]
         frames = patches.permute(0, 4, 1, 2, 5, 3, 6).reshape(batch, channels // 4, -1, 2 * rows, 2 * columns)
         config, frames = pipe.vae.config, frames.to(pipe.vae.dtype)
         mean, deviation = (torch.tensor(v)[:, None, None, None] for v in (config.latents_mean, config.latents_std))
         frames = frames / (1 / deviation).to(frames) + mean.to(frames)
         if layered:
-            frames = frames[:, :, 1:].transpose(1, 2).flatten(0, 1)[:, :, None]  # the first one is the whole image
+            frames = frames[:, :, 1:].transpose(1, 2).flatten(0, 1)[:, :, None]  # the first layer is the whole image
         images = decoded(pipe, frames)
         return images.reshape(batch, -1, *images.shape[1:]) if layered else images

@@ -41,7 +41,7 @@ class SD3Costs(Costs):
 
 
 class SD3Adapter(Adapter):
-    """What lesa needs to know of a Stable Diffusion 3 transformer."""
+    """A Stable Diffusion 3 transformer."""
 
     family = "sd3"
     costs = SD3Costs
