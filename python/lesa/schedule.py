@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lesa_kernels.checks import argument_error, check_float, check_int
 
 FEW_STEPS = 10
-"""A run with fewer steps is computed completely if no schedule was given and the predictor was trained for more."""
+"""A run with fewer steps is computed completely, unless it has a schedule or the predictor was trained for it."""
 
 
 @dataclass(frozen=True)
