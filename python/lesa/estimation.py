@@ -11,6 +11,7 @@ import torch
 
 from lesa.models import ADAPTERS
 from lesa.models.adapter import Adapter
+from lesa.models.costs import Costs
 from lesa.schedule import Schedule, ScheduleLike, as_schedule
 from lesa_kernels import FusedKANPredictor, PredictorConfig, work
 from lesa_kernels.checks import Said, argument_error, check_choice, check_float, check_int
@@ -185,45 +186,23 @@ def estimate(
         TypeError, ValueError: an argument is not as described, or the predictor is of another width or family.
         FileNotFoundError: there is no such model.
     """
-    config, preset, scale, frame_scale = _find(model)
-    family = _family(config)
-    costs = family.costs(config)
-    height, width, frames = (
-        check_int(name, given if given is not None else default)
-        for name, given, default in zip(("height", "width", "frames"), (height, width, frames), preset)
-    )
-    tokens = costs.image_tokens(height, width, frames, scale, frame_scale)
+    family, costs, tokens = _sample(model, height, width, frames)
     text = check_int("text_tokens", costs.text_tokens if text_tokens is None else text_tokens, minimum=0)
     streams = check_int("streams", costs.streams if streams is None else streams)
     batch, total = check_int("batch", batch), check_int("num_inference_steps", num_inference_steps)
-    kind = getattr(torch, check_choice("dtype", dtype, DTYPES))
-    if device not in work.DATASHEETS:
-        remedy = "For another device, leave `device` out and give its `bandwidth` and `flops_rate`."
-        raise argument_error("device", f"be one of {', '.join(work.DATASHEETS)}", device, remedy)
-    name, sheet_bandwidth, sheet_rate = work.DATASHEETS[device]
-    bandwidth = _positive("bandwidth", sheet_bandwidth if bandwidth is None else bandwidth)
-    rate = _positive("flops_rate", sheet_rate if flops_rate is None else flops_rate)
-    rate *= _positive("efficiency", efficiency, maximum=1.0)
-    if (bandwidth, rate) != (sheet_bandwidth, sheet_rate * efficiency):
-        name = "a device with the given rates"
-
-    predictor = _predictor(predictor, costs.dim, family.family)
+    name, bandwidth, rate = _rates(device, bandwidth, flops_rate, efficiency)
+    predictor = _predictor(predictor, costs.dim, family)
     computed = _computed(schedule, predictor, total)
     step_flops = streams * batch * costs.flops(tokens, text)
-    sizes = (batch, tokens, costs.dim, kind)
+    sizes = (batch, tokens, costs.dim, getattr(torch, check_choice("dtype", dtype, DTYPES)))
     push = work.ring_push(*sizes)["bytes"] / bandwidth * streams
     plain = step_flops / rate if step_seconds is None else _positive("step_seconds", step_seconds)
     moved, predicted_flops = (streams * amount for amount in _predicted_work(predictor, sizes, costs.head_width))
     predicted_seconds = max(moved / bandwidth, predicted_flops / rate)
-    skipped = total - len(computed)
-    seconds = len(computed) * (plain + push) + skipped * predicted_seconds
+    seconds = len(computed) * (plain + push) + (total - len(computed)) * predicted_seconds
     with torch.device("meta"):
         predictor_bytes = sum(p.nbytes for p in FusedKANPredictor(predictor).parameters())
-    hours = full_hours = saved = None
-    if images_per_day is not None:
-        images = _positive("images_per_day", images_per_day)
-        hours, full_hours = (images / batch * spent / 3600 for spent in (seconds, total * plain))
-        saved = None if price is None else (full_hours - hours) * _positive("price", price)
+    full_hours, hours, saved = _day(images_per_day, batch, total * plain, seconds, price)
     measured = "as given" if step_seconds is not None else f"at {rate / 1e12:.4g} TFLOP/s"
     return Estimate(
         model=str(model),
@@ -237,7 +216,7 @@ def estimate(
         computed=computed,
         step_flops=step_flops,
         full_flops=total * step_flops,
-        flops=len(computed) * step_flops + skipped * round(predicted_flops),
+        flops=len(computed) * step_flops + (total - len(computed)) * round(predicted_flops),
         computed_seconds=plain,
         predicted_seconds=predicted_seconds,
         full_seconds=total * plain,
@@ -257,6 +236,38 @@ def estimate(
             "Without text encoders, decoding, and what the host adds to each step.",
         ),
     )
+
+
+def _sample(model, height, width, frames) -> tuple[str, Costs, int]:
+    """Family and costs of a model, and the image tokens of a sample."""
+    config, preset, scale, frame_scale = _find(model)
+    family = _family(config)
+    costs = family.costs(config)
+    given = zip(("height", "width", "frames"), (height, width, frames), preset)
+    size = (check_int(name, default if value is None else value) for name, value, default in given)
+    return family.family, costs, costs.image_tokens(*size, scale, frame_scale)
+
+
+def _day(images_per_day, batch: int, full_seconds: float, seconds: float, price) -> tuple:
+    """GPU-hours of a day with all steps computed and with few, and the money that this saves; None where unknown."""
+    if images_per_day is None:
+        return None, None, None
+    calls = _positive("images_per_day", images_per_day) / batch
+    full_hours, hours = calls * full_seconds / 3600, calls * seconds / 3600
+    return full_hours, hours, None if price is None else (full_hours - hours) * _positive("price", price)
+
+
+def _rates(device, bandwidth, flops_rate, efficiency) -> tuple[str, float, float]:
+    """Name, bytes per second and FLOPs per second of a device: those given, else the datasheet's."""
+    if device not in work.DATASHEETS:
+        remedy = "For another device, leave `device` out and give its `bandwidth` and `flops_rate`."
+        raise argument_error("device", f"be one of {', '.join(work.DATASHEETS)}", device, remedy)
+    name, sheet_bandwidth, sheet_rate = work.DATASHEETS[device]
+    bandwidth = _positive("bandwidth", sheet_bandwidth if bandwidth is None else bandwidth)
+    rate = _positive("flops_rate", sheet_rate if flops_rate is None else flops_rate)
+    if (bandwidth, rate) != (sheet_bandwidth, sheet_rate):
+        name = "a device with the given rates"
+    return name, bandwidth, rate * _positive("efficiency", efficiency, maximum=1.0)
 
 
 def transformer_flops(config: Mapping[str, Any], image_tokens: int, text_tokens: int) -> int:
