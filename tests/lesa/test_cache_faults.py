@@ -94,6 +94,30 @@ def test_one_sample_that_is_not_finite_is_enough_to_compute(pipe, place, value):
     assert all(torch.equal(outputs[step], plain[step]) for step in stream.computed)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [(0, 0, 0), (1, -1, -1)], ids=str)
+def test_one_number_of_the_velocity_that_is_not_finite_is_enough_to_compute(fresh_pipe, place, value):
+    """The head may overflow where the forecast of the features does not."""
+    transformer, heads = fresh_pipe.transformer, []
+    plain = drive(fresh_pipe, lambda step: [("it", FIRST)])["it"]
+
+    def overflow(module, args, output):
+        heads.append(len(heads))
+        if heads[-1] == 6:
+            output[place] = value
+        return output
+
+    transformer.proj_out.register_forward_hook(overflow)
+    with (
+        pytest.warns(RuntimeWarning, match="the forecast was not finite"),
+        lesa.enable_cache(fresh_pipe, make_predictor(), SOME) as handle,
+    ):
+        outputs = drive(fresh_pipe, lambda step: [("it", FIRST)])["it"]
+    stream = handle.stats.streams["main"]
+    assert stream.predicted == [3, 4] and stream.reasons[6] == "the forecast was not finite"
+    assert all(torch.equal(outputs[step], plain[step]) for step in stream.computed)
+
+
 @pytest.mark.parametrize("sick_stream", [0, 1])
 def test_one_stream_that_is_not_finite_ends_the_forecasts_of_all(pipe, sick_stream):
     def calls(step):

@@ -279,8 +279,8 @@ def test_the_worst_stream_and_sample_decides_of_the_next_gap_alone(pipe, generat
     worst, best = errors[spoiled[0]], errors[1 - spoiled[0]]
     assert best < TYPICAL / 2 and (worst > TYPICAL * 2 if math.isfinite(amount) else not math.isfinite(worst))
     for stream in streams:
-        # Step 7 is at 2 gaps. Half a gap more is sigma 0.8, step 10. Then the errors are small, and the gap is twice the
-        # trained one, to 4.5 gaps and sigma 0.55: step 22. The best stream alone would lead to 4 gaps, step 19.
+        # Step 7 is at 2 gaps. Half a gap more is sigma 0.8, step 10. Then the errors are small, and the gap is twice
+        # the trained one, to 4.5 gaps and sigma 0.55: step 22. The best stream alone would lead to 4 gaps, step 19.
         assert stream.computed[:5] == [0, 2, 7, 10, 22]
         assert stream.errors[10] < 0.5 * TYPICAL / 2
 
@@ -379,9 +379,10 @@ def test_late_mail_that_ends_the_run_leads_to_computing(pipe, generate, monkeypa
         assert (latents - plain).square().mean() < 0.1  # its first steps may have been forecast before that was known
 
 
+@pytest.mark.parametrize("late", [True, False])
 @pytest.mark.parametrize("streams", [1, 2])
-def test_late_errors_of_an_abandoned_run_do_not_reach_the_next(pipe, generate, monkeypatch, streams):
-    """The run is left when the large error at its step 7 is on the way to the host."""
+def test_errors_of_an_abandoned_run_do_not_reach_the_next(pipe, generate, monkeypatch, streams, late):
+    """The run is left after step 7. Its large error is on the host, or comes to it later, as from a GPU."""
     options = guided() if streams == 2 else {}
     predictor = uneven((0, 1))
 
@@ -390,7 +391,8 @@ def test_late_errors_of_an_abandoned_run_do_not_reach_the_next(pipe, generate, m
             raise StopError
         return tensors
 
-    monkeypatch.setattr(Mailbox, "post", post)
+    if late:
+        monkeypatch.setattr(Mailbox, "post", post)
     with lesa.enable_cache(pipe, predictor, lesa.ErrorControl(growth=1.0), strict=True) as cache:
         for _ in range(2):
             with pytest.raises(StopError):
