@@ -508,8 +508,12 @@ class Freed:
         self.tensor, self.same = None, 0
 
     def make(self, make):
-        before, self.tensor = id(self.tensor), None
-        self.tensor = make()
+        before, self.tensor, others = id(self.tensor), None, []
+        while self.tensor is None:
+            made = make()
+            if id(made) == before or len(others) == 99:  # the others fill the places before it
+                self.tensor = made
+            others.append(made)
         self.same += id(self.tensor) == before
         return self.tensor
 
@@ -575,21 +579,6 @@ def test_a_text_that_is_made_in_the_place_of_the_old_is_another(pipe):
     stream = handle.stats.streams["main"]
     assert stream.computed == [0, 1, 2, 5, 6, 9] and stream.reasons[6] == "the text changed"
     assert torch.equal(outputs[6], plain[6])
-
-
-def test_timesteps_that_are_set_in_the_place_of_the_old_are_a_new_run(pipe, generate):
-    """The scheduler's old timesteps are freed when it gets new ones, of the same values and shape."""
-    with lesa.enable_cache(pipe, make_predictor(), SOME) as handle:
-        for number in range(4):
-
-            def stop(pipe, step, timestep, tensors, last=number):
-                pipe._interrupt = step == last
-                return {}
-
-            generate(pipe, callback_on_step_end=stop)
-            assert handle.stats.runs == number + 1
-            stream = handle.stats.streams["cond"]
-            assert sorted(stream.computed + stream.predicted) == [*range(number + 1)]
 
 
 # Statistics and memory
