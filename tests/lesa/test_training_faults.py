@@ -659,4 +659,7 @@ def test_going_on_with_or_without_error_control_is_refused(recording, tmp_path, 
 def test_what_no_training_depends_on_may_change(recording, unfinished, _whole, capfd):
     lesa.train(recording.folder, out_dir=unfinished, **{**UNFINISHED, "progress": True})
     assert bytes_in(unfinished) == _whole
-    assert "2/4" in capfd.readouterr().err  # it begins after the epochs that are done
+    shown = capfd.readouterr().err
+    assert "2/4" in shown  # it begins after the epochs that are done
+    for loss in json.loads(_whole["losses.json"])["validation"][2:]:
+        assert f"validation={loss:.4f}" in shown
