@@ -241,7 +241,7 @@ PREDICTED = [step for step in range(STEPS) if step not in SCHEDULE]
 
 
 def forecasts(predictor, trajectory, computed):
-    """In a run whose computed steps have the features `[C, T, D]`: of the predicted steps `[P, T, D]`."""
+    """Of the predicted steps `[P, T, D]`, in a run whose computed steps have the features `[C, T, D]`."""
     ring, made = predictor.make_ring(1, computed.shape[1]), []
     for step, sigma in enumerate(trajectory.sigmas.tolist()):
         if step in SCHEDULE:
@@ -260,9 +260,9 @@ def velocity(trajectories, trajectory, features, steps):
 
 
 def loss_of(predictor, trajectories, roll_outs, numbers, tokens=slice(None)):
-    """As `lesa.train` has it on the plain runs, and for each roll-out what is off after each gap, and 0.3 of errors.
+    """The loss of `lesa.train` on the plain runs; for each roll-out, the drift after the gaps and 0.3 of the errors.
 
-    After a gap the latents are off by as much as before it, by what the computed step and by what the forecasts add.
+    The drift after a gap is the one before it, and what the computed step and the forecasts add.
     """
     parts = {name: [] for name in ("truth", "made", "velocity", "error", "moved", "moved_off")}
     rolled_parts = [{"error": [], "off": []} for _ in roll_outs]
@@ -345,7 +345,7 @@ def test_each_round_trains_on_plain_runs_and_on_all_roll_outs_so_far(pipe, recor
 
 
 def test_tokens_of_plain_runs_and_roll_outs_are_the_same(pipe, recorded, predictor, rolled, tmp_path):
-    """With one of twenty left out, the loss is that of the nineteen others."""
+    """With nineteen of twenty tokens, the loss is that of recordings without one of them."""
     options = {"rounds": 1, "epochs": 1, "tokens_per_batch": 19, "samples_per_call": 8, "progress": False}
     with watched_rates() as rates:
         refined = lesa.refine(predictor, recorded[0], pipe, recorded[1], out_dir=tmp_path / "out", **options)
@@ -373,7 +373,7 @@ UNFINISHED = {
 
 @contextlib.contextmanager
 def watched_rates(stop_before=None):
-    """The learning rate of each step of the optimiser; the step `stop_before` raises."""
+    """Notes the learning rate of each step of the optimiser; raises before the step `stop_before`."""
     rates = []
 
     def see(optimizer, args, kwargs):

@@ -1,8 +1,8 @@
-"""What `lesa.train` reports and writes, against numpy and against forecasts pushed into a `FeatureRing` step by step.
+"""What `lesa.train` reports and writes is compared with numpy and with forecasts that are pushed into a `FeatureRing`.
 
-At the smallest learning rate a predictor stays what it is at first: a newton one a line through the two newest computed
-features, a dense one the newest feature. So each figure in `losses.json` can be worked out here, and tells which
-samples and which steps it is of.
+At the smallest learning rate a predictor does not change. A newton predictor then draws a line through the two newest
+computed features; a dense predictor repeats the newest feature. So this file can work out each figure in `losses.json`,
+and the figure shows which samples and which steps were used.
 """
 
 import contextlib
@@ -123,8 +123,11 @@ def untrained(forecast):
     return lambda trajectory, computed, steps: np.stack([forecast(trajectory, computed, step) for step in steps])
 
 
-def in_a_run(predictor):
-    """Forecasts as a run makes them: a ring is pushed step by step, with forecasts too where the history has them."""
+def in_a_run(predictor, guided=False):
+    """Forecasts from a ring, as in a run: features are pushed step by step, and forecasts too for a dense predictor.
+
+    With `guided`, the truth is pushed in place of forecasts.
+    """
 
     def forecasts(trajectory, computed, steps):
         ring = predictor.make_ring(1, trajectory.features.shape[1])
@@ -135,7 +138,7 @@ def in_a_run(predictor):
                 with torch.no_grad():
                     forecast = predictor(ring, sigma)
                 made.append(forecast[0].double().numpy())
-                feature = feature if step in computed else forecast
+                feature = feature if step in computed or guided else forecast
             if step in computed or predictor.config.history == "steps":
                 ring.push(feature, sigma)
         return np.stack(made)
@@ -148,8 +151,9 @@ def size(values):
 
 
 def loss_of(trajectories, numbers, forecasts, computed=SCHEDULE, head_aware=True):
-    """Mean error of features, over their mean size; to a tenth of it 0.3 of that of velocities and 1 of that of gaps.
+    """The mean error of the features over their mean size.
 
+    With `head_aware` this counts a tenth, the error of the velocities 0.3 and that of the gaps' displacements 1.
     `forecasts(trajectory, computed, steps)` gives `[P, T, D]`.
     """
     steps = [step for step in range(STEPS) if step not in computed]
@@ -185,7 +189,7 @@ def close(value):
 
 
 class Optimiser:
-    """What each step of the optimiser was made with; raises before the step `stop_before`."""
+    """Notes what each step of the optimiser is made with; raises before the step `stop_before`."""
 
     def __init__(self, stop_before=None):
         self.stop_before = stop_before
@@ -213,9 +217,6 @@ def watched_optimiser(stop_before=None):
         hook.remove()
 
 
-# Losses
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("head_aware", [True, False])
 @pytest.mark.parametrize("config, forecast", [(NEWTON, line), (DENSE, newest)], ids=["newton", "dense"])
@@ -235,7 +236,7 @@ def test_gaps_of_one_step_and_a_last_computed_step_count_too(tmp_path):
 
 
 def test_samples_of_rarer_noise_levels_weigh_less(tmp_path):
-    """Three samples of one spacing of the noise levels, and one of another, on whose steps the schedule lies apart."""
+    """Three samples have the same noise levels. A fourth has others, so that other steps of it are computed."""
     trajectories = write_recording(tmp_path / "t", samples=4, shifts=(1.0, 1.0, 1.0, 4.0))
     options = {"epochs": 1, "learning_rate": STILL, "validation_fraction": 0}
     _, losses = train(trajectories, NEWTON, tmp_path / "out", **options)
@@ -250,7 +251,7 @@ def test_samples_of_rarer_noise_levels_weigh_less(tmp_path):
 @pytest.mark.parametrize("head_aware", [True, False])
 @pytest.mark.parametrize("config", [NEWTON, DENSE], ids=["newton", "dense"])
 def test_the_validation_loss_is_that_of_forecasts_pushed_step_by_step_into_a_ring(tmp_path, config, head_aware):
-    """With a trained predictor, whose forecasts depend on the age and the number of the entries."""
+    """The predictor is trained, so its forecasts depend on the age and the number of the entries."""
     trajectories = alike(tmp_path / "t")
     options = {"epochs": 8, "guided_epochs": 2, "learning_rate": 3e-2, "head_aware": head_aware}
     predictor, losses = train(trajectories, config, tmp_path / "out", **options)
@@ -263,7 +264,7 @@ def test_the_validation_loss_is_that_of_forecasts_pushed_step_by_step_into_a_rin
 
 @pytest.mark.parametrize("schedule", [(0,), (0, 1, 2, 3), (0, 6, 11), (0, 1, 11)])
 def test_early_steps_of_a_roll_out_are_those_of_a_ring(tmp_path, schedule):
-    """Schedules whose forecasts begin with one entry of history, with four, and end before the last step."""
+    """The first forecast has one entry of history, or four; the last computed step comes early, or is the last step."""
     trajectories = alike(tmp_path / "t")
     options = {"epochs": 6, "guided_epochs": 2, "learning_rate": 3e-2, "schedule": schedule}
     predictor, losses = train(trajectories, DENSE, tmp_path / "out", **options)
@@ -273,7 +274,7 @@ def test_early_steps_of_a_roll_out_are_those_of_a_ring(tmp_path, schedule):
 
 @pytest.mark.parametrize("config, head_aware", [(NEWTON, True), (DENSE, False)], ids=["newton", "dense"])
 def test_the_gradient_is_that_of_the_loss(tmp_path, config, head_aware):
-    """In its own direction, by central differences; through the forecasts in a dense history too."""
+    """Central differences along the gradient give its length; a dense history passes it on through its forecasts."""
     trajectories, schedule = alike(tmp_path / "t", samples=1), (0, 2, 5, 8, 10)
     options = {"epochs": 3, "guided_epochs": 0, "learning_rate": 1e-3, "head_aware": head_aware, "schedule": schedule}
     with watched_optimiser() as optimiser:
@@ -291,12 +292,9 @@ def test_the_gradient_is_that_of_the_loss(tmp_path, config, head_aware):
     assert norm == pytest.approx((loss(1e-3) - loss(-1e-3)) / 2e-3, rel=0.02)
 
 
-# The optimiser
-
-
 @pytest.mark.parametrize("config, rate", [(NEWTON, 3e-3), (DENSE, 1e-4)], ids=["newton", "dense"])
 def test_the_learning_rate_falls_along_a_cosine_at_each_step(tmp_path, config, rate):
-    """From the mixer's own default to nearly nothing; both stages are on one curve, and no batch is left out."""
+    """It begins at the mixer's default and ends near 0. Both stages share one curve, and no batch is left out."""
     trajectories = write_recording(tmp_path / "t", samples=6)
     options = {"epochs": 5, "guided_epochs": 2, "batch_size": 2}  # one sample is for validation: three batches
     with watched_optimiser() as optimiser:
@@ -324,7 +322,7 @@ def test_long_gradients_are_shortened_to_one_and_short_ones_are_kept(tmp_path):
 
 @pytest.mark.parametrize("config, head_aware", [(NEWTON, True), (DENSE, False)], ids=["newton", "dense"])
 def test_defaults_follow_the_mixer(tmp_path, config, head_aware):
-    """Which loss, and how many epochs are guided: a sixth for newton, a third for dense."""
+    """They are the loss and the number of guided epochs: a sixth for newton, a third for dense."""
     trajectories = write_recording(tmp_path / "t", samples=2)
     _, losses = train(trajectories, config, tmp_path / "out", epochs=7, learning_rate=STILL, validation_fraction=0)
     guided = losses["guided_epochs"]
@@ -332,9 +330,6 @@ def test_defaults_follow_the_mixer(tmp_path, config, head_aware):
     assert len(losses["training"]) == 7 + guided
     forecast = untrained(line if config is NEWTON else newest)
     assert losses["training"][-1] == close(loss_of(trajectories, [0, 1], forecast, head_aware=head_aware))
-
-
-# Stages
 
 
 def test_a_dense_history_is_true_in_guided_epochs_and_holds_forecasts_after_them(tmp_path):
@@ -353,8 +348,22 @@ def test_a_dense_history_is_true_in_guided_epochs_and_holds_forecasts_after_them
     assert losses["validation"] == [validation] * 5  # always as at inference
 
 
+def test_guided_forecasts_of_a_dense_predictor_are_those_of_a_ring_of_true_features(tmp_path):
+    """The training loss is compared, which is of the predictor before its last guided step."""
+    trajectories = alike(tmp_path / "t", samples=1)
+    options = {"epochs": 1, "guided_epochs": 5, "learning_rate": 3e-2}
+    with watched_optimiser() as optimiser:
+        predictor, losses = train(trajectories, DENSE, tmp_path / "out", **options)
+    with torch.no_grad():
+        for parameter, value in zip(predictor.parameters(), optimiser.parameters[4]):
+            parameter.copy_(value)
+    expected = loss_of(trajectories, [0], in_a_run(predictor, guided=True), (0,), head_aware=False)
+    assert losses["training"][4] == close(expected)
+    assert losses["training"][4] != pytest.approx(losses["training"][0], rel=0.01)
+
+
 def schedules_read(trajectories, losses, choices):
-    """Of which schedule each loss is: on two equal samples, of a predictor that draws lines."""
+    """The schedule that gives each loss, for a predictor that draws lines. All samples are the same."""
     known = {loss_of(trajectories, [0], untrained(line), choice): choice for choice in choices}
     read = []
     for loss in losses:
@@ -392,11 +401,8 @@ def test_schedules_for_error_control_have_gaps_half_to_twice_as_long(tmp_path):
     assert losses["validation"] == [close(loss_of(trajectories, [0], untrained(line), schedule))] * 40
 
 
-# Which samples
-
-
 def validation_samples(trajectories, found, forecasts, streams=1):
-    """The only samples that together have this loss."""
+    """The samples that have this loss together; no others do."""
     count = len(trajectories) // streams
     matching = [
         samples
@@ -456,7 +462,7 @@ def test_batches_and_tokens_are_drawn_again_each_epoch(trajectories, tmp_path):
 
 
 def test_tokens_keep_their_sample_and_step(tmp_path):
-    """Four of five tokens: the loss is that of a recording without one of them."""
+    """With four of five tokens, the loss is that of a recording without one of them."""
     trajectories = write_recording(tmp_path / "t", samples=1)
     options = {"epochs": 8, "guided_epochs": 0, "learning_rate": STILL, "tokens_per_batch": TOKENS - 1}
     _, losses = train(trajectories, NEWTON, tmp_path / "out", **options)
@@ -480,14 +486,11 @@ def test_tokens_keep_their_sample_and_step(tmp_path):
     assert len(seen) > 1
 
 
-# Typical errors
-
-
-def errors_at_computed_steps(trajectories, number, forecasts):
-    """How far the velocity would be off at each computed step but the first, if it were forecast; relative."""
-    steps = [*SCHEDULE[1:]]
+def errors_at_computed_steps(trajectories, number, forecasts, computed=SCHEDULE):
+    """The relative error of the velocity at each computed step but the first, if that step were forecast."""
+    steps = [*computed[1:]]
     truth = velocity_of(trajectories, number, trajectories[number].features.double().numpy()[steps], steps)
-    made = velocity_of(trajectories, number, forecasts(trajectories[number], SCHEDULE, steps), steps)
+    made = velocity_of(trajectories, number, forecasts(trajectories[number], computed, steps), steps)
     return np.array([size(m - t) / size(t) for m, t in zip(made, truth)])
 
 
@@ -509,7 +512,7 @@ def test_typical_errors_are_the_median_of_the_validation_samples_and_the_worst_o
 
 
 def test_typical_errors_are_those_of_the_trained_predictor(tmp_path):
-    """With two training samples and none for validation: of them."""
+    """There are two training samples and none for validation, so the errors are those of the two."""
     trajectories = write_recording(tmp_path / "t", samples=2)
     options = {"epochs": 6, "learning_rate": 3e-2, "validation_fraction": 0}
     predictor, _ = train(trajectories, NEWTON, tmp_path / "out", **options)
@@ -518,12 +521,22 @@ def test_typical_errors_are_those_of_the_trained_predictor(tmp_path):
     assert not np.allclose(both[0], errors_at_computed_steps(trajectories, 0, untrained(line)), rtol=0.01)
 
 
+def test_typical_errors_of_other_noise_levels_are_taken_at_those_of_the_schedule(tmp_path):
+    trajectories = write_recording(tmp_path / "t", samples=2, shifts=(1.0, 4.0))
+    options = {"epochs": 1, "learning_rate": STILL, "validation_fraction": 0}
+    predictor, _ = train(trajectories, NEWTON, tmp_path / "out", **options)
+    wanted, levels = (trajectory.sigmas.double().numpy() for trajectory in trajectories)
+    nearest = tuple(int(np.abs(levels - wanted[step]).argmin()) for step in SCHEDULE)
+    first = errors_at_computed_steps(trajectories, 0, untrained(line))
+    second = errors_at_computed_steps(trajectories, 1, untrained(line), nearest)
+    rising = [-levels[step] for step in nearest[1:]]
+    second = [np.interp(-wanted[step], rising, second) for step in SCHEDULE[1:]]
+    assert predictor.config.schedule_errors == (0.0, *map(close, (first + second) / 2))
+
+
 def test_a_dense_predictor_has_no_typical_errors(trajectories, tmp_path):
     predictor, _ = train(trajectories, DENSE, tmp_path / "out", epochs=1)
     assert predictor.config.schedule_errors is None
-
-
-# Going on
 
 
 UNFINISHED = {
@@ -581,7 +594,7 @@ def unfinished(_unfinished, tmp_path):
 
 @pytest.mark.parametrize("before", [1, 2, 3, 4, 7])
 def test_a_stopped_training_goes_on_to_the_same_bytes(recording, _whole, tmp_path, before):
-    """Stopped within the first epoch, after it, in its guided stage, at its end, and in the last epoch."""
+    """It is stopped in the first epoch, after it, in the second, after the guided stage, and in the last epoch."""
     out = tmp_path / "out"
     stop_before(before, recording, out)
     with watched_optimiser() as optimiser:
@@ -649,7 +662,7 @@ def test_going_on_with_other_trajectories_is_refused(unfinished, tmp_path):
 
 @pytest.mark.parametrize("now", [True, False])
 def test_going_on_with_or_without_error_control_is_refused(recording, tmp_path, now):
-    """Where all else is equal: the same number of guided epochs, and one epoch after them against none."""
+    """In both directions."""
     out = tmp_path / "out"
     stop_before(5, recording, out, controlled=not now)
     with pytest.raises(ValueError, match="must be what the unfinished training"):
