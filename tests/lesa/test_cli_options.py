@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import functools
+import importlib
 import inspect
+import pkgutil
 import re
 import shutil
 import sys
@@ -36,6 +38,10 @@ LIBRARY = {name: getattr(lesa, name) for name in NAMED} | {
     "env_report": env_report,
 }
 """What the commands call, by the names in the expected calls below."""
+
+
+for command in pkgutil.walk_packages(getattr(cli, "__path__", []), f"{cli.__name__}."):
+    importlib.import_module(command.name)  # one that came later would keep the stand-ins below
 
 
 def replace_everywhere(monkeypatch, function, other):
@@ -104,7 +110,7 @@ def calls_of(monkeypatch, tmp_path, folder, digits_pipe):
         "export": ["lesa record"],
         "report": Path("page.html"),
     }
-    seen, state = {}, {"cached": False}
+    seen, state = {}, {"cached": False, "interrupted": None}
 
     def note(name, arguments):
         number = 1 + len({key.split(".")[0] for key in seen if re.fullmatch(rf"{name}( \d+)?", key.split(".")[0])})
@@ -122,6 +128,8 @@ def calls_of(monkeypatch, tmp_path, folder, digits_pipe):
             arguments = dict(bound.arguments)
             arguments |= arguments.pop("options", {})  # those of `load_pipeline` that have no name of their own
             note(name, arguments)
+            if name == state["interrupted"]:
+                raise KeyboardInterrupt
             if name == "load_pipeline":
                 pipe = copy.deepcopy(digits_pipe).to(arguments["torch_dtype"])
                 if any(word.startswith("--prompt") for word in state["words"]):  # they need an encoder
@@ -151,11 +159,12 @@ def calls_of(monkeypatch, tmp_path, folder, digits_pipe):
         replace_everywhere(monkeypatch, function, spy(name))
     monkeypatch.setattr(FluxPipeline, "__call__", draw)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # which the command would leave set
     monkeypatch.chdir(tmp_path)
     verbosity = diffusers_logging.get_verbosity()
 
-    def calls(words):
-        state["words"] = words
+    def calls(words, interrupted=None):
+        state.update(words=words, interrupted=interrupted)
         cli.main(words)
         return seen
 
@@ -548,6 +557,30 @@ def test_no_command_and_no_option_is_left_out(capsys):
         texts = [words for words, _ in command.options] + [text for text in INSTEAD if text.startswith(name + " ")]
         tried = {word.partition("=")[0] for text in texts for word in text.split() if word.startswith("--")}
         assert known - tried == ({"--inputs"} if name == "generate" else set())  # which is in its required words
+
+
+INTERRUPTED = {
+    "demo": ("run_demo", False),
+    "record": ("record", True),
+    "train": ("train", True),
+    "refine": ("refine", True),
+    "generate": ("enable_cache", False),
+    "evaluate": ("evaluate", True),
+    "report": ("report", False),
+    "estimate": ("estimate", False),
+    "env": ("env_report", False),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_interrupt_says_where_the_same_command_goes_on(calls_of, folder, capsys, name):
+    function, resumes = INTERRUPTED[name]
+    words = f"{name} {COMMANDS[name].required}".replace("{}", str(folder)).split()
+    with pytest.raises(SystemExit) as exit:
+        calls_of(words, interrupted=function)
+    assert exit.value.code == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "lesa: interrupted" + ("; the same command continues where it stopped" if resumes else "")
 
 
 def test_training_is_on_the_gpu_where_there_is_one(calls_of, folder, monkeypatch):
