@@ -22,9 +22,10 @@ from PIL import Image
 
 import lesa
 from lesa import cli
-from lesa.demo import digits
+from lesa.contenders import TaylorSeer
+from lesa.demo import digits, photos
 from lesa.demo.run import export, run_demo
-from lesa.inputs import write_inputs
+from lesa.inputs import read_inputs, write_inputs
 from lesa.pipelines import load_pipeline
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.env_report import main as env_report
@@ -56,6 +57,13 @@ def replace_everywhere(monkeypatch, function, other):
     assert places
     for module, name in places:
         monkeypatch.setattr(module, name, other)
+
+
+def bound(function, args, kwargs):
+    """The arguments of a call by name, defaults included."""
+    made = inspect.signature(function).bind(*args, **kwargs)
+    made.apply_defaults()
+    return dict(made.arguments)
 
 
 def plain(value):
@@ -119,13 +127,9 @@ def calls_of(monkeypatch, tmp_path, folder, digits_pipe):
         seen.update({f"{label}.{key}": plain(value) for key, value in arguments.items()})
 
     def spy(name):
-        signature = inspect.signature(LIBRARY[name])
-
         @functools.wraps(LIBRARY[name])
         def called(*args, **kwargs):
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            arguments = dict(bound.arguments)
+            arguments = bound(LIBRARY[name], args, kwargs)
             arguments |= arguments.pop("options", {})  # those of `load_pipeline` that have no name of their own
             note(name, arguments)
             if name == state["interrupted"]:
@@ -604,3 +608,69 @@ def test_the_mask_of_a_prompt_keeps_its_dtype(calls_of, folder):
     ((given),) = calls_of(words.split())["record.inputs"]
     assert given["prompt_embeds"] == (torch.int64, "cpu", 1.0)
     assert given["latents"] == (torch.float16, "cpu", 0.0)
+
+
+# The demo
+
+
+@pytest.mark.parametrize(
+    ("model", "predictors", "intervals"),
+    [
+        (digits, ["newton-9", "newton-8", "dense-9"], (7, 10)),
+        (photos, ["photos-newton-9", "photos-newton-8"], (7, 8)),
+    ],
+    ids=["digits", "photos"],
+)
+def test_what_the_demo_compares(monkeypatch, tmp_path, model, predictors, intervals):
+    name, seen = model.__name__.rpartition(".")[2], {}
+    evaluate = LIBRARY["evaluate"]
+    replace_everywhere(monkeypatch, evaluate, lambda *args, **kwargs: seen.update(bound(evaluate, args, kwargs)))
+    run_demo(tmp_path, num_samples=12, progress=False, model=name)
+    assert type(seen.pop("pipe")) is type(model.load_pipeline())
+    labels = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert plain(seen.pop("inputs")) == plain(model.inputs_for(labels))
+    for label, predictor in seen.pop("predictors").items():
+        assert label == predictors.pop(0)
+        bundled = FusedKANPredictor.from_pretrained(digits.WEIGHTS / label)
+        assert predictor.config == bundled.config
+        assert all(map(torch.equal, predictor.parameters(), bundled.parameters()))
+    assert not predictors
+    settings = [TaylorSeer(interval, 1, lite, 3) for interval in intervals for lite in (False, True)]
+    assert seen == {
+        "against": ("steps", *settings),
+        "num_inference_steps": 50,
+        "seed": 10_000,
+        "batch_size": None,
+        "out_dir": tmp_path,
+        "progress": False,
+        "search_samples": 4,
+    }
+
+
+WALKS = {
+    "digits": ("0,2,7,13,19,26,34,41,47", 60, 20, "digit.png"),
+    "photos": ("0,2,5,9,16,23,30,39,46", 24, 8, "photo.png"),
+}
+
+
+@pytest.mark.parametrize("model", WALKS)
+def test_the_commands_of_the_demo(tmp_path, model):
+    schedule, epochs, refining, picture = WALKS[model]
+    at = f"{tmp_path}/"
+    recorded = f"--model {at}model --inputs {at}inputs.safetensors --batch-size 16"
+    fresh = f"--model {at}model --predictor {at}predictor --seed 10000"
+    assert export(tmp_path, model) == [
+        f"lesa record {recorded} --out {at}trajectories",
+        f"lesa train --trajectories {at}trajectories --schedule {schedule} --epochs {epochs} --out {at}trained",
+        f"lesa refine {recorded} --trajectories {at}trajectories --predictor {at}trained --epochs {refining} "
+        f"--out {at}predictor",
+        f"lesa generate {fresh} --inputs {at}prompts.safetensors --output {at}{picture}",
+        f"lesa evaluate {fresh} --inputs {at}test-inputs.safetensors --out {at}evaluation",
+    ]
+    module = {"digits": digits, "photos": photos}[model]
+    counts = {"inputs": 160 if model == "digits" else 320, "prompts": 10, "test-inputs": 64}
+    for name, count in counts.items():
+        expected = module.inputs_for([number % 10 for number in range(count)])
+        assert plain(read_inputs(tmp_path / f"{name}.safetensors")) == plain(expected)
+    walked = sorted(path.relative_to(tmp_path / "model") for path in (tmp_path / "model").rglob("*"))
+    assert walked == sorted(path.relative_to(module.PIPELINE_DIR) for path in module.PIPELINE_DIR.rglob("*"))
