@@ -45,18 +45,19 @@ for command in pkgutil.walk_packages(getattr(cli, "__path__", []), f"{cli.__name
     importlib.import_module(command.name)  # one that came later would keep the stand-ins below
 
 
-def replace_everywhere(monkeypatch, function, other):
-    """Replaces a function of the library under each name by which a loaded module has it."""
+def replace_everywhere(monkeypatch, others):
+    """Replaces functions of the library, given by name, under each name by which a loaded module has them."""
+    named = {id(LIBRARY[name]): name for name in others}
     places = [
-        (module, name)
+        (module, attribute, named[id(value)])
         for key, module in [*sys.modules.items()]
-        if key.split(".")[0] in ("lesa", "lesa_kernels")
-        for name, value in [*vars(module).items()]
-        if value is function
+        if key.startswith("lesa")
+        for attribute, value in [*vars(module).items()]
+        if id(value) in named
     ]
-    assert places
-    for module, name in places:
-        monkeypatch.setattr(module, name, other)
+    assert {name for *_, name in places} == {*others}
+    for module, attribute, name in places:
+        monkeypatch.setattr(module, attribute, others[name])
 
 
 def bound(function, args, kwargs):
@@ -159,8 +160,7 @@ def calls_of(monkeypatch, tmp_path, folder, digits_pipe):
         note("pipe", {"self": self, "cached": state["cached"], **kwargs})
         return SimpleNamespace(images=[Image.fromarray(np.zeros((2, 2, 3), dtype=np.uint8))])
 
-    for name, function in LIBRARY.items():
-        replace_everywhere(monkeypatch, function, spy(name))
+    replace_everywhere(monkeypatch, {name: spy(name) for name in LIBRARY})
     monkeypatch.setattr(FluxPipeline, "__call__", draw)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # which the command would leave set
@@ -623,8 +623,11 @@ def test_the_mask_of_a_prompt_keeps_its_dtype(calls_of, folder):
 )
 def test_what_the_demo_compares(monkeypatch, tmp_path, model, predictors, intervals):
     name, seen = model.__name__.rpartition(".")[2], {}
-    evaluate = LIBRARY["evaluate"]
-    replace_everywhere(monkeypatch, evaluate, lambda *args, **kwargs: seen.update(bound(evaluate, args, kwargs)))
+
+    def evaluate(*args, **kwargs):
+        seen.update(bound(LIBRARY["evaluate"], args, kwargs))
+
+    replace_everywhere(monkeypatch, {"evaluate": evaluate})
     run_demo(tmp_path, num_samples=12, progress=False, model=name)
     assert type(seen.pop("pipe")) is type(model.load_pipeline())
     labels = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
