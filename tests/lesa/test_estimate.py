@@ -345,12 +345,83 @@ def test_the_papers_predictor_is_bound_by_its_products():
     assert paper.speedup_ratio < ours.speedup_ratio
 
 
-def test_gpu_hours_and_money_are_those_of_the_images():
-    found = lesa.estimate("flux-1024", step_seconds=0.2, batch=2, images_per_day=7200, price=3.0)
-    assert found.full_gpu_hours == pytest.approx(7200 / 2 * 10 / 3600)
-    assert found.saved == pytest.approx((found.full_gpu_hours - found.gpu_hours) * 3)
-    assert "money" in found.table() and "cost of a day" in found.table()
-    assert lesa.estimate("flux-1024", images_per_day=1).saved is None
+FREE = {"bandwidth": 1e30, "flops_rate": 1e30}
+"""Rates at which a predicted step, and a push into the ring, take no time."""
+
+
+@pytest.mark.parametrize(
+    ("batch", "schedule", "hours", "full_hours", "saved"),
+    [
+        # 7200 images, of which each call makes so many, at 0.2 s a computed step of 50.
+        (1, [0, 2, 6, 12, 18, 25, 32, 39, 46], 7200 * 1.8 / 3600, 20.0, (20.0 - 3.6) * 3),
+        (2, [0, 2, 6, 12, 18, 25, 32, 39, 46], 1.8, 10.0, 24.6),
+        (4, [0, 10, 20, 30, 40], 0.5, 5.0, 13.5),
+    ],
+)
+def test_gpu_hours_and_money_worked_out_by_hand(batch, schedule, hours, full_hours, saved):
+    found = lesa.estimate(
+        "flux-1024", schedule=schedule, step_seconds=0.2, batch=batch, images_per_day=7200, price=3.0, **FREE
+    )
+    assert found.seconds == pytest.approx(0.2 * len(schedule))
+    assert found.gpu_hours == pytest.approx(hours)
+    assert found.full_gpu_hours == pytest.approx(full_hours)
+    assert found.saved == pytest.approx(saved)
+    assert found.speedup == pytest.approx(50 / len(schedule)) and found.speedup_ratio == pytest.approx(1)
+    lines = [line.split("  ") for line in found.table().splitlines()]
+    rows = {cells[0]: [cell.strip() for cell in cells[1:] if cell.strip()] for cells in lines}
+    assert rows["GPU-hours a day"] == [f"{full_hours:.4g}", f"{hours:.4g}"]
+    assert rows["cost of a day"] == [f"{full_hours * 3:.2f}", f"{hours * 3:.2f}"]
+    assert rows["steps computed"] == ["50", f"{len(schedule)}"]
+    assert rows["seconds"] == ["10", f"{0.2 * len(schedule):.3g}"]
+    text = f"Saved a day, at 7200 images: {full_hours - hours:.4g} GPU-hours, {saved:.2f} in money."
+    assert [text] in lines
+
+
+def test_gpu_hours_hold_the_predicted_steps_too():
+    """A bandwidth at which each of 41 predicted steps takes as long as a computed one."""
+    rates = {"step_seconds": 0.2, "flops_rate": 1e60}
+    moved = lesa.estimate("flux-1024", bandwidth=1.0, **rates).predicted_seconds
+    found = lesa.estimate("flux-1024", bandwidth=moved / 0.2, images_per_day=36, **rates)
+    pushes = 9 * 2 * 4096 * 3072 * 2 / (moved / 0.2)  # each reads and writes one feature
+    assert found.predicted_seconds == pytest.approx(0.2)
+    assert found.seconds == pytest.approx(10 + pushes)
+    assert found.gpu_hours == pytest.approx((10 + pushes) / 100)
+    assert found.full_gpu_hours == pytest.approx(0.1)
+
+
+def test_without_images_there_are_no_hours_and_without_a_price_no_money():
+    plain = lesa.estimate("flux-1024", price=2.0)
+    assert (plain.gpu_hours, plain.full_gpu_hours, plain.saved) == (None, None, None)
+    assert "a day" not in plain.table()
+    found = lesa.estimate("flux-1024", step_seconds=0.2, images_per_day=3600, **FREE)
+    assert found.saved is None and found.gpu_hours == pytest.approx(1.8)
+    assert "Saved a day, at 3600 images: 8.2 GPU-hours." in found.table()
+    assert "cost" not in found.table() and "money" not in found.table()
+
+
+def test_what_a_second_stream_and_a_larger_batch_multiply():
+    sizes = ({"streams": 1}, {"streams": 2}, {"streams": 1, "batch": 2})
+    one, streams, batch = (lesa.estimate("sd3-1024", **size) for size in sizes)
+    for more in (streams, batch):
+        assert more.step_flops == 2 * one.step_flops
+        assert more.computed_seconds == pytest.approx(2 * one.computed_seconds)
+        assert more.ring_bytes == 2 * one.ring_bytes
+        assert more.predictor_bytes == one.predictor_bytes
+        assert more.image_tokens == one.image_tokens
+        assert 1.9 < more.predicted_seconds / one.predicted_seconds <= 2  # samples share the weights
+        assert 1.9 < more.seconds / one.seconds <= 2
+    assert streams.predicted_seconds == 2 * one.predicted_seconds
+    measured = [lesa.estimate("sd3-1024", step_seconds=0.3, streams=streams) for streams in (1, 2)]
+    assert [found.computed_seconds for found in measured] == [0.3, 0.3]  # a measured step is one of all streams
+
+
+def test_a_predicted_step_may_be_bound_by_its_flops():
+    rates = {"bandwidth": 1e30, "flops_rate": 2e12, "efficiency": 0.5}
+    found = lesa.estimate("flux-1024", **rates)
+    least = work.predict_velocity(1, 4096, 3072, torch.bfloat16, 64, 4, 32)
+    assert found.predicted_seconds == pytest.approx(least["flops"] / 1e12, rel=0.01)
+    assert found.full_flops == 50 * found.step_flops
+    assert found.flops - 9 * found.step_flops == pytest.approx(41 * least["flops"], rel=0.01)
 
 
 def test_a_model_of_the_hub_is_read_from_the_cache(tmp_path, monkeypatch):
