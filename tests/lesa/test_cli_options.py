@@ -22,7 +22,7 @@ from PIL import Image
 
 import lesa
 from lesa import cli
-from lesa.contenders import TaylorSeer
+from lesa.contenders.taylorseer import TaylorSeer
 from lesa.demo import digits, photos
 from lesa.demo.run import export, run_demo
 from lesa.inputs import read_inputs, write_inputs

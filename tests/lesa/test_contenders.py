@@ -16,7 +16,10 @@ from diffusers.hooks import MagCacheConfig
 from skimage.metrics import structural_similarity
 
 import lesa
-from lesa.contenders import CacheDiT, FirstBlockCache, MagCache, TaylorSeer, taylorseer_grid
+from lesa.contenders.cache_dit import CacheDiT
+from lesa.contenders.first_block_cache import FirstBlockCache
+from lesa.contenders.mag_cache import MagCache
+from lesa.contenders.taylorseer import TaylorSeer, taylorseer_grid
 from lesa.demo import digits
 
 sys.path.append(str(Path(__file__).parent))

@@ -10,8 +10,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import lesa
-from lesa.contenders import TaylorSeer
-from lesa.evaluation import Evaluation
+from lesa.contenders.taylorseer import TaylorSeer
+from lesa.evaluation.result import Evaluation
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 sys.path.append(str(Path(__file__).parent))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 
-from lesa import quality
+from lesa.evaluation import quality
 
 
 def images(height=12, width=10, seed=0):

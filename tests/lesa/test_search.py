@@ -230,7 +230,7 @@ def test_a_stopped_training_with_a_budget_keeps_its_schedule(tmp_path, monkeypat
     trajectories, config = write_trajectories(tmp_path / "t", bent), PredictorConfig(WIDTH, rank=2, hidden=4)
     options = {"budget": 4, "epochs": 3, "out_dir": tmp_path / "out", "progress": False}
     whole = lesa.train(trajectories, config, **{**options, "out_dir": None})
-    save, saves = lesa.training.Training._save_checkpoint, []
+    save, saves = lesa.training.training_run.Training._save_checkpoint, []
 
     def stop(self, *arguments):
         save(self, *arguments)
@@ -238,7 +238,7 @@ def test_a_stopped_training_with_a_budget_keeps_its_schedule(tmp_path, monkeypat
         if self.out_dir is not None and self.reach == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(lesa.training.Training, "_save_checkpoint", stop)
+    monkeypatch.setattr(lesa.training.training_run.Training, "_save_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
         lesa.train(trajectories, config, **options)
     monkeypatch.undo()
