@@ -91,6 +91,25 @@ def leads_somewhere(document, path, heading=None):
     return heading in {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings}
 
 
+@pytest.mark.parametrize("package", ["lesa", "lesa_kernels"])
+def test_the_reference_has_every_public_name(package):
+    text = (ROOT / f"docs/reference-{package.replace('_', '-')}.md").read_text()
+    names = re.findall(rf"^::: {package}\.(\w+)$", text, re.MULTILINE)
+    public = {name for name in importlib.import_module(package).__all__ if name != "__version__"}
+    assert len(names) == len({*names}) and {*names} == public
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    navigation = (ROOT / "mkdocs.yml").read_text().split("nav:")[1].split("markdown_extensions:")[0]
+    assert sorted(re.findall(r": ([\w-]+\.md)$", navigation, re.MULTILINE)) == [Path(page).name for page in PAGES]
+
+
+def test_the_address_of_the_project_is_the_same_everywhere():
+    files = ("pyproject.toml", "setup.py", "mkdocs.yml", "CITATION.cff")
+    found = [re.findall(r"https://github\.com/[\w.-]+/[\w.-]+", (ROOT / name).read_text()) for name in files]
+    assert all(found) and len({address for addresses in found for address in addresses}) == 1
+
+
 def test_every_page_can_be_reached():
     """From the README, by links."""
     reached, ahead = set(), ["README.md"]
