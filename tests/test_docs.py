@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lesa.cli import _parser
+from lesa.cli import parse, parser_of
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -67,7 +67,7 @@ def test_the_two_commands_are_there():
 
 @pytest.mark.parametrize("command", [c for c in commands() if len(c.split()) > 2])
 def test_commands_parse(command):
-    _parser().parse_args(shlex.split(command)[1:])
+    parse(shlex.split(command)[1:])
 
 
 def test_every_command_is_shown():
@@ -133,7 +133,7 @@ def test_commands_of_the_pages_parse(page):
 
 
 def _subparser(name):
-    return next(action.choices for action in _parser()._actions if isinstance(action.choices, dict))[name]
+    return next(action.choices for action in parser_of(name)._actions if isinstance(action.choices, dict))[name]
 
 
 def text_of(node):
@@ -156,8 +156,9 @@ def said():
 
 def reasons_and_notes():
     """What the cache gives as reasons, in warnings and in the notes of its stats."""
-    tree = ast.parse((ROOT / "python/lesa/cache.py").read_text())
-    for node in ast.walk(tree):
+    for node in (
+        node for file in (ROOT / "python/lesa/cache").glob("*.py") for node in ast.walk(ast.parse(file.read_text()))
+    ):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("_fall_back", "note") and node.args:
             yield text_of(node.args[0])
         elif isinstance(node, ast.FunctionDef) and node.name == "_why_not":

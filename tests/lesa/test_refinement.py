@@ -154,7 +154,7 @@ def test_what_was_stopped_goes_on_to_the_same_bits(pipe, recorded, predictor, tm
             patch.setattr(refinement.Training, "_save_checkpoint", stopping(save, 6))  # in the second round
         else:
             save = lesa.training.recording._save_sample
-            patch.setattr(lesa.recording, "_save_sample", stopping(save, 12))
+            patch.setattr(lesa.training.recording, "_save_sample", stopping(save, 12))
         with pytest.raises(StopError):
             lesa.refine(*arguments, out_dir=tmp_path / "stopped", **QUICK)
     assert (tmp_path / "stopped" / "round-2").is_dir()
