@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import inspect
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -156,9 +157,8 @@ def said():
 
 def reasons_and_notes():
     """What the cache gives as reasons, in warnings and in the notes of its stats."""
-    for node in (
-        node for file in (ROOT / "python/lesa/cache").glob("*.py") for node in ast.walk(ast.parse(file.read_text()))
-    ):
+    trees = [ast.parse(file.read_text()) for file in (ROOT / "python/lesa/cache").glob("*.py")]
+    for node in itertools.chain.from_iterable(map(ast.walk, trees)):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("_fall_back", "note") and node.args:
             yield text_of(node.args[0])
         elif isinstance(node, ast.FunctionDef) and node.name == "_why_not":
