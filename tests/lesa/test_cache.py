@@ -22,54 +22,21 @@ from diffusers import (
 from diffusers.hooks import HookRegistry, ModelHook
 
 import lesa
+from driven_loops import SOME, STEPS, call_arguments, drive, ours
 from lesa.cache.hook import installed_hook
 from lesa.cache.run import Run
 from lesa.demo import digits
 from lesa.models import adapter_for
 from lesa.models.adapter import Adapter
 from lesa_kernels import FeatureRing, FusedKANPredictor, PredictorConfig, TieredRing, output_head
+from predictors import DIM, make_predictor, rings_of, untrained_predictor
 
-STEPS = 12
-SOME = [0, 1, 2, 5, 9]
-DIM = 128
-
-
-def untrained_predictor(seed=0, **options):
-    torch.manual_seed(seed)
-    return FusedKANPredictor(PredictorConfig(DIM, **{"rank": 4, "hidden": 8, **options}))
-
-
-def make_predictor(seed=0, **options):
-    """A newton predictor whose forecast depends on all its anchors."""
-    predictor = untrained_predictor(seed, **options)
-    torch.nn.init.constant_(predictor.out_bias[:, 1:], 0.3)
-    return predictor
-
-
-def make_dense(seed=0):
-    """A dense predictor that does more than repeat, so that what is in its history matters."""
-    predictor = untrained_predictor(seed, mixer="dense")
-    torch.nn.init.normal_(predictor.mix_weight, std=0.01)
-    return predictor
+make_dense = partial(make_predictor, mixer="dense")
 
 
 def trained_predictor(steps=(0, 2, 6, 12, 18, 25, 32, 39, 46), total=50):
     sigmas = tuple(1 - s / total for s in steps)
     return make_predictor(family="flux", num_inference_steps=total, schedule=steps, schedule_sigmas=sigmas)
-
-
-class NanPredictor(FusedKANPredictor):
-    """Gives NaN below a noise level."""
-
-    def forward(self, ring, sigma):
-        return super().forward(ring, sigma) * (math.nan if sigma < self.below else 1)
-
-
-def nan_predictor(below):
-    predictor = make_predictor()
-    predictor.__class__ = NanPredictor
-    predictor.below = below
-    return predictor
 
 
 def traces(transformer):
@@ -115,53 +82,6 @@ def calls_of():
     return watch
 
 
-def rings_of(predictor):
-    """A list that gets every ring which `predictor` makes from now on."""
-    rings, make_ring = [], predictor.make_ring
-
-    def remember(*args):
-        rings.append(make_ring(*args))
-        return rings[-1]
-
-    predictor.make_ring = remember
-    return rings
-
-
-def call_arguments(pipe, labels=(3, 8), tokens=64, seed=0):
-    """Arguments of the transformer but for its timestep."""
-    inputs = digits.inputs_for(labels)
-    dtype = pipe.transformer.dtype
-    side = math.isqrt(tokens)
-    grid = torch.meshgrid(torch.zeros(1), torch.arange(float(side)), torch.arange(float(side)), indexing="ij")
-    return {
-        "hidden_states": torch.randn(len(labels), tokens, 4, generator=torch.Generator().manual_seed(seed)).to(dtype),
-        "encoder_hidden_states": torch.cat([i["prompt_embeds"] for i in inputs]).to(dtype),
-        "pooled_projections": torch.cat([i["pooled_prompt_embeds"] for i in inputs]).to(dtype),
-        "img_ids": torch.stack(grid, -1).reshape(-1, 3),
-        "txt_ids": torch.zeros(1, 3),
-        "return_dict": False,
-    }
-
-
-@torch.no_grad()
-def drive(pipe, streams, steps=STEPS):
-    """A hand-written loop without `cache_context`; `streams` are the calls of a step. Returns outputs[stream][step].
-
-    The latents of every call move along a line, whatever the transformer says.
-    """
-    scheduler = pipe.scheduler
-    scheduler.set_timesteps(steps)
-    outputs = [[] for _ in streams]
-    for step, t in enumerate(scheduler.timesteps):
-        for out, stream in zip(outputs, streams):
-            call = stream(step) if callable(stream) else stream
-            latents = call["hidden_states"] * (1 - 0.5 * step / steps)
-            timestep = t.expand(len(latents)).to(latents.dtype) / 1000
-            out.append(pipe.transformer(**{**call, "hidden_states": latents, "timestep": timestep})[0])
-        scheduler.step(outputs[0][-1], t, latents)
-    return outputs
-
-
 def assert_equal_lists(actual, expected):
     assert len(actual) == len(expected)
     for a, b in zip(actual, expected):
@@ -204,10 +124,6 @@ def test_context_manager_disables_even_after_an_error(pipe):
     with pytest.raises(KeyError), lesa.enable_cache(pipe, make_predictor(), 3):
         raise KeyError
     assert traces(pipe.transformer) == before
-
-
-def ours(caught):
-    return [str(w.message) for w in caught if str(w.message).startswith("lesa: ")]
 
 
 def accelerate_hook(transformer):
@@ -312,7 +228,7 @@ def test_predicted_steps_run_the_head_only(pipe, generate, calls):
 def test_the_untrained_cache_is_first_order_extrapolation(pipe, generate):
     """Against a loop written out here: Euler steps, blocks at some of them, else a line through the newest two."""
     transformer, anchors, sigmas = pipe.transformer, [], []
-    call = call_arguments(pipe)
+    call = call_arguments()
     latents = call["hidden_states"]
     grab = transformer.norm_out.register_forward_pre_hook(lambda m, args: anchors.append(args[0].double()))
     for step in range(STEPS):
@@ -570,7 +486,7 @@ def test_two_threads_at_once_are_refused(pipe, generate):
         try:
             assert inside.wait(30)
             with pytest.raises(RuntimeError, match="from one thread at a time.*give each thread a transformer"):
-                pipe.transformer(**call_arguments(pipe), timestep=torch.ones(2))
+                pipe.transformer(**call_arguments(), timestep=torch.ones(2))
         finally:
             go_on.set()
             thread.join()
@@ -712,7 +628,7 @@ def test_every_stream_has_a_ring_in_the_stats(pipe):
     predictor = make_predictor()
     rings = rings_of(predictor)
     with lesa.enable_cache(pipe, predictor, SOME) as cache:
-        drive(pipe, [call_arguments(pipe), call_arguments(pipe, labels=(1, 6))], STEPS)
+        drive(pipe, lambda step: [("first", call_arguments()), ("second", call_arguments(labels=(1, 6)))])
     assert len(rings) == len(cache.stats.streams) == 2
     assert cache.stats.ring_device_bytes == sum(ring.nbytes for ring in rings) == 2 * rings[0].nbytes
 
@@ -758,7 +674,7 @@ def test_rings_are_freed_after_a_run(pipe, generate):
 @pytest.mark.parametrize("how", ["weights", "forward"])
 def test_a_nan_predictor_computes_everything_and_warns_once(pipe, generate, how):
     plain = generate(pipe)
-    predictor = make_predictor() if how == "weights" else nan_predictor(below=2.0)
+    predictor = make_predictor() if how == "weights" else make_predictor(below=2.0)
     with warnings.catch_warnings(record=True) as caught, lesa.enable_cache(pipe, predictor, SOME) as handle:
         warnings.simplefilter("always")
         if how == "weights":
@@ -774,7 +690,7 @@ def test_a_nan_predictor_computes_everything_and_warns_once(pipe, generate, how)
 
 
 def test_nan_in_the_middle_computes_the_rest_and_the_next_run_tries_again(pipe, generate):
-    predictor = nan_predictor(below=0.45)  # step 7 and later
+    predictor = make_predictor(below=0.45)  # step 7 and later
     with pytest.warns(RuntimeWarning, match="not finite"), lesa.enable_cache(pipe, predictor, SOME) as handle:
         image = generate(pipe)
         stream = handle.stats.streams["cond"]
@@ -788,25 +704,25 @@ def test_nan_in_the_middle_computes_the_rest_and_the_next_run_tries_again(pipe, 
 
 
 def test_a_change_of_shape_in_a_run_computes_and_starts_over(pipe):
-    large, small = call_arguments(pipe), call_arguments(pipe, tokens=16)
-    single = call_arguments(pipe, labels=(3,), tokens=16)
+    large, small = call_arguments(), call_arguments(tokens=16)
+    single = call_arguments(labels=(3,), tokens=16)
 
     def changing(step):
-        return large if step < 4 else small if step < 8 else single
+        return [("only", large if step < 4 else small if step < 8 else single)]
 
-    plain = drive(pipe, [changing])[0]
+    plain = drive(pipe, changing)["only"]
     with lesa.enable_cache(pipe, make_predictor(), [0, 1]) as handle:
-        cached = drive(pipe, [changing])[0]
+        cached = drive(pipe, changing)["only"]
     stream = handle.stats.streams["main"]
     assert stream.computed == [0, 1, 4, 8]
     assert stream.reasons[4] == stream.reasons[8] == "the shape changed"
-    assert [o.shape for o in cached] == [o.shape for o in plain]
+    assert [o.shape for o in cached.values()] == [o.shape for o in plain.values()]
     for step in stream.computed:
         assert torch.equal(cached[step], plain[step])
 
 
 def test_a_stream_that_appears_late_is_computed_first(pipe):
-    call = call_arguments(pipe)
+    call = call_arguments()
     pipe.scheduler.set_timesteps(STEPS)
     with lesa.enable_cache(pipe, make_predictor(), [0, 1]) as handle, torch.no_grad():
         for step, t in enumerate(pipe.scheduler.timesteps):
@@ -822,7 +738,7 @@ def test_a_stream_that_appears_late_is_computed_first(pipe):
 
 
 def test_a_timestep_that_is_not_the_schedulers_is_computed_and_counted(pipe):
-    call = call_arguments(pipe)
+    call = call_arguments()
     timestep = torch.full((2,), 0.4321)
     with torch.no_grad():
         plain = pipe.transformer(**call, timestep=timestep)[0]
@@ -834,22 +750,22 @@ def test_a_timestep_that_is_not_the_schedulers_is_computed_and_counted(pipe):
     assert "computed 1 calls whose timestep was not one of the scheduler's" in handle.stats.summary()
 
 
-def solo(pipe, stream, schedule=SOME, make=make_predictor, steps=STEPS):
+def solo(pipe, call, schedule=SOME, make=make_predictor, steps=STEPS):
     with lesa.enable_cache(pipe, make(), schedule):
-        return drive(pipe, [stream], steps)[0]
+        return [*drive(pipe, lambda step: [("only", call)], steps)["only"].values()]
 
 
 @pytest.mark.parametrize("make", [make_predictor, make_dense], ids=["newton", "dense"])
 def test_two_calls_per_step_without_cache_context_are_two_streams(pipe, make):
-    first, second = call_arguments(pipe), call_arguments(pipe, labels=(1, 6))
+    first, second = call_arguments(), call_arguments(labels=(1, 6))
     second["hidden_states"] = first["hidden_states"]
     with lesa.enable_cache(pipe, make(), SOME) as handle:
-        outputs = drive(pipe, [first, second])
+        outputs = drive(pipe, lambda step: [("first", first), ("second", second)])
     assert [*handle.stats.streams] == ["main", "main-2"]
     assert all(s.computed == SOME and len(s.predicted) == 7 for s in handle.stats.streams.values())
     assert handle.stats.computed_steps == len(SOME)
-    for output, stream in zip(outputs, (first, second)):
-        assert_equal_lists(output, solo(pipe, stream, make=make))
+    for name, call in (("first", first), ("second", second)):
+        assert_equal_lists([*outputs[name].values()], solo(pipe, call, make=make))
 
 
 def test_true_guidance_has_two_streams_equal_to_solo_runs(pipe, generate):
@@ -952,7 +868,7 @@ def test_steps_are_located_without_a_position():
 def test_two_evaluations_at_one_noise_level_replace_the_anchor(pipe):
     """Heun's scheduler has every inner noise level twice: two steps, and one anchor."""
     pipe.scheduler = FlowMatchHeunDiscreteScheduler()
-    call = call_arguments(pipe)
+    call = call_arguments()
     predictor = make_predictor(history_length=9)
     rings = rings_of(predictor)
     with lesa.enable_cache(pipe, predictor, range(9)) as handle, torch.no_grad():
@@ -974,7 +890,7 @@ def test_two_evaluations_at_one_noise_level_replace_the_anchor(pipe):
 
 
 def test_a_loop_that_starts_again_is_a_new_run(pipe):
-    call = call_arguments(pipe)
+    call = call_arguments()
     with lesa.enable_cache(pipe, make_predictor(), SOME) as handle, torch.no_grad():
         pipe.scheduler.set_timesteps(STEPS)
         outputs = []
@@ -989,7 +905,7 @@ def test_a_loop_that_starts_again_is_a_new_run(pipe):
 
 
 def test_positional_arguments_and_both_kinds_of_output(pipe):
-    call = call_arguments(pipe)
+    call = call_arguments()
     names = ["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids"]
     expected = solo(pipe, call)
     with lesa.enable_cache(pipe, make_predictor(), SOME), torch.no_grad():
@@ -1033,7 +949,7 @@ def assert_head_is_exact(transformer, call):
 def test_the_adapters_head_is_the_models(pipe, guidance, dtype, return_dict):
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(**{**digits.TRANSFORMER_CONFIG, "guidance_embeds": guidance}).to(dtype)
-    call = {**call_arguments(SimpleNamespace(transformer=transformer)), "timestep": torch.tensor([0.7123, 0.3377])}
+    call = {**call_arguments(dtype=dtype), "timestep": torch.tensor([0.7123, 0.3377])}
     call |= {"return_dict": return_dict, "guidance": torch.tensor([3.5, 2.0]) if guidance else None}
     features, velocity, head = assert_head_is_exact(transformer, call)
     predictor, ring = make_predictor(), make_predictor().make_ring(2, 64, dtype)
@@ -1052,7 +968,7 @@ def test_lora_on_the_head(fresh_pipe, generate):
     for name, parameter in transformer.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    call = {**call_arguments(fresh_pipe), "timestep": torch.tensor([0.5, 0.5])}
+    call = {**call_arguments(), "timestep": torch.tensor([0.5, 0.5])}
     outputs = []
     for scale in (1.0, 0.5, 0.0):
         _, output, _ = assert_head_is_exact(transformer, {**call, "joint_attention_kwargs": {"scale": scale}})
@@ -1190,7 +1106,7 @@ def test_the_head_as_tensors_is_the_models(pipe, guidance, dtype):
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel.from_config(config).to(dtype).eval()
     adapter = adapter_for(SimpleNamespace(transformer=transformer))
-    call = adapter.bind((), call_arguments(pipe) | {"timestep": torch.tensor([0.7, 0.2])})
+    call = adapter.bind((), call_arguments() | {"timestep": torch.tensor([0.7, 0.2])})
     call = {n: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in call.items()}
     if guidance:
         call["guidance"] = torch.full((2,), 3.5, dtype=dtype)

@@ -3,10 +3,8 @@
 import copy
 import gc
 import math
-import sys
 import warnings
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,13 +14,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 from scipy.interpolate import BSpline
 
 import lesa
-from lesa.demo import digits
-from lesa_kernels import FusedKANPredictor, PredictorConfig, TieredRing
-
-sys.path.append(str(Path(__file__).parent))
-import small_pipelines as small  # noqa: E402
-from driven_loops import (  # noqa: E402
-    DIM,
+import small_pipelines as small
+from driven_loops import (
     FIRST,
     REST,
     SECOND,
@@ -31,22 +24,11 @@ from driven_loops import (  # noqa: E402
     BareScheduler,
     call_arguments,
     drive,
-    make_predictor,
     ours,
-    untrained_predictor,
 )
-
-
-def rings_of(predictor):
-    """A list that gets every ring which `predictor` makes from now on."""
-    rings, make_ring = [], predictor.make_ring
-
-    def remember(*args):
-        rings.append(make_ring(*args))
-        return rings[-1]
-
-    predictor.make_ring = remember
-    return rings
+from lesa.demo import digits
+from lesa_kernels import FusedKANPredictor, PredictorConfig, TieredRing
+from predictors import DIM, make_predictor, rings_of, untrained_predictor
 
 
 def guidance(labels):

@@ -3,7 +3,6 @@ import itertools
 import json
 import os
 import shutil
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import small_pipelines as small
 from lesa import Trajectories, enable_cache, record
 from lesa.demo import digits
 from lesa.inputs import collate
 from lesa_kernels import FusedKANPredictor, OutputHead, PredictorConfig
 from lesa_kernels.predictor import output_head
-
-sys.path.append(str(Path(__file__).parent))
-import small_pipelines as small  # noqa: E402
 
 STEPS = 4
 TOKENS = 64

@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,7 @@ from lesa.demo import digits
 from lesa.evaluation import evaluator as evaluation
 from lesa.evaluation import report as reporting
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-
-sys.path.append(str(Path(__file__).parent))
-from made_evaluations import PEERS, STEPS, make_evaluation  # noqa: E402
+from made_evaluations import PEERS, STEPS, make_evaluation
 
 ODD = "<img src=x onerror=alert(1)>&\"'</script>"
 """As a name, it must be shown as it is."""

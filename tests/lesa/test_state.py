@@ -3,12 +3,10 @@
 import gc
 import math
 import re
-import sys
 import threading
 import time
 import warnings
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,16 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lesa
-from lesa.cache.conditioning import Conditioner
-from lesa.cache.device_values import Mailbox
-from lesa.cache.forecasting import ForecastingHook
-from lesa.cache.hook import StepHook
-from lesa.demo import digits
-from lesa.models.flux import FluxAdapter
-
-sys.path.append(str(Path(__file__).parent))
-from driven_loops import (  # noqa: E402
-    DIM,
+from driven_loops import (
     FIRST,
     REST,
     SECOND,
@@ -38,10 +27,15 @@ from driven_loops import (  # noqa: E402
     BareScheduler,
     call_arguments,
     drive,
-    make_predictor,
     ours,
-    untrained_predictor,
 )
+from lesa.cache.conditioning import Conditioner
+from lesa.cache.device_values import Mailbox
+from lesa.cache.forecasting import ForecastingHook
+from lesa.cache.hook import StepHook
+from lesa.demo import digits
+from lesa.models.flux import FluxAdapter
+from predictors import DIM, make_predictor, untrained_predictor
 
 
 def solo(pipe, calls_of_step, name):

@@ -1,29 +1,17 @@
 """Every kernel compiles for sm_80, sm_90 and sm_100, without a GPU, and its resources are as they should be."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+import ahead_of_time
+
 pytest.importorskip("triton", reason="there is nothing to compile with")
 
-SCRIPT = Path(__file__).with_name("ahead_of_time.py")
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("ahead_of_time", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-ahead_of_time = load_script()
 CASES = {case.name: case for case in ahead_of_time.CASES}
 UNITS = {ahead_of_time.id_of(*unit): unit for unit in ahead_of_time.units()}
 TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
@@ -31,7 +19,8 @@ TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 
 def run_script(*arguments, **environment):
     inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "LESA_TUNED")}
-    command = [sys.executable, SCRIPT, *arguments]
+    inherited["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, ahead_of_time.__file__, *arguments]
     return subprocess.run(command, env=inherited | environment, capture_output=True, text=True, timeout=1200)
 
 

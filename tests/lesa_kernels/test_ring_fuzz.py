@@ -1,6 +1,5 @@
 """Random work with feature rings, and the CUDA kernels run on the CPU, both under the compiler's sanitizers."""
 
-import importlib.util
 import os
 import re
 import shlex
@@ -16,23 +15,14 @@ import pytest
 import torch
 
 import lesa_kernels
+import ring_fuzz
 from lesa_kernels.extension import extension_error
 
 HERE = Path(__file__).resolve().parent
-PROGRAM = HERE / "ring_fuzz.py"
+PROGRAM = Path(ring_fuzz.__file__)
 RAW = HERE / "cuda_on_cpu" / "raw_ring.py"
 
 needs_extension = pytest.mark.skipif(extension_error() is not None, reason=f"no extension: {extension_error()}")
-
-
-def load_program():
-    spec = importlib.util.spec_from_file_location("ring_fuzz", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-ring_fuzz = load_program()
 
 
 @pytest.fixture
