@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import ring_fuzz
 from lesa_kernels import BSplineKAN, FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig
 from lesa_kernels.extension import extension, extension_error
+from ring_fuzz import assert_same_bytes
 
 pytestmark = pytest.mark.gpu
 
@@ -195,18 +196,6 @@ def test_gradients_are_the_same_every_time():
 
 
 # The ring
-
-
-def assert_same_bytes(actual, expected, name="tensor"):
-    """Equal bytes; only the payload of a NaN may differ."""
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape, name
-    actual, expected = actual.cpu(), expected.cpu()
-    if actual.is_floating_point():
-        nan = expected.isnan()
-        assert torch.equal(actual.isnan(), nan), f"{name}: NaN at other places"
-        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[actual.itemsize]
-        actual, expected = (each.view(integer).masked_fill(nan, 0) for each in (actual, expected))
-    assert torch.equal(actual, expected), f"{name}: {int((actual != expected).sum())} elements differ"
 
 
 def assert_same_rings(actual: FeatureRing, expected: FeatureRing):
@@ -542,8 +531,6 @@ def run_broken(change, backend, folder):
     """What a process says that pushes something broken; its GPU can't be used afterwards."""
     program = f"""
 import torch
-
-import ring_fuzz
 from lesa_kernels import FeatureRing
 
 ring = FeatureRing(2, 2, 3, 8, device="cuda", backend="{backend}")

@@ -22,7 +22,7 @@ from diffusers import (
 from diffusers.hooks import HookRegistry, ModelHook
 
 import lesa
-from driven_loops import SOME, STEPS, call_arguments, drive, ours
+from driven_loops import SOME, STEPS, call_arguments, drive, guided, ours
 from lesa.cache.hook import installed_hook
 from lesa.cache.run import Run
 from lesa.demo import digits
@@ -769,18 +769,12 @@ def test_two_calls_per_step_without_cache_context_are_two_streams(pipe, make):
 
 
 def test_true_guidance_has_two_streams_equal_to_solo_runs(pipe, generate):
-    negative = digits.inputs_for((0, 0))
-    guidance = {
-        "true_cfg_scale": 2.0,
-        "negative_prompt_embeds": torch.cat([i["prompt_embeds"] for i in negative]),
-        "negative_pooled_prompt_embeds": torch.cat([i["pooled_prompt_embeds"] for i in negative]),
-    }
-    plain, seen = generate(pipe, **guidance), []
+    plain, seen = generate(pipe, **guided()), []
     with lesa.enable_cache(pipe, make_predictor(), range(STEPS)):
-        assert torch.equal(generate(pipe, **guidance), plain)
+        assert torch.equal(generate(pipe, **guided()), plain)
     with lesa.enable_cache(pipe, make_predictor(), SOME) as handle:
         spy = pipe.transformer.register_forward_hook(lambda m, a, kw, out: seen.append((kw, out[0])), with_kwargs=True)
-        generate(pipe, **guidance)
+        generate(pipe, **guided())
         spy.remove()
     assert {name: s.computed for name, s in handle.stats.streams.items()} == {"cond": SOME, "uncond": SOME}
     assert len(seen) == 2 * STEPS

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lesa
+from driven_loops import guided
 from lesa.cache.device_values import Mailbox
 from lesa.cache.error_control import MOST_STRETCH, ControlledSteps
 from lesa.cache.hook import StepHook
@@ -261,13 +262,6 @@ def uneven(spoiled, amount=100.0):
     predictor.__class__, predictor.rings = Uneven, []
     predictor.spoiled, predictor.amount = spoiled, amount
     return predictor
-
-
-def guided():
-    """Arguments for guidance by two calls per step."""
-    negative = digits.inputs_for((0, 0))
-    options = {"true_cfg_scale": 2.0, "negative_prompt_embeds": torch.cat([i["prompt_embeds"] for i in negative])}
-    return options | {"negative_pooled_prompt_embeds": torch.cat([i["pooled_prompt_embeds"] for i in negative])}
 
 
 @pytest.mark.parametrize("amount", [100.0, math.nan, math.inf])

@@ -146,7 +146,7 @@ def test_the_training_example_runs(stand_ins, tmp_path, monkeypatch, capsys):
     assert "newton-5" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("example", examples())
+@pytest.mark.parametrize("example", [*examples()])
 def test_examples_run(example, stand_ins, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for large, little in SMALLER.items():

@@ -27,6 +27,7 @@ from driven_loops import (
     BareScheduler,
     call_arguments,
     drive,
+    guided,
     ours,
 )
 from lesa.cache.conditioning import Conditioner
@@ -338,13 +339,6 @@ OPTIONS = {"labels": (5,), "seed": 9, "height": 24, "steps": STEPS + 3}
 def clean():
     """What a pipeline that never failed makes of `OPTIONS`, and of the defaults."""
     return {}
-
-
-def guided():
-    """Arguments for guidance by two calls per step."""
-    negative = digits.inputs_for((0, 0))
-    options = {"true_cfg_scale": 2.0, "negative_prompt_embeds": torch.cat([i["prompt_embeds"] for i in negative])}
-    return options | {"negative_pooled_prompt_embeds": torch.cat([i["pooled_prompt_embeds"] for i in negative])}
 
 
 def expected_of(clean, generate):

@@ -32,6 +32,16 @@ def call_arguments(labels=(3, 8), tokens=64, seed=0, dtype=torch.float32):
     }
 
 
+def guided(labels=(3, 8)):
+    """Arguments of a digits pipeline that draws `labels`, for guidance by two calls per step."""
+    negative = digits.inputs_for((0,) * len(labels))
+    return {
+        "true_cfg_scale": 2.0,
+        "negative_prompt_embeds": torch.cat([i["prompt_embeds"] for i in negative]),
+        "negative_pooled_prompt_embeds": torch.cat([i["pooled_prompt_embeds"] for i in negative]),
+    }
+
+
 @torch.no_grad()
 def drive(pipe, calls_of_step, steps=STEPS):
     """A hand-written loop. `calls_of_step(step)` lists the calls as (name, arguments) or (name, arguments, context).
