@@ -33,7 +33,7 @@ def report(tmp_path_factory):
     return {unit["id"]: unit for unit in json.loads((folder / "report.json").read_text())}
 
 
-@pytest.fixture(params=UNITS)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) for name in UNITS])
 def unit(request):
     return UNITS[request.param]
 
@@ -50,6 +50,16 @@ def found(report, unit):
     return row
 
 
+def test_a_kernel_compiles(tmp_path):
+    """The slow tests compile all of them, and look at what came out."""
+    kind = "sm_90-newton_velocity-rank32-bfloat16"
+    result = run_script("--only", kind, "--out", tmp_path / "report.json", TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    (found,) = json.loads((tmp_path / "report.json").read_text())
+    assert found["id"] == kind and all(len(launched) == 1 for launched in found["launches"].values())
+
+
+@pytest.mark.slow
 def test_everything_was_compiled(report):
     assert set(report) == set(UNITS)
 
@@ -97,6 +107,7 @@ def test_reads_16_bytes_at_a_time(case, found):
         assert counts["load_16_bytes"] >= 8 or counts["cp_async_16_bytes"] >= 4 or counts["tma"], kernel
 
 
+@pytest.mark.slow
 def test_the_script_refuses_the_interpreter():
     result = run_script(TRITON_INTERPRET="1")
     assert result.returncode == 2 and "unset TRITON_INTERPRET" in result.stderr
