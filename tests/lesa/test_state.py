@@ -1,6 +1,7 @@
 """What a cache keeps from call to call: streams, steps and state; and what it does when these are in doubt."""
 
 import gc
+import itertools
 import math
 import re
 import threading
@@ -381,9 +382,11 @@ def fail_at(step, error, module, where, monkeypatch, pipe):
     return {}, guard.remove
 
 
-@pytest.mark.parametrize("step", [0, 2, 5, 6])
 @pytest.mark.parametrize("error", [Stop(), KeyboardInterrupt()], ids=["error", "interrupt"])
-@pytest.mark.parametrize("where", ["block", "head", "scheduler", "callback"])
+@pytest.mark.parametrize(
+    "where, step",
+    [*itertools.product(["block", "head", "scheduler", "callback"], [0, 2, 5, 6]), ("callback", STEPS - 1)],
+)
 def test_after_a_failure_a_run_is_that_of_a_fresh_pipeline(pipe, generate, clean, monkeypatch, where, error, step):
     expected, transformer = expected_of(clean, generate), pipe.transformer
     module = transformer.proj_out if where == "head" else transformer.single_transformer_blocks[1]
@@ -407,9 +410,13 @@ def test_an_interrupted_run_leaves_nothing_to_one_of_another_kind(pipe, generate
         pipe._interrupt = index == 6
         return {}
 
-    with lesa.enable_cache(pipe, make_predictor(), SOME):
+    with lesa.enable_cache(pipe, make_predictor(), SOME) as handle:
         generate(pipe, seed=3, callback_on_step_end=interrupt)
+        stream = handle.stats.streams["cond"]
+        assert (stream.computed, stream.predicted) == ([0, 1, 2, 5], [3, 4, 6])
         assert torch.equal(generate(pipe, **OPTIONS), expected["options"])
+        assert torch.equal(generate(pipe), expected["defaults"])
+        assert handle.stats.streams["cond"].computed == SOME
 
 
 def features_alive(tokens=64):
@@ -610,6 +617,7 @@ def test_what_is_in_doubt_is_computed_counted_and_warned_of_once(pipe, doubt):
     assert counted == len(blocks)
     if doubt is wrong_timestep:
         assert handle.stats.unlocated == 1
+        assert "computed 1 calls whose timestep was not one of the scheduler's" in handle.stats.summary()
         assert handle.stats.streams["main"].reasons[7] == "no history"  # another run may have had the transformer
     else:
         assert reason in {s.reasons.get(step) for s in handle.stats.streams.values()}
