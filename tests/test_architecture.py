@@ -115,7 +115,13 @@ def tree(tmp_path):
         "lesa_kernels/__init__.py": "",
         "python/lesa/__init__.py": "",
         "python/lesa/a.py": "from lesa.room import b",
-        "python/lesa/room/b.py": "def f():\n    import lesa.c, torch, diffusers.hooks\n    from . import d\n    from .d import C",
+        "python/lesa/room/b.py": """
+            from . import d
+            from .d import C
+
+            def f():
+                import lesa.c, torch, diffusers.hooks
+            """,
         "python/lesa/c.py": 'import importlib\n\nimportlib.import_module("lesa.a")\nfrom lesa.room.d import _hidden',
         "python/lesa/room/d.py": """
             from typing import TYPE_CHECKING
@@ -149,4 +155,4 @@ def test_faults_are_found(tree):
     }
     assert tree["lesa.room.b"].others == {"diffusers.hooks", ".", ".d", "torch"}
     assert tree["lesa.room.d"].functions == {"C.f": 4}
-    assert tree["lesa.e"].lines == 0 and tree["lesa.room.b"].lines == 3
+    assert tree["lesa.e"].lines == 0 and tree["lesa.room.b"].lines == 6
