@@ -239,7 +239,7 @@ def test_missing_files_are_named(folder, tmp_path, capsys):
         lesa.report(gone)
     with pytest.raises(SystemExit):
         cli.main(["report", "--evaluation", str(tmp_path / "nowhere")])
-    assert capsys.readouterr().err.startswith("lesa: error: `folder` must hold a summary.json")
+    assert capsys.readouterr().err.startswith("lesa: error: `--evaluation` must hold a summary.json")
 
 
 @pytest.fixture(scope="module")

@@ -69,10 +69,10 @@ AGAINST = (FewerSteps.name, TaylorSeer.name)
 def check_contenders(contenders: Sequence[type[Contender]]) -> None:
     """Raises `TypeError` or `ValueError` unless the contenders can be registered together."""
     for kind in contenders:
-        if issubclass(kind, (Peer, Plain)):
-            parameters = getattr(kind, "__dataclass_params__", None)
+        if not issubclass(kind, Ours):
+            parameters = vars(kind).get("__dataclass_params__")
             if parameters is None or not parameters.frozen:
-                remedy = "Write @dataclass(frozen=True) above it, so that equal settings are run once."
+                remedy = "Write @dataclass(frozen=True) above it, so that equal settings run once and can be resumed."
                 raise argument_error(kind.__qualname__, "be a frozen dataclass", kind, remedy, TypeError)
     for field in ("name", "title", "color"):
         values = [getattr(kind, field) for kind in contenders]

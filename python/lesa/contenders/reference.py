@@ -1,12 +1,14 @@
 """The run that everything else is compared with."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline
 
 from lesa.contenders.base import Color, Contender
 
 
+@dataclass(frozen=True)
 class Reference(Contender):
     """The run of all steps. All of them are computed."""
 
