@@ -335,6 +335,11 @@ SETTINGS = {
 }
 
 
+def test_no_peer_is_left_out_of_the_settings():
+    peers = {kind for kind in contenders.CONTENDERS if issubclass(kind, contenders.Peer)}
+    assert {type(setting) for setting in SETTINGS.values()} == peers
+
+
 @pytest.fixture(params=SETTINGS)
 def setting(request):
     if request.param.startswith("cache-dit"):
