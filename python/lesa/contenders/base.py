@@ -9,9 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
-
-from diffusers import DiffusionPipeline
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 from lesa.artifacts import digest
 from lesa.cache import CacheHandle, enable_cache
@@ -25,6 +23,9 @@ THRESHOLDS = (0.01, 4.0)
 
 BISECTED = f"the threshold by bisection between {THRESHOLDS[0]:g} and {THRESHOLDS[1]:g} for each budget"
 """How the search finds a threshold, for the text of a `Grid`."""
+
+Pipeline: TypeAlias = Any
+"""A diffusers pipeline. Its parts, such as `transformer`, are attributes that its class does not declare."""
 
 Count = Literal["step_equivalents", "whole_steps"]
 """What a budget counts. Both are fields of `lesa.evaluation.EvaluatedRun`."""
@@ -102,7 +103,7 @@ class Contender(ABC):
         """The setting in words."""
 
     @abstractmethod
-    def on(self, pipe: DiffusionPipeline, num_inference_steps: int) -> AbstractContextManager[Any]:
+    def on(self, pipe: Pipeline, num_inference_steps: int) -> AbstractContextManager[Any]:
         """The context in which it is on. After it, the pipeline is as it was before."""
 
     def steps_of(self, num_inference_steps: int) -> int:
@@ -172,7 +173,7 @@ class Ours(Contender, abstract=True):
             return f"{text}, error control at {self.schedule.tolerance:g}"
         return text if self.schedule is None else f"{text}, steps {self.schedule}"
 
-    def on(self, pipe: DiffusionPipeline, num_inference_steps: int) -> CacheHandle:
+    def on(self, pipe: Pipeline, num_inference_steps: int) -> CacheHandle:
         """The context in which the predictor replaces the steps that are not computed."""
         return enable_cache(pipe, self.predictor, self.schedule)
 
@@ -223,7 +224,7 @@ class Peer(Contender, abstract=True):
         """Raises `ImportError`, with the remedy, if something that it needs is not installed."""
 
     @classmethod
-    def calibrate(cls, pipe: DiffusionPipeline, run: Callable[[], None], num_inference_steps: int) -> tuple[float, ...]:
+    def calibrate(cls, pipe: Pipeline, run: Callable[[], None], num_inference_steps: int) -> tuple[float, ...]:
         """Measures what its settings need to know of the model. Called only if `calibration` has a name.
 
         Args:

@@ -5,9 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from diffusers import DiffusionPipeline
-
-from lesa.contenders.base import BISECTED, Color, Grid, Peer
+from lesa.contenders.base import BISECTED, Color, Grid, Peer, Pipeline
 from lesa.contenders.switching import quiet, restored
 from lesa_kernels.checks import Said, argument_error
 
@@ -40,7 +38,7 @@ class CacheDiT(Peer):
         return f"DBCache F1B0, {calibrator}, {self.warm_up} steps of warm-up, threshold {self.threshold:.4g}"
 
     @contextmanager
-    def on(self, pipe: DiffusionPipeline, num_inference_steps: int) -> Iterator[None]:
+    def on(self, pipe: Pipeline, num_inference_steps: int) -> Iterator[None]:
         """The context in which it is on."""
         self.check_available()
         import cache_dit

@@ -3,9 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from diffusers import DiffusionPipeline
-
-from lesa.contenders.base import Color, Plain
+from lesa.contenders.base import Color, Pipeline, Plain
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class FewerSteps(Plain):
         """The setting in words."""
         return f"{self.steps} steps of the scheduler"
 
-    def on(self, pipe: DiffusionPipeline, num_inference_steps: int) -> AbstractContextManager[None]:
+    def on(self, pipe: Pipeline, num_inference_steps: int) -> AbstractContextManager[None]:
         """A context that changes nothing."""
         return nullcontext()
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from diffusers import DiffusionPipeline, FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig
 
-from lesa.contenders.base import BISECTED, Color, Grid, Peer
+from lesa.contenders.base import BISECTED, Color, Grid, Peer, Pipeline
 from lesa.contenders.switching import diffusers_cache
 
 
@@ -32,7 +32,7 @@ class FirstBlockCache(Peer):
         """The setting in words."""
         return f"threshold {self.threshold:.4g}"
 
-    def on(self, pipe: DiffusionPipeline, num_inference_steps: int) -> AbstractContextManager[None]:
+    def on(self, pipe: Pipeline, num_inference_steps: int) -> AbstractContextManager[None]:
         """The context in which it is on."""
         return diffusers_cache(pipe, FirstBlockCacheConfig(threshold=self.threshold))
 

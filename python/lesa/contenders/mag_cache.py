@@ -6,10 +6,9 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from diffusers import DiffusionPipeline
 from diffusers.hooks import MagCacheConfig
 
-from lesa.contenders.base import BISECTED, Color, Grid, Peer
+from lesa.contenders.base import BISECTED, Color, Grid, Peer, Pipeline
 from lesa.contenders.switching import diffusers_cache
 
 
@@ -43,7 +42,7 @@ class MagCache(Peer):
         skipped = f"at most {self.max_skip_steps} skipped in a row"
         return f"threshold {self.threshold:.4g}, {skipped}, {self.warm_up} steps of warm-up, ratios calibrated"
 
-    def on(self, pipe: DiffusionPipeline, num_inference_steps: int) -> contextlib.AbstractContextManager[None]:
+    def on(self, pipe: Pipeline, num_inference_steps: int) -> contextlib.AbstractContextManager[None]:
         """The context in which it is on."""
         config = MagCacheConfig(
             threshold=self.threshold,
@@ -61,7 +60,7 @@ class MagCache(Peer):
         return Grid(f"max_skip_steps of 4, 6, 8 or 12; 1, 2 or 4 steps of warm-up; {BISECTED}", axes=axes)
 
     @classmethod
-    def calibrate(cls, pipe: DiffusionPipeline, run: Callable[[], None], num_inference_steps: int) -> tuple[float, ...]:
+    def calibrate(cls, pipe: Pipeline, run: Callable[[], None], num_inference_steps: int) -> tuple[float, ...]:
         """Measures the ratios with MagCache's own calibration, which prints them.
 
         Args:

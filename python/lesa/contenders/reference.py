@@ -3,9 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from diffusers import DiffusionPipeline
-
-from lesa.contenders.base import Color, Contender
+from lesa.contenders.base import Color, Contender, Pipeline
 
 
 @dataclass(frozen=True)
@@ -23,6 +21,6 @@ class Reference(Contender):
         """The setting in words."""
         return "all steps"
 
-    def on(self, pipe: DiffusionPipeline, num_inference_steps: int) -> AbstractContextManager[None]:
+    def on(self, pipe: Pipeline, num_inference_steps: int) -> AbstractContextManager[None]:
         """A context that changes nothing."""
         return nullcontext()

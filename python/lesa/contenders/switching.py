@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from lesa.contenders.base import Pipeline
 
 
 @contextmanager
-def diffusers_cache(pipe: DiffusionPipeline, config: Any) -> Iterator[None]:
+def diffusers_cache(pipe: Pipeline, config: Any) -> Iterator[None]:
     """A context in which a cache of diffusers is on.
 
     Args:
@@ -43,7 +43,7 @@ def quiet(prefix: str) -> Iterator[None]:
 
 
 @contextmanager
-def restored(pipe: DiffusionPipeline) -> Iterator[None]:
+def restored(pipe: Pipeline) -> Iterator[None]:
     """After this context, the pipeline, its class and all modules of its transformer have their old attributes.
 
     cache-dit leaves its forwards in the transformer and its blocks, and leaves the transformer's children in another

@@ -5,9 +5,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from diffusers import DiffusionPipeline, TaylorSeerCacheConfig
+from diffusers import TaylorSeerCacheConfig
 
-from lesa.contenders.base import Color, Grid, Peer
+from lesa.contenders.base import Color, Grid, Peer, Pipeline
 from lesa.contenders.switching import diffusers_cache
 
 
@@ -56,7 +56,7 @@ class TaylorSeer(Peer):
             taylor_factors_dtype=dtype,
         )
 
-    def on(self, pipe: DiffusionPipeline, num_inference_steps: int) -> AbstractContextManager[None]:
+    def on(self, pipe: Pipeline, num_inference_steps: int) -> AbstractContextManager[None]:
         """The context in which it is on."""
         return diffusers_cache(pipe, self.config(pipe.transformer.dtype))
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from lesa.artifacts import digest
 from lesa.contenders import Contender, Ours
+from lesa.contenders.base import Pipeline
 from lesa.evaluation.counting import Counter, synchronise
 from lesa.evaluation.quality import learned_qualities, psnr, relative_error, ssim
 from lesa.evaluation.result import EvaluatedRun, Outcome
@@ -48,7 +48,7 @@ class Contest:
 
     def __init__(
         self,
-        pipe: DiffusionPipeline,
+        pipe: Pipeline,
         adapter: Adapter,
         inputs: list[dict],
         seed: int,
@@ -117,9 +117,9 @@ class Contest:
             run, images = self._judged(contender, steps, suffix, outcome)
             self.store.write(file, more, run, images, self.sigmas, outcome)
         else:
-            run, images, sigmas, outcome = kept
-            if outcome is not None:
-                self._set_reference(outcome, sigmas)
+            run, images, sigmas, reference = kept
+            if reference is not None:
+                self._set_reference(reference, sigmas)
             run = replace(run, speedup=self.results[0].seconds / run.seconds if self.results else 1.0)
         self.results.append(run)
         self.pictured[run.name] = images
@@ -139,7 +139,8 @@ class Contest:
         device = self.pipe.transformer.device
         on_cpu = device.type == "cpu"
         seconds = denoise_seconds = 0.0
-        latents, images, trajectories, counts, first_steps = [], [], [], [], ()
+        latents, images, trajectories, counts = [], [], [], []
+        first_steps: tuple[int, ...] = ()
         for_all, for_each = (nullcontext, self._on) if contender.each_call else (self._on, nullcontext)
         with for_all(contender):
             # On an accelerator each contender has kernels to load and to tune.

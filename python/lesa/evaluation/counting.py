@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
+from lesa.contenders.base import Pipeline
 from lesa.models.adapter import Adapter
 
 
@@ -20,7 +20,7 @@ class Counter:
         keep_latents: samples whose latents are kept.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, adapter: Adapter, keep_latents: int = 0):
+    def __init__(self, pipe: Pipeline, adapter: Adapter, keep_latents: int = 0):
         self.steps: list[int] = []
         self.latents: list[torch.Tensor] = []
         self.first_call: float | None = None
@@ -47,7 +47,7 @@ class Counter:
             for hook in hooks:
                 hook.remove()
 
-    def on_step_end(self, pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict) -> dict:
+    def on_step_end(self, pipe: Pipeline, step: int, timestep: Any, tensors: dict) -> dict:
         """The pipeline's callback."""
         if self._whole and step not in self.steps:
             self.steps.append(step)

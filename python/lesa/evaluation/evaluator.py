@@ -76,7 +76,7 @@ def evaluate(
         RuntimeError: a cache is on already, or the transformer's blocks can't be counted, as in a compiled graph.
     """
     adapter = adapter_for(pipe)
-    check_uncached(pipe.transformer)
+    check_uncached(adapter.transformer)
     check_int("num_inference_steps", num_inference_steps)
     inputs = check_inputs(inputs)
     size = len(inputs) if batch_size is None else check_int("batch_size", batch_size)

@@ -51,8 +51,8 @@ def report(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> P
     out = folder / "report.html" if out is None else Path(out)
     summary = _read(folder)
     runs = summary["runs"][1:]
-    names = [kind.name for kind in contenders.CONTENDERS if issubclass(kind, Ours)]
-    ours = next((name for name in names if any(run["contender"] == name for run in runs)), None)
+    evaluated = {run["contender"] for run in runs}
+    ours = next((k.name for k in contenders.CONTENDERS if issubclass(k, Ours) and k.name in evaluated), None)
     page = _page(summary, ours, folder)
     sentence, comparison, tiles = headline(summary, page["budgets"][page["chosen"]] if page["budgets"] else None)
     columns, rows = _table(summary, ours)
@@ -113,7 +113,7 @@ def _page(summary: dict, ours: str | None, folder: Path) -> dict[str, Any]:
     """The data of the page's script."""
     runs = summary["runs"][1:]
     budgets = budgets_of(runs, ours)
-    metrics = [
+    metrics: list[dict[str, Any]] = [
         {"key": key, "short": short, "name": name, "digits": digits, "log": log}
         for key, short, name, digits, log in _METRICS
         if any(run.get(key) is not None for run in runs)

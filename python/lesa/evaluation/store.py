@@ -10,11 +10,11 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
 import lesa_kernels
 from lesa.artifacts import digest, fingerprint, whole_file, write_text
 from lesa.contenders import Reference
+from lesa.contenders.base import Pipeline
 from lesa.evaluation.result import EvaluatedRun, Outcome, file_name
 from lesa.models.adapter import Adapter
 
@@ -35,7 +35,7 @@ class Store:
     def __init__(
         self,
         out_dir: str | os.PathLike | None,
-        pipe: DiffusionPipeline,
+        pipe: Pipeline,
         adapter: Adapter,
         inputs: list[dict],
         seed: int,
@@ -58,7 +58,7 @@ class Store:
         """The run, its images, the noise levels, and the outcome if it is needed. None if it is not kept."""
         if self.folder is None:
             return None
-        file, arrays = self._files(name)
+        file, arrays = _files(self.folder, name)
         if not file.exists() or not arrays.exists():
             return None
         contents = json.loads(file.read_text())
@@ -88,7 +88,7 @@ class Store:
         """Keeps a run. Of the reference it keeps everything that others are compared with."""
         if self.folder is None:
             return
-        file, arrays = self._files(name)
+        file, arrays = _files(self.folder, name)
         values: dict[str, np.ndarray] = {"pictured": images}
         if run.contender == Reference.name:
             for number in range(len(outcome.latents)):
@@ -96,7 +96,7 @@ class Store:
                 values[f"images-{number}"] = outcome.images[number]
                 values[f"trajectory-{number}"] = np.array(outcome.trajectories[number])
         with whole_file(arrays) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, **values)
+            np.savez(stream, **values)  # type: ignore[arg-type]  # numpy declares its other keyword first
         contents = {"key": digest([self._key, more]), "batches": len(outcome.latents), "sigmas": sigmas}
         write_text(file, json.dumps({**contents, "run": asdict(run)}))  # Python's JSON knows Infinity and NaN
 
@@ -104,7 +104,7 @@ class Store:
         """By setting, the figures of the search with this number of samples."""
         if self.folder is None:
             return {}
-        file, _ = self._files(f"search {peer}")
+        file, _ = _files(self.folder, f"search {peer}")
         if not file.exists():
             return {}
         contents = json.loads(file.read_text())
@@ -113,15 +113,16 @@ class Store:
     def write_search(self, peer: str, samples: int, figures: dict) -> None:
         """Keeps the figures of the search so far."""
         if self.folder is not None:
-            file, _ = self._files(f"search {peer}")
+            file, _ = _files(self.folder, f"search {peer}")
             write_text(file, json.dumps({"key": digest([self._key, samples]), "figures": figures}))
 
-    def _files(self, name: str) -> tuple[Path, Path]:
-        name = file_name(name)
-        return self.folder / f"{name}.json", self.folder / f"{name}.npz"
+
+def _files(folder: Path, name: str) -> tuple[Path, Path]:
+    name = file_name(name)
+    return folder / f"{name}.json", folder / f"{name}.npz"
 
 
-def facts_of(pipe: DiffusionPipeline, inputs: list[dict], seed: int, batch_size: int) -> dict[str, Any]:
+def facts_of(pipe: Pipeline, inputs: list[dict], seed: int, batch_size: int) -> dict[str, Any]:
     """What the figures depend on, for `summary.json`: model, samples, device and versions."""
     transformer = pipe.transformer
     device = transformer.device
