@@ -1,4 +1,4 @@
-"""`lesa demo`: compares a bundled model's predictors with TaylorSeer and fewer steps, or writes the model to a folder."""
+"""`lesa demo`: compares a bundled model's predictors with TaylorSeer and fewer steps, or writes the model out."""
 
 import os
 import shlex
