@@ -87,25 +87,28 @@ class Contest:
     def run_ours(self, label: str, ours: Ours) -> EvaluatedRun:
         """Runs a predictor. Its run's name ends in `label` if another run has the name without it."""
         more = digest([ours.identity(), label, [*self.pictured]])
-        return self._run(ours, more, suffix=f"-{label}")
+        return self._run(ours, str(ours), more, suffix=f"-{label}")
 
     def run(self, contender: Contender) -> EvaluatedRun:
-        """Runs a setting, if that was not done."""
+        """Runs a setting, if that was not done. Different settings with the same text have numbered names."""
         if contender not in self._done:
             self.bar.total += bool(self.results)  # the bar counts the reference already
-            self._done[contender] = self._run(contender, contender.identity())
+            number = 1 + sum(str(other) == str(contender) for other in self._done)
+            name = str(contender) if number == 1 else f"{contender}-{number}"
+            self._done[contender] = self._run(contender, name, contender.identity())
         return self._done[contender]
 
-    def _run(self, contender: Contender, more: str, suffix: str = "") -> EvaluatedRun:
+    def _run(self, contender: Contender, name: str, more: str, suffix: str = "") -> EvaluatedRun:
         """Runs a contender on all inputs, or reads what is kept of its run.
 
         Args:
             contender: the setting.
+            name: of its run. "{whole}" in it is replaced by the number of whole steps.
             more: what else distinguishes this run from others on disk.
             suffix: added to the name if another run has it already.
         """
         steps = contender.steps_of(self.num_inference_steps)
-        file = str(contender).replace("{whole}", str(steps)) + suffix
+        file = name.replace("{whole}", str(steps)) + suffix
         self.bar.set_postfix_str(file)
         kept = self.store.read(file, more, with_outcome=not self.results)
         if kept is None:
@@ -114,7 +117,7 @@ class Contest:
                 _check_seen(outcome, steps)
                 sigmas = self.pipe.scheduler.sigmas[: len(self.pipe.scheduler.timesteps)]
                 self._set_reference(outcome, sigmas.tolist())
-            run, images = self._judged(contender, steps, suffix, outcome)
+            run, images = self._judged(contender, name, steps, suffix, outcome)
             self.store.write(file, more, run, images, self.sigmas, outcome)
         else:
             run, images, sigmas, reference = kept
@@ -197,7 +200,7 @@ class Contest:
         self._learned, self.not_available = learned_qualities(device, self.prompts, shape)
 
     def _judged(
-        self, contender: Contender, steps: int, suffix: str, outcome: Outcome
+        self, contender: Contender, name: str, steps: int, suffix: str, outcome: Outcome
     ) -> tuple[EvaluatedRun, np.ndarray]:
         latents = [*sample_pairs(outcome.latents, self.reference.latents)]
         images = [*sample_pairs(outcome.images, self.reference.images)]
@@ -210,7 +213,7 @@ class Contest:
         figures["latent_psnr"] = float(np.mean([psnr(*pair, peak=2.0) for pair in latents]))
         figures |= self._learned_figures(images)
         whole, equivalents, passes = outcome.counts
-        name = str(contender).replace("{whole}", str(round(whole)))
+        name = name.replace("{whole}", str(round(whole)))
         name += suffix if name in self.pictured else ""
         run = EvaluatedRun(
             name=name,

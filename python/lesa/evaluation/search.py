@@ -94,6 +94,8 @@ class SettingSearch:
         """Runs the best setting within a budget on all inputs."""
         row = {"budget": budget, "by": count, "run": None, "why": None}
         words = count.replace("_", " ")
+        if not self._tried:
+            return {**row, "why": f"its grid has no setting of at most {budget} {words}"}
         within = [s for s, figures in self._tried.items() if figures[count] <= budget + 1e-6]
         if not within:
             least = min(figures[count] for figures in self._tried.values())
