@@ -356,9 +356,9 @@ def test_every_contender_is_shown_at_its_best_or_as_out_of_reach():
     heads, rows = budgets.rivals(RUNS, RUNS[0])
     assert heads == ["at most 9 step equivalents", "at most 9 whole steps"]
     assert {row["title"]: row["cells"] for row in rows} == {
-        "TaylorSeer": ["36.0 dB with 7"] * 2,
-        "fewer steps": ["no difference with 9"] * 2,
-        "cache-dit": ["cannot reach this budget; the least is 15.25", "33.0 dB with 8"],
+        "TaylorSeer": [("36.0 dB with 7", "taylorseer-7")] * 2,
+        "fewer steps": [("no difference with 9", "steps-9")] * 2,
+        "cache-dit": [("cannot reach this budget; the least is 15.2", ""), ("33.0 dB with 8", "cache-dit-15.25")],
     }
     without = [{key: value for key, value in run.items() if key != "whole_steps"} for run in RUNS]
     assert budgets.rivals(without, without[0])[0] == ["at most 9 step equivalents"]

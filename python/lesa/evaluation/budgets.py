@@ -89,7 +89,8 @@ def rivals(runs: Sequence[dict], run: dict) -> tuple[list[str], list[dict[str, A
         run: ours.
 
     Returns:
-        The heads of the columns, one for each count; and for each contender its title, its colour and its cells.
+        The heads of the columns, one for each count; and for each contender its title, its colour and its cells, each a
+        text and the name of the run.
     """
     counts = [count for count in COUNTS if run.get(count) is not None]
     heads = [f"at most {run[count] + EXTRA_STEPS:.4g} {_words(count)}" for count in counts]
@@ -104,13 +105,14 @@ def rivals(runs: Sequence[dict], run: dict) -> tuple[list[str], list[dict[str, A
     return heads, rows
 
 
-def _cell(runs: Sequence[dict], contender: str, run: dict, count: Count) -> str:
+def _cell(runs: Sequence[dict], contender: str, run: dict, count: Count) -> tuple[str, str]:
+    """What a cell says, and the name of the run."""
     best = best_within(runs, contender, run, count)
     if best is None:
         needed = [peer[count] for peer in runs if peer["contender"] == contender and peer.get(count) is not None]
-        return "cannot reach this budget" + (f"; the least is {min(needed):.4g}" if needed else "")
+        return "cannot reach this budget" + (f"; the least is {min(needed):.3g}" if needed else ""), ""
     quality = "no difference" if best["psnr"] is None else f"{best['psnr']:.1f} dB"
-    return f"{quality} with {best[count]:.3g}"
+    return f"{quality} with {best[count]:.3g}", best["name"]
 
 
 def _words(count: Count) -> str:
