@@ -180,12 +180,17 @@ def test_a_made_up_contender_goes_all_the_way(registered, pipe, tmp_path, capsys
     assert "--c-coarse: #d000a0;" in html and "--c-coarse: #ff66dd;" in html
     data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])
     drawn = data["contenders"]["coarse"]
-    assert (drawn["label"], drawn["color"], drawn["shape"]) == ("Coarse & Fast", "--c-coarse", 7)
+    assert (drawn["label"], drawn["color"], drawn["shape"]) == (
+        "Coarse & Fast",
+        "--c-coarse",
+        len(contenders.CONTENDERS) - 2,
+    )
     assert {shown["short"] for shown in data["runs"] if shown["contender"] == "coarse"} == {"Coarse"}
     assert "Coarse &amp; Fast: 1 settings tried" in html
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "--help"])
-    assert "mag-cache, cache-dit, coarse, separated by" in " ".join(capsys.readouterr().out.split())
+    help_text = "".join(capsys.readouterr().out.split())
+    assert "steps,taylorseer,first-block-cache," in help_text and "coarse,separatedbycommas" in help_text
 
 
 def test_a_setting_that_is_not_registered_can_be_compared_too(pipe, tmp_path):
@@ -200,7 +205,8 @@ def test_a_contender_that_nobody_knows_is_still_shown(tmp_path):
     make_evaluation(tmp_path, budgets=(9,), rename={"cache-dit": "of-old"})
     html = lesa.report(tmp_path).read_text()
     data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])
-    assert data["contenders"]["of-old"] == {"label": "of-old", "color": "--other", "shape": 7, "ours": False}
+    shape = len(contenders.CONTENDERS) - 1  # the reference has none
+    assert data["contenders"]["of-old"] == {"label": "of-old", "color": "--other", "shape": shape, "ours": False}
     assert "of-old: 3 settings tried" in html and f"--other: {UNKNOWN_COLOR.light};" in html
     assert data["budgets"][0]["peers"][-1] == "of-old-9.7"
 
@@ -222,7 +228,7 @@ def test_the_example_of_the_page_works(pipe, generate, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pab", module)  # dataclasses look there
     exec(compile(example, "pab.py", "exec"), vars(module))
     kind = module.PyramidAttentionBroadcast
-    every = (*contenders.CONTENDERS, kind)
+    every = (*(other for other in contenders.CONTENDERS if other.name != kind.name), kind)
     contenders.check_contenders(every)
     monkeypatch.setattr(contenders, "CONTENDERS", every)
     before = generate(pipe)
@@ -298,11 +304,11 @@ def test_colors_are_clear_on_a_light_and_on_a_dark_page(kind):
 
 
 def test_names_are_those_that_files_and_scripts_rely_on():
-    assert [kind.name for kind in contenders.CONTENDERS] == [
+    assert [kind.name for kind in contenders.CONTENDERS][:8] == [
         "reference", "newton", "dense", "taylorseer", "steps", "first-block-cache", "mag-cache", "cache-dit"
     ]  # fmt: skip
     assert contenders.Dense.title == "dense variant"
-    assert contenders.against_names() == ["steps", "taylorseer", "first-block-cache", "mag-cache", "cache-dit"]
+    assert contenders.against_names()[:5] == ["steps", "taylorseer", "first-block-cache", "mag-cache", "cache-dit"]
 
 
 def made(name, contender, **figures):
