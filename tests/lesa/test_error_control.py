@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import lesa
-from lesa.cache.device_values import Mailbox
+from lesa.cache import device_values, observed
 from lesa.cache.error_control import MOST_STRETCH, ControlledSteps
-from lesa.cache.hook import StepHook
+from lesa.cache.run import Run
 from lesa.demo import digits, photos
 from lesa.inputs import collate
 from lesa.schedule import Schedule
@@ -171,10 +171,10 @@ def test_errors_are_those_of_the_model_s_own_head(pipe, generate):
     def keep(call, features, conditioning):
         seen.append((features.clone(), conditioning.clone()))
 
-    with lesa.enable_cache(pipe, predictor, lesa.ErrorControl()) as cache:
-        cache._hook.recorder = SimpleNamespace(on_run=lambda run: None, keep=keep)
+    observer = SimpleNamespace(on_run=lambda run, computed: None, keep=keep)
+    with observed(pipe, observer, predictor, lesa.ErrorControl()) as stats:
         generate(pipe, STEPS)
-    stats, sigmas = cache.stats.streams["cond"], pipe.scheduler.sigmas.tolist()
+    stats, sigmas = stats.streams["cond"], pipe.scheduler.sigmas.tolist()
     assert len(seen) == len(stats.computed) > 5
     batch, tokens, _ = seen[0][0].shape
     ring = predictor.make_ring(batch, tokens, seen[0][0].dtype, seen[0][0].device)
@@ -280,7 +280,7 @@ def test_the_trained_gaps_stand_where_the_head_is_not_plain(fresh_pipe, generate
     assert any("errors are not measured" in note for note in cache.stats.notes)
 
 
-def test_late_mail_that_ends_the_run_leads_to_computing(pipe, generate, monkeypatch):
+def test_a_late_value_that_ends_the_run_leads_to_computing(pipe, generate, monkeypatch):
     """As on a GPU: what says that another scheduler drives the transformer arrives when the next gap is chosen."""
 
     class Sent:
@@ -292,14 +292,11 @@ def test_late_mail_that_ends_the_run_leads_to_computing(pipe, generate, monkeypa
         def query(self):
             return self.arrived
 
-    def post(self, note, value):
-        self._on_the_way.append((note, value.detach().reshape(1).float(), Sent()))
-
     other = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
     other.set_progress_bar_config(disable=True)
     plain = generate(other, STEPS)
-    monkeypatch.setattr(Mailbox, "post", post)
-    monkeypatch.setattr(StepHook, "_value_of", lambda self, timestep: None)
+    monkeypatch.setattr(device_values, "copy_to_host", lambda value: (value.detach().reshape(1).float(), Sent()))
+    monkeypatch.setattr(Run, "value_of", lambda self, timestep, waits: None)
 
     class StopError(Exception):
         pass
@@ -319,7 +316,7 @@ def test_late_mail_that_ends_the_run_leads_to_computing(pipe, generate, monkeypa
 
 
 def test_a_dense_predictor_is_refused(pipe):
-    with pytest.raises(ValueError, match="`schedule` must be known before the run with a predictor that feeds on its"):
+    with pytest.raises(ValueError, match="`schedule` must be known before the run with a predictor that uses its own"):
         lesa.enable_cache(pipe, bundled("dense-9"), lesa.ErrorControl())
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lesa
+from lesa.cache.hook import installed_hook
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 sys.path.append(str(Path(__file__).parent))
@@ -137,7 +138,7 @@ def test_examples_run(example, stand_ins, tmp_path, monkeypatch, capsys):
     assert cache.stats.predicted_steps > cache.stats.computed_steps > 3
     printed = capsys.readouterr().out
     assert cache.stats.summary() in printed
-    assert lesa.hook.installed_hook(names["pipe"].transformer) is None
+    assert installed_hook(names["pipe"].transformer) is None
     wanted = re.findall(r'"(\w+\.(?:png|mp4))"', re.sub(r"load_image\(.*?\)", "", example))
     assert sorted([path.name for path in tmp_path.iterdir()] + stand_ins.written) == sorted(wanted)
     assert names["pipe"].__class__.__name__ in stand_ins.pipelines
