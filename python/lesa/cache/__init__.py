@@ -3,7 +3,7 @@
 import contextlib
 import numbers
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,7 +19,7 @@ from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error, check_int, usage_error
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModularPipeline
 
 
 class CacheHandle:
@@ -48,7 +48,7 @@ class CacheHandle:
 
 
 def enable_cache(
-    pipe: "DiffusionPipeline",
+    pipe: "DiffusionPipeline | ModularPipeline",
     predictor: FusedKANPredictor,
     schedule: ScheduleLike | ErrorControl | None = None,
     max_device_bytes: int | None = None,
@@ -57,7 +57,7 @@ def enable_cache(
     """Lets `predictor` forecast the steps of `pipe` that `schedule` does not compute.
 
     Args:
-        pipe: a diffusers pipeline of a supported family.
+        pipe: a diffusers pipeline of a supported family, modular or not.
         predictor: trained for the pipeline's transformer, on the transformer's device.
         schedule: which steps are computed: a `lesa.Schedule`, a list of step indices counted over the steps that a call
             executes, an interval N for steps 0, 1, 2 and then every N, or a `lesa.ErrorControl`, which chooses them
@@ -83,7 +83,7 @@ def enable_cache(
     return _enable(pipe, predictor, schedule, max_device_bytes, strict, None)
 
 
-def disable_cache(pipe: "DiffusionPipeline") -> None:
+def disable_cache(pipe: "DiffusionPipeline | ModularPipeline") -> None:
     """Turns the cache of `pipe` off and restores its transformer. Does nothing if it is off already."""
     hook = installed_hook(adapter_for(pipe).transformer)
     if hook is not None:
@@ -92,7 +92,7 @@ def disable_cache(pipe: "DiffusionPipeline") -> None:
 
 @contextlib.contextmanager
 def observed(
-    pipe: "DiffusionPipeline",
+    pipe: "DiffusionPipeline | ModularPipeline",
     observer: StepObserver,
     predictor: FusedKANPredictor | None = None,
     schedule: ScheduleLike | ErrorControl | None = None,
@@ -125,7 +125,7 @@ def observed(
 
 
 def _enable(
-    pipe: "DiffusionPipeline",
+    pipe: "DiffusionPipeline | ModularPipeline",
     predictor: FusedKANPredictor,
     schedule: ScheduleLike | ErrorControl | None,
     max_device_bytes: int | None,
@@ -143,7 +143,7 @@ def _enable(
     return CacheHandle(hook)
 
 
-def _check_predictor(pipe: "DiffusionPipeline", adapter: Adapter, predictor: FusedKANPredictor) -> None:
+def _check_predictor(pipe: Any, adapter: Adapter, predictor: FusedKANPredictor) -> None:
     """Checks that the predictor can forecast the features of the pipeline's transformer."""
     if not isinstance(predictor, FusedKANPredictor):
         raise argument_error(
@@ -199,6 +199,7 @@ def _checked_schedule(
         check_controllable(adapter, config)
         return schedule
     if isinstance(schedule, numbers.Integral):
-        as_schedule(schedule, 1)  # a wrong interval is an error here, not at the first step
-        return schedule
+        interval: Any = schedule
+        as_schedule(interval, 1)  # a wrong interval is an error here, not at the first step
+        return interval
     return as_schedule(schedule)

@@ -73,10 +73,11 @@ class ControlledSteps:
 
     def __init__(self, control: ErrorControl, trained: Schedule, errors: Sequence[float], run_sigmas: Sequence[float]):
         self.control, self.errors = control, errors
-        self._trained = [-s for s in trained.sigmas]  # rising, as `numpy.interp` needs them
+        sigmas: tuple[float, ...] = trained.sigmas  # type: ignore[assignment]  # known of a trained schedule
+        self._trained = [-s for s in sigmas]  # rising, as `numpy.interp` needs them
         self._levels = [*run_sigmas, 0.0]
         first = slice(3)
-        self.chosen = Schedule(trained.steps[first], sigmas=trained.sigmas[first]).computed_in(run_sigmas)
+        self.chosen = Schedule(trained.steps[first], sigmas=sigmas[first]).computed_in(run_sigmas)
         self.measured: list[float] = []
 
     def choose_by_measured(self) -> None:

@@ -2,9 +2,9 @@
 
 import functools
 import math
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -164,9 +164,10 @@ class ForecastingHook(StepHook[ForecastState]):
     def _note_adapters(self) -> None:
         names = dict.fromkeys(getattr(self.pipe, "fused_loras", ()))  # what is fused stays when it is unloaded
         transformer = self.adapter.transformer
-        for module in transformer.modules() if getattr(transformer, "_hf_peft_config_loaded", False) else ():
-            if getattr(module, "disable_adapters", None) is False:  # a layer with adapters, and they are on
-                names |= dict.fromkeys(module.active_adapters)
+        layers: Iterable[Any] = transformer.modules() if getattr(transformer, "_hf_peft_config_loaded", False) else ()
+        for layer in layers:
+            if getattr(layer, "disable_adapters", None) is False:  # a layer with adapters, and they are on
+                names |= dict.fromkeys(layer.active_adapters)
         if names:
             note = (
                 f"the adapters {', '.join(names)} are on: unless the predictor was trained with them, its forecasts "
@@ -221,7 +222,7 @@ class ForecastingHook(StepHook[ForecastState]):
 
     def predict(self, state: ForecastState, call: Call, arguments: dict[str, Any]) -> Any:
         stream, predictor = state.streams[call.stream], self.predictor
-        ring, conditioner = stream.ring, stream.conditioner
+        ring, conditioner = cast(FeatureRing, stream.ring), stream.conditioner
         needs_forecast = self._keeps_forecasts or torch.is_grad_enabled()
         if stream.fuses and not needs_forecast:
             why = self.adapter.why_head_not_plain(self._capture.id, ring.device)
@@ -274,33 +275,29 @@ class ForecastingHook(StepHook[ForecastState]):
         if self.observer is not None:
             self.observer.keep(call, features, conditioning)
         stream = state.streams[call.stream]
-        if state.controlled is not None and len(stream.stats.computed) > 1 and stream.fits(features):
-            self._measure(state.controlled, state.values, stream, call, features, conditioning)
+        if len(stream.stats.computed) > 1 and stream.fits(features):
+            self._measure(state, stream, call, features, conditioning)
         self._push(stream, features, call.sigma)
         stream.shape, stream.is_other_text = self.adapter.shape(call.arguments), False
 
     def _measure(
-        self,
-        controlled: ControlledSteps,
-        values: DeviceValues,
-        stream: Stream,
-        call: Call,
-        features: torch.Tensor,
-        conditioning: torch.Tensor,
+        self, state: ForecastState, stream: Stream, call: Call, features: torch.Tensor, conditioning: torch.Tensor
     ) -> None:
-        """Asks for the error of the forecast for a step that was computed."""
-        why = self.adapter.why_head_not_plain(self._capture.id, stream.ring.device)
+        """Under `lesa.ErrorControl`, asks for the error of the forecast for a step that was computed."""
+        if state.controlled is None:
+            return
+        why = self.adapter.why_head_not_plain(self._capture.id, features.device)
         if why is not None:
             self.stats.note(f"errors are not measured, so that the trained gaps stand: {why}")
             return
         head = self.adapter.output_head(conditioning)
-        error = forecast_error(self.predictor, stream.ring, call.sigma, features, head)
-        values.ask(error, functools.partial(_on_error, controlled, stream.stats, call.step))
+        error = forecast_error(self.predictor, cast(FeatureRing, stream.ring), call.sigma, features, head)
+        state.values.ask(error, functools.partial(_on_error, state.controlled, stream.stats, call.step))
 
     def _push(self, stream: Stream, features: torch.Tensor, sigma: float) -> None:
         ring = stream.ring
-        if not stream.fits(features):
-            stream.ring = ring = None  # the last name of it: it is freed before another one takes memory
+        if ring is None or not stream.fits(features):
+            stream.ring = ring = None  # nothing else holds it: it is freed before another one takes memory
             batch, tokens, _ = features.shape
             ring = self.predictor.make_ring(batch, tokens, features.dtype, features.device, self.max_device_bytes)
             stream.ring, stream.fuses = ring, self.predictor.fuses_velocity(ring)

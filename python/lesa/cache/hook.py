@@ -69,7 +69,7 @@ class _ContextTracker(StateManager):
     """Keeps the name of the current `cache_context`. Diffusers tells it to every attribute of this type."""
 
     def __init__(self) -> None:
-        super().__init__(None)
+        super().__init__(None)  # type: ignore[arg-type]  # the class of the states, of which there are none here
         self.name: str | None = None
 
     def set_context(self, context: Any) -> None:
@@ -143,7 +143,7 @@ class StepHook(ModelHook, Generic[State]):
         check_uncached(transformer)
         self._had_registry = hasattr(transformer, "_diffusers_hook")
         _join(HookRegistry.check_if_exists_or_initialize(transformer), self)
-        self._forward = types.MethodType(type(transformer).forward, transformer)
+        self._forward: Callable = types.MethodType(type(transformer).forward, transformer)
         self._gate = _InnerGate(self, self._forward)
         if not _replace_forward(transformer, self._forward, self._gate):  # a wrapper that does not show what it wraps
             self._forward = transformer.forward
@@ -171,7 +171,7 @@ class StepHook(ModelHook, Generic[State]):
         if self._compiled is not None:
             attributes["_compiled_call_impl"] = self._compiled
         _replace_forward(transformer, self._gate, self._forward)
-        registry = transformer._diffusers_hook
+        registry = vars(transformer)["_diffusers_hook"]
         _leave(registry)
         if not registry.hooks and not self._had_registry:
             del transformer._diffusers_hook

@@ -30,10 +30,7 @@ class Run:
         self.scheduler, self.timestep_scale = scheduler, timestep_scale
         self.identity: torch.Tensor = scheduler.timesteps  # a new tensor every run; held, so its address stays taken
         self.timesteps: list[float] = scheduler.timesteps.tolist()
-        sigmas = getattr(scheduler, "sigmas", None)
-        known = isinstance(sigmas, torch.Tensor) and len(sigmas) >= len(self.timesteps)
-        train_steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
-        self.sigmas: list[float] = sigmas.tolist() if known else [t / train_steps for t in self.timesteps]
+        self.sigmas = _sigmas_of(scheduler, self.timesteps)
         self.begin: int | None = None
         self.index = -1
         self.exact = False
@@ -106,6 +103,15 @@ class Run:
         near = [index for index in range(end) if self.is_near(index, value, dtype)]
         value *= self.timestep_scale
         return min(near, key=lambda i: (i < self.index, abs(self.timesteps[i] - value)), default=None)
+
+
+def _sigmas_of(scheduler: Any, timesteps: list[float]) -> list[float]:
+    """The scheduler's noise levels; for a scheduler without any, the parts of its training steps."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if isinstance(sigmas, torch.Tensor) and len(sigmas) >= len(timesteps):
+        return sigmas.tolist()
+    train_steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
+    return [t / train_steps for t in timesteps]
 
 
 @dataclass
