@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import work
 
-from lesa_kernels import BSplineKAN
+from lesa_kernels import BSplineKAN, work
 from lesa_kernels.bspline_kan import bspline_kan
 
 PEERS = Path(__file__).resolve().parents[1] / "peers"
@@ -180,7 +179,7 @@ def note_peak_memory(benchmark, device: torch.device, function: Callable) -> Non
 
 
 def least_work(layer) -> tuple:
-    """What the functions of `work.py` begin with; parameters are read as they are stored."""
+    """What the functions of `lesa_kernels.work` begin with; parameters are read as they are stored."""
     sizes = layer.rows, layer.in_features, layer.out_features, layer.autocast or layer.dtype, layer.grid_size
     return *sizes, 3, layer.dtype.itemsize
 

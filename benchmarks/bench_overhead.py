@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from work import synchronise
+from floors import synchronise
 
 pytest.importorskip("diffusers")
 from diffusers import FluxTransformer2DModel  # noqa: E402

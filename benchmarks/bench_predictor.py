@@ -8,9 +8,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-import work
 
-from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig, output_head
+from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig, output_head, work
 from lesa_kernels.feature_ring.reference import newest_slots
 from lesa_kernels.predictor.reference import OFFSET_SCALE, kan_hidden, newton_weights
 

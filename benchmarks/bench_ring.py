@@ -4,10 +4,9 @@ import itertools
 
 import pytest
 import torch
-import work
 from shapes import ONE_TOKEN
 
-from lesa_kernels import FeatureRing
+from lesa_kernels import FeatureRing, work
 from lesa_kernels.dispatch import extension_problem
 from lesa_kernels.feature_ring.reference import dequantise_float8
 

@@ -5,7 +5,8 @@ import statistics
 
 import pytest
 import torch
-import work
+
+from lesa_kernels import work
 
 pytest.importorskip("diffusers")
 from diffusers import FluxTransformer2DModel  # noqa: E402

@@ -15,9 +15,9 @@ from pytest_benchmark.utils import get_commit_info
 from lesa_kernels.env_report import env_report
 from lesa_kernels.tune import device_seconds
 
-sys.path.insert(0, str(Path(__file__).parent))  # the suites import shapes.py and work.py
+sys.path.insert(0, str(Path(__file__).parent))  # the suites import shapes.py and floors.py
 import shapes  # noqa: E402
-from work import Floors, synchronise  # noqa: E402
+from floors import Floors, synchronise  # noqa: E402
 
 RATIOS = pytest.StashKey[list]()  # of (test name, extra_info)
 LAUNCHES = pytest.StashKey[list]()  # the same

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import work
+from floors import Floors
 from shapes import FLUX, HUNYUAN_VIDEO, QWEN_IMAGE, FeatureShape
 
+from lesa_kernels import work
 from lesa_kernels.work import DATASHEETS
 
 OUT_CHANNELS = 64  # of the head of FLUX, Qwen-Image and HunyuanVideo: 16 channels, patches of 2 x 2
@@ -44,7 +45,7 @@ PRESETS = {name: Device(*rates, "from NVIDIA's datasheet, not measured") for nam
 
 def measured(device: torch.device) -> Device:
     """The GPU at hand, as the benchmarks measure it."""
-    floors = work.Floors(device)
+    floors = Floors(device)
     rates = floors.copy_bandwidth(), floors.matmul_rate(torch.bfloat16)
     return Device(torch.cuda.get_device_name(device), *rates, "measured here: of `Tensor.copy_` and `torch.mm`")
 

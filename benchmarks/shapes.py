@@ -26,7 +26,7 @@ class FeatureShape:
 
     @property
     def sizes(self) -> tuple[int, int, int, torch.dtype]:
-        """What the functions of `work.py` begin with: batch, tokens, dim, dtype."""
+        """What the functions of `lesa_kernels.work` begin with: batch, tokens, dim, dtype."""
         return self.batch, self.tokens, self.dim, self.dtype
 
 

@@ -13,12 +13,13 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from lesa.demo import digits
-from lesa_kernels import OutputHead, PredictorConfig
+from lesa_kernels import OutputHead, PredictorConfig, work
 from lesa_kernels.extension import extension
 from lesa_kernels.feature_ring import op
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
+STUDIES = BENCHMARKS / "studies"
 
 CASES = {
     "bench_kan.py::test_forward[kan-256-lesa]": {"floor", "ratio_to_floor", "bytes", "flops"},
@@ -103,12 +104,11 @@ def test_a_predicted_step_says_what_the_host_takes(suites):
 
 
 def test_work_of_the_ring_counts_scales():
-    work = load("work.py")
     half, float8 = torch.bfloat16, torch.float8_e4m3fn
-    assert work["ring_push"](2, 3, 5, half) == {"bytes": 2 * 3 * 5 * 4, "flops": 0}
-    assert work["ring_push"](2, 3, 5, half, float8) == {"bytes": 2 * 3 * (5 * 2 + 5 + 4), "flops": 0}
-    assert work["ring_gather"](2, 3, 5, half) == {"bytes": 2 * 3 * 5 * 4, "flops": 0}
-    assert work["ring_gather"](2, 3, 5, float8) == {"bytes": 2 * 3 * (5 + 4 + 5 * 4), "flops": 0}
+    assert work.ring_push(2, 3, 5, half) == {"bytes": 2 * 3 * 5 * 4, "flops": 0}
+    assert work.ring_push(2, 3, 5, half, float8) == {"bytes": 2 * 3 * (5 * 2 + 5 + 4), "flops": 0}
+    assert work.ring_gather(2, 3, 5, half) == {"bytes": 2 * 3 * 5 * 4, "flops": 0}
+    assert work.ring_gather(2, 3, 5, float8) == {"bytes": 2 * 3 * (5 + 4 + 5 * 4), "flops": 0}
 
 
 def test_a_predicted_step_costs_less_than_a_computed_one(suites):
@@ -146,7 +146,10 @@ def test_end_to_end_runs_and_reports(tmp_path):
 def test_ablation_trains_each_variant_once(tmp_path):
     out = tmp_path / "out"
     sizes = {"samples": 2, "steps": 12, "test-samples": 2, "epochs": 3, "tokens": 8, "out": out}
-    arguments = [BENCHMARKS / "ablation.py", *(part for name, size in sizes.items() for part in (f"--{name}", size))]
+    arguments = [
+        STUDIES / "ablation.py",
+        *(part for name, size in sizes.items() for part in (f"--{name}", size)),
+    ]
     printed = run(tmp_path, *arguments, "--mixer", "newton") + run(tmp_path, *arguments)
     lines = (out / "digits.jsonl").read_text().splitlines()
     report = json.loads((out / "ablation-digits.json").read_text())
@@ -165,14 +168,14 @@ def test_ablation_trains_each_variant_once(tmp_path):
 def test_error_control_is_drawn_beside_fixed_steps(tmp_path):
     out, predictor = tmp_path / "out", digits.WEIGHTS / "newton-9"
     fewest = ["--tolerances", "1.0", "--stretches", "1.0", "--samples", "1", "--out", out]
-    printed = run(tmp_path, BENCHMARKS / "error_control.py", "--controlled", predictor, "--fixed", *fewest)
+    printed = run(tmp_path, STUDIES / "error_control.py", "--controlled", predictor, "--fixed", *fewest)
     assert (out / "error-control.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "error-control.json").read_text())
     assert " 9.00 steps (9 to 9)" in printed and "controlled" in printed
 
 
 def test_ablation_has_plain_units_in_the_place_of_splines():
-    mlp = load("ablation.py")["MLPPredictor"](PredictorConfig(2, mixer="dense", history_length=2, hidden=3))
+    mlp = load("studies/ablation.py")["MLPPredictor"](PredictorConfig(2, mixer="dense", history_length=2, hidden=3))
     with torch.no_grad():
         for parameter in mlp.parameters():
             parameter.normal_()

@@ -1,4 +1,4 @@
-"""`estimate`: what predicting most steps costs and saves, from a model's configuration, before anything runs."""
+"""`estimate`: what predicting most steps costs and saves. A model's configuration is enough; nothing runs."""
 
 import json
 import os
@@ -9,107 +9,27 @@ from typing import Any
 
 import torch
 
+from lesa.models import ADAPTERS
+from lesa.models.adapter import Adapter
+from lesa.models.costs import Costs
 from lesa.schedule import Schedule, ScheduleLike, as_schedule
 from lesa_kernels import FusedKANPredictor, PredictorConfig, work
 from lesa_kernels.checks import Said, argument_error, check_choice, check_float, check_int
 from lesa_kernels.feature_ring import ring_nbytes
 
 EFFICIENCY = 0.5
-"""The part of a datasheet's FLOP rate that computed steps are taken to reach."""
+"""The part of a datasheet's FLOP rate that computed steps are assumed to reach."""
 DTYPES = ("bfloat16", "float16", "float32")
 
-_FLUX = {
-    "_class_name": "FluxTransformer2DModel",
-    "patch_size": 1,
-    "in_channels": 64,
-    "out_channels": None,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-}
-_QWEN_IMAGE = {
-    "_class_name": "QwenImageTransformer2DModel",
-    "patch_size": 2,
-    "in_channels": 64,
-    "out_channels": 16,
-    "num_layers": 60,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 3584,
-}
-_HUNYUAN_VIDEO = {
-    "_class_name": "HunyuanVideoTransformer3DModel",
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_attention_heads": 24,
-    "attention_head_dim": 128,
-    "num_layers": 20,
-    "num_single_layers": 40,
-    "num_refiner_layers": 2,
-    "mlp_ratio": 4.0,
-    "patch_size": 2,
-    "patch_size_t": 1,
-    "guidance_embeds": True,
-    "text_embed_dim": 4096,
-    "pooled_projection_dim": 768,
-}
-_SD3 = {
-    "_class_name": "SD3Transformer2DModel",
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 2048,
-    "dual_attention_layers": (),
-}
-
-
-@dataclass(frozen=True)
-class _Family:
-    """What a configuration does not say.
-
-    Args:
-        name: of the family.
-        config: of its usual model.
-        text_tokens: that its pipeline passes; of Qwen-Image a guess, for there it is the prompt that decides.
-        streams: calls of the transformer per step, or samples per image in one call, with its usual guidance.
-        packing: latent pixels per token and side, beside the transformer's own patches.
-    """
-
-    name: str
-    config: Mapping[str, Any]
-    text_tokens: int
-    streams: int = 1
-    packing: int = 1
-
-
-_FAMILIES = {
-    "FluxTransformer2DModel": _Family("flux", _FLUX, 512, packing=2),
-    "QwenImageTransformer2DModel": _Family("qwen-image", _QWEN_IMAGE, 128, streams=2, packing=2),
-    "HunyuanVideoTransformer3DModel": _Family("hunyuan-video", _HUNYUAN_VIDEO, 256),
-    "SD3Transformer2DModel": _Family("sd3", _SD3, 333, streams=2),
-}
-
 PRESETS = {
-    "flux-1024": (_FLUX, 1024, 1024, 1),
-    "qwen-image-1328": (_QWEN_IMAGE, 1328, 1328, 1),
-    "hunyuan-video-480p": (_HUNYUAN_VIDEO, 480, 640, 65),
-    "hunyuan-video-720p": (_HUNYUAN_VIDEO, 720, 1280, 129),
-    "sd3-1024": (_SD3, 1024, 1024, 1),
+    name: (adapter.costs.usual_config, *size) for adapter in ADAPTERS for name, size in adapter.costs.presets.items()
 }
-"""Configuration, height, width and frames of well-known models: FLUX.1-dev, Qwen-Image, HunyuanVideo, SD3 medium."""
+"""Configuration, height, width and frames of well-known models, by name."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `estimate` found; bytes and seconds are those of one call of the pipeline, that is, of `batch` samples.
+    """What `estimate` found. Bytes and seconds are of one call of the pipeline, that is, of `batch` samples.
 
     Args:
         model, device, dtype: what it is for.
@@ -121,16 +41,16 @@ class Estimate:
         step_flops: of a computed step, of all streams.
         full_flops, flops: of a call with all steps computed, and with those of `computed`.
         computed_seconds, predicted_seconds: of one step.
-        full_seconds, seconds: of a call's steps, all of them computed and those of `computed`. Text encoders, decoding
-            and the host's part of a step are not in them.
+        full_seconds, seconds: of a call's steps, with all of them computed and with those of `computed`. They do not
+            include text encoders, decoding and the host's part of a step.
         speedup: of the seconds.
         step_speedup: `num_inference_steps` over the number of computed steps.
-        ring_bytes, predictor_bytes: what is held on the device beside the model.
+        ring_bytes, predictor_bytes: memory on the device in addition to the model.
         images_per_day: samples that are made each day, or None.
         full_gpu_hours, gpu_hours: of a day, with all steps computed and with those of `computed`; None without images.
         price: of a GPU-hour, or None.
-        saved: money of a day, or None.
-        assumptions: what the figures rest on.
+        saved: money that a day saves, or None.
+        assumptions: what the figures are based on, in words.
     """
 
     model: str
@@ -172,7 +92,7 @@ class Estimate:
 
     @property
     def speedup_ratio(self) -> float:
-        """Time speed-up over step speed-up: 1 if predicted steps took no time."""
+        """Time speed-up over step speed-up. It is 1 if predicted steps take no time."""
         return self.speedup / self.step_speedup
 
     @property
@@ -186,7 +106,7 @@ class Estimate:
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
     def table(self) -> str:
-        """The figures with all steps computed and with few, as aligned text, and what they rest on."""
+        """The figures with all steps computed and with few, as aligned text, and what they are based on."""
         rows = [
             ("", "all steps", "with lesa"),
             ("steps computed", f"{self.num_inference_steps}", f"{self.computed_steps}"),
@@ -238,70 +158,51 @@ def estimate(
 ) -> Estimate:
     """What a run costs with all steps computed, and with most of them predicted.
 
-    A computed step takes its FLOPs over `efficiency` times the rate, and a push into the ring. A predicted step takes
-    the bytes that it must move over the bandwidth, or its FLOPs over the same rate if that is more.
+    The time of a computed step is its FLOPs over `efficiency` times the rate, plus a push into the ring. The time of a
+    predicted step is the bytes that it must move over the bandwidth, or its FLOPs over the same rate if that is more.
 
     Args:
         model: a name in `PRESETS`, the folder of a pipeline or of its transformer, or a hub id that is in the local
             cache.
         height, width, frames: of a sample, in pixels. Default: the preset's, else 1024 x 1024 and one frame.
         num_inference_steps: steps of a run.
-        schedule: the computed steps, as `enable_cache` takes them. None: as the predictor was trained, else nine spread
-            ones.
+        schedule: the computed steps, as in `enable_cache`. None: those that the predictor was trained for, or nine
+            evenly spread ones.
         predictor: its configuration, or the folder of one. None: what `lesa.train` makes by default.
         device: a name in `lesa_kernels.work.DATASHEETS`.
-        bandwidth: bytes per second, in the place of the datasheet's.
-        flops_rate: FLOPs per second of dense products, in the place of the datasheet's.
+        bandwidth: bytes per second, instead of the datasheet's.
+        flops_rate: FLOPs per second of dense products, instead of the datasheet's.
         efficiency: part of the rate that computed steps reach, in (0, 1].
-        step_seconds: what a computed step takes as measured, of all streams, in the place of FLOPs over rate.
+        step_seconds: measured time of a computed step, for all streams, instead of FLOPs over rate.
         batch: samples per call.
         dtype: of the features: "bfloat16", "float16" or "float32".
-        text_tokens: per sample. Default: as the family's pipeline pads them; 128 for Qwen-Image.
-        streams: calls of the transformer per step. Default: 2 for Qwen-Image and SD3, which guide by a second one.
+        text_tokens: per sample. Default: as many as the family's pipelines pass.
+        streams: calls of the transformer per step. Default: those of the family's usual guidance, such as 2 for
+            Qwen-Image.
         images_per_day: samples made each day, for GPU-hours.
         price: of a GPU-hour, for money.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or the predictor is of another width or family.
+        TypeError, ValueError: an argument is not as described, or the predictor is of another width or family.
         FileNotFoundError: there is no such model.
     """
-    config, preset, scale, frame_scale = _find(model)
-    family = _family(config)
-    config = {**family.config, **{name: value for name, value in config.items() if name in family.config}}
-    height, width, frames = (
-        check_int(name, given if given is not None else default)
-        for name, given, default in zip(("height", "width", "frames"), (height, width, frames), preset)
-    )
-    tokens = _tokens(config, family, height, width, frames, scale, frame_scale)
-    text = check_int("text_tokens", family.text_tokens if text_tokens is None else text_tokens, minimum=0)
-    streams = check_int("streams", family.streams if streams is None else streams)
+    family, costs, tokens = _sample(model, height, width, frames)
+    text = check_int("text_tokens", costs.text_tokens if text_tokens is None else text_tokens, minimum=0)
+    streams = check_int("streams", costs.streams if streams is None else streams)
     batch, total = check_int("batch", batch), check_int("num_inference_steps", num_inference_steps)
-    kind = getattr(torch, check_choice("dtype", dtype, DTYPES))
-    name, sheet_bandwidth, sheet_rate = work.DATASHEETS[check_choice("device", device, tuple(work.DATASHEETS))]
-    bandwidth = _positive("bandwidth", sheet_bandwidth if bandwidth is None else bandwidth)
-    rate = _positive("flops_rate", sheet_rate if flops_rate is None else flops_rate)
-    rate *= _positive("efficiency", efficiency, maximum=1.0)
-    if (bandwidth, rate) != (sheet_bandwidth, sheet_rate * efficiency):
-        name = "a device of the given rates"
-
-    dim = config["num_attention_heads"] * config["attention_head_dim"]
-    predictor = _predictor(predictor, dim, family.name)
+    name, bandwidth, rate = _rates(device, bandwidth, flops_rate, efficiency)
+    predictor = _predictor(predictor, costs.dim, family)
     computed = _computed(schedule, predictor, total)
-    step_flops = streams * batch * transformer_flops(config, tokens, text)
-    sizes = (batch, tokens, dim, kind)
+    step_flops = streams * batch * costs.flops(tokens, text)
+    sizes = (batch, tokens, costs.dim, getattr(torch, check_choice("dtype", dtype, DTYPES)))
     push = work.ring_push(*sizes)["bytes"] / bandwidth * streams
     plain = step_flops / rate if step_seconds is None else _positive("step_seconds", step_seconds)
-    moved, predicted_flops = (streams * amount for amount in _predicted_work(predictor, sizes, _head_width(config)))
+    moved, predicted_flops = (streams * amount for amount in _predicted_work(predictor, sizes, costs.head_width))
     predicted_seconds = max(moved / bandwidth, predicted_flops / rate)
-    skipped = total - len(computed)
-    seconds = len(computed) * (plain + push) + skipped * predicted_seconds
+    seconds = len(computed) * (plain + push) + (total - len(computed)) * predicted_seconds
     with torch.device("meta"):
         predictor_bytes = sum(p.nbytes for p in FusedKANPredictor(predictor).parameters())
-    hours = full_hours = saved = None
-    if images_per_day is not None:
-        images = _positive("images_per_day", images_per_day)
-        hours, full_hours = (images / batch * spent / 3600 for spent in (seconds, total * plain))
-        saved = None if price is None else (full_hours - hours) * _positive("price", price)
+    full_hours, hours, saved = _day(images_per_day, batch, total * plain, seconds, price)
     measured = "as given" if step_seconds is not None else f"at {rate / 1e12:.4g} TFLOP/s"
     return Estimate(
         model=str(model),
@@ -315,7 +216,7 @@ def estimate(
         computed=computed,
         step_flops=step_flops,
         full_flops=total * step_flops,
-        flops=len(computed) * step_flops + skipped * round(predicted_flops),
+        flops=len(computed) * step_flops + (total - len(computed)) * round(predicted_flops),
         computed_seconds=plain,
         predicted_seconds=predicted_seconds,
         full_seconds=total * plain,
@@ -337,75 +238,58 @@ def estimate(
     )
 
 
+def _sample(model, height, width, frames) -> tuple[str, Costs, int]:
+    """Family and costs of a model, and the image tokens of a sample."""
+    config, preset, scale, frame_scale = _find(model)
+    family = _family(config)
+    costs = family.costs(config)
+    given = zip(("height", "width", "frames"), (height, width, frames), preset)
+    size = (check_int(name, default if value is None else value) for name, value, default in given)
+    return family.family, costs, costs.image_tokens(*size, scale, frame_scale)
+
+
+def _day(images_per_day, batch: int, full_seconds: float, seconds: float, price) -> tuple:
+    """GPU-hours of a day with all steps computed and with few, and the money that this saves; None where unknown."""
+    if images_per_day is None:
+        return None, None, None
+    calls = _positive("images_per_day", images_per_day) / batch
+    full_hours, hours = calls * full_seconds / 3600, calls * seconds / 3600
+    return full_hours, hours, None if price is None else (full_hours - hours) * _positive("price", price)
+
+
+def _rates(device, bandwidth, flops_rate, efficiency) -> tuple[str, float, float]:
+    """Name, bytes per second and FLOPs per second of a device: those given, else the datasheet's."""
+    if device not in work.DATASHEETS:
+        remedy = "For another device, leave `device` out and give its `bandwidth` and `flops_rate`."
+        raise argument_error("device", f"be one of {', '.join(work.DATASHEETS)}", device, remedy)
+    name, sheet_bandwidth, sheet_rate = work.DATASHEETS[device]
+    bandwidth = _positive("bandwidth", sheet_bandwidth if bandwidth is None else bandwidth)
+    rate = _positive("flops_rate", sheet_rate if flops_rate is None else flops_rate)
+    if (bandwidth, rate) != (sheet_bandwidth, sheet_rate):
+        name = "a device with the given rates"
+    return name, bandwidth, rate * _positive("efficiency", efficiency, maximum=1.0)
+
+
 def transformer_flops(config: Mapping[str, Any], image_tokens: int, text_tokens: int) -> int:
     """FLOPs of one call of a transformer with one sample: products with weights, and attention.
 
     Args:
-        config: of the transformer, with its `_class_name`. What is left out is as in the family's usual model.
+        config: of the transformer, with its `_class_name`. What it lacks is taken from the family's usual model.
         image_tokens, text_tokens: of the sample.
 
     Raises:
-        ValueError: it is of no supported family.
+        ValueError: the transformer is of no supported family.
     """
-    family = _family(config)
-    c = {**family.config, **{name: config[name] for name in family.config if name in config}}
-    dim, text, image = c["num_attention_heads"] * c["attention_head_dim"], text_tokens, image_tokens
-    patch = c["patch_size"] ** 2 * c.get("patch_size_t", 1)
-    patch_in = c["in_channels"] * (1 if family.name in ("flux", "qwen-image") else patch)
-    singles, ratio = c.get("num_single_layers", 0), c.get("mlp_ratio", 4.0)
-    time = _product(1, 256, dim, dim)
-    conditioning = time * (2 if c.get("guidance_embeds") else 1)
-    if "pooled_projection_dim" in c:
-        conditioning += _product(1, c["pooled_projection_dim"], dim, dim)
-    embedded = _product(image, patch_in, dim)
-    if family.name == "hunyuan-video":
-        embedded += _refiner(c, text, dim, time)
-    else:
-        embedded += _product(text, c["joint_attention_dim"], dim)
-    block = _attention(image + text, image + text, dim) + _feed_forward(image + text, dim, ratio)
-    double, single = block + 2 * _product(1, dim, 6 * dim), block + _product(1, dim, 3 * dim)
-    blocks = c["num_layers"] * double + singles * single
-    if family.name == "sd3":
-        # In the last block the text is only looked at: it is not projected back, and has a modulation of two parts.
-        blocks -= _product(text, dim, dim) + _feed_forward(text, dim, ratio) + _product(1, dim, 4 * dim)
-        second = _attention(image, image, dim) + _product(1, dim, 3 * dim)
-        blocks += len([n for n in c["dual_attention_layers"] if n < c["num_layers"]]) * second
-    return embedded + conditioning + blocks + _product(1, dim, 2 * dim) + _product(image, dim, _head_width(c))
+    return _family(config).costs(config).flops(image_tokens, text_tokens)
 
 
-def _product(rows: int, *widths: int) -> int:
-    """FLOPs of linear layers one after the other."""
-    return sum(2 * rows * a * b for a, b in zip(widths, widths[1:]))
-
-
-def _attention(rows: int, keys: int, dim: int) -> int:
-    """Queries, keys, values, the output, and the two products between them."""
-    return 4 * _product(rows, dim, dim) + 2 * _product(rows, dim, keys)
-
-
-def _feed_forward(rows: int, dim: int, ratio: float) -> int:
-    return _product(rows, dim, int(dim * ratio), dim)
-
-
-def _refiner(c: Mapping[str, Any], text: int, dim: int, time: int) -> int:
-    """Of HunyuanVideo's text, which has a small transformer of its own."""
-    width = c["text_embed_dim"]
-    layer = _attention(text, text, dim) + _feed_forward(text, dim, 4.0) + _product(1, dim, 2 * dim)
-    return time + _product(1, width, dim, dim) + _product(text, width, dim) + c["num_refiner_layers"] * layer
-
-
-def _head_width(config: Mapping[str, Any]) -> int:
-    """O, the width of the output head's projection."""
-    channels = config.get("out_channels") or config["in_channels"]
-    return config["patch_size"] ** 2 * config.get("patch_size_t", 1) * channels
-
-
-def _family(config: Mapping[str, Any]) -> _Family:
+def _family(config: Mapping[str, Any]) -> type[Adapter]:
+    kinds = {adapter.costs.usual_config["_class_name"]: adapter for adapter in ADAPTERS}
     kind = config.get("_class_name")
-    if kind not in _FAMILIES:
-        must = f"be of a transformer of a supported family, {', '.join(_FAMILIES)}"
+    if kind not in kinds:
+        must = f"be of a transformer of a supported family, {', '.join(kinds)}"
         raise argument_error("config._class_name", must, kind, "Use such a model.")
-    return _FAMILIES[kind]
+    return kinds[kind]
 
 
 def _find(model) -> tuple[dict, tuple[int, int, int], int, int]:
@@ -456,15 +340,6 @@ def _compression(vae: Mapping[str, Any]) -> tuple[int, int]:
     if "block_out_channels" in vae:
         return 2 ** (len(vae["block_out_channels"]) - 1), 1
     return 8, 4
-
-
-def _tokens(config, family, height: int, width: int, frames: int, scale: int, frame_scale: int) -> int:
-    side = scale * family.packing * (1 if family.packing > 1 else config["patch_size"])
-    rows, columns = height // side, width // side
-    if not rows or not columns:
-        raise argument_error("height and width", f"be at least {side}", Said(f"{height} and {width}"), "Enlarge them.")
-    layers = (frames - 1) // frame_scale + 1 if family.name == "hunyuan-video" else frames
-    return rows * columns * max(1, layers // config.get("patch_size_t", 1))
 
 
 def _predictor(predictor, dim: int, family: str) -> PredictorConfig:

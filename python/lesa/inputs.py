@@ -1,4 +1,4 @@
-"""Pipeline arguments of many samples: files of them, and joining some for one call."""
+"""Pipeline arguments of many samples: reading and writing them, and joining samples for one call."""
 
 import json
 import os
@@ -15,36 +15,36 @@ from lesa_kernels.checks import Said, argument_error, describe
 SUFFIXES = (".jsonl", ".safetensors")
 
 _RESERVED = {
-    "callback_on_step_end": "Leave it out: lesa runs the pipeline as it is.",
-    "generator": "Pass `seed` instead: sample i is drawn with seed + i.",
+    "callback_on_step_end": "Leave it out: lesa runs the pipeline unchanged.",
+    "generator": "Pass `seed` instead: sample i uses seed + i.",
     "num_inference_steps": "Pass `num_inference_steps` instead.",
-    "num_images_per_prompt": "Repeat the input: each one makes one sample.",
-    "output_type": "Leave it out: the latents are taken.",
+    "num_images_per_prompt": "Repeat the input: each input makes one sample.",
+    "output_type": "Leave it out: lesa needs the latents.",
     "return_dict": "Leave it out.",
 }
 
 
 def read_inputs(file: str | os.PathLike) -> list[dict]:
-    """Reads the inputs of many samples, one dict of pipeline arguments each.
+    """Reads the inputs of many samples: one dict of pipeline arguments for each.
 
     Args:
         file: `.jsonl`, where each line is a JSON string (a prompt) or a JSON object of pipeline arguments; or
-            `.safetensors`, whose tensors are pipeline arguments with a leading dimension N over the samples, and whose
-            metadata holds further arguments, the same for every sample, as JSON values by name.
+            `.safetensors`, whose tensors are pipeline arguments with a leading dimension N, one row per sample. Its
+            metadata may hold other arguments, which are the same for every sample, as JSON values by name.
 
     Returns:
         One dict per sample; tensors keep a leading dimension of 1.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another suffix, or contents that are no inputs; the message names the line or the argument.
+        ValueError: the suffix is another one, or the contents are not inputs. The message names the line or argument.
     """
     path = _check_suffix(file)
     if not path.is_file():
         raise argument_error("file", "exist", Said(str(path)), "Check the path.", FileNotFoundError)
     inputs = _read_lines(path) if path.suffix == ".jsonl" else _read_tensors(path)
     if not inputs:
-        raise argument_error("file", "hold at least one input", Said(f"none in {path}"), "Write some into it.")
+        raise argument_error("file", "hold at least one input", Said(f"none in {path}"), "Write inputs to the file.")
     return inputs
 
 
@@ -53,11 +53,11 @@ def write_inputs(file: str | os.PathLike, inputs: list[dict]) -> None:
 
     Args:
         file: ends in `.jsonl` or `.safetensors`.
-        inputs: one dict of pipeline arguments per sample, tensors with a leading dimension of 1. A `.jsonl` file takes
-            no tensors; a `.safetensors` file takes other arguments only if they are the same for every sample.
+        inputs: one dict of pipeline arguments per sample. Its tensors have a leading dimension of 1. A `.jsonl` file
+            cannot hold tensors. A `.safetensors` file can hold other arguments only if all samples share them.
 
     Raises:
-        TypeError, ValueError: inputs that this kind of file can't hold; the message names the argument.
+        TypeError, ValueError: this kind of file can't hold the inputs. The message names the argument.
     """
     path = _check_suffix(file)
     if not inputs:
@@ -92,14 +92,14 @@ def write_inputs(file: str | os.PathLike, inputs: list[dict]) -> None:
 def collate(inputs: list[dict]) -> dict:
     """Joins the arguments of several samples into those of one pipeline call.
 
-    Tensors are concatenated along their leading dimension, which is 1; prompts and images become lists; anything else
-    must be the same for all.
+    Tensors are concatenated along their leading dimension, which is 1. Prompts and images become lists. Anything else
+    must be the same for all samples.
 
     Args:
         inputs: one dict of pipeline arguments per sample.
 
     Raises:
-        ValueError: the inputs differ in what one call can't mix; the message names the argument.
+        ValueError: the inputs differ in an argument that one call can't mix. The message names it.
     """
     for number, item in enumerate(inputs):
         name = _difference(inputs[0], item)
@@ -107,9 +107,9 @@ def collate(inputs: list[dict]) -> dict:
             first, other = (describe(i[name]) if name in i else "nothing" for i in (inputs[0], item))
             raise argument_error(
                 "inputs",
-                f"agree in {name!r} to be joined",
+                f"have the same {name!r} to share a call",
                 Said(f"{first} in input 0 and {other} in input {number}"),
-                "Group the inputs by it, or use a batch size of 1.",
+                "Group the inputs by this argument, or use a batch size of 1.",
             )
         for name, value in item.items():
             if _is_stack(value) and len(value) != 1:
@@ -138,8 +138,8 @@ def _read_lines(path):
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        got = Said(f"{path}, whose byte {error.start} is none")
-        raise argument_error("file", "be text in UTF-8", got, "Save it in that encoding.") from None
+        got = Said(f"{path}, where byte {error.start} is not UTF-8")
+        raise argument_error("file", "be text in UTF-8", got, "Save the file in UTF-8.") from None
     inputs = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -162,18 +162,20 @@ def _read_tensors(path):
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a file is no mapping)
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise argument_error("file", "be a safetensors file", Said(f"{path}: {error}"), "Write it again.") from None
+        raise argument_error(
+            "file", "be a safetensors file", Said(f"{path}: {error}"), "Write the file again."
+        ) from None
     sizes = {name: len(tensor) if tensor.ndim else None for name, tensor in tensors.items()}
     if None in sizes.values() or len(set(sizes.values())) != 1:
         raise argument_error(
             "file",
-            "hold tensors that share a leading dimension over the samples",
+            "hold tensors with the same leading dimension, one row for each sample",
             Said(f"{sizes} in {path}"),
             "Stack every argument over the same samples.",
         )
     others = {}
     for name, text in metadata.items():
-        if name == "format":  # many writers of safetensors put "pt" there
+        if name == "format":  # many writers of safetensors set it to "pt"
             continue
         try:
             others[name] = json.loads(text)
@@ -189,8 +191,8 @@ def _to_json(name, value, alternative) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except TypeError as error:
-        remedy = f"Use {alternative} for what JSON can't say."
-        raise argument_error(name, "be made of JSON values", Said(str(error)), remedy, TypeError) from None
+        remedy = f"Use {alternative} for values that JSON can't hold."
+        raise argument_error(name, "hold JSON values only", Said(str(error)), remedy, TypeError) from None
 
 
 def _is_stack(value) -> bool:
@@ -208,7 +210,7 @@ def _join(name, values):
 
 
 def _difference(first: dict, other: dict) -> str | None:
-    """Name of an argument in which two inputs can't be joined, or None."""
+    """Name of an argument that prevents two inputs from sharing a call, or None."""
     for name in {**first, **other}:
         if name not in first or name not in other or not _joinable(name, first[name], other[name]):
             return name
@@ -232,7 +234,7 @@ def check_inputs(inputs) -> list[dict]:
     """The inputs as dicts of pipeline arguments.
 
     Raises:
-        TypeError, ValueError: no list of prompts or dicts, or one with an argument that is not its own to choose.
+        TypeError, ValueError: it is not a list of prompts or dicts, or an input has an argument that lesa sets itself.
     """
     must = "be a list of prompts, or of dicts of pipeline arguments"
     if not isinstance(inputs, (list, tuple)):
@@ -248,7 +250,7 @@ def check_inputs(inputs) -> list[dict]:
 
 
 def batches_of(inputs: list[dict], batch_size: int) -> Iterator[list[int]]:
-    """Yields the numbers of neighbouring inputs that share a call of the pipeline, at most `batch_size` of them."""
+    """Yields lists of consecutive inputs that share a call of the pipeline, as numbers; at most `batch_size` each."""
     batch: list[int] = []
     for number, item in enumerate(inputs):
         if batch and (len(batch) == batch_size or not can_share_a_call(inputs[batch[0]], item)):

@@ -11,7 +11,7 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "r
 def load_pipeline(folder_or_id: str | os.PathLike, **options) -> DiffusionPipeline:
     """Loads a pipeline that may have been saved with some components empty, such as its text encoders.
 
-    `DiffusionPipeline.from_pretrained` wants the absent components named; they are read from `model_index.json`.
+    `DiffusionPipeline.from_pretrained` needs the names of the absent components. They are read from `model_index.json`.
 
     Args:
         folder_or_id: a folder, or a repository on the Hugging Face hub.
@@ -25,7 +25,7 @@ def load_pipeline(folder_or_id: str | os.PathLike, **options) -> DiffusionPipeli
 
 @contextlib.contextmanager
 def quiet_progress(pipe):
-    """Turns the pipeline's own progress bar off for a while."""
+    """A context in which the pipeline's own progress bar is off."""
     had_config = hasattr(pipe, "_progress_bar_config")
     config = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**{**config, "disable": True})

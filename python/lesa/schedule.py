@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lesa_kernels.checks import argument_error, check_float, check_int
 
 FEW_STEPS = 10
-"""A run of fewer steps than this is computed whole, where the schedule was left to a predictor of other runs."""
+"""A run with fewer steps is computed completely, unless it has a schedule or the predictor was trained for it."""
 
 
 @dataclass(frozen=True)
@@ -16,13 +16,13 @@ class Schedule:
 
     Args:
         steps: rising indices of the computed steps; step 0 is among them.
-        num_inference_steps: number of steps of the run that the indices are meant for. None: a run of any length, whose
-            steps the indices are as they stand.
-        sigmas: noise levels of the computed steps. With them a run of another length, or with another spacing of noise
-            levels, computes the steps nearest in sigma.
+        num_inference_steps: number of steps of the run that the indices are for. None: the indices are used in a run of
+            any length.
+        sigmas: noise levels of the computed steps. If they are given, a run of another length, or with another spacing
+            of noise levels, computes the steps that are nearest in sigma.
 
     Raises:
-        TypeError, ValueError: indices that are not rising from 0, or do not fit `num_inference_steps` or `sigmas`.
+        TypeError, ValueError: the indices do not rise from 0, or do not fit `num_inference_steps` or `sigmas`.
     """
 
     steps: tuple[int, ...]
@@ -37,19 +37,25 @@ class Schedule:
                 "steps",
                 "be rising step indices that start with 0",
                 self.steps,
-                "Sort them, remove repeats, and compute the first step: nothing can be predicted before it.",
+                "Sort them, remove repeats, and add step 0: nothing can be predicted before it.",
             )
         if self.num_inference_steps is not None:
             check_int("num_inference_steps", self.num_inference_steps)
             if steps[-1] >= self.num_inference_steps:
                 raise argument_error(
-                    "steps", f"be below {self.num_inference_steps}, the number of steps", steps, "Drop the larger ones."
+                    "steps",
+                    f"be below {self.num_inference_steps}, the number of steps",
+                    steps,
+                    "Remove the larger ones.",
                 )
         if self.sigmas is not None:
             object.__setattr__(self, "sigmas", tuple(check_float("sigmas", s) for s in self.sigmas))
             if len(self.sigmas) != len(steps):
                 raise argument_error(
-                    "sigmas", f"have one noise level for each of the {len(steps)} steps", self.sigmas, "Pass as many."
+                    "sigmas",
+                    f"have one noise level for each of the {len(steps)} steps",
+                    self.sigmas,
+                    "Pass the same number of both.",
                 )
 
     @classmethod
@@ -62,9 +68,9 @@ class Schedule:
 
     @classmethod
     def spread(cls, num_computed: int, num_inference_steps: int = 50) -> "Schedule":
-        """Evenly spread steps with a short first gap, which gives the predictor two anchors early.
+        """Evenly spread steps with a short first gap, so that the predictor has two anchors early.
 
-        The steps are 0 and 4 % of the run, then equal gaps up to one gap before the end.
+        The first two steps are 0 and 4 % of the run. The other gaps are equal, and the last one ends with the run.
         """
         total = check_int("num_inference_steps", num_inference_steps)
         count = check_int("num_computed", num_computed, maximum=total)
@@ -75,10 +81,10 @@ class Schedule:
         return cls((0, *(start + round(i * gap) for i in range(count - 1))), total)
 
     def computed_in(self, run_sigmas: Sequence[float]) -> frozenset[int]:
-        """The steps to compute of a run whose steps have the noise levels `run_sigmas`, falling.
+        """The steps to compute in a run with the falling noise levels `run_sigmas`.
 
-        Where `sigmas` are known, these are the steps nearest in sigma; they are `steps` themselves if the run has the
-        noise levels that the schedule was made with.
+        If `sigmas` is given, these are the steps that are nearest in sigma. They equal `steps` if the run has the noise
+        levels that the schedule was made with.
         """
         if self.sigmas is None:
             return frozenset(s for s in self.steps if s < len(run_sigmas))
@@ -101,14 +107,14 @@ ScheduleLike = Schedule | int | Iterable[int]
 
 
 def as_schedule(schedule: ScheduleLike, num_inference_steps: int | None = None) -> Schedule:
-    """A `Schedule` from what users pass.
+    """A `Schedule` from any form that users may pass.
 
     Args:
         schedule: a `Schedule`, a list of computed steps, or an interval N for steps 0, 1, 2 and then every N.
         num_inference_steps: number of steps of the run; needed for an interval.
 
     Raises:
-        TypeError, ValueError: anything else; the message says what it must be.
+        TypeError, ValueError: it is something else. The message says what it must be.
     """
     if isinstance(schedule, Schedule):
         return schedule

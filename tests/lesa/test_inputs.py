@@ -52,7 +52,7 @@ def test_jsonl_names_the_bad_line(tmp_path, line):
 def test_jsonl_in_another_encoding(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_bytes('"Grüße"\n'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"must be text in UTF-8.*prompts\.jsonl, whose byte 3.*Save it"):
+    with pytest.raises(ValueError, match=r"must be text in UTF-8.*prompts\.jsonl, where byte 3.*Save the file"):
         read_inputs(file)
 
 

@@ -1,4 +1,4 @@
-"""`benchmarks/targets.py`, on an evaluation that nobody ran."""
+"""`benchmarks/studies/targets.py`, on an evaluation that nobody ran."""
 
 import runpy
 import sys
@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from made_evaluations import make_evaluation  # noqa: E402
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "targets.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "studies" / "targets.py"
 
 
 @pytest.fixture(scope="module")

@@ -18,57 +18,40 @@ OPTIONS = {
 
 
 def add_arguments(parser) -> None:
-    """The options of the command."""
+    """The options of the command. Each is stored under the name of the argument of `lesa.estimate`."""
+
+    def add(option: str, text: str, **more) -> None:
+        parser.add_argument(option, help=text, **more)
+
     text = "a well-known model such as flux-1024, the folder of a pipeline, or a hub id in the local cache"
-    parser.add_argument("--model", required=True, help=text)
-    for name in ("height", "width", "frames"):
-        text = "of a sample" + (", in pixels" if name != "frames" else "")
-        parser.add_argument(f"--{name}", type=arguments.positive, help=text)
-    parser.add_argument("--steps", type=arguments.positive, default=50, help="denoising steps (default: 50)")
-    text = f"{arguments.SCHEDULE} (default: nine spread steps)"
-    parser.add_argument("--schedule", type=arguments.schedule, help=text)
-    text = "folder of a predictor (default: what `lesa train` makes)"
-    parser.add_argument("--predictor", type=Path, help=text)
-    text = (
-        "A100, H100, H200, B200 or RTX4090 by its datasheet; give --bandwidth and --tflops for others (default: H100)"
-    )
-    parser.add_argument("--device", default="H100", help=text)
-    parser.add_argument("--bandwidth", type=float, help="memory bandwidth of another device, in GB/s")
-    parser.add_argument("--tflops", type=float, help="TFLOP/s of another device's dense products")
-    parser.add_argument("--efficiency", type=float, default=0.5, help="part of --tflops that is reached (default: 0.5)")
-    parser.add_argument("--step-seconds", type=float, help="what a computed step takes, if it was measured")
-    parser.add_argument("--batch-size", type=arguments.positive, default=1, help="samples per call (default: 1)")
+    add("--model", text, required=True)
+    add("--height", "of a sample, in pixels", type=arguments.positive)
+    add("--width", "of a sample, in pixels", type=arguments.positive)
+    add("--frames", "of a sample", type=arguments.positive)
+    steps = {"dest": "num_inference_steps", "metavar": "STEPS", "type": arguments.positive, "default": 50}
+    add("--steps", "denoising steps (default: 50)", **steps)
+    add("--schedule", f"{arguments.SCHEDULE} (default: nine spread steps)", type=arguments.schedule)
+    add("--predictor", "folder of a predictor (default: what `lesa train` makes)", type=Path)
+    text = "A100, H100, H200, B200 or RTX4090, by its datasheet (default: H100); for others: --bandwidth and --tflops"
+    add("--device", text, default="H100")
+    add("--bandwidth", "memory bandwidth of another device, in GB/s", type=lambda text: arguments.number(text) * 1e9)
+    text = "TFLOP/s of another device's dense products"
+    add("--tflops", text, type=lambda text: arguments.number(text) * 1e12, dest="flops_rate", metavar="TFLOPS")
+    add("--efficiency", "part of the FLOP rate that is reached (default: 0.5)", type=arguments.number, default=0.5)
+    add("--step-seconds", "what a computed step takes, if it was measured", type=arguments.number)
+    add("--batch-size", "samples per call (default: 1)", type=arguments.positive, default=1, dest="batch")
     types = ("bfloat16", "float16", "float32")
-    parser.add_argument("--dtype", choices=types, default="bfloat16", help="of the features (default: bfloat16)")
-    text = "per sample (default: as many as the model's pipeline makes)"
-    parser.add_argument("--text-tokens", type=arguments.natural, help=text)
-    text = "transformer calls per step (default: what is usual for the model)"
-    parser.add_argument("--streams", type=arguments.positive, help=text)
-    parser.add_argument("--images-per-day", type=float, help="samples a day, for the GPU-hours that are saved")
-    parser.add_argument("--price", type=float, help="of a GPU-hour, for the money that is saved")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add("--dtype", "of the features (default: bfloat16)", choices=types, default="bfloat16")
+    add("--text-tokens", "per sample (default: as many as the model's pipeline makes)", type=arguments.natural)
+    text = "transformer calls per step (default: as many as the model's usual guidance makes)"
+    add("--streams", text, type=arguments.positive)
+    add("--images-per-day", "samples a day, for the GPU-hours that are saved", type=arguments.number)
+    add("--price", "of a GPU-hour, for the money that is saved", type=arguments.number)
+    add("--json", "print JSON", action="store_true")
 
 
 def run(options) -> None:
     """Runs the command."""
-    found = lesa.estimate(
-        options.model,
-        options.height,
-        options.width,
-        options.frames,
-        num_inference_steps=options.steps,
-        schedule=options.schedule,
-        predictor=options.predictor,
-        device=options.device,
-        bandwidth=None if options.bandwidth is None else options.bandwidth * 1e9,
-        flops_rate=None if options.tflops is None else options.tflops * 1e12,
-        efficiency=options.efficiency,
-        step_seconds=options.step_seconds,
-        batch=options.batch_size,
-        dtype=options.dtype,
-        text_tokens=options.text_tokens,
-        streams=options.streams,
-        images_per_day=options.images_per_day,
-        price=options.price,
-    )
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "json")}
+    found = lesa.estimate(**given)
     print(json.dumps(found.to_dict(), indent=2) if options.json else found.table())

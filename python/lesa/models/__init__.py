@@ -1,4 +1,4 @@
-"""One small adapter per model family: where the output head begins, and what it needs."""
+"""One file per model family: where its output head begins, what the head needs, and what the model costs."""
 
 from lesa.models.adapter import Adapter
 from lesa.models.flux import FluxAdapter
@@ -7,7 +7,8 @@ from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.sd3 import SD3Adapter
 from lesa_kernels.checks import Said, argument_error
 
-ADAPTERS = (FluxAdapter, QwenImageAdapter, HunyuanVideoAdapter, SD3Adapter)
+ADAPTERS: tuple[type[Adapter], ...] = (FluxAdapter, QwenImageAdapter, HunyuanVideoAdapter, SD3Adapter)
+"""The adapters of all supported families."""
 
 
 def adapter_for(pipe) -> Adapter:
@@ -20,7 +21,7 @@ def adapter_for(pipe) -> Adapter:
         TypeError: the pipeline has no transformer of a supported family.
     """
     transformer = getattr(pipe, "transformer", None)
-    transformer = getattr(transformer, "_orig_mod", transformer)  # of what `torch.compile(transformer)` returned
+    transformer = getattr(transformer, "_orig_mod", transformer)  # from `torch.compile(transformer)`
     for adapter in ADAPTERS:
         if adapter.handles(transformer):
             return adapter(transformer)

@@ -8,6 +8,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils.peft_utils import apply_lora_scale
 
+from lesa.models.costs import Costs
 from lesa.models.plain_head import why_not_plain
 from lesa_kernels import OutputHead
 from lesa_kernels.checks import Said, argument_error
@@ -16,30 +17,40 @@ from lesa_kernels.checks import Said, argument_error
 class Adapter:
     """Base of the adapters, one for each model family.
 
-    A family names its classes and says what conditions its head. Where the transformer's output is not the projected
-    tokens as they are, it says how they are put together, too. The base expects the modules `norm_out`, an
-    `AdaLayerNormContinuous`, `proj_out`, a linear layer, and `time_text_embed`, and blocks in `transformer_blocks`.
+    A family names its classes and says what conditions its head. If the transformer's output is not just the projected
+    tokens, the family also says how the output is built from them. The base expects the modules `norm_out` (an
+    `AdaLayerNormContinuous`), `proj_out` (a linear layer) and `time_text_embed`, and blocks in `transformer_blocks`.
 
     Args:
         transformer: an instance of one of `transformer_classes`.
 
     Attributes:
-        family: its name, which predictors and recordings carry.
-        transformer_classes: the classes of transformers that it handles.
-        timestep_scale: the number by which the family's pipelines divide the scheduler's timesteps for the transformer.
-        attention_kwargs: name of the argument of `forward` that carries the scale of LoRA.
-        control_outputs: how many lists of residuals the family's ControlNets return in a tuple; 0 for a bare one.
-        conditioned_on: names of the arguments beside `timestep` that `condition` reads; each is None or has a leading
-            dimension of B.
+        family: its name, which predictors and recordings store.
+        transformer_classes: the classes of its transformers.
+        costs: what `lesa estimate` knows about the family.
+        timestep_scale: the family's pipelines divide the scheduler's timesteps by this for the transformer.
+        attention_kwargs: name of the argument of `forward` that holds the scale of LoRA.
+        control_outputs: how many lists of residuals the family's ControlNets return in a tuple; 0 for one bare list.
+        conditioned_on: names of the arguments, other than `timestep`, that `condition` reads. Each is None or has a
+            leading dimension of B.
         feature_dim: D, the width of the features.
     """
 
     family: str
     transformer_classes: tuple[type, ...]
+    costs: type[Costs]
     timestep_scale = 1.0
     attention_kwargs = "attention_kwargs"
     control_outputs = 0
     conditioned_on: tuple[str, ...] = ()
+
+    def __init_subclass__(cls):
+        super().__init_subclass__()
+        needed = ("family", "transformer_classes", "costs")
+        absent = [name for name in needed if not hasattr(cls, name)]
+        absent += [name for name in ("condition", "decode") if getattr(cls, name) is getattr(Adapter, name)]
+        if absent:
+            raise TypeError(f"{cls.__name__} must define {', '.join(absent)}. See docs/adding-a-family.md.")
 
     def __init__(self, transformer: torch.nn.Module):
         self.transformer = transformer
@@ -50,14 +61,14 @@ class Adapter:
         self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         self._head_modules = torch.nn.ModuleList()
 
-    # What a family has to say, or may say otherwise
+    # What a family must define, or may override
 
     def condition(self, timestep: torch.Tensor, inputs: dict, dtype: torch.dtype) -> torch.Tensor:
         """The second input of `head_entry`, as the transformer's forward makes it.
 
         Args:
             timestep: `[B]`, as it was passed to the transformer.
-            inputs: the arguments named in `conditioned_on`.
+            inputs: the arguments that `conditioned_on` names.
             dtype: of the features.
 
         Returns:
@@ -70,11 +81,11 @@ class Adapter:
         return tuple(call["hidden_states"].shape[:2])
 
     def arrange(self, call: dict, velocity: torch.Tensor) -> torch.Tensor:
-        """The projected tokens `[B, T, O]` in the shape of the transformer's output."""
+        """The transformer's output from the projected tokens `[B, T, O]`."""
         return velocity
 
     def decode(self, pipe, latents: torch.Tensor, height: int | None = None, width: int | None = None) -> np.ndarray:
-        """Images from what the pipeline returns with `output_type="latent"`, as the pipeline itself decodes them.
+        """Images from what the pipeline returns with `output_type="latent"`. They equal the pipeline's own.
 
         Args:
             pipe: the pipeline.
@@ -86,41 +97,41 @@ class Adapter:
         """
         raise NotImplementedError
 
-    # What follows from it
+    # What follows from that
 
     @classmethod
     def handles(cls, transformer) -> bool:
-        """Whether this adapter is made for `transformer`."""
+        """Whether `transformer` is of this family."""
         return isinstance(transformer, cls.transformer_classes)
 
     @property
     def head_entry(self) -> torch.nn.Module:
-        """The module whose first input is the features to forecast `[B, T, D]`, and the second the conditioning."""
+        """The module whose inputs are the features to forecast `[B, T, D]` and the conditioning."""
         return self.transformer.norm_out
 
     @property
     def projection(self) -> torch.nn.Module:
-        """The head's last layer, which a recording keeps the weights of."""
+        """The head's last layer. A recording stores its weights."""
         return self.transformer.proj_out
 
     @property
     def head_modules(self) -> torch.nn.ModuleList:
-        """All that a predicted step runs of the transformer."""
+        """The modules of the transformer that a predicted step runs."""
         modules = self.transformer.time_text_embed, self.head_entry, self.projection
-        if modules != tuple(self._head_modules):  # peft puts a layer with LoRA in the place of a plain one
+        if modules != tuple(self._head_modules):  # peft replaces a plain layer by one with LoRA
             self._head_modules = torch.nn.ModuleList(modules)
         return self._head_modules
 
     @property
     def has_adapters(self) -> bool:
-        """Whether adapters such as LoRA are on a module of the head, which may change what it computes at any time."""
+        """Whether a module of the head has adapters such as LoRA. They can change what it computes at any time."""
         return any("base_layer" in module._modules for module in self.head_modules.modules())
 
     @property
     def counted_module(self) -> torch.nn.Module:
-        """A module inside the first block's attention, which runs exactly when that attention is computed.
+        """A module inside the first block's attention. It runs exactly when that attention is computed.
 
-        lesa skips all of a step or nothing. A cache that skips only attentions computes the rest in every step.
+        lesa skips a whole step or nothing. A cache that skips only attentions computes the rest in every step.
         """
         return self.transformer.transformer_blocks[0].attn.norm_q
 
@@ -131,15 +142,15 @@ class Adapter:
 
     @property
     def counted_modules(self) -> list[torch.nn.Module]:
-        """What `counted_module` is in the first block, in each of `blocks`."""
+        """For each of `blocks`, the module that `counted_module` is in the first one."""
         first = self.blocks[0]
         path = next(name for name, module in first.named_modules() if module is self.counted_module)
         return [block.get_submodule(path) for block in self.blocks]
 
     def latents(self, call: dict) -> torch.Tensor:
-        """The sample that a call was given, token by token, as `[B, T, O]`: laid out as what the head projects.
+        """The sample that a call was given, as tokens `[B, T, O]` in the layout of the projected tokens.
 
-        What pipelines put beside it, such as masks, comes behind its channels and is left out.
+        Pipelines may append other channels to it, such as masks. These are left out.
         """
         batch, tokens = self.shape(call)
         width, sample = self.projection.out_features, call["hidden_states"]
@@ -150,7 +161,7 @@ class Adapter:
         return flat.scatter_(1, places.flatten(1), sample.flatten(1)).reshape(batch, tokens, width)
 
     def bind(self, args: tuple, kwargs: dict) -> dict:
-        """The transformer's arguments by name. Wrong ones are left for the transformer to refuse."""
+        """The transformer's arguments by name. Unknown ones stay, and the transformer refuses them."""
         return {**self._defaults, **dict(zip(self._names, args)), **kwargs}
 
     def conditioning(self, call: dict, dtype: torch.dtype) -> torch.Tensor:
@@ -163,7 +174,7 @@ class Adapter:
         return self.scaled(call, lambda: self.projection(self.head_entry(features, conditioning)))
 
     def scaled(self, call: dict, function, *args):
-        """`function(*args)` while the head's LoRA layers have the scale that this call asks for."""
+        """`function(*args)`, with the LoRA scale of this call in the head's layers."""
         return _scaled(self.head_modules, function, args, joint_attention_kwargs=call[self.attention_kwargs])
 
     def output(self, call: dict, velocity: torch.Tensor):
@@ -193,7 +204,7 @@ def _scaled(modules, function, args, joint_attention_kwargs=None):
 
 @torch.no_grad()
 def decoded(pipe, latents: torch.Tensor) -> np.ndarray:
-    """What the pipeline's VAE and image processor make of unpacked latents `[B, C, h, w]` or `[B, C, 1, h, w]`."""
+    """Images that the VAE and image processor of a pipeline make from latents `[B, C, h, w]` or `[B, C, 1, h, w]`."""
     images = pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
     images = images[:, :, 0] if images.ndim == 5 else images
     return pipe.image_processor.postprocess(images, output_type="np")
@@ -204,18 +215,18 @@ def packed_grid(
 ) -> tuple[int, int]:
     """Rows and columns of the tokens of an image.
 
-    Pipelines that edit an image may scale the size that they are asked for, and keep its aspect; then the grid is the
-    one of that many tokens that comes nearest to the aspect.
+    Pipelines that edit an image may change the requested size and keep its aspect ratio. Then the grid with this number
+    of tokens is chosen whose aspect ratio is nearest.
 
     Args:
         tokens: of the image, or of all its frames.
         height, width: as they were passed to the pipeline, in pixels.
-        side: what the pipeline takes for one that is None.
+        side: what the pipeline uses instead of None.
         patch: height and width of a token, in pixels.
-        one_frame: whether the tokens are those of one frame; otherwise of any number of frames of this size.
+        one_frame: whether the tokens belong to one frame. Otherwise they belong to any number of frames of this size.
 
     Raises:
-        ValueError: the image has not the size that was given.
+        ValueError: the image does not have the given size.
     """
     rows, columns = (height or side) // patch, (width or side) // patch
     if tokens == rows * columns or (not one_frame and rows * columns and tokens % (rows * columns) == 0):
@@ -223,9 +234,9 @@ def packed_grid(
     if height is None or width is None or not one_frame:
         raise argument_error(
             "height and width",
-            "be those of the images",
+            "be the size of the images",
             Said(f"{height} and {width} for latents of {tokens} tokens, {patch} pixels wide"),
-            "Pass the size that the pipeline worked at; it may have taken it from a given image.",
+            "Pass the size that the pipeline used. It may have taken the size from an input image.",
         )
     grids = ((n, tokens // n) for n in range(1, tokens + 1) if tokens % n == 0)
     return min(grids, key=lambda grid: abs(math.log(grid[0] / grid[1] * width / height)))

@@ -3,12 +3,35 @@
 from diffusers import FluxTransformer2DModel
 
 from lesa.models.adapter import Adapter, decoded, packed_grid
+from lesa.models.costs import Costs
+
+
+class FluxCosts(Costs):
+    """What a FLUX transformer costs; the usual model is FLUX.1-dev."""
+
+    usual_config = {
+        "_class_name": "FluxTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": 64,
+        "out_channels": None,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": True,
+    }
+    presets = {"flux-1024": (1024, 1024, 1)}
+    text_tokens = 512
+    packing = 2
 
 
 class FluxAdapter(Adapter):
-    """What lesa needs to know of a FLUX transformer."""
+    """A FLUX transformer."""
 
     family = "flux"
+    costs = FluxCosts
     transformer_classes = (FluxTransformer2DModel,)
     timestep_scale = 1000.0
     attention_kwargs = "joint_attention_kwargs"

@@ -7,17 +7,54 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel
 
 from lesa.models.adapter import Adapter
+from lesa.models.costs import Costs, attention_flops, feed_forward_flops, product_flops, timestep_flops
 
 _FRAMEPACK = getattr(diffusers, "HunyuanVideoFramepackTransformer3DModel", None)
 
 
-class HunyuanVideoAdapter(Adapter):
-    """What lesa needs to know of a HunyuanVideo transformer.
+class HunyuanVideoCosts(Costs):
+    """What a HunyuanVideo transformer costs."""
 
-    FramePack makes a video section by section. Each section is a run of its own.
+    usual_config = {
+        "_class_name": "HunyuanVideoTransformer3DModel",
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+        "num_layers": 20,
+        "num_single_layers": 40,
+        "num_refiner_layers": 2,
+        "mlp_ratio": 4.0,
+        "patch_size": 2,
+        "patch_size_t": 1,
+        "guidance_embeds": True,
+        "text_embed_dim": 4096,
+        "pooled_projection_dim": 768,
+    }
+    presets = {"hunyuan-video-480p": (480, 640, 65), "hunyuan-video-720p": (720, 1280, 129)}
+    text_tokens = 256
+
+    def layers(self, frames, frame_scale):
+        return (frames - 1) // frame_scale + 1
+
+    def embedding_flops(self, image_tokens, text_tokens):
+        """A small transformer of its own refines the text."""
+        c, dim, width = self.config, self.dim, self.config["text_embed_dim"]
+        image = product_flops(image_tokens, c["in_channels"] * c["patch_size"] ** 2 * c["patch_size_t"], dim)
+        layer = attention_flops(text_tokens, text_tokens, dim) + feed_forward_flops(text_tokens, dim)
+        layer += product_flops(1, dim, 2 * dim)
+        text = timestep_flops(dim) + product_flops(1, width, dim, dim) + product_flops(text_tokens, width, dim)
+        return image + text + c["num_refiner_layers"] * layer
+
+
+class HunyuanVideoAdapter(Adapter):
+    """A HunyuanVideo transformer.
+
+    FramePack generates a video in sections. Each section is a separate run.
     """
 
     family = "hunyuan-video"
+    costs = HunyuanVideoCosts
     transformer_classes = tuple(c for c in (HunyuanVideoTransformer3DModel, _FRAMEPACK) if c is not None)
     conditioned_on = ("guidance", "pooled_projections")
 
@@ -40,8 +77,8 @@ class HunyuanVideoAdapter(Adapter):
 
     @torch.no_grad()
     def decode(self, pipe, latents, height=None, width=None):
-        """As the base says; of FramePack all sections at once, which the pipeline blends where they overlap."""
-        if isinstance(latents, list):  # of FramePack: all that there was after each section
+        """See the base. FramePack's sections are decoded together; the pipeline itself blends their overlaps."""
+        if isinstance(latents, list):  # FramePack gives the latents after each section
             latents = latents[-1]
         video = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False)[0]
         return pipe.video_processor.postprocess_video(video, output_type="np")

@@ -1,4 +1,4 @@
-"""Whether an output head is what its weights say, so that a kernel may compute it in the place of its modules."""
+"""Whether a kernel may compute an output head from its weights, instead of its modules."""
 
 import torch
 from diffusers.models.normalization import AdaLayerNormContinuous
@@ -15,8 +15,8 @@ def why_not_plain(
     Args:
         norm: the last AdaLN.
         projection: the projection after it.
-        own_hook: id of the forward pre-hook on `norm` that records features, which changes nothing.
-        device: of the features; weights elsewhere are brought there by somebody when their module runs.
+        own_hook: id of the forward pre-hook on `norm` that records features. It changes nothing.
+        device: of the features. Weights on another device are moved there only when their module runs.
     """
     kinds = {
         "norm_out": (norm, AdaLayerNormContinuous),

@@ -1,4 +1,4 @@
-"""What noise stages and spline units are worth: `python benchmarks/ablation.py --model digits --out ablation`.
+"""What noise stages and spline units are worth: `python benchmarks/studies/ablation.py --model digits --out ablation`.
 
 Trains predictors for a bundled model with one and with three noise stages, with spline units (KAN) and with plain SiLU
 units (MLP) in their place: the LESA paper's predictor (dense) by its own recipe, at its learning rate and at a higher

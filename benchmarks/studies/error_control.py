@@ -1,6 +1,6 @@
 """Steps chosen by their errors against fixed ones, on the bundled digits, each sample by itself.
 
-    python benchmarks/error_control.py --controlled FOLDER --fixed FOLDER FOLDER --out results
+    python benchmarks/studies/error_control.py --controlled FOLDER --fixed FOLDER FOLDER --out results
 
 `--controlled` is a predictor of `lesa train --controlled`. It runs under `lesa.ErrorControl` at each tolerance, and on
 fixed schedules too: the gaps of its own, all longer or shorter by the same factor. `--fixed` are predictors that run on

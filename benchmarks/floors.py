@@ -1,4 +1,4 @@
-"""The least that each operation must move and compute, as `lesa_kernels.work` has it, and how fast a device can."""
+"""How fast this machine can copy and multiply: the rates that benchmarks are compared with."""
 
 import time
 from collections.abc import Callable
@@ -7,24 +7,12 @@ from functools import cache
 import torch
 
 from lesa_kernels.tune import device_seconds
-from lesa_kernels.work import (  # noqa: F401  (the benchmarks take them from here)
-    both,
-    bspline_kan,
-    bspline_kan_backward,
-    dense_predict,
-    newton_predict,
-    output_head,
-    polynomial,
-    predict_velocity,
-    ring_gather,
-    ring_push,
-)
 
 
 class Floors:
-    """What this machine can do at best, measured when first asked for: rates no benchmark is expected to beat.
+    """The best rates of this machine, measured at first use. No benchmark is expected to beat them.
 
-    A working set that fits into the caches can beat the copy bandwidth, which is that of the memory.
+    The copy bandwidth is that of the memory. A working set that fits into the caches can be faster.
     """
 
     def __init__(self, device: torch.device):

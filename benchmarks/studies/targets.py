@@ -1,4 +1,4 @@
-"""Holds an evaluation against this project's targets: `python benchmarks/targets.py EVALUATION [EVALUATION ...]`.
+"""Compares an evaluation with this project's targets: `python benchmarks/studies/targets.py EVALUATION ...`.
 
 For each run of a predictor it finds the best of every other contender, by three measures of what a run may cost: step
 equivalents, whole steps of the model, and seconds. Other contenders may cost as much as ours, counts are rounded. The
