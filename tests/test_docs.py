@@ -125,8 +125,8 @@ def said():
 
 def reasons_and_notes():
     """What the cache gives as reasons, in warnings and in the notes of its stats."""
-    tree = ast.parse((ROOT / "python/lesa/cache.py").read_text())
-    for node in ast.walk(tree):
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "python/lesa/cache").glob("*.py")]
+    for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("_fall_back", "note") and node.args:
             yield text_of(node.args[0])
         elif isinstance(node, ast.FunctionDef) and node.name == "_why_not":
