@@ -4,7 +4,6 @@ import functools
 import threading
 import types
 import warnings
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -201,13 +200,13 @@ class StepHook(ModelHook, Generic[State]):
 
     # What a subclass does
 
-    @abstractmethod
     def new_state(self, run: Run, values: DeviceValues) -> State:
         """The state of a run that begins; arguments as of `RunState`."""
+        raise NotImplementedError
 
-    @abstractmethod
     def on_run(self, state: State) -> None:
         """Called at the first step of a run."""
+        raise NotImplementedError
 
     def on_unlocated(self) -> None:
         """Called when a call's timestep is none of the scheduler's, or a value says later that it was none."""
@@ -238,9 +237,9 @@ class StepHook(ModelHook, Generic[State]):
         """The transformer's keyword arguments for a call that is computed."""
         return kwargs
 
-    @abstractmethod
     def keep(self, state: State, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
         """Gets the inputs of the output head, `[B, T, D]` and `[B, D]`, of a call that is computed."""
+        raise NotImplementedError
 
     def finish(self, state: State, call: Call) -> None:
         """Called after a call that was computed. `call.kept` is False if the head ran where lesa does not see it."""
