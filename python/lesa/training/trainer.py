@@ -116,7 +116,7 @@ def _schedule_of(trajectories, config, schedule, budget, out_dir, device, seed, 
 
 def _with_stages(trajectories, config, out_dir, device, seed, progress) -> PredictorConfig:
     """The config with the noise stages of the training that goes on, or with new ones."""
-    from lesa.stages import find_stages
+    from lesa.training.stages import find_stages
 
     known = unfinished_config(out_dir)
     if known is not None:
