@@ -104,7 +104,7 @@ def observed(
         observer: is told of each run and each computed call.
         predictor: forecasts the steps that the schedule leaves out, as with `enable_cache(..., strict=True)`. None: all
             steps are computed.
-        schedule: as of `enable_cache`; used only with a predictor.
+        schedule: as in `enable_cache`; used only with a predictor.
 
     Yields:
         The stats of the predictor's cache; None without a predictor.

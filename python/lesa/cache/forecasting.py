@@ -78,11 +78,11 @@ class ForecastingHook(StepHook[ForecastState]):
     """Computes or predicts each call.
 
     Args:
-        pipe, adapter: as of `StepHook`.
+        pipe, adapter: as in `StepHook`.
         predictor: makes the forecasts.
         schedule: which steps are computed: a `Schedule`, an interval, or an `ErrorControl`.
         as_trained: whether the schedule is the predictor's own.
-        max_device_bytes, strict: as of `lesa.enable_cache`.
+        max_device_bytes, strict: as in `lesa.enable_cache`.
         observer: sees what is computed.
     """
 

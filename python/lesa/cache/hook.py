@@ -100,13 +100,13 @@ class _InnerGate:
 class StepHook(ModelHook, Generic[State]):
     """Base of the hooks on a transformer, which have two gates there.
 
-    The outer gate stands before everything that a call of the transformer runs, compiled or not. It finds the run, the
+    The outer gate comes before everything that a call of the transformer runs, compiled or not. It finds the run, the
     step and the stream, and decides whether the transformer is computed. The inner gate replaces the class's `forward`,
-    below all that wraps it, such as offloading, context parallelism and hooks. In a step that is not computed it calls
-    the subclass's `predict` instead. So whatever wraps `forward` sees every step, in whichever order it was put on.
+    inside everything that wraps it, such as offloading, context parallelism and hooks. In a step that is not computed
+    it calls the subclass's `predict` instead. So the wrappers see every step, whether they or the cache came first.
 
-    What belongs to one run is in `state`. When a run fails, or another one replaces it, its state is dropped, together
-    with the values that have not come from the device yet. So nobody reads the values of a run that is over.
+    What belongs to one run is in `state`. When a run fails, or another run replaces it, its state is dropped. The values
+    that have not come from the device yet belong to the state, so the values of a run that is over are never read.
 
     Args:
         pipe: the pipeline whose scheduler gives the steps.
@@ -114,7 +114,7 @@ class StepHook(ModelHook, Generic[State]):
 
     Attributes:
         state: the state of the current run, or None between runs.
-        inside: what the inner gate does in the call that is under way: "compute" or "predict"; else None.
+        inside: what the inner gate does in the current call: "compute" or "predict"; None between calls.
     """
 
     _is_stateful = True
@@ -124,13 +124,13 @@ class StepHook(ModelHook, Generic[State]):
         self.pipe, self.adapter = pipe, adapter
         self.context = _ContextTracker()
         self.state: State | None = None
-        self._entered = threading.Lock()  # held while a call is under way
-        self._located: tuple[State, Call] | None = None  # the call that is under way, if its place is known
+        self._entered = threading.Lock()  # held during a call
+        self._located: tuple[State, Call] | None = None  # the current call, if its place in a run is known
         self.inside: str | None = None
-        self._captured: tuple | None = None  # the inputs of the output head in that call, from a compiled graph
+        self._captured: tuple | None = None  # the inputs of the output head in the current call, from a compiled graph
         self._warned: set[str] = set()
 
-    # Putting it on and taking it off
+    # Install and uninstall
 
     def install(self) -> None:
         """Puts the hook on the transformer.
@@ -158,7 +158,7 @@ class StepHook(ModelHook, Generic[State]):
     def uninstall(self) -> None:
         """Restores the transformer. Does nothing if the hook is off already.
 
-        A wrapper that was put around `forward` meanwhile, such as accelerate's for offloading, stays and works on.
+        A wrapper that was put around `forward` meanwhile, such as accelerate's for offloading, stays and keeps working.
         """
         transformer = self.adapter.transformer
         if installed_hook(transformer) is not self:
@@ -201,7 +201,7 @@ class StepHook(ModelHook, Generic[State]):
     # What a subclass does
 
     def new_state(self, run: Run, values: DeviceValues) -> State:
-        """The state of a run that begins; arguments as of `RunState`."""
+        """The state of a run that begins; arguments as in `RunState`."""
         raise NotImplementedError
 
     def on_run(self, state: State) -> None:
@@ -209,7 +209,7 @@ class StepHook(ModelHook, Generic[State]):
         raise NotImplementedError
 
     def on_unlocated(self) -> None:
-        """Called when a call's timestep is none of the scheduler's, or a value says later that it was none."""
+        """Called when a call's timestep is not one of the scheduler's, or when that turns out later."""
         self.warn("{}: computing. {}".format(*UNLOCATED))
 
     def wants_prediction(self, state: State, call: Call) -> bool:
@@ -244,7 +244,7 @@ class StepHook(ModelHook, Generic[State]):
     def finish(self, state: State, call: Call) -> None:
         """Called after a call that was computed. `call.kept` is False if the head ran where lesa does not see it."""
 
-    # The gates. Nothing of the two is compiled, but what they run may be.
+    # The gates. They are not compiled; what they run may be.
 
     def _outer_gate(self, *args: Any, **kwargs: Any) -> Any:
         return self.enter(self._compiled or self._called_module._call_impl, args, kwargs)
@@ -302,7 +302,7 @@ class StepHook(ModelHook, Generic[State]):
 
     @torch.compiler.disable
     def _predicted(self, state: State, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The output of a call that is to be predicted, or None if it must be computed nevertheless."""
+        """The output of a call that is to be predicted, or None if it must be computed after all."""
         self.inside = "predict"
         output = self.adapter.transformer._call_impl(*args, **kwargs)
         self.on_predicted(state, call, output)
@@ -344,9 +344,10 @@ class StepHook(ModelHook, Generic[State]):
     # Finding out which step a call is
 
     def _read(self, wait: bool = False) -> bool:
-        """Receives the values of the run that have come from the device, or with `wait` all that were asked for.
+        """Reads the values that have come from the device; with `wait`, all that the run has asked for.
 
-        Returns False and drops the run if a value says that another scheduler drives the transformer.
+        This is the only place that does. It returns False, and the state is dropped, if a value says that another
+        scheduler drives the transformer.
         """
         if self.state is None:
             return False

@@ -14,7 +14,7 @@ class ComputingHook(StepHook[RunState]):
     """Computes each call, and shows it to an observer.
 
     Args:
-        pipe, adapter: as of `StepHook`.
+        pipe, adapter: as in `StepHook`.
         observer: sees what is computed.
     """
 

@@ -252,11 +252,10 @@ class RunState:
         return name
 
     def end_call(self) -> None:
-        """Frees what only later calls of the run would need, if there are none.
+        """Called when a call is done. After the last call of the run, it frees what only later calls would need.
 
-        So it is when each stream has been called in the last step. A stream that has paused for longer than ever before
-        in the run, such as guidance that was turned off, is not waited for. Should it be called nevertheless, it has no
-        history.
+        That is when each stream has been called in the last step. A stream that has paused for longer than ever before
+        in the run, such as guidance that ended early, is not waited for. If it is called after all, it is computed.
         """
         last = len(self.run.timesteps) - 1
         if self.run.index == last and not any(0 < last - s.index <= s.longest_pause for s in self._sources.values()):
