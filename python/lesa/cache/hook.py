@@ -105,7 +105,7 @@ class StepHook(ModelHook, Generic[State]):
     inside everything that wraps it, such as offloading, context parallelism and hooks. In a step that is not computed
     it calls the subclass's `predict` instead. So the wrappers see every step, whether they or the cache came first.
 
-    What belongs to one run is in `state`. When a run fails, or another run replaces it, its state is dropped. The values
+    What belongs to one run is in `state`. When the run fails, or another run replaces it, the state is dropped. Values
     that have not come from the device yet belong to the state, so the values of a run that is over are never read.
 
     Args:
