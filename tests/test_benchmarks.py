@@ -83,6 +83,13 @@ def test_each_benchmark_says_its_floor(suites):
 
 
 @pytest.mark.slow
+def test_tables_fit_into_a_terminal(suites):
+    printed, _ = suites
+    tables = [line for line in printed.splitlines() if line.startswith(("test_", "Name (time", "-----", "benchmark "))]
+    assert len(tables) > 3 * len(CASES) and max(map(len, tables)) <= 120
+
+
+@pytest.mark.slow
 def test_a_launch_says_what_one_call_takes(suites):
     printed, report = suites
     table = printed.partition("time of the host for a call")[2]

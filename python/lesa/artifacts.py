@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,8 @@ def fingerprint(module: torch.nn.Module) -> str:
     The sums are of the values' bits as integers, which are exact: neither device nor threads change them. A parameter
     whose values are elsewhere (offloaded to the meta device, sharded or packed) counts by name and shape.
     """
-    adapters = module.active_adapters() if getattr(module, "_hf_peft_config_loaded", False) else []
+    with_adapters: Any = module if getattr(module, "_hf_peft_config_loaded", False) else None
+    adapters = [] if with_adapters is None else with_adapters.active_adapters()
     running = hashlib.sha256(f"{adapters}\n".encode())
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, parameter in sorted(module.named_parameters()):
@@ -87,19 +88,21 @@ def _update(running, value: Any) -> None:
         value = np.asarray(value)
     if isinstance(value, np.generic):
         value = value.item()
+    head: str
+    parts: Sequence = ()
     if isinstance(value, dict):
         head, parts = f"dict {len(value)}", [part for key in sorted(value) for part in (key, value[key])]
     elif isinstance(value, (list, tuple)):
         head, parts = f"list {len(value)}", value
     elif isinstance(value, torch.Tensor):
         raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        head, parts = f"tensor {value.dtype} {list(value.shape)} {hashlib.sha256(raw).hexdigest()}", ()
+        head = f"tensor {value.dtype} {list(value.shape)} {hashlib.sha256(raw.data).hexdigest()}"
     elif isinstance(value, np.ndarray):
-        head, parts = f"array {value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}", ()
+        head = f"array {value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     elif value is None or isinstance(value, (bool, int, float, str)):
-        head, parts = f"{type(value).__name__} {value!r}", ()
+        head = f"{type(value).__name__} {value!r}"
     else:
-        head, parts = getattr(value, "__qualname__", type(value).__qualname__), ()
+        head = getattr(value, "__qualname__", type(value).__qualname__)
     running.update(f"{head}\n".encode())
     for part in parts:
         _update(running, part)

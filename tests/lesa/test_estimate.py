@@ -484,5 +484,5 @@ def test_a_schedule_for_other_steps_must_be_given():
     known = {"num_inference_steps": 50, "schedule": (0, 2, 9), "schedule_sigmas": (1.0, 0.9, 0.5)}
     predictor = PredictorConfig(3072, **known)
     assert lesa.estimate("flux-1024", predictor=predictor).computed == (0, 2, 9)
-    with pytest.raises(ValueError, match="`schedule` must be given for 30 steps"):
+    with pytest.raises(ValueError, match="`schedule` is required for 30 steps"):
         lesa.estimate("flux-1024", predictor=predictor, num_inference_steps=30)

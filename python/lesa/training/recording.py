@@ -10,10 +10,9 @@ A trajectory folder holds
   calls are `sample-00000-<stream>.safetensors`.
 """
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,8 +21,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from lesa.artifacts import digest, fingerprint, predictor_identity, whole_file
-from lesa.cache import enable_cache
-from lesa.cache.hook import StepHook
+from lesa.cache import observed
 from lesa.cache.run import Call, Run
 from lesa.inputs import batches_of, check_inputs, collate
 from lesa.models import adapter_for
@@ -125,7 +123,7 @@ def record(
     if not missing:
         return Trajectories(folder)
     recorder = Recorder(pipe, adapter, tokens_per_sample, seed)
-    with _kept_by(recorder, predictor) as hook:
+    with observed(pipe, recorder, predictor):
         finished = len(inputs) - len(missing)
         bar = tqdm(total=len(inputs), initial=finished, desc="record", unit="sample", disable=not progress)
         with quiet_progress(pipe), bar:
@@ -139,28 +137,13 @@ def record(
                     num_inference_steps=num_inference_steps,
                     output_type="latent",
                 )
-                recorder.check_complete(hook.computed)
+                recorder.check_complete()
                 _begin(folder, {**planned, **recorder.facts()}, recorder.head)
                 for position, number in enumerate(numbers):
                     if number in missing:
                         _save_sample(folder, number, recorder.trajectories_of(position))
                         bar.update()
     return Trajectories(folder)
-
-
-@contextlib.contextmanager
-def _kept_by(recorder: "Recorder", predictor: FusedKANPredictor | None) -> Iterator[StepHook]:
-    """The context in which the recorder gets what is computed, of all steps or of those that the predictor leaves."""
-    if predictor is None:
-        hook = _RecordingHook(recorder.pipe, recorder.adapter)
-        hook.install()
-    else:
-        hook = enable_cache(recorder.pipe, predictor, strict=True)._hook
-    hook.recorder = recorder
-    try:
-        yield hook
-    finally:
-        hook.uninstall()
 
 
 @dataclass
@@ -175,22 +158,8 @@ class _Stream:
     steps: set[int] = field(default_factory=set)
 
 
-class _RecordingHook(StepHook):
-    """Computes every call."""
-
-    recorder: "Recorder"
-    computed: frozenset[int] = frozenset()
-
-    def on_run(self, run: Run) -> None:
-        self.computed = frozenset(range(len(run.executed_sigmas)))
-        self.recorder.on_run(run)
-
-    def keep(self, call, features, conditioning) -> None:
-        self.recorder.keep(call, features, conditioning)
-
-
 class Recorder:
-    """Keeps what enters the output head in the computed steps of one call of the pipeline.
+    """A `StepObserver` that keeps what enters the output head in the computed steps of one call of the pipeline.
 
     Args:
         pipe, adapter: whose head it is.
@@ -205,11 +174,12 @@ class Recorder:
         """Prepares for a call of the pipeline on the samples `numbers`."""
         self.numbers = numbers
         self.sigmas: list[float] = []
+        self.computed: Set[int] = frozenset()
         self.streams: dict[str, _Stream] = {}
         self.head: OutputHead | None = None
 
-    def on_run(self, run: Run) -> None:
-        """Called at the first step of a run."""
+    def on_run(self, run: Run, computed: Set[int]) -> None:
+        """Called at the first step of a run, of which the steps `computed` are to be recorded."""
         if any(stream.steps for stream in self.streams.values()):
             raise argument_error(
                 "inputs",
@@ -218,11 +188,12 @@ class Recorder:
                 "Ask for a shorter video, of one section.",
                 RuntimeError,
             )
-        self.sigmas = run.executed_sigmas
+        self.sigmas, self.computed = run.executed_sigmas, computed
         self.streams = {}
 
-    def check_complete(self, steps: Set[int]) -> None:
-        """Raises `RuntimeError` unless every stream has these steps."""
+    def check_complete(self) -> None:
+        """Raises `RuntimeError` unless every stream has all steps that were to be computed."""
+        steps = self.computed
         seen = {name: stream.steps for name, stream in self.streams.items()} or {"any": set()}
         for name, had in seen.items():
             if had != steps or not had:
