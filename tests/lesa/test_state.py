@@ -471,7 +471,7 @@ def test_no_features_are_kept_by_a_cache_that_is_turned_off_after_a_failure(pipe
     assert handle.stats.streams["cond"].ring_device_bytes > 0
 
 
-def rings_of(predictor):
+def storages_of(predictor):
     """A list that gets a weak reference to the storage of every ring which `predictor` makes from now on."""
     rings, make_ring = [], predictor.make_ring
 
@@ -491,7 +491,7 @@ def alive(rings):
 
 def test_the_rings_of_all_streams_are_freed_by_disabling(pipe):
     predictor = make_predictor()
-    rings = rings_of(predictor)
+    rings = storages_of(predictor)
 
     def calls(step):
         if step == 10:
@@ -522,7 +522,7 @@ def test_rings_are_freed_when_every_stream_has_done_the_last_step(pipe, ending):
     """Nothing else tells that such a loop has ended."""
     after, steps_of = ENDINGS[ending]
     predictor, in_last_step = make_predictor(), []
-    rings, before = rings_of(predictor), features_alive()
+    rings, before = storages_of(predictor), features_alive()
 
     def calls(step):
         for name, arguments in (("first", FIRST), ("second", SECOND), ("third", THIRD)):
@@ -555,7 +555,7 @@ def test_a_stream_that_comes_back_when_its_ring_is_freed_is_computed(pipe):
         return [("first", FIRST), *([("second", SECOND)] if step < 6 or step == STEPS - 1 else [])]
 
     predictor, plain = make_predictor(), drive(pipe, calls)
-    rings = rings_of(predictor)
+    rings = storages_of(predictor)
     with (
         pytest.warns(RuntimeWarning, match="no history"),
         lesa.enable_cache(pipe, predictor, SOME) as handle,
@@ -574,7 +574,7 @@ def test_rings_are_freed_in_pipelines_that_do_not_say_that_they_have_ended(pipe,
         runner, options = FluxImg2ImgPipeline(**pipe.components), {"steps": 24, "strength": strength, **IMAGE}
         runner.set_progress_bar_config(disable=True)
     monkeypatch.setattr(StepHook, "reset_state", lambda self, module: module)
-    rings = rings_of(predictor)
+    rings = storages_of(predictor)
     with lesa.enable_cache(runner, predictor, SOME, strict=True) as handle:
         for _ in range(2):
             generate(runner, **options)
@@ -589,7 +589,7 @@ def test_rings_are_freed_in_pipelines_that_do_not_say_that_they_have_ended(pipe,
 def test_values_that_are_on_their_way_keep_no_features(pipe, as_on_a_gpu, delay, schedule):
     as_on_a_gpu(delay)
     predictor, before = make_predictor(), features_alive()
-    rings, inputs = rings_of(predictor), []
+    rings, inputs = storages_of(predictor), []
 
     def calls(step):
         ids = FIRST["img_ids"].clone()
@@ -606,7 +606,7 @@ def test_values_that_are_on_their_way_keep_no_features(pipe, as_on_a_gpu, delay,
 def test_a_call_that_fails_ends_the_run(pipe, step):
     """A loop that goes on after it begins another run, at that step."""
     predictor, before, plain = make_predictor(), features_alive(), drive(pipe, lambda step: [("it", FIRST)])["it"]
-    rings = rings_of(predictor)
+    rings = storages_of(predictor)
 
     def fail(*_):
         raise Stop
