@@ -7,9 +7,11 @@ import torch
 
 import lesa
 from lesa.demo import digits
-from lesa.training import refinement
+from lesa.training import recording, refinement
 from lesa.training.batches import Batch, Head, Plan
-from lesa.training.refinement import _RollOuts
+from lesa.training.losses import off_after_gaps
+from lesa.training.refinement import RollOuts
+from lesa.training.training_run import Training
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS, SCHEDULE = 12, [0, 2, 5, 8]
@@ -74,7 +76,7 @@ def test_a_roll_out_has_what_the_model_computed_on_the_way(pipe, recorded, predi
 
 def test_the_drift_is_how_far_the_latents_are_off(pipe, recorded, predictor, tmp_path):
     trajectories, inputs = recorded
-    roll_outs = _RollOuts(trajectories, predictor, pipe, inputs, tmp_path / "r", 8, False)
+    roll_outs = RollOuts(trajectories, predictor, pipe, inputs, tmp_path / "r", 8)
     plain = latents_of(pipe, inputs)
     with lesa.enable_cache(pipe, predictor):
         rolled = latents_of(pipe, inputs)
@@ -83,12 +85,12 @@ def test_the_drift_is_how_far_the_latents_are_off(pipe, recorded, predictor, tmp
         torch.testing.assert_close(roll_outs.drifts[number][1:], off[SCHEDULE[1:]], rtol=1e-4, atol=1e-5)
         assert off[-1].abs().max() > 0.01
         # What training makes of it is what happened: how far off a gap ends is how far off the next one begins.
-        features, drift = roll_outs.of(number)
-        batch = Batch([trajectory], Head(trajectories, "cpu"), None, None, "cpu", [[features, drift]])
+        rolled_out = roll_outs.of(number)
+        batch = Batch([trajectory], Head(trajectories, "cpu"), None, None, "cpu", [[rolled_out]])
         plan, steps = Plan(SCHEDULE, STEPS, 4), torch.tensor(SCHEDULE)
         with torch.no_grad():
-            after, _ = refinement._off_after_gaps(predictor, batch, plan, steps, *batch.roll_outs)
-        torch.testing.assert_close(after[:-1], drift[1:], rtol=1e-3, atol=1e-4)
+            after, _ = off_after_gaps(predictor, batch, plan, steps, batch.roll_outs[0])
+        torch.testing.assert_close(after[:-1], rolled_out.drift[1:], rtol=1e-3, atol=1e-4)
 
 
 def closeness(pipe, predictor, seed):
@@ -146,15 +148,15 @@ def test_what_was_stopped_goes_on_to_the_same_bits(pipe, recorded, predictor, tm
 
     with monkeypatch.context() as patch:
         if at == "training":
-            save = refinement.Training._save_checkpoint
-            patch.setattr(refinement.Training, "_save_checkpoint", stopping(save, 6))  # in the second round
+            save = Training._save_checkpoint
+            patch.setattr(Training, "_save_checkpoint", stopping(save, 6))  # in the second round
         else:
-            save = lesa.recording._save_sample
-            patch.setattr(lesa.recording, "_save_sample", stopping(save, 12))
+            save = recording.save_sample
+            patch.setattr(recording, "save_sample", stopping(save, 12))
         with pytest.raises(StopError):
             lesa.refine(*arguments, out_dir=tmp_path / "stopped", **QUICK)
     assert (tmp_path / "stopped" / "round-2").is_dir()
-    with pytest.raises(ValueError, match="`epochs` must be what the unfinished refinement in .* has, 4, but got 5"):
+    with pytest.raises(ValueError, match="`epochs` must be 4, as in the unfinished refinement in .*, but got 5"):
         lesa.refine(*arguments, out_dir=tmp_path / "stopped", **{**QUICK, "epochs": 5})
     resumed = lesa.refine(*arguments, out_dir=tmp_path / "stopped", **QUICK)
     loaded = FusedKANPredictor.from_pretrained(tmp_path / "stopped")
@@ -223,7 +225,7 @@ def test_guidance_in_two_streams_is_refined(tmp_path):
     pipe, inputs = photos.load_pipeline(), photos.inputs_for([0, 4])
     trajectories = lesa.record(pipe, inputs, tmp_path / "t", STEPS, tokens_per_sample=8, batch_size=2, progress=False)
     predictor = lesa.train(trajectories, schedule=SCHEDULE, epochs=1, progress=False)
-    roll_outs = _RollOuts(trajectories, predictor, pipe, inputs, tmp_path / "r", 2, False)
+    roll_outs = RollOuts(trajectories, predictor, pipe, inputs, tmp_path / "r", 2)
     assert len(trajectories) == len(roll_outs.drifts) == 4
     assert torch.equal(roll_outs.drifts[0], roll_outs.drifts[1])  # both streams are off by the same
     assert roll_outs.drifts[0][-1].abs().max() > 0.01
