@@ -120,9 +120,14 @@ def test_refining_gets_closer_on_samples_it_has_not_seen(pipe, recorded, predict
     assert closeness(pipe, refined, 1000) > closeness(pipe, longer, 1000)  # it is not for training longer
 
 
-def test_the_given_predictor_stays_as_it_is(pipe, recorded, predictor):
+def test_the_given_predictor_stays_as_it_is_and_the_bars_name_the_rounds(pipe, recorded, predictor, capfd):
     before = {name: value.clone() for name, value in predictor.state_dict().items()}
-    lesa.refine(predictor, recorded[0], pipe, recorded[1], **{**QUICK, "rounds": 1, "epochs": 1})
+    lesa.refine(predictor, recorded[0], pipe, recorded[1], **{**QUICK, "epochs": 1, "progress": True})
+    shown = capfd.readouterr().err
+    named = [line.split(":")[0] for line in shown.replace("\r", "\n").splitlines() if "%" in line]
+    rounds = [f"round {number} of 2, {what}" for number in (1, 2) for what in ("roll out", "train")]
+    assert [*dict.fromkeys(named)] == rounds
+    assert "validation with roll-outs=" in shown and "validation=" not in shown
     assert all(torch.equal(value, before[name]) for name, value in predictor.state_dict().items())
 
 

@@ -197,6 +197,43 @@ def test_a_checkpoint_that_was_cut_off_is_no_obstacle(trajectories, tmp_path, su
     assert {file.name for file in out.iterdir()} == {"config.json", "model.safetensors", "losses.json", "losses.png"}
 
 
+def test_a_checkpoint_holds_what_those_of_earlier_versions_hold(unfinished):
+    """Otherwise an older one could not be resumed."""
+    checkpoint = torch.load(unfinished / CHECKPOINT_NAME, weights_only=True)
+    assert {*checkpoint} == {"settings", "predictor", "optimizer", "generator", "losses", "epoch"}
+    settings = checkpoint["settings"]
+    assert settings.pop("config")["schedule"] == (0, 1, 2, 6, 10)
+    assert settings.pop("trajectories")["samples"] == 6
+    assert settings == {
+        "guided_epochs": 0,
+        "epochs": 4,
+        "batch_size": 2,
+        "tokens_per_batch": 32,
+        "learning_rate": 3e-3,
+        "head_aware": True,
+        "validation_fraction": 0.1,
+        "seed": 0,
+        "reach": 1,
+        "controlled": False,
+    }
+
+
+@pytest.mark.parametrize(
+    "options, stages",
+    [
+        ({"guided_epochs": 1}, ["train, stage 1 of 2, guided", "train, stage 2 of 2, closed loop"]),
+        ({"guided_epochs": 0}, ["train"]),
+        ({"guided_epochs": 1, "controlled": True}, ["train"]),
+    ],
+)
+def test_the_progress_bar_names_the_stages(trajectories, capfd, options, stages):
+    lesa.train(trajectories, schedule=4, **{**QUICK, **options, "progress": True})
+    shown = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "%" in line]
+    assert [*dict.fromkeys(line.split(":")[0] for line in shown)] == stages
+    assert f"{4 + options['guided_epochs']}/{4 + options['guided_epochs']} [" in shown[-1]
+    assert "validation=0." in shown[-1]
+
+
 def test_streams_of_one_sample_are_on_the_same_side_of_the_split(tmp_path):
     folder = tmp_path / "cfg"
     write_trajectories(folder, samples=6)
