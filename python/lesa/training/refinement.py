@@ -110,13 +110,9 @@ def refine(
             if is_finished(trained):
                 predictor = FusedKANPredictor.from_pretrained(trained)
                 continue
+            training_bar = bar and f"{bar}, train"
             run = _Refinement(
-                trajectories,
-                predictor.config,
-                settings,
-                out_dir=trained,
-                device=device,
-                progress=bar and f"{bar}, train",
+                trajectories, predictor.config, settings, out_dir=trained, device=device, bar=training_bar
             )
             run.start_from(predictor, roll_outs)
             run.fit()

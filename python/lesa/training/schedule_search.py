@@ -61,7 +61,7 @@ def find_schedule(
     for turn in range(SEARCH_TURNS + 1):
         complete = complete_config(trajectories, config, schedule)
         bar = "train for the search" if progress else None
-        run = Training(trajectories, complete, settings, device=device, progress=bar)
+        run = Training(trajectories, complete, settings, device=device, bar=bar)
         if turn:
             run.fit()
         schedule = search_schedule(trajectories, run.predictor.cpu(), budget, seed=seed, progress=progress)

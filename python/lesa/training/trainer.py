@@ -113,8 +113,7 @@ def train(
         else:
             bounds = stages.find_stages(trajectories, None, config, seed=seed, device=device, progress=progress)
         config = with_stages(config, bounds)
-    run = Training(
-        trajectories, config, settings, out_dir=out_dir, device=device, progress="train" if progress else None
-    )
+    bar = "train" if progress else None
+    run = Training(trajectories, config, settings, out_dir=out_dir, device=device, bar=bar)
     run.fit()
     return run.finish()

@@ -50,7 +50,7 @@ class Training:
         numbers: of the trajectories to train on and to validate with. Default: what `split` chooses.
         out_dir: folder for what the training writes, or None.
         device: where to train.
-        progress: what the progress bar is called, or None for no bar.
+        bar: what the progress bar is called, or None for no bar.
 
     Attributes:
         predictor: what is trained.
@@ -72,12 +72,12 @@ class Training:
         numbers: Split | None = None,
         out_dir: str | os.PathLike | None = None,
         device: torch.device | str = "cpu",
-        progress: str | None = None,
+        bar: str | None = None,
     ):
         self.trajectories, self.config, self.settings = trajectories, config, settings
         self.numbers = numbers or split(trajectories, settings.validation_fraction, settings.seed)
         self.out_dir = None if out_dir is None else Path(out_dir)
-        self.device, self.progress = torch.device(device), progress
+        self.device, self.bar = torch.device(device), bar
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(settings.seed)
             self.predictor = FusedKANPredictor(config).to(self.device)
@@ -129,23 +129,23 @@ class Training:
         optimizer = torch.optim.AdamW(self.predictor.parameters(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY)
         total = settings.guided_epochs + settings.epochs
         first = self._resume(optimizer)
-        bar = tqdm(
+        epochs = tqdm(
             range(first, total),
             desc=self._stage_name(first),
             initial=first,
             total=total,
-            disable=self.progress is None,
+            disable=self.bar is None,
             unit="epoch",
         )
-        for epoch in bar:
+        for epoch in epochs:
             if epoch == settings.guided_epochs:
-                bar.set_description(self._stage_name(epoch))
+                epochs.set_description(self._stage_name(epoch))
             self.losses["training"].append(self._train_epoch(optimizer, epoch, total))
             if self.numbers.validation:
                 with torch.no_grad():
                     loss = self.mean_loss(self.numbers.validation, settings.tokens_per_batch, guided=False).item()
                 self.losses["validation"].append(loss)
-                bar.set_postfix({self.validation_name: f"{loss:.4f}"})
+                epochs.set_postfix({self.validation_name: f"{loss:.4f}"})
             self._save_checkpoint(optimizer, epoch + 1)
 
     def finish(self) -> FusedKANPredictor:
@@ -190,9 +190,9 @@ class Training:
         """What the progress bar is called in the stage of this epoch."""
         settings = self.settings
         if not (settings.guided_epochs and settings.epochs):
-            return f"{self.progress}"
+            return f"{self.bar}"
         stage = "1 of 2, guided" if epoch < settings.guided_epochs else "2 of 2, closed loop"
-        return f"{self.progress}, stage {stage}"
+        return f"{self.bar}, stage {stage}"
 
     def _train_epoch(self, optimizer: torch.optim.Optimizer, epoch: int, total: int) -> float:
         """Trains for one epoch of `total`; returns the mean loss of its batches."""
