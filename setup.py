@@ -8,6 +8,7 @@ Environment variables; an empty one is as good as unset:
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,16 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
 
 ROOT = Path(__file__).resolve().parent
+PROJECT = "https://github.com/lesa-kernels/lesa-kernels"
+
+
+def description() -> str:
+    """The README as the package index shows it: links to files are absolute, and pictures come from where files are."""
+    link = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)]+)\)")
+    return link.sub(
+        lambda found: f"{found[1]}[{found[2]}]({PROJECT}/{'raw' if found[1] else 'blob'}/main/{found[3]})",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+    )
 
 
 def find_tool(name: str) -> str:
@@ -84,6 +95,8 @@ class CMakeBuild(build_ext):
 
 
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     packages=find_packages(include=["lesa_kernels", "lesa_kernels.*"]) + find_packages("python"),
     ext_modules=[Extension("lesa_kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -101,23 +101,23 @@ def page(device: Device, command: str, chart: str) -> str:
     """The page as markdown."""
     text = f"""# Roofline
 
-Made by `{command}`. **No time on this page is a measurement.** They are floors: the least time that an operation can
-take on a device, computed from the bytes it must move and the FLOPs it must do (`lesa_kernels/work.py`) and two rates
-of the device. The benchmarks print how far a measured time is from such a floor.
+Made by `{command}`. **No time on this page is a measurement.** The times are floors: the least time that an operation
+can take on a device. A floor is computed from the bytes that the operation must move, the FLOPs that it must do
+(`lesa_kernels/work.py`), and two rates of the device. The benchmarks print the ratio of a measured time to its floor.
 
 Device: {device.name}, {device.bandwidth / 1e12:.2f} TB/s of memory bandwidth and {device.flops / 1e12:.0f} TFLOPS of
 dense bfloat16 products, {device.source}.
 
 ![Roofline]({chart})
 
-Features and weights of the layers are bfloat16, parameters of predictors float32. MB are 10^6 bytes. Newton reads four
-anchors, as it does by default. Its weighted sum runs outside tensor cores; it is so small that the bandwidth decides.
-Of the KAN layer only the p + 1 bases that are not zero are counted; a form that multiplies all G + p bases on tensor
-cores does (1 + G + p) / (2 + p) times as much, here 2.4 times.
+Features and the weights of layers are bfloat16, the parameters of predictors are float32. MB are 10^6 bytes. Newton
+reads four anchors, which is its default. Its weighted sum does not use tensor cores; it is so small that the bandwidth
+decides. For the KAN layer, only the p + 1 bases that are not zero are counted. An implementation that multiplies all
+G + p bases on tensor cores does (1 + G + p) / (2 + p) times as much, here 2.4 times.
 
-No floor has what the programs of one kernel leave for each other. For flux-1024px in bfloat16 that is 13 MB, written
-and read once, for a velocity of rank 0, 102 MB for one of rank 32, and 13 MB, and the forecast once more, for newton
-predict of rank 32. Whether these stay in the second-level cache decides what they cost.
+No floor includes what the programs of one kernel pass to each other through memory. For flux-1024px in bfloat16 this is
+13 MB, written and read once, for a velocity of rank 0; 102 MB for a velocity of rank 32; and 13 MB, and the forecast
+once more, for newton predict of rank 32. What they cost depends on whether they stay in the second-level cache.
 
 """
     return text + "\n".join(table(device)) + "\n"

@@ -34,7 +34,7 @@ BUILD_VARIABLES += ["LESA_CUDA", "LESA_CUDA_ARCHS", "MAX_JOBS"]
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, and none is on PATH")
 SOURCES = ["setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "Makefile", "LICENSE", "README.md"]
 SOURCES += ["CHANGELOG.md", "CONTRIBUTING.md", ".ci", "csrc", "lesa_kernels", "python", "tests", "benchmarks", "docs"]
-SOURCES += ["examples"]
+SOURCES += ["examples", ".github", "CITATION.cff", "mkdocs.yml"]
 NOT_SOURCES = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
 SYSTEM_LIBRARIES = {"libstdc++", "libm", "libgcc_s", "libc", "libpthread", "libdl", "librt"}
 SYSTEM_LIBRARIES |= {"ld-linux-x86-64", "ld-linux-aarch64"}
@@ -233,6 +233,20 @@ def test_the_wheel_holds_both_packages_and_the_demo(wheel):
     extension = f"lesa_kernels/_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     others = {name for name in files - sources - weights if ".dist-info/" not in name}
     assert others == {extension, "lesa_kernels/tuned/default.json", "lesa/report_template.html"}
+
+
+def test_the_package_index_gets_a_description_without_relative_links(wheel):
+    (metadata,) = wheel[1].glob("*.dist-info/METADATA")
+    headers, description = metadata.read_text(encoding="utf-8").split("\n\n", 1)
+    assert "Description-Content-Type: text/markdown" in headers.splitlines()
+    assert {"Author", "Project-URL", "Keywords", "Classifier"} <= {line.split(":")[0] for line in headers.splitlines()}
+    (repository,) = re.findall(r"^Project-URL: Repository, (.*)$", headers, re.MULTILINE)
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", description)
+    assert len(links) > 20 and all(link.startswith("https://") for _, link in links)
+    files = {link: ROOT / link.split("/main/")[1].split("#")[0] for _, link in links if link.startswith(repository)}
+    assert len(files) > 15 and all(path.exists() for path in files.values())
+    assert [link.startswith(f"{repository}/raw/") for picture, link in links if picture] == [True]
+    assert description.startswith("# lesa-kernels\n")
 
 
 def test_without_nvcc_the_cpu_part_is_built_and_says_so(wheel):

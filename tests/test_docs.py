@@ -1,18 +1,20 @@
 """What the documents show exists: names, options, commands and files."""
 
 import ast
-import importlib
+import importlib.util
 import inspect
+import itertools
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from lesa.cli import _parser
+from lesa.cli import parse, parser_of
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+EXAMPLES = (README, *((ROOT / "docs" / name).read_text() for name in ("training.md", "using-the-cache.md")))
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "python/lesa/demo/weights/README.md"]
 PAGES = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 
@@ -37,13 +39,14 @@ def called(node):
     return None
 
 
-@pytest.mark.parametrize("example", blocks("python"))
+@pytest.mark.parametrize("example", [block for page in EXAMPLES for block in blocks("python", page)])
 def test_examples_use_names_and_arguments_that_exist(example):
     checked = 0
     for node in ast.walk(ast.parse(example)):
         if isinstance(node, ast.ImportFrom):
             module = importlib.import_module(node.module)
-            assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+            for name in (alias.name for alias in node.names):
+                assert hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}"), ast.unparse(node)
         elif isinstance(node, ast.Call) and (function := called(node)) is not None:
             arguments = {keyword.arg: None for keyword in node.keywords}
             inspect.signature(function).bind(*node.args, **arguments)
@@ -51,9 +54,11 @@ def test_examples_use_names_and_arguments_that_exist(example):
     assert checked >= 2
 
 
-def test_the_diffusers_example_is_short():
-    lines = [line for line in blocks("python")[0].splitlines() if line.strip()]
-    assert len(lines) <= 10
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 130
+    diffusers_example, cpu_example = ([line for line in block.splitlines() if line] for block in blocks("python"))
+    assert len(diffusers_example) == 3
+    assert len(cpu_example) <= 10
 
 
 def test_the_two_commands_are_there():
@@ -63,7 +68,7 @@ def test_the_two_commands_are_there():
 
 @pytest.mark.parametrize("command", [c for c in commands() if len(c.split()) > 2])
 def test_commands_parse(command):
-    _parser().parse_args(shlex.split(command)[1:])
+    parse(shlex.split(command)[1:])
 
 
 def test_every_command_is_shown():
@@ -75,8 +80,35 @@ def test_every_command_is_shown():
 def test_links_to_files_lead_somewhere(document):
     text = (ROOT / document).read_text()
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    missing = [link for link in links if not ((ROOT / document).parent / link).exists()]
+    missing = [link for link in links if not leads_somewhere(ROOT / document, *link.split("#"))]
     assert not missing
+
+
+def leads_somewhere(document, path, heading=None):
+    target = document.parent / path if path else document
+    if heading is None:
+        return target.exists()
+    headings = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)
+    return heading in {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings}
+
+
+@pytest.mark.parametrize("package", ["lesa", "lesa_kernels"])
+def test_the_reference_has_every_public_name(package):
+    text = (ROOT / f"docs/reference-{package.replace('_', '-')}.md").read_text()
+    names = re.findall(rf"^::: {package}\.(\w+)$", text, re.MULTILINE)
+    public = {name for name in importlib.import_module(package).__all__ if name != "__version__"}
+    assert len(names) == len({*names}) and {*names} == public
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    navigation = (ROOT / "mkdocs.yml").read_text().split("nav:")[1].split("markdown_extensions:")[0]
+    assert sorted(re.findall(r": ([\w-]+\.md)$", navigation, re.MULTILINE)) == [Path(page).name for page in PAGES]
+
+
+def test_the_address_of_the_project_is_the_same_everywhere():
+    files = ("pyproject.toml", "setup.py", "mkdocs.yml", "CITATION.cff")
+    found = [re.findall(r"https://github\.com/[\w.-]+/[\w.-]+", (ROOT / name).read_text()) for name in files]
+    assert all(found) and len({address for addresses in found for address in addresses}) == 1
 
 
 def test_every_page_can_be_reached():
@@ -102,7 +134,7 @@ def test_commands_of_the_pages_parse(page):
 
 
 def _subparser(name):
-    return next(action.choices for action in _parser()._actions if isinstance(action.choices, dict))[name]
+    return next(action.choices for action in parser_of(name)._actions if isinstance(action.choices, dict))[name]
 
 
 def text_of(node):
@@ -125,8 +157,8 @@ def said():
 
 def reasons_and_notes():
     """What the cache gives as reasons, in warnings and in the notes of its stats."""
-    tree = ast.parse((ROOT / "python/lesa/cache.py").read_text())
-    for node in ast.walk(tree):
+    trees = [ast.parse(file.read_text()) for file in (ROOT / "python/lesa/cache").glob("*.py")]
+    for node in itertools.chain.from_iterable(map(ast.walk, trees)):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("_fall_back", "note") and node.args:
             yield text_of(node.args[0])
         elif isinstance(node, ast.FunctionDef) and node.name == "_why_not":
@@ -160,6 +192,6 @@ def test_make_targets_exist(document):
 
 
 def test_build_variables_are_those_that_are_read():
-    named = re.findall(r"^\| `([A-Z_]+)` \|", README, re.MULTILINE)
+    named = re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "docs/building.md").read_text(), re.MULTILINE)
     read = re.findall(r"os\.environ\.get\(.([A-Z_]+).,", (ROOT / "setup.py").read_text())
     assert named and sorted(named) == sorted({*read})

@@ -14,7 +14,7 @@ from lesa.models.adapter import Adapter
 from lesa.models.costs import Costs
 from lesa.schedule import Schedule, ScheduleLike, as_schedule
 from lesa_kernels import FusedKANPredictor, PredictorConfig, work
-from lesa_kernels.checks import Said, argument_error, check_choice, check_float, check_int
+from lesa_kernels.checks import Said, argument_error, check_choice, check_float, check_int, usage_error
 from lesa_kernels.feature_ring import ring_nbytes
 
 EFFICIENCY = 0.5
@@ -115,11 +115,11 @@ class Estimate:
             ("seconds", f"{self.full_seconds:.3g}", f"{self.seconds:.3g}"),
             ("extra memory, MB", "0", f"{self.extra_bytes / 1e6:.0f}"),
         ]
-        if self.images_per_day is not None:
-            rows.append(("GPU-hours a day", f"{self.full_gpu_hours:.4g}", f"{self.gpu_hours:.4g}"))
+        hours, full_hours = self.gpu_hours, self.full_gpu_hours
+        if hours is not None and full_hours is not None:
+            rows.append(("GPU-hours a day", f"{full_hours:.4g}", f"{hours:.4g}"))
             if self.price is not None:
-                costs = (f"{hours * self.price:.2f}" for hours in (self.full_gpu_hours, self.gpu_hours))
-                rows.append(("cost of a day", *costs))
+                rows.append(("cost of a day", f"{full_hours * self.price:.2f}", f"{hours * self.price:.2f}"))
         widths = [max(map(len, column)) for column in zip(*rows)]
         head = f"{self.model} on {self.device}: {self.image_tokens} image tokens, batch {self.batch}, {self.dtype}"
         lines = [head, *(f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}" for a, b, c in rows)]
@@ -129,8 +129,8 @@ class Estimate:
             f"Speed-up {self.speedup:.2f}x, which is {self.speedup_ratio:.3f} of the steps' {self.step_speedup:.2f}x; "
             f"ring {self.ring_bytes / 1e6:.1f} MB, predictor {self.predictor_bytes / 1e6:.1f} MB."
         )
-        if self.images_per_day is not None:
-            saved = f"{self.full_gpu_hours - self.gpu_hours:.4g} GPU-hours"
+        if hours is not None and full_hours is not None:
+            saved = f"{full_hours - hours:.4g} GPU-hours"
             money = "" if self.saved is None else f", {self.saved:.2f} in money"
             lines.append(f"Saved a day, at {self.images_per_day:g} images: {saved}{money}.")
         return "\n".join([*lines, *self.assumptions])
@@ -191,17 +191,17 @@ def estimate(
     streams = check_int("streams", costs.streams if streams is None else streams)
     batch, total = check_int("batch", batch), check_int("num_inference_steps", num_inference_steps)
     name, bandwidth, rate = _rates(device, bandwidth, flops_rate, efficiency)
-    predictor = _predictor(predictor, costs.dim, family)
-    computed = _computed(schedule, predictor, total)
+    predictor_config = _predictor(predictor, costs.dim, family)
+    computed = _computed(schedule, predictor_config, total)
     step_flops = streams * batch * costs.flops(tokens, text)
     sizes = (batch, tokens, costs.dim, getattr(torch, check_choice("dtype", dtype, DTYPES)))
     push = work.ring_push(*sizes)["bytes"] / bandwidth * streams
     plain = step_flops / rate if step_seconds is None else _positive("step_seconds", step_seconds)
-    moved, predicted_flops = (streams * amount for amount in _predicted_work(predictor, sizes, costs.head_width))
+    moved, predicted_flops = (streams * amount for amount in _predicted_work(predictor_config, sizes, costs.head_width))
     predicted_seconds = max(moved / bandwidth, predicted_flops / rate)
     seconds = len(computed) * (plain + push) + (total - len(computed)) * predicted_seconds
     with torch.device("meta"):
-        predictor_bytes = sum(p.nbytes for p in FusedKANPredictor(predictor).parameters())
+        predictor_bytes = sum(p.nbytes for p in FusedKANPredictor(predictor_config).parameters())
     full_hours, hours, saved = _day(images_per_day, batch, total * plain, seconds, price)
     measured = "as given" if step_seconds is not None else f"at {rate / 1e12:.4g} TFLOP/s"
     return Estimate(
@@ -223,7 +223,7 @@ def estimate(
         seconds=seconds,
         speedup=total * plain / seconds,
         step_speedup=total / len(computed),
-        ring_bytes=streams * ring_nbytes(predictor.max_history, *sizes),
+        ring_bytes=streams * ring_nbytes(predictor_config.max_history, *sizes),
         predictor_bytes=predictor_bytes,
         images_per_day=images_per_day,
         full_gpu_hours=full_hours,
@@ -244,8 +244,8 @@ def _sample(model, height, width, frames) -> tuple[str, Costs, int]:
     family = _family(config)
     costs = family.costs(config)
     given = zip(("height", "width", "frames"), (height, width, frames), preset)
-    size = (check_int(name, default if value is None else value) for name, value, default in given)
-    return family.family, costs, costs.image_tokens(*size, scale, frame_scale)
+    height, width, frames = (check_int(name, default if value is None else value) for name, value, default in given)
+    return family.family, costs, costs.image_tokens(height, width, frames, scale, frame_scale)
 
 
 def _day(images_per_day, batch: int, full_seconds: float, seconds: float, price) -> tuple:
@@ -292,16 +292,18 @@ def _family(config: Mapping[str, Any]) -> type[Adapter]:
     return kinds[kind]
 
 
-def _find(model) -> tuple[dict, tuple[int, int, int], int, int]:
+def _find(model) -> tuple[Mapping[str, Any], tuple[int, ...], int, int]:
     """Configuration of the transformer; height, width and frames; pixels and frames per latent."""
     if model in PRESETS:
         config, *sizes = PRESETS[model]
         return config, tuple(sizes), 8, 4
     folder = Path(model)
+    file: Path | None
+    vae: Path | None
     if folder.is_dir():
         inside = [folder / "transformer" / "config.json", folder / "config.json"]
-        file = next((file for file in inside if file.is_file()), inside[0])
-        vae = file.parent.parent / "vae" / "config.json"
+        found = next((path for path in inside if path.is_file()), inside[0])
+        file, vae = found, found.parent.parent / "vae" / "config.json"
     else:
         file, vae = (_cached(str(model), f"{part}/config.json") for part in ("transformer", "vae"))
     if file is None or not file.is_file():
@@ -365,13 +367,17 @@ def _computed(schedule, predictor: PredictorConfig, total: int) -> tuple[int, ..
         schedule = Schedule.spread(min(9, total), total)
     elif schedule is None:
         if predictor.num_inference_steps not in (None, total):
-            must = f"be given for {total} steps, as the predictor was trained at {predictor.num_inference_steps}"
-            raise argument_error("schedule", must, schedule, "Pass the steps to compute, or an interval.")
+            trained = f"the predictor was trained for {predictor.num_inference_steps} steps"
+            raise usage_error(
+                f"`schedule` is required for {total} steps: {trained}.", "Pass an interval or a list of steps."
+            )
         schedule = Schedule(predictor.schedule, total)
     return tuple(step for step in as_schedule(schedule, total).steps if step < total)
 
 
-def _predicted_work(config: PredictorConfig, sizes, out_channels: int) -> tuple[float, float]:
+def _predicted_work(
+    config: PredictorConfig, sizes: tuple[int, int, int, torch.dtype], out_channels: int
+) -> tuple[float, float]:
     """Bytes and FLOPs of a predicted step of one stream; the mean over the stages."""
     parts = []
     for history in config.history_length:

@@ -244,8 +244,9 @@ def check_inputs(inputs) -> list[dict]:
     for number, item in enumerate(inputs):
         if not isinstance(item, (str, dict)):
             raise argument_error(f"inputs[{number}]", "be a prompt or a dict", item, "Pass one of these.", TypeError)
-        for name in (n for n in _RESERVED if isinstance(item, dict) and n in item):
-            raise argument_error(f"inputs[{number}]", f"leave {name!r} out", item[name], _RESERVED[name])
+        if isinstance(item, dict):
+            for name in (name for name in _RESERVED if name in item):
+                raise argument_error(f"inputs[{number}]", f"leave {name!r} out", item[name], _RESERVED[name])
     return [{"prompt": item} if isinstance(item, str) else item for item in inputs]
 
 

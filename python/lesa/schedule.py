@@ -120,5 +120,5 @@ def as_schedule(schedule: ScheduleLike, num_inference_steps: int | None = None) 
         return schedule
     if isinstance(schedule, Iterable) and not isinstance(schedule, (str, bytes)):
         return Schedule(tuple(schedule))
-    check_int("schedule", schedule)
-    return Schedule.interval(schedule, num_inference_steps)
+    interval = check_int("schedule", schedule)
+    return Schedule.interval(interval, check_int("num_inference_steps", num_inference_steps))

@@ -22,6 +22,7 @@ from diffusers import (
 from diffusers.hooks import HookRegistry, ModelHook
 
 import lesa
+from lesa.cache.hook import installed_hook
 from lesa.cache.run import Run
 from lesa.demo import digits
 from lesa.models import adapter_for
@@ -738,7 +739,7 @@ def test_a_budget_keeps_features_in_host_memory_and_changes_nothing(pipe, genera
         generate(pipe, STEPS)
     with pytest.raises(TypeError, match="`max_device_bytes` must be an integer"):
         lesa.enable_cache(pipe, predictor, SOME, max_device_bytes="1 GB")
-    assert lesa.hook.installed_hook(pipe.transformer) is None
+    assert installed_hook(pipe.transformer) is None
 
 
 def test_rings_are_freed_after_a_run(pipe, generate):

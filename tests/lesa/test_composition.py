@@ -12,6 +12,7 @@ from diffusers.hooks import group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 
 import lesa
+from lesa.cache.hook import installed_hook
 from lesa.demo import digits
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
@@ -189,7 +190,7 @@ def test_the_cache_goes_from_a_transformer_that_was_wrapped_meanwhile(one_block_
     wrap(one_block_pipe, backend)
     generate(one_block_pipe)
     lesa.disable_cache(one_block_pipe)
-    assert lesa.hook.installed_hook(transformer) is None
+    assert installed_hook(transformer) is None
     assert torch.equal(generate(one_block_pipe), plain)
 
 

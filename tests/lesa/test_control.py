@@ -64,3 +64,67 @@ def test_a_call_that_fails_fails_when_it_is_looked_at(net):
     for _ in range(2):
         with pytest.raises(TypeError):
             blocks[0]
+
+
+@pytest.fixture
+def control():
+    """`control(net, outputs, *awaited)` puts a gate on a ControlNet until the test ends."""
+    joined = []
+
+    def join(net, outputs, *awaited):
+        for waits in awaited:
+            joined.append((DeferredControl.of(net, outputs), waits))
+            joined[-1][0].join(waits)
+        return joined[-len(awaited) :]
+
+    yield join
+    for gate, waits in joined:
+        gate.leave(waits)
+
+
+@pytest.mark.parametrize("is_none", [False, True])
+def test_a_list_that_is_in_no_tuple(control, is_none):
+    """As of Qwen-Image's ControlNets."""
+
+    class Bare(torch.nn.Module):
+        calls = 0
+
+        def forward(self, x, return_dict=True):
+            self.calls += 1
+            return None if is_none else [x, x + 1]
+
+    net = Bare()
+    control(net, 0, lambda: True)
+    first, second = net(torch.zeros(1), return_dict=False), net(torch.ones(1), return_dict=False)
+    assert net.calls == 1
+    if is_none:
+        assert first is second is None
+    else:
+        assert type(first) is list and isinstance(second, Residuals)
+        assert [r.item() for r in second] == [1, 2] and len(second) == 2
+        assert net.calls == 2
+
+
+@pytest.mark.parametrize("waiting", [(True, False), (False, True), (True, True), (False, False)])
+def test_a_controlnet_of_two_waits_while_either_does(control, waiting):
+    net = ControlNet()
+    gates = control(net, 2, *(lambda waits=waits: waits for waits in waiting))
+    assert gates[0][0] is gates[1][0]
+    net(torch.zeros(1), return_dict=False)
+    blocks, singles = net(torch.ones(1), return_dict=False)
+    assert isinstance(blocks, Residuals) == isinstance(singles, Residuals) == any(waiting)
+    assert len(net.calls) == 2 - any(waiting)
+    assert [r.item() for r in singles] == [3] and [r.item() for r in blocks] == [1, 2]
+
+
+def test_what_was_compiled_before_is_there_again(control):
+    net, waits = ControlNet(), lambda: True
+    called = []
+    net._compiled_call_impl = lambda *args, **kwargs: (called.append(args), net._call_impl(*args, **kwargs))[1]
+    own = net._compiled_call_impl
+    gate = DeferredControl.of(net, 2)
+    gate.join(waits)
+    net(torch.zeros(1), return_dict=False)
+    assert len(called) == 1
+    gate.leave(waits)
+    assert net._compiled_call_impl is own and "compile" not in vars(net)

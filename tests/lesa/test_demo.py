@@ -82,3 +82,11 @@ def test_demo_with_the_bundled_predictors(tmp_path):
     assert evaluation["newton-8"].psnr > taylorseer[8] + 8
     assert taylorseer[10] > evaluation["fewer-steps-9"].psnr
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
+
+
+def test_export_overwrites_nothing(tmp_path):
+    (tmp_path / "inputs.safetensors").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="`out_dir` must be empty or absent, but got files in"):
+        export(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["inputs.safetensors"]
+    assert (tmp_path / "inputs.safetensors").read_bytes() == b"mine"

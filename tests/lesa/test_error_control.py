@@ -235,6 +235,63 @@ def test_streams_share_their_steps():
     assert chosen == first.computed
 
 
+class Uneven(FusedKANPredictor):
+    """The forecast for step 7, which is not used but for its error, is spoiled in one sample of one stream."""
+
+    def make_ring(self, *args):
+        self.rings.append(super().make_ring(*args))
+        return self.rings[-1]
+
+    def forward(self, ring, sigma):
+        forecast = super().forward(ring, sigma)
+        if 0.85 < sigma < 0.87 and self.spoiled is not None and ring is self.rings[self.spoiled[0]]:
+            signs = 1.0 - 2.0 * (torch.arange(forecast.shape[-1]) % 2)
+            forecast[self.spoiled[1]] += self.amount * signs
+        return forecast
+
+
+TYPICAL = 0.4
+
+
+def uneven(spoiled, amount=100.0):
+    """Its errors are small for the typical ones that it claims, but for the spoiled stream and sample."""
+    known = {"schedule": TRAINED.steps, "schedule_sigmas": TRAINED.sigmas, "schedule_errors": (0.0, *[TYPICAL] * 8)}
+    predictor = bundled(**known)
+    predictor.__class__, predictor.rings = Uneven, []
+    predictor.spoiled, predictor.amount = spoiled, amount
+    return predictor
+
+
+def guided():
+    """Arguments for guidance by two calls per step."""
+    negative = digits.inputs_for((0, 0))
+    options = {"true_cfg_scale": 2.0, "negative_prompt_embeds": torch.cat([i["prompt_embeds"] for i in negative])}
+    return options | {"negative_pooled_prompt_embeds": torch.cat([i["pooled_prompt_embeds"] for i in negative])}
+
+
+@pytest.mark.parametrize("amount", [100.0, math.nan, math.inf])
+@pytest.mark.parametrize("spoiled", [(0, 0), (0, 1), (1, 0), (1, 1)], ids=str)
+def test_the_worst_stream_and_sample_decides_of_the_next_gap_alone(pipe, generate, spoiled, amount):
+    predictor = uneven(spoiled, amount)
+    with lesa.enable_cache(pipe, predictor, lesa.ErrorControl(growth=1.0), strict=True) as cache:
+        generate(pipe, STEPS, **guided())
+    streams = [*cache.stats.streams.values()]
+    errors = [stream.errors[7] for stream in streams]
+    worst, best = errors[spoiled[0]], errors[1 - spoiled[0]]
+    assert best < TYPICAL / 2 and (worst > TYPICAL * 2 if math.isfinite(amount) else not math.isfinite(worst))
+    for stream in streams:
+        # Step 7 is at 2 gaps. Half a gap more is sigma 0.8, step 10. Then the errors are small, and the gap is twice
+        # the trained one, to 4.5 gaps and sigma 0.55: step 22. The best stream alone would lead to 4 gaps, step 19.
+        assert stream.computed[:5] == [0, 2, 7, 10, 22]
+        assert stream.errors[10] < 0.5 * TYPICAL / 2
+
+
+def test_errors_that_all_streams_have_small_make_the_gap_long(pipe, generate):
+    with lesa.enable_cache(pipe, uneven(None), lesa.ErrorControl(growth=1.0), strict=True) as cache:
+        generate(pipe, STEPS, **guided())
+    assert [stream.computed[:4] for stream in cache.stats.streams.values()] == [[0, 2, 7, 19]] * 2
+
+
 def _schedule_of(predictor):
     return Schedule(predictor.config.schedule, sigmas=predictor.config.schedule_sigmas)
 
@@ -280,29 +337,34 @@ def test_the_trained_gaps_stand_where_the_head_is_not_plain(fresh_pipe, generate
     assert any("errors are not measured" in note for note in cache.stats.notes)
 
 
+class Sent:
+    """The event of a letter that arrives when somebody waits for it."""
+
+    arrived = False
+
+    def synchronize(self):
+        self.arrived = True
+
+    def query(self):
+        return self.arrived
+
+
+def post(self, note, value):
+    """As on a GPU."""
+    self._on_the_way.append((note, value.detach().reshape(1).float(), Sent()))
+
+
+class StopError(Exception):
+    pass
+
+
 def test_late_mail_that_ends_the_run_leads_to_computing(pipe, generate, monkeypatch):
     """As on a GPU: what says that another scheduler drives the transformer arrives when the next gap is chosen."""
-
-    class Sent:
-        arrived = False
-
-        def synchronize(self):
-            self.arrived = True
-
-        def query(self):
-            return self.arrived
-
-    def post(self, note, value):
-        self._on_the_way.append((note, value.detach().reshape(1).float(), Sent()))
-
     other = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
     other.set_progress_bar_config(disable=True)
     plain = generate(other, STEPS)
     monkeypatch.setattr(Mailbox, "post", post)
     monkeypatch.setattr(StepHook, "_value_of", lambda self, timestep: None)
-
-    class StopError(Exception):
-        pass
 
     def stop(pipe, step, timestep, tensors):
         if step == 7:
@@ -316,6 +378,32 @@ def test_late_mail_that_ends_the_run_leads_to_computing(pipe, generate, monkeypa
             latents = generate(other, STEPS)
         assert cache.stats.unlocated > 0
         assert (latents - plain).square().mean() < 0.1  # its first steps may have been forecast before that was known
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("streams", [1, 2])
+def test_errors_of_an_abandoned_run_do_not_reach_the_next(pipe, generate, monkeypatch, streams, late):
+    """The run is left after step 7. Its large error is on the host, or comes to it later, as from a GPU."""
+    options = guided() if streams == 2 else {}
+    predictor = uneven((0, 1))
+
+    def stop(pipe, step, timestep, tensors):
+        if step == 7:
+            raise StopError
+        return tensors
+
+    if late:
+        monkeypatch.setattr(Mailbox, "post", post)
+    with lesa.enable_cache(pipe, predictor, lesa.ErrorControl(growth=1.0), strict=True) as cache:
+        for _ in range(2):
+            with pytest.raises(StopError):
+                generate(pipe, STEPS, callback_on_step_end=stop, **options)
+            spoiled, predictor.spoiled = predictor.spoiled, None
+            generate(pipe, STEPS, **options)
+            assert [stream.computed[:4] for stream in cache.stats.streams.values()] == [[0, 2, 7, 19]] * streams
+            assert all(stream.errors[7] < TYPICAL / 2 for stream in cache.stats.streams.values())
+            predictor.spoiled = spoiled
+            predictor.rings.clear()
 
 
 def test_a_dense_predictor_is_refused(pipe):
@@ -378,13 +466,10 @@ def recording(tmp_path_factory):
 QUICK = {"schedule": [0, 1, 4, 8], "epochs": 2, "batch_size": 4, "progress": False}
 
 
-@pytest.mark.parametrize("validation_fraction", [0.0, 0.5])
-def test_training_measures_the_typical_errors(recording, validation_fraction, pipe):
-    """Forecasts from the true steps before, through the output head by hand."""
-    predictor = lesa.train(recording, validation_fraction=validation_fraction, **QUICK)
-    steps, errors = QUICK["schedule"], predictor.config.schedule_errors
-    expected = []
-    for trajectory in recording:
+def errors_by_hand(predictor, trajectories):
+    """By trajectory, the error at each computed step from the second on: from the true steps before, head by hand."""
+    steps, found = QUICK["schedule"], []
+    for trajectory in trajectories:
         of_one = []
         for number, step in enumerate(steps[1:], start=1):
             ring = predictor.make_ring(1, trajectory.features.shape[1], torch.float32, torch.device("cpu"))
@@ -394,20 +479,46 @@ def test_training_measures_the_typical_errors(recording, validation_fraction, pi
                 forecast = predictor(ring, trajectory.sigmas[step].item())[0]
 
             def velocity(features, step=step, trajectory=trajectory):
-                normed = torch.nn.functional.layer_norm(features.float(), features.shape[-1:], eps=recording.head_eps)
+                normed = torch.nn.functional.layer_norm(
+                    features.float(), features.shape[-1:], eps=trajectories.head_eps
+                )
                 modulated = normed * (1 + trajectory.scale[step].float()) + trajectory.shift[step].float()
-                return modulated @ recording.head_weight.float().T + recording.head_bias.float()
+                return modulated @ trajectories.head_weight.float().T + trajectories.head_bias.float()
 
             truth = velocity(trajectory.features[step])
             of_one.append(((velocity(forecast) - truth).norm() / truth.norm()).item())
-        expected.append(of_one)
-    expected = torch.tensor(expected, dtype=torch.float64)
+        found.append(of_one)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("validation_fraction", [0.0, 0.5])
+def test_training_measures_the_typical_errors(recording, validation_fraction, pipe):
+    predictor = lesa.train(recording, validation_fraction=validation_fraction, **QUICK)
+    errors, expected = predictor.config.schedule_errors, errors_by_hand(predictor, recording)
     if validation_fraction:
         order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
         expected = expected[order[:3]]
     middle = expected.quantile(0.5, dim=0)
     assert errors[0] == 0.0
     assert errors[1:] == pytest.approx(middle.tolist(), rel=1e-3)
+
+
+def test_of_two_streams_the_worse_one_is_typical(tmp_path):
+    """Whichever of them comes first."""
+    inputs = []
+    for labels in ((3, 0), (0, 5), (8, 0)):
+        first, second = digits.inputs_for(labels)
+        negative = {f"negative_{name}": second[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}
+        inputs.append({**first, **negative, "true_cfg_scale": 2.0})
+    recording = lesa.record(digits.load_pipeline(), inputs, tmp_path, 12, batch_size=3, progress=False)
+    predictor = lesa.train(recording, validation_fraction=0.0, **QUICK)
+    errors = errors_by_hand(predictor, recording).reshape(3, 2, 3)  # by sample, stream and step
+    assert recording.by_sample == [[0, 1], [2, 3], [4, 5]]
+    first, second = errors.unbind(1)
+    worse = torch.maximum(first, second)
+    middle, others = worse.median(dim=0).values, (first.median(0).values, second.median(0).values)
+    assert all(((middle - other) / middle).max() > 0.02 for other in others)
+    assert predictor.config.schedule_errors == pytest.approx((0.0, *middle.tolist()), rel=1e-3)
 
 
 def test_a_dense_training_and_another_schedule_know_none(recording):

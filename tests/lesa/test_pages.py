@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from PIL import Image
 
 import lesa
+from lesa.cache.hook import installed_hook
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 sys.path.append(str(Path(__file__).parent))
@@ -99,10 +101,31 @@ def stand_ins(monkeypatch):
         yield used
 
 
+def test_the_three_lines_of_the_readme_run(stand_ins):
+    example, _ = python_blocks(ROOT / "README.md")
+    pipe = diffusers.FluxPipeline.from_pretrained("a/b", torch_dtype=torch.bfloat16)
+    names = {"pipe": pipe, "lesa": lesa, "FusedKANPredictor": FusedKANPredictor}
+    exec(compile(example, "example", "exec"), names)
+    assert isinstance(names["image"], Image.Image)
+    assert names["cache"].stats.computed_steps == len(SCHEDULE)
+
+
+def test_the_readme_example_for_a_cpu_runs(tmp_path, monkeypatch, capsys):
+    """With the bundled model and predictor, as it is written."""
+    _, example = python_blocks(ROOT / "README.md")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "example", "exec"), {})
+    assert "computed 9 (0,2,7,13,19,26,34,41,47), predicted 41 steps" in capsys.readouterr().out
+    with Image.open(tmp_path / "seven.png") as image:
+        assert image.size == (256, 256)
+        darkest, brightest = image.convert("L").getextrema()
+        assert brightest - darkest > 200  # a digit, not a grey square
+
+
 def test_the_training_example_runs(stand_ins, tmp_path, monkeypatch, capsys):
     """With 12 steps and short training, but else as it stands."""
     monkeypatch.chdir(tmp_path)
-    (example,) = [block for block in python_blocks(ROOT / "README.md") if "lesa.train(" in block]
+    (example,) = [block for block in python_blocks(ROOT / "docs" / "training.md") if "lesa.train(" in block]
     pipe = diffusers.FluxPipeline.from_pretrained("a/b", torch_dtype=torch.bfloat16)
     record, train, refine = lesa.record, lesa.train, lesa.refine
     fewer = {"num_inference_steps=50": "num_inference_steps=12", "tokens_per_sample=96": "tokens_per_sample=8"}
@@ -137,7 +160,7 @@ def test_examples_run(example, stand_ins, tmp_path, monkeypatch, capsys):
     assert cache.stats.predicted_steps > cache.stats.computed_steps > 3
     printed = capsys.readouterr().out
     assert cache.stats.summary() in printed
-    assert lesa.hook.installed_hook(names["pipe"].transformer) is None
+    assert installed_hook(names["pipe"].transformer) is None
     wanted = re.findall(r'"(\w+\.(?:png|mp4))"', re.sub(r"load_image\(.*?\)", "", example))
     assert sorted([path.name for path in tmp_path.iterdir()] + stand_ins.written) == sorted(wanted)
     assert names["pipe"].__class__.__name__ in stand_ins.pipelines

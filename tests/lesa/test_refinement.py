@@ -1,9 +1,13 @@
 """`lesa.refine`, and recording along a predictor's own roll-outs, on the digits model."""
 
+import contextlib
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lesa
 from lesa.demo import digits
@@ -236,3 +240,225 @@ def test_guidance_in_two_streams_is_refined(tmp_path):
     assert roll_outs.drifts[0][-1].abs().max() > 0.01
     refined = lesa.refine(predictor, trajectories, pipe, inputs, **{**QUICK, "rounds": 1, "epochs": 1})
     assert not torch.equal(refined.up, predictor.up)
+
+
+GAPS = [(0, 2), (2, 5), (5, 8), (8, STEPS)]
+PREDICTED = [step for step in range(STEPS) if step not in SCHEDULE]
+
+
+def forecasts(predictor, trajectory, computed):
+    """Of the predicted steps `[P, T, D]`, in a run whose computed steps have the features `[C, T, D]`."""
+    ring, made = predictor.make_ring(1, computed.shape[1]), []
+    for step, sigma in enumerate(trajectory.sigmas.tolist()):
+        if step in SCHEDULE:
+            ring.push(computed[SCHEDULE.index(step)][None], sigma)
+        else:
+            with torch.no_grad():
+                made.append(predictor(ring, sigma)[0])
+    return torch.stack(made)
+
+
+def velocity(trajectories, trajectory, features, steps):
+    """What the output head makes of features `[P, T, D]`, in double precision."""
+    normed = torch.nn.functional.layer_norm(features.double(), features.shape[-1:], eps=trajectories.head_eps)
+    modulated = normed * (1 + trajectory.scale[steps][:, None]) + trajectory.shift[steps][:, None]
+    return modulated @ trajectories.head_weight.double().T + trajectories.head_bias
+
+
+def loss_of(predictor, trajectories, roll_outs, numbers, tokens=slice(None)):
+    """The loss of `lesa.train` on the plain runs; for each roll-out, the drift after the gaps and 0.3 of the errors.
+
+    The drift after a gap is the one before it, and what the computed step and the forecasts add.
+    """
+    parts = {name: [] for name in ("truth", "made", "velocity", "error", "moved", "moved_off")}
+    rolled_parts = [{"error": [], "off": []} for _ in roll_outs]
+    for number in numbers:
+        plain = trajectories[number]
+        widths = (plain.sigmas - torch.cat([plain.sigmas[1:], torch.zeros(1)])).double()[:, None, None]
+
+        def over_gaps(velocities, widths=widths):
+            moves = dict(zip(PREDICTED, velocities * widths[PREDICTED]))
+            return torch.stack([sum(moves[step] for step in range(begin + 1, end)) for begin, end in GAPS])
+
+        features = plain.features[:, tokens].float()
+        true = velocity(trajectories, plain, features[PREDICTED], PREDICTED)
+        made = forecasts(predictor, plain, features[SCHEDULE])
+        error = velocity(trajectories, plain, made, PREDICTED) - true
+        found = features[PREDICTED], made, true, error, over_gaps(true), over_gaps(error)
+        for values, value in zip(parts.values(), found):
+            values.append(value)
+        for roll_out, rolled_part in zip(roll_outs, rolled_parts):
+            rolled = roll_out[number].features[:, tokens].float()
+            made = forecasts(predictor, plain, rolled)
+            error = velocity(trajectories, plain, made, PREDICTED) - true
+            drift = (plain.latents[SCHEDULE] - roll_out[number].latents)[:, tokens]
+            heads = [velocity(trajectories, plain, h, SCHEDULE) for h in (rolled, features[SCHEDULE])]
+            rolled_part["error"].append(error)
+            rolled_part["off"].append(drift + (heads[0] - heads[1]) * widths[SCHEDULE] + over_gaps(error))
+    whole = {name: torch.cat(values, 1) for name, values in parts.items()}
+    loss = 0.1 * (whole["made"] - whole["truth"]).abs().mean() / whole["truth"].abs().mean()
+    loss += 0.3 * whole["error"].norm() / whole["velocity"].norm() + whole["moved_off"].norm() / whole["moved"].norm()
+    for rolled_part in rolled_parts:
+        off, error = (torch.cat(rolled_part[name], 1) for name in ("off", "error"))
+        loss += off.norm() / whole["moved"].norm() + 0.3 * error.norm() / whole["velocity"].norm()
+    return loss.item()
+
+
+def roll_out(pipe, recorded, predictor, folder):
+    options = {"tokens_per_sample": 20, "batch_size": 8, "progress": False, "predictor": predictor}
+    return lesa.record(pipe, recorded[1], folder, STEPS, **options)
+
+
+@pytest.fixture(scope="module")
+def rolled(recorded, predictor, tmp_path_factory):
+    """The roll-outs of the predictor that is refined."""
+    return roll_out(digits.load_pipeline(), recorded, predictor, tmp_path_factory.mktemp("rolled") / "r")
+
+
+def close(value):
+    return pytest.approx(value, rel=1e-4)
+
+
+def test_each_round_trains_on_plain_runs_and_on_all_roll_outs_so_far(pipe, recorded, predictor, rolled, tmp_path):
+    trajectories, inputs = recorded
+    options = {"epochs": 1, "learning_rate": 1e-2, "tokens_per_batch": None, "samples_per_call": 8, "progress": False}
+    refined, losses = [predictor], []
+    for rounds in (1, 2):
+        out = tmp_path / f"{rounds}"
+        refined.append(lesa.refine(predictor, trajectories, pipe, inputs, out_dir=out, rounds=rounds, **options))
+        losses.append(json.loads((out / "losses.json").read_text()))
+    roll_outs = [rolled, roll_out(pipe, recorded, refined[1], tmp_path / "r")]
+    # Of the first round: one sample is for validation, after training; the seven others were trained on, before it.
+    of_each = [loss_of(refined[1], trajectories, roll_outs[:1], [number]) for number in range(8)]
+    (validation,) = [number for number in range(8) if losses[0]["validation"] == [close(of_each[number])]]
+    others = [number for number in range(8) if number != validation]
+    assert losses[0]["training"] == [close(loss_of(predictor, trajectories, roll_outs[:1], others))]
+    # Of the second: on the roll-outs of both.
+    assert losses[1]["training"] == [close(loss_of(refined[1], trajectories, roll_outs, others))]
+    assert losses[1]["validation"] == [close(loss_of(refined[2], trajectories, roll_outs, [validation]))]
+    assert losses[0]["guided_epochs"] == losses[1]["guided_epochs"] == 0
+    # What is typical is that of the validation sample in the plain run.
+    plain = trajectories[validation]
+    ring, errors = refined[2].make_ring(1, 20), [0.0]
+    for step in SCHEDULE:
+        if step:
+            with torch.no_grad():
+                made = refined[2](ring, plain.sigmas[step].item())
+            of_both = [velocity(trajectories, plain, h, [step]) for h in (made, plain.features[step][None])]
+            errors.append(((of_both[0] - of_both[1]).norm() / of_both[1].norm()).item())
+        ring.push(plain.features[step][None], plain.sigmas[step].item())
+    assert refined[2].config.schedule_errors == tuple(map(close, errors))
+
+
+def test_tokens_of_plain_runs_and_roll_outs_are_the_same(pipe, recorded, predictor, rolled, tmp_path):
+    """With nineteen of twenty tokens, the loss is that of recordings without one of them."""
+    options = {"rounds": 1, "epochs": 1, "tokens_per_batch": 19, "samples_per_call": 8, "progress": False}
+    with watched_rates() as rates:
+        refined = lesa.refine(predictor, recorded[0], pipe, recorded[1], out_dir=tmp_path / "out", **options)
+    assert rates == [1e-3]  # the default
+    (found,) = json.loads((tmp_path / "out" / "losses.json").read_text())["validation"]
+    without = [[token for token in range(20) if token != left_out] for left_out in range(20)]
+    assert any(
+        found == close(loss_of(refined, recorded[0], [rolled], [number], kept))
+        for number in range(8)
+        for kept in without
+    )
+
+
+UNFINISHED = {
+    "rounds": 2,
+    "epochs": 2,
+    "batch_size": 4,
+    "tokens_per_batch": 10,
+    "learning_rate": 2e-3,
+    "seed": 1,
+    "samples_per_call": 8,
+    "progress": False,
+}
+
+
+@contextlib.contextmanager
+def watched_rates(stop_before=None):
+    """Notes the learning rate of each step of the optimiser; raises before the step `stop_before`."""
+    rates = []
+
+    def see(optimizer, args, kwargs):
+        if len(rates) == stop_before:
+            raise KeyboardInterrupt
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    hook = register_optimizer_step_pre_hook(see)
+    try:
+        yield rates
+    finally:
+        hook.remove()
+
+
+def bytes_in(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def _unfinished(recorded, predictor, tmp_path_factory):
+    """The folder of a refinement that was stopped in its second round, and what one that was not stopped writes."""
+    folder, arguments = tmp_path_factory.mktemp("refinements"), (predictor, recorded[0])
+    pipe = digits.load_pipeline()
+    with watched_rates(stop_before=7), pytest.raises(KeyboardInterrupt):
+        lesa.refine(*arguments, pipe, recorded[1], out_dir=folder / "stopped", **UNFINISHED)
+    with watched_rates() as rates:
+        lesa.refine(*arguments, pipe, recorded[1], out_dir=folder / "whole", **UNFINISHED)
+    half = 0.5**0.5  # two batches of the seven samples that are trained on, in each of two epochs of a round
+    assert rates == pytest.approx([2e-3, 1e-3 * (1 + half), 1e-3, 1e-3 * (1 - half)] * 2)
+    return folder / "stopped", bytes_in(folder / "whole")
+
+
+@pytest.fixture
+def unfinished(_unfinished, tmp_path):
+    shutil.copytree(_unfinished[0], tmp_path / "unfinished")
+    return tmp_path / "unfinished"
+
+
+def test_a_stopped_refinement_goes_on_to_the_same_bytes(pipe, recorded, predictor, unfinished, _unfinished):
+    with watched_rates() as rates:
+        lesa.refine(predictor, recorded[0], pipe, recorded[1], out_dir=unfinished, **UNFINISHED)
+    assert rates == pytest.approx([1e-3, 1e-3 * (1 - 0.5**0.5)])  # the second epoch of the second round
+    assert bytes_in(unfinished) == _unfinished[1]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("rounds", 3),
+        ("rounds", 1),
+        ("epochs", 3),
+        ("batch_size", 3),
+        ("tokens_per_batch", 9),
+        ("tokens_per_batch", None),
+        ("learning_rate", 1e-3),
+        ("seed", 2),
+        ("predictor", "weights"),
+        ("predictor", "typical errors"),
+        ("trajectories", "tokens"),
+    ],
+)
+def test_going_on_with_another_setting_is_refused(pipe, recorded, predictor, unfinished, tmp_path, name, value):
+    (trajectories, inputs), options, before = recorded, dict(UNFINISHED), bytes_in(unfinished)
+    if name == "predictor":
+        config = predictor.config
+        if value == "typical errors":
+            config = replace(config, schedule_errors=(0.0, *(2 * e for e in config.schedule_errors[1:])))
+        other = FusedKANPredictor(config)
+        other.load_state_dict(predictor.state_dict())
+        if value == "weights":
+            with torch.no_grad():
+                other.out_bias[1, 0, 5] += 0.01
+        predictor = other
+    elif name == "trajectories":
+        trajectories = lesa.record(
+            pipe, inputs, tmp_path / "t", STEPS, tokens_per_sample=19, batch_size=8, progress=False
+        )
+    else:
+        options[name] = value
+    with pytest.raises(ValueError, match=f"`{name}` must be .*, as in the unfinished refinement in .*, but got"):
+        lesa.refine(predictor, trajectories, pipe, inputs, out_dir=unfinished, **options)
+    assert bytes_in(unfinished) == before

@@ -97,6 +97,208 @@ def test_the_headline_hides_no_defeat(folder, tmp_path):
     assert "\N{MINUS SIGN}10.7 dB" in html
 
 
+def runs_of(summary) -> dict:
+    return {run["name"]: run for run in summary["runs"]}
+
+
+def headline_of(folder, target, change) -> tuple[str, str, dict]:
+    """The sentence at the top, the one below it, and the figures by what they mean."""
+    html = lesa.report(changed(folder, target, change)).read_text()
+    tiles = re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", html.partition('class="tiles"')[2].partition("</dl>")[0])
+    return re.search("<h1>(.*?)</h1>", html)[1], re.search('</h1>\\s*<p class="soft">(.*?)</p>', html)[1], dict(tiles)
+
+
+PAIR = {"ours": "newton-9", "psnr_difference": 2.0, "low": 1.25, "high": 2.75}
+
+
+def test_the_headline_is_of_the_chosen_budget_and_of_the_best_it_can_be_compared_with(folder, tmp_path):
+    """At most one step more; not ours, not without a figure; and the interval of just that pair."""
+
+    def change(summary):
+        runs = runs_of(summary)
+        runs["newton-9"] |= {"psnr": 41.26, "speedup": 4.44, "step_equivalents": 9.04}
+        runs["newton-8"]["psnr"] = runs["newton-10"]["psnr"] = 90.0  # ours
+        runs["fewer-steps-7"] |= {"psnr": 39.26, "against_ours": PAIR, "step_equivalents": 10.03}
+        runs["mag-cache-10"] |= {"psnr": 40.5, "step_equivalents": 10.05}  # more than one step more
+        runs["dense-9"]["psnr"] = None
+        for name, run in runs.items():
+            if name not in ("reference", "fewer-steps-7", "mag-cache-10") and run["contender"] != "newton":
+                run["psnr"] = run["psnr"] and 30.0
+
+    headline, below, tiles = headline_of(folder, tmp_path / "e", change)
+    assert headline == (
+        "9.04 of 50 steps computed, 4.4 times as fast, and 41.3 dB PSNR to the full run: "
+        "2.0 dB above the best of the others."
+    )
+    assert below == (
+        "The best of the others with at most one step more is fewer steps at 10 step equivalents, 39.3 dB. "
+        "Mean over 3 samples; each is compared with the one of the same seed, computed in all 50 steps. "
+        "The 95 % interval of the difference is 1.2 to 2.8 dB."
+    )
+    assert tiles == {
+        "as fast, end to end": "4.4\N{MULTIPLICATION SIGN}",
+        "steps computed": "9.04 of 50",
+        "PSNR against the full run": "41.3 dB",
+        "to fewer steps": "+2.0 dB",
+    }
+
+
+@pytest.mark.parametrize("pair", [None, {**PAIR, "ours": "newton-8"}, {**PAIR, "low": None}])
+def test_the_headline_has_no_interval_of_another_pair(folder, tmp_path, pair):
+    def change(summary):
+        runs_of(summary)["cache-dit-9.7"]["against_ours"] = pair
+
+    _, below, _ = headline_of(folder, tmp_path / "e", change)
+    assert "is cache-dit at 9.7 step equivalents" in below and "interval" not in below
+
+
+def test_the_headline_of_equal_pictures_and_of_none_to_compare_with(folder, tmp_path):
+    def equal(summary):
+        runs_of(summary)["newton-9"]["psnr"] = None
+
+    headline, below, tiles = headline_of(folder, tmp_path / "e", equal)
+    assert headline == "9 of 50 steps computed, 4.7 times as fast, and the same pictures."
+    assert len(tiles) == 2 and below.startswith("Mean over 3 samples")
+
+    def alone(summary):
+        summary["runs"] = [run for run in summary["runs"] if run["contender"] in ("reference", "newton")]
+
+    headline, _, tiles = headline_of(folder, tmp_path / "f", alone)
+    assert headline.endswith("49.3 dB PSNR to the full run.") and len(tiles) == 3
+
+
+def test_a_page_of_other_steps_opens_at_its_own_budget(folder, tmp_path):
+    """9 of 50 steps are 5.04 of 28."""
+    html = lesa.report(changed(folder, tmp_path / "e", lambda s: s.update(num_inference_steps=28))).read_text()
+    data = data_of(html)
+    assert data["budgets"][data["chosen"]]["ours"] == "newton-5"
+    assert re.search("<h1>(.*?)</h1>", html)[1].startswith("5 of 28 steps computed")
+
+
+def test_budgets_are_of_the_best_runs_from_most_to_least_steps(folder, tmp_path):
+    def change(summary):
+        summary["runs"][1:] = summary["runs"][:0:-1]
+        runs_of(summary)["newton-7"]["is_best"] = False
+        runs_of(summary)["mag-cache-8"]["is_best"] = False
+
+    data = data_of(lesa.report(changed(folder, tmp_path / "e", change)).read_text())
+    assert [budget["ours"] for budget in data["budgets"]] == [f"newton-{n}" for n in (10, 9, 8, 5)]
+    beside = data["budgets"][2]["peers"]  # one of each, in the order in which they are listed everywhere
+    assert beside == [
+        "dense-8",
+        "taylorseer-lite-order1-interval8",
+        "fewer-steps-8",
+        "first-block-cache-8.3",
+        "mag-cache-9",
+        "cache-dit-7.7",
+    ]
+    assert list(data["contenders"]) == [
+        "newton", "dense", "taylorseer", "steps", "first-block-cache", "mag-cache", "cache-dit"
+    ]  # fmt: skip
+    assert [name for name, contender in data["contenders"].items() if contender["ours"]] == ["newton"]
+
+
+def test_every_run_of_the_page_has_its_own_figures(folder, page):
+    summary = json.loads((folder / "summary.json").read_text())
+    data = data_of(page)
+    assert len(data["runs"]) == len(summary["runs"]) - 1
+    for shown, run in zip(data["runs"], summary["runs"][1:]):
+        same = ("name", "contender", "step_equivalents", "seconds", "speedup", "num_inference_steps", "setting")
+        same += ("is_best", "steps", "step_errors", "psnr", "ssim", "latent_error")
+        assert {name: shown[name] for name in same} == {name: run[name] for name in same}
+        assert shown["per_sample_psnr"] == run["per_sample"]["psnr"]
+    assert [(metric["key"], metric["log"]) for metric in data["metrics"]] == [
+        ("psnr", False), ("ssim", False), ("latent_error", True)
+    ]  # fmt: skip
+    assert (data["sigmas"], data["stage_bounds"]) == (summary["sigmas"], summary["stage_bounds"])
+
+
+def test_every_picture_of_the_page_is_its_runs_and_its_samples(folder, page):
+    files, data = json.loads((folder / "summary.json").read_text())["images"], data_of(page)
+    shown = {name for budget in data["budgets"] for name in (budget["ours"], *budget["peers"])}
+    assert set(data["pictured"]) == data["pictures"].keys() == shown and data["samples"] == 3
+    full = [np.asarray(Image.open(folder / file)).astype(float) for file in files["reference"]]
+    for uri, pixels in zip(data["reference_pictures"], full):
+        assert np.array_equal(np.asarray(image_of(uri).convert("RGB")), pixels)
+    for name, pictures in data["pictures"].items():
+        for picture, file, wanted in zip(pictures, files[name], full, strict=True):
+            pixels = np.asarray(Image.open(folder / file))
+            assert np.array_equal(np.asarray(image_of(picture["picture"]).convert("RGB")), pixels), name
+            assert picture["mean"] == pytest.approx(np.abs(pixels - wanted).mean() / 255, rel=1e-5)
+
+
+def test_every_row_of_the_table_has_its_own_figures(folder, tmp_path):
+    def change(summary):
+        for number, run in enumerate(summary["runs"]):
+            run |= {"peak_memory_bytes": 2_500_000_000 + number * 10**7, "whole_steps": number + 0.25}
+            run |= {"latent_psnr": 20.0 + number, "denoise_seconds": 0.5 + number, "lpips": number / 100}
+        runs_of(summary)["cache-dit-9.7"]["against_ours"] = {**PAIR, "low": -0.5}
+        runs_of(summary)["dense-9"]["against_ours"] = {**PAIR, "psnr_difference": -2.0, "low": None}
+
+    target = changed(folder, tmp_path / "e", change)
+    html = lesa.report(target).read_text().partition("<table>")[2].partition("</table>")[0]
+    titles = re.findall('<th scope="col".*?<button type="button">(.*?)</button>', html)
+    rows = re.findall("<tr class=.*?</tr>", html, re.DOTALL)
+    runs = json.loads((target / "summary.json").read_text())["runs"]
+    assert len(rows) == len(runs)
+    for row, run in zip(rows, runs):
+        cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall("<t[hd] .*?</t[hd]>", row, re.DOTALL)]
+        shown = dict(zip(titles, cells, strict=True))
+        psnr = run["psnr"]
+        assert shown["Run"] == run["name"]
+        assert shown["Step equivalents"] == f"{run['step_equivalents']:.2f}"
+        assert shown["Whole steps"] == f"{run['whole_steps']:.2f}"
+        assert shown["Seconds"] == f"{run['seconds']:.2f}"
+        assert shown["Denoising"] == f"{run['denoise_seconds']:.2f}"
+        assert shown["Speed-up"] == f"{run['speedup']:.2f}"
+        assert shown["Memory, GB"] == f"{run['peak_memory_bytes'] / 1e9:.2f}"
+        assert shown["PSNR, dB"] == ("\N{EN DASH}" if psnr is None else f"{psnr:.2f}")
+        assert shown["SSIM"] == f"{run['ssim']:.4f}"
+        assert shown["LPIPS"] == f"{run['lpips']:.4f}"
+        assert shown["Latent PSNR, dB"] == f"{run['latent_psnr']:.2f}"
+        assert shown["Setting"] == (run["setting"] or "\N{EN DASH}")
+        assert ("data-other" in row) == (not run["is_best"])
+        assert ('class="ours"' in row) == (run["contender"] == "newton")
+        assert f"var(--c-{run['contender']})" in row or run["contender"] == "reference"
+    by_name = {run["name"]: row for run, row in zip(runs, rows)}
+    assert "+2.00 [-0.50, +2.75]" in by_name["cache-dit-9.7"]
+    assert ">-2.00<" in by_name["dense-9"]
+    assert "CLIP score" not in titles and "ImageReward" not in titles  # nobody has one
+
+
+def test_the_facts_and_what_was_tried_are_those_of_the_summary(folder, page):
+    summary = json.loads((folder / "summary.json").read_text())
+    tail = page.partition("</table>")[2]
+    facts = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", tail))
+    assert facts == {
+        "Model": summary["model"],
+        "Samples": "3, of the seeds 10000 to 10002",
+        "Steps of the reference": "50",
+        "Batch size": "3",
+        "Dtype": "float32",
+        "Device": "x86_64",
+        "CPU threads": "2",
+        "Versions": "lesa_kernels 0.1.0, torch 2.13.0, diffusers 0.42.1, python 3.11.2",
+        "Not available: lpips": "its weights are not on this machine",
+    }
+    tried = re.findall("<details><summary>(.*?): ([0-9]+) settings tried</summary>(.*?)</details>", tail, re.DOTALL)
+    labels = [label for label, _, _ in tried]
+    assert labels[0] == "newton" and labels[2:] == [
+        "TaylorSeer", "fewer steps", "First Block Cache", "MagCache", "cache-dit"
+    ]  # fmt: skip
+    kinds = ("newton", "dense", "taylorseer", "steps", "first-block-cache", "mag-cache", "cache-dit")
+    for kind, (_, count, lines) in zip(kinds, tried, strict=True):
+        runs = [run for run in summary["runs"] if run["contender"] == kind]
+        assert int(count) == len(runs)
+        expected = [
+            f"{run['name']}: "
+            + (f"{run['setting']}: " if run["setting"] else "")
+            + f"{run['step_equivalents']:.4g} step equivalents, {run['psnr']:.2f} dB"
+            for run in runs
+        ]
+        assert re.findall("<li>(.*?)</li>", lines) == expected
+
+
 def test_each_budget_stands_beside_the_nearest_of_each_contender(page):
     budgets = data_of(page)["budgets"]
     assert [budget["ours"] for budget in budgets] == [f"newton-{n}" for n in (10, 9, 8, 7, 5)]

@@ -28,6 +28,25 @@ def test_spread_has_the_count_and_no_gap_much_larger_than_the_others(count):
         assert max(gaps[1:]) - min(gaps[1:]) <= 1
 
 
+@pytest.mark.parametrize(
+    ("count", "total", "steps"),
+    [
+        (1, 50, (0,)),
+        (2, 50, (0, 1)),
+        (3, 50, (0, 2, 26)),
+        (9, 50, (0, 2, 8, 14, 20, 26, 32, 38, 44)),
+        (5, 28, (0, 1, 8, 15, 21)),  # from 1, every 6.75
+        (5, 100, (0, 4, 28, 52, 76)),
+        (4, 10, (0, 1, 4, 7)),
+        (98, 100, (0, *range(3, 100))),  # no room for a first gap of 4
+        (10, 10, tuple(range(10))),
+    ],
+)
+def test_spread_by_hand(count, total, steps):
+    assert Schedule.spread(count, total).steps == steps
+    assert Schedule.spread(count, total).num_inference_steps == total
+
+
 def test_spread_of_short_runs_fits():
     for total in range(1, 12):
         for count in range(1, total + 1):

@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lesa
 from lesa.training import trainer
@@ -124,6 +126,81 @@ def test_what_guidance_makes_of_the_streams_is_what_counts(tmp_path):
     assert found.of(steps) <= min(every) * 1.05 + 1e-12
 
 
+GUIDANCE = ((2.5, -1.5), (1.5, -0.5), (4.0, -3.0), (2.0, -1.0))
+
+
+def write_shared(folder, tokens=12):
+    """Two streams with the same bends in steps 1 to 6, which guidance cancels in every token; later only one bends.
+
+    Each sample has a guidance of its own, and the head of its second stream makes as much more of the same features.
+    """
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    save_file({"weight": torch.eye(WIDTH)}, folder / HEAD)
+    sigmas = torch.linspace(1, 1 / STEPS, STEPS)
+    shared, own = torch.zeros(STEPS), torch.zeros(STEPS)
+    shared[1:7] = torch.tensor([3.0, -3.0, 3.0, -3.0, 3.0, -3.0])
+    own[8:] = torch.tensor([0.0, 0.6, 1.2, 1.2, 1.2, 1.2])
+    for number, weights in enumerate(GUIDANCE):
+        stretch = -weights[0] / weights[1]
+        base, direction, other = (normal(tokens, WIDTH) for _ in range(3))
+        second = base + shared[:, None, None] * direction
+        features = second + own[:, None, None] * other, second
+        modulations = torch.zeros(STEPS, WIDTH), torch.full((STEPS, WIDTH), stretch - 1)
+        shifts = torch.zeros(STEPS, WIDTH), normal(STEPS, WIDTH)
+        velocities = [
+            torch.nn.functional.layer_norm(h, (WIDTH,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+            for h, scale, shift in zip(features, modulations, shifts)
+        ]
+        moved = sum(weight * velocity for weight, velocity in zip(weights, velocities)).cumsum(0) / STEPS
+        common = {"sigmas": sigmas, "token_index": torch.arange(tokens)}
+        common["latents"] = torch.cat([torch.zeros(1, tokens, WIDTH), -moved[:-1]])
+        for name, h, scale, shift in zip(("", "-uncond"), features, modulations, shifts):
+            tensors = {**common, "features": h, "scale": scale, "shift": shift}
+            save_file(tensors, folder / f"sample-{number:05d}{name}.safetensors")
+    facts = {"family": "flux", "feature_dim": WIDTH, "num_inference_steps": STEPS, "samples": 4, "head_eps": 1e-6}
+    (folder / MANIFEST).write_text(json.dumps({"format_version": FORMAT_VERSION, "seed": 0, **facts}))
+    return lesa.Trajectories(folder)
+
+
+def guided_displacement(trajectories, steps):
+    """By how much the forecasts of `steps` move the samples of `write_shared` off, squared: over all their tokens."""
+    weights = torch.tensor(GUIDANCE)
+    off = 0
+    for step in {*range(STEPS)} - {*steps}:
+        *before, newest = [s for s in steps if s < step]
+        for stream in (0, 1):
+            features, scale, sigmas = trajectories[stream]
+            forecast = features[:, newest]
+            if before:
+                slope = (forecast - features[:, before[-1]]) / (sigmas[newest] - sigmas[before[-1]])
+                forecast = forecast + slope * (sigmas[step] - sigmas[newest])
+            made, true = (torch.nn.functional.layer_norm(h, (WIDTH,), eps=1e-6) for h in (forecast, features[:, step]))
+            error = (made - true) * (1 + scale[:, step, None])
+            off = off + weights[:, stream, None, None] * error / STEPS
+    return off.square().mean().item()
+
+
+def test_streams_share_the_tokens_that_are_looked_at(tmp_path):
+    """What guidance cancels in each token costs nothing, whichever tokens are looked at."""
+    trajectories = write_shared(tmp_path / "t")
+    streams = []
+    for first in (0, 1):
+        stream = [trajectories[number] for number in range(first, 8, 2)]
+        features, scale = (torch.stack([getattr(t, name) for t in stream]) for name in ("features", "scale"))
+        streams.append((features, scale, stream[0].sigmas))
+    every = ((0, *steps) for steps in itertools.combinations(range(1, STEPS), 3))
+    best, second = sorted((guided_displacement(streams, steps), steps) for steps in every)[:2]
+    assert best[0] < 0.01 * second[0]
+    for seed, tokens in ((0, 12), (0, 5), (1, 5), (2, 5)):
+        options = {"samples": 8, "tokens_per_sample": tokens, "seed": seed, "progress": False}
+        assert lesa.search_schedule(trajectories, line(), 4, **options).steps == best[1]
+
+
 def test_several_streams_without_latents_are_refused(tmp_path):
     trajectories = write_trajectories(tmp_path / "t", bent, samples=2)
     for file in sorted(trajectories.folder.glob("sample-*")):
@@ -139,11 +216,15 @@ def test_a_straight_world_needs_two_steps_only(tmp_path):
 
 
 def test_searching_by_turns_with_training(tmp_path):
-    trajectories = write_trajectories(tmp_path / "t", bent)
+    trajectories = write_trajectories(tmp_path / "t", bent, samples=9)
     config = PredictorConfig(WIDTH, rank=2, hidden=4)
+    rates = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     found = find_schedule(trajectories, 4, config, progress=False)
-    assert found == find_schedule(trajectories, 4, config, progress=False)
-    predictor = lesa.train(trajectories, config, budget=4, epochs=1, progress=False)
+    hook.remove()
+    cosine = [3e-3 * (1 + math.cos(math.pi * n / 24)) / 2 for n in range(24)]
+    assert rates == pytest.approx(cosine * 2)  # two brief trainings: twelve epochs, two batches for all nine samples
+    predictor = lesa.train(trajectories, config, budget=4, epochs=1, progress=False)  # it finds the same again
     assert predictor.config.schedule == found.steps and predictor.config.schedule_sigmas == found.sigmas
 
 
@@ -162,6 +243,8 @@ def test_a_stopped_training_with_a_budget_keeps_its_schedule(tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         lesa.train(trajectories, config, **options)
     monkeypatch.undo()
+    with pytest.raises(ValueError, match="`config` must be .*, as in the unfinished training"):
+        lesa.train(trajectories, config, **{**options, "budget": 5})
     monkeypatch.setattr(trainer, "find_schedule", None)  # it is not searched for again
     resumed = lesa.train(trajectories, config, **options)
     assert resumed.config == whole.config

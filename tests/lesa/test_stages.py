@@ -1,10 +1,12 @@
 """`find_stages`, on worlds whose dynamics change where the test says, or nowhere."""
 
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lesa
 from lesa.cli import main
@@ -67,6 +69,39 @@ def few(tmp_path):
     return write_trajectories(tmp_path / "t", samples=4)
 
 
+class Watched(lesa.Trajectories):
+    """Trajectories that note who reads them: by training, the numbers read with gradients and those read without."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.reads = []
+
+    def begin(self):
+        self.reads.append((set(), set()))
+
+    def __getitem__(self, number):
+        if self.reads:
+            self.reads[-1][not torch.is_grad_enabled()].add(number)
+        return super().__getitem__(number)
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """Makes `Watched` trajectories of a folder, for the trainings that begin afterwards."""
+
+    def make(folder):
+        watched, begin = Watched(folder), torch.optim.AdamW.__init__
+
+        def begin_training(self, *args, **options):
+            watched.begin()
+            begin(self, *args, **options)
+
+        monkeypatch.setattr(torch.optim.AdamW, "__init__", begin_training)
+        return watched
+
+    return make
+
+
 def losses(monkeypatch, of):
     """Puts `of(bounds, seed)` in the place of brief trainings; returns the list of what was asked for."""
     asked = []
@@ -79,10 +114,12 @@ def losses(monkeypatch, of):
     return asked
 
 
-def test_the_bound_is_found_where_the_world_changes(changing):
+def test_the_bound_is_found_where_the_world_changes(changing, watch):
     found = lesa.find_stages(changing, SCHEDULE, CONFIG, progress=False)
     assert found == (float(SIGMAS[8]),)
-    assert found == lesa.find_stages(changing, SCHEDULE, CONFIG, progress=False)
+    watched = watch(changing.folder)
+    assert found == lesa.find_stages(watched, SCHEDULE, CONFIG, progress=False)
+    assert len({frozenset(validation) for _, validation in watched.reads}) == 2  # the other seed has other samples
 
 
 def test_a_world_that_never_changes_has_one_stage(tmp_path):
@@ -145,6 +182,30 @@ def test_a_stopped_training_keeps_its_stages(few, tmp_path, monkeypatch):
     resumed = lesa.train(few, CONFIG, SCHEDULE, out_dir=tmp_path / "out", **options)
     assert resumed.config == whole.config
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
+
+
+@pytest.mark.parametrize("samples, streams, trained, validated", [(8, 1, 6, 2), (6, 2, 8, 4), (130, 1, 64, 32)])
+def test_brief_trainings_are_compared_on_samples_they_have_not_seen(
+    tmp_path, watch, samples, streams, trained, validated
+):
+    """A quarter of the samples decides, up to 32 trajectories; up to 64 of the others are trained on."""
+    folder = tmp_path / "t"
+    write_trajectories(folder, samples=samples)
+    if streams == 2:
+        for file in sorted(folder.glob("sample-*")):
+            file.with_stem(file.stem + "-uncond").write_bytes(file.read_bytes())
+    watched, rates = watch(folder), []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    try:
+        lesa.find_stages(watched, (0, 1, 8), CONFIG, most=2, seed=3, progress=False)  # one bound is possible
+    finally:
+        hook.remove()
+    assert len(watched.reads) in (2, 4)  # with one seed, or with two
+    for training, validation in watched.reads:
+        assert len(training) == trained and len(validation) == validated
+        assert not {watched.samples[n] for n in training} & {watched.samples[n] for n in validation}
+    assert watched.reads[0] == watched.reads[1]  # of one seed: the same samples for each number of stages
+    assert rates[0] == pytest.approx(1e-2) and len(rates) == len(watched.reads) * 10 * math.ceil(trained / 8)
 
 
 @pytest.mark.parametrize("lengths", [(2, 3, 4), (4, 3, 3)])

@@ -3,10 +3,12 @@
 import gc
 import math
 import re
+import sys
 import threading
 import time
 import warnings
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,69 +25,23 @@ from lesa.cache.forecasting import ForecastingHook
 from lesa.cache.hook import StepHook
 from lesa.demo import digits
 from lesa.models.flux import FluxAdapter
-from lesa_kernels import FusedKANPredictor, PredictorConfig
 
-STEPS = 12
-SOME = [0, 1, 2, 5, 9]
-REST = [step for step in range(STEPS) if step not in SOME]
-DIM = 128
-
-
-def untrained_predictor(**options):
-    """One as it is made: newton extrapolates along a line through the newest two anchors."""
-    torch.manual_seed(0)
-    return FusedKANPredictor(PredictorConfig(DIM, **{"rank": 4, "hidden": 8, **options}))
-
-
-def make_predictor(below=None, **options):
-    """A newton predictor whose forecast depends on all its anchors; it gives NaN below a noise level."""
-    predictor = untrained_predictor(**options)
-    torch.nn.init.constant_(predictor.out_bias[:, 1:], 0.3)
-    if below is not None:
-        predictor.__class__, predictor.below = NanPredictor, below
-    return predictor
-
-
-class NanPredictor(FusedKANPredictor):
-    def forward(self, ring, sigma):
-        return super().forward(ring, sigma) * (math.nan if sigma < self.below else 1)
-
-
-def call_arguments(labels=(3, 8), tokens=64, seed=0):
-    """Arguments of the transformer but for its timestep."""
-    inputs, side = digits.inputs_for(labels), math.isqrt(tokens)
-    grid = torch.meshgrid(torch.zeros(1), torch.arange(float(side)), torch.arange(float(side)), indexing="ij")
-    return {
-        "hidden_states": torch.randn(len(labels), tokens, 4, generator=torch.Generator().manual_seed(seed)),
-        "encoder_hidden_states": torch.cat([i["prompt_embeds"] for i in inputs]),
-        "pooled_projections": torch.cat([i["pooled_prompt_embeds"] for i in inputs]),
-        "img_ids": torch.stack(grid, -1).reshape(-1, 3),
-        "txt_ids": torch.zeros(1, 3),
-        "return_dict": False,
-    }
-
-
-@torch.no_grad()
-def drive(pipe, calls_of_step, steps=STEPS):
-    """A hand-written loop. `calls_of_step(step)` lists the calls as (name, arguments) or (name, arguments, context).
-
-    The latents of every call move along a line, whatever the transformer says. Returns outputs[name][step].
-    """
-    scheduler, outputs = pipe.scheduler, {}
-    scheduler.set_timesteps(steps)
-    for step, t in enumerate(scheduler.timesteps):
-        for name, call, *context in calls_of_step(step):
-            latents = call["hidden_states"] * (1 - 0.5 * step / steps)
-            timestep = call.get("timestep", t / 1000).expand(len(latents))
-            arguments = {**call, "hidden_states": latents, "timestep": timestep}
-            if context:
-                with pipe.transformer.cache_context(*context):
-                    output = pipe.transformer(**arguments)[0]
-            else:
-                output = pipe.transformer(**arguments)[0]
-            outputs.setdefault(name, {})[step] = output
-        scheduler.step(output, t, latents)
-    return outputs
+sys.path.append(str(Path(__file__).parent))
+from driven_loops import (  # noqa: E402
+    DIM,
+    FIRST,
+    REST,
+    SECOND,
+    SOME,
+    STEPS,
+    THIRD,
+    BareScheduler,
+    call_arguments,
+    drive,
+    make_predictor,
+    ours,
+    untrained_predictor,
+)
 
 
 def solo(pipe, calls_of_step, name):
@@ -110,13 +66,7 @@ def assert_branches_equal_solo(pipe, calls_of_step, streams):
     return handle.stats
 
 
-def ours(caught):
-    return [str(w.message) for w in caught if str(w.message).startswith("lesa: ")]
-
-
 # Streams
-
-FIRST, SECOND, THIRD = (call_arguments(labels, seed=i) for i, labels in enumerate([(3, 8), (1, 6), (0, 7)]))
 
 
 def test_streams_may_swap_their_order(pipe):
@@ -394,6 +344,13 @@ OPTIONS = {"labels": (5,), "seed": 9, "height": 24, "steps": STEPS + 3}
 def clean():
     """What a pipeline that never failed makes of `OPTIONS`, and of the defaults."""
     return {}
+
+
+def guided():
+    """Arguments for guidance by two calls per step."""
+    negative = digits.inputs_for((0, 0))
+    options = {"true_cfg_scale": 2.0, "negative_prompt_embeds": torch.cat([i["prompt_embeds"] for i in negative])}
+    return options | {"negative_pooled_prompt_embeds": torch.cat([i["pooled_prompt_embeds"] for i in negative])}
 
 
 def expected_of(clean, generate):
@@ -693,13 +650,6 @@ def test_strict_raises_what_is_in_doubt_and_works_on(pipe, generate, clean, doub
         assert torch.equal(generate(pipe, **OPTIONS), expected["options"])
 
 
-class BareScheduler:
-    """A scheduler of somebody's own."""
-
-    def __init__(self, **attributes):
-        vars(self).update(attributes)
-
-
 TIMESTEPS = torch.linspace(1000, 1000 / STEPS, STEPS)
 
 
@@ -835,6 +785,123 @@ def test_a_forecast_that_turns_out_late_not_to_be_finite(pipe, generate, clean, 
     assert stream.reasons[11] == "an earlier forecast was not finite"
 
 
+@pytest.mark.parametrize("sample", [0, 1])
+def test_one_sample_that_turns_out_late_not_to_be_finite(pipe, generate, as_on_a_gpu, sample):
+    as_on_a_gpu(1)
+    predictor = make_predictor()
+    forward = predictor.forward
+
+    def spoiled(ring, sigma):
+        forecast = forward(ring, sigma)
+        forecast[sample] *= math.nan if sigma < 0.55 else 1
+        return forecast
+
+    predictor.forward = spoiled
+    with pytest.warns(RuntimeWarning, match="not finite"), lesa.enable_cache(pipe, predictor, SOME) as handle:
+        generate(pipe)
+    assert handle.stats.streams["cond"].predicted == [3, 4, 6]
+
+
+@pytest.mark.parametrize("delay", [2, 3, 1000])
+@pytest.mark.parametrize("strict", [False, True])
+def test_late_forecasts_of_an_abandoned_run_do_not_reach_the_next(pipe, generate, clean, as_on_a_gpu, delay, strict):
+    """The run is left when it is on the way to the host that the forecast for step 6 is not finite."""
+    expected = expected_of(clean, generate)
+    with lesa.enable_cache(pipe, make_predictor(), SOME):
+        others = generate(pipe, **guided())
+    as_on_a_gpu(delay)
+    predictor = make_predictor(below=0.55)
+
+    def stop(pipe, index, timestep, tensors):
+        if index == 6:
+            raise Stop
+        return {}
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with lesa.enable_cache(pipe, predictor, SOME, strict=strict) as handle:
+            for options, latents in (({}, expected["defaults"]), (guided(), others), (OPTIONS, expected["options"])):
+                predictor.below = 0.55
+                with pytest.raises(Stop):
+                    generate(pipe, callback_on_step_end=stop)
+                predictor.below = 0.0
+                torch.testing.assert_close(generate(pipe, **options), latents, rtol=0, atol=1e-5)
+                for stream in handle.stats.streams.values():
+                    assert (stream.computed, {*stream.reasons.values()}) == (SOME, {"scheduled"})
+    assert not ours(caught) and handle.stats.unlocated == 0
+
+
+@pytest.mark.parametrize("delay", [2, 3])
+def test_late_forecasts_of_a_loop_that_begins_again_are_of_its_first_run(pipe, as_on_a_gpu, delay):
+    """The same timesteps again: what arrives at the first call of the new run is still said, and changes nothing."""
+    with lesa.enable_cache(pipe, make_predictor(), SOME):
+        expected = drive(pipe, lambda step: [("it", FIRST)])["it"]
+    as_on_a_gpu(delay)
+    predictor, scheduler = make_predictor(below=0.55), pipe.scheduler
+
+    def loop(steps):
+        scheduler._step_index = None
+        scheduler.set_begin_index(0)
+        for step in range(steps):
+            latents = FIRST["hidden_states"] * (1 - 0.5 * step / STEPS)
+            timestep = scheduler.timesteps[step].expand(2) / 1000
+            yield pipe.transformer(**{**FIRST, "hidden_states": latents, "timestep": timestep})[0]
+            scheduler.step(latents, scheduler.timesteps[step], latents)
+
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        with lesa.enable_cache(pipe, predictor, SOME) as handle:
+            scheduler.set_timesteps(STEPS)
+            assert len([*loop(7)]) == 7
+            predictor.below = 0.0
+            outputs = [*loop(STEPS)]
+    for step, output in enumerate(outputs):
+        torch.testing.assert_close(output, expected[step], rtol=0, atol=1e-5)
+    assert handle.stats.runs == 2 and handle.stats.streams["main"].predicted == REST
+    assert {*handle.stats.streams["main"].reasons.values()} == {"scheduled"}
+    assert {message.split(":")[1] for message in ours(caught)} <= {" the forecast was not finite"}
+
+
+@pytest.mark.parametrize("delay", [1, 2, 1000])
+def test_a_late_timestep_of_an_abandoned_run_is_not_asked_of_the_next(pipe, generate, clean, as_on_a_gpu, delay):
+    expected = expected_of(clean, generate)
+    as_on_a_gpu(delay)
+
+    def stop(pipe, index, timestep, tensors):
+        if index == 4:
+            with torch.no_grad():  # the scheduler is at step 5 by then, which is computed; this is the timestep of none
+                pipe.transformer(**FIRST, timestep=torch.full((2,), 0.4321))
+            raise Stop
+        return {}
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with lesa.enable_cache(pipe, make_predictor(), SOME, strict=True) as handle:
+            for _ in range(2):
+                with pytest.raises(Stop):
+                    generate(pipe, callback_on_step_end=stop)
+                torch.testing.assert_close(generate(pipe), expected["defaults"], rtol=0, atol=1e-5)
+                assert handle.stats.streams["cond"].predicted == REST
+    assert not ours(caught) and handle.stats.unlocated == 0
+
+
+def test_a_run_that_fails_at_its_end_frees_its_rings(pipe, generate, as_on_a_gpu, monkeypatch):
+    """Under `strict`, by what came to the host when the run was over."""
+    as_on_a_gpu(1)
+    before, ended, forget = features_alive(), [], pipe.maybe_free_model_hooks
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: (ended.append(1), forget()))
+    monkeypatch.setattr(Mailbox, "_arrived", staticmethod(lambda sent: bool(ended)))
+    with lesa.enable_cache(pipe, make_predictor(below=0.1), SOME, strict=True) as handle:
+        said = ""
+        try:
+            generate(pipe)
+        except RuntimeError as error:  # `pytest.raises` would keep its frames, and what is in them
+            said = str(error)
+        assert "can't be predicted: the forecast was not finite" in said
+        assert ended and features_alive() == before
+        assert handle.stats.streams["cond"].predicted == REST
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_the_last_forecast_is_reported_when_the_run_ends(pipe, generate, clean, as_on_a_gpu, strict, monkeypatch):
     """No further call would take the letter."""
@@ -963,11 +1030,7 @@ def test_predicted_calls_do_not_wait_for_the_device(pipe, generate, as_on_a_gpu,
         return output
 
     monkeypatch.setattr(StepHook, "enter", watched)
-    options = {}
-    if kind == "two streams":
-        negative = digits.inputs_for((0, 0))
-        options = {"true_cfg_scale": 2.0, "negative_prompt_embeds": torch.cat([i["prompt_embeds"] for i in negative])}
-        options["negative_pooled_prompt_embeds"] = torch.cat([i["pooled_prompt_embeds"] for i in negative])
+    options = guided() if kind == "two streams" else {}
     with lesa.enable_cache(pipe, make_predictor(), SOME) as handle:
         generate(pipe, **options)
     assert handle.stats.streams["cond"].predicted == REST
@@ -1011,12 +1074,9 @@ def test_planned_conditioning_equals_that_of_each_step(pipe, generate, condition
 
 
 def test_each_stream_plans_once(pipe, generate, conditions):
-    negative = digits.inputs_for((0, 0))
-    options = {"true_cfg_scale": 2.0, "negative_prompt_embeds": torch.cat([i["prompt_embeds"] for i in negative])}
-    options["negative_pooled_prompt_embeds"] = torch.cat([i["pooled_prompt_embeds"] for i in negative])
     with lesa.enable_cache(pipe, make_predictor(), SOME):
         for _ in range(2):
-            generate(pipe, **options)
+            generate(pipe, **guided())
             assert conditions == [2 * (STEPS - 3)] * 2
             conditions.clear()
 

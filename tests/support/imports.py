@@ -1,4 +1,4 @@
-"""Which module of the packages imports which: `python tests/support/imports.py [CHECKOUT]` prints levels, cycles and sizes.
+"""Which module imports which: `python tests/support/imports.py [CHECKOUT]` prints levels, cycles and sizes.
 
 Imports inside functions count. Those for type checkers only, under `if TYPE_CHECKING:`, do not.
 """

@@ -62,14 +62,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     Raises:
         UsageError: the command line is wrong.
     """
+    return parser_of(arguments[0] if arguments else None).parse_args(arguments)
+
+
+def parser_of(command: str | None) -> argparse.ArgumentParser:
+    """The parser of all commands, with the options of one of them: the modules of the others are not loaded."""
     parser = _Parser(prog="lesa", description="Learned feature forecasting for diffusion transformers.")
     parser.add_argument("--version", action="version", version=f"lesa {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        if name in arguments[:1]:  # the others need not be loaded
+        if name == command:
             _module(name).add_arguments(sub)
-    return parser.parse_args(arguments)
+    return parser
 
 
 def _module(command: str):

@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+OPTIONS = {"out_dir": "--export"}
+
 
 def add_arguments(parser) -> None:
     """The options of the command."""

@@ -12,8 +12,6 @@ import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 
-from lesa.pipelines import load_pipeline as load_any_pipeline
-
 SIDE = 16
 """Height and width of an image, in pixels."""
 NUM_CLASSES = 10
@@ -60,7 +58,7 @@ def identity_autoencoder() -> AutoencoderTiny:
         split.weight[:, 0, 1, 1] = torch.tensor([1.0, -1.0])
         merge.weight[:, :, 1, 1] = torch.tensor([0.5, -0.5]) * scaling  # the decoder's range is [0, 1]
         merge.bias.fill_(0.5)
-    return vae
+    return vae.eval()
 
 
 def build_pipeline(transformer: FluxTransformer2DModel) -> FluxPipeline:
@@ -78,7 +76,8 @@ def build_pipeline(transformer: FluxTransformer2DModel) -> FluxPipeline:
 
 def load_pipeline(folder: Path = PIPELINE_DIR) -> FluxPipeline:
     """The digits pipeline in float32, with its progress bar off."""
-    pipe = load_any_pipeline(folder)
+    # Loading the folder as a whole warns that the autoencoder is of another class than the pipeline expects.
+    pipe = build_pipeline(FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

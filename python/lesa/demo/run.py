@@ -14,7 +14,7 @@ from lesa.evaluation.evaluator import evaluate
 from lesa.evaluation.result import Evaluation
 from lesa.inputs import write_inputs
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels.checks import check_choice, check_int
+from lesa_kernels.checks import Said, argument_error, check_choice, check_int
 
 SEED = 10_000
 """Of the first sample of the demo. Training samples have seeds from 0 on."""
@@ -111,10 +111,15 @@ def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
 
     Returns:
         The commands, in order.
+
+    Raises:
+        ValueError: `out_dir` has files in it already, or there is no such model.
     """
     folder = Path(out_dir)
     demo = DEMOS[check_choice("model", model, tuple(DEMOS))]
-    shutil.copytree(demo.model.PIPELINE_DIR, folder / "model", dirs_exist_ok=True)
+    if folder.exists() and any(folder.iterdir()):
+        raise argument_error("out_dir", "be empty or absent", Said(f"files in {folder}"), "Choose another folder.")
+    shutil.copytree(demo.model.PIPELINE_DIR, folder / "model")
     files = {"inputs": demo.training_samples, "prompts": demo.model.NUM_CLASSES, "test-inputs": TEST_SAMPLES}
     for name, count in files.items():
         write_inputs(folder / f"{name}.safetensors", demo.model.inputs_for(labels(count)))

@@ -73,11 +73,12 @@ class Contest:
         )
 
     def run_setting(self, setting: Setting) -> EvaluatedRun:
-        """Runs a peer's setting, if that was not done."""
+        """Runs a peer's setting, if that was not done. Settings of equal text have numbered names."""
         if setting not in self._settings:
             self.bar.total += 1
+            number = 1 + sum(str(other) == str(setting) for other in self._settings)
             self._settings[setting] = self.run(
-                str(setting),
+                str(setting) if number == 1 else f"{setting}-{number}",
                 setting.contender,
                 setting.describe(),
                 cache=lambda: setting.on(self.pipe, self.num_inference_steps),

@@ -91,6 +91,8 @@ class SettingSearch:
         """Runs the best setting within a budget on all inputs."""
         by = "step_equivalents" if measure == 2 else "whole_steps"
         row = {"budget": budget, "by": by, "run": None, "why": None}
+        if not self._tried:
+            return {**row, "why": f"its grid has no setting of at most {budget} {by.replace('_', ' ')}"}
         within = [s for s, figures in self._tried.items() if figures[measure] <= budget + 1e-6]
         if not within:
             least = min(figures[measure] for figures in self._tried.values())

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class Adapter:
         if absent:
             raise TypeError(f"{cls.__name__} must define {', '.join(absent)}. See docs/adding-a-family.md.")
 
-    def __init__(self, transformer: torch.nn.Module):
+    def __init__(self, transformer: Any):
         self.transformer = transformer
         config = transformer.config
         self.feature_dim: int = config.num_attention_heads * config.attention_head_dim
@@ -105,12 +106,12 @@ class Adapter:
         return isinstance(transformer, cls.transformer_classes)
 
     @property
-    def head_entry(self) -> torch.nn.Module:
+    def head_entry(self) -> Any:
         """The module whose inputs are the features to forecast `[B, T, D]` and the conditioning."""
         return self.transformer.norm_out
 
     @property
-    def projection(self) -> torch.nn.Module:
+    def projection(self) -> Any:
         """The head's last layer. A recording stores its weights."""
         return self.transformer.proj_out
 

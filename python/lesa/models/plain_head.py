@@ -1,12 +1,12 @@
 """Whether a kernel may compute an output head from its weights, instead of its modules."""
 
+from typing import Any
+
 import torch
 from diffusers.models.normalization import AdaLayerNormContinuous
 
 
-def why_not_plain(
-    norm: torch.nn.Module, projection: torch.nn.Module, own_hook: int, device: torch.device
-) -> str | None:
+def why_not_plain(norm: Any, projection: Any, own_hook: int, device: torch.device) -> str | None:
     """Why the head can't be computed from its weights alone, or None if it can.
 
     Adapters such as LoRA, quantised weights, hooks, offloading, layerwise casting, context parallelism, compiled
@@ -18,7 +18,7 @@ def why_not_plain(
         own_hook: id of the forward pre-hook on `norm` that records features. It changes nothing.
         device: of the features. Weights on another device are moved there only when their module runs.
     """
-    kinds = {
+    kinds: dict[str, tuple[Any, type]] = {
         "norm_out": (norm, AdaLayerNormContinuous),
         "norm_out.linear": (getattr(norm, "linear", None), torch.nn.Linear),
         "norm_out.silu": (getattr(norm, "silu", None), torch.nn.SiLU),
@@ -26,8 +26,9 @@ def why_not_plain(
         "proj_out": (projection, torch.nn.Linear),
     }
     for name, (module, kind) in kinds.items():
-        if type(module) is not kind:
-            return f"{name} is a {type(module).__name__}"
+        actual = type(module)
+        if actual is not kind:
+            return f"{name} is a {actual.__name__}"
         hooks = {*module._forward_hooks, *module._forward_pre_hooks} - {own_hook}
         wrapped = "forward" in vars(module) or hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook")
         if hooks or wrapped or module._compiled_call_impl is not None:
