@@ -81,6 +81,12 @@ def test_each_benchmark_says_its_floor(suites):
     assert all(case.partition("::")[2] in table for case in CASES) and "of a computed step" in table
 
 
+def test_tables_fit_into_a_terminal(suites):
+    printed, _ = suites
+    tables = [line for line in printed.splitlines() if line.startswith(("test_", "Name (time", "-----", "benchmark "))]
+    assert len(tables) > 3 * len(CASES) and max(map(len, tables)) <= 120
+
+
 def test_a_launch_says_what_one_call_takes(suites):
     printed, report = suites
     table = printed.partition("time of the host for a call")[2]

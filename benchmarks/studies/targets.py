@@ -1,7 +1,7 @@
 """Compares an evaluation with this project's targets: `python benchmarks/studies/targets.py EVALUATION ...`.
 
 For each run of a predictor it finds the best of every other contender, by three measures of what a run may cost: step
-equivalents, whole steps of the model, and seconds. Other contenders may cost as much as ours, counts are rounded. The
+equivalents, whole steps of the model, and seconds. Other contenders may cost as much as ours; counts are rounded. The
 lead is the mean of the paired differences in PSNR, with a bootstrap interval of 95 %.
 """
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from lesa.contenders import Dense, Newton, Reference
 from lesa.evaluation.quality import bootstrap_interval
 
 TARGETS = {"step_equivalents": 9.0, "whole_steps": 5.0, "seconds": 0.0}
 """Of the lead over the best other contender, in dB."""
-OURS, PAPER = "newton", "dense"
-OVER_PAPER = 7.0
-"""Of the lead over the paper's predictor, in dB."""
+OVER_DENSE = 7.0
+"""Of the lead over the dense variant, in dB."""
 AT_FIVE = 2.0
 """Of the lead of 5 computed steps over what the best other contender reaches at 8 step equivalents, in dB."""
 
@@ -41,8 +41,9 @@ def lead(ours: dict, other: dict) -> tuple[float, float, float]:
 
 def rows_of(runs: list[dict]) -> list[tuple[str, ...]]:
     """One row per run of ours and comparison."""
-    ours = sorted((run for run in runs if run["contender"] == OURS), key=lambda run: -run["whole_steps"])
-    others = [run for run in runs if run["contender"] not in (OURS, PAPER, "reference")]
+    ours = sorted((run for run in runs if run["contender"] == Newton.name), key=lambda run: -run["whole_steps"])
+    apart = (Newton.name, Dense.name, Reference.name)
+    others = [run for run in runs if run["contender"] not in apart]
     rows = []
 
     def row(run, by, kind, other, target):
@@ -58,8 +59,8 @@ def rows_of(runs: list[dict]) -> list[tuple[str, ...]]:
     for run in ours:
         for by, target in TARGETS.items():
             row(run, by, "the best of all", best_within(others, cost(run, by), by), target)
-        paper = best_within([o for o in runs if o["contender"] == PAPER], cost(run, "whole_steps"), "whole_steps")
-        row(run, "whole_steps", "the paper's predictor", paper, OVER_PAPER)
+        dense = best_within([o for o in runs if o["contender"] == Dense.name], cost(run, "whole_steps"), "whole_steps")
+        row(run, "whole_steps", f"the {Dense.title}", dense, OVER_DENSE)
         if round(run["whole_steps"]) == 5:
             row(run, "step_equivalents", "the best of all at 8", best_within(others, 8, "step_equivalents"), AT_FIVE)
     return rows

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import lesa
-from lesa.cache.device_values import Mailbox
+from lesa.cache import device_values, observed
 from lesa.cache.error_control import MOST_STRETCH, ControlledSteps
-from lesa.cache.hook import StepHook
+from lesa.cache.run import Run
 from lesa.demo import digits, photos
 from lesa.inputs import collate
 from lesa.schedule import Schedule
@@ -171,10 +171,10 @@ def test_errors_are_those_of_the_model_s_own_head(pipe, generate):
     def keep(call, features, conditioning):
         seen.append((features.clone(), conditioning.clone()))
 
-    with lesa.enable_cache(pipe, predictor, lesa.ErrorControl()) as cache:
-        cache._hook.recorder = SimpleNamespace(on_run=lambda run: None, keep=keep)
+    observer = SimpleNamespace(on_run=lambda run, computed: None, keep=keep)
+    with observed(pipe, observer, predictor, lesa.ErrorControl()) as stats:
         generate(pipe, STEPS)
-    stats, sigmas = cache.stats.streams["cond"], pipe.scheduler.sigmas.tolist()
+    stats, sigmas = stats.streams["cond"], pipe.scheduler.sigmas.tolist()
     assert len(seen) == len(stats.computed) > 5
     batch, tokens, _ = seen[0][0].shape
     ring = predictor.make_ring(batch, tokens, seen[0][0].dtype, seen[0][0].device)
@@ -338,7 +338,7 @@ def test_the_trained_gaps_stand_where_the_head_is_not_plain(fresh_pipe, generate
 
 
 class Sent:
-    """The event of a letter that arrives when somebody waits for it."""
+    """The event of a value that arrives when somebody waits for it."""
 
     arrived = False
 
@@ -349,22 +349,22 @@ class Sent:
         return self.arrived
 
 
-def post(self, note, value):
-    """As on a GPU."""
-    self._on_the_way.append((note, value.detach().reshape(1).float(), Sent()))
+def copied_late(value):
+    """Stands for `copy_to_host`, as on a GPU."""
+    return value.detach().reshape(1).float(), Sent()
 
 
 class StopError(Exception):
     pass
 
 
-def test_late_mail_that_ends_the_run_leads_to_computing(pipe, generate, monkeypatch):
+def test_a_late_value_that_ends_the_run_leads_to_computing(pipe, generate, monkeypatch):
     """As on a GPU: what says that another scheduler drives the transformer arrives when the next gap is chosen."""
     other = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
     other.set_progress_bar_config(disable=True)
     plain = generate(other, STEPS)
-    monkeypatch.setattr(Mailbox, "post", post)
-    monkeypatch.setattr(StepHook, "_value_of", lambda self, timestep: None)
+    monkeypatch.setattr(device_values, "copy_to_host", copied_late)
+    monkeypatch.setattr(Run, "value_of", lambda self, timestep, waits: None)
 
     def stop(pipe, step, timestep, tensors):
         if step == 7:
@@ -393,7 +393,7 @@ def test_errors_of_an_abandoned_run_do_not_reach_the_next(pipe, generate, monkey
         return tensors
 
     if late:
-        monkeypatch.setattr(Mailbox, "post", post)
+        monkeypatch.setattr(device_values, "copy_to_host", copied_late)
     with lesa.enable_cache(pipe, predictor, lesa.ErrorControl(growth=1.0), strict=True) as cache:
         for _ in range(2):
             with pytest.raises(StopError):
@@ -407,7 +407,7 @@ def test_errors_of_an_abandoned_run_do_not_reach_the_next(pipe, generate, monkey
 
 
 def test_a_dense_predictor_is_refused(pipe):
-    with pytest.raises(ValueError, match="`schedule` must be known before the run with a predictor that feeds on its"):
+    with pytest.raises(ValueError, match="`schedule` must be known before the run with a predictor that uses its own"):
         lesa.enable_cache(pipe, bundled("dense-9"), lesa.ErrorControl())
 
 

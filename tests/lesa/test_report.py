@@ -15,8 +15,7 @@ from PIL import Image
 import lesa
 from lesa import cli
 from lesa.demo import digits
-from lesa.evaluation import evaluator as evaluation
-from lesa.evaluation import report as reporting
+from lesa.evaluation import budgets, report_pictures
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 sys.path.append(str(Path(__file__).parent))
@@ -58,10 +57,6 @@ def changed(folder, target, change) -> Path:
     return target
 
 
-def test_the_reader_knows_the_form_that_is_written():
-    assert reporting.FORMAT_VERSION == evaluation.FORMAT_VERSION
-
-
 def test_the_page_is_where_it_was_asked_for(folder, tmp_path, page, capsys):
     out = tmp_path / "new" / "page.html"
     assert lesa.report(folder, out) == out
@@ -82,9 +77,10 @@ def test_the_headline_has_the_main_figures(page):
     headline = re.search("<h1>(.*?)</h1>", page)[1]
     assert headline == (
         "9 of 50 steps computed, 4.7 times as fast, and 49.3 dB PSNR to the full run: "
-        "5.0 dB above the best of the others."
+        "5.0 dB above the best of the others with at most 10 step equivalents."
     )
-    assert "The best of the others with at most one step more is cache-dit at 9.7 step equivalents, 44.3 dB." in page
+    assert "By this count, the best of the others is cache-dit with 9.7 step equivalents, 44.3 dB." in page
+    assert "By whole steps" not in page  # it is the same run
 
 
 def test_the_headline_hides_no_defeat(folder, tmp_path):
@@ -93,7 +89,7 @@ def test_the_headline_hides_no_defeat(folder, tmp_path):
         run["psnr"] = 60.0
 
     html = lesa.report(changed(folder, tmp_path / "e", defeat)).read_text()
-    assert "10.7 dB below the best of the others" in html
+    assert "10.7 dB below the best of the others with at most 10 step equivalents." in html
     assert "\N{MINUS SIGN}10.7 dB" in html
 
 
@@ -128,11 +124,12 @@ def test_the_headline_is_of_the_chosen_budget_and_of_the_best_it_can_be_compared
     headline, below, tiles = headline_of(folder, tmp_path / "e", change)
     assert headline == (
         "9.04 of 50 steps computed, 4.4 times as fast, and 41.3 dB PSNR to the full run: "
-        "2.0 dB above the best of the others."
+        "2.0 dB above the best of the others with at most 10 step equivalents."
     )
     assert below == (
-        "The best of the others with at most one step more is fewer steps at 10 step equivalents, 39.3 dB. "
-        "Mean over 3 samples; each is compared with the one of the same seed, computed in all 50 steps. "
+        "By this count, the best of the others is fewer steps with 10 step equivalents, 39.3 dB. "
+        "By whole steps, the best of the others is MagCache with 10 whole steps, 40.5 dB. "
+        "Mean over 3 samples. Each is compared with the one of the same seed, computed in all 50 steps. "
         "The 95 % interval of the difference is 1.2 to 2.8 dB."
     )
     assert tiles == {
@@ -149,7 +146,7 @@ def test_the_headline_has_no_interval_of_another_pair(folder, tmp_path, pair):
         runs_of(summary)["cache-dit-9.7"]["against_ours"] = pair
 
     _, below, _ = headline_of(folder, tmp_path / "e", change)
-    assert "is cache-dit at 9.7 step equivalents" in below and "interval" not in below
+    assert "is cache-dit with 9.7 step equivalents" in below and "interval" not in below
 
 
 def test_the_headline_of_equal_pictures_and_of_none_to_compare_with(folder, tmp_path):
@@ -185,12 +182,12 @@ def test_budgets_are_of_the_best_runs_from_most_to_least_steps(folder, tmp_path)
     assert [budget["ours"] for budget in data["budgets"]] == [f"newton-{n}" for n in (10, 9, 8, 5)]
     beside = data["budgets"][2]["peers"]  # one of each, in the order in which they are listed everywhere
     assert beside == [
-        "dense-8",
-        "taylorseer-lite-order1-interval8",
-        "fewer-steps-8",
+        "dense-9",
+        "taylorseer-lite-order1-interval9",
+        "fewer-steps-9",
         "first-block-cache-8.3",
         "mag-cache-9",
-        "cache-dit-7.7",
+        "cache-dit-8.7",
     ]
     assert list(data["contenders"]) == [
         "newton", "dense", "taylorseer", "steps", "first-block-cache", "mag-cache", "cache-dit"
@@ -236,7 +233,7 @@ def test_every_row_of_the_table_has_its_own_figures(folder, tmp_path):
         runs_of(summary)["dense-9"]["against_ours"] = {**PAIR, "psnr_difference": -2.0, "low": None}
 
     target = changed(folder, tmp_path / "e", change)
-    html = lesa.report(target).read_text().partition("<table>")[2].partition("</table>")[0]
+    html = lesa.report(target).read_text().partition('<table id="figures">')[2].partition("</table>")[0]
     titles = re.findall('<th scope="col".*?<button type="button">(.*?)</button>', html)
     rows = re.findall("<tr class=.*?</tr>", html, re.DOTALL)
     runs = json.loads((target / "summary.json").read_text())["runs"]
@@ -283,8 +280,8 @@ def test_the_facts_and_what_was_tried_are_those_of_the_summary(folder, page):
     }
     tried = re.findall("<details><summary>(.*?): ([0-9]+) settings tried</summary>(.*?)</details>", tail, re.DOTALL)
     labels = [label for label, _, _ in tried]
-    assert labels[0] == "newton" and labels[2:] == [
-        "TaylorSeer", "fewer steps", "First Block Cache", "MagCache", "cache-dit"
+    assert labels == [
+        "newton", "dense variant", "TaylorSeer", "fewer steps", "First Block Cache", "MagCache", "cache-dit"
     ]  # fmt: skip
     kinds = ("newton", "dense", "taylorseer", "steps", "first-block-cache", "mag-cache", "cache-dit")
     for kind, (_, count, lines) in zip(kinds, tried, strict=True):
@@ -299,16 +296,85 @@ def test_the_facts_and_what_was_tried_are_those_of_the_summary(folder, page):
         assert re.findall("<li>(.*?)</li>", lines) == expected
 
 
-def test_each_budget_stands_beside_the_nearest_of_each_contender(page):
-    budgets = data_of(page)["budgets"]
-    assert [budget["ours"] for budget in budgets] == [f"newton-{n}" for n in (10, 9, 8, 7, 5)]
+def test_the_headline_names_the_best_by_whole_steps_where_it_is_another(folder, tmp_path):
+    def late(summary):
+        for run in summary["runs"]:
+            if run["contender"] in ("cache-dit", "first-block-cache"):
+                run["step_equivalents"] += 5
+
+    html = lesa.report(changed(folder, tmp_path / "e", late)).read_text()
+    assert "the best of the others is TaylorSeer with 10 step equivalents, 42.9 dB." in html
+    assert "By whole steps, the best of the others is cache-dit with 10 whole steps, 44.3 dB." in html
+
+
+def test_the_headline_says_that_nobody_needs_as_few(folder, tmp_path):
+    def dear(summary):
+        for run in summary["runs"]:
+            run["step_equivalents"] += 0 if run["contender"] in ("newton", "reference") else 20
+
+    html = lesa.report(changed(folder, tmp_path / "e", dear)).read_text()
+    assert "dB PSNR to the full run. No other contender needs as few as 10 step equivalents.</h1>" in html
+
+
+def test_each_budget_stands_beside_the_best_of_each_contender_within_it(page):
+    found = data_of(page)["budgets"]
+    assert [budget["ours"] for budget in found] == [f"newton-{n}" for n in (10, 9, 8, 7, 5)]
     assert data_of(page)["chosen"] == 1
-    assert len(budgets[1]["peers"]) == len(PEERS) - 1
-    peers = set(budgets[1]["peers"])
-    assert {"dense-9", "fewer-steps-9", "cache-dit-8.7", "taylorseer-lite-order1-interval9"} <= peers
-    # Of two that are as near, the one of more steps: 8 to 9 and 7.
-    runs = [{"name": f"{c}-{n}", "contender": c, "step_equivalents": n} for c, n in (("newton", 8), ("x", 7), ("x", 9))]
-    assert reporting._budgets(runs, "newton") == [{"ours": "newton-8", "text": "8", "peers": ["x-9"]}]
+    assert found[1]["peers"] == [
+        "dense-10", "taylorseer-lite-order1-interval10", "fewer-steps-10", "first-block-cache-9.3", "mag-cache-10",
+        "cache-dit-9.7",
+    ]  # fmt: skip
+    assert [budget["absent"] for budget in found] == [[]] * 5
+
+
+def made_run(contender, equivalents, psnr, whole=None):
+    name = f"{contender}-{equivalents:g}"
+    whole = equivalents if whole is None else whole
+    counts = {"step_equivalents": equivalents, "whole_steps": whole}
+    return {"name": name, "contender": contender, "psnr": psnr, **counts}
+
+
+RUNS = [
+    made_run("newton", 8, 40.0),
+    made_run("taylorseer", 9, 35.0),
+    made_run("taylorseer", 7, 36.0),  # the best within the budget, and not the nearest
+    made_run("taylorseer", 9.1, 39.0),
+    made_run("cache-dit", 15.25, 33.0, whole=8),
+    made_run("cache-dit", 17.5, 34.0, whole=11),
+    made_run("steps", 9, None),
+]
+
+
+def test_a_budget_takes_the_best_setting_that_keeps_to_it():
+    (budget,) = budgets.budgets_of(RUNS, "newton")
+    assert budget == {
+        "ours": "newton-8", "text": "8", "peers": ["taylorseer-7", "steps-9"], "absent": ["cache-dit"]
+    }  # fmt: skip
+
+
+def test_every_contender_is_shown_at_its_best_or_as_out_of_reach():
+    heads, rows = budgets.rivals(RUNS, RUNS[0])
+    assert heads == ["at most 9 step equivalents", "at most 9 whole steps"]
+    assert {row["title"]: row["cells"] for row in rows} == {
+        "TaylorSeer": [("36.0 dB with 7", "taylorseer-7")] * 2,
+        "fewer steps": [("no difference with 9", "steps-9")] * 2,
+        "cache-dit": [("cannot reach this budget; the least is 15.2", ""), ("33.0 dB with 8", "cache-dit-15.25")],
+    }
+    without = [{key: value for key, value in run.items() if key != "whole_steps"} for run in RUNS]
+    assert budgets.rivals(without, without[0])[0] == ["at most 9 step equivalents"]
+
+
+def test_the_page_shows_them_for_each_budget(folder, tmp_path, page):
+    assert page.count('<table class="rivals">') == 5
+
+    def late(summary):
+        for run in summary["runs"]:
+            run["step_equivalents"] += 7 * (run["contender"] == "cache-dit")
+
+    html = lesa.report(changed(folder, tmp_path / "e", late)).read_text()
+    (chosen,) = re.findall(r'data-budget="1".*?</table>', html, re.DOTALL)
+    assert "cannot reach this budget; the least is 12.7" in chosen
+    assert data_of(html)["budgets"][1]["absent"] == ["cache-dit"]
 
 
 def test_error_maps_are_of_the_pictures(folder, page):
@@ -318,7 +384,7 @@ def test_error_maps_are_of_the_pictures(folder, page):
     assert pictures[1]["mean"] == pytest.approx(np.abs(ours - full).mean() / 255, rel=1e-5)
     embedded, error = (image_of(pictures[1][kind]) for kind in ("picture", "error"))
     assert np.array_equal(np.asarray(embedded.convert("RGB")), np.asarray(Image.open(files[0])))
-    scale = next(s for s in reporting.ERROR_SCALES if f"{s:.0%} of the range or more" in page)
+    scale = next(s for s in report_pictures.ERROR_SCALES if f"{s:.0%} of the range or more" in page)
     assert np.allclose(
         np.asarray(error) / 255 * scale, np.minimum(np.abs(ours - full).mean(-1) / 255, scale), atol=1e-3
     )
@@ -376,7 +442,7 @@ def test_missing_files_are_named(folder, tmp_path, capsys):
         lesa.report(gone)
     with pytest.raises(SystemExit):
         cli.main(["report", "--evaluation", str(tmp_path / "nowhere")])
-    assert capsys.readouterr().err.startswith("lesa: error: `folder` must hold a summary.json")
+    assert capsys.readouterr().err.startswith("lesa: error: `--evaluation` must hold a summary.json")
 
 
 @pytest.fixture(scope="module")
@@ -521,7 +587,7 @@ def test_the_keyboard_moves_the_slider_and_sorts_the_table(browser, folder):
     assert browser.execute_script("return document.activeElement.getAttribute('aria-valuetext')") == "53 % reference"
     tab_to(browser, "e.closest('th') && e.textContent === 'PSNR, dB'")
     column = browser.execute_script("return document.activeElement.closest('th').cellIndex")
-    values = f"return [...document.querySelectorAll('tbody tr')].map((r) => r.cells[{column}].dataset.value)"
+    values = f"return [...document.querySelectorAll('#figures tbody tr')].map((r) => r.cells[{column}].dataset.value)"
     head = "return document.activeElement.closest('th').getAttribute('aria-sort')"
     for order in ("ascending", "descending"):
         press(browser, "\ue007")

@@ -1,5 +1,6 @@
 """What a cache keeps from call to call: streams, steps and state; and what it does when these are in doubt."""
 
+import contextlib
 import gc
 import math
 import re
@@ -19,10 +20,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lesa
+from lesa.cache import device_values
 from lesa.cache.conditioning import Conditioner
-from lesa.cache.device_values import Mailbox
 from lesa.cache.forecasting import ForecastingHook
 from lesa.cache.hook import StepHook
+from lesa.cache.run import Run
 from lesa.demo import digits
 from lesa.models.flux import FluxAdapter
 
@@ -474,9 +476,9 @@ def test_no_features_are_kept_by_a_cache_that_is_turned_off_after_a_failure(pipe
     assert handle.stats.streams["cond"].ring_device_bytes > 0
 
 
-def test_the_rings_of_all_streams_are_freed_by_disabling(pipe):
-    predictor, rings = make_predictor(), []
-    make_ring = predictor.make_ring
+def rings_of(predictor):
+    """A list that gets a weak reference to the storage of every ring which `predictor` makes from now on."""
+    rings, make_ring = [], predictor.make_ring
 
     def remember(*args):
         ring = make_ring(*args)
@@ -484,12 +486,152 @@ def test_the_rings_of_all_streams_are_freed_by_disabling(pipe):
         return ring
 
     predictor.make_ring = remember
-    with lesa.enable_cache(pipe, predictor, SOME):
-        drive(pipe, lambda step: [("first", FIRST), ("second", SECOND)])  # nothing tells that this loop has ended
-        gc.collect()
-        assert len(rings) == 2 and all(ring() is not None for ring in rings)
+    return rings
+
+
+def alive(rings):
     gc.collect()
-    assert [ring() for ring in rings] == [None, None]
+    return [ring() is not None for ring in rings]
+
+
+def test_the_rings_of_all_streams_are_freed_by_disabling(pipe):
+    predictor = make_predictor()
+    rings = rings_of(predictor)
+
+    def calls(step):
+        if step == 10:
+            raise Stop
+        return [("first", FIRST), ("second", SECOND)]
+
+    with lesa.enable_cache(pipe, predictor, SOME):
+        with pytest.raises(Stop):
+            drive(pipe, calls)
+        assert alive(rings) == [True, True]
+    assert alive(rings) == [False, False]
+
+
+# Streams that are called in the last step, after how many calls of it the rings are freed, and when each is called
+ENDINGS = {
+    "one stream": (1, {"first": range(STEPS)}),
+    "two streams": (2, {"first": range(STEPS), "second": range(STEPS)}),
+    "three streams": (3, {"first": range(STEPS), "second": range(STEPS), "third": range(2, STEPS)}),
+    "one that ended": (1, {"first": range(STEPS), "second": range(9)}),
+    "one that ended a step before": (1, {"first": range(STEPS), "second": range(STEPS - 2)}),
+    "every second step": (2, {"first": range(STEPS), "second": range(1, STEPS, 2)}),
+    "every second step, and ended": (1, {"first": range(STEPS), "second": range(1, STEPS - 3, 2)}),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_rings_are_freed_when_every_stream_has_done_the_last_step(pipe, ending):
+    """Nothing else tells that such a loop has ended."""
+    after, steps_of = ENDINGS[ending]
+    predictor, in_last_step = make_predictor(), []
+    rings, before = rings_of(predictor), features_alive()
+
+    def calls(step):
+        for name, arguments in (("first", FIRST), ("second", SECOND), ("third", THIRD)):
+            if step in steps_of.get(name, ()):
+                if step == STEPS - 1:
+                    in_last_step.append(any(alive(rings)))
+                yield name, arguments, name
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # streams that begin late have no history
+        with lesa.enable_cache(pipe, predictor, SOME) as handle:
+            outputs = drive(pipe, calls)
+            assert in_last_step == [True] * after and alive(rings) == [False] * len(steps_of)
+            assert features_alive() == before
+            assert handle.stats.ring_device_bytes == sum(s.ring_device_bytes for s in handle.stats.streams.values()) > 0
+            assert "its features take" in handle.stats.summary()
+            for name, stream in handle.stats.streams.items():
+                assert sorted(stream.computed + stream.predicted) == [*steps_of[name]]
+            again = drive(pipe, calls)
+            assert handle.stats.runs == 2
+    for name in outputs:
+        assert all(torch.equal(outputs[name][step], again[name][step]) for step in outputs[name])
+    for name, stream in handle.stats.streams.items():
+        if STEPS - 1 in steps_of[name]:
+            assert stream.predicted[-1] == STEPS - 1  # nothing was freed before it
+
+
+def test_a_stream_that_comes_back_when_its_ring_is_freed_is_computed(pipe):
+    def calls(step):
+        return [("first", FIRST), *([("second", SECOND)] if step < 6 or step == STEPS - 1 else [])]
+
+    predictor, plain = make_predictor(), drive(pipe, calls)
+    rings = rings_of(predictor)
+    with (
+        pytest.warns(RuntimeWarning, match="no history"),
+        lesa.enable_cache(pipe, predictor, SOME) as handle,
+    ):
+        outputs = drive(pipe, calls)
+        assert len(rings) == 3 and not any(alive(rings))
+    assert torch.equal(outputs["second"][STEPS - 1], plain["second"][STEPS - 1])
+    assert handle.stats.runs == 1
+    assert handle.stats.streams["main-2"].reasons == {**dict.fromkeys([0, 1, 2, 5], "scheduled"), 11: "no history"}
+
+
+@pytest.mark.parametrize("strength", [None, 0.5])
+def test_rings_are_freed_in_pipelines_that_do_not_say_that_they_have_ended(pipe, generate, monkeypatch, strength):
+    predictor, options, runner = make_predictor(), {}, pipe
+    if strength is not None:
+        runner, options = FluxImg2ImgPipeline(**pipe.components), {"steps": 24, "strength": strength, **IMAGE}
+        runner.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(StepHook, "reset_state", lambda self, module: module)
+    rings = rings_of(predictor)
+    with lesa.enable_cache(runner, predictor, SOME, strict=True) as handle:
+        for _ in range(2):
+            generate(runner, **options)
+            assert rings and not any(alive(rings))
+            (stream,) = handle.stats.streams.values()
+            assert stream.predicted == REST and stream.ring_device_bytes > 0
+        assert handle.stats.runs == 2
+
+
+@pytest.mark.parametrize("schedule", [SOME, [*SOME, STEPS - 1]], ids=["predicted", "computed"])
+@pytest.mark.parametrize("delay", [0, 1, 1000])
+def test_values_that_are_on_their_way_keep_no_features(pipe, as_on_a_gpu, delay, schedule):
+    as_on_a_gpu(delay)
+    predictor, before = make_predictor(), features_alive()
+    rings, inputs = rings_of(predictor), []
+
+    def calls(step):
+        ids = FIRST["img_ids"].clone()
+        inputs.append(weakref.ref(ids))
+        return [("it", {**FIRST, "img_ids": ids})]
+
+    with lesa.enable_cache(pipe, predictor, schedule, strict=True):
+        drive(pipe, calls)
+        assert alive(rings) == [False] and features_alive() == before
+        assert not any(alive(inputs))
+
+
+@pytest.mark.parametrize("step", [5, 6], ids=["computed", "predicted"])
+def test_a_call_that_fails_ends_the_run(pipe, step):
+    """A loop that goes on after it begins another run, at that step."""
+    predictor, before, plain = make_predictor(), features_alive(), drive(pipe, lambda step: [("it", FIRST)])["it"]
+    rings = rings_of(predictor)
+
+    def fail(*_):
+        raise Stop
+
+    def calls(now):
+        if now == step:
+            guard = pipe.transformer.proj_out.register_forward_pre_hook(fail)
+            with contextlib.suppress(Stop):
+                pipe.transformer(**FIRST, timestep=pipe.scheduler.timesteps[now].expand(2) / 1000)
+            guard.remove()
+            assert alive(rings) == [False] and features_alive() == before
+        return [("it", FIRST)]
+
+    with lesa.enable_cache(pipe, predictor, SOME) as handle:
+        outputs = drive(pipe, calls)["it"]
+    (stream,) = handle.stats.streams.values()
+    assert handle.stats.runs == 2 and handle.stats.unlocated == 0
+    assert stream.computed == [s for s in SOME if s < STEPS - step]
+    assert stream.predicted == [s for s in REST if s < STEPS - step]
+    assert all(torch.equal(outputs[step + s], plain[step + s]) for s in stream.computed)
 
 
 def meet_twice(barrier):
@@ -715,36 +857,43 @@ def test_few_steps_say_so_once_and_are_no_error(pipe, generate):
 # As on a GPU, where what the device says is on the host some calls later
 
 
+class Event:
+    """Stands for the event of a GPU: the value is on the host when `arrived()` says so."""
+
+    def __init__(self, arrived):
+        self.query = arrived
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """`as_on_a_gpu(calls)` lets letters arrive that many calls after they were sent, and timesteps not be read."""
+    """`as_on_a_gpu(calls)` lets values arrive that many calls after they were asked for, and timesteps not be read.
+
+    `as_on_a_gpu(arrived)` lets them arrive when `arrived()` says so.
+    """
 
     def set_up(delay):
-        now, begin, value_of = [0], StepHook._begin, StepHook._value_of
+        now, begin, value_of = [0], StepHook._begin, Run.value_of
 
         def counted(self, *args):
             now[0] += 1
             return begin(self, *args)
 
-        def post(self, note, value):
-            letter = value.detach().reshape(1).float().numpy()  # an array's `item` is nothing that torch waits for
-            self._on_the_way.append((note, letter, now[0]))
+        def copy_to_host(value):
+            copy, asked = value.detach().reshape(1).float().numpy(), now[0]  # torch does not wait for an array's `item`
+            return copy, Event(delay if callable(delay) else lambda: now[0] >= asked + delay)
 
-        def value_unknown(self, timestep):
-            position = self.run.position
-            on_the_way = position is not None and 0 <= position < len(self.run.timesteps)
-            return None if on_the_way else value_of(self, timestep)
+        def value_unknown(self, timestep, waits):
+            return None if self.position in range(len(self.timesteps)) else value_of(self, timestep, waits)
 
         monkeypatch.setattr(StepHook, "_begin", counted)
-        monkeypatch.setattr(StepHook, "_value_of", value_unknown)
-        monkeypatch.setattr(Mailbox, "post", post)
-        monkeypatch.setattr(Mailbox, "_arrived", staticmethod(lambda sent: now[0] >= sent + delay))
+        monkeypatch.setattr(Run, "value_of", value_unknown)
+        monkeypatch.setattr(device_values, "copy_to_host", copy_to_host)
 
     return set_up
 
 
 @pytest.mark.parametrize("delay", [0, 1, 3, 1000])
-def test_normal_runs_do_not_depend_on_when_letters_arrive(pipe, generate, clean, as_on_a_gpu, monkeypatch, delay):
+def test_normal_runs_do_not_depend_on_when_values_arrive(pipe, generate, clean, as_on_a_gpu, monkeypatch, delay):
     expected = expected_of(clean, generate)
     if delay > 3:  # the timesteps are not known to be exact when the first step is predicted: each step by itself
         monkeypatch.setattr(Conditioner, "_is_planned", lambda *_: False)
@@ -887,10 +1036,9 @@ def test_a_late_timestep_of_an_abandoned_run_is_not_asked_of_the_next(pipe, gene
 
 def test_a_run_that_fails_at_its_end_frees_its_rings(pipe, generate, as_on_a_gpu, monkeypatch):
     """Under `strict`, by what came to the host when the run was over."""
-    as_on_a_gpu(1)
     before, ended, forget = features_alive(), [], pipe.maybe_free_model_hooks
+    as_on_a_gpu(lambda: bool(ended))
     monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: (ended.append(1), forget()))
-    monkeypatch.setattr(Mailbox, "_arrived", staticmethod(lambda sent: bool(ended)))
     with lesa.enable_cache(pipe, make_predictor(below=0.1), SOME, strict=True) as handle:
         said = ""
         try:
@@ -904,12 +1052,11 @@ def test_a_run_that_fails_at_its_end_frees_its_rings(pipe, generate, as_on_a_gpu
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_the_last_forecast_is_reported_when_the_run_ends(pipe, generate, clean, as_on_a_gpu, strict, monkeypatch):
-    """No further call would take the letter."""
+    """No later call would read the value."""
     expected = expected_of(clean, generate)
-    as_on_a_gpu(1)
     ended, forget = [], pipe.maybe_free_model_hooks
+    as_on_a_gpu(lambda: bool(ended))
     monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: (ended.append(1), forget()))
-    monkeypatch.setattr(Mailbox, "_arrived", staticmethod(lambda sent: bool(ended)))
     predictor = make_predictor(below=0.1)  # step 11
     with lesa.enable_cache(pipe, predictor, SOME, strict=strict) as handle:
         if strict:
@@ -923,7 +1070,7 @@ def test_the_last_forecast_is_reported_when_the_run_ends(pipe, generate, clean, 
         assert torch.equal(generate(pipe), expected["defaults"])
 
 
-def test_strict_raises_when_the_letter_arrives(pipe, generate, clean, as_on_a_gpu):
+def test_strict_raises_when_the_value_arrives(pipe, generate, clean, as_on_a_gpu):
     expected = expected_of(clean, generate)
     as_on_a_gpu(2)
     predictor, reached = make_predictor(below=0.55), []
@@ -962,19 +1109,18 @@ def test_another_pipelines_scheduler_is_found_late(pipe, generate, clean, as_on_
 
 
 def test_another_scheduler_that_is_found_in_a_predicted_call_is_computed(pipe, generate, as_on_a_gpu, monkeypatch):
-    """The letter with its timestep comes while the forecast is made, as it may on an idle GPU."""
-    as_on_a_gpu(0)
+    """The value of its timestep comes while the forecast is made, as it may on an idle GPU."""
     arrives, seen = [True], []
-    monkeypatch.setattr(Mailbox, "_arrived", staticmethod(lambda sent: arrives[0]))
-    begin, accepts = StepHook._begin, ForecastingHook.accepts
+    as_on_a_gpu(lambda: arrives[0])
+    begin, predict = StepHook._begin, ForecastingHook.predict
 
     def begin_before_it(self, *args):
         arrives[0] = False
         return begin(self, *args)
 
-    def accept_after_it(self, *args):
+    def predict_meanwhile(self, *args):
         arrives[0] = True
-        return accepts(self, *args)
+        return predict(self, *args)
 
     def fail(pipe, index, timestep, tensors):
         if index == 3:
@@ -984,17 +1130,20 @@ def test_another_scheduler_that_is_found_in_a_predicted_call_is_computed(pipe, g
     def keep(module, args, kwargs):
         seen.append(kwargs)
 
-    with lesa.enable_cache(pipe, make_predictor(), SOME) as handle:
+    predictor = make_predictor(below=0.0)
+    with lesa.enable_cache(pipe, predictor, SOME) as handle:
         watch = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
         with pytest.raises(Stop):
             generate(pipe, callback_on_step_end=fail)  # this leaves its scheduler at step 4, which is to be predicted
         watch.remove()
         call = {**seen[-1], "timestep": torch.full((2,), 0.123)}  # the same text: it looks like the same stream
         monkeypatch.setattr(StepHook, "_begin", begin_before_it)
-        monkeypatch.setattr(ForecastingHook, "accepts", accept_after_it)
+        monkeypatch.setattr(ForecastingHook, "predict", predict_meanwhile)
+        predictor.below = 2.0  # the forecast is not finite, which is of no interest when it is another scheduler's
         located = pytest.warns(RuntimeWarning, match="not one of the scheduler's")
-        with torch.no_grad(), pipe.transformer.cache_context("cond"), located:
+        with torch.no_grad(), pipe.transformer.cache_context("cond"), located as caught:
             output = pipe.transformer(**call)[0]
+        assert len(caught) == 1
         assert handle.stats.unlocated == 1 and handle.stats.streams["cond"].predicted == [3]
     with torch.no_grad():
         assert torch.equal(output, pipe.transformer(**call)[0])

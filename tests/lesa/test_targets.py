@@ -44,8 +44,8 @@ def test_every_contender_is_held_against_every_run_of_ours(targets, runs):
     for by, most in (("step_equivalents", 8.5), ("whole_steps", 8.5), ("seconds", ours["seconds"])):
         within = {r["psnr"]: r["name"] for r in peers if r[by] <= most}
         assert found["newton-8", by, "the best of all"] == within[max(within)]
-    (paper,) = (row for row in rows if row[:1] == ("newton-8",) and row[3] == "the paper's predictor")
-    assert paper[4] == "dense-8" and paper[-1] == "yes"
+    (dense,) = (row for row in rows if row[:1] == ("newton-8",) and row[3] == "the dense variant")
+    assert dense[4] == "dense-8" and dense[-1] == "yes"
     (far,) = (row for row in rows if row[3] == "the best of all at 8")
     assert far[4] == "cache-dit-5.7" and far[-2:] == ("2", "yes")
     best = targets["best_within"](runs, 5, "whole_steps")

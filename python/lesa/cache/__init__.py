@@ -1,28 +1,40 @@
 """`enable_cache`: predicts most denoising steps of a diffusers pipeline."""
 
+import contextlib
 import numbers
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lesa.cache.error_control import ErrorControl, check_controllable
 from lesa.cache.forecasting import ForecastingHook
 from lesa.cache.hook import installed_hook
-from lesa.models import adapter_for
+from lesa.cache.observing import ComputingHook
+from lesa.cache.run import StepObserver
+from lesa.cache.stats import CacheStats
+from lesa.models import Adapter, adapter_for
 from lesa.schedule import Schedule, ScheduleLike, as_schedule
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels.checks import Said, argument_error, check_int
+from lesa_kernels.checks import Said, argument_error, check_int, usage_error
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, ModularPipeline
 
 
 class CacheHandle:
     """A cache that is on. Leaving it as a context manager, or `disable()`, turns it off.
 
     Args:
+        hook: the hook that is on the transformer.
+
+    Attributes:
         stats: what happened in the latest run.
     """
 
     def __init__(self, hook: ForecastingHook):
         self._hook = hook
-        self.stats = hook.stats
+        self.stats: CacheStats = hook.stats
 
     def disable(self) -> None:
         """Restores the transformer. Does nothing if the cache is off already."""
@@ -31,12 +43,12 @@ class CacheHandle:
     def __enter__(self) -> "CacheHandle":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.disable()
 
 
 def enable_cache(
-    pipe,
+    pipe: "DiffusionPipeline | ModularPipeline",
     predictor: FusedKANPredictor,
     schedule: ScheduleLike | ErrorControl | None = None,
     max_device_bytes: int | None = None,
@@ -45,15 +57,16 @@ def enable_cache(
     """Lets `predictor` forecast the steps of `pipe` that `schedule` does not compute.
 
     Args:
-        pipe: a diffusers pipeline of a supported family.
+        pipe: a diffusers pipeline of a supported family, modular or not.
         predictor: trained for the pipeline's transformer, on the transformer's device.
         schedule: which steps are computed: a `lesa.Schedule`, a list of step indices counted over the steps that a call
             executes, an interval N for steps 0, 1, 2 and then every N, or a `lesa.ErrorControl`, which chooses them
-            during the run, by the errors of the forecasts so far. None: as the predictor was trained; then runs
+            during the run by the errors of the forecasts so far. None: as the predictor was trained; then runs
             of fewer than 10 steps are computed whole, unless it was trained at that number.
-        max_device_bytes: the most that the stored features of one stream of calls may take on the device; beyond it the
-            oldest ones wait in host memory, which costs time. Guidance by two calls per step has two streams.
-        strict: raise `RuntimeError` where a step that the schedule leaves out can't be predicted. Otherwise it is
+        max_device_bytes: the most bytes that the stored features of one stream of calls may take on the device. Beyond
+            it, the oldest features are kept in host memory, which costs time. Guidance by two calls per step has two
+            streams.
+        strict: raise `RuntimeError` where a step that the schedule leaves out cannot be predicted. Otherwise it is
             computed, with a warning, and `stats` says why. A run of few steps that is computed whole is no error.
 
     Returns:
@@ -62,12 +75,76 @@ def enable_cache(
     Raises:
         TypeError: `pipe` is of no supported family, or `predictor` is no predictor.
         ValueError: the predictor was made for another family or width, is on another device, has weights that are not
-            finite, has no schedule while none was given, or can't be used with an `ErrorControl`. The first computed
-            step raises it, if `max_device_bytes` is less than the least that its features need.
-        RuntimeError: a cache is on already. A run raises it too, if another cache was enabled meanwhile or a second
+            finite, has no schedule while none was given, or cannot be used with an `ErrorControl`. The first computed
+            step raises it if `max_device_bytes` is less than the least that its features need.
+        RuntimeError: a cache is on already. A run raises it, too, if another cache was enabled meanwhile or a second
             thread enters the transformer.
     """
+    return _enable(pipe, predictor, schedule, max_device_bytes, strict, None)
+
+
+def disable_cache(pipe: "DiffusionPipeline | ModularPipeline") -> None:
+    """Turns the cache of `pipe` off and restores its transformer. Does nothing if it is off already."""
+    hook = installed_hook(adapter_for(pipe).transformer)
+    if hook is not None:
+        hook.uninstall()
+
+
+@contextlib.contextmanager
+def observed(
+    pipe: "DiffusionPipeline | ModularPipeline",
+    observer: StepObserver,
+    predictor: FusedKANPredictor | None = None,
+    schedule: ScheduleLike | ErrorControl | None = None,
+) -> Iterator[CacheStats | None]:
+    """Shows an observer every call that the transformer computes, as long as the context is entered.
+
+    Args:
+        pipe: a diffusers pipeline of a supported family.
+        observer: is told of each run and each computed call.
+        predictor: forecasts the steps that the schedule leaves out, as with `enable_cache(..., strict=True)`. None: all
+            steps are computed.
+        schedule: as in `enable_cache`; used only with a predictor.
+
+    Yields:
+        The stats of the predictor's cache; None without a predictor.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: what `enable_cache` raises.
+    """
+    if predictor is None:
+        hook = ComputingHook(pipe, adapter_for(pipe), observer)
+        hook.install()
+        try:
+            yield None
+        finally:
+            hook.uninstall()
+    else:
+        with _enable(pipe, predictor, schedule, None, True, observer) as handle:
+            yield handle.stats
+
+
+def _enable(
+    pipe: "DiffusionPipeline | ModularPipeline",
+    predictor: FusedKANPredictor,
+    schedule: ScheduleLike | ErrorControl | None,
+    max_device_bytes: int | None,
+    strict: bool,
+    observer: StepObserver | None,
+) -> CacheHandle:
     adapter = adapter_for(pipe)
+    _check_predictor(pipe, adapter, predictor)
+    chosen = _checked_schedule(adapter, predictor, schedule)
+    if max_device_bytes is not None:
+        check_int("max_device_bytes", max_device_bytes)
+    as_trained = schedule is None
+    hook = ForecastingHook(pipe, adapter, predictor.eval(), chosen, as_trained, max_device_bytes, strict, observer)
+    hook.install()
+    return CacheHandle(hook)
+
+
+def _check_predictor(pipe: Any, adapter: Adapter, predictor: FusedKANPredictor) -> None:
+    """Checks that the predictor can forecast the features of the pipeline's transformer."""
     if not isinstance(predictor, FusedKANPredictor):
         raise argument_error(
             "predictor",
@@ -104,31 +181,25 @@ def enable_cache(
         raise argument_error(
             "predictor", "have finite weights", Said(f"NaN or Inf in {', '.join(bad)}"), "Load or train it again."
         )
-    as_trained = schedule is None
-    if as_trained and config.schedule is None:
-        raise argument_error(
-            "schedule",
-            "be given, for this predictor was trained on none",
-            schedule,
+
+
+def _checked_schedule(
+    adapter: Adapter, predictor: FusedKANPredictor, schedule: ScheduleLike | ErrorControl | None
+) -> Schedule | int | ErrorControl:
+    """The schedule to follow: the given one, or the predictor's own if none is given."""
+    config = predictor.config
+    if schedule is None and config.schedule is None:
+        raise usage_error(
+            "`schedule` is required: this predictor was trained without one.",
             "Pass an interval such as 7, or a list of the steps to compute.",
         )
-    if as_trained:
-        schedule = Schedule(config.schedule, config.num_inference_steps, config.schedule_sigmas)
-    elif isinstance(schedule, ErrorControl):
+    if schedule is None:
+        return Schedule(config.schedule, config.num_inference_steps, config.schedule_sigmas)
+    if isinstance(schedule, ErrorControl):
         check_controllable(adapter, config)
-    elif isinstance(schedule, numbers.Integral):
-        as_schedule(schedule, 1)  # a wrong interval is an error here, not at the first step
-    else:
-        schedule = as_schedule(schedule)
-    if max_device_bytes is not None:
-        check_int("max_device_bytes", max_device_bytes)
-    hook = ForecastingHook(pipe, adapter, predictor.eval(), schedule, as_trained, max_device_bytes, strict)
-    hook.install()
-    return CacheHandle(hook)
-
-
-def disable_cache(pipe) -> None:
-    """Turns the cache of `pipe` off and restores its transformer. Does nothing if it is off already."""
-    hook = installed_hook(adapter_for(pipe).transformer)
-    if hook is not None:
-        hook.uninstall()
+        return schedule
+    if isinstance(schedule, numbers.Integral):
+        interval: Any = schedule
+        as_schedule(interval, 1)  # a wrong interval is an error here, not at the first step
+        return interval
+    return as_schedule(schedule)

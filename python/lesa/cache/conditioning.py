@@ -9,23 +9,24 @@ from lesa.models import Adapter
 from lesa_kernels import OutputHead
 
 _MOST_PLANS = 2
-"""Inputs that change more often in a run are taken to change at every step, where plans would be in vain."""
+"""If the inputs change more often in a run, they are taken to change at every step. Then plans would be of no use."""
 
 
 class Conditioner:
     """Gives the conditioning of the output head, in one run and one stream of calls.
 
-    It depends on the timestep, and on inputs that stay the same in a run. So the first step that asks gets it computed
-    in one batch with that of all steps after it. Where that is in doubt, each step computes its own: when timesteps are
-    not passed as the scheduler has them, inputs change from step to step, or adapters such as LoRA are on the head.
+    The conditioning depends on the timestep, and on inputs that stay the same in a run. So the first step that asks for
+    it plans it: it computes its own conditioning and that of all later steps in one batch. Each step computes its own
+    if that is not certain: when timesteps are not passed as the scheduler has them, when inputs change from step to
+    step, or when adapters such as LoRA are on the head.
 
     Args:
-        adapter: of the transformer.
+        adapter: the transformer's adapter.
     """
 
     def __init__(self, adapter: Adapter):
         self.adapter = adapter
-        self._inputs: tuple | None = None  # what the plan was made of
+        self._inputs: tuple | None = None  # what the plan was made from
         self._given: dict[str, torch.Tensor | None] = {}
         self._plans = 0
         self._conditioning: tuple[torch.Tensor, ...] = ()
@@ -36,9 +37,9 @@ class Conditioner:
         """The conditioning `[B, D]` of the run's current step.
 
         Args:
-            run: the current one.
-            arguments: the transformer's, by name.
-            dtype: of the features.
+            run: the current run.
+            arguments: the transformer's arguments by name.
+            dtype: the dtype of the features.
         """
         if not self._is_planned(run, arguments, dtype):
             return self.adapter.conditioning(arguments, dtype)
@@ -55,7 +56,7 @@ class Conditioner:
         return self._heads[run.index - self._begin]
 
     def _is_planned(self, run: Run, arguments: dict, dtype: torch.dtype) -> bool:
-        """Plans if need be; says whether the current step is planned."""
+        """Makes a plan if there is none yet. Says whether the current step is planned."""
         if not run.exact or torch.is_grad_enabled() or self.adapter.has_adapters:
             return False
         timestep = arguments["timestep"]
@@ -65,7 +66,7 @@ class Conditioner:
         inputs = (tensors, scale, dtype, timestep.dtype, timestep.device, arguments["hidden_states"].shape)
         if inputs == self._inputs:
             return bool(self._conditioning)
-        self._inputs, self._given = inputs, given  # as long as they are held, nothing else gets their ids
+        self._inputs, self._given = inputs, given  # while they are held, no other tensor gets their ids
         self._conditioning = self._heads = ()
         self._plans += 1
         if self._plans > _MOST_PLANS:
@@ -83,7 +84,7 @@ class Conditioner:
 
 
 def _repeated(value: torch.Tensor | None, batch: int, steps: int) -> torch.Tensor | None:
-    """The rows of one call `steps` times; one row that stands for the whole batch, as often as that has samples."""
+    """The rows of one call, `steps` times. A single row is first repeated for each sample of the batch."""
     if value is None:
         return None
     rows = batch if len(value) == 1 else len(value)

@@ -1,13 +1,14 @@
-"""A ControlNet that waits until its residuals are needed: in a predicted step they are not."""
+"""A ControlNet that is called only when its residuals are needed. A predicted step does not need them."""
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 
 class Residuals(Sequence):
-    """A list of a ControlNet's residuals, computed when somebody looks at it."""
+    """A list of a ControlNet's residuals that is computed when it is first used."""
 
     def __init__(self, compute: Callable[[], list]):
         self._compute = compute
@@ -16,10 +17,10 @@ class Residuals(Sequence):
         """The list itself."""
         return self._compute()
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         return self.value()[index]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.value())
 
 
@@ -29,24 +30,24 @@ class DeferredControl:
     The first call of a run is not deferred: that step is computed, and the call shows which of the lists are None.
 
     Args:
-        controlnet: of the pipeline.
-        outputs: how many lists of residuals it returns; 0 for one that is not in a tuple.
+        controlnet: the pipeline's ControlNet.
+        outputs: how many lists of residuals it returns in a tuple; 0 for a single list without a tuple.
     """
 
     def __init__(self, controlnet: torch.nn.Module, outputs: int):
         self.controlnet, self.outputs = controlnet, outputs
         self._awaited: list[Callable[[], bool]] = []
-        self._run: Callable | None = None  # what was in the place of the gate
+        self._run: Callable | None = None  # what the gate replaces
         self._is_none: tuple[bool, ...] | None = None
 
     @classmethod
     def of(cls, controlnet: torch.nn.Module, outputs: int) -> "DeferredControl":
-        """The one that is on `controlnet` already, or a new one."""
+        """The instance that is on `controlnet` already, or a new one."""
         there = getattr(vars(controlnet).get("_compiled_call_impl"), "__self__", None)
         return there if isinstance(there, cls) else cls(controlnet, outputs)
 
     def join(self, awaited: Callable[[], bool]) -> None:
-        """Defers from now on the calls that come while `awaited()` says that a cached transformer waits for them."""
+        """Defers the calls that come while `awaited()` says that a cached transformer is in the middle of a run."""
         if not self._awaited:
             attributes = vars(self.controlnet)
             self._run = attributes.get("_compiled_call_impl")
@@ -54,7 +55,7 @@ class DeferredControl:
         self._awaited.append(awaited)
 
     def leave(self, awaited: Callable[[], bool]) -> None:
-        """Takes `join` back; the last one restores the ControlNet."""
+        """Undoes `join`. When the last one is undone, the ControlNet is as before."""
         self._awaited.remove(awaited)
         if not self._awaited:
             attributes = vars(self.controlnet)
@@ -62,14 +63,14 @@ class DeferredControl:
             if self._run is not None:
                 attributes["_compiled_call_impl"] = self._run
 
-    def _compile(self, *args, **kwargs) -> None:
-        """In the place of the module's own `compile`: what is compiled is behind the gate."""
+    def _compile(self, *args: Any, **kwargs: Any) -> None:
+        """Replaces the module's own `compile`: what is compiled is behind the gate."""
         self._run = torch.compile(self.controlnet._call_impl, *args, **kwargs)
 
-    def _gate(self, *args, **kwargs):
+    def _gate(self, *args: Any, **kwargs: Any) -> Any:
         run = self._run or self.controlnet._call_impl
         if kwargs.get("return_dict", True):
-            return run(*args, **kwargs)  # an output object, which has more to it than residuals
+            return run(*args, **kwargs)  # an output object, which holds more than residuals
         if self._is_none is None or not any(awaited() for awaited in self._awaited):
             result = run(*args, **kwargs)
             self._is_none = tuple(part is None for part in (result if self.outputs else (result,)))
@@ -77,10 +78,14 @@ class DeferredControl:
         once = functools.cache(lambda: run(*args, **kwargs))
         if not self.outputs:
             return None if self._is_none[0] else Residuals(once)
-        parts = range(self.outputs)
-        return tuple(None if self._is_none[n] else Residuals(lambda n=n: once()[n]) for n in parts)
+
+        def part(number: int) -> list:
+            return once()[number]
+
+        nones = enumerate(self._is_none[: self.outputs])
+        return tuple(None if is_none else Residuals(functools.partial(part, number)) for number, is_none in nones)
 
 
-def computed(kwargs: dict) -> dict:
+def computed(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a transformer, with the residuals in them computed."""
     return {name: value.value() if isinstance(value, Residuals) else value for name, value in kwargs.items()}

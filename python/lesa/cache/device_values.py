@@ -1,48 +1,77 @@
-"""Numbers that go from the device to the host without anybody waiting for them."""
+"""Single numbers that are copied from a device to the host, while the host goes on with its work."""
 
 from collections import deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
+Receiver = Callable[[float], None]
 
-class Mailbox:
-    """Takes single numbers on a device, and gives those that have arrived on the host.
 
-    A number of a CPU tensor is there at once. One on a GPU is copied into pinned memory, behind the work that makes it,
-    and is there when the GPU has come to it.
+def copy_to_host(value: torch.Tensor) -> tuple[torch.Tensor, "torch.cuda.Event | None"]:
+    """Starts a copy of a tensor of one element to the host.
+
+    Args:
+        value: the tensor, on any device.
+
+    Returns:
+        The copy, and the event after which it holds the value. The event is None if the copy holds it already.
+    """
+    if not value.is_cuda:
+        return value.detach().reshape(1), None
+    copy = torch.empty(1, dtype=torch.float32, pin_memory=True)
+    copy.copy_(value.detach().reshape(1), non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(value.device))
+    return copy, event
+
+
+class DeviceValues:
+    """The values that one run has asked the device for.
+
+    A value on the CPU is received at once. A value on a GPU is received by a later `read`, once its copy has arrived.
+    Values of a run that is over are dropped together with this object, so nobody receives them.
+
+    Args:
+        waits: whether to wait for each value, and receive it at once on every device. Processes that share a
+            transformer need this, because they must decide alike.
     """
 
-    def __init__(self):
-        self._on_the_way: deque[tuple[Any, torch.Tensor, torch.cuda.Event | None]] = deque()
+    def __init__(self, waits: bool = False):
+        self.waits = waits
+        self._pending: deque[tuple[Receiver, torch.Tensor, torch.cuda.Event]] = deque()
 
-    def post(self, note: Any, value: torch.Tensor) -> None:
-        """Sends for `value`, a tensor of one element; `note` comes back with it."""
-        if value.is_cuda:
-            letter = torch.empty(1, dtype=torch.float32, pin_memory=True)
-            letter.copy_(value.detach().reshape(1), non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(value.device))
+    def ask(self, value: torch.Tensor, receive: Receiver) -> None:
+        """Asks for a value.
+
+        Args:
+            value: a tensor of one element.
+            receive: is called with the value, now or by `read`.
+        """
+        copy, event = copy_to_host(value)
+        if event is None:
+            receive(copy.item())
+        elif self.waits:
+            event.synchronize()
+            receive(copy.item())
         else:
-            letter, event = value.detach().reshape(1), None
-        self._on_the_way.append((note, letter, event))
+            self._pending.append((receive, copy, event))
 
-    def collect(self, wait: bool = False) -> Iterator[tuple[Any, float]]:
-        """The notes and numbers that have arrived, in the order in which they were sent; with `wait`, all of them."""
-        while self._on_the_way:
-            note, letter, event = self._on_the_way[0]
-            if wait and event is not None:
+    def read(self, wait: bool = False) -> None:
+        """Hands the values that have arrived to their receivers, in the order in which they were asked for.
+
+        Args:
+            wait: whether to wait for the values that have not arrived, too.
+        """
+        while self._pending:
+            receive, copy, event = self._pending[0]
+            if wait:
                 event.synchronize()
-            elif not self._arrived(event):
+            elif not event.query():
                 return
-            self._on_the_way.popleft()
-            yield note, letter.item()
+            self._pending.popleft()
+            receive(copy.item())
 
     def clear(self) -> None:
-        """Gives up what is on the way."""
-        self._on_the_way.clear()
-
-    @staticmethod
-    def _arrived(event: torch.cuda.Event | None) -> bool:
-        return event is None or event.query()
+        """Drops the values that have not been received."""
+        self._pending.clear()

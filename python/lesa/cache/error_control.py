@@ -4,29 +4,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from lesa.models import Adapter
 from lesa.schedule import Schedule
+from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig, TieredRing
 from lesa_kernels.checks import Said, argument_error, check_float, check_int
+from lesa_kernels.predictor import output_head
 
 MOST_STRETCH = 2.0
-"""By which factor error control makes a gap longer or shorter than the trained one at most."""
+"""The most by which error control makes a gap longer or shorter than the trained one, as a factor."""
 
 
 @dataclass(frozen=True)
 class ErrorControl:
     """Chooses the computed steps during a run: more for a sample that is hard to forecast, fewer for an easy one.
 
-    At a computed step the forecast for it can be compared with the truth. How far that is off, over what is typical
-    there by the predictor's training, says how hard the sample is. The gap that follows is that of the trained
-    schedule, made longer or shorter as adaptive solvers of differential equations do: by
-    `(tolerance / hardness) ** (1 / growth)`, at most twice as long and at least half. The predictor should know gaps of
-    such lengths: `lesa.train(..., controlled=True)`.
+    At a computed step, the forecast for that step can be compared with what was computed. The error of the forecast,
+    divided by the error that was typical there in training, says how hard the sample is. The next gap is the gap of the
+    trained schedule times `(tolerance / hardness) ** (1 / growth)`, as in adaptive solvers of differential equations,
+    but at most twice and at least half as long. The predictor should be trained on gaps of such lengths:
+    `lesa.train(..., controlled=True)`.
 
     Args:
-        tolerance: which part of the typical error is aimed at. 1 computes about as many steps as the trained schedule;
-            less computes more. The samples of a batch share their steps; the worst of them decides.
-        longest: how many steps a gap may have at most, the computed one included.
-        growth: with which power of a gap's length the error is taken to grow.
+        tolerance: the error to aim at, as a part of the typical error. 1 computes about as many steps as the trained
+            schedule; less computes more. The samples of a batch share their steps; the worst sample decides.
+        longest: the most steps that a gap may have, the computed step included.
+        growth: the error is taken to grow with this power of the gap's length.
 
     Raises:
         TypeError, ValueError: an argument is out of range.
@@ -42,39 +46,47 @@ class ErrorControl:
         check_float("growth", self.growth, minimum=0.1)
 
     def next_stretch(self, stretch: float, error: float, typical: float) -> float:
-        """How long the gap that follows is, in gaps of the trained schedule.
+        """The length of the next gap, in gaps of the trained schedule.
 
         Args:
-            stretch: the same of the gap before.
-            error: of the forecast for the step between the two.
-            typical: what it is there by the trained schedule.
+            stretch: the length of the gap before, in the same unit.
+            error: the error of the forecast for the step between the two gaps.
+            typical: the typical error there, with the trained schedule.
         """
         hardness = max(error, 1e-12) / (max(typical, 1e-12) * stretch**self.growth)
         return min(max((self.tolerance / hardness) ** (1 / self.growth), 1 / MOST_STRETCH), MOST_STRETCH)
 
 
 class ControlledSteps:
-    """The computed steps of one run under `ErrorControl`, chosen as it goes on.
+    """The computed steps of one run under `ErrorControl`, chosen while it goes on.
 
     Args:
-        control: how.
+        control: says how to choose.
         trained: the predictor's schedule, with its noise levels.
-        errors: the typical error of the forecast for each of its steps; what the first has is not looked at.
-        run_sigmas: the noise levels of the run, falling.
+        errors: the typical error of the forecast for each step of `trained`. The first is not used.
+        run_sigmas: the noise levels of the run, in falling order.
 
     Attributes:
         chosen: the computed steps so far; the first three of the trained schedule at the start.
+        measured: the errors of the forecasts for the latest computed step, one for each stream of calls.
     """
 
     def __init__(self, control: ErrorControl, trained: Schedule, errors: Sequence[float], run_sigmas: Sequence[float]):
         self.control, self.errors = control, errors
-        self._trained = [-s for s in trained.sigmas]  # rising, as `numpy.interp` needs them
+        sigmas: tuple[float, ...] = trained.sigmas  # type: ignore[assignment]  # known of a trained schedule
+        self._trained = [-s for s in sigmas]  # rising, as `numpy.interp` needs them
         self._levels = [*run_sigmas, 0.0]
         first = slice(3)
-        self.chosen = Schedule(trained.steps[first], sigmas=trained.sigmas[first]).computed_in(run_sigmas)
+        self.chosen = Schedule(trained.steps[first], sigmas=sigmas[first]).computed_in(run_sigmas)
+        self.measured: list[float] = []
+
+    def choose_by_measured(self) -> None:
+        """Chooses the step after the last one by the largest error that was measured there."""
+        errors, self.measured = self.measured, []
+        self.choose_next(max(errors, default=None))  # there are none where a history has just begun
 
     def choose_next(self, error: float | None) -> None:
-        """Chooses the step after the last one, by the error there; None where it is not known."""
+        """Chooses the step after the last one by the error there; None if it is not known."""
         *earlier, last = sorted(self.chosen)
         if error is None or not earlier:
             self.add(1.0)
@@ -83,7 +95,10 @@ class ControlledSteps:
         self.add(self.control.next_stretch(self._place(last) - self._place(earlier[-1]), error, typical))
 
     def add(self, stretch: float) -> None:
-        """Adds the step so many gaps of the trained schedule after the last one; after the run's end, its length."""
+        """Adds the step that comes `stretch` gaps of the trained schedule after the last one.
+
+        If that is after the end of the run, the number of its steps is added.
+        """
         last = max(self.chosen)
         places = range(len(self._trained) + 1)
         wanted = -float(np.interp(self._place(last) + stretch, places, [*self._trained, 0.0]))
@@ -95,18 +110,43 @@ class ControlledSteps:
         return float(np.interp(-self._levels[step], [*self._trained, 0.0], range(len(self._trained) + 1)))
 
 
-def check_controllable(adapter, config) -> None:
+def forecast_error(
+    predictor: FusedKANPredictor,
+    ring: FeatureRing | TieredRing,
+    sigma: float,
+    features: torch.Tensor,
+    head: OutputHead,
+) -> torch.Tensor:
+    """The error of the forecast for a step that was computed.
+
+    Args:
+        predictor: makes the forecast.
+        ring: the history before that step.
+        sigma: the step's noise level.
+        features: what was computed, `[B, T, D]`.
+        head: the output head of that step.
+
+    Returns:
+        The relative L2 error of the velocity, of the worst sample: a scalar on the features' device.
+    """
+    truth = output_head(features, head).float()
+    error = (output_head(predictor(ring, sigma), head).float() - truth).flatten(1)
+    return (error.norm(dim=1) / truth.flatten(1).norm(dim=1).clamp(min=1e-12)).amax()
+
+
+def check_controllable(adapter: Adapter, config: PredictorConfig) -> None:
+    """Raises `ValueError` if a predictor with this configuration cannot be used with `ErrorControl`."""
     if config.history != "anchors":
         raise argument_error(
             "schedule",
-            "be known before the run with a predictor that feeds on its own forecasts",
+            "be known before the run with a predictor that uses its own forecasts as history",
             Said("an ErrorControl"),
             "Use a newton predictor, or a list of steps.",
         )
     if len(config.schedule_errors or ()) < 2:
         raise argument_error(
             "predictor.config.schedule_errors",
-            "say which errors are typical, for an ErrorControl to compare with",
+            "hold the typical errors, which an ErrorControl compares with",
             config.schedule_errors,
             "Train it with `lesa.train(..., controlled=True)` on two computed steps or more, or pass a list of steps.",
         )
@@ -115,5 +155,5 @@ def check_controllable(adapter, config) -> None:
             "schedule",
             "be known before the run where processes share a transformer",
             Said("an ErrorControl"),
-            "Pass a list of steps: each process sees errors of its own part only.",
+            "Pass a list of steps: each process sees only the errors of its own part.",
         )

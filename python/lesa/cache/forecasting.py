@@ -1,24 +1,27 @@
-"""Computes or forecasts each call of the transformer."""
+"""Decides for each call of the transformer whether to compute or to forecast it, and does the forecast."""
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 
 from lesa.cache.conditioning import Conditioner
 from lesa.cache.controlnet import DeferredControl, computed
-from lesa.cache.error_control import ControlledSteps, ErrorControl
+from lesa.cache.device_values import DeviceValues
+from lesa.cache.error_control import ControlledSteps, ErrorControl, forecast_error
 from lesa.cache.hook import UNLOCATED, StepHook
-from lesa.cache.run import Call, Run
+from lesa.cache.run import Call, Run, RunState, StepObserver
 from lesa.cache.stats import CacheStats, StreamStats
+from lesa.models import Adapter
 from lesa.schedule import FEW_STEPS, Schedule, as_schedule
-from lesa_kernels import FeatureRing, TieredRing
-from lesa_kernels.predictor import output_head
+from lesa_kernels import FeatureRing, FusedKANPredictor, TieredRing
 
 
 @dataclass
-class _Stream:
+class Stream:
     """What a run keeps of one stream of calls."""
 
     stats: StreamStats
@@ -26,26 +29,81 @@ class _Stream:
     ring: FeatureRing | TieredRing | None = None
     shape: tuple[int, int] | None = None  # batch and tokens of the call whose features are the newest in the ring
     fuses: bool = False  # whether the predictor has one kernel for forecast and output head
-    is_other_text: bool = False  # since that call
+    is_other_text: bool = False  # whether the text has differed since that call
+
+    def fits(self, features: torch.Tensor) -> bool:
+        """Whether the stream has a history that these features belong to."""
+        ring = self.ring
+        if ring is None or self.is_other_text or (ring.batch, ring.tokens, ring.dim) != features.shape:
+            return False
+        return (ring.dtype, ring.device) == (features.dtype, features.device)
 
 
-class ForecastingHook(StepHook):
-    """Computes or predicts each call."""
+@dataclass
+class ForecastState(RunState):
+    """What is kept in a run whose calls are forecast.
 
-    def __init__(self, pipe, adapter, predictor, schedule, as_trained, max_device_bytes, strict):
+    Attributes:
+        streams: by name.
+        computed: the executed steps that are computed; with `controlled`, those that have been chosen so far.
+        controlled: chooses the computed steps, in a run under `lesa.ErrorControl`.
+        forecasts_are_finite: whether no forecast of this run is known to hold NaN or Inf.
+    """
+
+    streams: dict[str, Stream] = field(default_factory=dict)
+    computed: Set[int] = frozenset()
+    controlled: ControlledSteps | None = None
+    forecasts_are_finite: bool = True
+
+    @property
+    def needs_values(self) -> bool:
+        return self.controlled is not None and self.run.step > max(self.computed)
+
+    def choose_next_step(self) -> None:
+        """Adds the computed step after the last one, by the errors that were measured there."""
+        if self.controlled is not None:
+            self.controlled.choose_by_measured()
+            self.computed = self.controlled.chosen
+
+    def on_other_text(self, stream: str) -> None:
+        if stream in self.streams:
+            self.streams[stream].is_other_text = True
+
+    def release(self) -> None:
+        super().release()
+        self.streams = {}
+
+
+class ForecastingHook(StepHook[ForecastState]):
+    """Computes or predicts each call.
+
+    Args:
+        pipe, adapter: as in `StepHook`.
+        predictor: makes the forecasts.
+        schedule: which steps are computed: a `Schedule`, an interval, or an `ErrorControl`.
+        as_trained: whether the schedule is the predictor's own.
+        max_device_bytes, strict: as in `lesa.enable_cache`.
+        observer: sees what is computed.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        adapter: Adapter,
+        predictor: FusedKANPredictor,
+        schedule: Schedule | int | ErrorControl,
+        as_trained: bool,
+        max_device_bytes: int | None,
+        strict: bool,
+        observer: StepObserver | None,
+    ):
         super().__init__(pipe, adapter)
         self.predictor, self.schedule, self.as_trained = predictor, schedule, as_trained
-        self.max_device_bytes, self.strict = max_device_bytes, strict
+        self.max_device_bytes, self.strict, self.observer = max_device_bytes, strict, observer
         controlnet = getattr(pipe, "controlnet", None)
         self._control = None if controlnet is None else DeferredControl.of(controlnet, adapter.control_outputs)
         self._keeps_forecasts = predictor.config.history == "steps"
         self.stats = CacheStats()
-        self.streams: dict[str, _Stream] = {}
-        self.computed: frozenset[int] = frozenset()
-        self.forecasts_are_finite = True
-        self.controlled: ControlledSteps | None = None  # of a run under `ErrorControl`
-        self.errors: list[float] = []  # of the forecasts for the latest computed step, one per stream
-        self.recorder = None  # a `lesa.recording.Recorder` that wants to know what is computed
 
     def install(self) -> None:
         super().install()
@@ -58,32 +116,35 @@ class ForecastingHook(StepHook):
             self._control.leave(self.is_awaited)
             self._control = None
 
-    def needed(self, kwargs):
+    def needed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return computed(kwargs)
 
-    def forget(self) -> None:
-        super().forget()
-        self.streams = {}
-        self.forecasts_are_finite = True
+    def new_state(self, run: Run, values: DeviceValues) -> ForecastState:
+        return ForecastState(run, values)
 
-    def on_run(self, run: Run) -> None:
-        """Chooses the computed steps of the run."""
+    # Which steps are computed
+
+    def on_run(self, state: ForecastState) -> None:
         self.stats.begin_run()
-        if self.recorder is not None:
-            self.recorder.on_run(run)
         self._note_adapters()
-        config, sigmas = self.predictor.config, run.executed_sigmas
-        total = len(sigmas)
+        sigmas = state.run.executed_sigmas
         if isinstance(self.schedule, ErrorControl):
+            config = self.predictor.config
             trained = Schedule(config.schedule, sigmas=config.schedule_sigmas)
-            self.controlled = ControlledSteps(self.schedule, trained, config.schedule_errors, sigmas)
-            self.computed, self.errors = self.controlled.chosen, []
-            return
+            state.controlled = ControlledSteps(self.schedule, trained, config.schedule_errors, sigmas)
+            state.computed = state.controlled.chosen
+        else:
+            state.computed = self._scheduled(self.schedule, sigmas)
+        if self.observer is not None:
+            self.observer.on_run(state.run, state.computed)
+
+    def _scheduled(self, schedule: Schedule | int, sigmas: list[float]) -> frozenset[int]:
+        """The computed steps of a run with these noise levels. Notes what the user may not expect."""
+        config, total = self.predictor.config, len(sigmas)
         if self.as_trained and total < FEW_STEPS and total != config.num_inference_steps:
             self.stats.note(f"computed everything: {total} steps are too few to predict any")
-            self.computed = frozenset(range(total))
-            return
-        schedule = as_schedule(self.schedule, total)
+            return frozenset(range(total))
+        schedule = as_schedule(schedule, total)
         if schedule.sigmas is None and schedule.num_inference_steps not in (None, total):
             meant = schedule.num_inference_steps
             self.stats.note(f"the schedule is for {meant} steps and has no noise levels: its indices stand")
@@ -91,20 +152,22 @@ class ForecastingHook(StepHook):
         if schedule.sigmas is None and beyond:
             steps = ",".join(map(str, beyond))
             self.stats.note(f"the run has {total} steps, which leaves out the schedule's {steps}")
-        self.computed = schedule.computed_in(sigmas)
+        chosen = schedule.computed_in(sigmas)
         if config.num_inference_steps not in (None, total):
             trained = config.num_inference_steps
             self.stats.note(f"the predictor was trained at {trained} steps, this run has {total}")
-        elif config.schedule is not None and self.computed != frozenset(config.schedule):
+        elif config.schedule is not None and chosen != frozenset(config.schedule):
             steps = ",".join(map(str, config.schedule))
             self.stats.note(f"the predictor was trained with the computed steps {steps}")
+        return chosen
 
     def _note_adapters(self) -> None:
         names = dict.fromkeys(getattr(self.pipe, "fused_loras", ()))  # what is fused stays when it is unloaded
         transformer = self.adapter.transformer
-        for module in transformer.modules() if getattr(transformer, "_hf_peft_config_loaded", False) else ():
-            if getattr(module, "disable_adapters", None) is False:  # a layer with adapters, and they are on
-                names |= dict.fromkeys(module.active_adapters)
+        layers: Iterable[Any] = transformer.modules() if getattr(transformer, "_hf_peft_config_loaded", False) else ()
+        for layer in layers:
+            if getattr(layer, "disable_adapters", None) is False:  # a layer with adapters, and they are on
+                names |= dict.fromkeys(layer.active_adapters)
         if names:
             note = (
                 f"the adapters {', '.join(names)} are on: unless the predictor was trained with them, its forecasts "
@@ -115,28 +178,22 @@ class ForecastingHook(StepHook):
 
     def on_unlocated(self) -> None:
         self.stats.unlocated += 1
-        self.streams = {}  # another run has the transformer; what was computed before it is no history any more
+        if self.state is not None:
+            self.state.streams = {}  # another run has the transformer: what was computed before it is no history
         self._fall_back(*UNLOCATED)
 
-    def on_other_text(self, stream: str) -> None:
-        if stream in self.streams:
-            self.streams[stream].is_other_text = True
-
-    def wants_prediction(self, call) -> bool:
-        stream = self.streams.get(call.stream)
+    def wants_prediction(self, state: ForecastState, call: Call) -> bool:
+        stream = state.streams.get(call.stream)
         if stream is None:
             stats = self.stats.streams.setdefault(call.stream, StreamStats())
-            stream = self.streams[call.stream] = _Stream(stats, Conditioner(self.adapter))
+            stream = state.streams[call.stream] = Stream(stats, Conditioner(self.adapter))
         stream.stats.begin(call.step, call.arguments["hidden_states"].device)
-        if isinstance(self.schedule, ErrorControl) and call.step > max(self.computed):
-            run = self.run
-            self._choose_next_step()
-            if self.run is not run:  # what came by mail says that it was another scheduler's
-                return False
-        if call.step in self.computed:
+        if state.needs_values:
+            state.choose_next_step()
+        if call.step in state.computed:
             stream.stats.reasons[call.step] = "scheduled"
             return False
-        if not self.forecasts_are_finite:  # which was said when it was found
+        if not state.forecasts_are_finite:  # the user was told when it was found
             stream.stats.reasons[call.step] = "an earlier forecast was not finite"
             return False
         reason, remedy = self._why_not(stream, call)
@@ -145,31 +202,8 @@ class ForecastingHook(StepHook):
             self._fall_back(reason, remedy)
         return reason is None
 
-    def _choose_next_step(self) -> None:
-        """Adds the computed step after the last one, by the errors that were found there."""
-        self._read_mail(wait=True)
-        self.controlled.choose_next(max(self.errors, default=None))  # there are none where a history began anew
-        self.computed, self.errors = self.controlled.chosen, []
-
-    def _measure(self, stream: _Stream, call: Call, features, conditioning) -> None:
-        """Sends for the error of the forecast for a step that was computed."""
-        why = self.adapter.why_head_not_plain(self._capture.id, stream.ring.device)
-        if why is not None:
-            self.stats.note(f"errors are not measured, so that the trained gaps stand: {why}")
-            return
-        ring, head = stream.ring, self.adapter.output_head(conditioning)
-        truth = output_head(features, head).float()
-        error = (output_head(self.predictor(ring, call.sigma), head).float() - truth).flatten(1)
-        worst = (error.norm(dim=1) / truth.flatten(1).norm(dim=1).clamp(min=1e-12)).amax()
-
-        def receive(value: float) -> None:
-            stream.stats.errors[call.step] = value
-            self.errors.append(value if math.isfinite(value) else math.inf)
-
-        self.post(worst, receive)
-
-    def _why_not(self, stream: _Stream, call: Call) -> tuple[str | None, str]:
-        """Why a step that the schedule leaves out can't be predicted, or None; and what helps."""
+    def _why_not(self, stream: Stream, call: Call) -> tuple[str | None, str]:
+        """Why a step that the schedule leaves out cannot be predicted, or None; and what helps."""
         if stream.ring is None:
             return "no history", "Compute an earlier step of this stream: choose another schedule."
         if stream.shape != self.adapter.shape(call.arguments):
@@ -184,14 +218,16 @@ class ForecastingHook(StepHook):
             )
         return None, ""
 
-    def predict(self, call, arguments):
-        stream, predictor = self.streams[call.stream], self.predictor
-        ring, conditioner = stream.ring, stream.conditioner
+    # What is forecast
+
+    def predict(self, state: ForecastState, call: Call, arguments: dict[str, Any]) -> Any:
+        stream, predictor = state.streams[call.stream], self.predictor
+        ring, conditioner = cast(FeatureRing, stream.ring), stream.conditioner
         needs_forecast = self._keeps_forecasts or torch.is_grad_enabled()
         if stream.fuses and not needs_forecast:
             why = self.adapter.why_head_not_plain(self._capture.id, ring.device)
             if why is None:
-                head = conditioner.head(self.run, arguments, ring.dtype)
+                head = conditioner.head(state.run, arguments, ring.dtype)
                 if predictor.fuses_velocity(ring, head):
                     stream.stats.fused.append(call.step)
                 return self.adapter.output(arguments, predictor.predict_velocity(ring, call.sigma, head))
@@ -199,14 +235,27 @@ class ForecastingHook(StepHook):
         features = predictor(ring, call.sigma)
         if self._keeps_forecasts:
             ring.push(features, call.sigma)  # before the head, which may overwrite them
-        conditioning = conditioner.conditioning(self.run, arguments, ring.dtype)
+        conditioning = conditioner.conditioning(state.run, arguments, ring.dtype)
         return self.adapter.output(arguments, self.adapter.head(features, conditioning, arguments))
 
-    def accepts(self, call, output) -> bool:
-        """Sends for the sum of the output, which says whether it is finite. A CPU answers at once, a GPU later."""
-        stats, run = self.streams[call.stream].stats, self.run
-        self.post(output[0].sum(dtype=torch.float32), functools.partial(self._on_sum, call, run))
-        if self.run is not run or not self.forecasts_are_finite:
+    def on_predicted(self, state: ForecastState, call: Call, output: Any) -> None:
+        """Asks for the sum of the output, which says whether it is finite. A CPU answers at once, a GPU later."""
+        stats = state.streams[call.stream].stats
+        receive = functools.partial(self._on_sum, state, stats, call.step)
+        state.values.ask(output[0].sum(dtype=torch.float32), receive)
+
+    def _on_sum(self, state: ForecastState, stats: StreamStats, step: int, value: float) -> None:
+        if math.isfinite(value):
+            return
+        state.forecasts_are_finite, reason = False, "the forecast was not finite"
+        if step not in stats.predicted:  # otherwise the value came late: that step is over
+            stats.reasons[step] = reason
+        remedy = "So is the rest of the run. Check the predictor with `lesa.evaluate`, or use bfloat16."
+        self._fall_back(reason, remedy)
+
+    def accepts(self, state: ForecastState, call: Call, output: Any) -> bool:
+        stats = state.streams[call.stream].stats
+        if state.is_foreign or not state.forecasts_are_finite:
             if call.step in stats.fused:
                 stats.fused.remove(call.step)
             return False
@@ -214,54 +263,58 @@ class ForecastingHook(StepHook):
         stats.end(call.step, output[0].device)
         return True
 
-    def _on_sum(self, call: Call, run: Run, value: float) -> None:
-        if math.isfinite(value) or run is not self.run:
-            return
-        self.forecasts_are_finite = False
-        stats, reason = self.stats.streams[call.stream], "the forecast was not finite"
-        if call.step not in stats.predicted:  # else it is late: that step is over
-            stats.reasons[call.step] = reason
-        remedy = "So is the rest of the run. Check the predictor with `lesa.evaluate`, or use bfloat16."
-        self._fall_back(reason, remedy)
-
     def _fall_back(self, reason: str, remedy: str) -> None:
-        """Warns that something is computed that was not to be, or raises."""
+        """Warns that a step is computed that was to be predicted. With `strict`, raises `RuntimeError` instead."""
         if self.strict:
             raise RuntimeError(f"lesa: a step can't be predicted: {reason}. {remedy} Without `strict`, it is computed.")
         self.warn(f"{reason}: computing. {remedy}")
 
-    def keep(self, call, features, conditioning) -> None:
-        if self.recorder is not None:
-            self.recorder.keep(call, features, conditioning)
-        stream = self.streams[call.stream]
-        if isinstance(self.schedule, ErrorControl) and len(stream.stats.computed) > 1 and self._fits(stream, features):
-            self._measure(stream, call, features, conditioning)
+    # What is pushed
+
+    def keep(self, state: ForecastState, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
+        if self.observer is not None:
+            self.observer.keep(call, features, conditioning)
+        stream = state.streams[call.stream]
+        if len(stream.stats.computed) > 1 and stream.fits(features):
+            self._measure(state, stream, call, features, conditioning)
         self._push(stream, features, call.sigma)
         stream.shape, stream.is_other_text = self.adapter.shape(call.arguments), False
 
-    def finish(self, call, kept) -> None:
-        stats = self.streams[call.stream].stats
-        stats.computed.append(call.step)
-        stats.end(call.step, call.arguments["hidden_states"].device)
-        if not kept:
-            self._fall_back(
-                "the output head did not run where lesa sees it",
-                "Compile with `pipe.transformer.compile(...)`, and don't replace the transformer's forward.",
-            )
+    def _measure(
+        self, state: ForecastState, stream: Stream, call: Call, features: torch.Tensor, conditioning: torch.Tensor
+    ) -> None:
+        """Under `lesa.ErrorControl`, asks for the error of the forecast for a step that was computed."""
+        if state.controlled is None:
+            return
+        why = self.adapter.why_head_not_plain(self._capture.id, features.device)
+        if why is not None:
+            self.stats.note(f"errors are not measured, so that the trained gaps stand: {why}")
+            return
+        head = self.adapter.output_head(conditioning)
+        error = forecast_error(self.predictor, cast(FeatureRing, stream.ring), call.sigma, features, head)
+        state.values.ask(error, functools.partial(_on_error, state.controlled, stream.stats, call.step))
 
-    def _fits(self, stream: _Stream, features) -> bool:
-        """Whether the stream has a history that these features belong to."""
+    def _push(self, stream: Stream, features: torch.Tensor, sigma: float) -> None:
         ring = stream.ring
-        if ring is None or stream.is_other_text or (ring.batch, ring.tokens, ring.dim) != features.shape:
-            return False
-        return (ring.dtype, ring.device) == (features.dtype, features.device)
-
-    def _push(self, stream: _Stream, features, sigma) -> None:
-        ring = stream.ring
-        if not self._fits(stream, features):
-            stream.ring = ring = None  # the last name of it: it is freed before another one takes memory
+        if ring is None or not stream.fits(features):
+            stream.ring = ring = None  # nothing else holds it: it is freed before another one takes memory
             batch, tokens, _ = features.shape
             ring = self.predictor.make_ring(batch, tokens, features.dtype, features.device, self.max_device_bytes)
             stream.ring, stream.fuses = ring, self.predictor.fuses_velocity(ring)
             stream.stats.ring_device_bytes, stream.stats.ring_host_bytes = ring.device_nbytes, ring.host_nbytes
         ring.push(features, sigma)
+
+    def finish(self, state: ForecastState, call: Call) -> None:
+        stats = state.streams[call.stream].stats
+        stats.computed.append(call.step)
+        stats.end(call.step, call.arguments["hidden_states"].device)
+        if not call.kept:
+            self._fall_back(
+                "the output head did not run where lesa sees it",
+                "Compile with `pipe.transformer.compile(...)`, and don't replace the transformer's forward.",
+            )
+
+
+def _on_error(controlled: ControlledSteps, stats: StreamStats, step: int, error: float) -> None:
+    stats.errors[step] = error
+    controlled.measured.append(error if math.isfinite(error) else math.inf)

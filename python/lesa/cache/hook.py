@@ -1,46 +1,45 @@
-"""The hook on a transformer: which run, which step and which stream a call belongs to, and its features."""
+"""The hook on a transformer: the only place that meets the wrappers of diffusers, accelerate and torch.compile."""
 
 import functools
-import itertools
-import math
 import threading
 import types
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import HookFunctionReference, StateManager
 
-from lesa.cache.device_values import Mailbox
-from lesa.cache.run import Call, Run, version_of
+from lesa.cache.device_values import DeviceValues
+from lesa.cache.run import Call, Run, RunState
+from lesa.models import Adapter
 from lesa_kernels.checks import Said, argument_error
 from lesa_kernels.dispatch import users_level
 
 HOOK_NAME = "lesa"
-
 
 COMPILE_FIRST = (
     "lesa decides outside of the compiled graph: compile with `pipe.transformer.compile(...)`, or call "
     "`torch.compile(pipe.transformer, fullgraph=True)` before `lesa.enable_cache`"
 )
 
-
 UNLOCATED = (
     "the timestep is not one of the scheduler's, or not the one that it is at",
     "A cached transformer serves the scheduler of the pipeline that the cache was enabled for.",
 )
-"""Why a call can't be placed in a run, and what to know of it."""
+"""Why a call cannot be placed in a run, and what the user should know."""
+
+State = TypeVar("State", bound=RunState)
 
 
-def installed_hook(transformer) -> "StepHook | None":
+def installed_hook(transformer: torch.nn.Module) -> "StepHook | None":
     """The hook that is on `transformer`, or None."""
     registry = getattr(transformer, "_diffusers_hook", None)
     return None if registry is None else registry.get_hook(HOOK_NAME)
 
 
-def check_uncached(transformer) -> None:
+def check_uncached(transformer: torch.nn.Module) -> None:
     """Raises `RuntimeError` if lesa or a cache of diffusers is on for `transformer`."""
     if installed_hook(transformer) is not None:
         raise argument_error(
@@ -53,7 +52,8 @@ def check_uncached(transformer) -> None:
     check_no_other_cache(transformer)
 
 
-def check_no_other_cache(transformer) -> None:
+def check_no_other_cache(transformer: torch.nn.Module) -> None:
+    """Raises `RuntimeError` if a cache of diffusers is on for `transformer`."""
     if getattr(transformer, "is_cache_enabled", False):
         raise argument_error(
             "pipe",
@@ -64,24 +64,14 @@ def check_no_other_cache(transformer) -> None:
         )
 
 
-@dataclass
-class _Source:
-    """What the latest call of a stream came with."""
-
-    context: str
-    text: torch.Tensor | None
-    version: int | None
-    kept: bool  # whether the call before had the same text
-
-
 class _ContextTracker(StateManager):
-    """Keeps the name of the current `cache_context`; diffusers hands it to every attribute of this type."""
+    """Keeps the name of the current `cache_context`. Diffusers tells it to every attribute of this type."""
 
-    def __init__(self):
-        super().__init__(None)
+    def __init__(self) -> None:
+        super().__init__(None)  # type: ignore[arg-type]  # the class of the states, of which there are none here
         self.name: str | None = None
 
-    def set_context(self, context) -> None:
+    def set_context(self, context: Any) -> None:
         self.name = getattr(context, "name", context)  # diffusers before 0.41 passes the bare name
 
     def reset(self) -> None:
@@ -89,54 +79,58 @@ class _ContextTracker(StateManager):
 
 
 class _InnerGate:
-    """Stands in the place of `forward`, a bound method of the transformer; without a hook it lets all calls through."""
+    """Replaces `forward`, a bound method of the transformer. Without a hook it lets all calls through."""
 
     __slots__ = ("hook", "forward", "__dict__")  # wrappers copy the `__dict__` of what they wrap, and keep it
 
     def __init__(self, hook: "StepHook", forward: Callable):
         functools.update_wrapper(self, forward)  # for `inspect.signature`
-        self.hook, self.forward = hook, forward
+        self.hook: StepHook | None = hook
+        self.forward = forward
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hook = self.hook
         if hook is None or hook.inside == "compute":
             return self.forward(*args, **kwargs)
         if hook.inside == "predict":
             return hook.predict_inside(args, kwargs)
-        return hook.enter(self.forward, args, kwargs)  # a call that came past the outer gate
+        return hook.enter(self.forward, args, kwargs)  # a call that did not pass the outer gate
 
 
-class StepHook(ModelHook):
-    """Base of the hooks on a transformer, which has two gates there.
+class StepHook(ModelHook, Generic[State]):
+    """Base of the hooks on a transformer, which have two gates there.
 
-    The outer one stands before everything that a call of the transformer runs, compiled or not. It finds run, step and
-    stream, and decides whether the transformer is computed. The inner one stands in the place of the class's `forward`,
-    below all that wraps it, such as offloading, context parallelism and hooks. In a step that is not computed it does
-    the subclass's `predict` instead. So whatever wraps `forward` sees every step, in whichever order it was put on.
+    The outer gate comes before everything that a call of the transformer runs, compiled or not. It finds the run, the
+    step and the stream, and decides whether the transformer is computed. The inner gate replaces the class's `forward`,
+    inside everything that wraps it, such as offloading, context parallelism and hooks. In a step that is not computed
+    it calls the subclass's `predict` instead. So the wrappers see every step, whether they or the cache came first.
+
+    What belongs to one run is in `state`. When the run fails, or another run replaces it, the state is dropped. Values
+    that have not come from the device yet belong to the state, so the values of a run that is over are never read.
 
     Args:
-        pipe: the pipeline whose scheduler tells the steps.
-        adapter: of the pipeline's transformer.
+        pipe: the pipeline whose scheduler gives the steps.
+        adapter: the adapter of the pipeline's transformer.
+
+    Attributes:
+        state: the state of the current run, or None between runs.
+        inside: what the inner gate does in the current call: "compute" or "predict"; None between calls.
     """
 
     _is_stateful = True
 
-    def __init__(self, pipe, adapter):
+    def __init__(self, pipe: Any, adapter: Adapter):
         super().__init__()
         self.pipe, self.adapter = pipe, adapter
         self.context = _ContextTracker()
-        self.run: Run | None = None
-        self._sources: dict[str, _Source] = {}  # by stream
-        self._called: set[str] = set()  # the streams that were called in this step
-        self._entered = threading.Lock()  # held while a call is under way
-        self._call: Call | None = None
-        self.inside: str | None = None  # what the inner gate does now: "compute" or "predict"
-        self._captured: tuple | None = None  # the inputs of the output head, from a compiled graph
-        self._kept = False
-        self._mailbox = Mailbox()
+        self.state: State | None = None
+        self._entered = threading.Lock()  # held during a call
+        self._located: tuple[State, Call] | None = None  # the current call, if its place in a run is known
+        self.inside: str | None = None
+        self._captured: tuple | None = None  # the inputs of the output head in the current call, from a compiled graph
         self._warned: set[str] = set()
 
-    # Putting it on and taking it off
+    # Install and uninstall
 
     def install(self) -> None:
         """Puts the hook on the transformer.
@@ -148,12 +142,12 @@ class StepHook(ModelHook):
         check_uncached(transformer)
         self._had_registry = hasattr(transformer, "_diffusers_hook")
         _join(HookRegistry.check_if_exists_or_initialize(transformer), self)
-        self._forward = types.MethodType(type(transformer).forward, transformer)
+        self._forward: Callable = types.MethodType(type(transformer).forward, transformer)
         self._gate = _InnerGate(self, self._forward)
         if not _replace_forward(transformer, self._forward, self._gate):  # a wrapper that does not show what it wraps
             self._forward = transformer.forward
             transformer.forward = self._gate = _InnerGate(self, self._forward)
-        # A module that `torch.compile` returned is called in the place of the transformer.
+        # A module that `torch.compile` returned is called instead of the transformer.
         self._called_module = self.pipe.transformer
         attributes = vars(self._called_module)
         self._compiled = attributes.get("_compiled_call_impl")
@@ -164,29 +158,29 @@ class StepHook(ModelHook):
     def uninstall(self) -> None:
         """Restores the transformer. Does nothing if the hook is off already.
 
-        A wrapper that was put around `forward` meanwhile, such as accelerate's for offloading, stays and works on.
+        A wrapper that was put around `forward` meanwhile, such as accelerate's for offloading, stays and keeps working.
         """
         transformer = self.adapter.transformer
         if installed_hook(transformer) is not self:
             return
-        self._gate.hook = None  # it stays open: a wrapper may hold it unseen
+        self._gate.hook = None  # the gate stays open: a wrapper may hold it where lesa does not see it
         self._capture.remove()
         attributes = vars(self._called_module)
         del attributes["compile"], attributes["_compiled_call_impl"]
         if self._compiled is not None:
             attributes["_compiled_call_impl"] = self._compiled
         _replace_forward(transformer, self._gate, self._forward)
-        registry = transformer._diffusers_hook
+        registry = vars(transformer)["_diffusers_hook"]
         _leave(registry)
         if not registry.hooks and not self._had_registry:
             del transformer._diffusers_hook
-        self.forget()
+        self.state = None
 
-    def _compile(self, *args, **kwargs) -> None:
-        """In the place of the module's own `compile`: what is compiled is behind the outer gate."""
+    def _compile(self, *args: Any, **kwargs: Any) -> None:
+        """Replaces the module's own `compile`: what is compiled is behind the outer gate."""
         self._compiled = torch.compile(self._called_module._call_impl, *args, **kwargs)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict) -> "StepHook":
         raise argument_error(
             "transformer",
             "have no cache on to be copied",
@@ -195,73 +189,68 @@ class StepHook(ModelHook):
             RuntimeError,
         )
 
-    def reset_state(self, module):
-        """Called by diffusers when a run has ended: frees what was kept for it."""
+    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Called by diffusers when a run has ended: drops what was kept for it."""
         try:
-            self._read_mail()  # what the last steps sent, which no further call will ask for
+            self._read()  # what the last steps asked for, which no later call will read
         finally:
-            self.forget()
+            self.state = None
             self.context.reset()
         return module
 
-    def forget(self) -> None:
-        """Drops the current run and all that belongs to it."""
-        self.run = None
-        self._sources, self._called = {}, set()
-        self._mailbox.clear()
-
     # What a subclass does
 
-    def on_run(self, run: Run) -> None:
+    def new_state(self, run: Run, values: DeviceValues) -> State:
+        """The state of a run that begins; arguments as in `RunState`."""
+        raise NotImplementedError
+
+    def on_run(self, state: State) -> None:
         """Called at the first step of a run."""
+        raise NotImplementedError
 
     def on_unlocated(self) -> None:
-        """Called when a call's timestep is none of the scheduler's, or turns out late to have been none."""
+        """Called when a call's timestep is not one of the scheduler's, or when that turns out later."""
         self.warn("{}: computing. {}".format(*UNLOCATED))
 
-    def on_other_text(self, stream: str) -> None:
-        """Called when a stream that kept its text gets another one."""
-
-    def wants_prediction(self, call: Call) -> bool:
+    def wants_prediction(self, state: State, call: Call) -> bool:
         """Whether this call is not to be computed."""
         return False
 
-    def predict(self, call: Call, arguments: dict):
+    def predict(self, state: State, call: Call, arguments: dict[str, Any]) -> Any:
         """The transformer's output, forecast.
 
         Args:
+            state: of the current run.
             call: as it came to the outer gate.
-            arguments: the transformer's, by name, as they came to the inner gate.
+            arguments: the transformer's arguments by name, as they came to the inner gate.
         """
         raise NotImplementedError
 
-    def accepts(self, call: Call, output) -> bool:
-        """Whether what `predict` gave is good, and the run still the same; else the call is computed."""
+    def on_predicted(self, state: State, call: Call, output: Any) -> None:
+        """Called with what `predict` gave, to ask the device whether it is good."""
+
+    def accepts(self, state: State, call: Call, output: Any) -> bool:
+        """Whether what `predict` gave is good, as far as is known; if not, the call is computed."""
         return True
 
-    def needed(self, kwargs: dict) -> dict:
+    def needed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The transformer's keyword arguments for a call that is computed."""
         return kwargs
 
-    def keep(self, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
+    def keep(self, state: State, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
         """Gets the inputs of the output head, `[B, T, D]` and `[B, D]`, of a call that is computed."""
         raise NotImplementedError
 
-    def finish(self, call: Call, kept: bool) -> None:
-        """Called after a call that was computed.
+    def finish(self, state: State, call: Call) -> None:
+        """Called after a call that was computed. `call.kept` is False if the head ran where lesa does not see it."""
 
-        Args:
-            call: that call.
-            kept: whether `keep` was called. It is not where the head runs in a graph that was compiled before.
-        """
+    # The gates. They are not compiled; what they run may be.
 
-    # The gates. Nothing of the two is compiled, but what they run may be.
-
-    def _outer_gate(self, *args, **kwargs):
+    def _outer_gate(self, *args: Any, **kwargs: Any) -> Any:
         return self.enter(self._compiled or self._called_module._call_impl, args, kwargs)
 
     @torch.compiler.disable(recursive=False, reason=COMPILE_FIRST)
-    def enter(self, run, args, kwargs):
+    def enter(self, run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Computes a call by `run(*args, **kwargs)`, or predicts it."""
         if not self._entered.acquire(blocking=False):
             raise argument_error(
@@ -272,61 +261,73 @@ class StepHook(ModelHook):
                 RuntimeError,
             )
         try:
-            call, predicted = self._begin(args, kwargs)
-            if predicted:
-                output = self._predicted(call, args, kwargs)
+            located = self._located = self._begin(args, kwargs)
+            if located is not None and located[1].predicted:
+                output = self._predicted(*located, args, kwargs)
                 if output is not None:
                     return output
-                if self.run is None:  # meanwhile it was found to be another scheduler's
-                    call = self._call = None
             kwargs = self.needed(kwargs)
             self.inside = "compute"
             output = run(*args, **kwargs)
-            if call is not None:
-                self._computed(call)
+            self._computed()
             return output
+        except BaseException:
+            self.state = None  # the run has failed
+            raise
         finally:
-            self._call = self.inside = self._captured = None
-            self._kept = False
+            self._located = self.inside = self._captured = None
             self._entered.release()
 
     @torch.compiler.disable
-    def _begin(self, args, kwargs) -> tuple[Call | None, bool]:
-        """What is called, or None if that is not known, and whether to predict it."""
+    def _begin(self, args: tuple, kwargs: dict[str, Any]) -> tuple[State, Call] | None:
+        """Finds the place of a call in a run, and decides whether to predict it; None if the place is not known."""
         check_no_other_cache(self.adapter.transformer)
         arguments = self.adapter.bind(args, kwargs)
-        if self.run is not None and not self.run.covers(self.pipe.scheduler):
-            self.forget()  # what is on the way is about a run that is over
-        self._read_mail()
-        step = self._enter_step(arguments["timestep"])
-        if step is None:
-            return None, False
-        sigma = self.run.sigmas[self.run.index]
-        call, run = Call(step, self._stream_of(arguments), sigma, arguments), self.run
-        predicted = self.wants_prediction(call)
-        if self.run is not run:  # it was found to be another scheduler's
-            return None, False
-        self._call = call
-        return call, predicted
+        if self.state is not None and not self.state.run.covers(self.pipe.scheduler):
+            self.state = None
+        state = self._locate(arguments["timestep"])
+        if state is not None and not self._read(wait=state.needs_values):
+            state = self._locate(arguments["timestep"])
+        if state is None:
+            self.on_unlocated()
+            return None
+        run = state.run
+        if run.begin is None:
+            run.begin = run.index
+            self.on_run(state)
+        stream = state.stream_of(self.context.name or "main", arguments.get("encoder_hidden_states"))
+        call = Call(run.step, stream, run.sigmas[run.index], arguments)
+        call.predicted = self.wants_prediction(state, call)
+        return state, call
 
     @torch.compiler.disable
-    def _predicted(self, call: Call, args, kwargs):
+    def _predicted(self, state: State, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The output of a call that is to be predicted, or None if it must be computed after all."""
         self.inside = "predict"
         output = self.adapter.transformer._call_impl(*args, **kwargs)
-        return output if self.accepts(call, output) else None
+        self.on_predicted(state, call, output)
+        self._read()
+        if not self.accepts(state, call, output):
+            return None
+        state.end_call()
+        return output
 
-    def predict_inside(self, args, kwargs):
+    def predict_inside(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """`predict`, for the inner gate."""
-        return self.predict(self._call, self.adapter.bind(args, kwargs))
+        state, call = self._located  # type: ignore[misc]  # the outer gate has set it
+        return self.predict(state, call, self.adapter.bind(args, kwargs))
 
     @torch.compiler.disable
-    def _computed(self, call: Call) -> None:
+    def _computed(self) -> None:
         if self._captured is not None:
             self._keep(*self._captured)
-        self.finish(call, self._kept)
+        if self._located is not None:
+            state, call = self._located
+            self.finish(state, call)
+            state.end_call()
 
-    def _on_head_entry(self, module, args) -> None:
-        """Keeps the inputs of the head at once, for what comes after may overwrite them; a graph copies them out."""
+    def _on_head_entry(self, module: torch.nn.Module, args: tuple) -> None:
+        """Keeps the inputs of the head at once, because later steps may overwrite them; a graph copies them out."""
         if self.inside == "compute":
             if torch.compiler.is_compiling():
                 self._captured = tuple(arg.detach().clone() for arg in args[:2])
@@ -335,25 +336,26 @@ class StepHook(ModelHook):
 
     @torch.compiler.disable
     def _keep(self, features: torch.Tensor, conditioning: torch.Tensor) -> None:
-        if self._call is not None:
-            self._kept = True
-            self.keep(self._call, features, conditioning)
+        if self._located is not None:
+            state, call = self._located
+            call.kept = True
+            self.keep(state, call, features, conditioning)
 
-    # Finding out what a call is
+    # Finding out which step a call is
 
-    def post(self, value: torch.Tensor, receive: Callable[[float], None]) -> None:
-        """Sends for a number on the device; `receive` gets it once it is on the host: now, or at a later call."""
-        self._mailbox.post(receive, value)
-        self._read_mail()
+    def _read(self, wait: bool = False) -> bool:
+        """Reads the values that have come from the device; with `wait`, all that the run has asked for.
 
-    def _read_mail(self, wait: bool = False) -> None:
-        """Hands out what is on the host, or with `wait` all that is on the way.
-
-        Processes that share a transformer always wait: they must decide alike.
+        This is the only place that does. It returns False, and the state is dropped, if a value says that another
+        scheduler drives the transformer.
         """
-        shared = getattr(self.adapter.transformer, "_parallel_config", None) is not None
-        for receive, value in self._mailbox.collect(wait=wait or shared):
-            receive(value)
+        if self.state is None:
+            return False
+        self.state.values.read(wait)
+        if self.state.is_foreign:
+            self.state = self._located = None
+            self.on_unlocated()
+        return self.state is not None
 
     def warn(self, message: str) -> None:
         """Warns, once for each message."""
@@ -363,85 +365,27 @@ class StepHook(ModelHook):
 
     def is_awaited(self) -> bool:
         """Whether the pipeline is in the middle of a run, so that the next call of its transformer comes here."""
-        run = self.run
-        return run is not None and run.covers(self.pipe.scheduler) and run.position in range(len(run.timesteps))
+        return self.state is not None and self.state.run.is_at_a_step_of(self.pipe.scheduler)
 
-    def _enter_step(self, timestep: torch.Tensor) -> int | None:
-        """Finds the run and the step that this call belongs to; returns the executed step, or None if it is unknown."""
+    def _locate(self, timestep: torch.Tensor) -> State | None:
+        """The state of the run that a call with this timestep belongs to, at its step; None if that is not known."""
         scheduler = self.pipe.scheduler
-        index = None
-        if isinstance(getattr(scheduler, "timesteps", None), torch.Tensor):
-            if self.run is None:
-                self.run = Run(scheduler, self.adapter.timestep_scale)
-            value = self._value_of(timestep)
-            index = self.run.position if value is None else self.run.locate(value, timestep.dtype)
+        if not isinstance(getattr(scheduler, "timesteps", None), torch.Tensor):
+            return None
+        state = self.state = self.state or self._begin_state()
+        value = state.run.value_of(timestep, state.values.waits)
+        index = state.run.position if value is None else state.run.locate(value, timestep.dtype)
         if index is None:
-            self.on_unlocated()
             return None
-        if index < self.run.index:  # the same timesteps from the start again
-            self.forget()
-            self.run = Run(scheduler, self.adapter.timestep_scale)
-        run = self.run
-        if index != run.index:
-            self._called = set()
-        run.index = index
-        self._check_timestep(run, index, timestep, value)
-        if self.run is not run:  # it was another scheduler's
-            return None
-        if run.begin is None:
-            run.begin = index
-            self.on_run(run)
-        return index - run.begin
+        if index < state.run.index:  # the same timesteps from the start again
+            state = self.state = self._begin_state()
+        state.enter(index)
+        state.check_timestep(timestep, value)
+        return state
 
-    def _value_of(self, timestep: torch.Tensor) -> float | None:
-        """The timestep's value, or None where reading it would wait for a GPU and the scheduler has a position."""
-        run = self.run
-        if timestep.device.type == "cpu" or run.position is None or not 0 <= run.position < len(run.timesteps):
-            return timestep.reshape(-1)[0].item()
-        return None
-
-    def _check_timestep(self, run: Run, index: int, timestep: torch.Tensor, value: float | None) -> None:
-        """Compares what was passed with the scheduler's timestep: now, or when it is on the host."""
-        dtype = timestep.dtype
-
-        def receive(value: float) -> None:
-            if run is not self.run:
-                return
-            if not run.is_near(index, value, dtype):
-                self.forget()
-                self.on_unlocated()
-            elif not math.isclose(value, run.passed(dtype)[index], rel_tol=2e-7):  # a GPU divides float32 otherwise
-                run.exact = False
-
-        def receive_spread(value: float) -> None:
-            run.exact = value == 0
-
-        if run.begin is None:
-            self.post(timestep.amax() - timestep.amin(), receive_spread)
-        if value is None:
-            self.post(timestep.reshape(-1)[:1], receive)
-        else:
-            receive(value)
-
-    def _stream_of(self, arguments: dict) -> str:
-        """The stream of this call.
-
-        It is named by its `cache_context`. Where several streams have one context, or none, a call belongs to the
-        stream that had the same text before; else it is told by its order among the calls of the step. That says
-        little where that stream has kept one text: then it may be another one, and its history is not this call's.
-        """
-        context, source = self.context.name or "main", arguments.get("encoder_hidden_states")
-        same = (name for name, had in self._sources.items() if had.context == context and had.text is source)
-        names = (context + (f"-{order}" if order > 1 else "") for order in itertools.count(1))
-        own = (name for name in names if name not in self._sources or self._sources[name].context == context)
-        name = next(n for n in itertools.chain(same, own) if n not in self._called)
-        had, version = self._sources.get(name), version_of(source)
-        kept = had is not None and had.text is source
-        if had is not None and (had.version != version if kept else had.kept):
-            self.on_other_text(name)
-        self._called.add(name)
-        self._sources[name] = _Source(context, source, version, kept)
-        return name
+    def _begin_state(self) -> State:
+        is_shared = getattr(self.adapter.transformer, "_parallel_config", None) is not None  # by several processes
+        return self.new_state(Run(self.pipe.scheduler, self.adapter.timestep_scale), DeviceValues(waits=is_shared))
 
 
 def _join(registry: HookRegistry, hook: StepHook) -> None:
@@ -459,8 +403,8 @@ def _leave(registry: HookRegistry) -> None:
     del registry.hooks[HOOK_NAME], registry._hook_order[index], registry._fn_refs[index]
 
 
-def _replace_forward(transformer, old: Callable, new: Callable) -> bool:
-    """Puts `new` wherever the module, accelerate or diffusers hold `old` as its forward; says whether there was one."""
+def _replace_forward(transformer: torch.nn.Module, old: Callable, new: Callable) -> bool:
+    """Puts `new` wherever the module, accelerate or diffusers hold `old` as its forward; says whether any did."""
     registry = getattr(transformer, "_diffusers_hook", None)
     holders = [(transformer, "_old_forward")]
     holders += [(ref, name) for ref in getattr(registry, "_fn_refs", ()) for name in ("forward", "original_forward")]

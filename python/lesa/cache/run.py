@@ -1,41 +1,53 @@
-"""One run of a pipeline, and one call of its transformer."""
+"""One run of a pipeline: its noise levels, the calls of the transformer, and all that is kept from call to call."""
 
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
+from lesa.cache.device_values import DeviceValues
+
 
 class Run:
-    """One call of a pipeline: its noise levels, and how far it is.
+    """The noise levels of one call of a pipeline, and the step that it is at.
 
     Args:
-        scheduler: the pipeline's, its timesteps set for this run.
-        timestep_scale: by which its timesteps are divided before the transformer gets them.
+        scheduler: the pipeline's scheduler, whose timesteps are set for this run.
+        timestep_scale: the number by which the pipeline divides a timestep before it passes it to the transformer.
 
     Attributes:
-        timesteps: the scheduler's.
-        sigmas: float32 noise level of each of the scheduler's steps.
-        begin: index of the first step that was executed, or None before it.
+        timesteps: the scheduler's timesteps.
+        sigmas: the float32 noise level of each of the scheduler's steps.
+        begin: index of the first step that was executed; None before that step.
         index: index of the current step.
-        exact: whether all samples are known to get the timesteps that `passed` gives, but for the last bit of float32.
+        exact: whether all samples are known to get the timesteps that `passed` gives, up to the last bit of float32.
     """
 
-    def __init__(self, scheduler, timestep_scale: float):
+    def __init__(self, scheduler: Any, timestep_scale: float):
         self.scheduler, self.timestep_scale = scheduler, timestep_scale
-        self.identity = scheduler.timesteps  # a new tensor every run; kept, so that its address can't be reused
-        self.timesteps = scheduler.timesteps.tolist()
-        sigmas = getattr(scheduler, "sigmas", None)
-        known = isinstance(sigmas, torch.Tensor) and len(sigmas) >= len(self.timesteps)
-        train_steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
-        self.sigmas = sigmas.tolist() if known else [t / train_steps for t in self.timesteps]
+        self.identity: torch.Tensor = scheduler.timesteps  # a new tensor every run; held, so its address stays taken
+        self.timesteps: list[float] = scheduler.timesteps.tolist()
+        self.sigmas = _sigmas_of(scheduler, self.timesteps)
         self.begin: int | None = None
         self.index = -1
         self.exact = False
         self._passed: dict[torch.dtype, list[float]] = {}
 
-    def covers(self, scheduler) -> bool:
-        """Whether the scheduler is still in this run: a new run sets new timesteps."""
+    def covers(self, scheduler: Any) -> bool:
+        """Whether the scheduler is still in this run. A new run sets new timesteps."""
         return self.scheduler is scheduler and self.identity is scheduler.timesteps
+
+    def is_at_a_step_of(self, scheduler: Any) -> bool:
+        """Whether the scheduler is in this run, and says that it is at one of its steps."""
+        return self.covers(scheduler) and self.position in range(len(self.timesteps))
+
+    @property
+    def step(self) -> int:
+        """Index of the current step among the executed steps."""
+        return self.index - (self.begin or 0)
 
     @property
     def executed_sigmas(self) -> list[float]:
@@ -44,30 +56,43 @@ class Run:
 
     @property
     def position(self) -> int | None:
-        """The index at which the scheduler says that it is, or None where it does not say."""
+        """The index at which the scheduler says that it is, or None if the scheduler does not say it."""
         index = getattr(self.scheduler, "step_index", None)
         return getattr(self.scheduler, "begin_index", None) if index is None else index
 
     def passed(self, dtype: torch.dtype) -> list[float]:
-        """The timesteps as a pipeline passes them to the transformer in `dtype`: rounded, and then divided."""
+        """The timesteps as a pipeline passes them to the transformer in `dtype`: rounded, then divided."""
         if dtype not in self._passed:
             timesteps = torch.tensor(self.timesteps).to(dtype)
             self._passed[dtype] = (timesteps / self.timestep_scale if self.timestep_scale != 1 else timesteps).tolist()
         return self._passed[dtype]
 
     def is_near(self, index: int, value: float, dtype: torch.dtype) -> bool:
-        """Whether the passed `value` is the timestep of a step, as far as the precision of `dtype` tells."""
+        """Whether the passed `value` is the timestep of a step, within the precision of `dtype`."""
         value *= self.timestep_scale
         tolerance = max(torch.finfo(dtype).eps, 1e-6) * abs(value) + 1e-3
         return 0 <= index < len(self.timesteps) and abs(self.timesteps[index] - value) <= tolerance
 
+    def value_of(self, timestep: torch.Tensor, waits: bool) -> float | None:
+        """The number in a timestep, or None where that would wait for a GPU and the scheduler has a position.
+
+        Args:
+            timestep: as it was passed to the transformer.
+            waits: whether to wait for a GPU in any case.
+        """
+        position = self.position
+        has_position = position is not None and 0 <= position < len(self.timesteps)
+        return timestep.reshape(-1)[0].item() if waits or timestep.device.type == "cpu" or not has_position else None
+
     def locate(self, value: float, dtype: torch.dtype) -> int | None:
         """The index of the scheduler's timestep that the transformer was given, or None.
 
-        The value has the latents' precision, where neighbours can merge. Of the candidates the scheduler's own position
-        decides. Without a position, as in a loop that does not use `scheduler.step`, it is the nearest that does not go
-        back. Another scheduler drives this call, and the answer is None, where the position is no candidate, where a
-        step would be left out without a position, and where this scheduler's timesteps were never set.
+        The value has the precision of the latents, in which neighbours can become equal. The scheduler's own position
+        then decides. A loop that does not use `scheduler.step` has no position; there it is the nearest timestep that
+        does not go back.
+
+        None means that another scheduler drives this call: the position is not near the value, or a step would be left
+        out without a position, or the timesteps of this scheduler were never set.
         """
         if getattr(self.scheduler, "num_inference_steps", None) is None:
             return None
@@ -80,6 +105,15 @@ class Run:
         return min(near, key=lambda i: (i < self.index, abs(self.timesteps[i] - value)), default=None)
 
 
+def _sigmas_of(scheduler: Any, timesteps: list[float]) -> list[float]:
+    """The scheduler's noise levels; for a scheduler without any, the parts of its training steps."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if isinstance(sigmas, torch.Tensor) and len(sigmas) >= len(timesteps):
+        return sigmas.tolist()
+    train_steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
+    return [t / train_steps for t in timesteps]
+
+
 @dataclass
 class Call:
     """One call of the transformer.
@@ -87,16 +121,151 @@ class Call:
     Args:
         step: index among the executed steps of the run.
         stream: name of the stream of calls, such as "cond".
-        sigma: the step's noise level.
-        arguments: the transformer's, by name, as the caller passed them.
+        sigma: the noise level of the step.
+        arguments: the transformer's arguments by name, as the caller passed them.
+        predicted: whether the call is to be predicted.
+        kept: whether the inputs of the output head were seen in this call.
     """
 
     step: int
     stream: str
     sigma: float
-    arguments: dict
+    arguments: dict[str, Any]
+    predicted: bool = False
+    kept: bool = False
+
+
+class StepObserver(Protocol):
+    """Something that wants to see what the transformer computes, such as a recording; see `lesa.cache.observed`."""
+
+    def on_run(self, run: Run, computed: Set[int]) -> None:
+        """Called at the first step of each run.
+
+        Args:
+            run: the run, at its first step.
+            computed: the executed steps that are to be computed. Under `lesa.ErrorControl`, only the first of them.
+        """
+
+    def keep(self, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
+        """Called once in each computed call.
+
+        Args:
+            call: the call.
+            features: the first input of the output head, `[B, T, D]`. The model may overwrite it afterwards.
+            conditioning: the second input of the output head, `[B, D]`.
+        """
+
+
+@dataclass
+class _Source:
+    """What the latest call of a stream came with, and when."""
+
+    context: str
+    text: torch.Tensor | None
+    version: int | None
+    kept: bool  # whether the call before had the same text
+    index: int  # of the call's step
+    longest_pause: int  # the most steps from one call of the stream to its next one; at least 1
+
+
+@dataclass
+class RunState:
+    """All that a hook keeps from call to call in one run. It is dropped as a whole when the run ends or fails.
+
+    Args:
+        run: the run.
+        values: the values that were asked of the device in this run.
+
+    Attributes:
+        is_foreign: whether a value from the device says that another scheduler drives the transformer.
+    """
+
+    run: Run
+    values: DeviceValues
+    is_foreign: bool = False
+    _sources: dict[str, _Source] = field(default_factory=dict)  # by stream
+    _called: set[str] = field(default_factory=set)  # the streams that were called in the current step
+
+    def enter(self, index: int) -> None:
+        """Goes to the step with this index."""
+        if index != self.run.index:
+            self._called = set()
+            self.run.index = index
+
+    def check_timestep(self, timestep: torch.Tensor, value: float | None) -> None:
+        """Compares the timestep that was passed with the scheduler's: now, or once it is on the host.
+
+        Args:
+            timestep: as it was passed, `[B]`.
+            value: the number in it, or None if that is not known yet.
+        """
+        run, index, dtype = self.run, self.run.index, timestep.dtype
+
+        def receive(value: float) -> None:
+            if not run.is_near(index, value, dtype):
+                self.is_foreign = True
+                self.values.clear()
+            elif not math.isclose(value, run.passed(dtype)[index], rel_tol=2e-7):  # GPUs round a float32 division else
+                run.exact = False
+
+        def receive_spread(spread: float) -> None:
+            run.exact = spread == 0
+
+        if run.begin is None:
+            self.values.ask(timestep.amax() - timestep.amin(), receive_spread)
+        if value is None:
+            self.values.ask(timestep.reshape(-1)[:1], receive)
+        else:
+            receive(value)
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether the current step can be decided only with all values that were asked of the device."""
+        return False
+
+    def on_other_text(self, stream: str) -> None:
+        """Called when the text of a stream that has kept one differs, so that its history may not be the call's."""
+
+    def stream_of(self, context: str, text: torch.Tensor | None) -> str:
+        """The name of the stream that a call in the current step belongs to.
+
+        A stream is named by its `cache_context`. If several streams have one context, or none, a call belongs to the
+        stream that had the same text before. If there is no such stream, the order of the calls in the step decides.
+        That is not certain for a stream that has kept one text: the call may be of another stream.
+
+        Args:
+            context: name of the call's context.
+            text: the call's embedded text.
+        """
+        same = (name for name, had in self._sources.items() if had.context == context and had.text is text)
+        names = (context + (f"-{order}" if order > 1 else "") for order in itertools.count(1))
+        own = (name for name in names if name not in self._sources or self._sources[name].context == context)
+        candidates: Iterator[str] = itertools.chain(same, own)
+        name = next(n for n in candidates if n not in self._called)
+        had, version, index = self._sources.get(name), version_of(text), self.run.index
+        kept = had is not None and had.text is text
+        if had is not None and (had.version != version if kept else had.kept):
+            self.on_other_text(name)
+        pause = 1 if had is None else max(had.longest_pause, index - had.index)
+        self._called.add(name)
+        self._sources[name] = _Source(context, text, version, kept, index, pause)
+        return name
+
+    def end_call(self) -> None:
+        """Called when a call is done. After the last call of the run, it frees what only later calls would need.
+
+        That is when each stream has been called in the last step. A stream that has paused for longer than ever before
+        in the run, such as guidance that ended early, is not waited for. If it is called after all, it is computed.
+        """
+        last = len(self.run.timesteps) - 1
+        if self.run.index == last and not any(0 < last - s.index <= s.longest_pause for s in self._sources.values()):
+            self.release()
+
+    def release(self) -> None:
+        """Frees what only later calls of the run would need."""
+        self._sources = {}
 
 
 def version_of(tensor: torch.Tensor | None) -> int | None:
-    """How often a tensor was changed in place, as far as that is known."""
+    """How often a tensor was changed in place, or None if that is not known."""
     return None if tensor is None or tensor.is_inference() else tensor._version

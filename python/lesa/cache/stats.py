@@ -15,10 +15,10 @@ class StreamStats:
         predicted: the executed steps that were forecast, in order.
         fused: those of the predicted steps whose forecast and output head were one kernel.
         reasons: why each computed step was computed.
-        errors: by computed step from the third on, the relative L2 error of the velocity that was forecast for it, of
-            the worst sample; with `lesa.ErrorControl` only.
-        ring_device_bytes, ring_host_bytes: what the ring of features takes on its device, and in host memory beside it;
-            0 before the first computed step. The rings are freed when the run ends.
+        errors: for each computed step from the third on, the relative L2 error of the velocity that was forecast for
+            it, of the worst sample. Only with `lesa.ErrorControl`.
+        ring_device_bytes, ring_host_bytes: the memory of the ring of features on its device, and in host memory; 0
+            before the first computed step. The ring itself is freed when the run ends.
     """
 
     computed: list[int] = field(default_factory=list)
@@ -32,34 +32,35 @@ class StreamStats:
     _ended: dict[int, "_Moment"] = field(default_factory=dict, repr=False)
 
     def begin(self, step: int, device: torch.device) -> None:
-        """Starts the clock of a step: the device's own where it is a GPU."""
+        """Starts the clock of a step. A GPU has a clock of its own."""
         self._begun[step] = _Moment(device)
 
     def end(self, step: int, device: torch.device) -> None:
-        """Stops it."""
+        """Stops the clock of a step."""
         self._ended[step] = _Moment(device)
 
     @property
     def seconds(self) -> dict[int, float]:
-        """By step, how long the transformer took, with a ControlNet that waited for it, or what stood in its place.
+        """By step, the seconds that the transformer or the forecast took, with a ControlNet that was deferred to it.
 
-        Waits for a GPU that is still at it.
+        Waits for a GPU that has not finished.
         """
         return {step: moment - self._begun[step] for step, moment in self._ended.items()}
 
 
 class _Moment:
-    """A point in time: of the GPU, when it comes to this place in its work, or of the host."""
+    """A point in time: on a GPU, when it reaches this place in its work; else on the host."""
 
     def __init__(self, device: torch.device):
         self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        self.time = 0.0
         if self.event is None:
             self.time = time.perf_counter()
         else:
             self.event.record(torch.cuda.current_stream(device))
 
     def __sub__(self, earlier: "_Moment") -> float:
-        if self.event is None:
+        if self.event is None or earlier.event is None:
             return self.time - earlier.time
         self.event.synchronize()
         return earlier.event.elapsed_time(self.event) / 1000
@@ -71,7 +72,7 @@ class CacheStats:
 
     Args:
         runs: how many runs began since the cache was enabled.
-        unlocated: how many calls since then were computed because their timestep was none of the scheduler's.
+        unlocated: how many calls since then were computed because their timestep was not one of the scheduler's.
         streams: statistics by stream.
         notes: what is worth knowing of the run, such as a schedule other than the trained one.
     """
@@ -82,7 +83,7 @@ class CacheStats:
     notes: list[str] = field(default_factory=list)
 
     def begin_run(self) -> None:
-        """Forgets the run before."""
+        """Clears what was kept of the run before."""
         self.runs += 1
         self.streams, self.notes = {}, []
 
@@ -104,16 +105,16 @@ class CacheStats:
 
     @property
     def ring_device_bytes(self) -> int:
-        """Bytes that the rings of all streams take on the device."""
+        """Bytes on the device of the rings of all streams."""
         return sum(stream.ring_device_bytes for stream in self.streams.values())
 
     @property
     def ring_host_bytes(self) -> int:
-        """Bytes that the rings of all streams take in host memory beside it."""
+        """Bytes in host memory of the rings of all streams."""
         return sum(stream.ring_host_bytes for stream in self.streams.values())
 
     def summary(self) -> str:
-        """A few lines for people."""
+        """A few lines to print."""
         lines = []
         for name, stream in self.streams.items():
             steps, seconds = ",".join(map(str, stream.computed)), stream.seconds

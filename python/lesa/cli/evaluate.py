@@ -21,16 +21,16 @@ OPTIONS = {
 
 def add_arguments(parser) -> None:
     """The options of the command."""
+    from lesa.contenders import AGAINST, against_names
+
     arguments.add_model(parser)
     arguments.add_inputs(parser)
     arguments.add_run(parser)
     text = "folder or hub id of a predictor; can be given several times"
     parser.add_argument("--predictor", required=True, action="append", help=text)
-    text = (
-        "steps, taylorseer, first-block-cache, mag-cache and cache-dit, separated by commas; NAME-N sets a budget of N "
-        "computed steps (default: steps,taylorseer)"
-    )
-    parser.add_argument("--against", type=lambda value: value.split(","), default=["steps", "taylorseer"], help=text)
+    names = f"{', '.join(against_names())}, separated by commas"
+    text = f"{names}; NAME-N sets a budget of N computed steps (default: {','.join(AGAINST)})"
+    parser.add_argument("--against", type=lambda value: value.split(","), default=[*AGAINST], help=text)
     parser.add_argument("--batch-size", type=arguments.positive, help="samples per pipeline call (default: all)")
     text = "samples for the search of the other caches' best settings (default: 4)"
     parser.add_argument("--search-samples", type=arguments.positive, default=4, help=text)

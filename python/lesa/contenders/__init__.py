@@ -1,45 +1,147 @@
-"""The caches of others that `evaluate` compares with: their settings, how each is turned on, and the grids to search.
+"""What `evaluate` compares: predictors of lesa, runs of fewer steps, and the caches of others.
 
-A setting has a `contender`, the name of its kind; `str(setting)`, the name of its run; `describe()` for people; and
-`on(pipe, num_inference_steps)`, a context in which it is on, and after which the pipeline is as it was.
+A contender is one file in this folder and one line in `CONTENDERS`; docs/adding-a-contender.md shows an example.
+Evaluation, table, picture, report and command line use only what `lesa.contenders.base` says that contenders have.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Sequence
 
-from lesa.contenders.base import THRESHOLDS, Grid
+from lesa.cache.error_control import ErrorControl
+from lesa.contenders.base import BISECTED, THRESHOLDS, UNKNOWN_COLOR, Color, Contender, Grid, Ours, Peer, Plain
 from lesa.contenders.cache_dit import CacheDiT
+from lesa.contenders.dense import Dense
+from lesa.contenders.fewer_steps import FewerSteps
 from lesa.contenders.first_block_cache import FirstBlockCache
 from lesa.contenders.mag_cache import MagCache
+from lesa.contenders.newton import Newton
+from lesa.contenders.reference import Reference
 from lesa.contenders.taylorseer import TaylorSeer, taylorseer_grid
+from lesa.schedule import Schedule
+from lesa_kernels import FusedKANPredictor
+from lesa_kernels.checks import Said, argument_error
 
-PEERS = ("taylorseer", "first-block-cache", "mag-cache", "cache-dit")
+__all__ = [
+    "AGAINST",
+    "BISECTED",
+    "CONTENDERS",
+    "THRESHOLDS",
+    "UNKNOWN_COLOR",
+    "CacheDiT",
+    "Color",
+    "Contender",
+    "Dense",
+    "FewerSteps",
+    "FirstBlockCache",
+    "Grid",
+    "MagCache",
+    "Newton",
+    "Ours",
+    "Peer",
+    "Plain",
+    "Reference",
+    "TaylorSeer",
+    "against_names",
+    "budget_of",
+    "check_contenders",
+    "kind_of",
+    "order_of",
+    "ours_with",
+    "taylorseer_grid",
+]
+
+# The order is that of the report. A contender's mark there follows from its place, so new ones go to the end.
+CONTENDERS: tuple[type[Contender], ...] = (
+    Reference,
+    Newton,
+    Dense,
+    TaylorSeer,
+    FewerSteps,
+    FirstBlockCache,
+    MagCache,
+    CacheDiT,
+)
+
+AGAINST = (FewerSteps.name, TaylorSeer.name)
+"""What predictors are compared with by default."""
 
 
-Setting = TaylorSeer | FirstBlockCache | MagCache | CacheDiT
+def check_contenders(contenders: Sequence[type[Contender]]) -> None:
+    """Raises `TypeError` or `ValueError` unless the contenders can be registered together."""
+    for kind in contenders:
+        if not issubclass(kind, Ours):
+            parameters = vars(kind).get("__dataclass_params__")
+            if parameters is None or not parameters.frozen:
+                remedy = "Write @dataclass(frozen=True) above it, so that equal settings run once and can be resumed."
+                raise argument_error(kind.__qualname__, "be a frozen dataclass", kind, remedy, TypeError)
+    for field in ("name", "title", "color"):
+        values = [getattr(kind, field) for kind in contenders]
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            raise argument_error(
+                "CONTENDERS", f"differ in `{field}`", Said(f"{twice[0]!r} twice"), f"Change one `{field}`."
+            )
 
 
-def grid_of(contender: str, num_inference_steps: int, budgets: Iterable[int], mag_ratios=()) -> Grid:
-    """The grid that is searched for the best settings of a contender.
+check_contenders(CONTENDERS)
+
+
+def kind_of(name: str) -> type[Contender] | None:
+    """The contender that has this name, or None."""
+    return next((kind for kind in CONTENDERS if kind.name == name), None)
+
+
+def order_of(name: str) -> int:
+    """The place of the contender in `CONTENDERS`, without the reference; unknown ones come last."""
+    names = [kind.name for kind in CONTENDERS if kind is not Reference]
+    return names.index(name) if name in names else len(names)
+
+
+def opponents() -> list[type[Plain] | type[Peer]]:
+    """The contenders that `against` can name: runs without a cache, then the caches of others."""
+    plain = [kind for kind in CONTENDERS if issubclass(kind, Plain)]
+    return [*plain, *(kind for kind in CONTENDERS if issubclass(kind, Peer))]
+
+
+def against_names() -> list[str]:
+    """The names that `against` takes."""
+    return [kind.name for kind in opponents()]
+
+
+def budget_of(name: object) -> tuple[type[Plain] | type[Peer], int | None]:
+    """The contender and the budget that an entry of `against` names.
 
     Args:
-        contender: one of `PEERS`.
-        num_inference_steps: steps of a run.
-        budgets: numbers of step equivalents.
-        mag_ratios: for MagCache.
+        name: such as "mag-cache", or "mag-cache-9" for a budget of 9.
+
+    Returns:
+        The contender and its budget, None if the name has none.
+
+    Raises:
+        ValueError: there is no such contender, or the budget is not a whole number of at least 1.
     """
-    searched = f"the threshold by bisection between {THRESHOLDS[0]:g} and {THRESHOLDS[1]:g} for each budget"
-    if contender == "taylorseer":
-        text = (
-            "order 1, 2 or 3; full or lite mode; warm-up of 1, 2, 3 or 5 steps; the smallest and the largest interval "
-            "for each budget"
+    match = re.fullmatch("(.*?)(?:-([1-9][0-9]*))?", str(name), re.DOTALL)
+    kind = next((kind for kind in opponents() if match is not None and kind.name == match[1]), None)
+    if match is None or kind is None:
+        raise argument_error(
+            "against",
+            f"hold {', '.join(map(repr, against_names()))}, these with a budget such as '{FewerSteps.name}-9', or "
+            "settings from lesa.contenders",
+            name,
+            "Choose among these, with a budget of at least 1.",
         )
-        return Grid(text, settings=taylorseer_grid(num_inference_steps, budgets))
-    if contender == "first-block-cache":
-        return Grid(searched, axes=[FirstBlockCache(0.05)])
-    if contender == "mag-cache":
-        axes = [MagCache(0.06, skip, warm_up, tuple(mag_ratios)) for skip in (4, 6, 8, 12) for warm_up in (1, 2, 4)]
-        return Grid(f"max_skip_steps of 4, 6, 8 or 12; 1, 2 or 4 steps of warm-up; {searched}", axes=axes)
-    axes = [CacheDiT(0.08, order, warm_up) for order in (0, 1, 2) for warm_up in (1, 2, 4)]
-    return Grid(
-        f"F1B0; no calibrator, or TaylorSeer of order 1 or 2; warm-up of 1, 2 or 4 steps; {searched}", axes=axes
-    )
+    return kind, int(match[2]) if match[2] else None
+
+
+def ours_with(predictor: FusedKANPredictor, schedule: Schedule | ErrorControl | None) -> Ours:
+    """The contender for a predictor and a schedule, None for the trained one.
+
+    Raises:
+        ValueError: no contender has the name of the predictor's mixer.
+    """
+    for kind in CONTENDERS:
+        if issubclass(kind, Ours) and kind.name == predictor.config.mixer:
+            return kind(predictor, schedule)
+    names = ", ".join(kind.name for kind in CONTENDERS if issubclass(kind, Ours))
+    remedy = "Add a contender of that name to lesa.contenders."
+    raise argument_error("predictor.config.mixer", f"be one of {names}", predictor.config.mixer, remedy)

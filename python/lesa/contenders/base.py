@@ -1,97 +1,253 @@
-"""What a contender is."""
+"""What a contender is: its name, its titles and its colour, what is searched of it, and how it is switched on.
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+A class is a kind of contender. An instance of it is one setting, which `evaluate` can run. `lesa.contenders.CONTENDERS`
+lists the kinds. Everything that is missing in a class is an error when the class is made, which is at import.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
-if TYPE_CHECKING:
-    from lesa.contenders import Setting
+from lesa.artifacts import digest
+from lesa.cache import CacheHandle, enable_cache
+from lesa.cache.error_control import ErrorControl
+from lesa.schedule import Schedule
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+from lesa_kernels.checks import argument_error
 
 THRESHOLDS = (0.01, 4.0)
-"""Between which thresholds are searched."""
+"""The lowest and the highest threshold that the search tries."""
+
+BISECTED = f"the threshold by bisection between {THRESHOLDS[0]:g} and {THRESHOLDS[1]:g} for each budget"
+"""How the search finds a threshold, for the text of a `Grid`."""
+
+Pipeline: TypeAlias = Any
+"""A diffusers pipeline. Its parts, such as `transformer`, are attributes that its class does not declare."""
+
+Count = Literal["step_equivalents", "whole_steps"]
+"""What a budget counts. Both are fields of `lesa.evaluation.EvaluatedRun`."""
+
+
+class Color(NamedTuple):
+    """A colour of the report and of the picture, as "#rrggbb".
+
+    Args:
+        light: on a light page and in the picture.
+        dark: on a dark page.
+    """
+
+    light: str
+    dark: str
+
+
+UNKNOWN_COLOR = Color("#4b6a78", "#8fb6c7")
+"""Of a contender that is not registered."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is searched of a contender.
+    """What the search tries.
 
     Args:
         text: the grid in words.
-        settings: those that are tried as they are.
-        axes: settings whose thresholds are searched, for each budget by itself.
+        settings: settings that are tried as they are.
+        axes: settings whose `threshold` is searched, for each budget separately.
     """
 
     text: str
-    settings: Sequence["Setting"] = ()
-    axes: Sequence["Setting"] = ()
+    settings: Sequence["Peer"] = ()
+    axes: Sequence["Peer"] = ()
 
 
-def bisected(axis: "Setting", count, budget: float, probes: int = 7) -> Iterator["Setting"]:
-    """Yields settings on both sides of the smallest threshold that keeps within a budget.
+class Contender(ABC):
+    """A kind of contender; an instance is one setting of it. Use `Peer` for a cache of others.
+
+    Attributes:
+        name: lower case, with hyphens, such as "mag-cache". It is the `contender` of its runs in `summary.json`.
+        title: for people, such as "MagCache".
+        label: a shorter title, where there is little room. Default: the title.
+        color: in the report and in the picture.
+        each_call: whether it is switched on for each call of the pipeline separately, so that nothing that it stores
+            gets from one call into the next.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    label: ClassVar[str]
+    color: ClassVar[Color]
+    each_call: ClassVar[bool] = True
+
+    _texts: ClassVar[tuple[str, ...]] = ("name", "title", "label")
+    _methods: ClassVar[tuple[str, ...]] = ("__str__", "describe", "on")
+
+    def __init_subclass__(cls, abstract: bool = False, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not abstract:
+            cls.label = getattr(cls, "label", getattr(cls, "title", ""))
+            cls._check()
+
+    @property
+    def contender(self) -> str:
+        """The name of its kind."""
+        return self.name
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """The name of its run, such as "mag-cache-threshold0.1". "{whole}" in it means the number of whole steps."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The setting in words."""
+
+    @abstractmethod
+    def on(self, pipe: Pipeline, num_inference_steps: int) -> AbstractContextManager[Any]:
+        """The context in which it is on. After it, the pipeline is as it was before."""
+
+    def steps_of(self, num_inference_steps: int) -> int:
+        """How many steps of the scheduler its run has, where the reference has `num_inference_steps`."""
+        return num_inference_steps
+
+    def identity(self) -> str:
+        """What distinguishes it from other settings, so that `evaluate` can resume its run."""
+        return repr(self)
+
+    @classmethod
+    def heading(cls, run: str) -> str:
+        """The title in the picture of the run that has this name."""
+        return run.replace("-", " ")
+
+    @classmethod
+    def note(cls, runs: Sequence[str]) -> str | None:
+        """What the reader of a table must know about these runs of it, or None."""
+        return None
+
+    @classmethod
+    def _check(cls) -> None:
+        """Raises `TypeError` or `ValueError` if something is missing or has the wrong form."""
+        for text in cls._texts:
+            if not isinstance(getattr(cls, text, None), str) or not getattr(cls, text):
+                raise cls._error(text, "be a text", getattr(cls, text, None))
+        if not re.fullmatch("[a-z][a-z0-9]*(-[a-z][a-z0-9]*)*", cls.name):
+            raise cls._error("name", "be lower-case words with hyphens between them", cls.name, ValueError)
+        color = getattr(cls, "color", None)
+        if not isinstance(color, Color) or not all(re.fullmatch("#[0-9a-f]{6}", part) for part in color):
+            raise cls._error("color", 'be a Color of two texts such as "#0b6e4f"', color)
+        for method in cls._methods:
+            if getattr(getattr(cls, method), "__isabstractmethod__", False):
+                raise cls._error(method, "be defined", None)
+
+    @classmethod
+    def _error(cls, what: str, must: str, got: Any, kind: type[Exception] = TypeError) -> Exception:
+        return argument_error(f"{cls.__qualname__}.{what}", must, got, "See docs/adding-a-contender.md.", kind)
+
+
+class Ours(Contender, abstract=True):
+    """A predictor of lesa with its schedule. The name of the contender is the predictor's `config.mixer`.
 
     Args:
-        axis: the setting but for its threshold.
-        count: gives what a setting costs. It is assumed to fall as the threshold rises.
-        budget: what it may cost.
-        probes: how many to try. If the highest threshold costs more than the budget, it is the only one.
+        predictor: on the pipeline's device.
+        schedule: the computed steps, or how they are chosen. None: as the predictor was trained.
     """
-    low, high = THRESHOLDS
-    last = replace(axis, threshold=high)
-    yield last
-    if count(last) > budget:
-        return
-    for _ in range(probes - 1):
-        middle = float(f"{(low * high) ** 0.5:.4g}")
-        setting = replace(axis, threshold=middle)
-        yield setting
-        low, high = (middle, high) if count(setting) > budget else (low, middle)
+
+    each_call = False
+    _methods = ("detail",)
+
+    def __init__(self, predictor: FusedKANPredictor, schedule: Schedule | ErrorControl | None = None):
+        self.predictor, self.schedule = predictor, schedule
+
+    @classmethod
+    @abstractmethod
+    def detail(cls, config: PredictorConfig) -> str:
+        """What a reader must know about a predictor, such as "newton, rank 32"."""
+
+    def __str__(self) -> str:
+        return f"{self.name}-{{whole}}"
+
+    def describe(self) -> str:
+        """The predictor and its schedule in words."""
+        text = self.detail(self.predictor.config)
+        if isinstance(self.schedule, ErrorControl):
+            return f"{text}, error control at {self.schedule.tolerance:g}"
+        return text if self.schedule is None else f"{text}, steps {self.schedule}"
+
+    def on(self, pipe: Pipeline, num_inference_steps: int) -> CacheHandle:
+        """The context in which the predictor replaces the steps that are not computed."""
+        return enable_cache(pipe, self.predictor, self.schedule)
+
+    def identity(self) -> str:
+        """A digest of weights, configuration and schedule."""
+        state = {name: value.detach().cpu() for name, value in self.predictor.state_dict().items()}
+        return digest([state, repr(self.predictor.config), repr(self.schedule)])
 
 
-@contextmanager
-def diffusers_cache(pipe, config):
-    with restored(pipe):
-        pipe.transformer.enable_cache(config)
-        try:
-            yield
-        finally:
-            pipe.transformer.disable_cache()
+class Plain(Contender, abstract=True):
+    """Runs that need neither predictor nor cache, and no search: one run for each budget."""
+
+    @classmethod
+    @abstractmethod
+    def at(cls, budget: int) -> "Plain":
+        """The setting that costs `budget` step equivalents."""
+
+    _methods = (*Contender._methods, "at")
 
 
-@contextmanager
-def quiet(prefix: str):
-    """Silences the loggers whose names begin so, in any case; those that come up meanwhile, too late."""
-    names = [name for name in logging.root.manager.loggerDict if name.lower().startswith(prefix)]
-    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
-    for logger in levels:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
+class Peer(Contender, abstract=True):
+    """A cache of others, whose best settings `evaluate` searches. Make it a frozen dataclass.
 
-
-@contextmanager
-def restored(pipe):
-    """Puts the attributes of the pipeline, its class and all modules of its transformer back to what they were.
-
-    cache-dit leaves the forwards that it has put into the transformer and its blocks, and the transformer's children in
-    another order, by which diffusers' caches tell which block is the first. diffusers leaves its registries.
+    Attributes:
+        counted_in: what its budgets count: ("step_equivalents",); or ("step_equivalents", "whole_steps") for a cache
+            that runs a part of the model in every step, which gets both kinds of budget.
+        calibration: the name in `summary.json` of what `calibrate` measures, or None if nothing is to be measured.
     """
-    modules = [*pipe.transformer.modules()]
-    kind = type(pipe)
-    things = [*map(vars, (pipe, *modules)), *(module._modules for module in modules)]
-    before, class_before = [dict(values) for values in things], dict(vars(kind))
-    try:
-        yield
-    finally:
-        for thing, values in zip(things, before):
-            thing.clear()
-            thing.update(values)
-        for name in set(vars(kind)) - set(class_before):
-            delattr(kind, name)
-        for name, value in class_before.items():
-            if vars(kind).get(name) is not value:
-                setattr(kind, name, value)
+
+    counted_in: ClassVar[tuple[Count, ...]]
+    calibration: ClassVar[str | None] = None
+
+    _methods = (*Contender._methods, "grid")
+
+    @classmethod
+    @abstractmethod
+    def grid(cls, num_inference_steps: int, budgets: Sequence[int], calibration: tuple[float, ...]) -> Grid:
+        """What the search tries.
+
+        Args:
+            num_inference_steps: steps of a run.
+            budgets: how much a run may cost, in step equivalents or whole steps.
+            calibration: what `calibrate` returned; empty if the contender has none.
+        """
+
+    @classmethod
+    def check_available(cls) -> None:
+        """Raises `ImportError`, with the remedy, if something that it needs is not installed."""
+
+    @classmethod
+    def calibrate(cls, pipe: Pipeline, run: Callable[[], None], num_inference_steps: int) -> tuple[float, ...]:
+        """Measures what its settings need to know of the model. Called only if `calibration` has a name.
+
+        Args:
+            pipe: the pipeline.
+            run: called without arguments, it runs the pipeline once on some inputs.
+            num_inference_steps: steps of that run.
+        """
+        return ()
+
+    def with_threshold(self, threshold: float) -> "Peer":
+        """The same setting with another threshold, for the axes of its grid."""
+        return replace(self, threshold=threshold)  # type: ignore[type-var]
+
+    @classmethod
+    def heading(cls, run: str) -> str:
+        """The title in the picture of the run that has this name."""
+        return cls.title
+
+    @classmethod
+    def _check(cls) -> None:
+        super()._check()
+        counts = getattr(cls, "counted_in", ())
+        if not isinstance(counts, tuple) or not counts or not set(counts) <= set(get_args(Count)):
+            raise cls._error("counted_in", f"be a tuple of {' and '.join(map(repr, get_args(Count)))}", counts)
+        if (cls.calibration is not None) != (cls.calibrate.__func__ is not Peer.calibrate.__func__):  # type: ignore
+            raise cls._error("calibrate", "be defined exactly if `calibration` has a name", cls.calibration)

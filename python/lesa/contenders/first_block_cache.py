@@ -1,14 +1,17 @@
 """First Block Cache of diffusers."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from diffusers import FirstBlockCacheConfig
 
-from lesa.contenders.base import diffusers_cache
+from lesa.contenders.base import BISECTED, Color, Grid, Peer, Pipeline
+from lesa.contenders.switching import diffusers_cache
 
 
 @dataclass(frozen=True)
-class FirstBlockCache:
+class FirstBlockCache(Peer):
     """A setting of diffusers' `FirstBlockCacheConfig`, which runs the first block in every step.
 
     Args:
@@ -17,7 +20,10 @@ class FirstBlockCache:
 
     threshold: float
 
-    contender = "first-block-cache"
+    name = "first-block-cache"
+    title = "First Block Cache"
+    color = Color("#8145a0", "#cba0e6")
+    counted_in = ("step_equivalents", "whole_steps")
 
     def __str__(self) -> str:
         return f"first-block-cache-threshold{self.threshold:.4g}"
@@ -26,6 +32,11 @@ class FirstBlockCache:
         """The setting in words."""
         return f"threshold {self.threshold:.4g}"
 
-    def on(self, pipe, num_inference_steps: int):
+    def on(self, pipe: Pipeline, num_inference_steps: int) -> AbstractContextManager[None]:
         """The context in which it is on."""
         return diffusers_cache(pipe, FirstBlockCacheConfig(threshold=self.threshold))
+
+    @classmethod
+    def grid(cls, num_inference_steps: int, budgets: Sequence[int], calibration: tuple[float, ...] = ()) -> Grid:
+        """The threshold."""
+        return Grid(BISECTED, axes=[cls(0.05)])

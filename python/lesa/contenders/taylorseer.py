@@ -1,22 +1,24 @@
 """TaylorSeer of diffusers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from diffusers import TaylorSeerCacheConfig
 
-from lesa.contenders.base import diffusers_cache
+from lesa.contenders.base import Color, Grid, Peer, Pipeline
+from lesa.contenders.switching import diffusers_cache
 
 
 @dataclass(frozen=True)
-class TaylorSeer:
+class TaylorSeer(Peer):
     """A setting of diffusers' `TaylorSeerCacheConfig`.
 
     Args:
         interval: `cache_interval`.
         order: `max_order`.
-        lite: `use_lite_mode`: forecast the model's output only, instead of every attention's.
+        lite: `use_lite_mode`: predict the model's output only, instead of every attention's.
         warm_up: `disable_cache_before_step`.
     """
 
@@ -25,7 +27,10 @@ class TaylorSeer:
     lite: bool = False
     warm_up: int = 3
 
-    contender = "taylorseer"
+    name = "taylorseer"
+    title = "TaylorSeer"
+    color = Color("#b3541e", "#f09a60")
+    counted_in = ("step_equivalents",)
 
     def __str__(self) -> str:
         warm_up = "" if self.warm_up == 3 else f"-warmup{self.warm_up}"
@@ -51,9 +56,33 @@ class TaylorSeer:
             taylor_factors_dtype=dtype,
         )
 
-    def on(self, pipe, num_inference_steps: int):
+    def on(self, pipe: Pipeline, num_inference_steps: int) -> AbstractContextManager[None]:
         """The context in which it is on."""
         return diffusers_cache(pipe, self.config(pipe.transformer.dtype))
+
+    @classmethod
+    def grid(cls, num_inference_steps: int, budgets: Sequence[int], calibration: tuple[float, ...] = ()) -> Grid:
+        """Those of `taylorseer_grid`."""
+        text = (
+            "order 1, 2 or 3; full or lite mode; warm-up of 1, 2, 3 or 5 steps; the smallest and the largest interval "
+            "for each budget"
+        )
+        return Grid(text, settings=taylorseer_grid(num_inference_steps, budgets))
+
+    @classmethod
+    def heading(cls, run: str) -> str:
+        """Title, mode and order."""
+        return " ".join([cls.title, *run.split("-")[1:3]]).replace("order", "order ")
+
+    @classmethod
+    def note(cls, runs: Sequence[str]) -> str | None:
+        """What its full mode does in the steps that are not whole."""
+        if any(run.startswith("taylorseer-full") for run in runs):
+            return (
+                "TaylorSeer's full mode predicts attentions only. Its counts are of attentions; everything else in a "
+                "block runs in every step."
+            )
+        return None
 
 
 def taylorseer_grid(num_inference_steps: int, budgets: Iterable[int]) -> list[TaylorSeer]:
@@ -65,8 +94,8 @@ def taylorseer_grid(num_inference_steps: int, budgets: Iterable[int]) -> list[Ta
 
     Returns:
         Orders 1 to 3, full and lite, with 1, 2, 3 and 5 steps of warm-up, each at the smallest and the largest interval
-        that gives the largest number of computed steps that is not above the budget. A warm-up that leaves no interval
-        for a budget is left out.
+        that gives the largest number of computed steps within the budget. A warm-up that leaves no interval for a
+        budget is left out.
     """
     intervals = range(1, num_inference_steps + 1)
     chosen = set()

@@ -1,4 +1,4 @@
-"""`lesa demo`: a bundled model and its predictors against TaylorSeer and fewer steps; and the same path by hand."""
+"""`lesa demo`: compares a bundled model's predictors with TaylorSeer and fewer steps, or writes the model out."""
 
 import os
 import shlex
@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from lesa.contenders.taylorseer import TaylorSeer
+from lesa.contenders import FewerSteps, TaylorSeer
 from lesa.demo import digits, photos
-from lesa.evaluation.evaluator import evaluate
-from lesa.evaluation.result import Evaluation
+from lesa.evaluation import Evaluation, evaluate
 from lesa.inputs import write_inputs
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error, check_choice, check_int
@@ -19,45 +18,51 @@ from lesa_kernels.checks import Said, argument_error, check_choice, check_int
 SEED = 10_000
 """Of the first sample of the demo. Training samples have seeds from 0 on."""
 
-# The bundled predictors: mixer and schedule, as `lesa train --budget` finds them.
+Predictors = Mapping[str, tuple[str, tuple[int, ...] | int]]
+"""Mixer and schedule of predictors, by the names of their folders."""
+
+# The schedules of the bundled predictors are those that `lesa train --budget` finds.
 SCHEDULE_9 = (0, 2, 7, 13, 19, 26, 34, 41, 47)
 SCHEDULE_8 = (0, 2, 7, 14, 20, 28, 38, 45)
-PREDICTORS = {"newton-9": ("newton", SCHEDULE_9), "newton-8": ("newton", SCHEDULE_8), "dense-9": ("dense", 7)}
+PREDICTORS: Predictors = {
+    "newton-9": ("newton", SCHEDULE_9),
+    "newton-8": ("newton", SCHEDULE_8),
+    "dense-9": ("dense", 7),
+}
 TRAINING_SAMPLES = 160
 TEST_SAMPLES = 64
 
-# At 10 and at 8 of 50 steps TaylorSeer is best with order 1 and these intervals. Measured over `taylorseer_grid`, which
-# `lesa evaluate --against taylorseer-10,taylorseer-8` tries again.
+# At 10 and at 8 of 50 steps TaylorSeer is best with order 1 and these intervals. `lesa evaluate --against
+# taylorseer-10,taylorseer-8` repeats the search.
 TAYLORSEER = tuple(TaylorSeer(interval, order=1, lite=lite) for interval in (7, 10) for lite in (False, True))
 
-
-# Of the photographs, also found by search; see the weights' README.
+# For the photographs, also found by search; see the README of the weights.
 PHOTOS_SCHEDULE_9 = (0, 2, 5, 9, 16, 23, 30, 39, 46)
 PHOTOS_SCHEDULE_8 = (0, 2, 5, 10, 18, 27, 37, 45)
-PHOTOS_PREDICTORS = {
+PHOTOS_PREDICTORS: Predictors = {
     "photos-newton-9": ("newton", PHOTOS_SCHEDULE_9),
     "photos-newton-8": ("newton", PHOTOS_SCHEDULE_8),
 }
-# At 10 and at 9 of 50 steps TaylorSeer is best with order 1 in lite mode and these intervals, over the same grid.
+# At 10 and at 9 of 50 steps TaylorSeer is best with order 1 in lite mode and these intervals, in the same search.
 PHOTOS_TAYLORSEER = tuple(TaylorSeer(interval, order=1, lite=lite) for interval in (7, 8) for lite in (False, True))
 
 
 @dataclass(frozen=True)
 class Demo:
-    """A bundled model and what is shown of it.
+    """A bundled model and what the demo shows.
 
     Args:
         model: the module that loads it.
         predictors: mixer and schedule of the bundled predictors, by the names of their folders.
-        schedule: the computed steps of the way by hand.
-        taylorseer: what they are compared with.
-        training_samples: that the predictors are trained on.
-        epochs: of training newton predictors.
-        refining_epochs: of each round of refining them.
+        schedule: the computed steps in the commands that `export` gives.
+        taylorseer: settings to compare with.
+        training_samples: how many samples the predictors are trained on.
+        epochs: for training newton predictors.
+        refining_epochs: for each round of refining them.
     """
 
     model: ModuleType
-    predictors: Mapping[str, tuple[str, tuple[int, ...] | int]]
+    predictors: Predictors
     schedule: tuple[int, ...]
     taylorseer: tuple[TaylorSeer, ...]
     training_samples: int
@@ -72,20 +77,23 @@ DEMOS = {
 
 
 def labels(count: int) -> list[int]:
-    """The classes that `count` samples ask for, in turn. Both models have ten."""
+    """The classes of `count` samples: 0 to 9, again and again. Both models have ten."""
     return [number % digits.NUM_CLASSES for number in range(count)]
 
 
 def run_demo(
     out_dir: str | os.PathLike, num_samples: int = TEST_SAMPLES, progress: bool = True, model: str = "digits"
 ) -> Evaluation:
-    """Runs a bundled model's predictors against its 50 steps, TaylorSeer and fewer steps.
+    """Compares a bundled model's predictors with its 50 steps, TaylorSeer and fewer steps.
 
     Args:
-        out_dir: where `summary.json` and `comparison.png` are written.
-        num_samples: number of pictures to draw; none of them was used in training.
+        out_dir: gets `summary.json` and `comparison.png`.
+        num_samples: number of pictures to draw. None of them was used in training.
         progress: whether to show a progress bar.
         model: "digits" or "photos".
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
     """
     check_int("num_samples", num_samples)
     demo = DEMOS[check_choice("model", model, tuple(DEMOS))]
@@ -93,7 +101,7 @@ def run_demo(
         demo.model.load_pipeline(),
         demo.model.inputs_for(labels(num_samples)),
         {name: FusedKANPredictor.from_pretrained(digits.WEIGHTS / name) for name in demo.predictors},
-        against=("steps", *demo.taylorseer),
+        against=(FewerSteps.name, *demo.taylorseer),
         seed=SEED,
         out_dir=out_dir,
         progress=progress,
@@ -101,7 +109,7 @@ def run_demo(
 
 
 def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
-    """Writes a bundled model and inputs, so that the whole path can be walked from the command line.
+    """Writes a bundled model and inputs, to record, train, refine, generate and evaluate from the command line.
 
     Args:
         out_dir: gets `model`, a diffusers pipeline; `inputs.safetensors`, inputs to record, 160 of the digits and 320

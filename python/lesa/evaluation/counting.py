@@ -1,15 +1,26 @@
 """Counts which blocks of the transformer run."""
 
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+from lesa.contenders.base import Pipeline
+from lesa.models.adapter import Adapter
+
 
 class Counter:
-    """Counts over one call of the pipeline what runs of the transformer, and keeps the latents after each step."""
+    """Counts which blocks run in one call of the pipeline, and keeps the latents after each step.
 
-    def __init__(self, pipe, adapter, keep_latents: int = 0):
+    Args:
+        pipe: the pipeline.
+        adapter: of its transformer.
+        keep_latents: samples whose latents are kept.
+    """
+
+    def __init__(self, pipe: Pipeline, adapter: Adapter, keep_latents: int = 0):
         self.steps: list[int] = []
         self.latents: list[torch.Tensor] = []
         self.first_call: float | None = None
@@ -23,7 +34,8 @@ class Counter:
         self._whole = False
 
     @contextmanager
-    def on(self):
+    def on(self) -> Iterator["Counter"]:
+        """The context in which it counts."""
         transformer = self._pipe.transformer
         hooks = [transformer.register_forward_pre_hook(self._begin), transformer.register_forward_hook(self._end)]
         for number, (attention, body) in enumerate(zip(self._attentions, self._bodies)):
@@ -35,7 +47,7 @@ class Counter:
             for hook in hooks:
                 hook.remove()
 
-    def on_step_end(self, pipe, step, timestep, tensors):
+    def on_step_end(self, pipe: Pipeline, step: int, timestep: Any, tensors: dict) -> dict:
         """The pipeline's callback."""
         if self._whole and step not in self.steps:
             self.steps.append(step)
@@ -46,35 +58,35 @@ class Counter:
         return {}
 
     def counts(self) -> tuple[float, float, float]:
-        """Whole steps, step equivalents and block passes, of one time through the steps."""
+        """Whole steps, step equivalents and block passes. A pipeline that repeats its steps counts as if it did not."""
         scale = len(self._seen) / max(self._calls, 1)
         blocks = len(self._attentions)
-        runs = self._whole_calls, self._attention_runs / blocks, self._body_runs / blocks
-        return tuple(count * scale for count in runs)
+        return self._whole_calls * scale, self._attention_runs / blocks * scale, self._body_runs / blocks * scale
 
-    def _begin(self, module, args):
+    def _begin(self, module: torch.nn.Module, args: tuple) -> None:
         if self.first_call is None:
             synchronise(self._device)
             self.first_call = time.perf_counter()
         self._calls += 1
         self._ran.clear()
 
-    def _end(self, module, args, output):
+    def _end(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         if len(self._ran) == len(self._attentions):
             self._whole_calls += 1
             self._whole = True
 
-    def _attention_ran(self, number):
-        def hook(module, args, output):
+    def _attention_ran(self, number: int) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple, output: Any) -> None:
             self._attention_runs += 1
             self._ran.add(number)
 
         return hook
 
-    def _body_ran(self, module, args, output):
+    def _body_ran(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
         self._body_runs += 1
 
 
 def synchronise(device: torch.device) -> None:
+    """Waits for the device; a CPU needs no waiting."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

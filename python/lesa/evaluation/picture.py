@@ -2,33 +2,20 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lesa.contenders import UNKNOWN_COLOR, Plain, Reference, kind_of, order_of
+
 if TYPE_CHECKING:
-    from lesa.evaluation import EvaluatedRun
+    from lesa.evaluation.result import EvaluatedRun
 
-
-_ERROR_SCALE = 0.1
+ERROR_SCALE = 0.1
 """Mean absolute error per pixel, of a range of 1, that the error maps show as their brightest colour."""
-
-
-_GROUPS = {  # by the beginning of the name, in the order of the rows
-    "reference": "#202020",
-    "newton": "#0b6e4f",
-    "dense": "#3a6ea5",
-    "taylorseer": "#b3541e",
-    "first-block-cache": "#8a6d00",
-    "mag-cache": "#8b3a8f",
-    "cache-dit": "#a11d33",
-    "fewer-steps": "#6b6b6b",
-}
-
-
-_TITLES = {"first-block-cache": "First Block Cache", "mag-cache": "MagCache", "cache-dit": "cache-dit"}
 
 
 def draw_comparison(runs: Sequence["EvaluatedRun"], images: Mapping[str, np.ndarray], file: str | os.PathLike) -> None:
@@ -37,10 +24,10 @@ def draw_comparison(runs: Sequence["EvaluatedRun"], images: Mapping[str, np.ndar
     Args:
         runs: the first is the reference.
         images: by run, `[n, height, width, 3]` in [0, 1].
-        file: the picture to write.
+        file: the picture to write, in PNG.
     """
     reference = images[runs[0].name]
-    rows = sorted(runs, key=lambda run: next(i for i, group in enumerate(_GROUPS) if run.name.startswith(group)))
+    rows = sorted(runs, key=_place)
     count, height, width, _ = reference.shape
     row_inches = 0.62
     strip_inches = row_inches * (count * width + count - 1) / height
@@ -51,10 +38,10 @@ def draw_comparison(runs: Sequence["EvaluatedRun"], images: Mapping[str, np.ndar
     FigureCanvasAgg(figure)
     smoothing = "nearest" if height < 64 else "antialiased"
 
-    def place(left, bottom, strip_width, strip_height):
+    def place(left: float, bottom: float, strip_width: float, strip_height: float) -> Axes:
         return figure.add_axes((left / size[0], bottom / size[1], strip_width / size[0], strip_height / size[1]))
 
-    def text(x, y, string, **style):
+    def text(x: float, y: float, string: str, **style: Any) -> None:
         figure.text(x / size[0], y / size[1], string, **style)
 
     left = margin + label_inches
@@ -64,27 +51,27 @@ def draw_comparison(runs: Sequence["EvaluatedRun"], images: Mapping[str, np.ndar
     text(right, size[1] - 0.5, "error against the reference", **heading)
     for number, run in enumerate(rows):
         bottom = size[1] - top - (number + 1) * row_inches - number * 0.1
-        color = next(color for group, color in _GROUPS.items() if run.name.startswith(group))
-        text(margin, bottom + 0.68 * row_inches, _title(run), fontsize=9.5, fontweight="bold", va="center", color=color)
+        style = {"fontsize": 9.5, "fontweight": "bold", "va": "center", "color": _color(run)}
+        text(margin, bottom + 0.68 * row_inches, _title(run), **style)
         text(margin, bottom + 0.30 * row_inches, _figures(run), fontsize=8, va="center", color="#404040")
         pictures = place(left, bottom, strip_inches, row_inches)
         pictures.imshow(_strip(images[run.name], fill=1.0), vmin=0, vmax=1, interpolation=smoothing, aspect="auto")
         pictures.axis("off")
         if run is runs[0]:
             bar = place(right, bottom + 0.52 * row_inches, column / 2, 0.22 * row_inches)
-            bar.imshow(np.linspace(0, 1, 256)[None], cmap="magma", aspect="auto", extent=(0, _ERROR_SCALE, 0, 1))
+            bar.imshow(np.linspace(0, 1, 256)[None], cmap="magma", aspect="auto", extent=(0, ERROR_SCALE, 0, 1))
             bar.set_yticks([])
-            bar.set_xticks([0, _ERROR_SCALE / 2, _ERROR_SCALE])
-            bar.set_xticklabels(["0", f"{_ERROR_SCALE / 2:.0%}", f"{_ERROR_SCALE:.0%} of the range"], fontsize=7.5)
+            bar.set_xticks([0, ERROR_SCALE / 2, ERROR_SCALE])
+            bar.set_xticklabels(["0", f"{ERROR_SCALE / 2:.0%}", f"{ERROR_SCALE:.0%} of the range"], fontsize=7.5)
             bar.tick_params(length=2, pad=1.5)
             continue
         error = np.abs(images[run.name] - reference).mean(-1)
         maps = place(right, bottom, strip_inches, row_inches)
         maps.imshow(
-            _strip(error, fill=np.nan), cmap="magma", vmin=0, vmax=_ERROR_SCALE, interpolation=smoothing, aspect="auto"
+            _strip(error, fill=np.nan), cmap="magma", vmin=0, vmax=ERROR_SCALE, interpolation=smoothing, aspect="auto"
         )
         maps.axis("off")
-    figure.savefig(file, facecolor="white")
+    figure.savefig(file, facecolor="white", format="png")
 
 
 def _strip(images: np.ndarray, fill: float) -> np.ndarray:
@@ -93,21 +80,31 @@ def _strip(images: np.ndarray, fill: float) -> np.ndarray:
     return np.concatenate([part for image in images for part in (gap, image)][1:], axis=1)
 
 
-def _title(run) -> str:
-    if run.name.startswith("taylorseer"):
-        return "TaylorSeer " + " ".join(run.name.split("-")[1:3]).replace("order", "order ")
-    if run.contender in _TITLES:
-        return _TITLES[run.contender]
-    return run.name.replace("fewer-steps", "fewer steps").replace("-", " ")
+def _place(run: "EvaluatedRun") -> tuple[int, int]:
+    """Of its row: the reference, contenders in their order, those that are not registered, runs without a cache."""
+    kind = kind_of(run.contender)
+    if kind is Reference:
+        return 0, 0
+    return (2 if kind is not None and issubclass(kind, Plain) else 1), order_of(run.contender)
 
 
-def _figures(run) -> str:
+def _color(run: "EvaluatedRun") -> str:
+    kind = kind_of(run.contender)
+    return (UNKNOWN_COLOR if kind is None else kind.color).light
+
+
+def _title(run: "EvaluatedRun") -> str:
+    kind = kind_of(run.contender)
+    return run.name if kind is None else kind.heading(run.name)
+
+
+def _figures(run: "EvaluatedRun") -> str:
     steps = f"{run.whole_steps:.3g} of {run.num_inference_steps} steps"
     if run.num_inference_steps == round(run.whole_steps):
         steps = f"{run.whole_steps:.3g} steps"
     elif abs(run.whole_steps - run.step_equivalents) >= 0.05:
         steps = f"{run.whole_steps:.3g} whole steps, cost {run.step_equivalents:.1f}"
-    if run.name == "reference":
+    if run.contender == Reference.name:
         return f"{steps} computed, {run.seconds:.2f} s"
     speed = "" if "cost" in steps else f"speed-up {run.speedup:.1f}x, "  # one line has room for one of both
     return f"{steps}, {speed}{run.psnr:.1f} dB"

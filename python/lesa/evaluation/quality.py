@@ -1,4 +1,4 @@
-"""How near samples are to those of the full run, and how sure that is."""
+"""How close samples are to those of the full run, and how certain that is."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,18 +12,16 @@ from skimage.metrics import structural_similarity
 CLIP_MODELS = ("openai/clip-vit-large-patch14", "openai/clip-vit-base-patch16", "openai/clip-vit-base-patch32")
 """The first of these that is on the machine gives the CLIP score."""
 
-
 IMAGE_REWARD = "THUDM/ImageReward"
-
 
 LEARNED = ("lpips", "clip_score", "image_reward")
 """Qualities that need weights, which are never downloaded."""
 
+RESAMPLES = 10_000
+SMALLEST_IMAGE = 64  # pixels; the networks of LPIPS and CLIP can't judge smaller ones
 
-_RESAMPLES = 10_000
-
-
-_SMALLEST_IMAGE = 64  # pixels; the networks of LPIPS and CLIP make nothing of smaller ones
+Measure = Callable[[np.ndarray, np.ndarray, str | None], float]
+"""A quality of an image, given the reference's image and the prompt."""
 
 
 def psnr(values: np.ndarray, wanted: np.ndarray, peak: float) -> float:
@@ -58,14 +56,14 @@ def bootstrap_interval(differences: Sequence[float], seed: int = 0) -> tuple[flo
     if not values.size or not np.isfinite(values).all():
         return math.nan, math.nan
     generator = np.random.default_rng(seed)
-    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(_RESAMPLES)]
+    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
 
 
 def learned_qualities(
     device: torch.device, prompts: Sequence[str | None], size: Sequence[int]
-) -> tuple[dict[str, Callable[[np.ndarray, np.ndarray, str], float]], dict[str, str]]:
+) -> tuple[dict[str, Measure], dict[str, str]]:
     """The qualities in `LEARNED` whose networks are on this machine.
 
     Args:
@@ -74,14 +72,16 @@ def learned_qualities(
         size: shape of an image, `[H, W, 3]`; of a video, `[frames, H, W, 3]`.
 
     Returns:
-        Functions of an image, the reference's image and the prompt, by name; and for the other names, why not.
+        Functions of an image, the reference's image and the prompt, by name; and the reasons for the other names.
     """
-    found, reasons = {}, {}
+    found: dict[str, Measure] = {}
+    reasons: dict[str, str] = {}
+    result: Measure | str
     for name, load in zip(LEARNED, (_lpips, _clip_score, _image_reward)):
         if len(size) != 3:
             result = "it is for images, and these are videos"
-        elif min(size[:2]) < _SMALLEST_IMAGE:
-            result = f"images of {size[0]} x {size[1]} pixels are too small for it; it needs {_SMALLEST_IMAGE}"
+        elif min(size[:2]) < SMALLEST_IMAGE:
+            result = f"images of {size[0]} x {size[1]} pixels are too small for it; it needs {SMALLEST_IMAGE}"
         elif name != "lpips" and not all(prompts):
             result = "the inputs have no text"
         else:
@@ -89,11 +89,14 @@ def learned_qualities(
                 result = load(device)
             except (OSError, ImportError, RuntimeError) as error:  # files that are broken, or do not fit each other
                 result = f"it could not be loaded: {' '.join(str(error).split())[:200]}"
-        (reasons if isinstance(result, str) else found)[name] = result
+        if isinstance(result, str):
+            reasons[name] = result
+        else:
+            found[name] = result
     return found, reasons
 
 
-def _lpips(device):
+def _lpips(device: torch.device) -> Measure | str:
     try:
         from lpips import LPIPS
     except ImportError:
@@ -104,24 +107,24 @@ def _lpips(device):
     network = LPIPS(net="alex", verbose=False).to(device).eval()
 
     @torch.no_grad()
-    def distance(image, wanted, prompt):
+    def distance(image: np.ndarray, wanted: np.ndarray, prompt: str | None) -> float:
         tensors = (torch.from_numpy(i).permute(2, 0, 1)[None].float().to(device) * 2 - 1 for i in (image, wanted))
         return network(*tensors).item()
 
     return distance
 
 
-def _clip_score(device):
+def _clip_score(device: torch.device) -> Measure | str:
     name = next((m for m in CLIP_MODELS if isinstance(try_to_load_from_cache(m, "config.json"), str)), None)
     if name is None:
         return f"none of {', '.join(CLIP_MODELS)} is in the hub's cache"
     from transformers import CLIPModel, CLIPProcessor
 
-    network = CLIPModel.from_pretrained(name, local_files_only=True).to(device).eval()
+    network = CLIPModel.from_pretrained(name, local_files_only=True).to(device).eval()  # type: ignore[arg-type]
     processor = CLIPProcessor.from_pretrained(name, local_files_only=True)
 
     @torch.no_grad()
-    def score(image, wanted, prompt):
+    def score(image: np.ndarray, wanted: np.ndarray, prompt: str | None) -> float:
         pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
         inputs = processor(text=[prompt], images=[pixels], return_tensors="pt", truncation=True, padding=True)
         output = network(**inputs.to(device))
@@ -130,7 +133,7 @@ def _clip_score(device):
     return score
 
 
-def _image_reward(device):
+def _image_reward(device: torch.device) -> Measure | str:
     try:
         import ImageReward
     except ImportError:
@@ -142,7 +145,7 @@ def _image_reward(device):
             return f"{name} of {repository} is not in the hub's cache"
     network = ImageReward.load(files[0], device=str(device), med_config=files[1])
 
-    def reward(image, wanted, prompt):
+    def reward(image: np.ndarray, wanted: np.ndarray, prompt: str | None) -> float:
         from PIL import Image
 
         return float(network.score(prompt, Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8))))

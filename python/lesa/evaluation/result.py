@@ -5,31 +5,29 @@ import json
 import math
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from lesa.artifacts import digest
-from lesa.contenders import PEERS
+from lesa.artifacts import digest, whole_file, write_text
+from lesa.contenders import Ours, Peer, Reference, kind_of
+from lesa.contenders.base import Count
 from lesa.evaluation.picture import draw_comparison
 from lesa.evaluation.quality import LEARNED, bootstrap_interval
 from lesa_kernels.checks import check_choice
 
 FORMAT_VERSION = 1
-
-
-REFERENCE = "reference"
-
-
-OURS = ("newton", "dense")
-
+"""Of `summary.json`."""
 
 COUNTED = "attention of every block"
 """What decides whether a block ran."""
 
+TABLE_WIDTH = 120
 
 _SCALARS = (
     "num_inference_steps", "whole_steps", "step_equivalents", "block_passes", "seconds", "denoise_seconds", "speedup",
@@ -41,11 +39,10 @@ _SCALARS = (
 class EvaluatedRun:
     """One contender's figures. Qualities are means over samples, against the reference run.
 
-    A block counts as run in a call of the transformer if its attention was computed, seen by a hook inside it. For all
-    contenders but one, that is when anything of the block runs. TaylorSeer's full mode forecasts attentions only: the
-    rest of every block runs in every step, which `block_passes` counts too. A step has one call of the transformer, or
-    as many as there are streams, such as two for true classifier-free guidance: figures are means over the streams, and
-    over the calls of the pipeline.
+    A block counts as run in a call of the transformer if its attention was computed. A hook in the block sees that.
+    Most caches skip whole blocks. TaylorSeer's full mode predicts attentions only: the rest of every block runs in
+    every step, and `block_passes` counts it too. A step has one call of the transformer for each stream; true
+    classifier-free guidance has two streams. Figures are means over the streams, and over the calls of the pipeline.
 
     Args:
         name: "reference", "newton-N", "dense-N", "fewer-steps-N", with N the whole steps, or of a peer's setting.
@@ -59,16 +56,16 @@ class EvaluatedRun:
         ssim: structural similarity of the decoded images.
         latent_psnr: of the latents for a peak of 2, in dB. The latents of the bundled digits are the pixels before they
             are clipped to [-1, 1].
-        contender: kind of the run: "reference", "newton", "dense", "steps", or a peer's.
+        contender: `name` of its kind in `lesa.contenders`: "reference", "newton", "dense", "steps", or a peer's.
         setting: in words.
         block_passes: like `step_equivalents`, but a block whose attention alone was skipped counts as run.
         denoise_seconds: from the first call of the transformer on, without decoding.
-        peak_memory_bytes: the most that was allocated on a CUDA device, or None. It includes the latents of every step,
-            which are kept for `step_errors`, for every contender alike.
+        peak_memory_bytes: the most that was allocated on a CUDA device, or None. For every contender it includes the
+            latents of every step, which are kept for `step_errors`.
         latent_error: L2 norm of the final latents' difference over the norm of the reference's.
         lpips, clip_score, image_reward: None where their weights are not on the machine.
         per_sample: lists of "psnr", "ssim" and "latent_error".
-        step_errors: like `latent_error`, after each step, over the first 16 samples; None where steps don't correspond.
+        step_errors: like `latent_error`, after each step, over the first 16 samples; None if the run has other steps.
     """
 
     name: str
@@ -101,10 +98,17 @@ class EvaluatedRun:
     @property
     def is_ours(self) -> bool:
         """Whether a predictor of lesa made it."""
-        return self.contender in OURS
+        kind = kind_of(self.contender)
+        return kind is not None and issubclass(kind, Ours)
 
-    def to_dict(self) -> dict:
-        """A dict for JSON, where a figure that is infinite or NaN is None."""
+    @property
+    def is_peer(self) -> bool:
+        """Whether a cache of others made it. Every contender that is not registered is one."""
+        kind = kind_of(self.contender)
+        return kind is None or issubclass(kind, Peer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict for JSON. A figure that is infinite or NaN is None."""
         return finite({"name": self.name, "computed_steps": self.computed_steps, **asdict(self)})
 
 
@@ -115,12 +119,12 @@ class Evaluation:
     Args:
         runs: the contenders, the reference first.
         images: by run, the first few images of one size, `[n, height, width, 3]` in [0, 1]; of a video the middle one.
-        facts: what was measured on, what was searched and what was not available; see `evaluate`.
+        facts: on what it was measured, what was searched and what was not available; see `evaluate`.
     """
 
     runs: tuple[EvaluatedRun, ...]
     images: Mapping[str, np.ndarray]
-    facts: Mapping
+    facts: Mapping[str, Any]
 
     def __getitem__(self, name: str) -> EvaluatedRun:
         return next(run for run in self.runs if run.name == name)
@@ -133,24 +137,24 @@ class Evaluation:
     @property
     def shown(self) -> list[EvaluatedRun]:
         """The runs for people: of each peer only the best at each rounded number of step equivalents."""
-        return [run for run in self.runs if run.contender not in PEERS or self.is_best(run)]
+        return [run for run in self.runs if not run.is_peer or self.is_best(run)]
 
-    def against_ours(self, run: EvaluatedRun, by: str = "step_equivalents") -> dict | None:
-        """How far ours is ahead of a run in PSNR.
+    def against_ours(self, run: EvaluatedRun, by: Count = "step_equivalents") -> dict[str, Any] | None:
+        """How far a run of ours that costs no more is ahead of a run in PSNR.
 
         Args:
             run: any of `runs`.
-            by: what ours may have no more of than `run`: "step_equivalents", or "whole_steps", rounded.
+            by: what a run costs: "step_equivalents", or "whole_steps", rounded.
 
         Returns:
-            `ours`, the name of the run of ours with the most of these (of several the best); `psnr_difference` in dB,
-            the mean over samples of ours less the other; `low` and `high`, the ends of its 95 % bootstrap interval.
-            None for our own runs, for the reference, and where we have no such run.
+            `ours`, the name of our most expensive run that costs no more than `run` (of several the best);
+            `psnr_difference` in dB, the mean over samples of ours less the other; `low` and `high`, the ends of its
+            95 % bootstrap interval. None for our own runs, for the reference, and where we have no such run.
         """
         check_choice("by", by, ("step_equivalents", "whole_steps"))
         most = run.step_equivalents + 1e-6 if by == "step_equivalents" else round(run.whole_steps)
         ours = [r for r in self.runs if r.is_ours and getattr(r, by) <= most]
-        if run.is_ours or run.contender == REFERENCE or not ours:
+        if run.is_ours or run.contender == Reference.name or not ours:
             return None
         nearest = max(ours, key=lambda r: (getattr(r, by), _rank(r)))
         pairs = np.array([nearest.per_sample.get("psnr", ()), run.per_sample.get("psnr", ())], dtype=np.float64)
@@ -161,38 +165,51 @@ class Evaluation:
         return {"ours": nearest.name, "psnr_difference": mean, "low": low, "high": high}
 
     def table(self) -> str:
-        """Steps, seconds, speed-up, PSNR, SSIM and our lead of the runs in `shown`, as aligned text."""
-        rows = [("run", "whole steps", "step eq.", "seconds", "speed-up", "PSNR dB", "SSIM", "ours ahead by, dB")]
-        for run in self.shown:
-            quality = ("-", "-") if run.name == REFERENCE else (f"{run.psnr:.2f}", f"{run.ssim:.4f}")
-            whole = f"{run.whole_steps:.4g} of {run.num_inference_steps}"
-            equivalents = f"{run.step_equivalents:.2f}"
-            lead = finite(self.against_ours(run) or {})
-            if lead.get("low") is not None:
-                ahead = "{psnr_difference:.2f} ({low:.2f} to {high:.2f})".format(**lead)
-            else:
-                ahead = "-"
-            speed = f"{run.seconds:.2f}", f"{run.speedup:.2f}x"
-            rows.append((run.name, whole, equivalents, *speed, *quality, ahead))
+        """Steps, seconds, speed-up, PSNR, SSIM and our lead of the runs in `shown`, as text of at most 120 columns."""
+        head = ("run", "whole steps", "step eq.", "seconds", "speed-up", "PSNR dB", "SSIM", "ours ahead by, dB")
+        rows = [head, *map(self._row, self.shown)]
         widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+        left = TABLE_WIDTH - sum(widths[1:]) - 2 * len(widths[1:])  # for the names
+        widths[0] = max((len(row[0]) for row in rows if len(row[0]) <= left), default=0)
+        lines = []
+        for name, *figures in rows:
+            if len(name) > widths[0]:  # a longer one has a line of its own
+                lines.append(name)
+                name = ""
+            lines.append("  ".join([name.ljust(widths[0]), *map(str.rjust, figures, widths[1:])]))
         lines.insert(1, "-" * len(lines[0]))
-        lines += self._notes()
+        for note in self._notes():
+            lines += textwrap.wrap(note, TABLE_WIDTH, subsequent_indent="  ", break_on_hyphens=False)
         return "\n".join(lines)
 
+    def _row(self, run: EvaluatedRun) -> tuple[str, ...]:
+        quality = ("-", "-") if run.contender == Reference.name else (f"{run.psnr:.2f}", f"{run.ssim:.4f}")
+        whole = f"{run.whole_steps:.4g} of {run.num_inference_steps}"
+        lead = finite(self.against_ours(run) or {})
+        ahead = "-"
+        if lead.get("low") is not None:
+            ahead = "{psnr_difference:.2f} ({low:.2f} to {high:.2f})".format(**lead)
+        speed = f"{run.seconds:.2f}", f"{run.speedup:.2f}x"
+        return run.name, whole, f"{run.step_equivalents:.2f}", *speed, *quality, ahead
+
     def _notes(self) -> list[str]:
-        notes = ["Step eq.: how often a block ran, over the number of blocks. Ours is at most at as many, and paired."]
-        if any(run.name.startswith("taylorseer-full") for run in self.shown):
-            notes.append("TaylorSeer's full mode computes the attentions in so many steps, and all else in every step.")
+        notes = [
+            "Step eq.: how often a block ran, divided by the number of blocks. The lead is the mean difference in PSNR "
+            "to our most expensive run that needs no more of them, with its 95 % interval."
+        ]
+        for name in dict.fromkeys(run.contender for run in self.shown):
+            kind = kind_of(name)
+            note = kind.note([run.name for run in self.shown if run.contender == name]) if kind is not None else None
+            notes += [note] if note is not None else []
         for contender, search in self.facts.get("searched", {}).items():
             notes.append(
                 f"{contender}: the best of {search['tried']} settings, searched with {search['samples']} samples."
             )
             notes += [f"{contender}: {row['why']}" for row in search["budgets"] if row["run"] is None and row["why"]]
-        peers = {name: why for name, why in self.facts.get("not_available", {}).items() if name in PEERS}
-        return notes + [f"{name} is not available: {why}" for name, why in peers.items()]
+        absent = self.facts.get("not_available", {})
+        return notes + [f"{name} is not available: {why}" for name, why in absent.items() if name not in LEARNED]
 
-    def summary(self) -> dict:
+    def summary(self) -> dict[str, Any]:
         """All runs and what they were measured on, for JSON."""
         runs = [
             {
@@ -207,8 +224,8 @@ class Evaluation:
         return {**head, **finite(dict(self.facts)), "runs": runs, "images": self._files()}
 
     def _files(self) -> dict[str, list[str]]:
-        """By run, the files of its images. Names that a file can't have are numbered."""
-        shown = [run.name for run in self.runs if run.contender == REFERENCE or run.is_ours or self.is_best(run)]
+        """By run, the files of its images."""
+        shown = [run.name for run in self.runs if run.contender == Reference.name or run.is_ours or self.is_best(run)]
         return {
             name: [f"images/{file_name(name)}/{number}.png" for number in range(len(self.images[name]))]
             for name in shown
@@ -224,32 +241,35 @@ class Evaluation:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         picture, summary = folder / "comparison.png", folder / "summary.json"
-        draw_comparison(self.shown, self.images, picture)
+        with whole_file(picture) as temporary:
+            draw_comparison(self.shown, self.images, temporary)
         contents = self.summary()
         for name, files in contents["images"].items():
             for file, image in zip(files, self.images[name]):
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray((np.nan_to_num(image).clip(0, 1) * 255).round().astype(np.uint8)).save(folder / file)
-        with (folder / "runs.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
+                pixels = Image.fromarray((np.nan_to_num(image).clip(0, 1) * 255).round().astype(np.uint8))
+                with whole_file(folder / file) as temporary:
+                    pixels.save(temporary, "png")
+        with whole_file(folder / "runs.csv") as temporary, temporary.open("w", newline="") as table:
+            writer = csv.writer(table)
             lead = ("ours", "psnr_difference", "low", "high")
             writer.writerow(["name", "contender", "setting", "is_best", *_SCALARS, *lead])
             for run in contents["runs"]:
                 ahead = run["against_ours"] or {}
                 first = [run["name"], run["contender"], run["setting"], run["is_best"]]
                 writer.writerow([*first, *(run[name] for name in _SCALARS), *(ahead.get(name) for name in lead)])
-        summary.write_text(json.dumps(contents, indent=2, allow_nan=False) + "\n")
+        write_text(summary, json.dumps(contents, indent=2, allow_nan=False) + "\n")
         return [picture, summary]
 
 
 def file_name(name: str) -> str:
-    """The name, with what a file's name can't hold replaced and told apart by a digest."""
+    """The name for a file: characters that a file's name can't hold are replaced, and a digest is added then."""
     safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._") or "run"
     return safe if safe == name else f"{safe[:80]}-{digest(name)[:8]}"
 
 
-def finite(value):
-    """The value for JSON, with None for what is infinite or NaN."""
+def finite(value: Any) -> Any:
+    """The value for JSON: None replaces every number that is infinite or NaN."""
     if isinstance(value, Mapping):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,21 +1,20 @@
 """Searches the best settings of a peer."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
-from lesa.contenders import Setting, grid_of
-from lesa.contenders.base import bisected
-from lesa.contenders.mag_cache import calibrate_mag_cache
+from lesa.contenders import THRESHOLDS, Peer
+from lesa.contenders.base import Count
 from lesa.evaluation.contest import Contest, sample_pairs
 from lesa.evaluation.quality import psnr
 from lesa.evaluation.result import sortable
 
-_CALIBRATION_SAMPLES = 2
-
-
-_ATTEMPTS = 4
+CALIBRATION_SAMPLES = 2
+ATTEMPTS = 4
+"""So many of the best settings within a budget are run on all inputs, until one keeps to it there."""
 
 
 class NotAvailableError(Exception):
@@ -23,61 +22,65 @@ class NotAvailableError(Exception):
 
 
 class SettingSearch:
-    """Finds a peer's best settings with a few inputs, and runs them on all."""
+    """Finds a peer's best settings with a few inputs, and runs them on all.
 
-    def __init__(self, contest: Contest, inputs: list[dict], peer: str, budgets: Iterable[int]):
+    Args:
+        contest: runs the settings.
+        inputs: of the search.
+        peer: the kind of contender.
+        budgets: how much a run may cost.
+    """
+
+    def __init__(self, contest: Contest, inputs: list[dict], peer: type[Peer], budgets: Iterable[int]):
         self.contest, self.inputs, self.peer, self.budgets = contest, inputs, peer, sorted(budgets, reverse=True)
         self._batches = contest.batches_of(inputs)
-        self._tried: dict[Setting, tuple[float, float, float]] = {}  # PSNR, whole steps, step equivalents
-        self._kept = contest.store.read_search(peer, len(inputs))
+        self._tried: dict[Peer, dict[str, float]] = {}  # "psnr" and both counts
+        self._kept = contest.store.read_search(peer.name, len(inputs))
 
-    def run(self) -> dict:
-        """Searches, runs the best, and says what was searched."""
-        contest = self.contest
-        steps = contest.num_inference_steps
-        ratios = ()
-        if self.peer == "mag-cache":
-            ratios = self._kept.get("mag_ratios") or self._attempt(self._calibrate)
-            self._kept["mag_ratios"] = list(ratios)
-        grid = grid_of(self.peer, steps, self.budgets, ratios)
+    def run(self) -> dict[str, Any]:
+        """Searches, runs the best, and says what was searched.
+
+        Raises:
+            NotAvailableError: the peer can't run on this model.
+        """
+        peer, calibration = self.peer, ()
+        if peer.calibration is not None:
+            calibration = tuple(self._kept.get(peer.calibration) or self._attempt(self._calibrate))
+            self._kept[peer.calibration] = list(calibration)
+        grid = peer.grid(self.contest.num_inference_steps, self.budgets, calibration)
         for setting in grid.settings:
             self._figures(setting)
-        measures = (2,) if self.peer in ("taylorseer", "mag-cache") else (2, 1)  # others run a block in every step
         for axis in grid.axes:
-            for measure in measures:
+            for count in peer.counted_in:
                 for budget in self.budgets:
-                    for setting in bisected(axis, lambda s: self._figures(s)[measure], budget + 1e-6):  # noqa: B023
+                    for setting in bisected(axis, lambda s: self._figures(s)[count], budget + 1e-6):  # noqa: B023
                         self._figures(setting)
-        budgets = [self._best(budget, measure) for measure in measures for budget in self.budgets]
+        budgets = [self._best(budget, count) for count in peer.counted_in for budget in self.budgets]
         result = {"grid": grid.text, "samples": len(self.inputs), "tried": len(self._tried), "budgets": budgets}
-        return {**result, "mag_ratios": list(ratios)} if ratios else result
+        return result if peer.calibration is None else {**result, peer.calibration: list(calibration)}
 
-    def _calibrate(self):
+    def _calibrate(self) -> tuple[float, ...]:
         contest = self.contest
-        samples = self.inputs[:_CALIBRATION_SAMPLES]
-        return calibrate_mag_cache(contest.pipe, lambda: contest.call_once(samples), contest.num_inference_steps)
+        samples = self.inputs[:CALIBRATION_SAMPLES]
+        return self.peer.calibrate(contest.pipe, lambda: contest.call_once(samples), contest.num_inference_steps)
 
-    def _figures(self, setting: Setting) -> tuple[float, float, float]:
+    def _figures(self, setting: Peer) -> dict[str, float]:
         """PSNR, whole steps and step equivalents of a setting on the inputs of the search."""
         if setting not in self._tried:
             key = repr(setting)
             if key not in self._kept:
                 self.contest.bar.set_postfix_str(f"search: {setting}, {len(self._tried)} tried")
                 self._kept[key] = self._attempt(lambda: self._measured(setting))
-                self.contest.store.write_search(self.peer, len(self.inputs), self._kept)
-            self._tried[setting] = tuple(self._kept[key])
+                self.contest.store.write_search(self.peer.name, len(self.inputs), self._kept)
+            self._tried[setting] = dict(zip(("psnr", "whole_steps", "step_equivalents"), self._kept[key]))
         return self._tried[setting]
 
-    def _measured(self, setting):
-        contest = self.contest
-        steps = contest.num_inference_steps
-        made = contest.outcome(
-            self._batches, steps, lambda: setting.on(contest.pipe, steps), each_call=True, warm=False
-        )
-        values = [psnr(*pair, peak=1.0) for pair in sample_pairs(made.images, contest._reference.images)]
+    def _measured(self, setting: Peer) -> tuple[float, float, float]:
+        made = self.contest.outcome(self._batches, setting, warm=False)
+        values = [psnr(*pair, peak=1.0) for pair in sample_pairs(made.images, self.contest.reference.images)]
         return float(np.mean(values)), made.counts[0], made.counts[1]
 
-    def _attempt(self, function):
+    def _attempt(self, function: Callable[[], Any]) -> Any:
         """Calls it; a failure of the peer's code on this model makes the peer not available."""
         try:
             return function()
@@ -87,19 +90,40 @@ class SettingSearch:
             message = " ".join(str(error).split())[:300]
             raise NotAvailableError(f"it fails on this model: {type(error).__name__}: {message}") from error
 
-    def _best(self, budget: int, measure: int) -> dict:
+    def _best(self, budget: int, count: Count) -> dict[str, Any]:
         """Runs the best setting within a budget on all inputs."""
-        by = "step_equivalents" if measure == 2 else "whole_steps"
-        row = {"budget": budget, "by": by, "run": None, "why": None}
+        row = {"budget": budget, "by": count, "run": None, "why": None}
+        words = count.replace("_", " ")
         if not self._tried:
-            return {**row, "why": f"its grid has no setting of at most {budget} {by.replace('_', ' ')}"}
-        within = [s for s, figures in self._tried.items() if figures[measure] <= budget + 1e-6]
+            return {**row, "why": f"its grid has no setting of at most {budget} {words}"}
+        within = [s for s, figures in self._tried.items() if figures[count] <= budget + 1e-6]
         if not within:
-            least = min(figures[measure] for figures in self._tried.values())
-            return {**row, "why": f"no setting has at most {budget} {by.replace('_', ' ')}; the least is {least:.2f}"}
-        ranked = sorted(within, key=lambda s: -sortable(self._tried[s][0]))
-        for setting in ranked[:_ATTEMPTS]:
-            run = self.contest.run_setting(setting)
-            if getattr(run, by) <= budget + 1e-6:
+            least = min(figures[count] for figures in self._tried.values())
+            return {**row, "why": f"no setting has at most {budget} {words}; the least is {least:.2f}"}
+        ranked = sorted(within, key=lambda s: -sortable(self._tried[s]["psnr"]))
+        for setting in ranked[:ATTEMPTS]:
+            run = self.contest.run(setting)
+            if getattr(run, count) <= budget + 1e-6:
                 return {**row, "run": run.name}
-        return {**row, "why": f"the best settings go above {budget} {by.replace('_', ' ')} on all inputs"}
+        return {**row, "why": f"the best settings need more than {budget} {words} on all inputs"}
+
+
+def bisected(axis: Peer, count: Callable[[Peer], float], budget: float, probes: int = 7) -> Iterator[Peer]:
+    """Yields settings on both sides of the smallest threshold that keeps within a budget.
+
+    Args:
+        axis: the setting, with any threshold.
+        count: gives what a setting costs. It is assumed to fall as the threshold rises.
+        budget: how much a setting may cost.
+        probes: how many settings to try. If the highest threshold costs more than the budget, it is the only one.
+    """
+    low, high = THRESHOLDS
+    last = axis.with_threshold(high)
+    yield last
+    if count(last) > budget:
+        return
+    for _ in range(probes - 1):
+        middle = float(f"{(low * high) ** 0.5:.4g}")
+        setting = axis.with_threshold(middle)
+        yield setting
+        low, high = (middle, high) if count(setting) > budget else (low, middle)

@@ -1,23 +1,47 @@
 """Finished parts of an evaluation on disk, to resume from."""
 
 import json
+import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 
 import lesa_kernels
-from lesa.artifacts import digest, fingerprint
-from lesa.evaluation.result import REFERENCE, EvaluatedRun, Outcome, file_name
+from lesa.artifacts import digest, fingerprint, whole_file, write_text
+from lesa.contenders import Reference
+from lesa.contenders.base import Pipeline
+from lesa.evaluation.result import EvaluatedRun, Outcome, file_name
+from lesa.models.adapter import Adapter
 
 
 class Store:
-    """What is finished, in `runs/` of the output folder; each file says what it was made from."""
+    """Finished runs and searches, in `runs/` of the output folder. Each file says what it was made from.
 
-    def __init__(self, out_dir, pipe, adapter, inputs, seed, batch_size, num_inference_steps):
+    Args:
+        out_dir: the output folder. None: nothing is kept.
+        pipe: the pipeline.
+        adapter: of its transformer.
+        inputs: dicts of pipeline arguments.
+        seed: of the first input.
+        batch_size: inputs per pipeline call.
+        num_inference_steps: steps of the reference.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | os.PathLike | None,
+        pipe: Pipeline,
+        adapter: Adapter,
+        inputs: list[dict],
+        seed: int,
+        batch_size: int,
+        num_inference_steps: int,
+    ):
         self.folder = None if out_dir is None else Path(out_dir) / "runs"
         if self.folder is None:
             return
@@ -28,10 +52,14 @@ class Store:
             [facts, fingerprint(transformer), digest(inputs), dict(pipe.scheduler.config), type(pipe).__name__]
         )
 
-    def read(self, name: str, more: str, with_outcome: bool):
-        """The run, its images, the noise levels, and the outcome if it is needed; or None."""
-        file, arrays = self._files(name)
-        if file is None or not file.exists() or not arrays.exists():
+    def read(
+        self, name: str, more: str, with_outcome: bool
+    ) -> tuple[EvaluatedRun, np.ndarray, list[float], Outcome | None] | None:
+        """The run, its images, the noise levels, and the outcome if it is needed. None if it is not kept."""
+        if self.folder is None:
+            return None
+        file, arrays = _files(self.folder, name)
+        if not file.exists() or not arrays.exists():
             return None
         contents = json.loads(file.read_text())
         if contents["key"] != digest([self._key, more]):
@@ -54,52 +82,48 @@ class Store:
                 )
         return run, images, contents["sigmas"], outcome
 
-    def write(self, name: str, more: str, run: EvaluatedRun, images: np.ndarray, sigmas, outcome: Outcome) -> None:
-        """Keeps a run; of the reference all that others are compared with."""
-        file, arrays = self._files(name)
-        if file is None:
+    def write(
+        self, name: str, more: str, run: EvaluatedRun, images: np.ndarray, sigmas: list[float], outcome: Outcome
+    ) -> None:
+        """Keeps a run. Of the reference it keeps everything that others are compared with."""
+        if self.folder is None:
             return
-        values = {"pictured": images}
-        if run.contender == REFERENCE:
+        file, arrays = _files(self.folder, name)
+        values: dict[str, np.ndarray] = {"pictured": images}
+        if run.contender == Reference.name:
             for number in range(len(outcome.latents)):
                 values[f"latents-{number}"] = outcome.latents[number]
                 values[f"images-{number}"] = outcome.images[number]
                 values[f"trajectory-{number}"] = np.array(outcome.trajectories[number])
-        part = arrays.with_suffix(".part.npz")
-        np.savez(part, **values)
-        part.replace(arrays)
+        with whole_file(arrays) as temporary, temporary.open("wb") as stream:
+            np.savez(stream, **values)  # type: ignore[arg-type]  # numpy declares its other keyword first
         contents = {"key": digest([self._key, more]), "batches": len(outcome.latents), "sigmas": sigmas}
-        write_whole(file, json.dumps({**contents, "run": asdict(run)}))  # Python's JSON knows Infinity and NaN
+        write_text(file, json.dumps({**contents, "run": asdict(run)}))  # Python's JSON knows Infinity and NaN
 
     def read_search(self, peer: str, samples: int) -> dict:
-        """By setting, the figures of the search with so many samples."""
-        file, _ = self._files(f"search {peer}")
-        if file is None or not file.exists():
+        """By setting, the figures of the search with this number of samples."""
+        if self.folder is None:
+            return {}
+        file, _ = _files(self.folder, f"search {peer}")
+        if not file.exists():
             return {}
         contents = json.loads(file.read_text())
         return contents["figures"] if contents["key"] == digest([self._key, samples]) else {}
 
     def write_search(self, peer: str, samples: int, figures: dict) -> None:
         """Keeps the figures of the search so far."""
-        file, _ = self._files(f"search {peer}")
-        if file is not None:
-            write_whole(file, json.dumps({"key": digest([self._key, samples]), "figures": figures}))
-
-    def _files(self, name: str):
-        if self.folder is None:
-            return None, None
-        name = file_name(name)
-        return self.folder / f"{name}.json", self.folder / f"{name}.npz"
+        if self.folder is not None:
+            file, _ = _files(self.folder, f"search {peer}")
+            write_text(file, json.dumps({"key": digest([self._key, samples]), "figures": figures}))
 
 
-def write_whole(file: Path, text: str) -> None:
-    """So that an interruption leaves the old file or the new one."""
-    part = file.with_suffix(".part")
-    part.write_text(text)
-    part.replace(file)
+def _files(folder: Path, name: str) -> tuple[Path, Path]:
+    name = file_name(name)
+    return folder / f"{name}.json", folder / f"{name}.npz"
 
 
-def facts_of(pipe, inputs, seed, batch_size) -> dict:
+def facts_of(pipe: Pipeline, inputs: list[dict], seed: int, batch_size: int) -> dict[str, Any]:
+    """What the figures depend on, for `summary.json`: model, samples, device and versions."""
     transformer = pipe.transformer
     device = transformer.device
     parameters = sum(p.numel() for p in transformer.parameters())

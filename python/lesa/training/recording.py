@@ -1,9 +1,8 @@
 """`record`: runs a pipeline and writes what its transformer computes, for training."""
 
-import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,7 @@ import torch
 from tqdm import tqdm
 
 from lesa.artifacts import check_same_settings, digest, fingerprint, predictor_identity, write_text
-from lesa.cache import enable_cache
-from lesa.cache.hook import StepHook
+from lesa.cache import observed
 from lesa.cache.run import Call, Run
 from lesa.inputs import batches_of, check_inputs, collate
 from lesa.models import adapter_for
@@ -166,7 +164,7 @@ class Recording:
         recorder = Recorder(self.pipe, adapter_for(self.pipe), self.tokens_per_sample, self.seed)
         finished = total - len(missing)
         shown = tqdm(total=total, initial=finished, desc=bar, unit="sample", disable=bar is None)
-        with _kept_by(recorder, self.predictor) as hook, quiet_progress(self.pipe), shown:
+        with observed(self.pipe, recorder, self.predictor), quiet_progress(self.pipe), shown:
             for numbers in batches_of(self.inputs, self.batch_size):
                 wanted = missing.intersection(numbers)
                 if not wanted:
@@ -178,7 +176,7 @@ class Recording:
                     num_inference_steps=self.num_inference_steps,
                     output_type="latent",
                 )
-                recorder.check_complete(hook.computed)
+                recorder.check_complete()
                 _begin(folder, {**planned, **recorder.facts()}, recorder.head)
                 for position, number in enumerate(numbers):
                     if number in wanted:
@@ -193,21 +191,6 @@ def _show(bar: tqdm, finished: int, samples: int, share: float) -> None:
     bar.update(0)
 
 
-@contextlib.contextmanager
-def _kept_by(recorder: "Recorder", predictor: FusedKANPredictor | None) -> Iterator[StepHook]:
-    """The context in which the recorder gets what is computed, of all steps or of those that the predictor leaves."""
-    if predictor is None:
-        hook = _RecordingHook(recorder.pipe, recorder.adapter)
-        hook.install()
-    else:
-        hook = enable_cache(recorder.pipe, predictor, strict=True)._hook
-    hook.recorder = recorder
-    try:
-        yield hook
-    finally:
-        hook.uninstall()
-
-
 @dataclass
 class _Stream:
     """What is kept of one stream of calls in a batch, on the CPU."""
@@ -220,22 +203,8 @@ class _Stream:
     steps: set[int] = field(default_factory=set)
 
 
-class _RecordingHook(StepHook):
-    """Computes every call."""
-
-    recorder: "Recorder"
-    computed: frozenset[int] = frozenset()
-
-    def on_run(self, run: Run) -> None:
-        self.computed = frozenset(range(len(run.executed_sigmas)))
-        self.recorder.on_run(run)
-
-    def keep(self, call, features, conditioning) -> None:
-        self.recorder.keep(call, features, conditioning)
-
-
 class Recorder:
-    """Keeps what enters the output head in the computed steps of one call of the pipeline.
+    """A `StepObserver` that keeps what enters the output head in the computed steps of one call of the pipeline.
 
     Args:
         pipe, adapter: whose head it is.
@@ -258,10 +227,11 @@ class Recorder:
         """
         self.numbers, self.on_step = numbers, on_step
         self.sigmas: list[float] = []
+        self.computed: Set[int] = frozenset()
         self.streams: dict[str, _Stream] = {}
 
-    def on_run(self, run: Run) -> None:
-        """Called at the first step of a run."""
+    def on_run(self, run: Run, computed: Set[int]) -> None:
+        """Called at the first step of a run, of which the steps `computed` are to be recorded."""
         if any(stream.steps for stream in self.streams.values()):
             raise argument_error(
                 "inputs",
@@ -270,11 +240,12 @@ class Recorder:
                 "Ask for a shorter video, of one section.",
                 RuntimeError,
             )
-        self.sigmas = run.executed_sigmas
+        self.sigmas, self.computed = run.executed_sigmas, computed
         self.streams = {}
 
-    def check_complete(self, steps: Set[int]) -> None:
-        """Raises `RuntimeError` unless every stream has these steps."""
+    def check_complete(self) -> None:
+        """Raises `RuntimeError` unless every stream has all steps that were to be computed."""
+        steps = self.computed
         seen = {name: stream.steps for name, stream in self.streams.items()} or {"any": set()}
         for name, had in seen.items():
             if had != steps or not had:

@@ -1,0 +1,32 @@
+"""The hook for those that watch a run in which every step is computed."""
+
+from typing import Any
+
+import torch
+
+from lesa.cache.device_values import DeviceValues
+from lesa.cache.hook import StepHook
+from lesa.cache.run import Call, Run, RunState, StepObserver
+from lesa.models import Adapter
+
+
+class ComputingHook(StepHook[RunState]):
+    """Computes each call, and shows it to an observer.
+
+    Args:
+        pipe, adapter: as in `StepHook`.
+        observer: sees what is computed.
+    """
+
+    def __init__(self, pipe: Any, adapter: Adapter, observer: StepObserver):
+        super().__init__(pipe, adapter)
+        self.observer = observer
+
+    def new_state(self, run: Run, values: DeviceValues) -> RunState:
+        return RunState(run, values)
+
+    def on_run(self, state: RunState) -> None:
+        self.observer.on_run(state.run, frozenset(range(len(state.run.executed_sigmas))))
+
+    def keep(self, state: RunState, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
+        self.observer.keep(call, features, conditioning)

@@ -1,0 +1,179 @@
+"""What a report compares: each of our runs, and every other contender at its best within the same budget."""
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from lesa.contenders import kind_of, order_of
+from lesa.contenders.base import Count
+
+EXTRA_STEPS = 1
+"""How many steps more than ours a run of the others may need. Settings of caches rarely meet a count exactly."""
+
+COUNTS: tuple[Count, ...] = get_args(Count)
+
+
+def title_of(contender: str) -> str:
+    """What people call a contender; its name if it is not registered."""
+    kind = kind_of(contender)
+    return contender if kind is None else kind.title
+
+
+def label_of(contender: str) -> str:
+    """A short title of a contender; its name if it is not registered."""
+    kind = kind_of(contender)
+    return contender if kind is None else kind.label
+
+
+def color_of(contender: str) -> str:
+    """Name of the page's colour of a contender."""
+    return "--other" if kind_of(contender) is None else f"--c-{contender}"
+
+
+def budgets_of(runs: Sequence[dict], ours: str | None) -> list[dict[str, Any]]:
+    """Our runs from most to least steps, each with the best runs of the other contenders within its budget.
+
+    Args:
+        runs: those of `summary.json`, without the reference.
+        ours: the contender that is ours, or None.
+
+    Returns:
+        For each of our runs: `ours`, its name; `text`, its step equivalents; `peers`, names of the best runs of the
+        others by step equivalents; `absent`, titles of contenders that cannot reach the budget.
+    """
+    mine = [run for run in runs if run["contender"] == ours and run.get("is_best", True)]
+    budgets = []
+    for run in sorted(mine, key=lambda run: -run["step_equivalents"]):
+        best = {name: best_within(runs, name, run, "step_equivalents") for name in others(runs, ours)}
+        budgets.append(
+            {
+                "ours": run["name"],
+                "text": f"{run['step_equivalents']:.4g}",
+                "peers": [peer["name"] for peer in best.values() if peer is not None],
+                "absent": [title_of(name) for name, peer in best.items() if peer is None],
+            }
+        )
+    return budgets
+
+
+def chosen(budgets: Sequence[dict], num_inference_steps: int) -> int:
+    """The budget that the page opens with: the one nearest to 9 steps of 50."""
+    distances = [abs(float(budget["text"]) - 0.18 * num_inference_steps) for budget in budgets]
+    return distances.index(min(distances)) if distances else 0
+
+
+def others(runs: Sequence[dict], ours: str | None) -> list[str]:
+    """The contenders of the runs, without ours, in the order of the report."""
+    return sorted(dict.fromkeys(run["contender"] for run in runs if run["contender"] != ours), key=order_of)
+
+
+def best_within(runs: Sequence[dict], contender: str, run: dict, count: Count) -> dict | None:
+    """The run of a contender with the best PSNR that needs at most one step more than `run`, or None."""
+    within = [
+        peer
+        for peer in runs
+        if peer["contender"] == contender and peer.get(count) is not None and peer[count] <= run[count] + EXTRA_STEPS
+    ]
+    return max(within, key=_quality, default=None)
+
+
+def _quality(run: dict) -> float:
+    """PSNR in dB; runs without one are last."""
+    return float("-inf") if run["psnr"] is None else run["psnr"]
+
+
+def rivals(runs: Sequence[dict], run: dict) -> tuple[list[str], list[dict[str, Any]]]:
+    """A table of every other contender at its best within the budget of `run`.
+
+    Args:
+        runs: those of `summary.json`, without the reference.
+        run: ours.
+
+    Returns:
+        The heads of the columns, one for each count; and for each contender its title, its colour and its cells, each a
+        text and the name of the run.
+    """
+    counts = [count for count in COUNTS if run.get(count) is not None]
+    heads = [f"at most {run[count] + EXTRA_STEPS:.4g} {_words(count)}" for count in counts]
+    rows = [
+        {
+            "title": title_of(name),
+            "color": color_of(name),
+            "cells": [_cell(runs, name, run, count) for count in counts],
+        }
+        for name in others(runs, run["contender"])
+    ]
+    return heads, rows
+
+
+def _cell(runs: Sequence[dict], contender: str, run: dict, count: Count) -> tuple[str, str]:
+    """What a cell says, and the name of the run."""
+    best = best_within(runs, contender, run, count)
+    if best is None:
+        needed = [peer[count] for peer in runs if peer["contender"] == contender and peer.get(count) is not None]
+        return "cannot reach this budget" + (f"; the least is {min(needed):.3g}" if needed else ""), ""
+    quality = "no difference" if best["psnr"] is None else f"{best['psnr']:.1f} dB"
+    return f"{quality} with {best[count]:.3g}", best["name"]
+
+
+def _words(count: Count) -> str:
+    return count.replace("_", " ")
+
+
+def headline(summary: dict, budget: dict | None) -> tuple[str, str, list[tuple[str, str]]]:
+    """The sentence at the top, the text below it, and figures with what they mean.
+
+    Args:
+        summary: what `lesa evaluate` wrote.
+        budget: one of `budgets_of`, or None if no run is ours.
+    """
+    total, samples = summary["num_inference_steps"], summary["samples"]
+    same = (
+        f"Mean over {samples} samples. Each is compared with the one of the same seed, computed in all {total} steps."
+    )
+    if budget is None:
+        return f"What fewer than {total} steps give", same, []
+    runs = summary["runs"][1:]
+    run = next(run for run in runs if run["name"] == budget["ours"])
+    computed, faster = f"{run['step_equivalents']:.3g} of {total}", f"{run['speedup']:.1f}"
+    sentence = f"{computed} steps computed, {faster} times as fast"
+    tiles = [(f"{faster}×", "as fast, end to end"), (computed, "steps computed")]
+    if run["psnr"] is None:
+        return f"{sentence}, and the same pictures.", same, tiles
+    sentence += f", and {run['psnr']:.1f} dB PSNR to the full run"
+    tiles.append((f"{run['psnr']:.1f} dB", "PSNR against the full run"))
+    names = others(runs, run["contender"])
+    if not names:
+        return f"{sentence}.", same, tiles
+    most = f"{run['step_equivalents'] + EXTRA_STEPS:.3g} step equivalents"
+    best = _best_of_all(runs, names, run, "step_equivalents")
+    by_whole_steps = _by_whole_steps(runs, names, run, best)
+    if best is None:
+        none = "" if budget["peers"] else f" No other contender needs as few as {most}."
+        return f"{sentence}.{none}", f"{by_whole_steps}{same}", tiles
+    ahead = run["psnr"] - best["psnr"]
+    sentence += (
+        f": {abs(ahead):.1f} dB {'above' if ahead >= 0 else 'below'} the best of the others with at most {most}."
+    )
+    tiles.append((f"{ahead:+.1f} dB".replace("-", "\N{MINUS SIGN}"), f"to {title_of(best['contender'])}"))
+    text = f"By this count, the best of the others is {_figures(best, 'step_equivalents')}. {by_whole_steps}{same}"
+    paired = best.get("against_ours") or {}
+    if paired.get("ours") == run["name"] and paired.get("low") is not None:
+        text += f" The 95 % interval of the difference is {paired['low']:.1f} to {paired['high']:.1f} dB."
+    return sentence, text, tiles
+
+
+def _best_of_all(runs: Sequence[dict], names: Sequence[str], run: dict, count: Count) -> dict | None:
+    found = [best_within(runs, name, run, count) for name in names]
+    return max((peer for peer in found if peer is not None and peer["psnr"] is not None), key=_quality, default=None)
+
+
+def _figures(run: dict, count: Count) -> str:
+    return f"{title_of(run['contender'])} with {run[count]:.3g} {_words(count)}, {run['psnr']:.1f} dB"
+
+
+def _by_whole_steps(runs: Sequence[dict], names: Sequence[str], run: dict, best: dict | None) -> str:
+    """A sentence about the best of the others by whole steps, if it is another run than `best`; it ends in a space."""
+    other = _best_of_all(runs, names, run, "whole_steps") if run.get("whole_steps") is not None else None
+    if other is None or other is best:
+        return ""
+    return f"By whole steps, the best of the others is {_figures(other, 'whole_steps')}. "
