@@ -163,8 +163,11 @@ class Recording:
         total = len(self.inputs)
         recorder = Recorder(self.pipe, adapter_for(self.pipe), self.tokens_per_sample, self.seed)
         finished = total - len(missing)
-        shown = tqdm(total=total, initial=finished, desc=bar, unit="sample", disable=bar is None)
-        with observed(self.pipe, recorder, self.predictor), quiet_progress(self.pipe), shown:
+        with (
+            observed(self.pipe, recorder, self.predictor),
+            quiet_progress(self.pipe),
+            tqdm(total=total, initial=finished, desc=bar, unit="sample", disable=bar is None) as shown,
+        ):
             for numbers in batches_of(self.inputs, self.batch_size):
                 wanted = missing.intersection(numbers)
                 if not wanted:
@@ -187,7 +190,7 @@ class Recording:
 
 def _show(bar: tqdm, finished: int, samples: int, share: float) -> None:
     """Moves the bar to the finished samples and a share of the samples in progress."""
-    bar.n = finished + (samples if share == 1 else round(samples * share, 1))
+    bar.n = finished + samples if share == 1 else round(finished + samples * share, 1)
     bar.update(0)
 
 

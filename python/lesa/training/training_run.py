@@ -41,7 +41,7 @@ MOST_TOKENS = 256
 class Training:
     """One training of a predictor: `fit`, then `finish`.
 
-    A subclass may replace three methods: `depends_on`, `roll_outs_of` and `loss_of`.
+    A subclass may replace `depends_on`, `roll_outs_of`, `loss_of` and `validation_name`.
 
     Args:
         trajectories: to train on.
