@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: style check test bench gpu gpu-results demo-weights
+.PHONY: style check test test-all bench gpu gpu-results demo-weights
 
 # The installed package is tested, not the checkout, which `python -m` and `python -c` put first.
 INSTALLED = $(PYTHON) -c "import runpy, sys; sys.path = [p for p in sys.path if p]; runpy.run_module(sys.argv.pop(1), run_name=\"__main__\")"
@@ -13,8 +13,11 @@ style:  ## format the code and fix what can be fixed
 check:  ## what CI demands of the code's style
 	$(PYTHON) -m ruff check .
 
-test:
+test:  ## the fast tests
 	$(PYTEST)
+
+test-all:  ## the slow ones too
+	$(PYTEST) -m ""
 
 bench:
 	$(PYTEST) benchmarks/ --benchmark-only
@@ -29,6 +32,7 @@ gpu:  ## build with CUDA, then tests, compute-sanitizer and all benchmarks on th
 	$(MAKE) --no-print-directory gpu-results \
 	  RESULTS="benchmarks/results/$$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' /' '--')"
 
+gpu-results: export PYTEST_ADDOPTS = -m ""
 gpu-results:
 	@test -n "$(RESULTS)" || { echo "gpu-results is a part of 'make gpu'" >&2; exit 1; }
 	mkdir -p "$(RESULTS)"

@@ -3,21 +3,18 @@
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import shapes
 import torch
+from floors import Floors, synchronise
 from pytest_benchmark.utils import get_commit_info
 
 from lesa_kernels.env_report import env_report
 from lesa_kernels.tune import device_seconds
-
-sys.path.insert(0, str(Path(__file__).parent))  # the suites import shapes.py and floors.py
-import shapes  # noqa: E402
-from floors import Floors, synchronise  # noqa: E402
 
 RATIOS = pytest.StashKey[list]()  # of (test name, extra_info)
 LAUNCHES = pytest.StashKey[list]()  # the same

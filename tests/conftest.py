@@ -1,12 +1,37 @@
+"""Fixtures of all tests, and their two tiers: `pytest` alone leaves out those with the marker `slow`."""
+
 import os
 
 import pytest
 import torch
 
+MOST_WORKERS = 4
+LEFT_OUT = pytest.StashKey[int]()  # how many slow tests were left out
+
 if not torch.cuda.is_available():
     # Without a GPU, Triton's kernels run in its interpreter. They are decorated for it when they are imported, so this
     # comes first. Tests of compiled kernels start processes of their own.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# The tensors of the tests are too small to share between threads. Where cores are busy, threads wait for each other.
+# Tests of code that uses several threads set their number themselves.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at these options
+def pytest_cmdline_main(config):
+    """Spreads the tests over processes where a whole tier runs without a GPU; `-n 0` keeps them in one process."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.usepdb
+    if whole and not torch.cuda.is_available() and config.getoption("numprocesses", 0) is None:
+        config.option.numprocesses = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+        config.option.dist = "loadfile"  # so that what a module's tests share is made once
+
+
+def pytest_configure(config):
+    config.stash[LEFT_OUT] = 0
+    if config.option.markexpr == "not slow" and all("::" in argument for argument in config.args):
+        config.option.markexpr = ""  # a test that is named is meant to run
 
 
 def pytest_collection_modifyitems(items):
@@ -16,6 +41,30 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_deselected(items):
+    for item in items:
+        if "slow" in item.keywords:
+            item.config.stash[LEFT_OUT] += 1
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist; each collects all tests
+        session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[LEFT_OUT] = max(node.config.stash[LEFT_OUT], getattr(node, "workeroutput", {}).get("left_out", 0))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.option.markexpr == "not slow" and config.stash[LEFT_OUT]:
+        terminalreporter.write_line(
+            f"{config.stash[LEFT_OUT]} slow tests were left out. Run them with `pytest -m slow`, "
+            "or all tests with `make test-all`."
+        )
 
 
 @pytest.fixture(autouse=True)

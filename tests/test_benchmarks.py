@@ -67,6 +67,7 @@ def test_every_suite_has_a_case_here():
     assert {path.name for path in BENCHMARKS.glob("bench_*.py")} == tested
 
 
+@pytest.mark.slow
 def test_each_benchmark_says_its_floor(suites):
     printed, report = suites
     measured = {Path(b["fullname"]).name: b for b in report["benchmarks"]}
@@ -81,12 +82,14 @@ def test_each_benchmark_says_its_floor(suites):
     assert all(case.partition("::")[2] in table for case in CASES) and "of a computed step" in table
 
 
+@pytest.mark.slow
 def test_tables_fit_into_a_terminal(suites):
     printed, _ = suites
     tables = [line for line in printed.splitlines() if line.startswith(("test_", "Name (time", "-----", "benchmark "))]
     assert len(tables) > 3 * len(CASES) and max(map(len, tables)) <= 120
 
 
+@pytest.mark.slow
 def test_a_launch_says_what_one_call_takes(suites):
     printed, report = suites
     table = printed.partition("time of the host for a call")[2]
@@ -98,6 +101,7 @@ def test_a_launch_says_what_one_call_takes(suites):
         assert case.partition("::")[2] in table and "ratio_to_floor" not in info
 
 
+@pytest.mark.slow
 def test_a_predicted_step_says_what_the_host_takes(suites):
     printed, report = suites
     table = printed.partition("without the model's own head modules")[2]
@@ -117,11 +121,13 @@ def test_work_of_the_ring_counts_scales():
     assert work.ring_gather(2, 3, 5, float8) == {"bytes": 2 * 3 * (5 + 4 + 5 * 4), "flops": 0}
 
 
+@pytest.mark.slow
 def test_a_predicted_step_costs_less_than_a_computed_one(suites):
     (step,) = [b for b in suites[1]["benchmarks"] if "bench_step.py::test_predicted_step" in b["fullname"]]
     assert 0 < step["extra_info"]["over_computed_step"] < 0.5
 
 
+@pytest.mark.slow
 def test_the_record_says_what_it_was_measured_on(suites):
     info = suites[1]["machine_info"]
     assert info["device"] == "cpu" and info["threads"] >= 1
@@ -132,6 +138,7 @@ def test_the_record_says_what_it_was_measured_on(suites):
         assert suites[1]["commit_info"]["id"] == head.stdout.strip()
 
 
+@pytest.mark.slow
 def test_end_to_end_runs_and_reports(tmp_path):
     out = tmp_path / "results" / "end_to_end.json"
     printed = run(tmp_path, BENCHMARKS / "end_to_end.py", "--quick", "--repeats", "1", "--device", "cpu", "--out", out)
@@ -149,6 +156,7 @@ def test_end_to_end_runs_and_reports(tmp_path):
         assert each["name"] in printed
 
 
+@pytest.mark.slow
 def test_ablation_trains_each_variant_once(tmp_path):
     out = tmp_path / "out"
     sizes = {"samples": 2, "steps": 12, "test-samples": 2, "epochs": 3, "tokens": 8, "out": out}
@@ -171,6 +179,7 @@ def test_ablation_trains_each_variant_once(tmp_path):
     assert printed.count("| newton | 0.003 | 3 | MLP | 126 k |") == 2
 
 
+@pytest.mark.slow
 def test_error_control_is_drawn_beside_fixed_steps(tmp_path):
     out, predictor = tmp_path / "out", digits.WEIGHTS / "newton-9"
     fewest = ["--tolerances", "1.0", "--stretches", "1.0", "--samples", "1", "--out", out]

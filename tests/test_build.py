@@ -223,11 +223,12 @@ def test_the_source_distribution_holds_what_is_tracked(sdist):
     assert tracked - files_below(sdist) == {".gitignore"}
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_both_packages_and_the_demo(wheel):
     files = files_below(wheel[1])
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("lesa_kernels/**/*.py")}
     sources |= {str(path.relative_to(ROOT / "python")) for path in ROOT.glob("python/lesa/**/*.py")}
-    assert {"lesa_kernels/__init__.py", "lesa/hook.py"} < sources <= files
+    assert {"lesa_kernels/__init__.py", "lesa/cache/hook.py"} < sources <= files
     weights = {str(path.relative_to(ROOT / "python")) for path in ROOT.glob("python/lesa/demo/weights/**/*.*")}
     assert len(weights) > 5 and weights <= files
     extension = f"lesa_kernels/_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
@@ -235,6 +236,7 @@ def test_the_wheel_holds_both_packages_and_the_demo(wheel):
     assert others == {extension, "lesa_kernels/tuned/default.json", "lesa/report_template.html"}
 
 
+@pytest.mark.slow
 def test_the_package_index_gets_a_description_without_relative_links(wheel):
     (metadata,) = wheel[1].glob("*.dist-info/METADATA")
     headers, description = metadata.read_text(encoding="utf-8").split("\n\n", 1)
@@ -249,6 +251,7 @@ def test_the_package_index_gets_a_description_without_relative_links(wheel):
     assert description.startswith("# lesa-kernels\n")
 
 
+@pytest.mark.slow
 def test_without_nvcc_the_cpu_part_is_built_and_says_so(wheel):
     said, unpacked = wheel
     assert "LESA_CUDA=auto: no working nvcc was found, so lesa_kernels._C is built for the CPU only." in said
@@ -257,10 +260,12 @@ def test_without_nvcc_the_cpu_part_is_built_and_says_so(wheel):
     assert info["version"] == lesa_kernels.__version__
 
 
+@pytest.mark.slow
 def test_the_wheel_links_to_nothing_that_must_be_installed(wheel):
     assert needed_libraries(library(wheel[1])) <= SYSTEM_LIBRARIES
 
 
+@pytest.mark.slow
 def test_the_wheel_works_where_nothing_else_is_installed(wheel, tmp_path):
     report = [bare_python(tmp_path), "-m", "lesa_kernels.env_report"]
     result = run(report, tmp_path, PYTHONPATH=str(wheel[1]))
@@ -274,6 +279,7 @@ def test_the_wheel_works_where_nothing_else_is_installed(wheel, tmp_path):
     assert "cuda_operations none" in extension and "cuda_version none" in extension
 
 
+@pytest.mark.slow
 def test_an_editable_install_without_network_is_imported_from_the_checkout(
     sdist, path_without_nvcc, hasty_compiler, tmp_path
 ):
@@ -316,6 +322,7 @@ def test_a_bad_setting_is_an_error_with_the_remedy(sdist, path_without_nvcc, tmp
     assert message in " ".join(result.stdout.split())
 
 
+@pytest.mark.slow
 def test_the_tools_of_path_come_first(sdist, path_without_nvcc, tmp_path):
     path = path_with(tmp_path, "cmake", "echo the cmake of PATH", "exit 1", path=path_without_nvcc)
     result = build(sdist, path, tmp_path)
@@ -323,12 +330,14 @@ def test_the_tools_of_path_come_first(sdist, path_without_nvcc, tmp_path):
     assert "the cmake of PATH" in result.stdout
 
 
+@pytest.mark.slow
 def test_without_pythons_headers_the_remedy_is_said(tmp_path):
     status, said = configure(tmp_path, f"-DPython_INCLUDE_DIR={tmp_path}")
     assert status != 0
     assert "The headers of Python" in said and "`apt install python3-dev`" in said
 
 
+@pytest.mark.slow
 def test_an_old_compiler_is_an_error_with_the_remedy(tmp_path):
     answers = [("__GNUC__", 7), ("__clang_major__", 7)]
     path = path_with_disguised(tmp_path, "c++", "CMakeCXXCompilerId.cpp", *answers)
@@ -343,6 +352,7 @@ def test_an_old_compiler_is_an_error_with_the_remedy(tmp_path):
 
 
 @pytest.mark.parametrize("which", [min, max], ids=["oldest", "newest"])
+@pytest.mark.slow
 def test_another_python_has_its_own_build(tmp_path, which):
     pythons = other_pythons()
     if not pythons:
@@ -366,6 +376,7 @@ def test_another_python_has_its_own_build(tmp_path, which):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_cudaarchs_is_respected(tmp_path):
     status, said = configure(tmp_path, "-DLESA_CUDA=1", CUDAARCHS="80;90")
     assert status == 0, said
@@ -373,6 +384,7 @@ def test_cudaarchs_is_respected(tmp_path):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_an_old_nvcc_is_not_used(tmp_path):
     answers = [("__CUDACC_VER_MAJOR__", 11), ("__CUDACC_VER_MINOR__", 4)]
     path = path_with_disguised(tmp_path, "nvcc", "CMakeCUDACompilerId.cu", *answers)
@@ -390,6 +402,7 @@ def known_to_nvcc():
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_the_default_architectures_are_those_of_this_nvcc(tmp_path):
     if "sm_120" not in known_to_nvcc():
         pytest.skip("needs an nvcc that knows sm_120")
@@ -399,6 +412,7 @@ def test_the_default_architectures_are_those_of_this_nvcc(tmp_path):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_the_default_architectures_are_what_an_older_nvcc_knows(tmp_path):
     nvcc = shutil.which("nvcc")
     up_to_90 = f'[ "$1" = --list-gpu-code ] && {nvcc} "$@" | grep -x "sm_[0-9][0-9]" && exit'
@@ -477,6 +491,7 @@ def kernels(cuobjdump):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_the_architectures_asked_for_are_built(cuda_build):
     architectures, out = cuda_build
     info = evaluate(out, "extension.build_info()")
@@ -487,6 +502,7 @@ def test_the_architectures_asked_for_are_built(cuda_build):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_code_for_gpus_to_come_is_there_for_the_last_architecture_only(cuda_build, cuobjdump):
     said = cuobjdump("-res-usage")
     assert {*re.findall(r"Fatbin elf code:\n=+\narch = sm_(\w+)", said)} == {*map(str, cuda_build[0])}
@@ -494,17 +510,20 @@ def test_code_for_gpus_to_come_is_there_for_the_last_architecture_only(cuda_buil
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_cuda_is_not_linked_to(cuda_build):
     assert needed_libraries(library(cuda_build[1])) <= SYSTEM_LIBRARIES
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_the_cuda_build_works_on_the_cpu_too(cuda_build):
     assert evaluate(cuda_build[1], "push(-1)", PUSH) == PUSHED
 
 
 @needs_nvcc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.slow
 def test_without_a_gpu_the_cuda_build_says_so(cuda_build):
     problem, said = evaluate(cuda_build[1], "[extension.cuda_problem(0), push(0)]", PUSH)
     assert re.search(r"\(cudaError\w+\)$", problem)
@@ -512,6 +531,7 @@ def test_without_a_gpu_the_cuda_build_says_so(cuda_build):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_every_kernel_is_there_for_every_architecture(cuda_build, kernels):
     found = Counter((arch, re.search(r"\d(ring_[a-z8_]+?_kernel)", name)[1]) for arch, name in kernels)
     # A push for each pair of dtypes, from and to float32, float16 and bfloat16, and to float8 from each.
@@ -525,6 +545,7 @@ def test_every_kernel_is_there_for_every_architecture(cuda_build, kernels):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_no_kernel_spills_registers(kernels):
     spilling = {}
     for key, kernel in kernels.items():
@@ -536,6 +557,7 @@ def test_no_kernel_spills_registers(kernels):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_kernels_move_16_bytes_at_a_time(kernels):
     # Each kernel has code for whole vectors and code for ragged ones, which goes element by element. As many bytes must
     # move in the first as in the second, but for a row's state, which is at most four numbers of 4 bytes.

@@ -2,18 +2,18 @@
 
 import math
 import random
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import ring_fuzz
 from lesa_kernels import BSplineKAN, FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig
 from lesa_kernels.extension import extension, extension_error
+from ring_fuzz import assert_same_bytes
 
 pytestmark = pytest.mark.gpu
 
@@ -198,18 +198,6 @@ def test_gradients_are_the_same_every_time():
 # The ring
 
 
-def assert_same_bytes(actual, expected, name="tensor"):
-    """Equal bytes; only the payload of a NaN may differ."""
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape, name
-    actual, expected = actual.cpu(), expected.cpu()
-    if actual.is_floating_point():
-        nan = expected.isnan()
-        assert torch.equal(actual.isnan(), nan), f"{name}: NaN at other places"
-        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[actual.itemsize]
-        actual, expected = (each.view(integer).masked_fill(nan, 0) for each in (actual, expected))
-    assert torch.equal(actual, expected), f"{name}: {int((actual != expected).sum())} elements differ"
-
-
 def assert_same_rings(actual: FeatureRing, expected: FeatureRing):
     for name, buffer in vars(expected.snapshot()).items():
         if buffer is not None:
@@ -297,7 +285,6 @@ def on_gpu(tensor):
 @pytest.mark.parametrize("seed", range(4))
 def test_random_pushes_and_gathers(seed):
     """Random sizes, layouts and alignments, as `ring_fuzz.py` makes them for the CPU."""
-    fuzz = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "lesa_kernels" / "ring_fuzz.py")))
     rng = random.Random(seed)
     for _ in range(50):
         dim = rng.choice((1, 3, 8, 16, 17, 48, 65, 200, 513, 3072, 3073, 4100, rng.randint(1, 300)))
@@ -307,12 +294,12 @@ def test_random_pushes_and_gathers(seed):
         plain = FeatureRing(*sizes, stored, "cpu", "torch")
         for name, buffer in vars(plain.snapshot()).items():
             if buffer is not None:
-                setattr(tested, name, on_gpu(fuzz.ragged(rng, buffer)))
+                setattr(tested, name, on_gpu(ring_fuzz.ragged(rng, buffer)))
         for _ in range(2 * plain.capacity + 2):
-            rows = fuzz.random_rows(rng, plain.batch)
+            rows = ring_fuzz.random_rows(rng, plain.batch)
             listed = list(range(plain.batch)) if rows is None else list(map(int, rows))
-            features = fuzz.random_values(rng, (len(listed), *sizes[2:]), rng.choice(STORED[:3]))
-            push = fuzz.random_layout(rng, features), fuzz.random_sigma(rng, plain, listed), rows
+            features = ring_fuzz.random_values(rng, (len(listed), *sizes[2:]), rng.choice(STORED[:3]))
+            push = ring_fuzz.random_layout(rng, features), ring_fuzz.random_sigma(rng, plain, listed), rows
             plain.push(*push)
             tested.push(*(on_gpu(each) if isinstance(each, torch.Tensor) else each for each in push))
             assert_same_rings(tested, plain)

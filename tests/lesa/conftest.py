@@ -5,15 +5,6 @@ import lesa
 from lesa.demo import digits
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The digits model is too small to share between threads; where cores are busy, they would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def _digits_pipeline():
     return digits.load_pipeline()

@@ -22,54 +22,21 @@ from diffusers import (
 from diffusers.hooks import HookRegistry, ModelHook
 
 import lesa
+from driven_loops import SOME, STEPS, call_arguments, drive, guided, ours
 from lesa.cache.hook import installed_hook
 from lesa.cache.run import Run
 from lesa.demo import digits
 from lesa.models import adapter_for
 from lesa.models.adapter import Adapter
 from lesa_kernels import FeatureRing, FusedKANPredictor, PredictorConfig, TieredRing, output_head
+from predictors import DIM, make_predictor, rings_of, untrained_predictor
 
-STEPS = 12
-SOME = [0, 1, 2, 5, 9]
-DIM = 128
-
-
-def untrained_predictor(seed=0, **options):
-    torch.manual_seed(seed)
-    return FusedKANPredictor(PredictorConfig(DIM, **{"rank": 4, "hidden": 8, **options}))
-
-
-def make_predictor(seed=0, **options):
-    """A newton predictor whose forecast depends on all its anchors."""
-    predictor = untrained_predictor(seed, **options)
-    torch.nn.init.constant_(predictor.out_bias[:, 1:], 0.3)
-    return predictor
-
-
-def make_dense(seed=0):
-    """A dense predictor that does more than repeat, so that what is in its history matters."""
-    predictor = untrained_predictor(seed, mixer="dense")
-    torch.nn.init.normal_(predictor.mix_weight, std=0.01)
-    return predictor
+make_dense = partial(make_predictor, mixer="dense")
 
 
 def trained_predictor(steps=(0, 2, 6, 12, 18, 25, 32, 39, 46), total=50):
     sigmas = tuple(1 - s / total for s in steps)
     return make_predictor(family="flux", num_inference_steps=total, schedule=steps, schedule_sigmas=sigmas)
-
-
-class NanPredictor(FusedKANPredictor):
-    """Gives NaN below a noise level."""
-
-    def forward(self, ring, sigma):
-        return super().forward(ring, sigma) * (math.nan if sigma < self.below else 1)
-
-
-def nan_predictor(below):
-    predictor = make_predictor()
-    predictor.__class__ = NanPredictor
-    predictor.below = below
-    return predictor
 
 
 def traces(transformer):
@@ -115,53 +82,6 @@ def calls_of():
     return watch
 
 
-def rings_of(predictor):
-    """A list that gets every ring which `predictor` makes from now on."""
-    rings, make_ring = [], predictor.make_ring
-
-    def remember(*args):
-        rings.append(make_ring(*args))
-        return rings[-1]
-
-    predictor.make_ring = remember
-    return rings
-
-
-def call_arguments(pipe, labels=(3, 8), tokens=64, seed=0):
-    """Arguments of the transformer but for its timestep."""
-    inputs = digits.inputs_for(labels)
-    dtype = pipe.transformer.dtype
-    side = math.isqrt(tokens)
-    grid = torch.meshgrid(torch.zeros(1), torch.arange(float(side)), torch.arange(float(side)), indexing="ij")
-    return {
-        "hidden_states": torch.randn(len(labels), tokens, 4, generator=torch.Generator().manual_seed(seed)).to(dtype),
-        "encoder_hidden_states": torch.cat([i["prompt_embeds"] for i in inputs]).to(dtype),
-        "pooled_projections": torch.cat([i["pooled_prompt_embeds"] for i in inputs]).to(dtype),
-        "img_ids": torch.stack(grid, -1).reshape(-1, 3),
-        "txt_ids": torch.zeros(1, 3),
-        "return_dict": False,
-    }
-
-
-@torch.no_grad()
-def drive(pipe, streams, steps=STEPS):
-    """A hand-written loop without `cache_context`; `streams` are the calls of a step. Returns outputs[stream][step].
-
-    The latents of every call move along a line, whatever the transformer says.
-    """
-    scheduler = pipe.scheduler
-    scheduler.set_timesteps(steps)
-    outputs = [[] for _ in streams]
-    for step, t in enumerate(scheduler.timesteps):
-        for out, stream in zip(outputs, streams):
-            call = stream(step) if callable(stream) else stream
-            latents = call["hidden_states"] * (1 - 0.5 * step / steps)
-            timestep = t.expand(len(latents)).to(latents.dtype) / 1000
-            out.append(pipe.transformer(**{**call, "hidden_states": latents, "timestep": timestep})[0])
-        scheduler.step(outputs[0][-1], t, latents)
-    return outputs
-
-
 def assert_equal_lists(actual, expected):
     assert len(actual) == len(expected)
     for a, b in zip(actual, expected):
@@ -204,10 +124,6 @@ def test_context_manager_disables_even_after_an_error(pipe):
     with pytest.raises(KeyError), lesa.enable_cache(pipe, make_predictor(), 3):
         raise KeyError
     assert traces(pipe.transformer) == before
-
-
-def ours(caught):
-    return [str(w.message) for w in caught if str(w.message).startswith("lesa: ")]
 
 
 def accelerate_hook(transformer):
@@ -313,7 +229,7 @@ def test_predicted_steps_run_the_head_only(pipe, generate, calls):
 def test_the_untrained_cache_is_first_order_extrapolation(pipe, generate):
     """Against a loop written out here: Euler steps, blocks at some of them, else a line through the newest two."""
     transformer, anchors, sigmas = pipe.transformer, [], []
-    call = call_arguments(pipe)
+    call = call_arguments()
     latents = call["hidden_states"]
     grab = transformer.norm_out.register_forward_pre_hook(lambda m, args: anchors.append(args[0].double()))
     for step in range(STEPS):
@@ -378,7 +294,7 @@ def test_no_schedule_means_the_trained_one(pipe, generate):
         assert handle.stats.notes == []
 
 
-@pytest.mark.parametrize("steps", [28, 20, 100])
+@pytest.mark.parametrize("steps", [20, 100])
 def test_other_step_counts_than_the_trained(pipe, generate, steps):
     predictor = trained_predictor()
     with lesa.enable_cache(pipe, predictor) as handle:
@@ -411,17 +327,6 @@ def test_a_transformer_with_the_cache_on_is_not_copied(pipe):
     ):
         copy.deepcopy(pipe.transformer)
     assert copy.deepcopy(pipe.transformer) is not pipe.transformer
-
-
-def test_custom_sigmas(pipe, generate):
-    sigmas = [1.0, 0.97, 0.9, 0.8, 0.62, 0.5, 0.41, 0.3, 0.22, 0.1, 0.05]
-    predictor = trained_predictor((0, 25, 40), 50)  # at 1.0, 0.5 and 0.2
-    with lesa.enable_cache(pipe, predictor) as handle:
-        generate(pipe, sigmas=sigmas)
-        assert handle.stats.streams["cond"].computed == [0, 5, 8]
-    with lesa.enable_cache(pipe, predictor, 4) as handle:
-        generate(pipe, sigmas=sigmas)
-        assert handle.stats.streams["cond"].computed == [0, 1, 2, 6, 10]
 
 
 def test_another_schedule_than_the_trained_is_noted(pipe, generate):
@@ -576,7 +481,7 @@ def test_two_threads_at_once_are_refused(pipe, generate):
         try:
             assert inside.wait(30)
             with pytest.raises(RuntimeError, match="from one thread at a time.*give each thread a transformer"):
-                pipe.transformer(**call_arguments(pipe), timestep=torch.ones(2))
+                pipe.transformer(**call_arguments(), timestep=torch.ones(2))
         finally:
             go_on.set()
             thread.join()
@@ -585,7 +490,7 @@ def test_two_threads_at_once_are_refused(pipe, generate):
         assert torch.equal(generate(pipe), alone)  # the refusal left nothing locked
 
 
-@pytest.mark.parametrize("steps", [50, 28])
+@pytest.mark.parametrize("steps", [28, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("before", ["never ran", "ran", "ran at another count", "failed", "was set"])
 def test_a_second_pipeline_with_its_own_scheduler_is_computed(fresh_pipe, generate, calls_of, before, steps):
     pipe, other = fresh_pipe, digits.build_pipeline(fresh_pipe.transformer)
@@ -641,53 +546,6 @@ def test_runs_of_other_batches_sizes_and_counts(pipe, generate):
     assert_equal_lists(together, alone)
 
 
-@pytest.mark.parametrize("step", [0, 1, 6, STEPS - 1])
-def test_an_exception_leaves_no_state(pipe, generate, step):
-    other = {"labels": (5,), "seed": 9, "height": 24, "steps": STEPS + 3}
-    with lesa.enable_cache(pipe, make_predictor(), SOME):
-        expected = [generate(pipe, **other), generate(pipe)]
-
-    def fail(pipe, index, timestep, tensors):
-        if index == step:
-            raise KeyError("stop")
-        return {}
-
-    with lesa.enable_cache(pipe, make_predictor(), SOME) as handle:
-        for option, clean in zip((other, {}), expected):
-            with pytest.raises(KeyError):
-                generate(pipe, seed=3, callback_on_step_end=fail)
-            assert torch.equal(generate(pipe, **option), clean)
-            assert {name: s.computed for name, s in handle.stats.streams.items()} == {"cond": SOME}
-
-
-def test_an_exception_inside_the_transformer_leaves_no_state(pipe, generate):
-    with lesa.enable_cache(pipe, make_predictor(), SOME):
-        clean = generate(pipe)
-
-        def fail(module, args):
-            raise KeyError("stop")
-
-        guard = pipe.transformer.single_transformer_blocks[-1].register_forward_pre_hook(fail)
-        with pytest.raises(KeyError):
-            generate(pipe)
-        guard.remove()
-        assert torch.equal(generate(pipe), clean)
-
-
-def test_an_interrupt_leaves_no_state(pipe, generate):
-    def interrupt(pipe, index, timestep, tensors):
-        pipe._interrupt = index == 4
-        return {}
-
-    with lesa.enable_cache(pipe, make_predictor(), SOME) as handle:
-        clean = generate(pipe)
-        generate(pipe, seed=3, callback_on_step_end=interrupt)
-        stream = handle.stats.streams["cond"]
-        assert (stream.computed, stream.predicted) == ([0, 1, 2], [3, 4])
-        assert torch.equal(generate(pipe), clean)
-        assert handle.stats.streams["cond"].computed == SOME
-
-
 def formula_in_the_readme():
     """The README's formula for a ring's bytes, as a function of the names in it."""
     text = (Path(__file__).parents[2] / "README.md").read_text()
@@ -718,7 +576,7 @@ def test_every_stream_has_a_ring_in_the_stats(pipe):
     predictor = make_predictor()
     rings = rings_of(predictor)
     with lesa.enable_cache(pipe, predictor, SOME) as cache:
-        drive(pipe, [call_arguments(pipe), call_arguments(pipe, labels=(1, 6))], STEPS)
+        drive(pipe, lambda step: [("first", call_arguments()), ("second", call_arguments(labels=(1, 6)))])
     assert len(rings) == len(cache.stats.streams) == 2
     assert cache.stats.ring_device_bytes == sum(ring.nbytes for ring in rings) == 2 * rings[0].nbytes
 
@@ -748,23 +606,10 @@ def test_a_budget_keeps_features_in_host_memory_and_changes_nothing(pipe, genera
     assert installed_hook(pipe.transformer) is None
 
 
-def test_rings_are_freed_after_a_run(pipe, generate):
-    predictor = make_predictor()
-    rings = rings_of(predictor)
-    with lesa.enable_cache(pipe, predictor, SOME) as handle:
-        generate(pipe)
-        assert [(r.capacity, r.batch, r.tokens, r.dim) for r in rings] == [(4, 2, 64, DIM)]
-        storages = [weakref.ref(ring.storage) for ring in rings]
-        rings.clear()
-        gc.collect()
-        assert [ref() for ref in storages] == [None]
-        assert handle.stats.streams["cond"].computed == SOME
-
-
 @pytest.mark.parametrize("how", ["weights", "forward"])
 def test_a_nan_predictor_computes_everything_and_warns_once(pipe, generate, how):
     plain = generate(pipe)
-    predictor = make_predictor() if how == "weights" else nan_predictor(below=2.0)
+    predictor = make_predictor() if how == "weights" else make_predictor(below=2.0)
     with warnings.catch_warnings(record=True) as caught, lesa.enable_cache(pipe, predictor, SOME) as handle:
         warnings.simplefilter("always")
         if how == "weights":
@@ -780,7 +625,7 @@ def test_a_nan_predictor_computes_everything_and_warns_once(pipe, generate, how)
 
 
 def test_nan_in_the_middle_computes_the_rest_and_the_next_run_tries_again(pipe, generate):
-    predictor = nan_predictor(below=0.45)  # step 7 and later
+    predictor = make_predictor(below=0.45)  # step 7 and later
     with pytest.warns(RuntimeWarning, match="not finite"), lesa.enable_cache(pipe, predictor, SOME) as handle:
         image = generate(pipe)
         stream = handle.stats.streams["cond"]
@@ -794,25 +639,25 @@ def test_nan_in_the_middle_computes_the_rest_and_the_next_run_tries_again(pipe, 
 
 
 def test_a_change_of_shape_in_a_run_computes_and_starts_over(pipe):
-    large, small = call_arguments(pipe), call_arguments(pipe, tokens=16)
-    single = call_arguments(pipe, labels=(3,), tokens=16)
+    large, small = call_arguments(), call_arguments(tokens=16)
+    single = call_arguments(labels=(3,), tokens=16)
 
     def changing(step):
-        return large if step < 4 else small if step < 8 else single
+        return [("only", large if step < 4 else small if step < 8 else single)]
 
-    plain = drive(pipe, [changing])[0]
+    plain = drive(pipe, changing)["only"]
     with lesa.enable_cache(pipe, make_predictor(), [0, 1]) as handle:
-        cached = drive(pipe, [changing])[0]
+        cached = drive(pipe, changing)["only"]
     stream = handle.stats.streams["main"]
     assert stream.computed == [0, 1, 4, 8]
     assert stream.reasons[4] == stream.reasons[8] == "the shape changed"
-    assert [o.shape for o in cached] == [o.shape for o in plain]
+    assert [o.shape for o in cached.values()] == [o.shape for o in plain.values()]
     for step in stream.computed:
         assert torch.equal(cached[step], plain[step])
 
 
 def test_a_stream_that_appears_late_is_computed_first(pipe):
-    call = call_arguments(pipe)
+    call = call_arguments()
     pipe.scheduler.set_timesteps(STEPS)
     with lesa.enable_cache(pipe, make_predictor(), [0, 1]) as handle, torch.no_grad():
         for step, t in enumerate(pipe.scheduler.timesteps):
@@ -827,50 +672,31 @@ def test_a_stream_that_appears_late_is_computed_first(pipe):
     assert handle.stats.predicted_steps == STEPS - 3
 
 
-def test_a_timestep_that_is_not_the_schedulers_is_computed_and_counted(pipe):
-    call = call_arguments(pipe)
-    timestep = torch.full((2,), 0.4321)
-    with torch.no_grad():
-        plain = pipe.transformer(**call, timestep=timestep)[0]
-        pipe.scheduler.set_timesteps(STEPS)
-        handle = lesa.enable_cache(pipe, make_predictor(), [0])
-        with pytest.warns(RuntimeWarning, match="not one of the scheduler's"):
-            assert torch.equal(pipe.transformer(**call, timestep=timestep)[0], plain)
-    assert handle.stats.unlocated == 1 and handle.stats.streams == {}
-    assert "computed 1 calls whose timestep was not one of the scheduler's" in handle.stats.summary()
-
-
-def solo(pipe, stream, schedule=SOME, make=make_predictor, steps=STEPS):
+def solo(pipe, call, schedule=SOME, make=make_predictor, steps=STEPS):
     with lesa.enable_cache(pipe, make(), schedule):
-        return drive(pipe, [stream], steps)[0]
+        return [*drive(pipe, lambda step: [("only", call)], steps)["only"].values()]
 
 
 @pytest.mark.parametrize("make", [make_predictor, make_dense], ids=["newton", "dense"])
 def test_two_calls_per_step_without_cache_context_are_two_streams(pipe, make):
-    first, second = call_arguments(pipe), call_arguments(pipe, labels=(1, 6))
+    first, second = call_arguments(), call_arguments(labels=(1, 6))
     second["hidden_states"] = first["hidden_states"]
     with lesa.enable_cache(pipe, make(), SOME) as handle:
-        outputs = drive(pipe, [first, second])
+        outputs = drive(pipe, lambda step: [("first", first), ("second", second)])
     assert [*handle.stats.streams] == ["main", "main-2"]
     assert all(s.computed == SOME and len(s.predicted) == 7 for s in handle.stats.streams.values())
     assert handle.stats.computed_steps == len(SOME)
-    for output, stream in zip(outputs, (first, second)):
-        assert_equal_lists(output, solo(pipe, stream, make=make))
+    for name, call in (("first", first), ("second", second)):
+        assert_equal_lists([*outputs[name].values()], solo(pipe, call, make=make))
 
 
 def test_true_guidance_has_two_streams_equal_to_solo_runs(pipe, generate):
-    negative = digits.inputs_for((0, 0))
-    guidance = {
-        "true_cfg_scale": 2.0,
-        "negative_prompt_embeds": torch.cat([i["prompt_embeds"] for i in negative]),
-        "negative_pooled_prompt_embeds": torch.cat([i["pooled_prompt_embeds"] for i in negative]),
-    }
-    plain, seen = generate(pipe, **guidance), []
+    plain, seen = generate(pipe, **guided()), []
     with lesa.enable_cache(pipe, make_predictor(), range(STEPS)):
-        assert torch.equal(generate(pipe, **guidance), plain)
+        assert torch.equal(generate(pipe, **guided()), plain)
     with lesa.enable_cache(pipe, make_predictor(), SOME) as handle:
         spy = pipe.transformer.register_forward_hook(lambda m, a, kw, out: seen.append((kw, out[0])), with_kwargs=True)
-        generate(pipe, **guidance)
+        generate(pipe, **guided())
         spy.remove()
     assert {name: s.computed for name, s in handle.stats.streams.items()} == {"cond": SOME, "uncond": SOME}
     assert len(seen) == 2 * STEPS
@@ -958,7 +784,7 @@ def test_steps_are_located_without_a_position():
 def test_two_evaluations_at_one_noise_level_replace_the_anchor(pipe):
     """Heun's scheduler has every inner noise level twice: two steps, and one anchor."""
     pipe.scheduler = FlowMatchHeunDiscreteScheduler()
-    call = call_arguments(pipe)
+    call = call_arguments()
     predictor = make_predictor(history_length=9)
     rings = rings_of(predictor)
     with lesa.enable_cache(pipe, predictor, range(9)) as handle, torch.no_grad():
@@ -980,7 +806,7 @@ def test_two_evaluations_at_one_noise_level_replace_the_anchor(pipe):
 
 
 def test_a_loop_that_starts_again_is_a_new_run(pipe):
-    call = call_arguments(pipe)
+    call = call_arguments()
     with lesa.enable_cache(pipe, make_predictor(), SOME) as handle, torch.no_grad():
         pipe.scheduler.set_timesteps(STEPS)
         outputs = []
@@ -995,7 +821,7 @@ def test_a_loop_that_starts_again_is_a_new_run(pipe):
 
 
 def test_positional_arguments_and_both_kinds_of_output(pipe):
-    call = call_arguments(pipe)
+    call = call_arguments()
     names = ["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids"]
     expected = solo(pipe, call)
     with lesa.enable_cache(pipe, make_predictor(), SOME), torch.no_grad():
@@ -1039,7 +865,7 @@ def assert_head_is_exact(transformer, call):
 def test_the_adapters_head_is_the_models(pipe, guidance, dtype, return_dict):
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(**{**digits.TRANSFORMER_CONFIG, "guidance_embeds": guidance}).to(dtype)
-    call = {**call_arguments(SimpleNamespace(transformer=transformer)), "timestep": torch.tensor([0.7123, 0.3377])}
+    call = {**call_arguments(dtype=dtype), "timestep": torch.tensor([0.7123, 0.3377])}
     call |= {"return_dict": return_dict, "guidance": torch.tensor([3.5, 2.0]) if guidance else None}
     features, velocity, head = assert_head_is_exact(transformer, call)
     predictor, ring = make_predictor(), make_predictor().make_ring(2, 64, dtype)
@@ -1058,7 +884,7 @@ def test_lora_on_the_head(fresh_pipe, generate):
     for name, parameter in transformer.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    call = {**call_arguments(fresh_pipe), "timestep": torch.tensor([0.5, 0.5])}
+    call = {**call_arguments(), "timestep": torch.tensor([0.5, 0.5])}
     outputs = []
     for scale in (1.0, 0.5, 0.0):
         _, output, _ = assert_head_is_exact(transformer, {**call, "joint_attention_kwargs": {"scale": scale}})
@@ -1196,7 +1022,7 @@ def test_the_head_as_tensors_is_the_models(pipe, guidance, dtype):
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel.from_config(config).to(dtype).eval()
     adapter = adapter_for(SimpleNamespace(transformer=transformer))
-    call = adapter.bind((), call_arguments(pipe) | {"timestep": torch.tensor([0.7, 0.2])})
+    call = adapter.bind((), call_arguments() | {"timestep": torch.tensor([0.7, 0.2])})
     call = {n: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in call.items()}
     if guidance:
         call["guidance"] = torch.full((2,), 3.5, dtype=dtype)

@@ -3,10 +3,8 @@
 import copy
 import gc
 import math
-import sys
 import warnings
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,13 +14,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 from scipy.interpolate import BSpline
 
 import lesa
-from lesa.demo import digits
-from lesa_kernels import FusedKANPredictor, PredictorConfig, TieredRing
-
-sys.path.append(str(Path(__file__).parent))
-import small_pipelines as small  # noqa: E402
-from driven_loops import (  # noqa: E402
-    DIM,
+import small_pipelines as small
+from driven_loops import (
     FIRST,
     REST,
     SECOND,
@@ -31,33 +24,12 @@ from driven_loops import (  # noqa: E402
     BareScheduler,
     call_arguments,
     drive,
-    make_predictor,
+    guided,
     ours,
-    untrained_predictor,
 )
-
-
-def rings_of(predictor):
-    """A list that gets every ring which `predictor` makes from now on."""
-    rings, make_ring = [], predictor.make_ring
-
-    def remember(*args):
-        rings.append(make_ring(*args))
-        return rings[-1]
-
-    predictor.make_ring = remember
-    return rings
-
-
-def guidance(labels):
-    """Arguments of a digits pipeline for guidance by two calls per step."""
-    negative = digits.inputs_for((0,) * len(labels))
-    return {
-        "true_cfg_scale": 2.0,
-        "negative_prompt_embeds": torch.cat([i["prompt_embeds"] for i in negative]),
-        "negative_pooled_prompt_embeds": torch.cat([i["pooled_prompt_embeds"] for i in negative]),
-    }
-
+from lesa.demo import digits
+from lesa_kernels import FusedKANPredictor, PredictorConfig, TieredRing
+from predictors import DIM, make_predictor, rings_of, untrained_predictor
 
 # One sample, or one stream, of several
 
@@ -612,7 +584,7 @@ def test_the_rings_of_all_streams_are_freed_when_a_run_has_ended(pipe, generate,
     predictor = bundled("newton-9", schedule_errors=(0.05,) * len(bundled("newton-9").config.schedule))
     rings = rings_of(predictor)
     with lesa.enable_cache(pipe, predictor, SOME if schedule == "list" else lesa.ErrorControl()) as handle:
-        generate(pipe, **guidance((3, 8)))
+        generate(pipe, **guided())
         storages = [weakref.ref(ring.storage) for ring in rings]
         taken = sum(ring.device_nbytes for ring in rings)
         rings.clear()
@@ -644,7 +616,7 @@ def test_every_stream_has_the_whole_budget(pipe):
 def test_stats_are_of_the_latest_run_only(pipe, generate):
     """But for the runs and the calls that belonged to none, which are counted since the cache is on."""
     with lesa.enable_cache(pipe, make_predictor(), [0, 1, 2, 5, 40]) as handle:
-        generate(pipe, **guidance((3, 8)))
+        generate(pipe, **guided())
         assert sorted(handle.stats.streams) == ["cond", "uncond"] and len(handle.stats.notes) == 1
         with pytest.warns(RuntimeWarning, match="not one of the scheduler's"), torch.no_grad():
             pipe.transformer(**FIRST, timestep=torch.full((2,), 0.4321))

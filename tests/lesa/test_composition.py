@@ -12,24 +12,10 @@ from diffusers.hooks import group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 
 import lesa
+from driven_loops import SOME, STEPS, ours
 from lesa.cache.hook import installed_hook
 from lesa.demo import digits
-from lesa_kernels import FusedKANPredictor, PredictorConfig
-
-STEPS = 12
-SOME = [0, 1, 2, 5, 9]
-DIM = 128
-
-
-def make_predictor(**options):
-    """A predictor whose forecast depends on all its anchors."""
-    torch.manual_seed(0)
-    predictor = FusedKANPredictor(PredictorConfig(DIM, **{"rank": 4, "hidden": 8, **options}))
-    if predictor.config.mixer == "newton":
-        torch.nn.init.constant_(predictor.out_bias[:, 1:], 0.3)
-    else:
-        torch.nn.init.normal_(predictor.mix_weight, std=0.01)
-    return predictor
+from predictors import DIM, make_predictor
 
 
 def enable(pipe, schedule=SOME, **options):
@@ -48,10 +34,6 @@ def assert_forecast(handle, steps=STEPS):
     """The schedule was obeyed: nothing was computed that was to be predicted."""
     stream = handle.stats.streams["cond"]
     assert (stream.computed, stream.predicted) == (SOME, [step for step in range(steps) if step not in SOME])
-
-
-def ours(caught):
-    return [str(w.message) for w in caught if str(w.message).startswith("lesa: ")]
 
 
 def make_small_pipe(**config):

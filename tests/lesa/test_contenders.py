@@ -5,7 +5,6 @@ import importlib.machinery
 import sys
 import types
 from dataclasses import MISSING, fields
-from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -16,14 +15,12 @@ from diffusers.hooks import MagCacheConfig
 from skimage.metrics import structural_similarity
 
 import lesa
+import small_pipelines as small
 from lesa.contenders.cache_dit import CacheDiT
 from lesa.contenders.first_block_cache import FirstBlockCache
 from lesa.contenders.mag_cache import MagCache
 from lesa.contenders.taylorseer import TaylorSeer, taylorseer_grid
 from lesa.demo import digits
-
-sys.path.append(str(Path(__file__).parent))
-import small_pipelines as small  # noqa: E402
 
 STEPS = 12
 ONES = (1.0,) * STEPS

@@ -4,7 +4,6 @@ The module is also the program of those processes: `python test_context_parallel
 save what they made in the folder. The tests compare it with what this process makes by itself.
 """
 
-import math
 import os
 import subprocess
 import sys
@@ -15,13 +14,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 
 import lesa
+from driven_loops import SOME, STEPS
 from lesa.cache import device_values
 from lesa.demo import digits
-from lesa_kernels import FusedKANPredictor, PredictorConfig
+from predictors import make_predictor
 
 RANKS = 2
-STEPS = 12
-SOME = [0, 1, 2, 5, 9]
 NAN_BELOW = 0.45  # a noise level between those of steps 6 and 7, of which both are predicted
 CASES = ["off", "everything", "cache first", "parallelism first", "disabled", "not finite", "found late"]
 TIME_LIMIT_S = 120  # all cases take about 15 s, most of it imports
@@ -68,22 +66,10 @@ def generate(pipe):
     return pipe(**texts, num_inference_steps=STEPS, generator=generators, output_type="latent").images
 
 
-class NanPredictor(FusedKANPredictor):
-    """Gives NaN below a noise level."""
-
-    def forward(self, ring, sigma):
-        return super().forward(ring, sigma) * (math.nan if sigma < NAN_BELOW else 1)
-
-
-def make_predictor(pipe, case):
-    torch.manual_seed(2)
+def predictor_for(pipe, case):
     config = pipe.transformer.config
-    width = config.num_attention_heads * config.attention_head_dim
-    predictor = FusedKANPredictor(PredictorConfig(width, rank=4, hidden=8))
-    torch.nn.init.constant_(predictor.out_bias[:, 1:], 0.3)
-    if case in ("not finite", "found late"):
-        predictor.__class__ = NanPredictor
-    return predictor
+    below = NAN_BELOW if case in ("not finite", "found late") else None
+    return make_predictor(below, dim=config.num_attention_heads * config.attention_head_dim, seed=2)
 
 
 class LateEvent:
@@ -114,7 +100,7 @@ def run_case(family, case, parallelise=lambda transformer: None, late=False):
     pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: blocks.append(1))
     if case == "parallelism first":
         parallelise(pipe.transformer)
-    handle = None if case == "off" else lesa.enable_cache(pipe, make_predictor(pipe, case), schedule)
+    handle = None if case == "off" else lesa.enable_cache(pipe, predictor_for(pipe, case), schedule)
     if case != "parallelism first":
         parallelise(pipe.transformer)
     if case == "disabled":

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lesa
+from driven_loops import guided
 from lesa.cache import device_values, observed
 from lesa.cache.error_control import MOST_STRETCH, ControlledSteps
 from lesa.cache.run import Run
@@ -18,6 +19,7 @@ from lesa.inputs import collate
 from lesa.schedule import Schedule
 from lesa.training import training_run as training
 from lesa_kernels import FusedKANPredictor, PredictorConfig
+from predictors import with_nan
 
 STEPS = 50
 TRAINED = Schedule(
@@ -262,13 +264,6 @@ def uneven(spoiled, amount=100.0):
     return predictor
 
 
-def guided():
-    """Arguments for guidance by two calls per step."""
-    negative = digits.inputs_for((0, 0))
-    options = {"true_cfg_scale": 2.0, "negative_prompt_embeds": torch.cat([i["prompt_embeds"] for i in negative])}
-    return options | {"negative_pooled_prompt_embeds": torch.cat([i["pooled_prompt_embeds"] for i in negative])}
-
-
 @pytest.mark.parametrize("amount", [100.0, math.nan, math.inf])
 @pytest.mark.parametrize("spoiled", [(0, 0), (0, 1), (1, 0), (1, 1)], ids=str)
 def test_the_worst_stream_and_sample_decides_of_the_next_gap_alone(pipe, generate, spoiled, amount):
@@ -296,16 +291,9 @@ def _schedule_of(predictor):
     return Schedule(predictor.config.schedule, sigmas=predictor.config.schedule_sigmas)
 
 
-class NanPredictor(FusedKANPredictor):
-    """Gives NaN in the forecast for the third computed step, which is not used but for its error."""
-
-    def forward(self, ring, sigma):
-        return super().forward(ring, sigma) * (math.nan if 0.85 < sigma < 0.87 else 1)
-
-
 def test_an_error_that_is_not_finite_makes_the_gap_short(pipe, generate):
-    predictor = bundled(schedule_errors=ERRORS)
-    predictor.__class__ = NanPredictor
+    # NaN in the forecast for the third computed step, which is used for its error only.
+    predictor = with_nan(bundled(schedule_errors=ERRORS), below=0.87, above=0.85)
     with lesa.enable_cache(pipe, predictor, lesa.ErrorControl()) as cache:
         assert generate(pipe, STEPS).isfinite().all()
     stream = cache.stats.streams["cond"]

@@ -2,8 +2,6 @@
 
 import inspect
 import json
-import sys
-from pathlib import Path
 
 import diffusers
 import pytest
@@ -11,13 +9,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import lesa
+import small_pipelines as small
 from lesa import cli
 from lesa.demo import digits
 from lesa.estimation import PRESETS, transformer_flops
 from lesa_kernels import FusedKANPredictor, PredictorConfig, work
-
-sys.path.append(str(Path(__file__).parent))
-import small_pipelines as small  # noqa: E402
 
 STEPS = 12
 WIDTHS = {"num_attention_heads": 2, "attention_head_dim": 32}

@@ -1,21 +1,17 @@
 """What `lesa.evaluate` keeps in its folder is used again only where every setting is the same."""
 
 import inspect
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import lesa
+import small_pipelines as small
 from lesa.contenders.taylorseer import TaylorSeer
 from lesa.evaluation.result import Evaluation
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-
-sys.path.append(str(Path(__file__).parent))
-import small_pipelines as small  # noqa: E402
 
 STEPS = 6
 SIGMAS = (1.0, 0.8, 0.6)

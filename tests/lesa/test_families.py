@@ -5,7 +5,6 @@ import importlib
 import inspect
 import pkgutil
 import re
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +17,12 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 import lesa
+import small_pipelines as small
 from lesa.models import ADAPTERS, Adapter, adapter_for
 from lesa.models.adapter import packed_grid
 from lesa.training.batches import Batch, Head
 from lesa.training.schedule_search import guidance_weights
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-
-sys.path.append(str(Path(__file__).parent))
-import small_pipelines as small  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12

@@ -1,7 +1,6 @@
 """The examples in the documentation run: with small pipelines of random weights in the place of the large ones."""
 
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +10,9 @@ import torch
 from PIL import Image
 
 import lesa
+import small_pipelines as small
 from lesa.cache.hook import installed_hook
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-
-sys.path.append(str(Path(__file__).parent))
-import small_pipelines as small  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEDULE = (0, 2, 6, 12, 18, 25, 32, 39, 46)
@@ -149,7 +146,7 @@ def test_the_training_example_runs(stand_ins, tmp_path, monkeypatch, capsys):
     assert "newton-5" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("example", examples())
+@pytest.mark.parametrize("example", [*examples()])
 def test_examples_run(example, stand_ins, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for large, little in SMALLER.items():

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,15 +15,13 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+import small_pipelines as small
 from lesa import Trajectories, enable_cache, record
 from lesa.demo import digits
 from lesa.inputs import collate
 from lesa.training import recording as recording_module
 from lesa_kernels import FusedKANPredictor, OutputHead, PredictorConfig
 from lesa_kernels.predictor import output_head
-
-sys.path.append(str(Path(__file__).parent))
-import small_pipelines as small  # noqa: E402
 
 STEPS = 4
 TOKENS = 64

@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,7 @@ from lesa import cli
 from lesa.demo import digits
 from lesa.evaluation import budgets, report_pictures
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-
-sys.path.append(str(Path(__file__).parent))
-from made_evaluations import PEERS, STEPS, make_evaluation  # noqa: E402
+from made_evaluations import PEERS, STEPS, make_evaluation
 
 ODD = "<img src=x onerror=alert(1)>&\"'</script>"
 """As a name, it must be shown as it is."""

@@ -2,14 +2,13 @@
 
 import contextlib
 import gc
+import itertools
 import math
 import re
-import sys
 import threading
 import time
 import warnings
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,17 +19,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lesa
-from lesa.cache import device_values
-from lesa.cache.conditioning import Conditioner
-from lesa.cache.forecasting import ForecastingHook
-from lesa.cache.hook import StepHook
-from lesa.cache.run import Run
-from lesa.demo import digits
-from lesa.models.flux import FluxAdapter
-
-sys.path.append(str(Path(__file__).parent))
-from driven_loops import (  # noqa: E402
-    DIM,
+from driven_loops import (
     FIRST,
     REST,
     SECOND,
@@ -40,10 +29,17 @@ from driven_loops import (  # noqa: E402
     BareScheduler,
     call_arguments,
     drive,
-    make_predictor,
+    guided,
     ours,
-    untrained_predictor,
 )
+from lesa.cache import device_values
+from lesa.cache.conditioning import Conditioner
+from lesa.cache.forecasting import ForecastingHook
+from lesa.cache.hook import StepHook
+from lesa.cache.run import Run
+from lesa.demo import digits
+from lesa.models.flux import FluxAdapter
+from predictors import DIM, make_predictor, untrained_predictor
 
 
 def solo(pipe, calls_of_step, name):
@@ -348,13 +344,6 @@ def clean():
     return {}
 
 
-def guided():
-    """Arguments for guidance by two calls per step."""
-    negative = digits.inputs_for((0, 0))
-    options = {"true_cfg_scale": 2.0, "negative_prompt_embeds": torch.cat([i["prompt_embeds"] for i in negative])}
-    return options | {"negative_pooled_prompt_embeds": torch.cat([i["pooled_prompt_embeds"] for i in negative])}
-
-
 def expected_of(clean, generate):
     if not clean:
         pipe = digits.load_pipeline()
@@ -395,9 +384,11 @@ def fail_at(step, error, module, where, monkeypatch, pipe):
     return {}, guard.remove
 
 
-@pytest.mark.parametrize("step", [0, 2, 5, 6])
 @pytest.mark.parametrize("error", [Stop(), KeyboardInterrupt()], ids=["error", "interrupt"])
-@pytest.mark.parametrize("where", ["block", "head", "scheduler", "callback"])
+@pytest.mark.parametrize(
+    "where, step",
+    [*itertools.product(["block", "head", "scheduler", "callback"], [0, 2, 5, 6]), ("callback", STEPS - 1)],
+)
 def test_after_a_failure_a_run_is_that_of_a_fresh_pipeline(pipe, generate, clean, monkeypatch, where, error, step):
     expected, transformer = expected_of(clean, generate), pipe.transformer
     module = transformer.proj_out if where == "head" else transformer.single_transformer_blocks[1]
@@ -421,9 +412,13 @@ def test_an_interrupted_run_leaves_nothing_to_one_of_another_kind(pipe, generate
         pipe._interrupt = index == 6
         return {}
 
-    with lesa.enable_cache(pipe, make_predictor(), SOME):
+    with lesa.enable_cache(pipe, make_predictor(), SOME) as handle:
         generate(pipe, seed=3, callback_on_step_end=interrupt)
+        stream = handle.stats.streams["cond"]
+        assert (stream.computed, stream.predicted) == ([0, 1, 2, 5], [3, 4, 6])
         assert torch.equal(generate(pipe, **OPTIONS), expected["options"])
+        assert torch.equal(generate(pipe), expected["defaults"])
+        assert handle.stats.streams["cond"].computed == SOME
 
 
 def features_alive(tokens=64):
@@ -764,6 +759,7 @@ def test_what_is_in_doubt_is_computed_counted_and_warned_of_once(pipe, doubt):
     assert counted == len(blocks)
     if doubt is wrong_timestep:
         assert handle.stats.unlocated == 1
+        assert "computed 1 calls whose timestep was not one of the scheduler's" in handle.stats.summary()
         assert handle.stats.streams["main"].reasons[7] == "no history"  # another run may have had the transformer
     else:
         assert reason in {s.reasons.get(step) for s in handle.stats.streams.values()}

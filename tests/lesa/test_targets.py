@@ -1,13 +1,11 @@
 """`benchmarks/studies/targets.py`, on an evaluation that nobody ran."""
 
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from made_evaluations import make_evaluation  # noqa: E402
+from made_evaluations import make_evaluation
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "studies" / "targets.py"
 

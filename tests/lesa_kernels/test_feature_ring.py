@@ -8,6 +8,7 @@ import torch
 from lesa_kernels import FeatureRing, dispatch, ring_gather, ring_push
 from lesa_kernels.extension import extension, extension_error
 from lesa_kernels.feature_ring import op, ring_push_ref
+from ring_fuzz import assert_same_bytes
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PAIRS = list(itertools.product(DTYPES, DTYPES))
@@ -18,16 +19,6 @@ backends = pytest.mark.parametrize("backend", [pytest.param("extension", marks=n
 
 def state(ring):
     return ring.storage, ring.sigmas, ring.cursor, ring.count
-
-
-def assert_same_bytes(actual, expected):
-    """Equal bytes; only a NaN's payload may differ."""
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape
-    if actual.is_floating_point():
-        assert torch.equal(actual.isnan(), expected.isnan())
-        integers = torch.int32 if actual.itemsize == 4 else torch.int16
-        actual, expected = (t.masked_fill(t.isnan(), 0).view(integers) for t in (actual, expected))
-    assert torch.equal(actual, expected)
 
 
 def both_rings(*sizes, dtype=torch.float32):
@@ -632,7 +623,7 @@ def test_the_reference_gives_the_same_bytes_on_a_gpu(source, target):
         for ring in rings:
             ring.push(features.to(ring.device), sigma)
     for expected, actual in zip(*map(state, rings)):
-        assert_same_bytes(actual.cpu(), expected)
+        assert_same_bytes(actual, expected)
 
 
 def test_the_reference_moves_no_value_to_the_host():

@@ -1,6 +1,5 @@
 """Random work with feature rings, and the CUDA kernels run on the CPU, both under the compiler's sanitizers."""
 
-import importlib.util
 import os
 import re
 import shlex
@@ -13,44 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 import lesa_kernels
+import ring_fuzz
 from lesa_kernels.extension import extension_error
 
 HERE = Path(__file__).resolve().parent
-PROGRAM = HERE / "ring_fuzz.py"
+PROGRAM = Path(ring_fuzz.__file__)
 RAW = HERE / "cuda_on_cpu" / "raw_ring.py"
 
 needs_extension = pytest.mark.skipif(extension_error() is not None, reason=f"no extension: {extension_error()}")
 
 
-def load_program():
-    spec = importlib.util.spec_from_file_location("ring_fuzz", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-ring_fuzz = load_program()
-
-
-@pytest.fixture
-def one_thread():
-    """The tensors are small, and threads that wait for each other take time from those that work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@needs_extension
+@pytest.mark.parametrize("cases", [300, pytest.param(3000, marks=pytest.mark.slow)])
+def test_random_work_with_the_installed_extension(cases):
+    assert ring_fuzz.run(seed=0, cases=cases) == cases
 
 
 @needs_extension
-def test_random_work_with_the_installed_extension(one_thread):
-    assert ring_fuzz.run(seed=0, cases=3000) == 3000
-
-
-@needs_extension
-def test_quotients_at_ties_in_the_installed_extension(one_thread):
+def test_quotients_at_ties_in_the_installed_extension():
     assert ring_fuzz.run_ties(seed=0, cases=20) > 8_000_000
 
 
@@ -170,6 +151,7 @@ def counted(module, output, what):
 runs = pytest.mark.parametrize("name", RUNS)
 
 
+@pytest.mark.slow
 @runs
 def test_random_work_under_the_sanitizers(sanitized, fuzzed, name):
     status, output = fuzzed[name]
@@ -177,11 +159,13 @@ def test_random_work_under_the_sanitizers(sanitized, fuzzed, name):
     assert status == 0, output
 
 
+@pytest.mark.slow
 @runs
 def test_quotients_at_ties(sanitized, fuzzed, name):
     assert counted(sanitized, fuzzed[name][1], "ties") > 400_000 * RUNS[name][0]["ties"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["CPU", "kernels"])
 def test_samples_that_many_blocks_or_threads_share(sanitized, fuzzed, name):
     assert counted(sanitized, fuzzed[name][1], "large pushes") >= 112
@@ -190,6 +174,7 @@ def test_samples_that_many_blocks_or_threads_share(sanitized, fuzzed, name):
 CALLS = ["good_calls", "launch_errors", "cuda_problem", "same_call_again", "refusals", "a_sample_that_blocks_share"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_a_kernel_is_launched(sanitized, name):
     status, output = sanitized.run(RAW, name)
@@ -218,6 +203,7 @@ ENDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENDS)
 def test_what_must_not_be_ends_the_process(sanitized, name):
     status, output = sanitized.run(RAW, name, PYTHONMALLOC="malloc")

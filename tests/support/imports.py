@@ -1,6 +1,7 @@
 """Which module imports which: `python tests/support/imports.py [CHECKOUT]` prints levels, cycles and sizes.
 
-Imports inside functions count. Those for type checkers only, under `if TYPE_CHECKING:`, do not.
+Imports inside functions count, and those by `importlib.import_module("a name")`. Imports for type checkers only, under
+`if TYPE_CHECKING:`, do not count.
 """
 
 import ast
@@ -21,6 +22,7 @@ class Module:
         lines: of the file.
         functions: lines of each function without its docstring, by its qualified name.
         imports: names of the modules of the packages that it imports.
+        others: names of all other modules that it imports; those of relative imports begin with a dot.
         private: names with a leading underscore that it imports from another folder, as "module.name".
     """
 
@@ -29,6 +31,7 @@ class Module:
     lines: int = 0
     functions: dict[str, int] = field(default_factory=dict)
     imports: set[str] = field(default_factory=set)
+    others: set[str] = field(default_factory=set)
     private: list[str] = field(default_factory=list)
 
 
@@ -86,7 +89,13 @@ def _read(module: Module, modules: dict[str, Module]) -> None:
     module.functions = dict(_functions(tree, ""))
     for node in _imports(tree):
         if isinstance(node, ast.Import):
-            module.imports |= {alias.name for alias in node.names} & set(modules)
+            _add(module, {alias.name for alias in node.names}, modules)
+            continue
+        if isinstance(node, ast.Call):
+            _add(module, {node.args[0].value}, modules)
+            continue
+        if node.level or node.module.partition(".")[0] not in PACKAGES:
+            module.others.add("." * node.level + (node.module or ""))
             continue
         for alias in node.names:
             inner = f"{node.module}.{alias.name}"
@@ -100,12 +109,19 @@ def _read(module: Module, modules: dict[str, Module]) -> None:
                 module.private.append(inner)
 
 
-def _imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+def _add(module: Module, names: set[str], modules: dict[str, Module]) -> None:
+    module.imports |= names & set(modules)
+    module.others |= names - set(modules)
+
+
+def _imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom | ast.Call]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             continue
-        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module):
+        if isinstance(node, ast.Import | ast.ImportFrom):
             yield node
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from [node] if isinstance(node.args[0], ast.Constant) else []
         yield from _imports(node)
 
 

@@ -1,8 +1,9 @@
 """Compiles every kernel for GPUs that are not there, as the public calls would launch it, and reads what came out.
 
-`python tests/lesa_kernels/ahead_of_time.py --out report.json` calls each case of `CASES` at each of its sizes and
-dtypes for sm_80, sm_90 and sm_100. The tensors are on the CPU and are never touched. Triton is told of a GPU, and each
-launch compiles and is recorded instead. Unset `TRITON_INTERPRET`, which makes kernels that can't be compiled.
+`PYTHONPATH=benchmarks python tests/support/ahead_of_time.py --out report.json` calls each case of `CASES` at each of
+its sizes and dtypes for sm_80, sm_90 and sm_100. The tensors are on the CPU and are never touched. Triton is told of a
+GPU, and each launch compiles and is recorded instead. Unset `TRITON_INTERPRET`, which makes kernels that can't be
+compiled.
 
 To add a kernel, add a `Case`. The tests in `test_ahead_of_time.py` then hold for it.
 """
@@ -25,12 +26,10 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from shapes import FLUX, HUNYUAN_VIDEO, QWEN_IMAGE, FeatureShape, LayerShape
 
 from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig
 from lesa_kernels.bspline_kan import bspline_kan
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from shapes import FLUX, HUNYUAN_VIDEO, QWEN_IMAGE, FeatureShape, LayerShape  # noqa: E402
 
 # Multiprocessors of an A100, an H100 or H200, and a B200: grids depend on it.
 ARCHITECTURES = {80: 108, 90: 132, 100: 148}

@@ -1,36 +1,14 @@
-"""Loops over the transformer of the digits pipeline that tests write out by hand, and predictors without training."""
+"""Loops over the transformer of the digits pipeline that tests write by hand."""
 
 import math
 
 import torch
 
 from lesa.demo import digits
-from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS = 12
 SOME = [0, 1, 2, 5, 9]
 REST = [step for step in range(STEPS) if step not in SOME]
-DIM = 128
-
-
-def untrained_predictor(**options):
-    """One as it is made: newton extrapolates along a line through the newest two anchors."""
-    torch.manual_seed(0)
-    return FusedKANPredictor(PredictorConfig(DIM, **{"rank": 4, "hidden": 8, **options}))
-
-
-def make_predictor(below=None, **options):
-    """A newton predictor whose forecast depends on all its anchors; it gives NaN below a noise level."""
-    predictor = untrained_predictor(**options)
-    torch.nn.init.constant_(predictor.out_bias[:, 1:], 0.3)
-    if below is not None:
-        predictor.__class__, predictor.below = NanPredictor, below
-    return predictor
-
-
-class NanPredictor(FusedKANPredictor):
-    def forward(self, ring, sigma):
-        return super().forward(ring, sigma) * (math.nan if sigma < self.below else 1)
 
 
 class BareScheduler:
@@ -40,17 +18,27 @@ class BareScheduler:
         vars(self).update(attributes)
 
 
-def call_arguments(labels=(3, 8), tokens=64, seed=0):
-    """Arguments of the transformer but for its timestep."""
+def call_arguments(labels=(3, 8), tokens=64, seed=0, dtype=torch.float32):
+    """Arguments of the transformer without its timestep."""
     inputs, side = digits.inputs_for(labels), math.isqrt(tokens)
     grid = torch.meshgrid(torch.zeros(1), torch.arange(float(side)), torch.arange(float(side)), indexing="ij")
     return {
-        "hidden_states": torch.randn(len(labels), tokens, 4, generator=torch.Generator().manual_seed(seed)),
-        "encoder_hidden_states": torch.cat([i["prompt_embeds"] for i in inputs]),
-        "pooled_projections": torch.cat([i["pooled_prompt_embeds"] for i in inputs]),
+        "hidden_states": torch.randn(len(labels), tokens, 4, generator=torch.Generator().manual_seed(seed)).to(dtype),
+        "encoder_hidden_states": torch.cat([i["prompt_embeds"] for i in inputs]).to(dtype),
+        "pooled_projections": torch.cat([i["pooled_prompt_embeds"] for i in inputs]).to(dtype),
         "img_ids": torch.stack(grid, -1).reshape(-1, 3),
         "txt_ids": torch.zeros(1, 3),
         "return_dict": False,
+    }
+
+
+def guided(labels=(3, 8)):
+    """Arguments of a digits pipeline that draws `labels`, for guidance by two calls per step."""
+    negative = digits.inputs_for((0,) * len(labels))
+    return {
+        "true_cfg_scale": 2.0,
+        "negative_prompt_embeds": torch.cat([i["prompt_embeds"] for i in negative]),
+        "negative_pooled_prompt_embeds": torch.cat([i["pooled_prompt_embeds"] for i in negative]),
     }
 
 
@@ -78,6 +66,7 @@ def drive(pipe, calls_of_step, steps=STEPS):
 
 
 def ours(caught):
+    """The texts of this package's own warnings."""
     return [str(w.message) for w in caught if str(w.message).startswith("lesa: ")]
 
 

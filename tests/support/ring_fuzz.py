@@ -28,6 +28,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 def assert_same_bytes(actual: torch.Tensor, expected: torch.Tensor, name: str = "tensor") -> None:
     """Raises unless the bytes are equal; only the payload of a NaN may differ."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape, name
+    actual, expected = actual.cpu(), expected.cpu()
     if actual.is_floating_point():
         assert torch.equal(actual.isnan(), expected.isnan()), f"{name}: NaN at other places"
         known = ~expected.isnan()
