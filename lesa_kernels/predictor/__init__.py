@@ -2,7 +2,7 @@
 
 from lesa_kernels.predictor.config import PredictorConfig
 from lesa_kernels.predictor.module import FusedKANPredictor
-from lesa_kernels.predictor.op import dense_predict, newton_predict, newton_velocity, output_head
+from lesa_kernels.predictor.ops import dense_predict, newton_predict, newton_velocity, output_head
 from lesa_kernels.predictor.reference import OutputHead
 
 __all__ = [

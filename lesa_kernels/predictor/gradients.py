@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from lesa_kernels.bspline_kan.reference import bspline_basis
 from lesa_kernels.feature_ring.reference import newest_slots
+from lesa_kernels.predictor.arguments import Experts, RingState, Shape
 from lesa_kernels.predictor.reference import OFFSET_SCALE, of_stage, stage_index
 
 
@@ -38,14 +39,13 @@ class History:
         return (torch.arange(stages, device=self.stage.device)[:, None] == self.stage).float()
 
 
-def read_history(sigmas, cursor, count, sigma, stage_bounds, history_length) -> History:
-    """The anchors of each sample, from the buffers of a ring; see `newton_predict` for the arguments."""
-    target = sigma.float()
-    stage = stage_index(target, stage_bounds)
-    slots = newest_slots(cursor, count, len(sigmas))[: max(history_length)].long()
-    return History(
-        stage, torch.minimum(count.long(), of_stage(stage, history_length)), slots, sigmas.gather(0, slots), target
-    )
+def read_history(ring: RingState, shape: Shape) -> History:
+    """The anchors of each sample, from the buffers of a ring."""
+    target = ring.sigma.float()
+    stage = stage_index(target, shape.stage_bounds)
+    slots = newest_slots(ring.cursor, ring.count, len(ring.sigmas))[: shape.longest].long()
+    count = torch.minimum(ring.count.long(), of_stage(stage, shape.history_length))
+    return History(stage, count, slots, ring.sigmas.gather(0, slots), target)
 
 
 class HiddenUnits:
@@ -53,25 +53,25 @@ class HiddenUnits:
 
     Args:
         history: of the samples.
-        in_weight, in_bias, spline, grid_size, spline_order: as in `newton_predict`; the last input is the noise level
-            itself if there is one more than anchors.
+        experts: the parameters. If the KAN has one input more than there are anchors, it is the noise level itself.
+        shape: the splines.
 
     Attributes:
         values: `[B, M]`.
     """
 
-    def __init__(self, history: History, in_weight, in_bias, spline, grid_size: int, spline_order: int):
-        self._history, self._stages = history, len(in_weight)
-        self._grid = (grid_size, spline_order, (-1.0, 1.0))
+    def __init__(self, history: History, experts: Experts, shape: Shape):
+        self._history, self._stages = history, shape.stages
+        self._grid = (shape.grid_size, shape.spline_order, (-1.0, 1.0))
         anchors = len(history.levels)
         missing = torch.arange(anchors, device=history.count.device)[:, None] >= history.count
         inputs = ((history.target - history.levels) * OFFSET_SCALE).masked_fill(missing, 0.0).T
-        if in_weight.shape[2] > anchors:
+        if experts.in_weight.shape[2] > anchors:
             inputs = torch.cat([inputs, (2 * history.target - 1)[:, None]], dim=1)
         self._inputs = inputs  # [B, I]
-        weight, bias = in_weight[history.stage].float(), in_bias[history.stage].float()
+        weight, bias = experts.in_weight[history.stage].float(), experts.in_bias[history.stage].float()
         self._u = torch.tanh((weight @ inputs[:, :, None]).squeeze(2) + bias)
-        self._coefficients = spline[history.stage].float()
+        self._coefficients = experts.spline[history.stage].float()
         self._bases = bspline_basis(self._u, *self._grid)  # [B, M, G + p]
         self.values = (self._bases * self._coefficients).sum(-1) + F.silu(self._u)
 

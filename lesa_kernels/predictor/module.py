@@ -7,19 +7,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
 from lesa_kernels.checks import Said, argument_error, check_choice, check_float, check_tensor
 from lesa_kernels.dispatch import BACKENDS
 from lesa_kernels.feature_ring import FeatureRing, TieredRing, make_ring
+from lesa_kernels.predictor.arguments import DenseExperts, Experts, NewtonExperts, RingState, Shape
 from lesa_kernels.predictor.config import PredictorConfig
-from lesa_kernels.predictor.op import (
-    FLOAT_DTYPES,
-    dense_predict,
-    newton_backend,
-    newton_predict,
-    newton_velocity,
-    newton_velocity_is_fused,
-    output_head,
-)
+from lesa_kernels.predictor.ops.dense import run_dense_predict
+from lesa_kernels.predictor.ops.head import output_head
+from lesa_kernels.predictor.ops.newton import newton_backend, run_newton_predict
+from lesa_kernels.predictor.ops.velocity import newton_velocity_is_fused, run_newton_velocity
 from lesa_kernels.predictor.reference import OutputHead
 
 CONFIG_NAME = "config.json"
@@ -137,9 +134,10 @@ class FusedKANPredictor(nn.Module):
         sigma: torch.Tensor,
     ) -> torch.Tensor:
         """`forward` on the bare buffers of a ring; see `newton_predict` and `dense_predict` for what they hold."""
-        predict = newton_predict if self.config.mixer == "newton" else dense_predict
-        state = (storage, scales, sigmas, cursor, count, sigma)
-        return predict(*state, *self.experts(), *self.shape(), backend=self.backend)
+        state, experts = RingState(storage, scales, sigmas, cursor, count, sigma), self.experts()
+        if isinstance(experts, NewtonExperts):
+            return run_newton_predict(state, experts, self.shape(), self.backend)
+        return run_dense_predict(state, experts, self.shape(), self.backend)
 
     def predict_velocity(
         self, ring: FeatureRing | TieredRing, sigma: float | torch.Tensor, head: OutputHead
@@ -162,22 +160,22 @@ class FusedKANPredictor(nn.Module):
         target = self._target(ring, sigma)
         experts, shape = self.experts(), self.shape()
 
-        def velocity(*state):
-            if self.config.mixer == "dense":
+        def velocity(*state: torch.Tensor | None) -> torch.Tensor:
+            if isinstance(experts, DenseExperts):
                 return output_head(self.forecast(*state, target), head)
-            return newton_velocity(*state, target, *experts, head, *shape, backend=self.backend)
+            return run_newton_velocity(RingState(*state, target), experts, head, shape, self.backend)
 
         return self._over(ring, velocity)
 
     def fuses_velocity(self, ring: FeatureRing | TieredRing, head: OutputHead | None = None) -> bool:
         """Whether `predict_velocity` from this ring is one kernel: with `head`, or with one that is made for it."""
-        if self.config.mixer == "dense":
+        experts = self.experts()
+        if isinstance(experts, DenseExperts):
             return False
-        state = (*self._state(ring), ring.sigmas[0])
-        order = self.config.spline_order
-        if newton_backend(*state, *self.experts(), order, self.backend, "newton_velocity") != "triton":
+        state = RingState(*self._state(ring), ring.sigmas[0])
+        if newton_backend(state, experts, self.shape(), self.backend, "newton_velocity") != "triton":
             return False
-        return head is None or newton_velocity_is_fused(state[0], self.down, head)
+        return head is None or newton_velocity_is_fused(state.storage, experts.down, head)
 
     def _over(self, ring: FeatureRing | TieredRing, function) -> torch.Tensor:
         """`function` of the ring's state, piece by piece where it is not all on the device."""
@@ -199,17 +197,17 @@ class FusedKANPredictor(nn.Module):
             return sigma.to(torch.float32).expand(ring.batch) if sigma.ndim == 0 else sigma
         return torch.full((ring.batch,), check_float("sigma", sigma), dtype=torch.float32, device=ring.device)
 
-    def experts(self) -> tuple[torch.Tensor | None, ...]:
-        """The parameters of all stages, in the order in which `newton_predict` or `dense_predict` takes them."""
+    def experts(self) -> Experts:
+        """The parameters of all stages, as `newton_predict` or `dense_predict` takes them."""
         units = (self.in_weight, self.in_bias, self.spline, self.out_weight, self.out_bias)
         if self.config.mixer == "newton":
-            return *units, self.down, self.up, self.up_bias
-        return *units, self.mix_weight, self.mix_bias
+            return NewtonExperts(*units, self.down, self.up, self.up_bias)
+        return DenseExperts(*units, self.mix_weight, self.mix_bias)
 
-    def shape(self) -> tuple:
-        """`stage_bounds`, `history_length`, `grid_size` and `spline_order` of the configuration."""
+    def shape(self) -> Shape:
+        """The stages and splines of the configuration, as `newton_predict` and `dense_predict` take them."""
         config = self.config
-        return config.stage_bounds, config.history_length, config.grid_size, config.spline_order
+        return Shape(config.stage_bounds, config.history_length, config.grid_size, config.spline_order)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes `config.json` and `model.safetensors` into `folder`, each of them whole or not at all."""

@@ -17,6 +17,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lesa_kernels.launch import LAUNCH_OPTIONS, architecture, launch_config
+from lesa_kernels.predictor.arguments import DenseExperts, RingState, Shape
 from lesa_kernels.predictor.kernels.shared import (
     hidden_units,
     history_of,
@@ -333,11 +334,6 @@ def dense_config(operation: str, dtype: torch.dtype, a: torch.Tensor, b: torch.T
     return {**config, "num_stages": max(min(config["num_stages"], fitting), 1)}
 
 
-def first_maps(history_length: tuple[int, ...]) -> tuple[int, ...]:
-    """Where the maps of each stage start among those of all stages."""
-    return tuple(itertools.accumulate(history_length[:-1], initial=0))
-
-
 def has_tiles(storage: torch.Tensor, mix_weight: torch.Tensor) -> bool:
     """Whether the copy engine that GPUs have from Hopper on can load the tiles of both factors."""
     return (
@@ -350,29 +346,16 @@ def has_tiles(storage: torch.Tensor, mix_weight: torch.Tensor) -> bool:
 
 
 def _launch_fwd(
-    output,
-    alphas,
-    grad,
-    storage,
-    scales,
-    sigmas,
-    cursor,
-    count,
-    sigma,
-    in_weight,
-    in_bias,
-    spline,
-    out_weight,
-    out_bias,
-    mix_weight,
-    mix_bias,
-    stage_bounds,
-    history_length,
-    grid_size,
-    spline_order,
-    config,
-):
+    output: torch.Tensor,
+    alphas: torch.Tensor | None,
+    grad: torch.Tensor | None,
+    ring: RingState,
+    experts: DenseExperts,
+    shape: Shape,
+    config: dict[str, int],
+) -> None:
     """Launches `_dense_predict_fwd_kernel`: for forecasts, or, given `grad`, for the gradient's parts of alpha."""
+    storage, mix_weight, hidden = ring.storage, experts.mix_weight, experts.in_weight.shape[1]
     capacity, batch, tokens, width = storage.shape
     tiles = has_tiles(storage, mix_weight)
     stored, float8 = stored_bits(storage)
@@ -383,38 +366,42 @@ def _launch_fwd(
         grad,
         stored,
         _descriptor(storage, config["BLOCK_R"], config["BLOCK_K"]) if tiles else None,
-        scales,
-        sigmas,
-        cursor,
-        count,
-        sigma,
-        in_weight,
-        in_bias,
-        spline,
-        out_weight,
-        out_bias,
+        ring.scales,
+        ring.sigmas,
+        ring.cursor,
+        ring.count,
+        ring.sigma,
+        experts.in_weight,
+        experts.in_bias,
+        experts.spline,
+        experts.out_weight,
+        experts.out_bias,
         mix_weight,
         _descriptor(mix_weight, config["BLOCK_C"], config["BLOCK_K"]) if tiles else None,
-        mix_bias,
+        experts.mix_bias,
         capacity,
         batch,
         tokens,
         *storage.stride()[:3],
-        **stage_constants(stage_bounds, history_length),
-        FIRSTS=first_maps(history_length),
-        GRID=grid_size,
-        DEGREE=spline_order,
+        **_dense_constants(shape),
+        GRID=shape.grid_size,
+        DEGREE=shape.spline_order,
         D=width,
-        M=in_weight.shape[1],
-        K=max(history_length),
+        M=hidden,
+        K=shape.longest,
         FLOAT8=float8,
         OPERAND=operand_dtype(storage.dtype),
         FORECASTS=grad is None,
         HAS_TILES=tiles,
-        BLOCK_M=next_power_of_2(min(in_weight.shape[1], 256)),
+        BLOCK_M=next_power_of_2(min(hidden, 256)),
         **config,
         **LAUNCH_OPTIONS,
     )
+
+
+def _dense_constants(shape: Shape) -> dict[str, tuple]:
+    """BOUNDS, LENGTHS, and FIRSTS: where the maps of each stage start among those of all stages."""
+    return stage_constants(shape) | {"FIRSTS": tuple(itertools.accumulate(shape.history_length[:-1], initial=0))}
 
 
 def _descriptor(matrices, rows, columns):
@@ -426,57 +413,27 @@ def _tiles_in(rows, columns, config):
 
 
 def dense_predict_fwd(
-    storage: torch.Tensor,
-    scales: torch.Tensor | None,
-    sigmas: torch.Tensor,
-    cursor: torch.Tensor,
-    count: torch.Tensor,
-    sigma: torch.Tensor,
-    in_weight: torch.Tensor,
-    in_bias: torch.Tensor,
-    spline: torch.Tensor,
-    out_weight: torch.Tensor,
-    out_bias: torch.Tensor,
-    mix_weight: torch.Tensor,
-    mix_bias: torch.Tensor,
-    stage_bounds: tuple[float, ...],
-    history_length: tuple[int, ...],
-    grid_size: int,
-    spline_order: int,
+    ring: RingState,
+    experts: DenseExperts,
+    shape: Shape,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Launches the dense forecast once; arguments as in `dense_predict`, checked there."""
+    storage, mix_weight = ring.storage, experts.mix_weight
     output = torch.empty(storage.shape[1:], dtype=out_dtype, device=storage.device)
     if output.numel():
-        ring = (storage, scales, sigmas, cursor, count, sigma)
-        experts = (in_weight, in_bias, spline, out_weight, out_bias, mix_weight, mix_bias)
-        shape = (stage_bounds, history_length, grid_size, spline_order)
         wide = mix_weight.element_size() > max(storage.element_size(), 2)
         operation = "dense_predict_cast" if wide else "dense_predict"
         config = dense_config(operation, storage.dtype, storage, mix_weight)
-        _launch_fwd(output, None, None, *ring, *experts, *shape, config)
+        _launch_fwd(output, None, None, ring, experts, shape, config)
     return output
 
 
 def dense_predict_bwd(
     grad: torch.Tensor,
-    storage: torch.Tensor,
-    scales: torch.Tensor | None,
-    sigmas: torch.Tensor,
-    cursor: torch.Tensor,
-    count: torch.Tensor,
-    sigma: torch.Tensor,
-    in_weight: torch.Tensor,
-    in_bias: torch.Tensor,
-    spline: torch.Tensor,
-    out_weight: torch.Tensor,
-    out_bias: torch.Tensor,
-    mix_weight: torch.Tensor,
-    mix_bias: torch.Tensor,
-    stage_bounds: tuple[float, ...],
-    history_length: tuple[int, ...],
-    grid_size: int,
-    spline_order: int,
+    ring: RingState,
+    experts: DenseExperts,
+    shape: Shape,
     needs_storage: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Launches the backward of the dense forecast.
@@ -489,46 +446,39 @@ def dense_predict_bwd(
         The gradients of `mix_weight` and `mix_bias`, in their dtypes; of each sample's alpha, `[B]` float32, for the
         KAN's own backward; and of `storage`, in its dtype, or None.
     """
+    storage, mix_weight = ring.storage, experts.mix_weight
     capacity, batch, tokens, width = storage.shape
     grad_storage = torch.empty_like(storage, memory_format=torch.contiguous_format) if needs_storage else None
     if grad.numel() == 0:
         grad_alpha = grad.new_zeros(batch, dtype=torch.float32)
-        return torch.zeros_like(mix_weight), torch.zeros_like(mix_bias), grad_alpha, grad_storage
+        return torch.zeros_like(mix_weight), torch.zeros_like(experts.mix_bias), grad_alpha, grad_storage
     grad = grad.contiguous()
     grad_mix_weight = torch.empty_like(mix_weight)
 
     config = dense_config("dense_predict_bwd_alpha", storage.dtype, storage, mix_weight)
     parts = grad.new_empty(batch, _tiles_in(tokens, width, config), dtype=torch.float32)
     alphas = grad.new_empty(batch, dtype=torch.float32)
-    ring = (storage, scales, sigmas, cursor, count, sigma)
-    experts = (in_weight, in_bias, spline, out_weight, out_bias, mix_weight, mix_bias)
-    shape = (stage_bounds, history_length, grid_size, spline_order)
-    _launch_fwd(parts, alphas, grad, *ring, *experts, *shape, config)
+    _launch_fwd(parts, alphas, grad, ring, experts, shape, config)
 
-    common = {
-        **stage_constants(stage_bounds, history_length),
-        "FIRSTS": first_maps(history_length),
-        "D": width,
-        "OPERAND": operand_dtype(storage.dtype),
-    }
+    common = {**_dense_constants(shape), "D": width, "OPERAND": operand_dtype(storage.dtype)}
     stored, float8 = stored_bits(storage)
     config = dense_config("dense_predict_bwd_mix_weight", storage.dtype, grad, storage)
-    grid = (sum(history_length) * _tiles_in(width, width, config),)
+    grid = (sum(shape.history_length) * _tiles_in(width, width, config),)
     _dense_predict_bwd_mix_weight_kernel[grid](
         grad_mix_weight,
         grad,
         alphas,
         stored,
-        scales,
-        sigmas,
-        cursor,
-        count,
-        sigma,
+        ring.scales,
+        ring.sigmas,
+        ring.cursor,
+        ring.count,
+        ring.sigma,
         capacity,
         batch,
         tokens,
         *storage.stride()[:3],
-        K=max(history_length),
+        K=shape.longest,
         FLOAT8=float8,
         **common,
         **config,
@@ -541,9 +491,9 @@ def dense_predict_bwd(
             grad_storage,
             grad,
             alphas,
-            cursor,
-            count,
-            sigma,
+            ring.cursor,
+            ring.count,
+            ring.sigma,
             mix_weight,
             capacity,
             batch,
@@ -554,8 +504,8 @@ def dense_predict_bwd(
         )
 
     # A row without history passes nothing on, although its alpha is NaN.
-    of_row = torch.where((count > 0)[:, None], alphas[:, None] * grad.sum(1, dtype=torch.float32), 0.0)
-    stage = stage_index(sigma.float(), stage_bounds)
-    of_stages = [torch.where((stage == s)[:, None], of_row, 0.0).sum(0) for s in range(len(history_length))]
-    grad_mix_bias = torch.stack(of_stages).to(mix_bias.dtype)
+    of_row = torch.where((ring.count > 0)[:, None], alphas[:, None] * grad.sum(1, dtype=torch.float32), 0.0)
+    stage = stage_index(ring.sigma.float(), shape.stage_bounds)
+    of_stages = [torch.where((stage == s)[:, None], of_row, 0.0).sum(0) for s in range(shape.stages)]
+    grad_mix_bias = torch.stack(of_stages).to(experts.mix_bias.dtype)
     return grad_mix_weight, grad_mix_bias, parts.sum(1), grad_storage

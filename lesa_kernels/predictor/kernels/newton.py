@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from lesa_kernels.launch import LAUNCH_OPTIONS, arrival_counters, launch_config, multiprocessors
-from lesa_kernels.predictor.gradients import HiddenUnits, coefficients_backward, read_history
+from lesa_kernels.predictor.arguments import NewtonExperts, RingState, Shape
+from lesa_kernels.predictor.gradients import HiddenUnits, History, coefficients_backward, read_history
 from lesa_kernels.predictor.kernels.shared import (
     anchor_weights,
     load_history,
@@ -220,24 +221,9 @@ def _newton_predict_fwd_kernel(
 
 
 def newton_predict_fwd(
-    storage: torch.Tensor,
-    scales: torch.Tensor | None,
-    sigmas: torch.Tensor,
-    cursor: torch.Tensor,
-    count: torch.Tensor,
-    sigma: torch.Tensor,
-    in_weight: torch.Tensor,
-    in_bias: torch.Tensor,
-    spline: torch.Tensor,
-    out_weight: torch.Tensor,
-    out_bias: torch.Tensor,
-    down: torch.Tensor | None,
-    up: torch.Tensor | None,
-    up_bias: torch.Tensor | None,
-    stage_bounds: tuple[float, ...],
-    history_length: tuple[int, ...],
-    grid_size: int,
-    spline_order: int,
+    ring: RingState,
+    experts: NewtonExperts,
+    shape: Shape,
     out_dtype: torch.dtype,
     read: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -245,13 +231,13 @@ def newton_predict_fwd(
 
     `read` `[B, T, R]` float32, if given, receives `down @ taps` for the backward.
     """
-    _, batch, tokens, width = storage.shape
+    storage, rank, hidden = ring.storage, experts.rank, experts.in_weight.shape[1]
+    capacity, batch, tokens, width = storage.shape
     output = torch.empty((batch, tokens, width), dtype=out_dtype, device=storage.device)
     if output.numel() == 0:
         return output
-    taps, rank = newton_sizes(history_length, down)
     config = launch_config("newton_predict_residual" if rank else "newton_predict", storage.dtype, storage.device)
-    grid, splits = newton_grid(storage.shape, storage.device, config)
+    grid, splits = newton_grid(storage, config)
     block_t, blocks = config["BLOCK_T"], triton.cdiv(width, config["BLOCK_D"])
     block_r = next_power_of_2(rank, 16)
     parts = arrivals = output  # never touched
@@ -264,40 +250,33 @@ def newton_predict_fwd(
         output,
         output if read is None else read,
         stored,
-        output if scales is None else scales,
-        sigmas,
-        cursor,
-        count,
-        sigma,
-        in_weight,
-        in_bias,
-        spline,
-        out_weight,
-        out_bias,
-        output if down is None else down,
-        output if up is None else up,
-        output if up_bias is None else up_bias,
+        output if ring.scales is None else ring.scales,
+        ring.sigmas,
+        ring.cursor,
+        ring.count,
+        ring.sigma,
+        *(output if parameter is None else parameter for parameter in experts),
         parts,
         arrivals,
-        storage.shape[0],
+        capacity,
         batch,
         tokens,
         *storage.stride()[:3],
         splits,
-        **stage_constants(stage_bounds, history_length),
-        GRID=grid_size,
-        DEGREE=spline_order,
+        **stage_constants(shape),
+        GRID=shape.grid_size,
+        DEGREE=shape.spline_order,
         D=width,
-        M=in_weight.shape[1],
-        K=taps + 1,
+        M=hidden,
+        K=shape.longest,
         RANK=rank,
-        HAS_BIAS=up_bias is not None,
+        HAS_BIAS=experts.up_bias is not None,
         KEEPS_READ=read is not None,
         FLOAT8=float8,
         OPERAND=operand_dtype(storage.dtype),
         BLOCK_D=config["BLOCK_D"],
         BLOCK_T=block_t,
-        BLOCK_M=min(config["BLOCK_M"], next_power_of_2(in_weight.shape[1])),
+        BLOCK_M=min(config["BLOCK_M"], next_power_of_2(hidden)),
         BLOCK_R=block_r,
         NUM_STAGES=config["NUM_STAGES"],
         num_warps=config["num_warps"],
@@ -306,25 +285,18 @@ def newton_predict_fwd(
     return output
 
 
-def newton_sizes(history_length: tuple[int, ...], down: torch.Tensor | None) -> tuple[int, int]:
-    """Taps of the longest history, and the rank of the residual over them: zero where there are no taps."""
-    taps = max(history_length) - 1
-    return taps, down.shape[1] if down is not None and taps else 0
-
-
-def newton_grid(shape: tuple[int, ...], device: torch.device, config: dict[str, int]) -> tuple[tuple[int], int]:
+def newton_grid(storage: torch.Tensor, config: dict[str, int]) -> tuple[tuple[int], int]:
     """The grid of a kernel whose programs own channel blocks, and into how many shares the tokens are split for it.
 
     Args:
-        shape: `(C, B, T, D)`, of the storage.
-        device: where it runs.
+        storage: `[C, B, T, D]`, where the kernel runs.
         config: its launch configuration.
     """
-    _, batch, tokens, width = shape
+    _, batch, tokens, width = storage.shape
     blocks = max(batch * triton.cdiv(width, config["BLOCK_D"]), 1)
     # Rounded down: PROGRAMS is how many a multiprocessor holds at once, and one more would wait for a second round.
     # Some multiprocessors stay idle where the blocks do not divide the places.
-    wanted = config["PROGRAMS"] * multiprocessors(device) // blocks
+    wanted = config["PROGRAMS"] * multiprocessors(storage.device) // blocks
     splits = min(max(wanted, 1), max(triton.cdiv(tokens, config["BLOCK_T"]), 1))
     return (blocks * splits,), splits
 
@@ -433,24 +405,9 @@ def _newton_predict_bwd_kernel(
 
 def newton_predict_bwd(
     grad: torch.Tensor,
-    storage: torch.Tensor,
-    scales: torch.Tensor | None,
-    sigmas: torch.Tensor,
-    cursor: torch.Tensor,
-    count: torch.Tensor,
-    sigma: torch.Tensor,
-    in_weight: torch.Tensor,
-    in_bias: torch.Tensor,
-    spline: torch.Tensor,
-    out_weight: torch.Tensor,
-    out_bias: torch.Tensor,
-    down: torch.Tensor | None,
-    up: torch.Tensor | None,
-    up_bias: torch.Tensor | None,
-    stage_bounds: tuple[float, ...],
-    history_length: tuple[int, ...],
-    grid_size: int,
-    spline_order: int,
+    ring: RingState,
+    experts: NewtonExperts,
+    shape: Shape,
     needs_storage: bool,
 ) -> list[torch.Tensor | None]:
     """Gradients of `newton_predict` from that of its result, `[B, T, D]`.
@@ -459,12 +416,10 @@ def newton_predict_bwd(
         those of `storage` (None unless `needs_storage`), `in_weight`, `in_bias`, `spline`, `out_weight`, `out_bias`,
         `down`, `up` and `up_bias` (None where these are), in float32. Sums run in a fixed order.
     """
-    parameters = (in_weight, in_bias, spline, out_weight, out_bias, down, up, up_bias)
-    shape = (stage_bounds, history_length, grid_size, spline_order)
-    _, batch, tokens, width = storage.shape
-    taps, rank = newton_sizes(history_length, down)
-    history = read_history(sigmas, cursor, count, sigma, stage_bounds, history_length)
-    hidden = HiddenUnits(history, in_weight, in_bias, spline, grid_size, spline_order)
+    storage, rank, taps = ring.storage, experts.rank, shape.longest - 1
+    capacity, batch, tokens, width = storage.shape
+    history = read_history(ring, shape)
+    hidden = HiddenUnits(history, experts, shape)
     grad = grad.contiguous()
 
     def empty(*sizes):
@@ -473,15 +428,13 @@ def newton_predict_bwd(
     read = grad_read = None
     if rank:
         read = empty(batch, tokens, rank)
-        newton_predict_fwd(
-            storage, scales, sigmas, cursor, count, sigma, *parameters, *shape, out_dtype=grad.dtype, read=read
-        )
+        newton_predict_fwd(ring, experts, shape, out_dtype=grad.dtype, read=read)
         wide = grad.float() if grad.dtype == torch.float16 else grad  # float16 has too small a range
-        grad_read = torch.bmm(wide, up[history.stage].to(wide.dtype)).float()
+        grad_read = torch.bmm(wide, experts.up[history.stage].to(wide.dtype)).float()
     config = launch_config("newton_predict_bwd", storage.dtype, storage.device)
-    grid, splits = newton_grid(storage.shape, storage.device, config)
+    grid, splits = newton_grid(storage, config)
     totals = [empty(splits, batch, taps, width)]
-    totals += [None if up_bias is None else empty(splits, batch, width)]
+    totals += [None if experts.up_bias is None else empty(splits, batch, width)]
     totals += [empty(splits, batch, width, rank), empty(splits, batch, rank, taps, width)] if rank else [None, None]
     if grad.numel() == 0:
         for total in totals:
@@ -495,21 +448,21 @@ def newton_predict_bwd(
             grad if read is None else read,
             grad if grad_read is None else grad_read,
             stored,
-            grad if scales is None else scales,
-            sigmas,
-            cursor,
-            count,
-            sigma,
-            storage.shape[0],
+            grad if ring.scales is None else ring.scales,
+            ring.sigmas,
+            ring.cursor,
+            ring.count,
+            ring.sigma,
+            capacity,
             batch,
             tokens,
             *storage.stride()[:3],
             splits,
-            **stage_constants(stage_bounds, history_length),
+            **stage_constants(shape),
             D=width,
-            K=taps + 1,
+            K=shape.longest,
             RANK=rank,
-            HAS_BIAS=up_bias is not None,
+            HAS_BIAS=experts.up_bias is not None,
             FLOAT8=float8,
             # Sums over tokens, and what large taps are multiplied with, may be out of float16's range.
             OPERAND=tl.bfloat16 if storage.dtype == torch.float16 else operand_dtype(storage.dtype),
@@ -521,29 +474,36 @@ def newton_predict_bwd(
         )
     coefficients, bias, of_up, of_down = (None if total is None else total.sum(0) for total in totals)
 
-    flat = out_weight.flatten(1, 2)  # [S, taps * D, M]
+    flat = experts.out_weight.flatten(1, 2)  # [S, taps * D, M]
     grad_hidden, grad_out_weight, grad_out_bias = coefficients_backward(history, hidden, flat, coefficients.flatten(1))
-    rows = history.one_hot(len(in_weight))
+    rows = history.one_hot(shape.stages)
     grad_storage = None
     if needs_storage:
-        grad_storage = _storage_gradient(grad, grad_read, storage, history, hidden, out_weight, out_bias, down)
+        grad_storage = _storage_gradient(grad, grad_read, storage, history, hidden, experts)
     return [
         grad_storage,
         *hidden.backward(grad_hidden),
-        grad_out_weight.view(out_weight.shape),
-        grad_out_bias.view(out_bias.shape),
+        grad_out_weight.view(experts.out_weight.shape),
+        grad_out_bias.view(experts.out_bias.shape),
         *(
             total if parameter is None or total is None else torch.einsum("sb,b...->s...", rows, total)
-            for parameter, total in ((down, of_down), (up, of_up), (up_bias, bias))
+            for parameter, total in ((experts.down, of_down), (experts.up, of_up), (experts.up_bias, bias))
         ),
     ]
 
 
-def _storage_gradient(grad, grad_read, storage, history, hidden, out_weight, out_bias, down) -> torch.Tensor:
+def _storage_gradient(
+    grad: torch.Tensor,
+    grad_read: torch.Tensor | None,
+    storage: torch.Tensor,
+    history: History,
+    hidden: HiddenUnits,
+    experts: NewtonExperts,
+) -> torch.Tensor:
     """The features' gradient, as the ring's storage is: each anchor's share of the forecast's, and zeros elsewhere."""
     weights = newton_weights(history.levels, history.count, history.target)  # [B, K - 1, K]
-    coefficients = torch.einsum("bjdm,bm->bjd", out_weight[history.stage].float(), hidden.values)
-    coefficients = coefficients + out_bias[history.stage].float()
+    coefficients = torch.einsum("bjdm,bm->bjd", experts.out_weight[history.stage].float(), hidden.values)
+    coefficients = coefficients + experts.out_bias[history.stage].float()
     shares = torch.einsum("bjk,bjd->kbd", weights, coefficients)
     shares[0] += 1
     exist = history.count > 0
@@ -552,7 +512,7 @@ def _storage_gradient(grad, grad_read, storage, history, hidden, out_weight, out
     for k, (slot, share) in enumerate(zip(history.slots, shares)):
         part = share[:, None] * grad
         if grad_read is not None:
-            maps = torch.einsum("brjd,bj->brd", down[history.stage].float(), weights[:, :, k])
+            maps = torch.einsum("brjd,bj->brd", experts.down[history.stage].float(), weights[:, :, k])
             part = part + grad_read @ maps
         # A slot that is repeated for a missing anchor gets zeros: its weights are zero.
         gradient[slot, samples] += part.masked_fill(~exist[:, None, None] | (history.count <= k)[:, None, None], 0.0)

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from lesa_kernels import launch
 from lesa_kernels.bspline_kan.kernels import interpretable_dot, rounded, spline_position, spline_weights
+from lesa_kernels.predictor.arguments import Shape
 from lesa_kernels.predictor.reference import OFFSET_SCALE
 
 _OFFSET_SCALE = tl.constexpr(OFFSET_SCALE)
@@ -302,9 +303,9 @@ def stored_bits(storage: torch.Tensor) -> tuple[torch.Tensor, int]:
     return storage.view(torch.uint8), FLOAT8_BITS
 
 
-def stage_constants(stage_bounds: tuple[float, ...], history_length: tuple[int, ...]) -> dict[str, tuple]:
+def stage_constants(shape: Shape) -> dict[str, tuple]:
     """The kernels' constants BOUNDS and LENGTHS; bounds are rounded to float32, in which noise levels are compared."""
-    return {"BOUNDS": tuple(float(np.float32(b)) for b in stage_bounds), "LENGTHS": tuple(history_length)}
+    return {"BOUNDS": tuple(float(np.float32(b)) for b in shape.stage_bounds), "LENGTHS": shape.history_length}
 
 
 def next_power_of_2(n: int, minimum: int = 1) -> int:

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from lesa_kernels.launch import LAUNCH_OPTIONS, arrival_counters, launch_config
+from lesa_kernels.predictor.arguments import NewtonExperts, RingState, Shape
 from lesa_kernels.predictor.kernels.newton import load_maps, newton_grid, read_residual
 from lesa_kernels.predictor.kernels.shared import (
     anchor_weights,
@@ -35,6 +36,7 @@ from lesa_kernels.predictor.kernels.shared import (
     stored_bits,
     widen_history,
 )
+from lesa_kernels.predictor.reference import OutputHead
 
 
 @triton.jit(do_not_specialize=["capacity", "batch", "tokens", "splits", "eps"])
@@ -329,7 +331,7 @@ class VelocityLaunch:
         outs, rank = weight.shape[0], 0 if down is None or down.shape[2] == 0 else down.shape[1]
         operation = "newton_velocity_residual" if rank else "newton_velocity"
         config = launch_config(operation, storage.dtype, storage.device)
-        grid, splits = newton_grid(storage.shape, storage.device, config)
+        grid, splits = newton_grid(storage, config)
         block_o, block_r = next_power_of_2(outs, 16), next_power_of_2(rank, 16) if rank else 0
         tiles, blocks = batch * triton.cdiv(tokens, config["BLOCK_T"]), triton.cdiv(width, config["BLOCK_D"])
         part = config["BLOCK_T"] * (2 + block_o + 2 * block_r)
@@ -339,90 +341,65 @@ class VelocityLaunch:
 
 
 def newton_velocity_fwd(
-    storage: torch.Tensor,
-    scales: torch.Tensor | None,
-    sigmas: torch.Tensor,
-    cursor: torch.Tensor,
-    count: torch.Tensor,
-    sigma: torch.Tensor,
-    in_weight: torch.Tensor,
-    in_bias: torch.Tensor,
-    spline: torch.Tensor,
-    out_weight: torch.Tensor,
-    out_bias: torch.Tensor,
-    down: torch.Tensor | None,
-    up: torch.Tensor | None,
-    up_bias: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    eps: float,
-    stage_bounds: tuple[float, ...],
-    history_length: tuple[int, ...],
-    grid_size: int,
-    spline_order: int,
+    ring: RingState,
+    experts: NewtonExperts,
+    head: OutputHead,
+    shape: Shape,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Launches a whole skipped step once; arguments as in `newton_velocity`, checked there.
 
     What the programs leave for each other comes from torch's allocator and goes back at once.
     """
-    _, batch, tokens, width = storage.shape
-    outs = weight.shape[0]
+    storage, hidden = ring.storage, experts.in_weight.shape[1]
+    capacity, batch, tokens, width = storage.shape
+    outs = head.weight.shape[0]
     velocity = torch.empty((batch, tokens, outs), dtype=out_dtype, device=storage.device)
     if velocity.numel() == 0:
         return velocity
-    launch = VelocityLaunch.of(storage, weight, down)
+    launch = VelocityLaunch.of(storage, head.weight, experts.down)
     config, parts = launch.config, launch.scratch[0]
     scratch = torch.empty(sum(launch.scratch), dtype=torch.float32, device=storage.device)
     stored, float8 = stored_bits(storage)
     _newton_velocity_fwd_kernel[launch.grid](
         velocity,
         stored,
-        velocity if scales is None else scales,
-        sigmas,
-        cursor,
-        count,
-        sigma,
-        in_weight,
-        in_bias,
-        spline,
-        out_weight,
-        out_bias,
-        velocity if down is None else down,
-        velocity if up is None else up,
-        velocity if up_bias is None else up_bias,
-        weight,
-        velocity if bias is None else bias,
-        scale,
-        shift,
+        velocity if ring.scales is None else ring.scales,
+        ring.sigmas,
+        ring.cursor,
+        ring.count,
+        ring.sigma,
+        *(velocity if parameter is None else parameter for parameter in experts),
+        head.weight,
+        velocity if head.bias is None else head.bias,
+        head.scale,
+        head.shift,
         scratch,
         scratch[parts:],
         arrival_counters(storage.device, launch.tiles),
-        storage.shape[0],
+        capacity,
         batch,
         tokens,
         *storage.stride()[:3],
-        scale.stride(0),
-        shift.stride(0),
+        head.scale.stride(0),
+        head.shift.stride(0),
         launch.splits,
-        eps,
-        **stage_constants(stage_bounds, history_length),
-        GRID=grid_size,
-        DEGREE=spline_order,
+        head.eps,
+        **stage_constants(shape),
+        GRID=shape.grid_size,
+        DEGREE=shape.spline_order,
         D=width,
-        M=in_weight.shape[1],
-        K=max(history_length),
+        M=hidden,
+        K=shape.longest,
         OUTS=outs,
         RANK=launch.rank,
-        HAS_BIAS=up_bias is not None,
-        HAS_HEAD_BIAS=bias is not None,
+        HAS_BIAS=experts.up_bias is not None,
+        HAS_HEAD_BIAS=head.bias is not None,
         FLOAT8=float8,
         OPERAND=operand_dtype(storage.dtype),
         BLOCK_D=config["BLOCK_D"],
         BLOCK_T=config["BLOCK_T"],
-        BLOCK_M=min(config["BLOCK_M"], next_power_of_2(in_weight.shape[1])),
+        BLOCK_M=min(config["BLOCK_M"], next_power_of_2(hidden)),
         BLOCK_O=next_power_of_2(outs, 16),
         BLOCK_R=next_power_of_2(launch.rank, 16),
         PART=launch.part,
