@@ -66,10 +66,12 @@ class BSplineKAN(nn.Module):
         self.spline_order = int(spline_order)
         self.backend = check_choice("backend", backend, BACKENDS)
 
-        empty = {"device": device, "dtype": dtype}
-        self.base_weight = nn.Parameter(torch.empty(out_features, in_features, **empty))
-        self.spline_weight = nn.Parameter(torch.empty(out_features, in_features, grid_size + spline_order, **empty))
-        self.spline_scaler = nn.Parameter(torch.empty(out_features, in_features, **empty))
+        def parameter(*sizes: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(sizes, device=device, dtype=dtype))
+
+        self.base_weight = parameter(out_features, in_features)
+        self.spline_weight = parameter(out_features, in_features, grid_size + spline_order)
+        self.spline_scaler = parameter(out_features, in_features)
         knots = _uniform_knots(self.grid_size, self.spline_order, self.grid_range)
         self.register_buffer("grid", knots.repeat(in_features, 1).to(self.base_weight))
         self.reset_parameters()

@@ -283,20 +283,19 @@ def ring_push(
         _check_tensors(cursor=cursor, count=count)
     if not ((scales is None or isinstance(scales, Tensor)) and (rows is None or isinstance(rows, Tensor))):
         _check_tensors(**{name: value for name, value in (("scales", scales), ("rows", rows)) if value is not None})
-    scalar = not isinstance(sigma, Tensor)
-    if scalar:
+    if not isinstance(sigma, Tensor):
         sigma = check_float("sigma", sigma)
     extends = ring_backend(backend, storage, "ring_push") == "extension"
-    if scalar and (not extends or torch.compiler.is_compiling()):
-        samples = cursor.shape[0] if rows is None else rows.numel()
-        sigma, scalar = torch.full((samples,), sigma, dtype=torch.float32, device=storage.device), False
-    if extends:
-        if features.requires_grad:
-            features = features.detach()
-        if scalar:
+    if extends and features.requires_grad:
+        features = features.detach()
+    if not isinstance(sigma, Tensor):
+        if extends and not torch.compiler.is_compiling():
             _PUSH_SCALAR(storage, scales, sigmas, cursor, count, features, sigma, rows)
-        else:
-            _PUSH(storage, scales, sigmas, cursor, count, features, sigma.detach(), rows)
+            return
+        samples = cursor.shape[0] if rows is None else rows.numel()
+        sigma = torch.full((samples,), sigma, dtype=torch.float32, device=storage.device)
+    if extends:
+        _PUSH(storage, scales, sigmas, cursor, count, features, sigma.detach(), rows)
     else:
         check_push(storage, scales, sigmas, cursor, count, features, sigma, rows)
         check_apart(features, storage)

@@ -2,6 +2,9 @@
 
 import torch
 
+RingBuffers = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]
+"""`(storage, scales, sigmas, cursor, count)`, the order of all operations on rings."""
+
 
 def newest_slots(cursor: torch.Tensor, count: torch.Tensor, capacity: int) -> torch.Tensor:
     """The slots of each row's anchors, newest first: `[capacity, B]`. Beyond `count` the oldest one's is repeated."""

@@ -8,7 +8,7 @@ import torch
 from lesa_kernels.checks import argument_error, check_choice, check_int, check_tensor
 from lesa_kernels.dispatch import BACKENDS, extension_problem
 from lesa_kernels.feature_ring.op import STORAGE_DTYPES, check_rows, ring_gather, ring_push
-from lesa_kernels.feature_ring.reference import dequantise_float8, newest_slots
+from lesa_kernels.feature_ring.reference import RingBuffers, dequantise_float8, newest_slots
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ def is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def check_snapshot(snapshot: RingSnapshot, shape: Sequence[int], dtype: torch.dtype, device=None) -> None:
+def check_snapshot(
+    snapshot: RingSnapshot, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
+) -> None:
     """Raises unless it is a snapshot of a ring of these sizes and dtype, and on that device if one is given."""
     if not isinstance(snapshot, RingSnapshot):
         remedy = "Pass what `snapshot()` returned."
@@ -116,7 +118,7 @@ class FeatureRing:
             extension_problem(self.device)  # loads the kernels now, which a graph that is being captured may not allow
 
     @property
-    def state(self) -> tuple[torch.Tensor | None, ...]:
+    def state(self) -> RingBuffers:
         """`(storage, scales, sigmas, cursor, count)`, the order of all operations on rings."""
         return self.storage, self.scales, self.sigmas, self.cursor, self.count
 
@@ -208,7 +210,9 @@ class FeatureRing:
 
     def snapshot(self) -> RingSnapshot:
         """A copy of the whole state, for `restore`."""
-        return RingSnapshot(**{"scales": None} | {name: buffer.clone() for name, buffer in self._buffers().items()})
+        storage, scales, sigmas, cursor, count = self.state
+        copied = None if scales is None else scales.clone()
+        return RingSnapshot(storage.clone(), copied, sigmas.clone(), cursor.clone(), count.clone())
 
     def restore(self, snapshot: RingSnapshot) -> None:
         """Puts a snapshot of this ring, or of one of the same sizes, dtype and device, back; the bytes are equal.

@@ -1,6 +1,6 @@
 """`TieredRing`: a feature ring larger than the memory it may take on the device."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ import torch
 from lesa_kernels.checks import argument_error, check_choice, check_float, check_int, check_tensor
 from lesa_kernels.dispatch import BACKENDS
 from lesa_kernels.feature_ring.op import STORAGE_DTYPES, check_apart, check_push, check_rows, ring_backend, ring_gather
+from lesa_kernels.feature_ring.reference import RingBuffers
 from lesa_kernels.feature_ring.ring import (
     FeatureRing,
     RingSnapshot,
@@ -185,7 +186,7 @@ class TieredRing:
         return self._count
 
     @property
-    def state(self) -> tuple[torch.Tensor | None, ...]:
+    def state(self) -> RingBuffers:
         """`(storage, scales, sigmas, cursor, count)` of a first piece, without its values: those are in `pieces()`."""
         return *self._views(0), self.sigmas, self.cursor, self.count
 
@@ -256,7 +257,7 @@ class TieredRing:
             )
         self._finish()
 
-    def _listed(self, rows) -> list[int]:
+    def _listed(self, rows: Sequence[int] | torch.Tensor | None) -> list[int]:
         if rows is None:
             return list(range(self.batch))
         rows = check_tensor("rows", rows_tensor(rows, self.batch), ("n",), (torch.int64,)).cpu()
@@ -268,7 +269,7 @@ class TieredRing:
         anchor = self._anchors[row][self.resident - 1]
         slot = self._far_cursor[row]
         for far, near in zip(self._far, (self._near.storage, self._near.scales)):
-            if far is not None:
+            if far is not None and near is not None:
                 self._copies.copy(far[slot, row], near[anchor.slot, row])
         self._far_cursor[row] = (slot + 1) % (self.capacity - self.resident)
         anchor.slot, anchor.near = slot, False
@@ -296,7 +297,7 @@ class TieredRing:
         self._fetched = [None, None]
         self._fetch_ahead()
 
-    def pieces(self) -> Iterator[tuple[slice, tuple[torch.Tensor | None, ...]]]:
+    def pieces(self) -> Iterator[tuple[slice, RingBuffers]]:
         """All that is stored, in pieces of the tokens.
 
         Yields:
@@ -355,7 +356,7 @@ class TieredRing:
         for row, anchors in enumerate(self._anchors):
             for age, anchor in enumerate(anchors):
                 for target, source in zip(staged, stores[anchor.near]):
-                    if target is not None:
+                    if target is not None and source is not None:
                         part = source[anchor.slot, row, tokens.start : tokens.stop]
                         self._copies.copy(target[self.capacity - 1 - age, row], part)
         self._copies.end(piece % 2)
@@ -364,16 +365,21 @@ class TieredRing:
     def gather(self, age: int = 0) -> torch.Tensor:
         """As `FeatureRing.gather`."""
         age = check_int("age", age, minimum=0, maximum=self.capacity - 1)
-        return self.by_pieces(lambda storage, scales, _, *rest: ring_gather(storage, scales, *rest, age, self.backend))
 
-    def by_pieces(self, function) -> torch.Tensor:
-        """`function` of each piece's state, `[B, n, O]`, put together to `[B, T, O]`."""
-        result = None
-        for tokens, state in self.pieces():
-            part = function(*state)
-            if result is None:
-                result = part.new_empty(self.batch, self.tokens, part.shape[-1])
-            result[:, tokens] = part
+        def gather(storage, scales, sigmas, cursor, count):
+            return ring_gather(storage, scales, cursor, count, age, self.backend)
+
+        return self.by_pieces(gather)
+
+    def by_pieces(self, function: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """`function(*state)` of each piece's state, `[B, n, O]`, put together to `[B, T, O]`."""
+        pieces = self.pieces()
+        tokens, state = next(pieces)  # there is one at least
+        first = function(*state)
+        result = first.new_empty(self.batch, self.tokens, first.shape[-1])
+        result[:, tokens] = first
+        for tokens, state in pieces:
+            result[:, tokens] = function(*state)
         return result
 
     def newest_first(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -393,7 +399,7 @@ class TieredRing:
         storage, scales = self._empty(self.capacity, self.tokens, "cpu")
         for tokens, (features, piece_scales, *_) in self.pieces():
             storage[:, :, tokens].copy_(features)
-            if scales is not None:
+            if scales is not None and piece_scales is not None:
                 scales[:, :, tokens].copy_(piece_scales)
         return RingSnapshot(storage, scales, self.sigmas.clone(), self.cursor.clone(), self.count.clone())
 
@@ -420,7 +426,7 @@ class TieredRing:
                     slot = newest - 1 - age if age < newest else count[row] - 1 - age
                     stores = (near.storage, near.scales) if age < newest else self._far
                     for target, stored in zip(stores, (snapshot.storage, snapshot.scales)):
-                        if target is not None:
+                        if target is not None and stored is not None:
                             self._copies.copy(target[slot, row], stored[source, row])
                     self._anchors[row].append(_Anchor(sigmas[source][row], slot, age < newest))
                 self._near_cursor[row] = newest % self.resident

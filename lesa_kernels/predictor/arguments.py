@@ -296,4 +296,4 @@ def contiguous(arguments: _Tensors) -> _Tensors:
         tensor if tensor is None or name == "storage" else tensor.contiguous()
         for name, tensor in zip(arguments._fields, arguments)
     ]
-    return arguments._make(made)
+    return type(arguments)(*made)

@@ -1,6 +1,7 @@
 """What a predictor is: its shape, and what it was trained for."""
 
 from dataclasses import asdict, dataclass, fields
+from typing import Any, cast
 
 from lesa_kernels.checks import Said, argument_error, check_choice, check_float, check_int
 
@@ -133,9 +134,14 @@ class PredictorConfig:
         return len(self.stage_bounds) + 1
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """`history_length` with one entry per stage, as it always is after construction."""
+        return cast(tuple[int, ...], self.history_length)
+
+    @property
     def max_history(self) -> int:
         """Longest history that any stage reads: the capacity a ring needs."""
-        return max(self.history_length)
+        return max(self.lengths)
 
     def to_dict(self) -> dict:
         """A dict for JSON."""
@@ -159,10 +165,11 @@ class PredictorConfig:
             )
         if "feature_dim" not in values:
             raise argument_error("feature_dim", "be given", Said("no such field"), "Add it to the configuration.")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)
 
 
-def _check_format_version(version) -> None:
+def _check_format_version(version: Any) -> None:
     if version != FORMAT_VERSION:
         remedy = "Train the predictor again, or use the release of lesa-kernels that wrote it."
         raise argument_error("format_version", f"be {FORMAT_VERSION}", version, remedy)

@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
 from lesa_kernels.checks import Said, argument_error, check_choice, check_float, check_tensor
 from lesa_kernels.dispatch import BACKENDS
 from lesa_kernels.feature_ring import FeatureRing, TieredRing, make_ring
+from lesa_kernels.feature_ring.reference import RingBuffers
 from lesa_kernels.predictor.arguments import DenseExperts, Experts, NewtonExperts, RingState, Shape
 from lesa_kernels.predictor.config import PredictorConfig
 from lesa_kernels.predictor.ops.dense import run_dense_predict
@@ -39,6 +42,10 @@ class FusedKANPredictor(nn.Module):
     Source: LESA, arXiv 2602.20497 (dense); `newton_predict` gives the formula of the other.
     """
 
+    down: nn.Parameter | None
+    up: nn.Parameter | None
+    up_bias: nn.Parameter | None
+
     def __init__(self, config: PredictorConfig, backend: str = "auto"):
         super().__init__()
         if not isinstance(config, PredictorConfig):
@@ -47,12 +54,13 @@ class FusedKANPredictor(nn.Module):
             )
         self.config = config
         self.backend = check_choice("backend", backend, BACKENDS)
-        stages, hidden, width = config.num_stages, config.hidden, config.feature_dim
+        stages, width = config.num_stages, config.feature_dim
+        hidden = cast(int, config.hidden)  # the configuration replaces None
         taps = config.max_history - 1
         newton = config.mixer == "newton"
         inputs = config.max_history + newton  # newton's KAN sees the noise level itself too
 
-        def parameter(*shape):
+        def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape))
 
         self.in_weight = parameter(stages, hidden, inputs)
@@ -70,7 +78,7 @@ class FusedKANPredictor(nn.Module):
         else:
             self.out_weight = parameter(stages, hidden)
             self.out_bias = parameter(stages)
-            self.mix_weight = parameter(sum(config.history_length), width, width)
+            self.mix_weight = parameter(sum(config.lengths), width, width)
             self.mix_bias = parameter(stages, width)
         self.reset_parameters()
 
@@ -86,8 +94,9 @@ class FusedKANPredictor(nn.Module):
             self.out_bias[:, :1] = 1.0
             if self.down is not None:
                 nn.init.uniform_(self.down, -1, 1).div_((self.down.shape[2] * self.down.shape[3]) ** 0.5)
-                self.up.zero_()
-                self.up_bias.zero_()
+            for parameter in (self.up, self.up_bias):
+                if parameter is not None:
+                    parameter.zero_()
         else:
             self.out_bias.fill_(1.0)
             self.mix_weight.zero_()
@@ -98,7 +107,7 @@ class FusedKANPredictor(nn.Module):
         batch: int,
         tokens: int,
         dtype: torch.dtype = torch.float32,
-        device="cpu",
+        device: torch.device | str = "cpu",
         max_device_bytes: int | None = None,
     ) -> FeatureRing | TieredRing:
         """A ring that fits this predictor: its longest history of `[batch, tokens, feature_dim]` features.
@@ -122,7 +131,11 @@ class FusedKANPredictor(nn.Module):
             ValueError, TypeError: the ring's width is not `feature_dim`, it is too small, or `sigma` does not fit.
         """
         target = self._target(ring, sigma)
-        return self._over(ring, lambda *state: self.forecast(*state, target))
+
+        def forecast(*state):
+            return self.forecast(*state, target)
+
+        return self._over(ring, forecast)
 
     def forecast(
         self,
@@ -160,7 +173,7 @@ class FusedKANPredictor(nn.Module):
         target = self._target(ring, sigma)
         experts, shape = self.experts(), self.shape()
 
-        def velocity(*state: torch.Tensor | None) -> torch.Tensor:
+        def velocity(*state):
             if isinstance(experts, DenseExperts):
                 return output_head(self.forecast(*state, target), head)
             return run_newton_velocity(RingState(*state, target), experts, head, shape, self.backend)
@@ -177,12 +190,12 @@ class FusedKANPredictor(nn.Module):
             return False
         return head is None or newton_velocity_is_fused(state.storage, experts.down, head)
 
-    def _over(self, ring: FeatureRing | TieredRing, function) -> torch.Tensor:
+    def _over(self, ring: FeatureRing | TieredRing, function: Callable[..., torch.Tensor]) -> torch.Tensor:
         """`function` of the ring's state, piece by piece where it is not all on the device."""
         state = self._state(ring)
         return ring.by_pieces(function) if isinstance(ring, TieredRing) else function(*state)
 
-    def _state(self, ring: FeatureRing | TieredRing) -> tuple:
+    def _state(self, ring: FeatureRing | TieredRing) -> RingBuffers:
         if ring.dim != self.config.feature_dim:
             raise argument_error(
                 "ring.dim",
@@ -207,7 +220,7 @@ class FusedKANPredictor(nn.Module):
     def shape(self) -> Shape:
         """The stages and splines of the configuration, as `newton_predict` and `dense_predict` take them."""
         config = self.config
-        return Shape(config.stage_bounds, config.history_length, config.grid_size, config.spline_order)
+        return Shape(config.stage_bounds, config.lengths, config.grid_size, config.spline_order)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes `config.json` and `model.safetensors` into `folder`, each of them whole or not at all."""
@@ -227,7 +240,7 @@ class FusedKANPredictor(nn.Module):
             new_weights.unlink(missing_ok=True)
 
     @classmethod
-    def from_pretrained(cls, folder_or_id: str | os.PathLike, backend: str = "auto", **hub) -> "FusedKANPredictor":
+    def from_pretrained(cls, folder_or_id: str | os.PathLike, backend: str = "auto", **hub: Any) -> "FusedKANPredictor":
         """Loads what `save_pretrained` wrote, bit for bit, in the dtype in which it was saved.
 
         Args:
@@ -285,7 +298,7 @@ class FusedKANPredictor(nn.Module):
         return str(url)
 
 
-def _find_files(folder_or_id, hub) -> tuple[Path, Path]:
+def _find_files(folder_or_id: str | os.PathLike, hub: dict[str, Any]) -> tuple[Path, Path]:
     folder = Path(folder_or_id)
     if folder.is_dir():
         files = folder / CONFIG_NAME, folder / WEIGHTS_NAME
@@ -310,4 +323,5 @@ def _find_files(folder_or_id, hub) -> tuple[Path, Path]:
         )
     from huggingface_hub import hf_hub_download
 
-    return tuple(Path(hf_hub_download(name, file, **hub)) for file in (CONFIG_NAME, WEIGHTS_NAME))
+    config, weights = (Path(hf_hub_download(name, file, **hub)) for file in (CONFIG_NAME, WEIGHTS_NAME))
+    return config, weights

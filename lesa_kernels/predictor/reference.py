@@ -49,7 +49,10 @@ def stage_index(sigma: torch.Tensor, stage_bounds: tuple[float, ...]) -> torch.T
 
 def of_stage(stage: torch.Tensor, values: tuple[int, ...]) -> torch.Tensor:
     """`values[stage]` without waiting for the device: `[B]` int64 -> `[B]` int64."""
-    return sum((stage == number) * value for number, value in enumerate(values))
+    found = torch.zeros_like(stage)
+    for number, value in enumerate(values):
+        found += (stage == number) * value
+    return found
 
 
 def forecast_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -178,8 +181,8 @@ def _offsets(stage: _Stage, width: int) -> torch.Tensor:
 
 def _hidden(inputs: torch.Tensor, experts: Experts, shape: Shape, stage: int) -> torch.Tensor:
     """`kan_hidden` of one stage's expert, in the dtype of `inputs`."""
-    kan = (part[stage].to(inputs.dtype) for part in (experts.in_weight, experts.in_bias, experts.spline))
-    return kan_hidden(inputs, *kan, shape.grid_size, shape.spline_order)
+    weight, bias = experts.in_weight[stage].to(inputs.dtype), experts.in_bias[stage].to(inputs.dtype)
+    return kan_hidden(inputs, weight, bias, experts.spline[stage].to(inputs.dtype), shape.grid_size, shape.spline_order)
 
 
 @_without_autocast

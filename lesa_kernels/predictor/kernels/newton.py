@@ -426,16 +426,18 @@ def newton_predict_bwd(
         return torch.empty(sizes, dtype=torch.float32, device=grad.device)
 
     read = grad_read = None
-    if rank:
+    if (residual := experts.residual) is not None and rank:
         read = empty(batch, tokens, rank)
         newton_predict_fwd(ring, experts, shape, out_dtype=grad.dtype, read=read)
         wide = grad.float() if grad.dtype == torch.float16 else grad  # float16 has too small a range
-        grad_read = torch.bmm(wide, experts.up[history.stage].to(wide.dtype)).float()
+        grad_read = torch.bmm(wide, residual.up[history.stage].to(wide.dtype)).float()
     config = launch_config("newton_predict_bwd", storage.dtype, storage.device)
     grid, splits = newton_grid(storage, config)
-    totals = [empty(splits, batch, taps, width)]
-    totals += [None if experts.up_bias is None else empty(splits, batch, width)]
-    totals += [empty(splits, batch, width, rank), empty(splits, batch, rank, taps, width)] if rank else [None, None]
+    of_coefficients = empty(splits, batch, taps, width)
+    of_bias = None if experts.up_bias is None else empty(splits, batch, width)
+    of_up = empty(splits, batch, width, rank) if rank else None
+    of_down = empty(splits, batch, rank, taps, width) if rank else None
+    totals = (of_coefficients, of_bias, of_up, of_down)
     if grad.numel() == 0:
         for total in totals:
             if total is not None:
@@ -472,8 +474,12 @@ def newton_predict_bwd(
             num_warps=config["num_warps"],
             **LAUNCH_OPTIONS,
         )
-    coefficients, bias, of_up, of_down = (None if total is None else total.sum(0) for total in totals)
 
+    def merged(parameter, total):
+        """The sum over the splits, and over the samples of each stage."""
+        return None if parameter is None or total is None else torch.einsum("sb,b...->s...", rows, total.sum(0))
+
+    coefficients = of_coefficients.sum(0)
     flat = experts.out_weight.flatten(1, 2)  # [S, taps * D, M]
     grad_hidden, grad_out_weight, grad_out_bias = coefficients_backward(history, hidden, flat, coefficients.flatten(1))
     rows = history.one_hot(shape.stages)
@@ -485,10 +491,9 @@ def newton_predict_bwd(
         *hidden.backward(grad_hidden),
         grad_out_weight.view(experts.out_weight.shape),
         grad_out_bias.view(experts.out_bias.shape),
-        *(
-            total if parameter is None or total is None else torch.einsum("sb,b...->s...", rows, total)
-            for parameter, total in ((experts.down, of_down), (experts.up, of_up), (experts.up_bias, bias))
-        ),
+        merged(experts.down, of_down),
+        merged(experts.up, of_up),
+        merged(experts.up_bias, of_bias),
     ]
 
 
@@ -511,7 +516,7 @@ def _storage_gradient(
     samples = torch.arange(len(exist), device=grad.device)
     for k, (slot, share) in enumerate(zip(history.slots, shares)):
         part = share[:, None] * grad
-        if grad_read is not None:
+        if grad_read is not None and experts.down is not None:
             maps = torch.einsum("brjd,bj->brd", experts.down[history.stage].float(), weights[:, :, k])
             part = part + grad_read @ maps
         # A slot that is repeated for a missing anchor gets zeros: its weights are zero.
