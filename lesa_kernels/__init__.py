@@ -1,7 +1,7 @@
 """Kernels that forecast the features of a diffusion transformer, so that most denoising steps need not be computed.
 
-Public names resolve on first use: importing the package needs neither torch, nor Triton, nor the compiled extension,
-nor a GPU. What can't run says why when it is called.
+Public names are imported on first use. So `import lesa_kernels` works without torch, Triton, the compiled extension and
+a GPU. A function that can't run here says why when it is called.
 """
 
 import importlib
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
         output_head,
     )
 
-# No name of a submodule is among these: once imported, the submodule would take its place. So the function
-# `bspline_kan` stays in the package of its name.
+# None of these is the name of a submodule: an imported submodule would replace it. So the function `bspline_kan` is
+# imported from the package of the same name.
 _SOURCES = {
     "BSplineKAN": "lesa_kernels.bspline_kan",
     "bspline_basis": "lesa_kernels.bspline_kan",

@@ -1,7 +1,7 @@
-"""The least that each operation must move and compute: the only place with such formulas.
+"""The least memory traffic and arithmetic of each operation: the only place with such formulas.
 
-Each function returns `{"bytes": ..., "flops": ...}`. Bytes are those read and written in memory once; what is read
-again comes from a cache. FLOPs count a multiplication and an addition as two.
+Each function returns `{"bytes": ..., "flops": ...}`. Each byte of memory is counted once, as if a cache served all
+later reads of it. A multiplication and an addition are two FLOPs.
 """
 
 import torch
@@ -13,14 +13,14 @@ DATASHEETS = {  # name; bytes per second of the memory; FLOPs per second of dens
     "B200": ("B200 SXM", 8.0e12, 2250e12),
     "RTX4090": ("GeForce RTX 4090", 1.008e12, 165.2e12),
 }
-"""What NVIDIA's datasheets say of its GPUs."""
+"""What NVIDIA's datasheets say about its GPUs."""
 
 SCALE_BYTES = 4  # of a token stored in float8
 PARAMETER_BYTES = 4  # predictors keep their parameters in float32
 
 
 def newton_predict(batch, tokens, dim, dtype, history=4, rank=0, hidden=64, out_dtype=None) -> dict[str, int]:
-    """A forecast of newton: K anchors in, one feature out, and the parameters of one stage.
+    """A newton forecast: K anchors in, one feature out, and the parameters of one stage.
 
     Args:
         batch, tokens, dim, dtype: of the stored features.
@@ -41,7 +41,7 @@ def newton_predict(batch, tokens, dim, dtype, history=4, rank=0, hidden=64, out_
 
 
 def dense_predict(batch, tokens, dim, dtype, history, out_dtype=None, parameter_bytes=PARAMETER_BYTES):
-    """A forecast of the paper's expert: K entries in, one feature out, and the K maps of one stage."""
+    """A forecast of the dense variant: K entries in, one feature out, and the K maps of one stage."""
     elements = batch * tokens * dim
     written = elements * _out_dtype(dtype, out_dtype).itemsize
     moved = _history_bytes(batch, tokens, dim, dtype, history) + written + history * dim**2 * parameter_bytes
@@ -49,7 +49,7 @@ def dense_predict(batch, tokens, dim, dtype, history, out_dtype=None, parameter_
 
 
 def predict_velocity(batch, tokens, dim, dtype, out_channels, history=4, rank=0, hidden=64, out_dtype=None):
-    """A forecast of newton through the output head: K anchors in, the velocity out; the forecast is never written."""
+    """A newton forecast with the output head: K anchors in, the velocity out; the forecast itself is not written."""
     work = newton_predict(batch, tokens, dim, dtype, history, rank, hidden, out_dtype)
     saved = batch * tokens * (dim - out_channels) * _out_dtype(dtype, out_dtype).itemsize
     # The projection, and each sample's modulation.
@@ -85,10 +85,9 @@ def polynomial(batch, tokens, dim, dtype, history=4):
 
 
 def bspline_kan(rows, in_features, out_features, dtype, grid_size=5, spline_order=3, parameter_bytes=None):
-    """The KAN layer: the base branch, and those p + 1 bases of each input that are not zero.
+    """The KAN layer: the base branch, and for each input the p + 1 bases that are not zero.
 
-    A form that multiplies all G + p bases, as matrix products on tensor cores do, computes
-    `(1 + G + p) / (2 + p)` times as much.
+    A matrix product on tensor cores multiplies all G + p bases. It computes `(1 + G + p) / (2 + p)` times as much.
 
     Args:
         rows, in_features, out_features, dtype: of the input and the output.
@@ -101,9 +100,9 @@ def bspline_kan(rows, in_features, out_features, dtype, grid_size=5, spline_orde
 
 
 def bspline_kan_backward(rows, in_features, out_features, dtype, grid_size=5, spline_order=3, parameter_bytes=None):
-    """The gradients of the KAN layer by its input and weights: two products for each one of the forward.
+    """The gradients of the KAN layer with respect to its input and weights: twice the products of the forward.
 
-    The input, the gradient of the output and the weights are read, the gradients of input and weights written.
+    It reads the input, the gradient of the output and the weights. It writes the gradients of the input and weights.
     """
     forward = bspline_kan(rows, in_features, out_features, dtype, grid_size, spline_order, parameter_bytes)
     weights = in_features * out_features * (1 + grid_size + spline_order) * (parameter_bytes or dtype.itemsize)

@@ -32,7 +32,7 @@ class RingState(NamedTuple):
     scales: torch.Tensor | None
     sigmas: torch.Tensor
     cursor: torch.Tensor
-    count: torch.Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls
+    count: torch.Tensor  # type: ignore[assignment]  # replaces tuple.count, which is not used
     sigma: torch.Tensor
 
     @property
@@ -232,7 +232,7 @@ _STATE_DTYPES = (torch.float32, torch.int32, torch.int32, torch.float32)  # of s
 
 
 def _newton_fits(ring: RingState, experts: NewtonExperts, shape: Shape) -> bool:
-    """Whether `check_all` would find nothing wrong. Takes a fraction of its time; False means: look closer."""
+    """Whether `check_all` would surely find nothing wrong. Takes a fraction of its time."""
     storage, in_weight, down = ring.storage, experts.in_weight, experts.down
     if torch.compiler.is_compiling() or ring.scales is not None or storage.ndim != 4 or in_weight.ndim != 3:
         return False
@@ -248,7 +248,7 @@ def _newton_fits(ring: RingState, experts: NewtonExperts, shape: Shape) -> bool:
         and tuple([tensor.dtype for tensor in state]) == _STATE_DTYPES
         and all([parameter.dtype in FLOAT_DTYPES for parameter in parameters])
         and storage.dtype in FLOAT_DTYPES
-        and {*map(type, shape.history_length)} == {int}  # the cache takes 2.0 for 2
+        and {*map(type, shape.history_length)} == {int}  # to the cache, 2.0 and 2 are the same
     )
 
 
@@ -271,12 +271,12 @@ def _newton_sizes(
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd records what is made of these tensors."""
+    """Whether autograd records operations on these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def has_kernels(ring: RingState, experts: Experts, shape: Shape) -> bool:
-    """Whether Triton's kernels are made for such arguments: not for float64, high degrees and gradients of sigmas."""
+    """Whether Triton has kernels for such arguments: it has none for float64, high degrees and gradients of sigmas."""
     storage = ring.storage
     return (
         storage.dtype != torch.float64
@@ -291,7 +291,7 @@ _Tensors = TypeVar("_Tensors", RingState, NewtonExperts, DenseExperts)
 
 
 def contiguous(arguments: _Tensors) -> _Tensors:
-    """The same tensors, contiguous; but `storage`, which may be large, is taken as it is."""
+    """The same tensors, contiguous. Only `storage`, which may be large, is not changed."""
     made: Any = [
         tensor if tensor is None or name == "storage" else tensor.contiguous()
         for name, tensor in zip(arguments._fields, arguments)

@@ -12,11 +12,11 @@ _ADDRESSES = ("sigmas", "cursor", "count", "sigma", *NewtonExperts._fields)
 def newton_predict_extension(ring: RingState, experts: NewtonExperts, shape: Shape) -> torch.Tensor:
     """`newton_predict` for CPU tensors, without gradients; see there.
 
-    The storage is float32, float16 or bfloat16. Its last dimension is contiguous, its other strides are free. There are
-    no scales. Memory that holds no anchor is not read. Gives the same bytes on any number of threads.
+    The storage is float32, float16 or bfloat16. Its last dimension is contiguous; its other strides are arbitrary.
+    `scales` is None. Memory that holds no anchor is not read. The bytes are the same for any number of threads.
     """
-    # As the extension reads them: what has this form already is not copied. An address keeps no tensor alive, so these
-    # lists hold them until the call has returned.
+    # The extension reads contiguous tensors. Those that are contiguous already are not copied. An address does not keep
+    # a tensor alive, so these lists do until the call has returned.
     storage = ring.storage
     state = [tensor.contiguous() for tensor in (ring.sigmas, ring.cursor, ring.count, ring.sigma.to(torch.float32))]
     parameters = [None if part is None else part.to(torch.float32).contiguous() for part in experts]

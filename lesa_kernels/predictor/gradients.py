@@ -1,8 +1,8 @@
-"""Gradients of the small part of a forecast, which depends on noise levels alone: the KAN and what it multiplies.
+"""Gradients of the part of a forecast that depends on noise levels only: the KAN and its output weights.
 
-What the features take part in is reduced over the tokens by the kernels. The rest has no token dimension, so it is
-plain torch, batched over samples whose stages may differ; sums over samples are matrix products with the samples'
-stages as one-hot rows, which add in the same order every time. Nothing waits for the device.
+The kernels compute what depends on the features, and sum it over the tokens. The rest has no token dimension, so it is
+plain torch, for a whole batch, whose samples may be in different stages. Sums over the samples of a stage are matrix
+products with one-hot rows, which always add in the same order. The host never waits for the device.
 """
 
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ class History:
     Args:
         stage: `[B]` int64, the stage of each sample.
         count: `[B]` int64, how many anchors it reads.
-        slots: `[K, B]` int64, their slots, newest first; the last is repeated beyond `count`.
+        slots: `[K, B]` int64, their slots, newest first; beyond `count` the last one is repeated.
         levels: `[K, B]` float32, their noise levels.
-        target: `[B]` float32, the noise level that is forecast.
+        target: `[B]` float32, the noise level to forecast.
     """
 
     stage: torch.Tensor
@@ -35,7 +35,7 @@ class History:
     target: torch.Tensor
 
     def one_hot(self, stages: int) -> torch.Tensor:
-        """`[S, B]` float32: one where the sample is in the stage."""
+        """`[S, B]` float32: one if the sample is in the stage, else zero."""
         return (torch.arange(stages, device=self.stage.device)[:, None] == self.stage).float()
 
 
@@ -49,12 +49,12 @@ def read_history(ring: RingState, shape: Shape) -> History:
 
 
 class HiddenUnits:
-    """The KAN's hidden units of each sample, in float32, and the way back through them.
+    """The KAN's hidden units of each sample in float32, and their backward.
 
     Args:
-        history: of the samples.
-        experts: the parameters. If the KAN has one input more than there are anchors, it is the noise level itself.
-        shape: the splines.
+        history: the anchors of the samples.
+        experts: the parameters. If the KAN has one input more than there are anchors, that input is the noise level.
+        shape: stages and splines.
 
     Attributes:
         values: `[B, M]`.
@@ -76,9 +76,10 @@ class HiddenUnits:
         self.values = (self._bases * self._coefficients).sum(-1) + F.silu(self._u)
 
     def backward(self, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of `in_weight`, `in_bias` and `spline` from that of `values`, `[B, M]`."""
+        """The gradients of `in_weight`, `in_bias` and `spline`, from the gradient of `values`, `[B, M]`."""
         grid_size, order, (lo, hi) = self._grid
-        # A basis of degree p rises with the basis of degree p - 1 that begins with it, and falls with the next one.
+        # The slope of a basis of degree p is the basis of degree p - 1 at the same knot, minus the next one, over the
+        # width of an interval.
         lower = bspline_basis(self._u, grid_size, order - 1, (lo, hi))
         slopes = (F.pad(lower, (1, 0)) - F.pad(lower, (0, 1))) * (grid_size / (hi - lo))
         sigmoid = torch.sigmoid(self._u)
@@ -95,10 +96,10 @@ class HiddenUnits:
 def coefficients_backward(
     history: History, hidden: HiddenUnits, out_weight: torch.Tensor, grad: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The way back through `out_weight[stage] @ hidden + out_bias[stage]`.
+    """The backward of `out_weight[stage] @ hidden + out_bias[stage]`.
 
     Args:
-        history, hidden: of the samples.
+        history, hidden: the anchors and hidden units of the samples.
         out_weight: `[S, X, M]`.
         grad: `[B, X]` float32, of the coefficients.
 

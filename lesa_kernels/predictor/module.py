@@ -29,17 +29,17 @@ WEIGHTS_NAME = "model.safetensors"
 class FusedKANPredictor(nn.Module):
     """Forecasts the features of a skipped denoising step from those of a `FeatureRing`.
 
-    One expert per noise stage; each sample's stage follows from its sigma. Untrained, a newton predictor is first-order
-    extrapolation from the two newest anchors, and a dense one repeats the newest feature.
+    There is one expert for each noise stage; the stage of a sample follows from its sigma. Before training, a newton
+    predictor extrapolates linearly from the two newest anchors, and a dense one repeats the newest feature.
 
     Args:
-        config: what to build.
+        config: the predictor to build.
         backend: "auto", or the backend that must run.
 
     Raises:
-        TypeError: `config` is no `PredictorConfig`.
+        TypeError: `config` is not a `PredictorConfig`.
 
-    Source: LESA, arXiv 2602.20497 (dense); `newton_predict` gives the formula of the other.
+    Source: `newton_predict` and `dense_predict` give the formulas; both build on LESA, arXiv 2602.20497.
     """
 
     down: nn.Parameter | None
@@ -84,7 +84,10 @@ class FusedKANPredictor(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialises anew: random spline units whose output weights are zero, so the baseline is exact."""
+        """Initialises the parameters again: random spline units with output weights of zero.
+
+        So the forecast is exactly the baseline that the class describes.
+        """
         self.in_weight.normal_(std=self.in_weight.shape[2] ** -0.5)
         self.in_bias.normal_(std=0.5)
         self.spline.normal_(std=0.3)
@@ -110,9 +113,9 @@ class FusedKANPredictor(nn.Module):
         device: torch.device | str = "cpu",
         max_device_bytes: int | None = None,
     ) -> FeatureRing | TieredRing:
-        """A ring that fits this predictor: its longest history of `[batch, tokens, feature_dim]` features.
+        """A ring for this predictor: the longest history that it reads, of `[batch, tokens, feature_dim]` features.
 
-        Beyond `max_device_bytes` it keeps its oldest features in host memory, as `TieredRing` says.
+        If it would need more than `max_device_bytes`, its oldest features are in host memory, as `TieredRing` says.
         """
         sizes = (self.config.max_history, batch, tokens, self.config.feature_dim)
         return make_ring(*sizes, dtype, device, max_device_bytes=max_device_bytes)
@@ -125,10 +128,11 @@ class FusedKANPredictor(nn.Module):
             sigma: the target's noise level, a float or `[B]`.
 
         Returns:
-            `[B, T, D]` in the ring's dtype, bfloat16 for a ring of float8. Rows whose ring holds nothing are NaN.
+            `[B, T, D]` in the ring's dtype, bfloat16 for a float8 ring. Rows without any anchor are NaN.
 
         Raises:
-            ValueError, TypeError: the ring's width is not `feature_dim`, it is too small, or `sigma` does not fit.
+            ValueError, TypeError: the ring's width is not `feature_dim`, the ring is too small, or `sigma` does not
+                fit.
         """
         target = self._target(ring, sigma)
 
@@ -146,7 +150,7 @@ class FusedKANPredictor(nn.Module):
         count: torch.Tensor,
         sigma: torch.Tensor,
     ) -> torch.Tensor:
-        """`forward` on the bare buffers of a ring; see `newton_predict` and `dense_predict` for what they hold."""
+        """`forward` for the buffers of a ring; see `newton_predict` and `dense_predict` for their contents."""
         state, experts = RingState(storage, scales, sigmas, cursor, count, sigma), self.experts()
         if isinstance(experts, NewtonExperts):
             return run_newton_predict(state, experts, self.shape(), self.backend)
@@ -157,18 +161,18 @@ class FusedKANPredictor(nn.Module):
     ) -> torch.Tensor:
         """Forecasts the features at `sigma` and applies the output head to them.
 
-        With a newton predictor on Triton this is one kernel, as `newton_velocity` says, and the forecast never touches
-        memory.
+        For a newton predictor on Triton this is one kernel, which does not write the forecast to memory; see
+        `newton_velocity`.
 
         Args:
             ring, sigma: as in `forward`.
-            head: the head's weights and this step's modulation.
+            head: the weights of the head, and the modulation of this step.
 
         Returns:
-            `[B, T, O]` in the ring's dtype, bfloat16 for a ring of float8.
+            `[B, T, O]` in the ring's dtype, bfloat16 for a float8 ring.
 
         Raises:
-            ValueError, TypeError: as `forward` does, or a tensor of `head` does not fit.
+            ValueError, TypeError: as in `forward`, or a tensor of `head` does not fit.
         """
         target = self._target(ring, sigma)
         experts, shape = self.experts(), self.shape()
@@ -181,7 +185,12 @@ class FusedKANPredictor(nn.Module):
         return self._over(ring, velocity)
 
     def fuses_velocity(self, ring: FeatureRing | TieredRing, head: OutputHead | None = None) -> bool:
-        """Whether `predict_velocity` from this ring is one kernel: with `head`, or with one that is made for it."""
+        """Whether `predict_velocity` from this ring is one kernel.
+
+        Args:
+            ring: as in `forward`.
+            head: the head. If None, the answer is for a head that the kernel can take.
+        """
         experts = self.experts()
         if isinstance(experts, DenseExperts):
             return False
@@ -191,7 +200,7 @@ class FusedKANPredictor(nn.Module):
         return head is None or newton_velocity_is_fused(state.storage, experts.down, head)
 
     def _over(self, ring: FeatureRing | TieredRing, function: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """`function` of the ring's state, piece by piece where it is not all on the device."""
+        """`function` of the ring's state, piece by piece if a part of it is in host memory."""
         state = self._state(ring)
         return ring.by_pieces(function) if isinstance(ring, TieredRing) else function(*state)
 
@@ -223,7 +232,7 @@ class FusedKANPredictor(nn.Module):
         return Shape(config.stage_bounds, config.lengths, config.grid_size, config.spline_order)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes `config.json` and `model.safetensors` into `folder`, each of them whole or not at all."""
+        """Writes `config.json` and `model.safetensors` into `folder`. A failure leaves no half-written file."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -241,7 +250,7 @@ class FusedKANPredictor(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_id: str | os.PathLike, backend: str = "auto", **hub: Any) -> "FusedKANPredictor":
-        """Loads what `save_pretrained` wrote, bit for bit, in the dtype in which it was saved.
+        """Loads what `save_pretrained` wrote: the same bits, in the same dtype.
 
         Args:
             folder_or_id: a folder, or the id of a repository on the Hugging Face hub.
@@ -250,8 +259,8 @@ class FusedKANPredictor(nn.Module):
 
         Raises:
             FileNotFoundError: the folder or one of its files is missing.
-            ValueError, TypeError: an unreadable file, another format version, or a field or weight that does not fit;
-                named.
+            ValueError, TypeError: a file can't be read, the format version is another one, or a field or weight does
+                not fit; the message names it.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -275,9 +284,9 @@ class FusedKANPredictor(nn.Module):
             if wanted.text != found.text:
                 raise argument_error(
                     f"{WEIGHTS_NAME}: {name}",
-                    f"be as its config says, {wanted.text}",
+                    f"match its config, which says {wanted.text}",
                     found,
-                    f"{CONFIG_NAME} and {WEIGHTS_NAME} are not from the same predictor; save or download both again.",
+                    f"{CONFIG_NAME} and {WEIGHTS_NAME} are from different predictors: save or download both again.",
                 )
         for name, value in weights.items():
             check_tensor(f"{WEIGHTS_NAME}: {name}", value, dtypes=FLOAT_DTYPES)
@@ -285,7 +294,7 @@ class FusedKANPredictor(nn.Module):
         return predictor
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-        """Uploads the predictor to the Hugging Face hub, making the repository if need be; returns its address."""
+        """Uploads the predictor to the Hugging Face hub and returns its address. Creates the repository if needed."""
         import tempfile
 
         from huggingface_hub import HfApi
@@ -317,7 +326,7 @@ def _find_files(folder_or_id: str | os.PathLike, hub: dict[str, Any]) -> tuple[P
         raise argument_error(
             "folder_or_id",
             "be a folder or a hub id such as 'user/name'",
-            Said(f"neither: there is no folder {name!r}"),
+            Said(f"{name!r}, and there is no folder {name!r}"),
             "Check the path.",
             FileNotFoundError,
         )

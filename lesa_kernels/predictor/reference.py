@@ -1,7 +1,7 @@
-"""Plain torch definitions of the predictors; what every kernel is tested against.
+"""Plain torch definitions of the predictors. Every kernel is tested against them.
 
-All functions read the buffers of a `FeatureRing`. They compute in float32 (float64 where the features are), also under
-autocast, and return the dtype of the features (bfloat16 where these are float8).
+The forecasts read the buffers of a `FeatureRing`. All functions compute in float32 (in float64 for float64 features),
+also under autocast. They return the dtype of the features, or bfloat16 for float8 features.
 """
 
 import functools
@@ -16,7 +16,7 @@ from lesa_kernels.bspline_kan.reference import bspline_evaluate
 from lesa_kernels.feature_ring.reference import dequantise_float8, newest_slots
 from lesa_kernels.predictor.arguments import DenseExperts, Experts, NewtonExperts, RingState, Shape
 
-# The KAN sees offsets between noise levels five times larger, which spreads usual gaps over the grid.
+# Offsets between noise levels are multiplied by five for the KAN, so that usual gaps use most of the grid.
 OFFSET_SCALE = 5.0
 
 
@@ -27,7 +27,7 @@ class OutputHead:
     Args:
         weight: `[O, D]` of the projection.
         bias: `[O]` or None.
-        scale: `[B, D]`, the modulation is `(1 + scale) * LN(h) + shift`.
+        scale: `[B, D]`; the modulation is `(1 + scale) * LN(h) + shift`.
         shift: `[B, D]`.
         eps: of the layer norm.
     """
@@ -42,7 +42,7 @@ class OutputHead:
 def stage_index(sigma: torch.Tensor, stage_bounds: tuple[float, ...]) -> torch.Tensor:
     """The stage of each sample: how many bounds are at or above its noise level. `[B]` -> `[B]`, int64."""
     stage = torch.zeros_like(sigma, dtype=torch.int64)
-    for bound in stage_bounds:  # numbers, not a tensor of them: that would have to be copied to the device
+    for bound in stage_bounds:  # numbers: a tensor of bounds would have to be copied to the device
         stage += sigma <= bound
     return stage
 
@@ -56,7 +56,7 @@ def of_stage(stage: torch.Tensor, values: tuple[int, ...]) -> torch.Tensor:
 
 
 def forecast_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What features stored in `dtype` are forecast in: the same, but bfloat16 for float8."""
+    """The dtype of a forecast of features stored in `dtype`: the same, but bfloat16 for float8."""
     return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
 
 
@@ -65,14 +65,14 @@ def _compute_dtype(storage: torch.Tensor) -> torch.dtype:
 
 
 def newton_weights(anchor_sigmas: torch.Tensor, count: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """How much of each anchor is in each Newton tap: `tap_j = sum_k weights[b, j - 1, k] * g_k`.
+    """The weight of each anchor in each Newton tap: `tap_j = sum_k weights[b, j - 1, k] * g_k`.
 
     `tap_j = D_j * prod_{q<j} (sigma - s_q)` with the divided difference
     `D_j = sum_{k<=j} g_k / prod_{q<=j, q!=k} (s_k - s_q)`.
 
     Args:
         anchor_sigmas: `[K, B]`, newest first, strictly rising over the first `count` entries.
-        count: `[B]`, number of anchors that are there; taps `j >= count` are zero.
+        count: `[B]`, number of anchors that exist; taps `j >= count` are zero.
         sigma: `[B]`, the target's noise level.
 
     Returns:
@@ -86,7 +86,7 @@ def newton_weights(anchor_sigmas: torch.Tensor, count: torch.Tensor, sigma: torc
     one = missing[:, :, None] | missing[:, None, :] | torch.eye(taps, dtype=torch.bool, device=s.device)
     denominator = differences.masked_fill(one, 1.0).cumprod(-1)[:, :, 1:]  # [B, k, j], product over q <= j
     numerator = (sigma[:, None] - s).cumprod(-1)[:, :-1]  # [B, j], product over q < j
-    unused = missing[:, 1:, None] | (order[None, :] > order[1:, None])  # a tap reads the anchors up to its own
+    unused = missing[:, 1:, None] | (order[None, :] > order[1:, None])  # tap j reads the anchors 0 ... j
     return (numerator[:, None, :] / denominator).transpose(1, 2).masked_fill(unused, 0.0)
 
 
@@ -113,7 +113,7 @@ def kan_hidden(
 
 
 def _without_history(forecast, count):
-    """The forecast, with NaN in rows that have no history at all: the ring's memory there was never written."""
+    """The forecast, with NaN in rows without any history, for which the ring's memory was never written."""
     return forecast.masked_fill((count == 0)[:, None, None], float("nan"))
 
 
@@ -157,7 +157,7 @@ def _stages(ring: RingState, shape: Shape) -> Iterator[_Stage]:
 
 
 def _without_autocast(function):
-    """`function`, whose first argument has a device, in the dtypes that it says itself."""
+    """Switches autocast off in `function`, whose first argument has a device."""
 
     @functools.wraps(function)
     def wrapper(first, *args):

@@ -1,12 +1,13 @@
-"""The paper's expert in one launch, and its backward.
+"""The dense variant's forecast in one launch, and its backward.
 
-The K features of a sample are the contraction of one matrix product: a program owns a tile of tokens and output
-channels, and walks over the features and their channels, right where the ring holds them. The same kernel without the
-residual gives what the backward needs of the forward. The gradients are two more products: `alpha * grad^T @ g_k` for
-the maps, over all samples of a stage in a fixed order, and `alpha * grad @ mix_weight_k` for the features.
+The forecast is one matrix product, which sums over the channels of all K features of a sample. A program owns a tile of
+tokens and output channels. It loops over the features and their channels, and reads them directly from the ring. The
+same kernel without the residual computes what the backward needs from the forward. The gradients are two more products:
+`alpha * grad^T @ g_k` for the maps, over all samples of a stage in a fixed order, and `alpha * grad @ mix_weight_k` for
+the features.
 
-Matrix products run in the dtype of the features (bfloat16 if these are float8), whatever the dtype of the maps; maps
-in another one are rounded tile by tile, which works but is slower than casting the predictor once.
+Matrix products run in the dtype of the features (bfloat16 for float8). Maps in another dtype are rounded tile by tile,
+which works but is slower than casting the predictor once.
 """
 
 import itertools
@@ -38,7 +39,7 @@ from lesa_kernels.predictor.reference import stage_index
 def tile_of(program, rows, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr):
     """Which product, row and column a program's tile starts at, among products of `rows` x COLUMNS.
 
-    Programs that run together share a square of GROUP blocks of rows, and with it what the second-level cache holds.
+    Programs that run at the same time work on a square of GROUP blocks of rows, so they share the second-level cache.
     """
     across: tl.constexpr = (COLUMNS + BLOCK_C - 1) // BLOCK_C
     down = tl.cdiv(rows, BLOCK_R)
@@ -51,7 +52,7 @@ def tile_of(program, rows, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C
 
 @triton.jit
 def chosen(values, i, K: tl.constexpr):
-    """values[i] of a tuple of K scalars, for an `i` known only on the device."""
+    """values[i] of a tuple of K scalars, for an `i` that only the device knows."""
     value = values[0]
     for k in tl.static_range(1, K):
         value = tl.where(i == k, values[k], value)
@@ -75,7 +76,7 @@ def alpha_of(
     DEGREE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """The factor of a sample's mixed features; NaN without any."""
+    """The factor of a sample's mixed features; NaN if the sample has no features."""
     alpha = tl.load(out_bias + stage).to(tl.float32) + tl.where(n > 0, 0.0, float("nan"))
     for start in tl.static_range(0, M, BLOCK_M):
         hidden = hidden_units(
@@ -104,7 +105,7 @@ def load_tokens(features, row, start, tokens, channels, limit, D: tl.constexpr, 
 
 @triton.jit
 def load_channels(features, row, start, tokens, channels, D: tl.constexpr, BLOCK_T: tl.constexpr):
-    """What `load_tokens` reads, as `[channels, BLOCK_T]`: transposed while it is loaded, which pipelines everywhere."""
+    """Like `load_tokens`, as `[channels, BLOCK_T]`. The load itself transposes, which every GPU can pipeline."""
     inner = tl.arange(0, BLOCK_T)
     inside = (channels < D)[:, None] & (start + inner < tokens)[None, :]
     base = features + (tl.cast(row, tl.int64) * tokens + start) * D
@@ -113,7 +114,7 @@ def load_channels(features, row, start, tokens, channels, D: tl.constexpr, BLOCK
 
 @triton.jit
 def store_tokens(features, tile, row, start, tokens, channels, D: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Writes what `load_tokens` reads."""
+    """Writes a tile of contiguous features, as `load_tokens` reads it."""
     inner = tl.arange(0, BLOCK_T)
     inside = (start + inner < tokens)[:, None] & (channels < D)[None, :]
     base = features + (tl.cast(row, tl.int64) * tokens + start) * D
@@ -184,7 +185,7 @@ def _dense_predict_fwd_kernel(
         first_in = step % steps * BLOCK_K
         slot = chosen(slots, k, K)
         if HAS_TILES:
-            # A tile may reach into the next sample's tokens or the next map's rows: these parts are never written.
+            # A tile may include tokens of the next sample or rows of the next map. These parts are not written.
             feature = storage_tiles.load([(slot * batch + row) * tokens + start, first_in])
             weight = mix_weight_tiles.load([(first + k) * D + first_out, first_in])
         else:
@@ -194,7 +195,7 @@ def _dense_predict_fwd_kernel(
         mixed = rounded_dot(feature, weight.T, mixed, OPERAND)
 
     total = 0.0
-    for part in tl.static_range(2):  # the whole tile's residual would not fit into the registers beside it
+    for part in tl.static_range(2):  # the registers do not hold the residual of a whole tile as well
         half = tl.split(mixed.reshape([BLOCK_R, 2, BLOCK_C // 2]).permute(0, 2, 1))[part]
         outs = first_out + part * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)
         half += tl.load(mix_bias + stage * D + outs, outs < D, 0.0).to(tl.float32)[None, :]
@@ -294,7 +295,7 @@ def _dense_predict_bwd_storage_kernel(
     length = of_stage(stage, LENGTHS)
     there = tl.load(count + row)
 
-    # The slot's place in the history is one entry, none, or, if it is the oldest, all that are missing as well.
+    # A slot is one entry of the history or none. The oldest slot is also every missing entry.
     age = (tl.load(cursor + row) - 1 - slot + capacity) % capacity
     last = tl.where(age == there - 1, length, tl.minimum(age + 1, length))
     last = tl.where(age < there, last, 0)
@@ -315,27 +316,27 @@ def _dense_predict_bwd_storage_kernel(
         store_tokens(grad_storage, residual + alpha * half, place, start, tokens, ins, D, BLOCK_R)
 
 
-# Shared memory in KiB that a program may use, by architecture; any other has 99 at least.
+# Shared memory in KiB that a program may use, by architecture. All others have at least 99.
 _SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 
 
 def dense_config(operation: str, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> dict[str, int]:
     """The configuration of a product `a @ b` for features in `dtype`, with no more stages than shared memory holds.
 
-    The defaults were chosen by what compiles without spilling registers for sm_80, sm_90 and sm_100. None has been
-    timed yet.
+    The defaults were chosen so that they compile without spilling registers for sm_80, sm_90 and sm_100. They have not
+    been timed.
     """
     config = launch_config(operation, dtype, a.device)
     stage = config["BLOCK_K"] * (config["BLOCK_R"] * a.element_size() + config["BLOCK_C"] * b.element_size())
-    # A KiB is left for what else the compiler keeps there.
+    # One KiB is reserved for other uses by the compiler.
     fitting = (_SHARED_MEMORY.get(architecture(), 99) - 1) * 1024 // stage
     if not 90 <= architecture() < 120:
-        fitting += 1  # tensor cores that read registers: the stage in use is no longer in shared memory
+        fitting += 1  # these tensor cores read registers, so the current stage is not in shared memory
     return {**config, "num_stages": max(min(config["num_stages"], fitting), 1)}
 
 
 def has_tiles(storage: torch.Tensor, mix_weight: torch.Tensor) -> bool:
-    """Whether the copy engine that GPUs have from Hopper on can load the tiles of both factors."""
+    """Whether the copy engine of Hopper and newer GPUs can load the tiles of both factors."""
     return (
         architecture() >= 90
         and storage.dtype == mix_weight.dtype
@@ -503,7 +504,7 @@ def dense_predict_bwd(
             **LAUNCH_OPTIONS,
         )
 
-    # A row without history passes nothing on, although its alpha is NaN.
+    # A row without history has no gradient, although its alpha is NaN.
     of_row = torch.where((ring.count > 0)[:, None], alphas[:, None] * grad.sum(1, dtype=torch.float32), 0.0)
     stage = stage_index(ring.sigma.float(), shape.stage_bounds)
     of_stages = [torch.where((stage == s)[:, None], of_row, 0.0).sum(0) for s in range(shape.stages)]

@@ -1,9 +1,9 @@
 """Newton's forecast in one launch.
 
-A program owns a block of channels of one sample. It makes their anchor weights once, then walks over its share of the
-tokens: K feature tiles in, one forecast tile out. The low-rank residual needs all channels of a token before any can be
-written. So the programs leave their part of `down @ taps` beside the unfinished forecast, and the one that arrives last
-at a tile of tokens adds them up, in a fixed order, and finishes it.
+A program owns a block of channels of one sample. It computes their anchor weights once, then loops over its share of
+the tokens: it loads K feature tiles and writes one forecast tile. The low-rank residual needs all channels of a token.
+So each program writes the unfinished forecast, and its part of `down @ taps` to scratch memory. The last program that
+arrives at a tile of tokens adds these parts in a fixed order and finishes the tile.
 """
 
 import torch
@@ -51,7 +51,7 @@ def load_maps(down, stage, channels, ranks, D: tl.constexpr, K: tl.constexpr, RA
 
 @triton.jit
 def tap_scale(levels, n, sigma, j: tl.constexpr):
-    """How many times larger than the anchors tap j can be; one, if it is zero or there is no such tap."""
+    """How many times larger than the anchors tap j can be; one if the tap is zero or does not exist."""
     scale = 0.0
     for k in tl.static_range(j + 1):
         scale += tl.abs(newton_weight(sigma, levels, n, j, k))
@@ -60,10 +60,10 @@ def tap_scale(levels, n, sigma, j: tl.constexpr):
 
 @triton.jit
 def read_residual(anchors, maps, levels, n, sigma, zero, K: tl.constexpr, OPERAND: tl.constexpr):
-    """This block's part of `down @ taps`: `[BLOCK_T, BLOCK_R]`, as `zero` is.
+    """This block's part of `down @ taps`: `[BLOCK_T, BLOCK_R]`, the shape of `zero`.
 
-    Taps far from their anchors are large. Their products are taken of values that are as small as the anchors, so that
-    these fit into float16 where the features do.
+    Taps far from their anchors are large. They are divided by a scale before the product, so that they are as small as
+    the anchors and fit into float16 if the features do.
     """
     part = zero
     for j in tl.static_range(1, K):
@@ -77,7 +77,7 @@ def read_residual(anchors, maps, levels, n, sigma, zero, K: tl.constexpr, OPERAN
 def residual_of(read, up, stage, channels, D: tl.constexpr, RANK: tl.constexpr, OPERAND: tl.constexpr):
     """`up @ read` for a block of channels: `[BLOCK_T, channels]`.
 
-    What taps far from their anchors give may be out of float16's range, even where the residual is not.
+    With taps far from their anchors, `read` may exceed the range of float16 even if the residual does not.
     """
     if tl.float16 == OPERAND:
         operand: tl.constexpr = tl.float32
@@ -159,8 +159,8 @@ def _newton_predict_fwd_kernel(
     share = tl.cdiv(tiles, splits)
     last = tl.minimum((split + 1) * share, tiles)
     if RANK > 0:
-        # One tile ahead: the next one is on its way while the programs meet. Without a residual they never do, and the
-        # compiler's own pipeline, NUM_STAGES deep, serves.
+        # Tiles are loaded one ahead, so that the next one is loading while the programs wait for each other. Without a
+        # residual they do not wait, and the compiler's own pipeline of NUM_STAGES stages is used.
         stored = load_history(features, slots, row, split * share * BLOCK_T, channels, inside, n, K, BLOCK_T, FLOAT8)
     for tile in tl.range(split * share, last, num_stages=NUM_STAGES):
         start = tile * BLOCK_T
@@ -202,11 +202,11 @@ def _newton_predict_fwd_kernel(
             kept_at = read_output + token * RANK + inner[:, None] * RANK + ranks[None, :]
             tl.store(written, forecast.to(output.dtype.element_ty), mask)
             tl.store(first_part + block * (BLOCK_T * BLOCK_R) + inner_read, part)
-            tl.debug_barrier()  # all threads have written before one of them says so
+            tl.debug_barrier()  # all threads must have written before one of them counts the arrival
             if tl.atomic_add(counter, 1, sem="acq_rel") == blocks - 1:
                 read = zero
                 for b in range(blocks):
-                    # Past the first-level cache, which does not see what other processors write.
+                    # Not from the first-level cache, which does not see the writes of other multiprocessors.
                     read += tl.load(first_part + b * (BLOCK_T * BLOCK_R) + inner_read, cache_modifier=".cg")
                 tl.store(counter, 0)
                 if KEEPS_READ:
@@ -229,7 +229,7 @@ def newton_predict_fwd(
 ) -> torch.Tensor:
     """Launches Newton's forecast once; arguments as in `newton_predict`, checked there.
 
-    `read` `[B, T, R]` float32, if given, receives `down @ taps` for the backward.
+    If `read` is given, `[B, T, R]` float32, `down @ taps` is written to it for the backward.
     """
     storage, rank, hidden = ring.storage, experts.rank, experts.in_weight.shape[1]
     capacity, batch, tokens, width = storage.shape
@@ -240,7 +240,7 @@ def newton_predict_fwd(
     grid, splits = newton_grid(storage, config)
     block_t, blocks = config["BLOCK_T"], triton.cdiv(width, config["BLOCK_D"])
     block_r = next_power_of_2(rank, 16)
-    parts = arrivals = output  # never touched
+    parts = arrivals = output  # not used
     if rank:
         tiles = batch * triton.cdiv(tokens, block_t)
         parts = torch.empty(tiles * blocks * block_t * block_r, dtype=torch.float32, device=storage.device)
@@ -286,16 +286,16 @@ def newton_predict_fwd(
 
 
 def newton_grid(storage: torch.Tensor, config: dict[str, int]) -> tuple[tuple[int], int]:
-    """The grid of a kernel whose programs own channel blocks, and into how many shares the tokens are split for it.
+    """The grid of a kernel whose programs own blocks of channels, and the number of shares of the tokens.
 
     Args:
-        storage: `[C, B, T, D]`, where the kernel runs.
-        config: its launch configuration.
+        storage: `[C, B, T, D]`, the stored features.
+        config: the kernel's launch configuration.
     """
     _, batch, tokens, width = storage.shape
     blocks = max(batch * triton.cdiv(width, config["BLOCK_D"]), 1)
-    # Rounded down: PROGRAMS is how many a multiprocessor holds at once, and one more would wait for a second round.
-    # Some multiprocessors stay idle where the blocks do not divide the places.
+    # Rounded down: a multiprocessor holds PROGRAMS programs at once, and one more would wait for a second round. Some
+    # multiprocessors stay idle if the number of blocks does not divide the number of places.
     wanted = config["PROGRAMS"] * multiprocessors(storage.device) // blocks
     splits = min(max(wanted, 1), max(triton.cdiv(tokens, config["BLOCK_T"]), 1))
     return (blocks * splits,), splits
@@ -358,7 +358,7 @@ def _newton_predict_bwd_kernel(
 
     tiles = tl.cdiv(tokens, BLOCK_T)
     share = tl.cdiv(tiles, splits)
-    limit = tl.where(n > 0, tokens, 0)  # a row without anchors is NaN whatever the parameters are
+    limit = tl.where(n > 0, tokens, 0)  # a row without anchors is NaN, independently of the parameters
     for tile in tl.range(split * share, tl.minimum((split + 1) * share, tiles)):
         start = tile * BLOCK_T
         token = tl.cast(row, tl.int64) * tokens + start
@@ -410,11 +410,11 @@ def newton_predict_bwd(
     shape: Shape,
     needs_storage: bool,
 ) -> list[torch.Tensor | None]:
-    """Gradients of `newton_predict` from that of its result, `[B, T, D]`.
+    """The gradients of `newton_predict`, from the gradient `[B, T, D]` of its result.
 
     Returns:
-        those of `storage` (None unless `needs_storage`), `in_weight`, `in_bias`, `spline`, `out_weight`, `out_bias`,
-        `down`, `up` and `up_bias` (None where these are), in float32. Sums run in a fixed order.
+        The gradients of `storage` (None unless `needs_storage`), `in_weight`, `in_bias`, `spline`, `out_weight`,
+        `out_bias`, `down`, `up` and `up_bias` (None if these are None), in float32. Sums run in a fixed order.
     """
     storage, rank, taps = ring.storage, experts.rank, shape.longest - 1
     capacity, batch, tokens, width = storage.shape
@@ -466,7 +466,7 @@ def newton_predict_bwd(
             RANK=rank,
             HAS_BIAS=experts.up_bias is not None,
             FLOAT8=float8,
-            # Sums over tokens, and what large taps are multiplied with, may be out of float16's range.
+            # Sums over tokens, and the factors of large taps, may exceed the range of float16.
             OPERAND=tl.bfloat16 if storage.dtype == torch.float16 else operand_dtype(storage.dtype),
             BLOCK_D=config["BLOCK_D"],
             BLOCK_T=config["BLOCK_T"],
@@ -505,7 +505,7 @@ def _storage_gradient(
     hidden: HiddenUnits,
     experts: NewtonExperts,
 ) -> torch.Tensor:
-    """The features' gradient, as the ring's storage is: each anchor's share of the forecast's, and zeros elsewhere."""
+    """The gradient of `storage`: each anchor's share of the gradient of the forecast, and zeros elsewhere."""
     weights = newton_weights(history.levels, history.count, history.target)  # [B, K - 1, K]
     coefficients = torch.einsum("bjdm,bm->bjd", experts.out_weight[history.stage].float(), hidden.values)
     coefficients = coefficients + experts.out_bias[history.stage].float()
@@ -519,6 +519,6 @@ def _storage_gradient(
         if grad_read is not None and experts.down is not None:
             maps = torch.einsum("brjd,bj->brd", experts.down[history.stage].float(), weights[:, :, k])
             part = part + grad_read @ maps
-        # A slot that is repeated for a missing anchor gets zeros: its weights are zero.
+        # A slot that is repeated for a missing anchor gets zeros, since its weights are zero.
         gradient[slot, samples] += part.masked_fill(~exist[:, None, None] | (history.count <= k)[:, None, None], 0.0)
     return gradient

@@ -1,13 +1,13 @@
 """A skipped step in one launch: Newton's forecast, the output head's AdaLN and its projection.
 
-The forecast is never written. A program owns a block of channels of one sample, as in `newton`. From each tile of
-tokens it leaves what the result needs of its channels: their projection, their mean and their sum of squares. The
-program that arrives last at a tile merges these over the blocks, in a fixed order, as
+The forecast is not written to memory. A program owns a block of channels of one sample, as in `newton`. For each tile
+of tokens it writes to scratch memory what the result needs from its channels: their projection, their mean and their
+sum of squares. The last program that arrives at a tile merges these over the blocks, in a fixed order, as
 
     v = rstd * (W' (h - mean)) + W shift + b,    W' = W diag(1 + scale),    h = base + V q,    q = U taps
 
-Everything is taken about the block's own mean (Chan's merge of variances), so nothing cancels where features are large
-beside their spread: with `x = base - mean_block` and `delta = mean_block - mean(base)`
+All sums are about the mean of the block (Chan's merge of variances). So no digits cancel if the features are large
+compared with their spread. With `x = base - mean_block` and `delta = mean_block - mean(base)`
 
     W' (base - mean)  = sum_blocks W' x + delta W' 1
     V^T (base - mean) = sum_blocks V^T x + delta V^T 1
@@ -107,7 +107,7 @@ def _newton_velocity_fwd_kernel(
 
     target, stage, slots, levels, n = sample_of(row, sigma, sigmas, cursor, count, batch, capacity, BOUNDS, LENGTHS, K)
     features = (storage, scales, batch, tokens, stride_c, stride_b, stride_t)
-    # The head's part that no token changes: W' of this block, and its sums, which whoever finishes a tile needs.
+    # The part of the head that is the same for all tokens: W' of this block, and the sums that finishing a tile needs.
     exist = inside[:, None] & (outs < OUTS)[None, :]
     plain = tl.load(head_weight + outs[None, :] * D + channels[:, None], exist, 0.0).to(tl.float32)
     scale = tl.load(head_scale + tl.cast(row, tl.int64) * stride_scale + channels, inside, 0.0).to(tl.float32)
@@ -144,7 +144,7 @@ def _newton_velocity_fwd_kernel(
     for tile in tl.range(split * share, last):
         start = tile * BLOCK_T
         anchors = widen_history(stored, K, FLOAT8)
-        # One tile ahead: the next one is on its way while the programs meet.
+        # Tiles are loaded one ahead, so that the next one is loading while the programs wait for each other.
         stored = load_history(
             features, slots, row, start + BLOCK_T, channels, inside, tl.where(tile + 1 < last, n, 0), K, BLOCK_T, FLOAT8
         )
@@ -170,13 +170,13 @@ def _newton_velocity_fwd_kernel(
             part = read_residual(anchors, maps, levels, n, target, zero, K, OPERAND)
             tl.store(own_part + BLOCK_T * BLOCK_R + by_rank, part)
 
-        tl.debug_barrier()  # all threads have written before one of them says so
+        tl.debug_barrier()  # all threads must have written before one of them counts the arrival
         counter = arrivals + row * tiles + tile
         if tl.atomic_add(counter, 1, sem="acq_rel") == blocks - 1:
             tl.store(counter, 0)
             first_sums = sums + (tl.cast(row, tl.int64) * splits + split) * ((blocks + 1) * SUM)
             if tile == split * share:
-                # Whoever finishes a later tile of this share has met the program that does this one.
+                # A program that finishes a later tile of this share does so after the one that finishes this tile.
                 _finish_sums(first_sums, D, RANK, BLOCK_D, BLOCK_O, BLOCK_R, SUM)
                 tl.debug_barrier()
             _finish_tile(
@@ -195,9 +195,9 @@ def _finish_sums(
     BLOCK_R: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """Merges the blocks' sums, which are the same for all tokens, and writes the total behind them.
+    """Merges the sums of the blocks, which are the same for all tokens, and writes the total after them.
 
-    In place of V^T V and V^T W'^T the total has what is left of them about the mean of V's channels.
+    The total has V^T V and V^T W'^T about the mean of V's channels.
     """
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     outs = tl.arange(0, BLOCK_O)
@@ -247,9 +247,9 @@ def _finish_tile(
     PART: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """Merges what the blocks of channels left of a tile of tokens, and writes its velocities.
+    """Merges what the blocks of channels wrote for a tile of tokens, and writes the tile's velocities.
 
-    Loads go past the first-level cache, which does not see what other processors write.
+    Loads bypass the first-level cache, which does not see the writes of other multiprocessors.
     """
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     outs = tl.arange(0, BLOCK_O)
@@ -304,14 +304,15 @@ class VelocityLaunch:
 
     Args:
         config: block sizes and warps.
-        grid, splits: as of `newton_grid`.
+        grid, splits: what `newton_grid` returns.
         outs: O, the outputs of the head.
         rank: R of the residual, or 0.
-        tiles: tiles of tokens, of all samples.
-        part: floats that a program leaves of a tile.
-        once: floats that it leaves beside.
-        scratch: floats of all that they leave of tiles, `B T ceil(D / BLOCK_D) (O + 2 R + 2)` with O and R as powers of
-            two from 16 on, but no R without a residual, and of all that they leave beside, with its totals.
+        tiles: number of tiles of tokens, of all samples.
+        part: number of floats that a program writes for a tile.
+        once: number of floats that a program writes once, for all its tiles.
+        scratch: number of floats of all tiles, `B T ceil(D / BLOCK_D) (O + 2 R + 2)`, where O and R are rounded up to
+            powers of two of at least 16 and R is zero without a residual; and number of floats that are written once,
+            with their totals.
     """
 
     config: dict[str, int]
@@ -349,7 +350,7 @@ def newton_velocity_fwd(
 ) -> torch.Tensor:
     """Launches a whole skipped step once; arguments as in `newton_velocity`, checked there.
 
-    What the programs leave for each other comes from torch's allocator and goes back at once.
+    The scratch memory comes from torch's allocator and is returned at the end of the call.
     """
     storage, hidden = ring.storage, experts.in_weight.shape[1]
     capacity, batch, tokens, width = storage.shape

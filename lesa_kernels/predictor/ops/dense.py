@@ -44,7 +44,7 @@ def dense_predict(
     spline_order: int,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Forecasts features by the LESA paper's expert: a linear map over the history, scaled by a KAN of time offsets.
+    """Forecasts features by the dense variant: a linear map over the history, scaled by a KAN of the time offsets.
 
     With the history `g_0, ..., g_{K-1}`, newest first:
 
@@ -52,30 +52,30 @@ def dense_predict(
         alpha = out_weight . (spline(u) + silu(u)) + out_bias                     scalar
         h_hat = g_0 + alpha * (sum_k mix_weight_k @ g_k + mix_bias)
 
-    where `z` holds `5 * (sigma - s_k)`, 0 for a missing entry. A missing entry repeats the oldest feature. A row with
-    no history at all is NaN. The tanh, the SiLU and the factor 5 are this project's choices, as in `newton_predict`.
+    where `z` holds `5 * (sigma - s_k)`, 0 for a missing entry. A missing entry repeats the oldest feature. A row
+    without any history is NaN. The tanh, the SiLU and the factor 5 are choices of this project, as in `newton_predict`.
 
     Args:
         storage, scales, sigmas, cursor, count: the buffers of a `FeatureRing`: `[C, B, T, D]`, `[C, B, T]` for float8
             and None otherwise, `[C, B]`, `[B]`, `[B]`.
-        sigma: `[B]`, the noise level to forecast; chooses each sample's stage.
-        in_weight, in_bias: `[S, M, K]`, `[S, M]`, into the spline units of the S experts.
-        spline: `[S, M, grid_size + spline_order]`, their coefficients.
+        sigma: `[B]`, the noise level to forecast. It decides the stage of each sample.
+        in_weight, in_bias: `[S, M, K]`, `[S, M]`, the linear map to the spline units of the S experts.
+        spline: `[S, M, grid_size + spline_order]`, the coefficients of the spline units.
         out_weight, out_bias: `[S, M]`, `[S]`.
         mix_weight: `[sum(history_length), D, D]`, the maps of all stages one after the other, newest entry first.
         mix_bias: `[S, D]`.
         stage_bounds: S - 1 falling noise levels.
-        history_length: entries read in each stage, S ints; K is the largest.
+        history_length: how many entries are read in each stage, S ints; K is the largest.
         grid_size, spline_order: of the splines on [-1, 1].
         backend: "auto", "triton" or "torch".
 
     Returns:
-        `[B, T, D]` in the dtype of `storage`, bfloat16 for float8; computed in float32, but Triton rounds what it
-        multiplies to the dtype of `storage`, bfloat16 for float8.
+        `[B, T, D]` in the dtype of `storage`, bfloat16 for float8. It is computed in float32, but Triton rounds the
+        operands of matrix products to the dtype of `storage`, bfloat16 for float8.
 
     Raises:
-        ValueError, TypeError: a tensor has another shape, dtype or device than above; named.
-        RuntimeError: the backend asked for can't run.
+        ValueError, TypeError: a tensor has another shape, dtype or device than above; the message names it.
+        RuntimeError: the backend can't run here.
 
     Equivalent to, for a sample b that has a history::
 
@@ -91,7 +91,8 @@ def dense_predict(
         mixed = torch.einsum("kod,ktd->to", mix_weight[first : first + K], g)
         h_hat = g[0] + alpha * (mixed + mix_bias[stage])
 
-    Source: LESA, arXiv 2602.20497.
+    Source: a variant, by this project, of LESA (arXiv 2602.20497), whose released predictor has one weight for each
+    entry of the history instead of a matrix.
     """
     ring = RingState(storage, scales, sigmas, cursor, count, sigma)
     experts = DenseExperts(in_weight, in_bias, spline, out_weight, out_bias, mix_weight, mix_bias)

@@ -13,15 +13,15 @@ def output_head(features: torch.Tensor, head: OutputHead, backend: str = "auto")
 
     Args:
         features: `[B, T, D]`.
-        head: weights and this step's modulation.
+        head: the weights, and the modulation of this step.
         backend: "auto" or "torch".
 
     Returns:
-        `[B, T, O]` in the dtype of `features`; computed in float32.
+        `[B, T, O]` in the dtype of `features`. It is computed in float32.
 
     Raises:
-        ValueError, TypeError: a tensor of `head` has another shape, device or dtype; named.
-        RuntimeError: the backend asked for can't run.
+        ValueError, TypeError: a tensor has the wrong shape, device or dtype; the message names it.
+        RuntimeError: the backend can't run here.
 
     Equivalent to::
 

@@ -55,31 +55,32 @@ def newton_predict(
         c     = out_weight @ (spline(u) + silu(u)) + out_bias                     [K - 1, D]
         h_hat = g_0 + sum_j c_j * t_j  (+ up @ (down @ [t_1; ...]) + up_bias)
 
-    where `z` holds `5 * (sigma - s_k)` for each anchor, 0 for a missing one, and `2 * sigma - 1`. Taps that need a
-    missing anchor are zero. A row with no anchor at all is NaN. The tanh, the SiLU and the factor 5 are this project's
-    choices: the tanh keeps the inputs of the splines on their grid, and the factor spreads usual gaps over it.
+    where `z` holds `5 * (sigma - s_k)` for each anchor, 0 for a missing anchor, and `2 * sigma - 1`. Taps that need a
+    missing anchor are zero. A row without any anchor is NaN. The tanh, the SiLU and the factor 5 are choices of this
+    project: the tanh keeps the inputs of the splines on their grid, and with the factor usual gaps use most of it.
 
     Args:
         storage, scales, sigmas, cursor, count: the buffers of a `FeatureRing`: `[C, B, T, D]`, `[C, B, T]` for float8
             and None otherwise, `[C, B]`, `[B]`, `[B]`.
-        sigma: `[B]`, the noise level to forecast; chooses each sample's stage.
-        in_weight, in_bias: `[S, M, K + 1]`, `[S, M]`, into the spline units of the S experts.
-        spline: `[S, M, grid_size + spline_order]`, their coefficients.
+        sigma: `[B]`, the noise level to forecast. It decides the stage of each sample.
+        in_weight, in_bias: `[S, M, K + 1]`, `[S, M]`, the linear map to the spline units of the S experts.
+        spline: `[S, M, grid_size + spline_order]`, the coefficients of the spline units.
         out_weight, out_bias: `[S, K - 1, D, M]`, `[S, K - 1, D]`.
         down, up, up_bias: `[S, R, K - 1, D]`, `[S, D, R]`, `[S, D]`, the low-rank residual, or None.
         stage_bounds: S - 1 falling noise levels.
-        history_length: anchors read in each stage, S ints; K is the largest.
+        history_length: how many anchors are read in each stage, S ints; K is the largest.
         grid_size, spline_order: of the splines on [-1, 1].
         backend: "auto", "triton", "extension" (on a CPU, without gradients) or "torch".
 
     Returns:
-        `[B, T, D]` in the dtype of `storage`, bfloat16 for float8; computed in float32. Triton rounds what it
-        multiplies for a residual to the dtype of `storage` (bfloat16 for float8, and in the backward for float16, whose
-        range is too small), and the forecast once before the residual is added.
+        `[B, T, D]` in the dtype of `storage`, bfloat16 for float8. It is computed in float32. With a residual, Triton
+        rounds the operands of matrix products to the dtype of `storage`, and the forecast once before it adds the
+        residual. Instead of that dtype it uses bfloat16 for float8, and in the backward for float16, whose range is too
+        small.
 
     Raises:
-        ValueError, TypeError: a tensor has another shape, dtype or device than above; named.
-        RuntimeError: the backend asked for can't run.
+        ValueError, TypeError: a tensor has another shape, dtype or device than above; the message names it.
+        RuntimeError: the backend can't run here.
 
     Equivalent to, for a sample b that has an anchor::
 

@@ -1,7 +1,7 @@
-"""How torch gets to know the operators: the only place where named tuples are flattened.
+"""Registers the operators with torch: the only place where named tuples are flattened.
 
-An operator's kernel takes named tuples. Its annotations say what is in them, so the flat schema and the way from flat
-arguments back to tuples follow from them.
+Torch passes flat arguments; a kernel takes named tuples. The schema of the operator, and which arguments go into which
+tuple, follow from the annotations of the kernel.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _SCHEMA_TYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """A parameter of a kernel, and where its parts are among the flat arguments.
+    """A parameter of a kernel, and the place of its parts among the flat arguments.
 
     Args:
         kind: the named tuple or dataclass to build from the parts; None for a single value.
@@ -79,7 +79,7 @@ def register(name: str, kernel: Callable, fake: Callable) -> Callable:
     """
     groups = _groups(kernel)
     types = [kind for group in groups for kind in group.types]
-    # Torch passes lists; the tuples have tuples, which can be keys of a cache.
+    # Torch passes lists. Kernels get tuples, which can be keys of a cache.
     lists = [place for place, kind in enumerate(types) if typing.get_origin(kind) is tuple]
     spans = [(group.kind, group.start, group.stop) for group in groups]
 
@@ -176,10 +176,10 @@ def refuse_gradient(name: str, why: str) -> None:
 def as_declared(
     gradients: Sequence[torch.Tensor | None], storage: torch.Tensor, experts: Experts, needs_storage: bool
 ) -> list[torch.Tensor]:
-    """One tensor for `storage` and for each of the experts, in its dtype, as the schema of an operator says.
+    """The gradients as the schema of an operator wants them: one tensor for `storage` and for each of the experts.
 
-    It is empty where there is no gradient. An input that nothing depends on, such as a residual over no taps, has a
-    gradient of zeros.
+    A tensor has the dtype of its input. It is empty if no gradient is wanted, or if the input is None. If the result
+    does not depend on an input, such as a residual without taps, its gradient is zero.
     """
     declared = []
     for gradient, value in zip(gradients, (storage if needs_storage else None, *experts)):
@@ -200,7 +200,7 @@ def fake_forecast(ring: RingState, *_) -> torch.Tensor:
 def fake_gradients(
     grad: torch.Tensor, ring: RingState, experts: Experts, shape: Shape, needs_storage: bool
 ) -> list[torch.Tensor]:
-    """What `as_declared` makes, without values."""
+    """What `as_declared` returns, without values."""
     return [
         ring.storage.new_empty(0, dtype=torch.float32) if value is None else value.new_empty(value.shape)
         for value in (ring.storage if needs_storage else None, *experts)

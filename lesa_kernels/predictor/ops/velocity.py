@@ -1,4 +1,4 @@
-"""A whole skipped step: Newton's forecast through the output head, in one kernel where there is one."""
+"""A whole skipped step: Newton's forecast and the output head, in one kernel if there is one for the arguments."""
 
 import torch
 
@@ -44,11 +44,11 @@ def newton_velocity(
     spline_order: int,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """A whole skipped step: Newton's forecast and the output head applied to it, without the forecast in memory.
+    """A whole skipped step: Newton's forecast, and the output head applied to it.
 
-    On Triton this is one kernel that reads each anchor once and writes the velocities. It is made for heads of up to
-    256 outputs, and takes scratch memory of about `4 B T ceil(D / BLOCK_D) (O + 2 R + 2)` bytes, of a GiB at most.
-    Other backends, larger sizes and calls that need a gradient forecast first and apply the head to the result.
+    On Triton this is one kernel, which reads each anchor once and writes only the velocities. It is made for heads of
+    up to 256 outputs. It needs scratch memory of about `4 B T ceil(D / BLOCK_D) (O + 2 R + 2)` bytes, and is used up to
+    one GiB. Other backends, larger sizes and calls that need a gradient take two steps: the forecast, then the head.
 
     Args:
         head: the head's weights and this step's modulation.
@@ -56,18 +56,18 @@ def newton_velocity(
         backend: as in `newton_predict`.
 
     Returns:
-        `[B, T, O]` in the dtype of `storage` (bfloat16 for float8); computed in float32, but for matrix products, whose
-        operands Triton rounds to the dtype of `storage`.
+        `[B, T, O]` in the dtype of `storage` (bfloat16 for float8). It is computed in float32, but Triton rounds the
+        operands of matrix products to the dtype of `storage` (bfloat16 for float8).
 
     Raises:
-        ValueError, TypeError: a tensor has another shape, dtype or device than it should; named.
-        RuntimeError: the backend asked for can't run.
+        ValueError, TypeError: a tensor has the wrong shape, dtype or device; the message names it.
+        RuntimeError: the backend can't run here.
 
     Equivalent to::
 
         velocity = output_head(newton_predict(...), head)
 
-    Source: the rearrangement of LayerNorm and projection around a low-rank sum is this project's.
+    Source: this project; it rearranges LayerNorm and projection around a low-rank sum.
     """
     ring = RingState(storage, scales, sigmas, cursor, count, sigma)
     experts = NewtonExperts(in_weight, in_bias, spline, out_weight, out_bias, down, up, up_bias)
@@ -132,4 +132,4 @@ def _fake_velocity(ring: RingState, experts: NewtonExperts, head: OutputHead, sh
 
 
 _operator = register("newton_velocity", _newton_velocity, _fake_velocity)
-refuse_gradient("newton_velocity", "has no gradients: `newton_velocity()` takes other operators for them")
+refuse_gradient("newton_velocity", "has no gradients: `newton_velocity()` uses other operators for them")
