@@ -19,7 +19,16 @@ SCALE_BYTES = 4  # of a token stored in float8
 PARAMETER_BYTES = 4  # predictors keep their parameters in float32
 
 
-def newton_predict(batch, tokens, dim, dtype, history=4, rank=0, hidden=64, out_dtype=None) -> dict[str, int]:
+def newton_predict(
+    batch: int,
+    tokens: int,
+    dim: int,
+    dtype: torch.dtype,
+    history: int = 4,
+    rank: int = 0,
+    hidden: int = 64,
+    out_dtype: torch.dtype | None = None,
+) -> dict[str, int]:
     """A newton forecast: K anchors in, one feature out, and the parameters of one stage.
 
     Args:
@@ -40,7 +49,15 @@ def newton_predict(batch, tokens, dim, dtype, history=4, rank=0, hidden=64, out_
     return {"bytes": moved, "flops": flops}
 
 
-def dense_predict(batch, tokens, dim, dtype, history, out_dtype=None, parameter_bytes=PARAMETER_BYTES):
+def dense_predict(
+    batch: int,
+    tokens: int,
+    dim: int,
+    dtype: torch.dtype,
+    history: int,
+    out_dtype: torch.dtype | None = None,
+    parameter_bytes: int = PARAMETER_BYTES,
+) -> dict[str, int]:
     """A forecast of the dense variant: K entries in, one feature out, and the K maps of one stage."""
     elements = batch * tokens * dim
     written = elements * _out_dtype(dtype, out_dtype).itemsize
@@ -48,7 +65,17 @@ def dense_predict(batch, tokens, dim, dtype, history, out_dtype=None, parameter_
     return {"bytes": moved, "flops": 2 * elements * dim * history}
 
 
-def predict_velocity(batch, tokens, dim, dtype, out_channels, history=4, rank=0, hidden=64, out_dtype=None):
+def predict_velocity(
+    batch: int,
+    tokens: int,
+    dim: int,
+    dtype: torch.dtype,
+    out_channels: int,
+    history: int = 4,
+    rank: int = 0,
+    hidden: int = 64,
+    out_dtype: torch.dtype | None = None,
+) -> dict[str, int]:
     """A newton forecast with the output head: K anchors in, the velocity out; the forecast itself is not written."""
     work = newton_predict(batch, tokens, dim, dtype, history, rank, hidden, out_dtype)
     saved = batch * tokens * (dim - out_channels) * _out_dtype(dtype, out_dtype).itemsize
@@ -60,31 +87,62 @@ def predict_velocity(batch, tokens, dim, dtype, out_channels, history=4, rank=0,
     }
 
 
-def output_head(batch, tokens, dim, dtype, out_channels):
+def output_head(
+    batch: int,
+    tokens: int,
+    dim: int,
+    dtype: torch.dtype,
+    out_channels: int,
+) -> dict[str, int]:
     """The output head alone: a feature in, the velocity out."""
     moved = batch * tokens * (dim + out_channels) + (out_channels + 2 * batch) * dim
     return {"bytes": moved * dtype.itemsize, "flops": 2 * batch * tokens * dim * out_channels}
 
 
-def ring_push(batch, tokens, dim, dtype, stored=None):
+def ring_push(
+    batch: int,
+    tokens: int,
+    dim: int,
+    dtype: torch.dtype,
+    stored: torch.dtype | None = None,
+) -> dict[str, int]:
     """A push into the ring: one feature in, one slot out, with its scales where `stored` is float8."""
     written = _history_bytes(batch, tokens, dim, stored or dtype, 1)
     return {"bytes": batch * tokens * dim * dtype.itemsize + written, "flops": 0}
 
 
-def ring_gather(batch, tokens, dim, dtype):
+def ring_gather(
+    batch: int,
+    tokens: int,
+    dim: int,
+    dtype: torch.dtype,
+) -> dict[str, int]:
     """A read from a ring of `dtype`: one slot in, one feature out, which is float32 where the ring is float8."""
     written = batch * tokens * dim * (torch.float32 if dtype.itemsize == 1 else dtype).itemsize
     return {"bytes": _history_bytes(batch, tokens, dim, dtype, 1) + written, "flops": 0}
 
 
-def polynomial(batch, tokens, dim, dtype, history=4):
+def polynomial(
+    batch: int,
+    tokens: int,
+    dim: int,
+    dtype: torch.dtype,
+    history: int = 4,
+) -> dict[str, int]:
     """A weighted sum of anchors."""
     elements = batch * tokens * dim
     return {"bytes": (history + 1) * elements * dtype.itemsize, "flops": 2 * elements * history}
 
 
-def bspline_kan(rows, in_features, out_features, dtype, grid_size=5, spline_order=3, parameter_bytes=None):
+def bspline_kan(
+    rows: int,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    grid_size: int = 5,
+    spline_order: int = 3,
+    parameter_bytes: int | None = None,
+) -> dict[str, int]:
     """The KAN layer: the base branch, and for each input the p + 1 bases that are not zero.
 
     A matrix product on tensor cores multiplies all G + p bases. It computes `(1 + G + p) / (2 + p)` times as much.
@@ -99,7 +157,15 @@ def bspline_kan(rows, in_features, out_features, dtype, grid_size=5, spline_orde
     return {"bytes": values + weights, "flops": 2 * rows * in_features * out_features * (2 + spline_order)}
 
 
-def bspline_kan_backward(rows, in_features, out_features, dtype, grid_size=5, spline_order=3, parameter_bytes=None):
+def bspline_kan_backward(
+    rows: int,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    grid_size: int = 5,
+    spline_order: int = 3,
+    parameter_bytes: int | None = None,
+) -> dict[str, int]:
     """The gradients of the KAN layer with respect to its input and weights: twice the products of the forward.
 
     It reads the input, the gradient of the output and the weights. It writes the gradients of the input and weights.
@@ -115,10 +181,19 @@ def both(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
     return {name: first[name] + second[name] for name in first}
 
 
-def _history_bytes(batch, tokens, dim, dtype, history) -> int:
+def _history_bytes(
+    batch: int,
+    tokens: int,
+    dim: int,
+    dtype: torch.dtype,
+    history: int,
+) -> int:
     scales = SCALE_BYTES if dtype.itemsize == 1 else 0
     return history * batch * tokens * (dim * dtype.itemsize + scales)
 
 
-def _out_dtype(dtype, out_dtype):
+def _out_dtype(
+    dtype: torch.dtype,
+    out_dtype: torch.dtype | None,
+) -> torch.dtype:
     return out_dtype or (torch.bfloat16 if dtype.itemsize == 1 else dtype)
