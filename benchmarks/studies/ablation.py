@@ -27,6 +27,7 @@ from lesa.training import training_run as training
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.env_report import env_report
 from lesa_kernels.predictor import reference
+from lesa_kernels.predictor.arguments import RingState
 
 BOUNDS = {1: (), 3: (0.67, 0.33)}
 # One stage has the middle one of the windows of three.
@@ -48,7 +49,7 @@ class MLPPredictor(FusedKANPredictor):
         newton = self.config.mixer == "newton"
         predict = reference.newton_predict_ref if newton else reference.dense_predict_ref
         with patch.object(reference, "kan_hidden", _silu_units):
-            return predict(*state, *self.experts(), *self.shape())
+            return predict(RingState(*state), self.experts(), self.shape())
 
     def predict_velocity(self, ring, sigma, head):
         return reference.output_head_ref(self(ring, sigma), head)
