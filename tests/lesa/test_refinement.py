@@ -10,12 +10,13 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lesa
+from lesa.artifacts import predictor_identity
 from lesa.demo import digits
 from lesa.training import recording, refinement
 from lesa.training.batches import Batch, Head, Plan
 from lesa.training.losses import off_after_gaps
 from lesa.training.refinement import RollOuts
-from lesa.training.training_run import Training
+from lesa.training.training_run import CHECKPOINT_NAME, Training
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS, SCHEDULE = 12, [0, 2, 5, 8]
@@ -416,6 +417,12 @@ def _unfinished(recorded, predictor, tmp_path_factory):
 def unfinished(_unfinished, tmp_path):
     shutil.copytree(_unfinished[0], tmp_path / "unfinished")
     return tmp_path / "unfinished"
+
+
+def test_the_checkpoint_of_a_round_says_whose_roll_outs_it_trains_on(predictor, unfinished):
+    settings = torch.load(unfinished / "round-2" / "predictor" / CHECKPOINT_NAME, weights_only=True)["settings"]
+    first = FusedKANPredictor.from_pretrained(unfinished / "round-1" / "predictor")
+    assert settings["roll_outs"] == [predictor_identity(predictor), predictor_identity(first)]
 
 
 def test_a_stopped_refinement_goes_on_to_the_same_bytes(pipe, recorded, predictor, unfinished, _unfinished):
