@@ -1,13 +1,14 @@
 """`find_stages`: divides the steps into noise stages, by the validation error."""
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 from tqdm import tqdm
 
 from lesa.schedule import ScheduleLike
 from lesa.training.batches import Split, split
-from lesa.training.settings import TrainingSettings, complete_config, schedule_of, with_stages
+from lesa.training.settings import TrainingSettings, complete_config, with_stages
 from lesa.training.training_run import MOST_TOKENS, Training
 from lesa.training.trajectories import Trajectories, check_plain
 from lesa_kernels import PredictorConfig
@@ -66,7 +67,7 @@ def find_stages(
     if complete.mixer != "newton":
         remedy = "Use a newton predictor, or set the stage bounds by hand."
         raise argument_error("config.mixer", "be 'newton' for stages to be found", complete.mixer, remedy)
-    if len(set(complete.history_length)) > 1:
+    if len({*cast(tuple[int, ...], complete.history_length)}) > 1:
         remedy = "Pass one int, or set the stage bounds by hand."
         raise argument_error("config.history_length", "be equal in all stages", complete.history_length, remedy)
     losses: dict[tuple[tuple[float, ...], int], float] = {}
@@ -92,7 +93,7 @@ def find_stages(
 
 def _candidates(config: PredictorConfig, sigmas: list[float]) -> list[float]:
     """Noise levels of the computed steps that have predicted ones before and after them."""
-    computed = schedule_of(config).steps
+    computed = config.schedule or ()
     predicted = {*range(len(sigmas))} - set(computed)
     return [sigmas[step] for step in computed if min(predicted) < step < max(predicted)]
 

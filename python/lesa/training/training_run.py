@@ -11,17 +11,18 @@ import os
 from collections.abc import Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from lesa.artifacts import check_same_settings, remove_partial, whole_file, write_text
+from lesa.schedule import Schedule, schedule_of
 from lesa.training.batches import Batch, Head, Plan, RollOut, Split, predict, roll_out, split
 from lesa.training.guided_schedules import moved_steps, stretched_steps
 from lesa.training.losses import feature_loss, head_aware_loss
-from lesa.training.settings import TrainingSettings, schedule_of
+from lesa.training.settings import TrainingSettings
 from lesa.training.trajectories import Trajectories
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import Said, argument_error
@@ -84,7 +85,7 @@ class Training:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.losses: dict[str, list[float]] = {"training": [], "validation": []}
         self.head = Head(trajectories, self.device)
-        self.schedule = schedule_of(config)
+        self.schedule = cast(Schedule, schedule_of(config))  # a complete configuration has one
 
     # What a subclass may replace
 
