@@ -10,8 +10,9 @@ style:  ## format the code and fix what can be fixed
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
-check:  ## what CI demands of the code's style
+check:  ## what CI demands of the code's style and types
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
 
 test:  ## the fast tests
 	$(PYTEST)

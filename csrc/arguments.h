@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-// What the arguments of the compiled functions have in common: their dtypes, and their checks, which throw
+// Shared by the compiled functions: the dtypes of their arguments, and their checks, which throw
 // std::invalid_argument.
 
 namespace lesa {
@@ -54,7 +54,7 @@ inline int64_t item_size(DType dtype) {
   return dtype == DType::float32 ? 4 : dtype == DType::float8_e4m3fn ? 1 : 2;
 }
 
-// From "float32", "float16" or "bfloat16", and for what is stored in a ring "float8_e4m3fn" too; throws
+// The dtype named "float32", "float16" or "bfloat16"; for the storage of a ring "float8_e4m3fn" too. Throws
 // std::invalid_argument, which names `argument`, for any other name.
 inline DType dtype_from_name(const std::string& argument, const std::string& name, bool stored = false) {
   if (name == "float32") return DType::float32;

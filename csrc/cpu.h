@@ -22,7 +22,7 @@
 #include <pthread.h>
 #endif
 
-// What the CPU kernels have in common: what the processor can do, and threads.
+// Shared by the CPU kernels: the features of the processor, and threads.
 
 namespace lesa {
 
@@ -35,20 +35,20 @@ inline bool has_avx2_and_f16c() {
 
 #endif
 
-// Threads that are kept from call to call: to start one takes as long as to copy a megabyte.
+// Threads that are kept between calls, because starting one takes as long as copying a megabyte.
 class Helpers {
  public:
   static Helpers& get() {
 #ifdef LESA_POSIX
-    // A forked process has none of the threads. Before it, another thread may have held the mutexes.
+    // A forked process has none of the threads, and another thread may have held the mutexes at the fork.
     static const int at_fork = pthread_atfork(nullptr, nullptr, [] { instance() = new Helpers; });
     static_cast<void>(at_fork);
 #endif
     return *instance();
   }
 
-  // Runs `work` in this thread and in up to `count` others, as many as come before this thread has done all: `work`
-  // takes what it does from a common store, so that who comes late finds nothing, and is not waited for.
+  // Runs `work` in this thread and in up to `count` others. `work` takes its items from a common store, so a thread
+  // that starts after all items are taken finds nothing to do, and this thread does not wait for it.
   void run(int64_t count, const std::function<void()>& work) {
     if (count < 1) return work();
     const std::unique_lock<std::mutex> alone(caller_, std::try_to_lock);
@@ -61,7 +61,7 @@ class Helpers {
           ++threads_;
         }
       } catch (...) {
-        // The system grants no further thread, or no memory for one: those that run share the work.
+        // The system has no further thread, or no memory for one: the threads that run share the work.
       }
       work_ = &work;
       wanted_ = std::min<int64_t>(count, threads_);

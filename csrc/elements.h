@@ -89,7 +89,7 @@ struct Float8 {
     return float_of((magnitude == 0x7fu ? 0x7fc00000u : finite) | (uint32_t{value} & 0x80u) << 24);
   }
 
-  // Saturates. NaN, which no caller has, would be 448.
+  // Saturates. NaN would give 448, but no caller passes NaN.
   static LESA_INLINE Bits store(float value) {
     const uint32_t bits = bits_of(value);
     const uint32_t unbounded = bits & 0x7fffffffu;

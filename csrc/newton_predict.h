@@ -12,21 +12,21 @@ namespace lesa {
 // One forecast by KAN-modulated Newton extrapolation, on the CPU. Sizes and strides count elements. With S stages,
 // K = max(history_length), M hidden units, G + p spline coefficients and rank R:
 struct NewtonPredict {
-  const void* storage;  // [capacity, batch, tokens, dim], dim contiguous, other strides any non-negative ones
+  const void* storage;  // [capacity, batch, tokens, dim], dim contiguous, other strides not negative
   DType dtype;          // of storage and output
   int64_t capacity, batch, tokens, dim;
   int64_t slot_stride, sample_stride, token_stride;
-  const float* sigmas;    // [capacity, batch], contiguous as all that follow
+  const float* sigmas;    // [capacity, batch], contiguous like all that follow
   const int32_t* cursor;  // [batch], slot of the next append
   const int32_t* count;   // [batch], valid anchors
-  const float* sigma;     // [batch], what to forecast
+  const float* sigma;     // [batch], the noise level to forecast
 
   const float* in_weight;   // [S, M, K + 1]
   const float* in_bias;     // [S, M]
   const float* spline;      // [S, M, G + p]
   const float* out_weight;  // [S, K - 1, dim, M]
   const float* out_bias;    // [S, K - 1, dim]
-  const float* down;        // [S, R, K - 1, dim]; null, as the next two, where R is 0
+  const float* down;        // [S, R, K - 1, dim]; null like the next two if R is 0
   const float* up;          // [S, dim, R]
   const float* up_bias;     // [S, dim]
   int64_t hidden, rank;
@@ -36,7 +36,7 @@ struct NewtonPredict {
 
   void* output;  // [batch, tokens, dim], contiguous, no overlap with anything else
   int threads;   // most threads to use
-  std::string instructions;  // widest to use, where the processor has them: "avx512", "avx2" or "plain"
+  std::string instructions;  // the widest to use if the processor has them: "avx512", "avx2" or "plain"
 
   // K
   int64_t longest_history() const { return *std::max_element(history_length.begin(), history_length.end()); }

@@ -18,10 +18,10 @@ namespace {
 
 constexpr double kOffsetScale = 5.0;                // of the KAN's inputs, as in the torch form
 constexpr int64_t kThreadBytes = int64_t{2} << 20;  // read and written for each further thread
-constexpr int64_t kRankOfOneRead = 16;              // rank at which the residual takes as long as all else
-constexpr int64_t kChunkBytes = int64_t{1} << 17;   // of output, what a thread takes at a time
-constexpr int64_t kResidualTokens = 24;             // the same with a residual, whose matrices are read once for them
-constexpr int64_t kChannels = 256;                  // what a thread prepares at a time
+constexpr int64_t kRankOfOneRead = 16;              // rank at which the residual takes as long as the rest
+constexpr int64_t kChunkBytes = int64_t{1} << 17;   // of output that a thread takes at a time
+constexpr int64_t kResidualTokens = 24;             // the same with a residual; its matrices are read once for these
+constexpr int64_t kChannels = 256;                  // that a thread prepares at a time
 constexpr int64_t kCacheLine = 64;                  // bytes
 
 // One row of the batch.
@@ -30,7 +30,7 @@ struct Sample {
   int64_t anchors;                    // how many are read
   int64_t taps;                       // of the stage; those that need a missing anchor have zero weights
   std::vector<const void*> features;  // [anchors], newest first: [tokens, dim]
-  std::vector<float> newton;          // [taps, anchors], how much of each anchor is in each tap
+  std::vector<float> newton;          // [taps, anchors], the weight of each anchor in each tap
   std::vector<float> hidden;          // [M]
   int64_t padded_dim, padded_rank;    // multiples of the kernels' panel
   float* weights;                     // [anchors, padded_dim]
@@ -381,7 +381,7 @@ void newton_predict_cpu(const NewtonPredict& p) {
   const int64_t padded_dim = round_up(p.dim, kernels.panel);
   const int64_t padded_rank = round_up(p.rank, kernels.panel);
   const int64_t longest = p.longest_history();
-  // All sizes are multiples of a vector, so that what begins aligned stays so.
+  // All sizes are multiples of a vector, so that all parts stay aligned.
   const int64_t weights_size = product("storage", longest, padded_dim);
   const int64_t projections_size = product("down", product("down", longest - 1, p.dim), padded_rank);
   const int64_t up_size = p.rank == 0 ? 0 : product("up", padded_dim, sum("up", p.rank, 1));
@@ -414,8 +414,8 @@ void newton_predict_cpu(const NewtonPredict& p) {
   const double work = moved * (1.0 + static_cast<double>(p.rank) / kRankOfOneRead);
   const auto threads = static_cast<int64_t>(std::min<double>(p.threads, 1.0 + work / kThreadBytes));
   const int64_t chunk = p.rank == 0 ? std::max<int64_t>(1, kChunkBytes / token_bytes) : kResidualTokens;
-  // First what the tokens of a sample have in common, then the tokens. Items are taken in order, so whoever waits for
-  // the first kind waits for threads that are at work.
+  // First what all tokens of a sample share, then the tokens. Items are taken in this order, so a thread that waits for
+  // the first kind waits for threads that are working on it.
   const int64_t channel_items = (p.dim + kChannels - 1) / kChannels;
   const int64_t token_items = (p.tokens + chunk - 1) / chunk;
   const int64_t preparations = p.batch * channel_items;

@@ -26,8 +26,8 @@ LESA_INLINE LESA_KERNEL float dot(const float* a, const float* b, int64_t n) {
   return lanes[0];
 }
 
-// What a sample's tokens have in common, for the channels [begin, end) of one group: the anchors' weights and, with a
-// residual, its matrices in the order in which they are read.
+// Prepares what all tokens of a sample share, for the channels [begin, end) of one group: the weights of the anchors
+// and, with a residual, its matrices in the order in which they are read.
 LESA_KERNEL void prepare_group(const NewtonPredict& p, const Sample& s, int64_t begin, int64_t end) {
   const int64_t n = end - begin;
   const int64_t longest = p.longest_history() - 1;  // taps of the stage with the most
@@ -122,7 +122,7 @@ LESA_KERNEL void forecast_plain(const NewtonPredict& p, const Sample& s, int64_t
   for (; d < p.dim; ++d) output[d] = Element::store(mix_one<Element>(p, s, token, d));
 }
 
-// How an anchor differs from the newest one: [rows, kBlock].
+// The difference between an anchor and the newest one: [rows, kBlock].
 template <class Element>
 LESA_KERNEL void subtract_newest(const NewtonPredict& p, const Sample& s, int64_t k, int64_t token, int64_t rows,
                                  int64_t first, int64_t n, float* differences) {
@@ -154,8 +154,8 @@ LESA_INLINE LESA_KERNEL void multiply(const float* a, int64_t a_stride, const fl
   }
 }
 
-// Adds what `n` channels of one anchor put into the residual's input: [rows, padded_rank]. `rows` is at most kRows.
-// Meanwhile the features that come next are fetched, which the products would otherwise wait for.
+// Adds the part of `n` channels of one anchor to the residual's input: [rows, padded_rank]. `rows` is at most kRows.
+// Meanwhile the next features are fetched, for which the products would otherwise wait.
 template <int kTile = kRows>
 LESA_KERNEL void project(const Sample& s, const float* differences, const float* projection, int64_t n, int64_t rows,
                          const Ahead& ahead, float* input) {
@@ -232,7 +232,7 @@ LESA_KERNEL void forecast(const NewtonPredict& p, const Sample& s, int64_t begin
     const int64_t channels = std::min(kBlock, p.dim - first);
     for (int64_t token = begin; token < end; token += kRows) {
       const int64_t rows = std::min(kRows, end - token);
-      // The next tokens of these channels, after the last ones the first ones of the next channels.
+      // The next tokens of these channels; after the last tokens, the first ones of the next channels.
       const bool wraps = token + rows == end;
       const int64_t next_token = wraps ? begin : token + rows;
       const int64_t next_first = wraps ? first + channels : first;

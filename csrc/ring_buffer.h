@@ -52,8 +52,8 @@ struct Placement {
   int32_t slot, cursor, count;
 };
 
-// By a sample's sigma against the newest anchor's: smaller is appended (over the oldest when the ring is full), equal
-// replaces the newest, anything else, NaN included, starts a new history.
+// Compares a sample's sigma with that of the newest anchor. A smaller one is appended (over the oldest anchor when the
+// ring is full), an equal one replaces the newest, any other one, also NaN, starts a new history.
 LESA_INLINE Placement place(int32_t cursor, int32_t count, int32_t capacity, float sigma, float newest_sigma) {
   if (count > 0 && sigma == newest_sigma) return {cursor == 0 ? capacity - 1 : cursor - 1, cursor, count};
   const bool extends = count > 0 && sigma < newest_sigma;
@@ -71,21 +71,20 @@ LESA_INLINE int64_t slot_of_age(int64_t cursor, int64_t count, int64_t capacity,
 void check_ring_push(const RingPush& push);
 void check_ring_gather(const RingGather& gather);
 
-// Stores each sample's feature and sigma in the slot that `place` says. Float8 is stored with a scale per token: its
-// largest magnitude over 448, one for zeros, NaN where a value is not finite; values are divided by it and rounded to
-// the nearest even.
-// On the CPU, throws std::invalid_argument, before anything is written, for rows that are out of range or repeated and
-// for a cursor or count that is out of range.
+// Stores each sample's feature and sigma in the slot that `place` gives. Float8 is stored with a scale for each token:
+// the largest magnitude over 448, one for zeros, NaN if a value is not finite. Values are divided by the scale and
+// rounded to the nearest even. On the CPU, throws std::invalid_argument, before anything is written, for rows that are
+// out of range or repeated and for a cursor or count that is out of range.
 void ring_push_cpu(const RingPush& push);
 // Enqueues one kernel, which may be captured into a graph. Rows that are out of range or repeated, and a cursor or
 // count that is out of range, fail an assertion on the device. While the kernel runs, the upper half of a count is the
-// number of the sample's blocks that have ended. Where it was not zero before, or two streams push into a row at the
-// same time, a block other than the last may write the row's state. That fails an assertion if another one is seen to
-// have begun before and to end after it; it is not noticed if all the others begin after it. Throws std::runtime_error
-// where the kernel can't be launched. Both name the operation.
+// number of the sample's blocks that have ended. If it was not zero before, or if two streams push into a row at the
+// same time, a block other than the last may write the row's state. An assertion fails if another block began before
+// that and ends after it. If all other blocks begin after it, nothing notices. Throws std::runtime_error if the kernel
+// can't be launched. Both messages name the operation.
 void ring_push_cuda(const RingPush& push);
 
-// Copies the features, float8 times its scales; rows without an anchor are NaN. Errors as of the pushes.
+// Copies the features, float8 times its scales; rows without an anchor are NaN. Errors are those of the pushes.
 void ring_gather_cpu(const RingGather& gather);
 void ring_gather_cuda(const RingGather& gather);
 

@@ -60,7 +60,7 @@ LESA_AVX2 void narrow_float16(const float* from, uint16_t* to, int64_t n) {
   for (; i < n; ++i) to[i] = Float16::store(from[i]);
 }
 
-// As convert_run; compilers turn all of it into vector code but float16, which has instructions of its own.
+// Like convert_run. Compilers vectorise all of it except float16, which has instructions of its own.
 template <class Source, class Target>
 LESA_AVX2 void convert_run_avx2(const void* source, int64_t stride, void* target, int64_t n) {
   const auto* from = static_cast<const typename Source::Bits*>(source);
@@ -134,7 +134,7 @@ CopyRun run_for(DType source, DType target) {
 using QuantiseToken = void (*)(const void* source, int64_t stride, int64_t n, float* wide, uint8_t* target,
                                float* scale);
 
-// From float32 values that lie side by side.
+// From adjacent float32 values.
 LESA_INLINE void quantise(const float* from, int64_t n, uint8_t* __restrict to, float* scale_of_token) {
   uint32_t largest = 0;  // magnitudes have the order of their bits, Inf and NaN above all
   for (int64_t i = 0; i < n; ++i) largest = std::max(largest, bits_of(from[i]) & 0x7fffffffu);
@@ -152,7 +152,7 @@ void quantise_token(const void* source, int64_t stride, int64_t n, float* wide, 
   quantise(wide, n, target, scale);
 }
 
-// Multiplies one token, its elements side by side, with its scale.
+// Multiplies one token, whose elements are adjacent, by its scale.
 using DequantiseToken = void (*)(const uint8_t* source, float scale, float* target, int64_t n);
 
 LESA_INLINE void dequantise(const uint8_t* __restrict from, float scale, float* __restrict to, int64_t n) {
@@ -213,7 +213,7 @@ void in_parallel(int64_t total, int64_t item_bytes, int64_t most_threads, const 
   parallel_chunks(total, chunk, threads, body);
 }
 
-// In the dtype that a gather from storage of `dtype` has.
+// In the dtype of a gather from storage of `dtype`.
 void fill_nan(DType dtype, void* target, int64_t n) {
   const bool half = dtype == DType::float16 || dtype == DType::bfloat16;
   if (half) std::fill_n(static_cast<uint16_t*>(target), n, dtype == DType::float16 ? Float16::kNan : BFloat16::kNan);
@@ -227,7 +227,7 @@ void check_row_state(int64_t cursor, int64_t count, int64_t capacity) {
   }
 }
 
-// What `check_ring_push` and `check_ring_gather` have in common.
+// The checks that `check_ring_push` and `check_ring_gather` share.
 template <class Ring>
 void check_ring(const Ring& r) {
   check_at_least("capacity", r.capacity, 1);
@@ -236,7 +236,7 @@ void check_ring(const Ring& r) {
   check_at_least("dim", r.dim, 0);
   check_at_least("threads", r.threads, 1);
   check_at_least("device", r.device, -1);
-  // A kernel counts its blocks in the upper half of `count`, so that the lower half has to do for the anchors.
+  // A kernel counts its blocks in the upper half of `count`, so only the lower half is left for the anchors.
   const int64_t most = r.device < 0 ? std::numeric_limits<int32_t>::max() : std::numeric_limits<uint16_t>::max();
   if (r.capacity > most) {
     refuse("capacity", "be at most " + std::to_string(most), std::to_string(r.capacity), "Use a shorter ring.");

@@ -10,9 +10,9 @@
 
 #include "ring_buffer.h"
 
-// What can be seen only on the device, such as a row that is out of range, fails an assertion there: the message goes
-// to the standard error, and the next call that waits for the device reports an error. Nothing stays alive beyond it,
-// which costs no registers.
+// A fault that only the device can see, such as a row that is out of range, fails an assertion there. The message goes
+// to the standard error, and the next call that waits for the device reports an error. It keeps no value alive, so it
+// costs no registers.
 #define LESA_DEMAND(condition, message) \
   if (!(condition)) {                   \
     assert(false && message);           \
@@ -31,8 +31,8 @@ constexpr int kHeldOfToken = 6;     // vectors of a float8 token in each thread'
 constexpr int64_t kBlocksPerProcessor = 32;  // several waves, so that none waits long for the last
 constexpr int64_t kMostPrograms = 0xffff;    // blocks of a sample: `count` counts them in 16 bits
 
-// What a kernel's blocks have to do. A sample is `runs` pieces of memory of `length` elements that lie side by side in
-// the ring. A block does `programs`-th parts of a sample, in rounds.
+// How a kernel's work is divided. A sample is `runs` pieces of memory of `length` adjacent elements in the ring. A
+// block does the `programs`-th part of a sample, in rounds.
 struct Work {
   uint32_t programs;
   int64_t rounds;
@@ -40,7 +40,7 @@ struct Work {
   bool aligned;                   // each run begins at 16 bytes in the ring, whatever its slot
 };
 
-// N elements that lie side by side, in registers; moved 16 bytes at a time where they can be.
+// N adjacent elements in registers; moved 16 bytes at a time if possible.
 template <class Element, int N>
 struct Vector {
   using Bits = typename Element::Bits;
@@ -110,7 +110,7 @@ __device__ __forceinline__ int64_t past_alignment(const Bits* address) {
   return reinterpret_cast<uintptr_t>(address) % sizeof(uint4) / sizeof(Bits);
 }
 
-// Where a block's sample goes; thread 0 finds it out for all.
+// Where a block's sample goes; thread 0 finds this for all threads.
 struct Entry {
   int64_t row, target;  // `target` counts samples of the storage
   uint32_t counted;     // the row's count, with the blocks that had left
@@ -148,7 +148,7 @@ __device__ __forceinline__ int64_t enter(const RingPush& p, int64_t sample, uint
 // Writes the state of a sample's row once all of its blocks have read the old one: the last to arrive here does. Until
 // then the count grows by the blocks that leave, and by nothing else. If the launch found some left over in it, the
 // state is written too early, and the blocks that are under way see it here: the count has become less than what they
-// found. A block that begins only after that can't tell what it finds from the state before the push.
+// found. A block that begins only after that can't distinguish what it finds from the state before the push.
 __device__ __forceinline__ void leave(const RingPush& p, uint32_t programs, const Entry& entry) {
   if (threadIdx.x != 0) return;
   __threadfence();
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads) ring_push_kernel(const RingPush p, c
   const From* source = static_cast<const From*>(p.features) + sample * p.sample_stride;
   To* storage = static_cast<To*>(p.storage);
 
-  // Where runs begin at 16 bytes, loads need not wait for the state.
+  // If runs begin at 16 bytes, loads need not wait for the state.
   int64_t target = 0;
   bool entered = !work.aligned || program >= work.rounds;
   if (entered) target = enter(p, sample, work.programs, entry);
@@ -216,9 +216,9 @@ __global__ void __launch_bounds__(kThreads) ring_push_kernel(const RingPush p, c
   leave(p, work.programs, entry);
 }
 
-// `value / scale` in IEEE's way, for a scale from 2^-80 to 2^80 and its correctly rounded reciprocal: the first
+// `value / scale` as IEEE defines it, for a scale from 2^-80 to 2^80 and its correctly rounded reciprocal: the first
 // quotient is off by two units in the last place at most, the second by less than one, which rounds the third correctly
-// (Markstein). The residuals are exact for all quotients that float8 tells from zero, those from 2^-10 on.
+// (Markstein). The residuals are exact for all quotients that float8 does not round to zero, those from 2^-10 on.
 __device__ __forceinline__ float divide(float value, float scale, float reciprocal) {
   const float first = __fmul_rn(value, reciprocal);
   const float second = __fmaf_rn(-__fmaf_rn(first, scale, -value), reciprocal, first);
@@ -267,8 +267,8 @@ __device__ __forceinline__ Vector<Float8, N> quantise(const Vector<Source, N>& v
   return quantised;
 }
 
-// A warp for each token: what it has loaded for the largest magnitude stays in registers, and is loaded again only
-// beyond a width of 3072.
+// A warp for each token. The values that it loads to find the largest magnitude stay in registers; only those beyond a
+// width of 3072 are loaded again.
 template <class Source>
 __global__ void __launch_bounds__(kTokenThreads, sizeof(typename Source::Bits) == 4 ? 2 : 3)
     ring_push_float8_kernel(const RingPush p, const Work work) {
@@ -404,7 +404,7 @@ std::string describe(cudaError_t error) {
 
 void check(const char* operation, int device, cudaError_t error) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // it is reported here, and not by whoever asks next
+  cudaGetLastError();  // the error is reported here, so the next caller must not see it
   fail(operation, device, error);
 }
 

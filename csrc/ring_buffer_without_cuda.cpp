@@ -1,4 +1,4 @@
-// What builds without CUDA have in place of ring_buffer_cuda.cu.
+// Builds without CUDA compile this instead of ring_buffer_cuda.cu.
 
 #include <stdexcept>
 #include <string>

@@ -1,13 +1,27 @@
 """Kernels that forecast the features of a diffusion transformer, so that most denoising steps need not be computed.
 
-Public names resolve on first use: importing the package needs neither torch, nor Triton, nor the compiled extension,
-nor a GPU. What can't run says why when it is called.
+Public names are imported on first use. So `import lesa_kernels` works without torch, Triton, the compiled extension and
+a GPU. A function that can't run here says why when it is called.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
-# No name of a submodule is among these: once imported, the submodule would take its place. So the function
-# `bspline_kan` stays in the package of its name.
+if TYPE_CHECKING:
+    from lesa_kernels.bspline_kan import BSplineKAN, bspline_basis, bspline_evaluate
+    from lesa_kernels.feature_ring import FeatureRing, TieredRing, make_ring, ring_gather, ring_push
+    from lesa_kernels.predictor import (
+        FusedKANPredictor,
+        OutputHead,
+        PredictorConfig,
+        dense_predict,
+        newton_predict,
+        newton_velocity,
+        output_head,
+    )
+
+# None of these is the name of a submodule: an imported submodule would replace it. So the function `bspline_kan` is
+# imported from the package of the same name.
 _SOURCES = {
     "BSplineKAN": "lesa_kernels.bspline_kan",
     "bspline_basis": "lesa_kernels.bspline_kan",
@@ -27,10 +41,26 @@ _SOURCES = {
 }
 
 __version__ = "0.1.0"
-__all__ = [*_SOURCES]  # noqa: PLE0604  (names resolve in __getattr__)
+__all__ = [  # written out, since type checkers read it; the same names as in _SOURCES
+    "BSplineKAN",
+    "FeatureRing",
+    "FusedKANPredictor",
+    "OutputHead",
+    "PredictorConfig",
+    "TieredRing",
+    "bspline_basis",
+    "bspline_evaluate",
+    "dense_predict",
+    "make_ring",
+    "newton_predict",
+    "newton_velocity",
+    "output_head",
+    "ring_gather",
+    "ring_push",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _SOURCES:
         raise AttributeError(f"module 'lesa_kernels' has no attribute {name!r}")
     value = getattr(importlib.import_module(_SOURCES[name]), name)

@@ -6,6 +6,7 @@ sentence, `usage_error` takes a sentence of your own and the remedy.
 
 import math
 import numbers
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -57,9 +58,10 @@ def check_int(name: str, value: Any, minimum: int = 1, maximum: int | None = Non
     bounds = f"be an integer of at least {minimum}" + ("" if maximum is None else f" and at most {maximum}")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise argument_error(name, bounds, value, f"Pass an int for `{name}`.", TypeError)
-    if value < minimum or (maximum is not None and value > maximum):
+    number = int(value)
+    if number < minimum or (maximum is not None and number > maximum):
         raise argument_error(name, bounds, value, f"Choose a value in that range for `{name}`.")
-    return int(value)
+    return number
 
 
 def check_float(name: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf) -> float:
@@ -71,12 +73,13 @@ def check_float(name: str, value: Any, minimum: float = -math.inf, maximum: floa
         must += f" and at most {maximum:g}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise argument_error(name, must, value, f"Pass a float for `{name}`.", TypeError)
-    if not math.isfinite(value) or not minimum <= value <= maximum:
+    number = float(value)
+    if not math.isfinite(number) or not minimum <= number <= maximum:
         raise argument_error(name, must, value, f"Choose a value in that range for `{name}`.")
-    return float(value)
+    return number
 
 
-def check_choice(name: str, value: Any, choices) -> Any:
+def check_choice(name: str, value: Any, choices: Collection) -> Any:
     """Returns `value`; raises `ValueError` unless it is one of `choices`."""
     if value not in choices:
         listed = ", ".join(repr(c) for c in choices)

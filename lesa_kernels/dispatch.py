@@ -1,12 +1,12 @@
 """Which implementation runs: `backend="auto" | "triton" | "extension" | "torch"`.
 
-`auto` takes the first that the operation has: for CUDA tensors Triton, the compiled extension, plain torch; for CPU
-tensors the compiled extension, plain torch. A backend that is named in an argument and can't run is an error that says
-why. Triton runs on CPU tensors too, in its interpreter, when it is named and the process was started with
-`TRITON_INTERPRET=1`; that is for tests.
+`auto` takes the first backend that the operation has. The order is Triton, the compiled extension, plain torch for CUDA
+tensors, and the compiled extension, plain torch for CPU tensors. If an argument names a backend that can't run, that is
+an error which says why. For tests, Triton also runs on CPU tensors in its interpreter: when an argument names it and
+the process was started with `TRITON_INTERPRET=1`.
 
-The environment variable `LESA_BACKEND` replaces `auto`; it is read at every call. It speaks to all operations at once,
-so it leaves those alone that have no such implementation: they do what `auto` does.
+The environment variable `LESA_BACKEND` replaces `auto`. It is read at every call. It applies to all operations. An
+operation that does not have the named backend does what `auto` does.
 """
 
 import functools
@@ -29,11 +29,12 @@ def resolve_backend(backend: str, tensor: torch.Tensor, implemented: tuple[str, 
     Args:
         backend: what the caller asked for, one of `BACKENDS`.
         tensor: the tensor whose device decides for "auto".
-        implemented: the backends this operation has for tensors on that device; "triton" is taken for the GPU's.
+        implemented: the backends that this operation has for tensors on that device. On a CPU, "triton" counts only in
+            the interpreter.
         operation: its name, for messages.
 
     Raises:
-        ValueError: the argument or `LESA_BACKEND` names no backend.
+        ValueError: the argument or `LESA_BACKEND` is not the name of a backend.
         RuntimeError: the argument names a backend that this operation doesn't have here, or the extension or Triton is
             asked for and can't be used.
 
@@ -66,7 +67,7 @@ def resolve_backend(backend: str, tensor: torch.Tensor, implemented: tuple[str, 
     return chosen
 
 
-@torch.compiler.assume_constant_result  # compilers of torch can't trace imports, and it does not change
+@torch.compiler.assume_constant_result  # torch.compile can't trace imports, and the answer does not change
 def triton_error(device: torch.device) -> str | None:
     """Why Triton's kernels can't run on tensors of `device`, or None if they can."""
     reason = _triton_import_error()
@@ -105,7 +106,7 @@ def extension_problem(device: torch.device) -> str | None:
         return None
     problem = extension().cuda_problem(index) or None
     if problem is None:
-        _RUNS_ON.add(index)  # a problem may pass, such as a lack of memory
+        _RUNS_ON.add(index)  # only successes are kept: a problem such as a lack of memory may go away
     return problem
 
 
@@ -140,7 +141,7 @@ def _warn_once(operation: str, missing: str, reason: str, remedy: str) -> None:
 
 
 def users_level() -> int:
-    """The `stacklevel` of whoever called the packages, for a warning: there may be any number of calls between."""
+    """The `stacklevel` with which a warning names the line that called lesa or lesa_kernels, at any depth."""
     frame, level, ours = sys._getframe(1), 1, ("lesa_kernels", "lesa", "torch")
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
         frame, level = frame.f_back, level + 1

@@ -40,7 +40,7 @@ def env_report() -> dict[str, Any]:
     """Collects versions, devices and settings; works without torch, Triton, a GPU or the compiled extension.
 
     Returns:
-        a dict of plain values that `json.dumps` takes. "extension" is `build_info()` of the compiled module, or the
+        A dict of plain values that `json.dumps` takes. "extension" is `build_info()` of the compiled module, or the
         reason why it is missing.
     """
     return {

@@ -1,4 +1,4 @@
-"""Loads the compiled module `lesa_kernels._C` once, and keeps the reason when it can't."""
+"""Loads the compiled module `lesa_kernels._C` once. If that fails, the reason is kept."""
 
 import importlib
 from types import ModuleType
@@ -14,7 +14,7 @@ def extension() -> ModuleType:
     """Returns the compiled module.
 
     Raises:
-        RuntimeError: it couldn't be loaded; the message says why and what to do.
+        RuntimeError: it could not be loaded. The message says why and what to do.
     """
     if _module is None:
         raise RuntimeError(

@@ -1,6 +1,6 @@
 """What all Triton launchers share: the GPU they compile for, their launch configurations, and arrival counters.
 
-Imported only where Triton is going to be used; `lesa_kernels.dispatch` finds out whether it can be.
+Imported only where Triton is used; `lesa_kernels.dispatch` finds out whether it can be imported.
 """
 
 import functools
@@ -35,16 +35,16 @@ def has_float8() -> bool:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many streaming multiprocessors share the work; 2 where there are none, which still splits it."""
+    """How many streaming multiprocessors share the work. On a CPU it is 2, so that tests split the work too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def launch_config(operation: str, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
     """Block sizes, warps and stages of an operation's kernel: those tuned for this GPU, else the defaults.
 
-    Configurations are files in `lesa_kernels/tuned`: one for each GPU by its name, and `default.json`. The environment
-    variable `LESA_TUNED` names one more, which goes before both; `python -m lesa_kernels.tune` writes such a file.
-    Nothing is tuned while a model runs.
+    The configurations are in files in `lesa_kernels/tuned`: one file for each GPU, named after it, and `default.json`.
+    The environment variable `LESA_TUNED` names one more file, which has priority over both. `python -m
+    lesa_kernels.tune` writes such a file. Nothing is tuned while a model runs.
 
     Args:
         operation: such as "newton_predict".
@@ -96,10 +96,11 @@ _COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 def arrival_counters(device: torch.device, count: int) -> torch.Tensor:
-    """At least `count` int32 zeros that a kernel may count arrivals in, if it leaves zeros behind.
+    """At least `count` int32 zeros in which a kernel may count arrivals. The kernel must set them to zero again.
 
-    Kernels of one stream follow each other, so they share one buffer, which is cleared once. A graph that is being
-    captured gets a buffer of its own, cleared at every replay: it may be replayed beside the stream it came from.
+    Kernels of one stream run one after the other, so they share one buffer, which is cleared once. A graph that is
+    being captured gets a buffer of its own, which is cleared at every replay: another stream may run kernels at the
+    same time.
     """
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)

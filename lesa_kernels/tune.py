@@ -1,9 +1,9 @@
-"""`python -m lesa_kernels.tune --out FILE`: finds launch configurations for the GPU at hand.
+"""`python -m lesa_kernels.tune --out FILE`: finds launch configurations for the current GPU.
 
-Each operation runs at the benchmarks' sizes. Starting from the configuration it has now, its settings are tried one
-after the other, each with the best of those before. A configuration whose result is not the first one's, but for
-rounding, can't win.
-The file is written after each operation, so it can be stopped at any time; started again, it goes on with the rest.
+Each operation runs at the benchmarks' sizes. The search starts from the present configuration and tries one setting
+after the other. The best value of a setting is kept for the settings that follow. A configuration whose result differs
+from that of the first one by more than rounding is discarded.
+The file is written after each operation, so the search can be stopped at any time. Started again, it does the rest.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Operation:
 
     Args:
         prepare: takes a dtype and a device, returns the call to time; the call returns tensors.
-        choices: values of each setting of the configuration; a setting that it does not have is left out.
+        choices: the values to try of each setting; settings that the configuration does not have are skipped.
         dtypes: a configuration is found for each.
     """
 
@@ -50,7 +50,10 @@ class Operation:
 
 
 def forecast(mixer: str, rank: int = 0, head: bool = False, backward: str = "", cast: bool = False):
-    """Prepares a forecast, one through the head, or the gradient of the forecast by its features or a parameter."""
+    """Prepares a forecast, a forecast with the output head, or the gradient of a forecast.
+
+    `backward` is empty, or says what the gradient is taken with respect to: "storage" or "weight".
+    """
 
     def prepare(dtype, device):
         batch, tokens, width = FEATURES
@@ -80,7 +83,7 @@ def forecast(mixer: str, rank: int = 0, head: bool = False, backward: str = "", 
 
 
 def layer(rows: int, features: tuple[int, int], grid_size: int, backward: str = ""):
-    """Prepares a KAN layer of cubic splines, or its gradient by its input or its weights."""
+    """Prepares a KAN layer of cubic splines, or its gradient with respect to "x" or "weight"."""
 
     def prepare(dtype, device):
         n_in, n_out = features
@@ -131,8 +134,9 @@ OPERATIONS = {
 def device_seconds(function: Callable, repeats: int = 50) -> list[float]:
     """How long calls of `function` take on the current GPU, each with cold caches.
 
-    Before each call the GPU is kept waiting for twice as long as a call takes the host, a millisecond at least. So all
-    of it is enqueued when its time begins, and what the host does is not in it, unless the call itself waits.
+    Before each call the GPU is made to wait for twice the time that the host needs for a call, and for a millisecond at
+    least. So the whole call is enqueued before the measurement begins, and the host's work is not measured, unless the
+    call itself waits for the device.
     """
     function()
     torch.cuda.synchronize()
@@ -152,12 +156,12 @@ def device_seconds(function: Callable, repeats: int = 50) -> list[float]:
 
 
 def best_config(start: dict[str, int], choices: dict[str, tuple[int, ...]], measure: Callable) -> dict[str, int]:
-    """The fastest configuration, one setting after the other; one less than 1 % faster doesn't count.
+    """The fastest configuration, found one setting after the other. A gain of less than 1 % does not count.
 
     Args:
-        start: where to begin; it has every setting.
-        choices: values to try.
-        measure: takes a configuration, returns the seconds of a call; infinite if it can't or must not be used.
+        start: the configuration to begin with; it has every setting.
+        choices: the values to try of each setting.
+        measure: takes a configuration and returns the seconds of a call; infinite if it can't or must not be used.
     """
     best, seconds = dict(start), measure(start)
     for name in choices:
@@ -169,7 +173,7 @@ def best_config(start: dict[str, int], choices: dict[str, tuple[int, ...]], meas
 
 
 class Timer:
-    """`timer(config)` times an operation on the GPU in that configuration, which is infinite if its result is wrong."""
+    """Times an operation on the GPU: `timer(config)` is its seconds in a configuration, infinite if it is wrong."""
 
     def __init__(self, operation: str, dtype: torch.dtype, device: torch.device, folder: str):
         self.operation, self.dtype, self.folder = operation, dtype, Path(folder)
@@ -180,7 +184,7 @@ class Timer:
     def __call__(self, config: dict[str, int]) -> float:
         from triton.errors import TritonError
 
-        # A file of its own for each: configurations are read once.
+        # Each configuration gets a file of its own, since a file is read only once.
         file = self.folder / f"{self.operation}-{self.dtype}-{next(self.numbers)}.json"
         file.write_text(json.dumps({self.operation: {str(self.dtype).removeprefix("torch."): config}}))
         before = os.environ.get("LESA_TUNED")
@@ -192,7 +196,7 @@ class Timer:
         except TritonError:  # too much shared memory
             return math.inf
         except RuntimeError as error:  # a size that does not compile
-            torch.cuda.synchronize()  # fails on a broken device, on which the rest is not to be measured
+            torch.cuda.synchronize()  # raises if the device is broken: then nothing more can be measured
             tqdm.write(f"{self.operation} {config}: {error}")
             return math.inf
         finally:
@@ -202,7 +206,7 @@ class Timer:
 
     def _is_right(self, results: tuple[torch.Tensor, ...]) -> bool:
         for result, expected in zip(results, self.expected):
-            # Sums of tens of thousands of numbers in another order differ by more than their last bit.
+            # Sums of tens of thousands of numbers differ by more than the last bit if their order differs.
             allowed = 16 * torch.finfo(result.dtype).eps * expected.norm()
             if not (result.double() - expected).norm() <= allowed:  # NaN is wrong too
                 return False
@@ -210,7 +214,7 @@ class Timer:
 
 
 def tune(out: Path, device: torch.device, timer: Callable = Timer) -> None:
-    """Tunes every operation and dtype that `out` does not have yet, and writes it after each."""
+    """Tunes every operation and dtype that `out` does not have yet, and writes `out` after each of them."""
     from lesa_kernels.launch import launch_config
 
     found = json.loads(out.read_text()) if out.exists() else {}
@@ -231,10 +235,10 @@ def tune(out: Path, device: torch.device, timer: Callable = Timer) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lesa_kernels.tune", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write, or to go on with")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write or to continue")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        parser.error("it times kernels on a CUDA GPU, and torch finds none here")
+        parser.error("a CUDA GPU is needed to time the kernels, but torch finds none")
     device = torch.device("cuda", torch.cuda.current_device())
     options.out.parent.mkdir(parents=True, exist_ok=True)
     tune(options.out, device)

@@ -1,9 +1,9 @@
 """What noise stages and spline units are worth: `python benchmarks/studies/ablation.py --model digits --out ablation`.
 
-Trains predictors for a bundled model with one and with three noise stages, with spline units (KAN) and with plain SiLU
-units (MLP) in their place: the LESA paper's predictor (dense) by its own recipe, at its learning rate and at a higher
-one, and the newton predictor of this project. All else is the same. Each then leaves out 41 of 50 steps of samples that
-no training saw, through the pipeline, and is compared with the run of all steps.
+Trains predictors for a bundled model, with one and with three noise stages, and with spline units (KAN) or plain SiLU
+units (MLP). There are two kinds of predictors: the dense variant, trained as in the LESA paper and at a higher learning
+rate, and the newton predictor of this project. All other settings are the same. Each predictor then leaves out 41 of 50
+steps in the pipeline, for samples that no training used. The result is compared with the run of all steps.
 """
 
 import argparse
@@ -27,18 +27,19 @@ from lesa.training import training_run as training
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.env_report import env_report
 from lesa_kernels.predictor import reference
+from lesa_kernels.predictor.arguments import RingState
 
 BOUNDS = {1: (), 3: (0.67, 0.33)}
 # One stage has the middle one of the windows of three.
 WINDOWS = {"newton": {1: 4, 3: 4}, "dense": {1: 6, 3: (4, 6, 8)}}
 RATES = {"newton": 3e-3, "dense": 1e-4}
-# Nine computed steps of 50; for the dense predictor they begin with 0, 1, 2, as in the paper.
+# Nine computed steps of 50. Those of the dense variant begin with 0, 1, 2, as in the LESA paper.
 NEWTON_SCHEDULES = {"digits": (0, 2, 7, 13, 19, 26, 34, 41, 47), "photos": PHOTOS_SCHEDULE_9}
 DENSE_INTERVAL = 7
 
 
 class MLPPredictor(FusedKANPredictor):
-    """A predictor with `silu(in_weight @ inputs + in_bias)` in the place of each spline unit; in plain torch only."""
+    """A predictor with `silu(in_weight @ inputs + in_bias)` instead of each spline unit; in plain torch only."""
 
     def __init__(self, config: PredictorConfig):
         super().__init__(config, "torch")
@@ -48,7 +49,7 @@ class MLPPredictor(FusedKANPredictor):
         newton = self.config.mixer == "newton"
         predict = reference.newton_predict_ref if newton else reference.dense_predict_ref
         with patch.object(reference, "kan_hidden", _silu_units):
-            return predict(*state, *self.experts(), *self.shape())
+            return predict(RingState(*state), self.experts(), self.shape())
 
     def predict_velocity(self, ring, sigma, head):
         return reference.output_head_ref(self(ring, sigma), head)

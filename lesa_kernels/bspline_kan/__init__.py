@@ -1,4 +1,4 @@
-"""B-spline KAN layer: spline functions on a uniform grid, the layer made of them, and its reference."""
+"""The B-spline KAN layer, its spline functions on a uniform grid, and its reference."""
 
 from lesa_kernels.bspline_kan.module import BSplineKAN
 from lesa_kernels.bspline_kan.op import bspline_kan

@@ -53,7 +53,7 @@ def _spline_slopes(fraction, LO: tl.constexpr, HI: tl.constexpr, GRID: tl.conste
 
 @triton.jit
 def rounded(value, dtype: tl.constexpr):
-    """A float32 value in `dtype`, rounded to nearest even in the interpreter too, which cuts bfloat16 off."""
+    """A float32 value in `dtype`, rounded to nearest even. The interpreter by itself would truncate to bfloat16."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -79,8 +79,8 @@ def _silu_slope(x):
 
 @triton.jit
 def _select(m, base, first, values, background, DEGREE: tl.constexpr):
-    """What matrix m of the packed weight is multiplied with: the base branch's value for m = 0, else that of basis
-    m - 1, which is one of the DEGREE + 1 `values` where they reach it and the background elsewhere."""
+    """The factor of matrix m of the packed weight. For m = 0 it is the value of the base branch. Otherwise it is the
+    value of basis m - 1: one of the DEGREE + 1 `values` if that basis is among them, else the background."""
     value = background
     for k in tl.static_range(DEGREE + 1):
         value = tl.where(first == m - (k + 1), values[k], value)
@@ -89,7 +89,7 @@ def _select(m, base, first, values, background, DEGREE: tl.constexpr):
 
 @triton.jit
 def interpretable_dot(a, b, acc, PRECISION: tl.constexpr):
-    """`acc + a @ b`. The interpreter multiplies the bits of bfloat16 as if they were integers, so it gets floats."""
+    """`acc + a @ b`. The interpreter would multiply the bits of bfloat16 as integers, so there it gets float32."""
     if _INTERPRETED and a.dtype == tl.bfloat16:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
     else:
@@ -105,7 +105,7 @@ def _bspline_kan_fwd_kernel(
     in_features,
     out_features,
     stride_x,
-    matrices,  # not taken from the constants: a loop of known length would be unrolled, for which registers lack
+    matrices,  # not a constant: the compiler would unroll the loop, which takes too many registers
     LO: tl.constexpr,
     HI: tl.constexpr,
     GRID: tl.constexpr,
@@ -125,14 +125,14 @@ def _bspline_kan_fwd_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
     for start in range(0, in_features, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)
-        # Masked inputs are finite, so that they add nothing to their zero weights.
+        # Masked inputs are finite, so their product with the masked weights, zeros, is zero.
         inside = (n[:, None] < left) & (i[None, :] < in_features)
         x = tl.load(x_ptr + start_n * stride_x + n[:, None] * stride_x + i[None, :], mask=inside, other=0.0).to(
             tl.float32
         )
         first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
         weights, silu = _operands(fraction, x, DEGREE, dtype)
-        background = tl.zeros([BLOCK_N, BLOCK_I], dtype)  # a NaN reaches its row by the other matrices
+        background = tl.zeros([BLOCK_N, BLOCK_I], dtype)  # a NaN reaches its row through the other matrices
 
         tile = weight_ptr + tl.cast(start, tl.int64) * out_features
         within = tl.arange(0, BLOCK_I)[:, None] * out_features + o[None, :]
@@ -235,7 +235,7 @@ def _bspline_kan_bwd_x_kernel(
 
     grad_rows = grad_ptr + start_n * stride_grad + n[:, None] * stride_grad  # [BLOCK_N, 1]
     tile = weight_ptr + tl.cast(start, tl.int64) * out_features + tl.arange(0, BLOCK_I)[:, None] * out_features
-    if ONE_BLOCK:  # all of a row of `grad` is there at once, and stays
+    if ONE_BLOCK:  # a whole row of `grad` fits into a block, and is loaded once
         there = (n[:, None] < left) & (o[None, :] < out_features)
         grad = tl.load(grad_rows + o[None, :], mask=there, other=0.0).to(dtype)
     grad_x = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
@@ -387,12 +387,12 @@ def _bspline_kan_sum_kernel(parts_ptr, total_ptr, count, splits, BLOCK: tl.const
 def uses_gather(in_features: int, out_features: int, grid_size: int, spline_order: int, dtype: torch.dtype) -> bool:
     """Whether the layer reads the p + 1 coefficients that each input needs, rather than multiplying by all G + p bases.
 
-    The matrix form does in * out * (1 + G + p) multiply-adds a row, both sizes rounded up to 16; the gather form does
-    in * out * (p + 2), each with a load of its own. By the rates of an H100, a multiply-add of the gather form (bound
-    by the loads from L1: 32 to 64 a cycle and multiprocessor) is taken to cost as much as 16 on the tensor cores at
-    half their peak (bfloat16, float16) and as much as 2.5 on the cores for float32. So the gather form is for layers of
-    a few features, and for grids of more than about 70 intervals (float32: 8) with cubic splines. This follows from
-    counting operations; it has not been measured on a GPU yet.
+    For each row, the matrix form does in * out * (1 + G + p) multiply-adds, both sizes rounded up to 16. The gather
+    form does in * out * (p + 2), and each of them needs a load of its own. From the rates of an H100, a multiply-add of
+    the gather form (limited by loads from L1: 32 to 64 per cycle and multiprocessor) is assumed to cost as much as 16
+    on the tensor cores at half their peak (bfloat16, float16), or as 2.5 on the float32 cores. So the gather form is
+    for layers of a few features, and for grids of more than about 70 intervals (float32: 8) with cubic splines. This is
+    a count of operations; it has not been measured on a GPU.
 
     Args:
         in_features, out_features: the sizes of the layer.
@@ -406,7 +406,7 @@ def uses_gather(in_features: int, out_features: int, grid_size: int, spline_orde
 
 
 def _fit(block: int, size: int, least: int = 16) -> int:
-    # A block no larger than what there is; 16 is the least that a matrix product takes.
+    # A block is not larger than the data. 16 is the least that a matrix product takes.
     return max(least, min(block, triton.next_power_of_2(size)))
 
 
@@ -425,7 +425,7 @@ def bspline_kan_fwd(
     tensors = x, weight, y, rows, in_features, out_features, x.stride(0)
     spline = _spline(grid_size, spline_order, lo, hi)
     gather = uses_gather(in_features, out_features, grid_size, spline_order, weight.dtype)
-    # From Hopper on, two groups of four warps share the tiles of the weight; before, that takes too many registers.
+    # From Hopper on, two groups of four warps share the tiles of the weight. Older GPUs lack the registers for that.
     form = "_gather" if gather else "_warp_groups" if 90 <= architecture() < 120 else ""
     config = launch_config(f"bspline_kan_fwd{form}", weight.dtype, x.device)
     config = config | {"BLOCK_N": _fit(config["BLOCK_N"], rows), "BLOCK_O": _fit(config["BLOCK_O"], out_features)}
@@ -482,9 +482,10 @@ def bspline_kan_bwd_weight(
 ) -> torch.Tensor:
     """grad [N, out] and x [N, in] with unit last strides -> the gradient of `weight`, in its shape and dtype.
 
-    Both forms of the layer share it: a product of the bases with `grad`, whose rows are pairs of an input feature and a
-    basis, many features or many bases by the shape of the layer. The N rows are split among as many programs as fill
-    the GPU, and their float32 sums are added in one order, so equal inputs give equal bits.
+    Both forms of the layer use it. It is a product of the bases with `grad`. Each row of the result is a pair of an
+    input feature and a basis; the shape of the layer decides how many features and bases are in a block. The N rows are
+    split among as many programs as fill the GPU. Their float32 sums are added in a fixed order, so equal inputs give
+    equal bits.
     """
     (rows, in_features), (matrices, _, out_features) = x.shape, weight.shape
     grad_weight = torch.empty_like(weight)

@@ -21,12 +21,12 @@ def _uniform_knots(grid_size: int, spline_order: int, grid_range: tuple[float, f
 class BSplineKAN(nn.Module):
     """y = W_b silu(x) + sum over inputs and bases of scaler W_s B(x): a layer of learnable univariate functions.
 
-    State dicts of efficient-kan's `KANLinear` (with its default SiLU base) load strictly. Its grid must be the uniform
-    one of this layer: one that was adapted to data (`update_grid`) is refused. One without `spline_scaler`
-    (`enable_standalone_scale_spline=False`) loads too: the scaler is then set to ones and stays a parameter.
+    State dicts of efficient-kan's `KANLinear` (with its default SiLU base) load strictly. Their grid must be the
+    uniform grid of this layer: a grid that was adapted to data (`update_grid`) is refused. A state dict without
+    `spline_scaler` (`enable_standalone_scale_spline=False`) loads too: the scaler is set to ones and stays a parameter.
 
     At initialisation the base weights are uniform in +-1 / sqrt(in), the scalers are one, and the spline weights are
-    normal with standard deviation 0.1 / sqrt(in): a linear layer on silu(x) with splines of a tenth of its size.
+    normal with standard deviation 0.1 / sqrt(in). So it begins as a linear layer on silu(x) with small splines.
 
     Args:
         in_features: size of the last dimension of the input, at least 1.
@@ -41,10 +41,10 @@ class BSplineKAN(nn.Module):
         base_weight: [out, in].
         spline_weight: [out, in, G + p].
         spline_scaler: [out, in].
-        grid: buffer [in, G + 2p + 1], the knots. It travels in the state dict and is not computed with.
+        grid: buffer [in, G + 2p + 1], the knots. It is part of the state dict, and is not used in computations.
 
     Raises:
-        TypeError, ValueError: a size or grid that is not one, or an unknown backend.
+        TypeError, ValueError: a size or the grid is not valid, or the backend is unknown.
     """
 
     def __init__(
@@ -66,16 +66,18 @@ class BSplineKAN(nn.Module):
         self.spline_order = int(spline_order)
         self.backend = check_choice("backend", backend, BACKENDS)
 
-        empty = {"device": device, "dtype": dtype}
-        self.base_weight = nn.Parameter(torch.empty(out_features, in_features, **empty))
-        self.spline_weight = nn.Parameter(torch.empty(out_features, in_features, grid_size + spline_order, **empty))
-        self.spline_scaler = nn.Parameter(torch.empty(out_features, in_features, **empty))
+        def parameter(*sizes: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(sizes, device=device, dtype=dtype))
+
+        self.base_weight = parameter(out_features, in_features)
+        self.spline_weight = parameter(out_features, in_features, grid_size + spline_order)
+        self.spline_scaler = parameter(out_features, in_features)
         knots = _uniform_knots(self.grid_size, self.spline_order, self.grid_range)
         self.register_buffer("grid", knots.repeat(in_features, 1).to(self.base_weight))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the parameters anew, as the class describes."""
+        """Initialises the parameters again, as the class describes."""
         scale = 1 / math.sqrt(self.in_features)
         nn.init.uniform_(self.base_weight, -scale, scale)
         nn.init.normal_(self.spline_weight, std=0.1 * scale)
@@ -114,7 +116,7 @@ class BSplineKAN(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def _grid_refusal(self, name: str, grid: torch.Tensor, bases: int) -> Exception | None:
-        """Why these knots are not this layer's, as an error that says what to do; None if they are."""
+        """The error to raise if these are not the knots of this layer; None if they are."""
         must = (
             f"hold the uniform knots of grid_size={self.grid_size}, spline_order={self.spline_order}, "
             f"grid_range={self.grid_range} for {self.in_features} input features"
@@ -122,8 +124,8 @@ class BSplineKAN(nn.Module):
         order = grid.shape[-1] - 1 - bases  # G + 2p knots beyond the first, G + p bases
         size = bases - order
         if grid.ndim != 2 or order < 0 or size < 1:
-            return argument_error(name, must, grid, "Load the state dict of a layer of this kind.")
-        # Knots are rounded to the dtype they were made in, after a product and a sum.
+            return argument_error(name, must, grid, "Load the state dict of a B-spline KAN layer.")
+        # The knots were rounded to their dtype after a product and after a sum.
         knots = grid.detach().to("cpu", torch.float64)
         tolerance = 4 * torch.finfo(grid.dtype).eps * knots.abs().max()
         lo, hi = float(knots[0, order]), float(knots[0, order + size])
@@ -132,7 +134,7 @@ class BSplineKAN(nn.Module):
                 name,
                 must,
                 Said("knots that are not uniform, or not the same for all input features"),
-                "Such a grid was adapted to data: train without `update_grid`, or refit the layer on a uniform grid.",
+                "This grid was adapted to data: train without `update_grid`, or refit the layer on a uniform grid.",
             )
         mine = _uniform_knots(self.grid_size, self.spline_order, self.grid_range)
         shape = (self.in_features, len(mine))

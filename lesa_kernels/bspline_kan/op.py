@@ -20,7 +20,7 @@ _LIBRARY.define(
 
 
 def _check(x, weight, grid_size, spline_order, lo, hi):
-    # The operators can be called without `bspline_kan`.
+    # These checks are needed because the operators can be called without `bspline_kan`.
     check_grid(grid_size, spline_order, (lo, hi))
     check_int("spline_order", spline_order, *TRITON_ORDERS)
     in_features = check_tensor("x", x, ("rows", "in"), TRITON_DTYPES).shape[1]
@@ -33,7 +33,7 @@ def _check(x, weight, grid_size, spline_order, lo, hi):
 
 
 def _rows(tensor):
-    # Kernels take any stride from row to row at which 32 bits hold the offsets within a block.
+    # The kernels take any stride between rows for which the offsets within a block fit into 32 bits.
     near = tensor.stride(0) < 2**24
     return tensor if near and (tensor.shape[1] == 1 or tensor.stride(1) == 1) else tensor.contiguous()
 
@@ -121,7 +121,7 @@ def bspline_kan(
     """A layer of univariate B-spline functions plus a SiLU branch (Kolmogorov-Arnold network).
 
     y_o = sum_i base_weight[o, i] silu(x_i) + sum_{i, g} spline_scaler[o, i] spline_weight[o, i, g] B_g(x_i), with the
-    bases of `bspline_basis`; the layer that efficient-kan calls `KANLinear`.
+    bases of `bspline_basis`. It is the layer that efficient-kan calls `KANLinear`.
 
     Args:
         x: [..., in], float32, float64, bfloat16 or float16.
@@ -131,20 +131,20 @@ def bspline_kan(
         grid_size: G, the number of intervals in `grid_range`, at least 1.
         spline_order: p, the degree of the splines, at least 0.
         grid_range: (lo, hi), the ends of the grid, in the units of `x`.
-        backend: "auto" (Triton for CUDA tensors, plain torch for CPU tensors), "triton" or "torch". Triton builds the
-            bases in registers, never in memory; it has no float64, degrees 1 to 5 and first derivatives only. With
-            "auto", other dtypes and degrees run in plain torch.
+        backend: "auto" (Triton for CUDA tensors, plain torch for CPU tensors), "triton" or "torch". Triton computes the
+            bases in registers and does not write them to memory. It has no float64, only the degrees 1 to 5, and only
+            first derivatives. With "auto", other dtypes and degrees run in plain torch.
 
     Returns:
-        [..., out] in the dtype of `x`, which the weights must share; under autocast the products run in its dtype and
-        the result has it. Bases are computed in float32 at least, and sums on Triton are in float32. A NaN in a row
-        makes that row NaN. +-Inf has no spline part; what remains is SiLU's own, which torch gives as Inf at Inf and
-        NaN at -Inf. Gradients are deterministic.
+        [..., out] in the dtype of `x`, which must also be that of the weights. Under autocast the products run in the
+        dtype of autocast, and the result has that dtype. Bases are computed in float32 or wider, and Triton sums in
+        float32. A NaN in a row makes that row NaN. +-Inf has no spline part, only the SiLU part, which torch gives as
+        Inf at Inf and NaN at -Inf. Gradients are deterministic.
 
     Raises:
-        TypeError, ValueError: a tensor of another shape, dtype or device, or a grid that is not one; a dtype or degree
-            that Triton doesn't run, if it was asked for.
-        RuntimeError: a backend that this operation does not have here; a second derivative of Triton's.
+        TypeError, ValueError: a tensor has another shape, dtype or device, the grid is not valid, or `backend` is
+            "triton" and Triton does not have this dtype or degree.
+        RuntimeError: this operation does not have the backend here, or a second derivative of Triton is asked for.
 
     Equivalent to::
 
@@ -153,7 +153,7 @@ def bspline_kan(
     """
     lo, hi = check_grid(grid_size, spline_order, grid_range)
     check_tensor("x", x, dtypes=FLOAT_DTYPES)
-    # Autocast brings the operands of a product to one dtype, so they may differ.
+    # Under autocast the dtypes may differ: it converts the operands of a product.
     autocast = torch.is_autocast_enabled(x.device.type)
     dtypes = FLOAT_DTYPES if autocast else (x.dtype,)
     check_tensor("base_weight", base_weight, ("out", "in"), dtypes, x.device)
@@ -177,7 +177,7 @@ def bspline_kan(
     if spline_scaler is not None:
         spline_weight = spline_weight * spline_scaler.unsqueeze(-1)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    # [1 + G + p, in, out]: the kernels read rows of neighbouring outputs.
+    # [1 + G + p, in, out], since the kernels read adjacent outputs.
     weight = torch.cat([base_weight.to(dtype).T.unsqueeze(0), spline_weight.to(dtype).permute(2, 1, 0)]).contiguous()
     flat = x.reshape(x.shape[:-1].numel(), in_features)
     y = torch.ops.lesa_kernels.bspline_kan(flat, weight, grid_size, spline_order, lo, hi)

@@ -1,9 +1,11 @@
 """B-splines on a uniform grid in plain torch: the definition of correct.
 
-The grid cuts [lo, hi] into G intervals of width h and continues with p more on each side: knots t_i = lo + (i - p) h
-for i = 0 … G + 2p, and G + p bases B_i of degree p, of which B_i lives on [t_i, t_{i+p+1}). With v = (x - lo) / h, the
-interval of x is floor(v), its fractional position is f = v - floor(v), and the only bases that are not zero at x are
-the p + 1 that start at index floor(v). Their values are functions of f alone, the same ones in every interval.
+The grid divides [lo, hi] into G intervals of width h, and has p more intervals on each side. Its knots are
+t_i = lo + (i - p) h for i = 0 … G + 2p. There are G + p bases B_i of degree p; B_i is zero outside [t_i, t_{i+p+1}).
+
+With v = (x - lo) / h, x is in the interval floor(v), at the fractional position f = v - floor(v). The only bases that
+are not zero at x are the p + 1 bases from index floor(v) on. Their values depend on f alone, in the same way in every
+interval.
 """
 
 import math
@@ -17,7 +19,7 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_grid(grid_size: int, spline_order: int, grid_range: tuple[float, float]) -> tuple[float, float]:
-    """Returns `grid_range` as two floats (lo, hi); raises `TypeError` or `ValueError` unless the three make a grid."""
+    """Returns `grid_range` as two floats (lo, hi); raises `TypeError` or `ValueError` if they are no valid grid."""
     check_int("grid_size", grid_size)
     check_int("spline_order", spline_order, minimum=0)
     if not isinstance(grid_range, (tuple, list)) or len(grid_range) != 2:
@@ -31,16 +33,16 @@ def check_grid(grid_size: int, spline_order: int, grid_range: tuple[float, float
 
 
 class _UniformWeights(torch.autograd.Function):
-    """The p + 1 non-zero bases as functions of the fractional position, with d/df = differences of degree p - 1.
+    """The p + 1 non-zero bases as functions of the fractional position.
 
-    The backward calls `_uniform_weights` of one degree less, so every order of derivative is in closed form too, and
-    nothing but the position is saved.
+    Their derivatives are differences of bases of degree p - 1. The backward calls `_uniform_weights` with one degree
+    less, so derivatives of every order are in closed form, and only the position is saved.
     """
 
     @staticmethod
     def forward(fraction: torch.Tensor, degree: int) -> torch.Tensor:
         # Cox-de Boor on a uniform grid, times degree!: basis k of degree d takes (f + d - k) times basis k - 1 and
-        # (k + 1 - f) times basis k of degree d - 1. All factors are >= 0, so nothing cancels.
+        # (k + 1 - f) times basis k of degree d - 1. All factors are >= 0, so no digits cancel.
         rising = [fraction + c if c else fraction for c in range(degree)]
         falling = [c + 1 - fraction for c in range(degree)]
         weights = [falling[0], rising[0]]
@@ -69,8 +71,8 @@ def _uniform_weights(fraction: torch.Tensor, degree: int) -> torch.Tensor:
 
 
 def _locate(u: torch.Tensor, grid_size: int, spline_order: int, lo: float, hi: float):
-    # The window one interval beyond the last knot touches no basis, so everything further out (Inf included) goes
-    # there, with a gradient of zero.
+    # One interval beyond the last knot there is no basis. So all points further out, Inf too, are moved there. Their
+    # gradient is zero.
     position = ((u - lo) * (grid_size / (hi - lo))).clamp(-spline_order - 1, grid_size + spline_order)
     interval = position.detach().floor()
     return interval.nan_to_num(nan=0.0).long(), position - interval
@@ -94,11 +96,13 @@ def local_basis(
     Returns:
         first_index: int64 [...], from -p - 1 to G + p.
         weights: [..., p + 1], float64 for float64 points, else float32; differentiable in `u` to any order.
-        Weight k belongs to basis `first_index + k`. Outside the grid some or all of these lie outside 0 … G + p - 1:
-        there is no such basis and its coefficient counts as zero. NaN gives NaN weights at index 0.
+
+        Weight k belongs to basis `first_index + k`. Outside the grid some or all of these indices are outside
+        0 … G + p - 1. Such a basis does not exist, and its coefficient counts as zero. NaN gives NaN weights at index
+        0.
 
     Raises:
-        TypeError, ValueError: `u` is not a float tensor, or the grid is not one.
+        TypeError, ValueError: `u` is not a float tensor, or the grid is not valid.
 
     Equivalent to: the columns `first_index … first_index + p` of `bspline_basis(u, …)`.
     """
@@ -120,12 +124,12 @@ def bspline_basis(
         grid_range: (lo, hi), the ends of the grid, in the units of `x`.
 
     Returns:
-        [..., G + p] in the dtype of `x`; differentiable in `x` to any order, with right-sided derivatives where they
-        jump at a knot. The bases sum to one on [lo, hi), fade out over the p extra intervals on each side and are zero
-        beyond, also for +-Inf. NaN gives NaN in every basis.
+        [..., G + p] in the dtype of `x`; differentiable in `x` to any order. Where a derivative jumps at a knot, it is
+        the right-sided one. The bases sum to one on [lo, hi), decrease over the p extra intervals on each side, and are
+        zero beyond them and for +-Inf. NaN gives NaN in every basis.
 
     Raises:
-        TypeError, ValueError: `x` is not a float tensor, or the grid is not one.
+        TypeError, ValueError: `x` is not a float tensor, or the grid is not valid.
 
     Equivalent to the Cox-de Boor recursion, up to rounding::
 
@@ -154,10 +158,10 @@ def bspline_evaluate(
     spline_order: int = 3,
     grid_range: tuple[float, float] = (-1, 1),
 ) -> torch.Tensor:
-    """Spline functions at given points: phi(x) = sum_g c_g B_g(x), reading only p + 1 coefficients a point.
+    """Spline functions at given points: phi(x) = sum_g c_g B_g(x). Reads only p + 1 coefficients for each point.
 
-    Nothing of the size of all bases is built, neither forward nor backward, and the bases are computed once for points
-    that several functions share (a dimension of 1 in `x`).
+    No tensor of all bases is built, neither forward nor backward. If several functions share points (a dimension of 1
+    in `x`), the bases are computed once.
 
     Args:
         x: points [...], float32, float64, bfloat16 or float16 (the last two are computed in float32).
@@ -169,10 +173,11 @@ def bspline_evaluate(
 
     Returns:
         The broadcast shape, in the promoted dtype of both; differentiable in both to any order. Zero beyond the p extra
-        intervals on each side, also for +-Inf; NaN for NaN.
+        intervals on each side and for +-Inf; NaN for NaN.
 
     Raises:
-        TypeError, ValueError: not float tensors, shapes or devices that don't fit, or a grid that is not one.
+        TypeError, ValueError: an argument is not a float tensor, shapes or devices do not fit, or the grid is not
+            valid.
 
     Equivalent to: `(bspline_basis(x, …) * coefficients).sum(-1)`.
     """
@@ -185,15 +190,15 @@ def bspline_evaluate(
             "coefficients",
             f"have a last dimension of grid_size + spline_order = {count}",
             coefficients,
-            "Pass the grid that they were made for.",
+            "Pass the grid for which they were made.",
         )
     dtype = torch.promote_types(x.dtype, coefficients.dtype)
     compute_dtype = _compute_dtype(dtype)
     first_index, fraction = _locate(x.to(compute_dtype), grid_size, spline_order, lo, hi)
     weights = _uniform_weights(fraction, spline_order)
 
-    # Zero coefficients on both sides stand for the bases that don't exist. One flat index rather than a gather along
-    # the last dimension: its gradient is summed straight into the coefficients.
+    # Zero coefficients on both sides stand for the bases that do not exist. One flat index is used, not a gather along
+    # the last dimension, because its gradient is added directly to the coefficients.
     margin = spline_order + 1
     padded = F.pad(coefficients.to(compute_dtype), (margin, margin))
     stride = padded.shape[-1]
@@ -221,7 +226,7 @@ def bspline_kan_ref(
     spline_order: int = 3,
     grid_range: tuple[float, float] = (-1, 1),
 ) -> torch.Tensor:
-    """Plain torch form of `bspline_kan`, which explains the arguments; builds all bases, [..., in, G + p]."""
+    """Plain torch form of `bspline_kan`; see there for the arguments. Builds all bases, [..., in, G + p]."""
     bases = bspline_basis(x, grid_size, spline_order, grid_range)
     if spline_scaler is not None:
         spline_weight = spline_weight * spline_scaler.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""The ring of computed features that predictors forecast from."""
+"""The ring of computed features, from which predictors forecast."""
 
 from lesa_kernels.feature_ring.op import ring_gather, ring_push
 from lesa_kernels.feature_ring.reference import ring_gather_ref, ring_push_ref

@@ -1,4 +1,4 @@
-"""The push into the feature ring and the read of one feature, as torch operators, and their public functions."""
+"""The push into a feature ring and the read of one feature: torch operators and public functions."""
 
 import torch
 
@@ -43,7 +43,7 @@ def _check_contiguous(name, buffer):
 
 
 def check_push(storage, scales, sigmas, cursor, count, features, sigma, rows) -> None:
-    """Raises `TypeError` or `ValueError` where an argument of a push has another shape, dtype, device or layout."""
+    """Raises `TypeError` or `ValueError` if an argument of a push has the wrong shape, dtype, device or layout."""
     if _fits(storage, scales, sigmas, cursor, count, features, sigma, rows):
         return
     _check_ring(storage, scales, cursor, count)
@@ -60,7 +60,7 @@ def check_push(storage, scales, sigmas, cursor, count, features, sigma, rows) ->
 
 
 def _fits(storage, scales, sigmas, cursor, count, features, sigma, rows) -> bool:
-    """Whether the rest of `check_push` would find nothing wrong; takes a fraction of its time."""
+    """Whether the rest of `check_push` would find nothing wrong. Takes a fraction of its time."""
     if storage.dim() != 4:
         return False
     device, stored = storage.device, storage.dtype
@@ -92,9 +92,9 @@ def _is(tensor, shape, dtype, device) -> bool:
 
 
 def check_apart(features: torch.Tensor, storage: torch.Tensor) -> None:
-    """Raises `ValueError` if they share memory; the compiled code checks that itself."""
+    """Raises `ValueError` if they share memory. Not needed for the compiled code, which checks it."""
     if torch.compiler.is_compiling() or features.numel() == 0:
-        return  # nothing has an address
+        return  # there are no addresses
     last = sum((size - 1) * stride for size, stride in zip(features.shape, features.stride()))
     begin, end = features.data_ptr(), features.data_ptr() + (last + 1) * features.itemsize
     if begin < storage.data_ptr() + storage.nbytes and storage.data_ptr() < end:
@@ -103,7 +103,7 @@ def check_apart(features: torch.Tensor, storage: torch.Tensor) -> None:
 
 
 def check_rows(rows: torch.Tensor, batch: int) -> None:
-    """Raises `ValueError` unless `rows` are distinct and in range; skipped on a GPU and in a traced graph."""
+    """Raises `ValueError` unless `rows` are distinct and in range. Skipped on a GPU and in a traced graph."""
     if rows.is_cuda or torch.compiler.is_compiling() or rows.numel() == 0:
         return
     listed = rows.tolist()
@@ -113,7 +113,7 @@ def check_rows(rows: torch.Tensor, batch: int) -> None:
 
 
 def _assert_rows(rows: torch.Tensor, batch: int) -> None:
-    """As `check_rows`, but by an assertion of the rows' device, so that nothing waits for it."""
+    """Like `check_rows`, but as an assertion on the device of `rows`, so that the host does not wait."""
     inside = ((rows >= 0) & (rows < batch)).all()
     ordered = rows.sort().values
     distinct = (ordered[1:] != ordered[:-1]).all()
@@ -127,7 +127,7 @@ def _check_tensors(**named) -> None:
 
 
 def _where(tensor) -> tuple[int, int]:
-    """The CUDA device that a tensor is on and its current stream, as compiled code takes them; -1 and 0 for the CPU."""
+    """The index of a tensor's CUDA device and its current stream, for compiled code; -1 and 0 for the CPU."""
     if not tensor.is_cuda:
         return -1, 0
     stream = torch.cuda.current_stream(tensor.device)
@@ -139,7 +139,7 @@ def _address(tensor) -> int:
 
 
 def push_arguments(storage, scales, sigmas, cursor, count, features, sigma, rows) -> tuple:
-    """What the compiled `ring_push` takes, in its order; `sigma` and `rows` are contiguous, or a float and None."""
+    """The arguments of the compiled `ring_push`. `sigma` and `rows` are contiguous, or a float and None."""
     level = 0.0
     if not isinstance(sigma, torch.Tensor):
         sigma, level = None, sigma
@@ -164,7 +164,7 @@ def push_arguments(storage, scales, sigmas, cursor, count, features, sigma, rows
 
 
 def gather_arguments(storage, scales, cursor, count, age, output) -> tuple:
-    """What the compiled `ring_gather` takes, in its order."""
+    """The arguments of the compiled `ring_gather`."""
     return (
         storage.data_ptr(),
         _NAMES[storage.dtype],
@@ -180,7 +180,8 @@ def gather_arguments(storage, scales, cursor, count, age, output) -> tuple:
 
 
 def _ring_push_extension(storage, scales, sigmas, cursor, count, features, sigma, rows):
-    # All checks are here, since the operator can be called without `ring_push`; the compiled code checks rows' values.
+    # All checks are here, since the operator can be called without `ring_push`. Only the values of the rows are checked
+    # by the compiled code.
     check_push(storage, scales, sigmas, cursor, count, features, sigma, rows)
     if isinstance(sigma, torch.Tensor):
         sigma = sigma.contiguous()
@@ -189,7 +190,7 @@ def _ring_push_extension(storage, scales, sigmas, cursor, count, features, sigma
             return
         rows = rows.contiguous()
     extension().ring_push(*push_arguments(storage, scales, sigmas, cursor, count, features, sigma, rows))
-    # Autograd must know that values were overwritten which it may have saved. Inference tensors count nothing.
+    # Autograd must notice if values that it has saved were overwritten. Inference tensors have no version.
     written = (storage, sigmas, cursor, count) if scales is None else (storage, scales, sigmas, cursor, count)
     torch.autograd.graph.increment_version([buffer for buffer in written if not buffer.is_inference()])
 
@@ -227,7 +228,7 @@ _PUSH, _PUSH_SCALAR = torch.ops.lesa_kernels.ring_push.default, torch.ops.lesa_k
 
 
 def ring_backend(backend: str, storage: torch.Tensor, operation: str) -> str:
-    """What runs `operation` on a ring; see `resolve_backend`, also for what is raised."""
+    """The backend that runs `operation` on a ring; see `resolve_backend`, also for the errors."""
     implemented = ("extension", "torch") if storage.device.type in ("cpu", "cuda") else ("torch",)
     return resolve_backend(backend, storage, implemented, operation)
 
@@ -245,31 +246,31 @@ def ring_push(
 ) -> None:
     """Stores one feature per sample in a ring, in place, with its sigma.
 
-    Per sample, by its sigma against that of the row's newest anchor: a smaller one is appended, over the oldest anchor
-    when the ring is full; an equal one replaces the newest; any other (greater, or NaN) starts a new history. So the
-    anchors of a row are always strictly decreasing in sigma. Features are converted as `Tensor.to` does, or to float8
-    with a scale per token: the token's largest magnitude over 448, one for zeros, NaN where a value is not finite. No
-    gradient is recorded.
+    For each sample its sigma is compared with that of the row's newest anchor. If it is smaller, the feature is
+    appended, over the oldest anchor when the ring is full. If it is equal, the feature replaces the newest one.
+    Otherwise (greater, or NaN) a new history starts. So the sigmas of a row's anchors always decrease strictly.
+    Features are converted like `Tensor.to` does, or to float8 with a scale for each token: the token's largest
+    magnitude over 448, one for zeros, NaN if a value is not finite. No gradient is recorded.
 
     On a GPU the extension launches one kernel on the current stream, and nothing waits for the host. In a CUDA graph, a
-    sigma that is a float is a constant of the graph: pass a tensor, and change its value between replays.
+    float sigma is a constant of the graph: pass a tensor, and change its value between replays.
 
     Args:
         storage: `[capacity, B, T, D]` float32, float16, bfloat16 or float8_e4m3fn, contiguous. On a GPU the capacity is
             at most 65535.
-        scales: `[capacity, B, T]` float32, contiguous, for float8: what a token's values are multiples of; else None.
+        scales: `[capacity, B, T]` float32, contiguous, for float8: the factor of a token's values; else None.
         sigmas: `[capacity, B]` float32, contiguous: the sigma of each stored feature.
         cursor: `[B]` int32: the slot that the next append writes.
         count: `[B]` int32: how many anchors are valid.
         features: `[n, T, D]` float32, float16 or bfloat16, any strides, sharing no memory with the ring.
         sigma: `[n]` float32, or a float for all.
         rows: `[n]` int64, distinct: the ring's row of each sample. None: sample i goes to row i, and n = B. On a GPU
-            their values are checked by the device alone: one that is out of range or repeated fails an assertion there,
-            which ends the use of that device by the process.
+            only the device checks the values: a row that is out of range or repeated fails an assertion there. After
+            that, the process can't use the device any more.
         backend: "auto" (the compiled extension, plain torch where it can't run), "extension" or "torch".
 
     Raises:
-        TypeError: an argument is no tensor or has another dtype.
+        TypeError: an argument is not a tensor or has another dtype.
         ValueError: an argument has another shape or device, is not contiguous, `features` share memory with `storage`,
             or `rows` repeat or are out of range.
         RuntimeError: the backend can't run here.
@@ -283,20 +284,19 @@ def ring_push(
         _check_tensors(cursor=cursor, count=count)
     if not ((scales is None or isinstance(scales, Tensor)) and (rows is None or isinstance(rows, Tensor))):
         _check_tensors(**{name: value for name, value in (("scales", scales), ("rows", rows)) if value is not None})
-    scalar = not isinstance(sigma, Tensor)
-    if scalar:
+    if not isinstance(sigma, Tensor):
         sigma = check_float("sigma", sigma)
     extends = ring_backend(backend, storage, "ring_push") == "extension"
-    if scalar and (not extends or torch.compiler.is_compiling()):
-        samples = cursor.shape[0] if rows is None else rows.numel()
-        sigma, scalar = torch.full((samples,), sigma, dtype=torch.float32, device=storage.device), False
-    if extends:
-        if features.requires_grad:
-            features = features.detach()
-        if scalar:
+    if extends and features.requires_grad:
+        features = features.detach()
+    if not isinstance(sigma, Tensor):
+        if extends and not torch.compiler.is_compiling():
             _PUSH_SCALAR(storage, scales, sigmas, cursor, count, features, sigma, rows)
-        else:
-            _PUSH(storage, scales, sigmas, cursor, count, features, sigma.detach(), rows)
+            return
+        samples = cursor.shape[0] if rows is None else rows.numel()
+        sigma = torch.full((samples,), sigma, dtype=torch.float32, device=storage.device)
+    if extends:
+        _PUSH(storage, scales, sigmas, cursor, count, features, sigma.detach(), rows)
     else:
         check_push(storage, scales, sigmas, cursor, count, features, sigma, rows)
         check_apart(features, storage)
@@ -318,15 +318,15 @@ def ring_gather(
 
     Args:
         storage, scales, cursor, count: the ring's buffers, as `ring_push` has them.
-        age: which one, from 0 for the newest to `capacity - 1`. Beyond a row's count its oldest is read.
+        age: which feature, from 0 for the newest to `capacity - 1`. Beyond a row's count its oldest is read.
         backend: "auto" (the compiled extension, plain torch where it can't run), "extension" or "torch".
 
     Returns:
-        `[B, T, D]` in the dtype of `storage`, float32 for float8, which is multiplied with its scales. Rows without an
-        anchor are NaN.
+        `[B, T, D]` in the dtype of `storage`; for float8 in float32, multiplied by the scales. Rows without an anchor
+        are NaN.
 
     Raises:
-        TypeError: an argument is no tensor or has another dtype.
+        TypeError: an argument is not a tensor or has another dtype.
         ValueError: an argument has another shape or device, or is not contiguous, or `age` is out of range.
         RuntimeError: the backend can't run here.
 

@@ -2,9 +2,12 @@
 
 import torch
 
+RingBuffers = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]
+"""`(storage, scales, sigmas, cursor, count)`, the order of all operations on rings."""
+
 
 def newest_slots(cursor: torch.Tensor, count: torch.Tensor, capacity: int) -> torch.Tensor:
-    """The slots of each row's anchors, newest first: `[capacity, B]`. Beyond `count` the oldest one's is repeated."""
+    """The slots of each row's anchors, newest first: `[capacity, B]`. Beyond `count` the oldest slot is repeated."""
     order = torch.arange(capacity, device=cursor.device)[:, None]
     return (cursor - 1 - torch.minimum(order, (count - 1).clamp(min=0))) % capacity
 
@@ -15,14 +18,16 @@ FLOAT8_MAX = 448.0  # of e4m3
 def quantise_float8(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Features as e4m3 with one scale per token: `[..., D]` -> float8_e4m3fn `[..., D]` and float32 `[...]`.
 
-    The scale is the token's largest magnitude over 448, and one for a token of zeros, so that every value fits. Values
-    are divided by it and rounded to the nearest even. A token with a value that is not finite has the scale NaN.
+    The scale is the token's largest magnitude over 448, so that every value fits; it is one for a token of zeros.
+    Values are divided by the scale and rounded to the nearest even. A token with a value that is not finite has the
+    scale NaN.
     """
     features = features.float()
     if features.shape[-1] == 0:
         return features.to(torch.float8_e4m3fn), features.new_ones(features.shape[:-1])
     largest = features.abs().amax(-1)
-    scale = largest / torch.full_like(largest, FLOAT8_MAX)  # by a number, a GPU would multiply with its reciprocal
+    # A tensor of 448, since a GPU would replace the division by a number with a product.
+    scale = largest / torch.full_like(largest, FLOAT8_MAX)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     scale = torch.where(features.isfinite().all(-1), scale, torch.full_like(scale, float("nan")))
     values = (features / scale.unsqueeze(-1)).clamp(-FLOAT8_MAX, FLOAT8_MAX)
@@ -30,7 +35,7 @@ def quantise_float8(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def dequantise_float8(features: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The float32 values of what `quantise_float8` made."""
+    """The inverse of `quantise_float8`: float32 values."""
     return features.float() * scales.unsqueeze(-1)
 
 
@@ -47,8 +52,9 @@ def ring_push_ref(
 ) -> None:
     """Stores one feature per sample, in place. Arguments as in `ring_push`; nothing waits for the device.
 
-    Per sample, by its sigma against that of the row's newest anchor: a smaller one is appended, over the oldest anchor
-    when the ring is full; an equal one replaces the newest; any other (greater, or NaN) starts a new history.
+    For each sample its sigma is compared with that of the row's newest anchor. If it is smaller, the feature is
+    appended, over the oldest anchor when the ring is full. If it is equal, the feature replaces the newest one.
+    Otherwise (greater, or NaN) a new history starts.
     """
     capacity, batch = sigmas.shape
     if rows is None:
@@ -65,7 +71,7 @@ def ring_push_ref(
         storage[slot, rows] = features.to(storage.dtype)
     else:
         values, scales[slot, rows] = quantise_float8(features)
-        storage.view(torch.uint8)[slot, rows] = values.view(torch.uint8)  # torch assigns no float8 by index
+        storage.view(torch.uint8)[slot, rows] = values.view(torch.uint8)  # torch can't assign float8 by index
     sigmas[slot, rows] = sigma
     appended = torch.where(extends, (valid + 1).clamp(max=capacity), torch.ones_like(valid))
     count[rows] = torch.where(replaces, valid, appended)

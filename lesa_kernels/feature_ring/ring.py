@@ -8,7 +8,7 @@ import torch
 from lesa_kernels.checks import argument_error, check_choice, check_int, check_tensor
 from lesa_kernels.dispatch import BACKENDS, extension_problem
 from lesa_kernels.feature_ring.op import STORAGE_DTYPES, check_rows, ring_gather, ring_push
-from lesa_kernels.feature_ring.reference import dequantise_float8, newest_slots
+from lesa_kernels.feature_ring.reference import RingBuffers, dequantise_float8, newest_slots
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ def token_nbytes(dim: int, dtype: torch.dtype) -> int:
 
 
 def ring_nbytes(capacity: int, batch: int, tokens: int, dim: int, dtype: torch.dtype) -> int:
-    """Bytes of a `FeatureRing` of these sizes: tokens and a noise level per slot, and a cursor and a count per row."""
+    """Bytes of a `FeatureRing` of these sizes: tokens and noise levels of all slots, cursors and counts of all rows."""
     return capacity * batch * (tokens * token_nbytes(dim, dtype) + 4) + 8 * batch
 
 
 def rows_tensor(rows: Sequence[int] | torch.Tensor, batch: int) -> torch.Tensor:
-    """`rows` as a tensor: a list as one of the CPU, its values checked; a tensor as it is, for its user to check."""
+    """`rows` as a tensor. A list becomes a checked tensor on the CPU; a tensor is returned unchanged and unchecked."""
     if isinstance(rows, torch.Tensor):
         return rows
     tensor = torch.tensor([check_int("rows", row, minimum=0, maximum=batch - 1) for row in rows], dtype=torch.int64)
@@ -42,7 +42,7 @@ def rows_tensor(rows: Sequence[int] | torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A small tensor of the CPU on `device`, without waiting for what the device is doing."""
+    """A copy on `device` of a small CPU tensor, made without waiting for the device."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -54,8 +54,10 @@ def is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def check_snapshot(snapshot: RingSnapshot, shape: Sequence[int], dtype: torch.dtype, device=None) -> None:
-    """Raises unless it is a snapshot of a ring of these sizes and dtype, and on that device if one is given."""
+def check_snapshot(
+    snapshot: RingSnapshot, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
+) -> None:
+    """Raises unless `snapshot` is of a ring of these sizes and dtype, and on `device` if one is given."""
     if not isinstance(snapshot, RingSnapshot):
         remedy = "Pass what `snapshot()` returned."
         raise argument_error("snapshot", "be a RingSnapshot", snapshot, remedy, TypeError)
@@ -66,21 +68,21 @@ def check_snapshot(snapshot: RingSnapshot, shape: Sequence[int], dtype: torch.dt
 class FeatureRing:
     """The last `capacity` features of each sample of a batch, with their sigmas.
 
-    Each sample has its own history. Everything about a push or a read lives on the device, so nothing waits for the
-    host. An anchor is a stored feature and its sigma; a row's anchors are strictly decreasing in sigma.
+    Each sample has its own history. The whole state of the ring is on the device, so a push or a read never waits for
+    the host. An anchor is a stored feature with its sigma. The sigmas of a row's anchors decrease strictly.
 
     Args:
         capacity: anchors kept per sample, at least 1.
         batch: samples B, at least 1.
         tokens: tokens T per sample; may be 0.
         dim: width D of a token's feature, at least 1.
-        dtype: what features are stored as: float32, float16, bfloat16, or float8_e4m3fn with a scale per token.
-        device: where the ring lives.
+        dtype: of the stored features: float32, float16, bfloat16, or float8_e4m3fn with a scale for each token.
+        device: of the ring.
         backend: "auto" (the compiled extension, plain torch where it can't run), "extension" or "torch".
 
     Attributes:
         storage: `[capacity, B, T, D]` of `dtype`.
-        scales: `[capacity, B, T]` float32 for float8, else None: what a token's stored values are multiples of.
+        scales: `[capacity, B, T]` float32 for float8, else None: the factor of a token's stored values.
         sigmas: `[capacity, B]` float32.
         cursor: `[B]` int32, the slot that the next append writes.
         count: `[B]` int32, the valid anchors of each row.
@@ -113,10 +115,10 @@ class FeatureRing:
         self.cursor = torch.zeros(self.batch, dtype=torch.int32, device=self.device)
         self.count = torch.zeros(self.batch, dtype=torch.int32, device=self.device)
         if backend != "torch" and self.device.type == "cuda":
-            extension_problem(self.device)  # loads the kernels now, which a graph that is being captured may not allow
+            extension_problem(self.device)  # loads the kernels now; during the capture of a graph it may not be allowed
 
     @property
-    def state(self) -> tuple[torch.Tensor | None, ...]:
+    def state(self) -> RingBuffers:
         """`(storage, scales, sigmas, cursor, count)`, the order of all operations on rings."""
         return self.storage, self.scales, self.sigmas, self.cursor, self.count
 
@@ -127,12 +129,12 @@ class FeatureRing:
 
     @property
     def device_nbytes(self) -> int:
-        """Bytes of the buffers on the device: all."""
+        """Bytes of the buffers on the device: all of them."""
         return self.nbytes
 
     @property
     def host_nbytes(self) -> int:
-        """Bytes in host memory beside the device's: none."""
+        """Bytes of the buffers in host memory, apart from the device: none."""
         return 0
 
     def push(
@@ -143,20 +145,20 @@ class FeatureRing:
     ) -> None:
         """Stores a copy of one feature per sample; `features` may be overwritten at once.
 
-        Per sample, by its sigma against that of the row's newest anchor: a smaller one is appended, over the oldest
-        anchor when the ring is full; an equal one replaces the newest; any other (greater, or NaN) starts a new
-        history.
+        For each sample its sigma is compared with that of the row's newest anchor. If it is smaller, the feature is
+        appended, over the oldest anchor when the ring is full. If it is equal, the feature replaces the newest one.
+        Otherwise (greater, or NaN) a new history starts.
 
         Args:
-            features: `[B, T, D]` float32, float16 or bfloat16, any strides, no view of the ring's `storage`;
+            features: `[B, T, D]` float32, float16 or bfloat16, any strides, not a view of the ring's `storage`;
                 `[n, T, D]` with `rows`.
             sigma: the noise level, one float for all samples or float32 `[B]`; `[n]` with `rows`.
             rows: the n distinct rows of the batch to push into; all if None. Rows on a GPU are checked by the device
-                alone, as `ring_push` says.
+                only, as `ring_push` says.
 
         Raises:
             TypeError, ValueError: an argument is not as described.
-            RuntimeError: the backend can't run here, or `rows` are a list while a CUDA graph is captured.
+            RuntimeError: the backend can't run here, or `rows` is a list while a CUDA graph is captured.
         """
         if rows is not None:
             rows = self._rows(rows)
@@ -180,16 +182,16 @@ class FeatureRing:
         return features, sigmas, self.count.clone()
 
     def gather(self, age: int = 0) -> torch.Tensor:
-        """One feature of each row, as a copy; in one pass over it.
+        """A copy of one feature of each row, made in one pass.
 
         Args:
-            age: which one, from 0 for the newest to `capacity - 1`. Beyond a row's count its oldest is read.
+            age: which feature, from 0 for the newest to `capacity - 1`. Beyond a row's count its oldest is read.
 
         Returns:
             `[B, T, D]` of the ring's dtype (float32 for float8). A row without any anchor is NaN.
 
         Raises:
-            TypeError, ValueError: `age` is no integer in range.
+            TypeError, ValueError: `age` is not an integer in range.
             RuntimeError: the backend can't run here.
         """
         return ring_gather(self.storage, self.scales, self.cursor, self.count, age, self.backend)
@@ -198,7 +200,7 @@ class FeatureRing:
         """Forgets the anchors of `rows`, or of all rows; the memory is kept.
 
         Raises:
-            TypeError, ValueError: `rows` are no distinct rows of the batch.
+            TypeError, ValueError: `rows` are not distinct rows of the batch.
         """
         if rows is not None:
             chosen = check_tensor("rows", self._rows(rows), ("n",), (torch.int64,), self.device)
@@ -208,13 +210,15 @@ class FeatureRing:
 
     def snapshot(self) -> RingSnapshot:
         """A copy of the whole state, for `restore`."""
-        return RingSnapshot(**{"scales": None} | {name: buffer.clone() for name, buffer in self._buffers().items()})
+        storage, scales, sigmas, cursor, count = self.state
+        copied = None if scales is None else scales.clone()
+        return RingSnapshot(storage.clone(), copied, sigmas.clone(), cursor.clone(), count.clone())
 
     def restore(self, snapshot: RingSnapshot) -> None:
-        """Puts a snapshot of this ring, or of one of the same sizes, dtype and device, back; the bytes are equal.
+        """Restores a snapshot of this ring, or of one with the same sizes, dtype and device; the bytes are equal.
 
         Raises:
-            TypeError, ValueError: it is no snapshot, or one of another kind of ring.
+            TypeError, ValueError: `snapshot` is not a snapshot, or not one of such a ring.
         """
         check_snapshot(snapshot, self.storage.shape, self.dtype, self.device)
         for name, buffer in self._buffers().items():
@@ -226,12 +230,12 @@ class FeatureRing:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _rows(self, rows: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """`rows` as a tensor, a list as one of the device."""
+        """`rows` as a tensor; a list becomes a tensor on the device."""
         if isinstance(rows, torch.Tensor):
             return rows
         tensor = rows_tensor(rows, self.batch)
-        if is_capturing(self.device):  # each replay would read the list's memory, which is used for others by then
-            must, remedy = "be a tensor on the GPU in a CUDA graph", "Make it before the capture, and keep it."
+        if is_capturing(self.device):  # each replay would read memory that has been freed since
+            must, remedy = "be a tensor on the GPU in a CUDA graph", "Make it before the capture and keep it."
             raise argument_error("rows", must, rows, remedy, RuntimeError)
         return to_device(tensor, self.device)
 

@@ -1,6 +1,6 @@
-"""`TieredRing`: a feature ring larger than the memory it may take on the device."""
+"""`TieredRing`: a feature ring that is larger than the device memory it may use."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ import torch
 from lesa_kernels.checks import argument_error, check_choice, check_float, check_int, check_tensor
 from lesa_kernels.dispatch import BACKENDS
 from lesa_kernels.feature_ring.op import STORAGE_DTYPES, check_apart, check_push, check_rows, ring_backend, ring_gather
+from lesa_kernels.feature_ring.reference import RingBuffers
 from lesa_kernels.feature_ring.ring import (
     FeatureRing,
     RingSnapshot,
@@ -21,7 +22,7 @@ from lesa_kernels.feature_ring.ring import (
     token_nbytes,
 )
 
-FEWEST_PIECES = 8  # of the tokens, so that a piece is computed while the next is on its way
+FEWEST_PIECES = 8  # of the tokens, so that a piece is computed while the next one is copied
 MOST_PIECES = 64
 
 
@@ -54,10 +55,10 @@ def make_ring(
 
     Args:
         capacity, batch, tokens, dim, dtype, device, backend: as in `FeatureRing`.
-        max_device_bytes: the budget; without bounds if None.
+        max_device_bytes: the budget; no limit if None.
 
     Raises:
-        TypeError, ValueError: an argument is not as described, or the budget is below the least that a ring needs.
+        TypeError, ValueError: an argument is not as described, or the budget is less than a ring needs.
     """
     sizes = (capacity, batch, tokens, dim, dtype, device, backend)
     if max_device_bytes is None:
@@ -66,36 +67,36 @@ def make_ring(
     needed = ring_nbytes(*sizes[:5])
     if needed <= max_device_bytes:
         return FeatureRing(*sizes)
-    if needed <= _least_nbytes(*sizes[:5]):  # such as of one slot, or of very few tokens
-        must = f"be at least {needed}, for a ring of these sizes with a part in host memory takes no less"
+    if needed <= _least_nbytes(*sizes[:5]):  # such as a ring of one slot, or of very few tokens
+        must = f"be at least {needed}, because for these sizes a ring with a part in host memory needs no less"
         raise argument_error("max_device_bytes", must, max_device_bytes, "Raise it, or store in a smaller dtype.")
     return TieredRing(*sizes, max_device_bytes)
 
 
 class TieredRing:
-    """As `FeatureRing`, with the oldest features of each sample in host memory: pinned, where the device is a GPU.
+    """A `FeatureRing` whose oldest features are in host memory, which is pinned if the device is a GPU.
 
-    What is read comes back in pieces of the tokens, `pieces()`, each copied on a stream of its own while the one before
-    is worked on; the first ones are fetched as soon as a push or the last read has ended. Predictors read it as they
-    read a `FeatureRing`, and forecast the same.
+    A read is divided into pieces of the tokens, `pieces()`. Each piece is copied to the device on a stream of its own
+    while the caller works on the piece before. The first pieces are copied as soon as a push or the last read has
+    ended. Predictors read it like a `FeatureRing`, and give the same forecasts.
 
-    Which feature is where is kept on the host. So a push needs the noise levels there: pass floats or tensors of the
-    CPU, since a tensor on a GPU is waited for. Nothing of this can be captured into a CUDA graph.
+    The host keeps track of where each feature is, so it needs the noise levels of a push: pass floats or CPU tensors,
+    because the host waits for a tensor on a GPU. A TieredRing can't be captured into a CUDA graph.
 
     Args:
         capacity, batch, tokens, dim, dtype, device, backend: as in `FeatureRing`.
-        max_device_bytes: what all of the ring's buffers may take on the device.
+        max_device_bytes: how much memory all buffers of the ring may use on the device.
 
     Attributes:
-        resident: the newest features of each sample that stay on the device.
-        piece_tokens: the most tokens of a piece.
-        sigmas: `[capacity, B]` float32, the newest in the last row.
+        resident: how many of the newest features of each sample stay on the device.
+        piece_tokens: the largest number of tokens in a piece.
+        sigmas: `[capacity, B]` float32; the newest is in the last row.
         cursor: `[B]` int32, zeros.
         count: `[B]` int32, the valid anchors of each row.
 
     Raises:
-        TypeError, ValueError: an argument is not as described, or `max_device_bytes` is below the least that such a
-            ring needs, which the message says.
+        TypeError, ValueError: an argument is not as described, or `max_device_bytes` is less than such a ring needs;
+            the message says how much that is.
     """
 
     def __init__(
@@ -127,11 +128,11 @@ class TieredRing:
         self._copies = _CopyStream(self.device)
         for features, scales in (*self._staged, (self._near.storage, self._near.scales)):
             self._copies.uses(features, scales)
-        self._fetched: list[int | None] = [None, None]  # the piece that each staging buffer holds or gets
-        self._uses = 0  # counts changes of the ring and reads, so that a read notices another one inside it
+        self._fetched: list[int | None] = [None, None]  # the piece that each staging buffer holds or is about to hold
+        self._uses = 0  # counts changes and reads, so that a read notices if another one begins before its end
         self._anchors: list[list[_Anchor]] = [[] for _ in range(batch)]  # of each row, the newest first
         self._near_cursor, self._far_cursor = [0] * batch, [0] * batch
-        self._unfinished: set[int] = set()  # the rows of a change that has not come to its end
+        self._unfinished: set[int] = set()  # the rows of a change that was not finished
 
     def _divide(self, budget: int) -> tuple[int, int]:
         """How many features stay on the device, and how many tokens a piece has."""
@@ -164,7 +165,7 @@ class TieredRing:
 
     @property
     def host_nbytes(self) -> int:
-        """Bytes of the buffers in host memory. PyTorch may pin more: it rounds up, to twice as much at most."""
+        """Bytes of the buffers in host memory. PyTorch may pin up to twice as much, since it rounds up."""
         return sum(buffer.nbytes for buffer in self._far if buffer is not None)
 
     @property
@@ -174,7 +175,7 @@ class TieredRing:
 
     @property
     def sigmas(self) -> torch.Tensor:
-        """The noise levels, as the class says."""
+        """The noise levels, as the class describes them."""
         self._finish()
         return self._sigmas
 
@@ -185,8 +186,8 @@ class TieredRing:
         return self._count
 
     @property
-    def state(self) -> tuple[torch.Tensor | None, ...]:
-        """`(storage, scales, sigmas, cursor, count)` of a first piece, without its values: those are in `pieces()`."""
+    def state(self) -> RingBuffers:
+        """`(storage, scales, sigmas, cursor, count)` of the first piece. `pieces()` fills in the stored values."""
         return *self._views(0), self.sigmas, self.cursor, self.count
 
     def push(
@@ -195,9 +196,9 @@ class TieredRing:
         sigma: float | torch.Tensor,
         rows: Sequence[int] | torch.Tensor | None = None,
     ) -> None:
-        """As `FeatureRing.push`; a `sigma` or `rows` on a GPU are waited for.
+        """Like `FeatureRing.push`, but the host waits for a `sigma` or `rows` on a GPU.
 
-        Should the push itself fail, such as for lack of memory, the rows that it was for are empty from then on.
+        If the push fails after the checks, for example because memory is exhausted, its rows are empty afterwards.
         """
         self._begin_use()
         listed = self._listed(rows)
@@ -225,10 +226,10 @@ class TieredRing:
 
     @contextmanager
     def _changing(self, rows: Iterable[int]) -> Iterator[None]:
-        """Marks the rows until what is done to them, in a `with` block, is known on the device as well.
+        """Marks the rows while a `with` block changes them, until the device has the new state as well.
 
-        Nobody knows how far a change came that failed, or was interrupted by Ctrl-C, and what would clean up behind it
-        may fail for the same reason. So the mark stays, and the next use empties the rows.
+        If a change fails, or Ctrl-C interrupts it, its rows are in an unknown state, and cleaning up may fail for the
+        same reason. So they stay marked, and the next use empties them.
         """
         self._uses += 1
         self._unfinished.update(rows)
@@ -237,7 +238,7 @@ class TieredRing:
         self._unfinished.clear()
 
     def _finish(self) -> None:
-        """Empties the rows of a change that has not come to its end."""
+        """Empties the rows of a change that was not finished."""
         if self._unfinished:
             self._empty_rows(sorted(self._unfinished))
 
@@ -256,7 +257,7 @@ class TieredRing:
             )
         self._finish()
 
-    def _listed(self, rows) -> list[int]:
+    def _listed(self, rows: Sequence[int] | torch.Tensor | None) -> list[int]:
         if rows is None:
             return list(range(self.batch))
         rows = check_tensor("rows", rows_tensor(rows, self.batch), ("n",), (torch.int64,)).cpu()
@@ -264,17 +265,17 @@ class TieredRing:
         return rows.tolist()
 
     def _evict(self, row: int) -> None:
-        """Copies the oldest feature that is on the device to host memory, where it takes the oldest one's place."""
+        """Copies the oldest feature on the device to host memory, over the oldest feature there."""
         anchor = self._anchors[row][self.resident - 1]
         slot = self._far_cursor[row]
         for far, near in zip(self._far, (self._near.storage, self._near.scales)):
-            if far is not None:
+            if far is not None and near is not None:
                 self._copies.copy(far[slot, row], near[anchor.slot, row])
         self._far_cursor[row] = (slot + 1) % (self.capacity - self.resident)
         anchor.slot, anchor.near = slot, False
 
     def _note_push(self, row: int, level: float) -> None:
-        """Follows what the ring on the device did with a push into a row."""
+        """Records on the host what a push into a row did to the ring on the device."""
         anchors = self._anchors[row]
         if anchors and level == anchors[0].sigma:
             return
@@ -285,7 +286,7 @@ class TieredRing:
         self._near_cursor[row] = (self._near_cursor[row] + 1) % self.resident
 
     def _moved(self) -> None:
-        """Brings the state on the device up to date, and fetches the first pieces anew."""
+        """Updates the state on the device, and fetches the first pieces again."""
         levels = torch.zeros(self.capacity, self.batch)
         for row, anchors in enumerate(self._anchors):
             for age, anchor in enumerate(anchors):
@@ -296,15 +297,15 @@ class TieredRing:
         self._fetched = [None, None]
         self._fetch_ahead()
 
-    def pieces(self) -> Iterator[tuple[slice, tuple[torch.Tensor | None, ...]]]:
-        """All that is stored, in pieces of the tokens.
+    def pieces(self) -> Iterator[tuple[slice, RingBuffers]]:
+        """The stored features of all anchors, in pieces of the tokens.
 
         Yields:
-            the tokens of a piece, and its `(storage, scales, sigmas, cursor, count)` as `ring_push` has them, storage
-            `[capacity, B, n, D]`. They are valid on the current stream, until the next piece is asked for.
+            The tokens of a piece, and its `(storage, scales, sigmas, cursor, count)` as `ring_push` has them, with
+            storage `[capacity, B, n, D]`. They are valid on the current stream, until the next piece is asked for.
 
         Raises:
-            RuntimeError: the ring was changed or read otherwise since the last piece, or a CUDA graph is captured.
+            RuntimeError: since the last piece the ring was changed, or another read began; or a CUDA graph is captured.
         """
         self._begin_use()
         self._uses += 1
@@ -322,7 +323,8 @@ class TieredRing:
                 self._fetched[place] = None
             if self._uses != use:
                 raise RuntimeError(
-                    "A TieredRing was changed or read otherwise while its pieces were being read. Read them all first."
+                    "A TieredRing was changed, or another read began, while its pieces were being read. "
+                    "Read all pieces before that."
                 )
             if piece + 2 < count:
                 self._copies.begin()
@@ -334,14 +336,14 @@ class TieredRing:
         return range(begin, min(begin + self.piece_tokens, self.tokens))
 
     def _views(self, piece: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The staging buffers of a piece as contiguous tensors, also where it is shorter than others."""
+        """The staging buffers of a piece as contiguous tensors, even if the piece is shorter than the others."""
         shape = (self.capacity, self.batch, len(self._tokens(piece)))
         features, scales = self._staged[piece % 2]
         features = features.view(-1)[: int(np.prod(shape)) * self.dim].view(*shape, self.dim)
         return features, None if scales is None else scales.view(-1)[: int(np.prod(shape))].view(shape)
 
     def _fetch_ahead(self) -> None:
-        """Fetches the first two pieces, where that was not done yet."""
+        """Fetches the first two pieces, unless they are there already."""
         self._copies.begin()
         for piece in range(min(2, -(-self.tokens // self.piece_tokens))):
             if self._fetched[piece] != piece:
@@ -355,59 +357,64 @@ class TieredRing:
         for row, anchors in enumerate(self._anchors):
             for age, anchor in enumerate(anchors):
                 for target, source in zip(staged, stores[anchor.near]):
-                    if target is not None:
+                    if target is not None and source is not None:
                         part = source[anchor.slot, row, tokens.start : tokens.stop]
                         self._copies.copy(target[self.capacity - 1 - age, row], part)
         self._copies.end(piece % 2)
         self._fetched[piece % 2] = piece
 
     def gather(self, age: int = 0) -> torch.Tensor:
-        """As `FeatureRing.gather`."""
+        """Like `FeatureRing.gather`."""
         age = check_int("age", age, minimum=0, maximum=self.capacity - 1)
-        return self.by_pieces(lambda storage, scales, _, *rest: ring_gather(storage, scales, *rest, age, self.backend))
 
-    def by_pieces(self, function) -> torch.Tensor:
-        """`function` of each piece's state, `[B, n, O]`, put together to `[B, T, O]`."""
-        result = None
-        for tokens, state in self.pieces():
-            part = function(*state)
-            if result is None:
-                result = part.new_empty(self.batch, self.tokens, part.shape[-1])
-            result[:, tokens] = part
+        def gather(storage, scales, sigmas, cursor, count):
+            return ring_gather(storage, scales, cursor, count, age, self.backend)
+
+        return self.by_pieces(gather)
+
+    def by_pieces(self, function: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """`function(*state)` of each piece's state, `[B, n, O]`, joined to `[B, T, O]`."""
+        pieces = self.pieces()
+        tokens, state = next(pieces)  # there is at least one
+        first = function(*state)
+        result = first.new_empty(self.batch, self.tokens, first.shape[-1])
+        result[:, tokens] = first
+        for tokens, state in pieces:
+            result[:, tokens] = function(*state)
         return result
 
     def newest_first(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `FeatureRing.newest_first`; the result is on the device, whatever the budget."""
+        """Like `FeatureRing.newest_first`. The result is on the device, even if it is larger than the budget."""
         features = torch.stack([self.gather(age) for age in range(self.capacity)])
         order = (torch.arange(self.capacity, device=self.device)[:, None]).minimum((self.count - 1).clamp(min=0))
         sigmas = self.sigmas.flip(0).gather(0, order).masked_fill_(self.count == 0, float("nan"))
         return features, sigmas, self.count.clone()
 
     def reset(self, rows: Sequence[int] | torch.Tensor | None = None) -> None:
-        """As `FeatureRing.reset`."""
+        """Like `FeatureRing.reset`."""
         self._begin_use()
         self._empty_rows(self._listed(rows))
 
     def snapshot(self) -> RingSnapshot:
-        """A copy of the whole state, for `restore`; its features are in host memory."""
+        """A copy of the whole state, for `restore`. Its features are in host memory."""
         storage, scales = self._empty(self.capacity, self.tokens, "cpu")
         for tokens, (features, piece_scales, *_) in self.pieces():
             storage[:, :, tokens].copy_(features)
-            if scales is not None:
+            if scales is not None and piece_scales is not None:
                 scales[:, :, tokens].copy_(piece_scales)
         return RingSnapshot(storage, scales, self.sigmas.clone(), self.cursor.clone(), self.count.clone())
 
     def restore(self, snapshot: RingSnapshot) -> None:
-        """Puts a snapshot of this ring, or of one of the same sizes and dtype, back.
+        """Restores a snapshot of this ring, or of one with the same sizes and dtype.
 
-        Should that itself fail, all rows are empty from then on.
+        If that fails after the checks, all rows are empty afterwards.
 
         Raises:
-            TypeError, ValueError: it is no snapshot, or one of another kind of ring.
+            TypeError, ValueError: `snapshot` is not a snapshot, or not one of such a ring.
         """
         check_snapshot(snapshot, (self.capacity, self.batch, self.tokens, self.dim), self.dtype)
         self.reset()
-        self._copies.synchronise()  # what is on the host already is copied to host memory at once
+        self._copies.synchronise()  # copies between host tensors are made at once, and must not overtake these
         cursor, count = snapshot.cursor.tolist(), snapshot.count.tolist()
         sigmas = snapshot.sigmas.tolist()
         near = self._near
@@ -420,13 +427,13 @@ class TieredRing:
                     slot = newest - 1 - age if age < newest else count[row] - 1 - age
                     stores = (near.storage, near.scales) if age < newest else self._far
                     for target, stored in zip(stores, (snapshot.storage, snapshot.scales)):
-                        if target is not None:
+                        if target is not None and stored is not None:
                             self._copies.copy(target[slot, row], stored[source, row])
                     self._anchors[row].append(_Anchor(sigmas[source][row], slot, age < newest))
                 self._near_cursor[row] = newest % self.resident
                 self._far_cursor[row] = (count[row] - newest) % (self.capacity - self.resident)
             self._copies.end()
-            # The ring on the device has the same anchors, as far as it reaches.
+            # The ring on the device gets the newest of these anchors.
             cursors = torch.tensor(self._near_cursor, dtype=torch.int32)
             counts = torch.tensor([min(self.resident, n) for n in count], dtype=torch.int32)
             levels = torch.zeros(self.resident, self.batch)
@@ -447,7 +454,7 @@ class TieredRing:
 
 
 class _CopyStream:
-    """A stream for copies beside the work on a GPU; on a CPU, copies are made at once."""
+    """A stream for copies that run while a GPU computes. On a CPU, copies are made at once."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -455,13 +462,13 @@ class _CopyStream:
         self.ready: dict[int, torch.cuda.Event] = {}
 
     def uses(self, *buffers: torch.Tensor | None) -> None:
-        """Keeps the memory of buffers from being used for others before the copies have ended."""
+        """Keeps the allocator from reusing the memory of these buffers before the copies have ended."""
         for buffer in buffers:
             if self.stream is not None and buffer is not None:
                 buffer.record_stream(self.stream)
 
     def begin(self) -> None:
-        """Copies that follow wait for all that the current stream was given."""
+        """Later copies wait for all work that the current stream has so far."""
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
@@ -470,7 +477,7 @@ class _CopyStream:
             target.copy_(source, non_blocking=True)
 
     def end(self, place: int | None = None) -> None:
-        """What the current stream is given after this waits for the copies; with a `place`, after `wait_for(place)`."""
+        """Later work of the current stream waits for the copies: with a `place`, only work after `wait_for(place)`."""
         if self.stream is None:
             return
         if place is None:

@@ -1,8 +1,8 @@
-"""Stage-gated KAN experts that forecast a skipped step's features from cached ones."""
+"""Predictors that forecast the features of a skipped step from stored ones, with one KAN expert for each stage."""
 
 from lesa_kernels.predictor.config import PredictorConfig
 from lesa_kernels.predictor.module import FusedKANPredictor
-from lesa_kernels.predictor.op import dense_predict, newton_predict, newton_velocity, output_head
+from lesa_kernels.predictor.ops import dense_predict, newton_predict, newton_velocity, output_head
 from lesa_kernels.predictor.reference import OutputHead
 
 __all__ = [

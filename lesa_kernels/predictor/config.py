@@ -1,44 +1,46 @@
-"""What a predictor is: its shape, and what it was trained for."""
+"""The configuration of a predictor: its shape, and what it was trained for."""
 
 from dataclasses import asdict, dataclass, fields
+from typing import Any, cast
 
-from lesa_kernels.checks import Said, argument_error, check_choice, check_float, check_int
+from lesa_kernels.checks import argument_error, check_choice, check_float, check_int, usage_error
 
 FORMAT_VERSION = 1
 
-_DENSE_WINDOWS = (4, 6, 8)  # high, middle and low noise; the paper states the first and the last
+_DENSE_WINDOWS = (4, 6, 8)  # high, middle and low noise; the LESA paper gives the first and the last
 
 
 @dataclass(frozen=True)
 class PredictorConfig:
-    """The configuration of a `FusedKANPredictor`; everything that `config.json` of a saved predictor holds.
+    """The configuration of a `FusedKANPredictor`, which is also the content of a saved predictor's `config.json`.
 
     Args:
         feature_dim: width D of the features, the hidden size of the transformer.
-        mixer: "newton" (per-channel KAN-modulated Newton extrapolation) or "dense" (the LESA paper's linear map over
-            the concatenated history, scaled by a KAN of the time offsets).
-        history: what the ring holds: "anchors" (computed steps only) or "steps" (every step, forecasts included).
+        mixer: "newton" (Newton extrapolation whose coefficients, one per channel, come from a KAN) or "dense" (the
+            dense variant of the LESA predictor: a linear map over the concatenated history, scaled by a KAN of the time
+            offsets).
+        history: what the ring holds: "anchors" (computed steps only) or "steps" (every step, also the forecasts).
             Default: "anchors" for newton, "steps" for dense.
-        history_length: how many ring entries K are read; one int for all stages, or one per stage. Default: 4 for
-            newton, and 4, 6, 8 from high to low noise for dense with three stages.
-        stage_bounds: falling noise levels strictly within (0, 1) between the stages; n bounds make n + 1 stages. A
-            sample at `sigma` is in the stage numbered by how many bounds are at or above it.
-        rank: rank of newton's linear residual over the taps, 0 for none. Ignored by dense.
+        history_length: K, how many entries of the ring are read: one int for all stages, or one for each stage.
+            Default: 4 for newton, and 4, 6, 8 from high to low noise for dense with three stages.
+        stage_bounds: the noise levels between the stages, falling, strictly within (0, 1). n bounds make n + 1 stages.
+            The stage of a sample is the number of bounds at or above its noise level.
+        rank: rank of newton's linear residual over the taps; 0 means no residual. Ignored by dense.
         hidden: number M of spline units of the KAN. Default: 64 for newton, 256 for dense.
         grid_size: number of intervals of the spline grid on [-1, 1].
         spline_order: degree of the splines.
-        family: the model family it was trained for, such as "flux"; None if untrained.
-        num_inference_steps: number of steps it was trained at, or None.
+        family: the model family for which it was trained, such as "flux"; None if it was not trained.
+        num_inference_steps: the number of steps in training, or None.
         schedule: the steps that were computed in training, rising from 0, or None.
         schedule_sigmas: the noise levels of those steps, falling, or None.
-        schedule_errors: for each of those steps, the typical relative L2 error of the velocity that would have been
-            forecast for it, 0 for the first; or None. `lesa.ErrorControl` compares with it.
-        format_version: of the saved form.
+        schedule_errors: for each of those steps, the typical relative L2 error of the velocity if it had been forecast;
+            0 for the first step. Or None. `lesa.ErrorControl` compares with these errors.
+        format_version: version of the saved form.
 
     Raises:
         ValueError, TypeError: a field is out of range; the message names it.
 
-    Source: LESA, arXiv 2602.20497, for the dense mixer, its windows and its stages.
+    Source: LESA, arXiv 2602.20497, whose windows and stages the dense variant uses.
     """
 
     feature_dim: int
@@ -87,7 +89,7 @@ class PredictorConfig:
                     "history_length",
                     f"have one entry per stage, {self.num_stages}",
                     lengths,
-                    "Pass one int for all stages, or as many as `stage_bounds` has entries and one more.",
+                    "Pass one int for all stages, or one entry more than `stage_bounds` has.",
                 )
         else:
             lengths = (lengths,) * self.num_stages
@@ -115,7 +117,7 @@ class PredictorConfig:
                 "schedule_sigmas",
                 f"have one noise level for each of the {steps} steps of `schedule`",
                 self.schedule_sigmas,
-                "Pass both, or neither.",
+                "Pass both or neither.",
             )
         if self.schedule_errors is not None:
             put_all("schedule_errors", check_float, minimum=0.0)
@@ -124,21 +126,26 @@ class PredictorConfig:
                     "schedule_errors",
                     f"have one error for each of the {steps} steps of `schedule`",
                     self.schedule_errors,
-                    "Pass as many, or None.",
+                    "Pass one error for each step, or None.",
                 )
 
     @property
     def num_stages(self) -> int:
-        """Number of noise stages, each with an expert of its own."""
+        """Number of noise stages; each has an expert of its own."""
         return len(self.stage_bounds) + 1
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """`history_length` as a tuple with one entry for each stage."""
+        return cast(tuple[int, ...], self.history_length)
+
+    @property
     def max_history(self) -> int:
-        """Longest history that any stage reads: the capacity a ring needs."""
-        return max(self.history_length)
+        """The longest history that any stage reads, which is the capacity that a ring needs."""
+        return max(self.lengths)
 
     def to_dict(self) -> dict:
-        """A dict for JSON."""
+        """The fields as a dict for JSON."""
         return asdict(self)
 
     @classmethod
@@ -146,23 +153,22 @@ class PredictorConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            TypeError: `values` is no dict.
-            ValueError: another format version, an unknown or a missing field; the message names it.
+            TypeError: `values` is not a dict.
+            ValueError: the format version is another one, or a field is unknown or missing; the message names it.
         """
         if not isinstance(values, dict):
             raise argument_error("config", "be a dict", values, "Pass what `to_dict` returned.", TypeError)
-        _check_format_version(values.get("format_version"))  # before the fields: those of other versions are unknown
+        _check_format_version(values.get("format_version"))  # first, since other versions have other fields
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
-            raise argument_error(
-                "config", "have known fields only", Said(f"the unknown {', '.join(unknown)}"), "Remove them."
-            )
+            raise usage_error(f"`config` has unknown fields: {', '.join(unknown)}.", "Remove them.")
         if "feature_dim" not in values:
-            raise argument_error("feature_dim", "be given", Said("no such field"), "Add it to the configuration.")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            raise usage_error("`feature_dim` is required, but `config` does not have it.", "Add it to `config`.")
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)
 
 
-def _check_format_version(version) -> None:
+def _check_format_version(version: Any) -> None:
     if version != FORMAT_VERSION:
         remedy = "Train the predictor again, or use the release of lesa-kernels that wrote it."
         raise argument_error("format_version", f"be {FORMAT_VERSION}", version, remedy)

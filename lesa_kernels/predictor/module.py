@@ -2,24 +2,24 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
 from lesa_kernels.checks import Said, argument_error, check_choice, check_float, check_tensor
 from lesa_kernels.dispatch import BACKENDS
 from lesa_kernels.feature_ring import FeatureRing, TieredRing, make_ring
+from lesa_kernels.feature_ring.reference import RingBuffers
+from lesa_kernels.predictor.arguments import DenseExperts, Experts, NewtonExperts, RingState, Shape
 from lesa_kernels.predictor.config import PredictorConfig
-from lesa_kernels.predictor.op import (
-    FLOAT_DTYPES,
-    dense_predict,
-    newton_backend,
-    newton_predict,
-    newton_velocity,
-    newton_velocity_is_fused,
-    output_head,
-)
+from lesa_kernels.predictor.ops.dense import run_dense_predict
+from lesa_kernels.predictor.ops.head import output_head
+from lesa_kernels.predictor.ops.newton import newton_backend, run_newton_predict
+from lesa_kernels.predictor.ops.velocity import newton_velocity_is_fused, run_newton_velocity
 from lesa_kernels.predictor.reference import OutputHead
 
 CONFIG_NAME = "config.json"
@@ -29,18 +29,22 @@ WEIGHTS_NAME = "model.safetensors"
 class FusedKANPredictor(nn.Module):
     """Forecasts the features of a skipped denoising step from those of a `FeatureRing`.
 
-    One expert per noise stage; each sample's stage follows from its sigma. Untrained, a newton predictor is first-order
-    extrapolation from the two newest anchors, and a dense one repeats the newest feature.
+    There is one expert for each noise stage; the stage of a sample follows from its sigma. Before training, a newton
+    predictor extrapolates linearly from the two newest anchors, and a dense one repeats the newest feature.
 
     Args:
-        config: what to build.
+        config: the predictor to build.
         backend: "auto", or the backend that must run.
 
     Raises:
-        TypeError: `config` is no `PredictorConfig`.
+        TypeError: `config` is not a `PredictorConfig`.
 
-    Source: LESA, arXiv 2602.20497 (dense); `newton_predict` gives the formula of the other.
+    Source: `newton_predict` and `dense_predict` give the formulas; both build on LESA, arXiv 2602.20497.
     """
+
+    down: nn.Parameter | None
+    up: nn.Parameter | None
+    up_bias: nn.Parameter | None
 
     def __init__(self, config: PredictorConfig, backend: str = "auto"):
         super().__init__()
@@ -50,12 +54,13 @@ class FusedKANPredictor(nn.Module):
             )
         self.config = config
         self.backend = check_choice("backend", backend, BACKENDS)
-        stages, hidden, width = config.num_stages, config.hidden, config.feature_dim
+        stages, width = config.num_stages, config.feature_dim
+        hidden = cast(int, config.hidden)  # the configuration replaces None
         taps = config.max_history - 1
         newton = config.mixer == "newton"
         inputs = config.max_history + newton  # newton's KAN sees the noise level itself too
 
-        def parameter(*shape):
+        def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape))
 
         self.in_weight = parameter(stages, hidden, inputs)
@@ -73,13 +78,16 @@ class FusedKANPredictor(nn.Module):
         else:
             self.out_weight = parameter(stages, hidden)
             self.out_bias = parameter(stages)
-            self.mix_weight = parameter(sum(config.history_length), width, width)
+            self.mix_weight = parameter(sum(config.lengths), width, width)
             self.mix_bias = parameter(stages, width)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialises anew: random spline units whose output weights are zero, so the baseline is exact."""
+        """Initialises the parameters again: random spline units with output weights of zero.
+
+        So the forecast is exactly the baseline that the class describes.
+        """
         self.in_weight.normal_(std=self.in_weight.shape[2] ** -0.5)
         self.in_bias.normal_(std=0.5)
         self.spline.normal_(std=0.3)
@@ -89,8 +97,9 @@ class FusedKANPredictor(nn.Module):
             self.out_bias[:, :1] = 1.0
             if self.down is not None:
                 nn.init.uniform_(self.down, -1, 1).div_((self.down.shape[2] * self.down.shape[3]) ** 0.5)
-                self.up.zero_()
-                self.up_bias.zero_()
+            for parameter in (self.up, self.up_bias):
+                if parameter is not None:
+                    parameter.zero_()
         else:
             self.out_bias.fill_(1.0)
             self.mix_weight.zero_()
@@ -101,12 +110,12 @@ class FusedKANPredictor(nn.Module):
         batch: int,
         tokens: int,
         dtype: torch.dtype = torch.float32,
-        device="cpu",
+        device: torch.device | str = "cpu",
         max_device_bytes: int | None = None,
     ) -> FeatureRing | TieredRing:
-        """A ring that fits this predictor: its longest history of `[batch, tokens, feature_dim]` features.
+        """A ring for this predictor: the longest history that it reads, of `[batch, tokens, feature_dim]` features.
 
-        Beyond `max_device_bytes` it keeps its oldest features in host memory, as `TieredRing` says.
+        If it would need more than `max_device_bytes`, its oldest features are in host memory, as `TieredRing` says.
         """
         sizes = (self.config.max_history, batch, tokens, self.config.feature_dim)
         return make_ring(*sizes, dtype, device, max_device_bytes=max_device_bytes)
@@ -119,13 +128,18 @@ class FusedKANPredictor(nn.Module):
             sigma: the target's noise level, a float or `[B]`.
 
         Returns:
-            `[B, T, D]` in the ring's dtype, bfloat16 for a ring of float8. Rows whose ring holds nothing are NaN.
+            `[B, T, D]` in the ring's dtype, bfloat16 for a float8 ring. Rows without any anchor are NaN.
 
         Raises:
-            ValueError, TypeError: the ring's width is not `feature_dim`, it is too small, or `sigma` does not fit.
+            ValueError, TypeError: the ring's width is not `feature_dim`, the ring is too small, or `sigma` does not
+                fit.
         """
         target = self._target(ring, sigma)
-        return self._over(ring, lambda *state: self.forecast(*state, target))
+
+        def forecast(*state):
+            return self.forecast(*state, target)
+
+        return self._over(ring, forecast)
 
     def forecast(
         self,
@@ -136,55 +150,61 @@ class FusedKANPredictor(nn.Module):
         count: torch.Tensor,
         sigma: torch.Tensor,
     ) -> torch.Tensor:
-        """`forward` on the bare buffers of a ring; see `newton_predict` and `dense_predict` for what they hold."""
-        predict = newton_predict if self.config.mixer == "newton" else dense_predict
-        state = (storage, scales, sigmas, cursor, count, sigma)
-        return predict(*state, *self.experts(), *self.shape(), backend=self.backend)
+        """`forward` for the buffers of a ring; see `newton_predict` and `dense_predict` for their contents."""
+        state, experts = RingState(storage, scales, sigmas, cursor, count, sigma), self.experts()
+        if isinstance(experts, NewtonExperts):
+            return run_newton_predict(state, experts, self.shape(), self.backend)
+        return run_dense_predict(state, experts, self.shape(), self.backend)
 
     def predict_velocity(
         self, ring: FeatureRing | TieredRing, sigma: float | torch.Tensor, head: OutputHead
     ) -> torch.Tensor:
         """Forecasts the features at `sigma` and applies the output head to them.
 
-        With a newton predictor on Triton this is one kernel, as `newton_velocity` says, and the forecast never touches
-        memory.
+        For a newton predictor on Triton this is one kernel, which does not write the forecast to memory; see
+        `newton_velocity`.
 
         Args:
             ring, sigma: as in `forward`.
-            head: the head's weights and this step's modulation.
+            head: the weights of the head, and the modulation of this step.
 
         Returns:
-            `[B, T, O]` in the ring's dtype, bfloat16 for a ring of float8.
+            `[B, T, O]` in the ring's dtype, bfloat16 for a float8 ring.
 
         Raises:
-            ValueError, TypeError: as `forward` does, or a tensor of `head` does not fit.
+            ValueError, TypeError: as in `forward`, or a tensor of `head` does not fit.
         """
         target = self._target(ring, sigma)
         experts, shape = self.experts(), self.shape()
 
         def velocity(*state):
-            if self.config.mixer == "dense":
+            if isinstance(experts, DenseExperts):
                 return output_head(self.forecast(*state, target), head)
-            return newton_velocity(*state, target, *experts, head, *shape, backend=self.backend)
+            return run_newton_velocity(RingState(*state, target), experts, head, shape, self.backend)
 
         return self._over(ring, velocity)
 
     def fuses_velocity(self, ring: FeatureRing | TieredRing, head: OutputHead | None = None) -> bool:
-        """Whether `predict_velocity` from this ring is one kernel: with `head`, or with one that is made for it."""
-        if self.config.mixer == "dense":
-            return False
-        state = (*self._state(ring), ring.sigmas[0])
-        order = self.config.spline_order
-        if newton_backend(*state, *self.experts(), order, self.backend, "newton_velocity") != "triton":
-            return False
-        return head is None or newton_velocity_is_fused(state[0], self.down, head)
+        """Whether `predict_velocity` from this ring is one kernel.
 
-    def _over(self, ring: FeatureRing | TieredRing, function) -> torch.Tensor:
-        """`function` of the ring's state, piece by piece where it is not all on the device."""
+        Args:
+            ring: as in `forward`.
+            head: the head. If None, the answer is for a head that the kernel can take.
+        """
+        experts = self.experts()
+        if isinstance(experts, DenseExperts):
+            return False
+        state = RingState(*self._state(ring), ring.sigmas[0])
+        if newton_backend(state, experts, self.shape(), self.backend, "newton_velocity") != "triton":
+            return False
+        return head is None or newton_velocity_is_fused(state.storage, experts.down, head)
+
+    def _over(self, ring: FeatureRing | TieredRing, function: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """`function` of the ring's state, piece by piece if a part of it is in host memory."""
         state = self._state(ring)
         return ring.by_pieces(function) if isinstance(ring, TieredRing) else function(*state)
 
-    def _state(self, ring: FeatureRing | TieredRing) -> tuple:
+    def _state(self, ring: FeatureRing | TieredRing) -> RingBuffers:
         if ring.dim != self.config.feature_dim:
             raise argument_error(
                 "ring.dim",
@@ -199,20 +219,20 @@ class FusedKANPredictor(nn.Module):
             return sigma.to(torch.float32).expand(ring.batch) if sigma.ndim == 0 else sigma
         return torch.full((ring.batch,), check_float("sigma", sigma), dtype=torch.float32, device=ring.device)
 
-    def experts(self) -> tuple[torch.Tensor | None, ...]:
-        """The parameters of all stages, in the order in which `newton_predict` or `dense_predict` takes them."""
+    def experts(self) -> Experts:
+        """The parameters of all stages, as `newton_predict` or `dense_predict` takes them."""
         units = (self.in_weight, self.in_bias, self.spline, self.out_weight, self.out_bias)
         if self.config.mixer == "newton":
-            return *units, self.down, self.up, self.up_bias
-        return *units, self.mix_weight, self.mix_bias
+            return NewtonExperts(*units, self.down, self.up, self.up_bias)
+        return DenseExperts(*units, self.mix_weight, self.mix_bias)
 
-    def shape(self) -> tuple:
-        """`stage_bounds`, `history_length`, `grid_size` and `spline_order` of the configuration."""
+    def shape(self) -> Shape:
+        """The stages and splines of the configuration, as `newton_predict` and `dense_predict` take them."""
         config = self.config
-        return config.stage_bounds, config.history_length, config.grid_size, config.spline_order
+        return Shape(config.stage_bounds, config.lengths, config.grid_size, config.spline_order)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes `config.json` and `model.safetensors` into `folder`, each of them whole or not at all."""
+        """Writes `config.json` and `model.safetensors` into `folder`. A failure leaves no half-written file."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
@@ -229,8 +249,8 @@ class FusedKANPredictor(nn.Module):
             new_weights.unlink(missing_ok=True)
 
     @classmethod
-    def from_pretrained(cls, folder_or_id: str | os.PathLike, backend: str = "auto", **hub) -> "FusedKANPredictor":
-        """Loads what `save_pretrained` wrote, bit for bit, in the dtype in which it was saved.
+    def from_pretrained(cls, folder_or_id: str | os.PathLike, backend: str = "auto", **hub: Any) -> "FusedKANPredictor":
+        """Loads what `save_pretrained` wrote: the same bits, in the same dtype.
 
         Args:
             folder_or_id: a folder, or the id of a repository on the Hugging Face hub.
@@ -239,8 +259,8 @@ class FusedKANPredictor(nn.Module):
 
         Raises:
             FileNotFoundError: the folder or one of its files is missing.
-            ValueError, TypeError: an unreadable file, another format version, or a field or weight that does not fit;
-                named.
+            ValueError, TypeError: a file can't be read, the format version is another one, or a field or weight does
+                not fit; the message names it.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -264,9 +284,9 @@ class FusedKANPredictor(nn.Module):
             if wanted.text != found.text:
                 raise argument_error(
                     f"{WEIGHTS_NAME}: {name}",
-                    f"be as its config says, {wanted.text}",
+                    f"match its config, which says {wanted.text}",
                     found,
-                    f"{CONFIG_NAME} and {WEIGHTS_NAME} are not from the same predictor; save or download both again.",
+                    f"{CONFIG_NAME} and {WEIGHTS_NAME} are from different predictors: save or download both again.",
                 )
         for name, value in weights.items():
             check_tensor(f"{WEIGHTS_NAME}: {name}", value, dtypes=FLOAT_DTYPES)
@@ -274,7 +294,7 @@ class FusedKANPredictor(nn.Module):
         return predictor
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-        """Uploads the predictor to the Hugging Face hub, making the repository if need be; returns its address."""
+        """Uploads the predictor to the Hugging Face hub and returns its address. Creates the repository if needed."""
         import tempfile
 
         from huggingface_hub import HfApi
@@ -287,7 +307,7 @@ class FusedKANPredictor(nn.Module):
         return str(url)
 
 
-def _find_files(folder_or_id, hub) -> tuple[Path, Path]:
+def _find_files(folder_or_id: str | os.PathLike, hub: dict[str, Any]) -> tuple[Path, Path]:
     folder = Path(folder_or_id)
     if folder.is_dir():
         files = folder / CONFIG_NAME, folder / WEIGHTS_NAME
@@ -306,10 +326,11 @@ def _find_files(folder_or_id, hub) -> tuple[Path, Path]:
         raise argument_error(
             "folder_or_id",
             "be a folder or a hub id such as 'user/name'",
-            Said(f"neither: there is no folder {name!r}"),
+            Said(f"{name!r}, and there is no folder {name!r}"),
             "Check the path.",
             FileNotFoundError,
         )
     from huggingface_hub import hf_hub_download
 
-    return tuple(Path(hf_hub_download(name, file, **hub)) for file in (CONFIG_NAME, WEIGHTS_NAME))
+    config, weights = (Path(hf_hub_download(name, file, **hub)) for file in (CONFIG_NAME, WEIGHTS_NAME))
+    return config, weights

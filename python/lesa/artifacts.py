@@ -1,4 +1,8 @@
-"""What long work leaves on disk: files that are whole or absent, settings that must agree, digests that identify."""
+"""What long work leaves on disk.
+
+Files are whole or absent. Work that was interrupted continues with the same settings, or there is a clear error. A
+digest identifies what was used.
+"""
 
 import contextlib
 import hashlib
@@ -27,6 +31,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     os.replace(temporary, path)
 
 
+def remove_partial(path: Path) -> None:
+    """Removes what an interrupted `whole_file` left beside `path`."""
+    path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a whole text file, in UTF-8."""
     with whole_file(path) as temporary:
@@ -34,26 +43,27 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_same_settings(work: str, kept: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raises `ValueError` unless unfinished work can go on with the settings that were given.
+    """Raises `ValueError` unless unfinished work can continue with the settings that were given.
 
     Args:
-        work: what goes on and where, such as "the unfinished training in runs/a".
+        work: what continues and where, such as "the unfinished training in runs/a".
         kept: its settings, by name.
-        given: the settings of this call, by name. All of them are compared.
+        given: the settings of this call, by name. All of them are compared. Of a nested setting, the message shows
+            only the entries that differ.
     """
     for name, value in given.items():
         if kept.get(name) != value:
-            must = f"be {kept.get(name)!r}, as in {work}"
+            before, now = _difference(kept.get(name), value)
             remedy = "Continue with the same arguments and model, or choose another folder."
-            raise argument_error(name, must, value, remedy)
+            raise argument_error(name, f"be {before!r}, as in {work}", now, remedy)
 
 
 def digest(value: Any) -> str:
-    """SHA-256, in hexadecimal, over the names, values, shapes and dtypes that a nested value holds.
+    """SHA-256, in hexadecimal, of a nested value: of all its names, values, shapes and dtypes.
 
     Args:
-        value: dicts, lists, tuples, tensors, arrays, images, strings, numbers and None, nested in any way. Anything
-            else, such as a function, counts by its qualified name.
+        value: dicts, lists, tuples, tensors, arrays, images, strings, numbers and None, nested in any way. Of anything
+            else, such as a function, the qualified name is used.
     """
     running = hashlib.sha256()
     _update(running, value)
@@ -61,13 +71,13 @@ def digest(value: Any) -> str:
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """SHA-256 over names, shapes and sums of the parameters, and over the names of the active adapters.
+    """SHA-256 of the names, shapes and sums of a module's parameters, and of the names of its active adapters.
 
-    The sums are of the values' bits as integers, which are exact: neither device nor threads change them. A parameter
-    whose values are elsewhere (offloaded to the meta device, sharded or packed) counts by name and shape.
+    A sum adds up the bits of the values as integers. It is exact: device and threads do not change it. Of a parameter
+    whose values are elsewhere (offloaded to the meta device, sharded or packed), name and shape are used.
     """
-    with_adapters: Any = module if getattr(module, "_hf_peft_config_loaded", False) else None
-    adapters = [] if with_adapters is None else with_adapters.active_adapters()
+    model: Any = module  # a model of diffusers, where it has adapters
+    adapters = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else []
     running = hashlib.sha256(f"{adapters}\n".encode())
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, parameter in sorted(module.named_parameters()):
@@ -78,18 +88,26 @@ def fingerprint(module: torch.nn.Module) -> str:
     return running.hexdigest()
 
 
-def predictor_identity(predictor: FusedKANPredictor) -> dict:
-    """What distinguishes a predictor from others, in JSON's types: its weights and its configuration."""
+def predictor_identity(predictor: FusedKANPredictor) -> dict[str, Any]:
+    """What distinguishes a predictor from others: its weights and its configuration. Only types that JSON has."""
     return json.loads(json.dumps({"weights": fingerprint(predictor), "config": predictor.config.to_dict()}))
 
 
-def _update(running, value: Any) -> None:
+def _difference(kept: Any, given: Any) -> tuple[Any, Any]:
+    """The two values; of two dicts only the entries that differ."""
+    if not (isinstance(kept, dict) and isinstance(given, dict)):
+        return kept, given
+    names = [name for name in {**kept, **given} if kept.get(name) != given.get(name)]
+    pairs = {name: _difference(kept.get(name), given.get(name)) for name in names}
+    return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
+
+
+def _update(running: "hashlib._Hash", value: Any) -> None:
     if isinstance(value, Image):
         value = np.asarray(value)
     if isinstance(value, np.generic):
         value = value.item()
-    head: str
-    parts: Sequence = ()
+    parts: Sequence[Any] = ()
     if isinstance(value, dict):
         head, parts = f"dict {len(value)}", [part for key in sorted(value) for part in (key, value[key])]
     elif isinstance(value, (list, tuple)):

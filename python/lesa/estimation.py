@@ -365,7 +365,7 @@ def _predictor(predictor, dim: int, family: str) -> PredictorConfig:
 def _computed(schedule, predictor: PredictorConfig, total: int) -> tuple[int, ...]:
     if schedule is None and predictor.schedule is None:
         schedule = Schedule.spread(min(9, total), total)
-    elif schedule is None:
+    elif schedule is None and predictor.schedule is not None:
         if predictor.num_inference_steps not in (None, total):
             trained = f"the predictor was trained for {predictor.num_inference_steps} steps"
             raise usage_error(
@@ -380,9 +380,10 @@ def _predicted_work(
 ) -> tuple[float, float]:
     """Bytes and FLOPs of a predicted step of one stream; the mean over the stages."""
     parts = []
-    for history in config.history_length:
+    lengths, rank, hidden = (getattr(config, name) for name in ("history_length", "rank", "hidden"))
+    for history in lengths:
         if config.mixer == "newton":
-            parts.append(work.predict_velocity(*sizes, out_channels, history, config.rank, config.hidden))
+            parts.append(work.predict_velocity(*sizes, out_channels, history, rank, hidden))
         else:
             parts.append(work.both(work.dense_predict(*sizes, history), work.output_head(*sizes, out_channels)))
         if config.history == "steps":

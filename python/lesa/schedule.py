@@ -3,8 +3,12 @@
 import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lesa_kernels.checks import argument_error, check_float, check_int
+
+if TYPE_CHECKING:
+    from lesa_kernels import PredictorConfig
 
 FEW_STEPS = 10
 """A run with fewer steps is computed completely, unless it has a schedule or the predictor was trained for it."""
@@ -122,3 +126,10 @@ def as_schedule(schedule: ScheduleLike, num_inference_steps: int | None = None) 
         return Schedule(tuple(schedule))
     interval = check_int("schedule", schedule)
     return Schedule.interval(interval, check_int("num_inference_steps", num_inference_steps))
+
+
+def schedule_of(config: "PredictorConfig") -> Schedule | None:
+    """The schedule that a predictor was trained for, with its noise levels; None if there was none."""
+    if config.schedule is None:
+        return None
+    return Schedule(config.schedule, config.num_inference_steps, config.schedule_sigmas)

@@ -21,7 +21,7 @@ import small_pipelines as small
 from lesa.models import ADAPTERS, Adapter, adapter_for
 from lesa.models.adapter import packed_grid
 from lesa.training.batches import Batch, Head
-from lesa.training.schedule_search import _guidance_weights
+from lesa.training.schedule_search import guidance_weights
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -597,7 +597,7 @@ def test_recordings_can_be_trained_on_and_evaluated(pipe, name, tmp_path):
     assert predictor.config.schedule == tuple(SOME) and predictor.config.num_inference_steps == STEPS
     # The recorded latents lie as the velocities do, whatever form the transformer gets them in.
     parts = [Batch([recorded[n]], Head(recorded, "cpu"), None, None, "cpu") for n in range(streams)]
-    weights = _guidance_weights(recorded, [recorded[n] for n in range(streams)])
+    weights = guidance_weights(recorded, [recorded[n] for n in range(streams)])
     velocity = sum(weight * part.velocities for weight, part in zip(weights, parts))
     moved = -recorded[0].latents.float().diff(dim=0)
     drawn = moved.any(2).any(0)  # not the tokens of an image that is given

@@ -2,20 +2,24 @@ import inspect
 import itertools
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import small_pipelines as small
 from lesa import Trajectories, enable_cache, record
 from lesa.demo import digits
 from lesa.inputs import collate
+from lesa.training import recording as recording_module
 from lesa_kernels import FusedKANPredictor, OutputHead, PredictorConfig
 from lesa_kernels.predictor import output_head
 
@@ -358,6 +362,21 @@ def test_one_progress_bar(fresh_pipe, inputs, tmp_path, capfd):
     record(pipe, inputs[:1], tmp_path / "quiet", 3, progress=False)
     assert "%" not in capfd.readouterr().err
     assert pipe._progress_bar_config == {"desc": "mine"}
+
+
+@pytest.mark.parametrize("batch_size, shares", [(1, ["0.3", "0.7", "1", "1.3"]), (2, ["0.7", "1.3", "2", "2.3"])])
+def test_the_progress_bar_moves_with_each_computed_step(pipe, inputs, tmp_path, capfd, monkeypatch, batch_size, shares):
+    monkeypatch.setattr(recording_module, "tqdm", partial(tqdm, mininterval=0, miniters=0))
+
+    def counts():
+        record(pipe, inputs, tmp_path, 3, batch_size=batch_size)
+        return [*dict.fromkeys(re.findall(r"\| ([\d.]+)/3 \[", capfd.readouterr().err))]
+
+    found = counts()
+    assert found[:5] == ["0", *shares] and found[-1] == "3"
+    for number in (1, 2):
+        (tmp_path / f"sample-0000{number}.safetensors").unlink()
+    assert counts() == ["1", "1.3", "1.7", "2", "2.3", "2.7", "3"]  # sample 0 was there, whatever shares its call
 
 
 def test_features_that_are_not_finite(pipe, inputs, tmp_path):

@@ -10,10 +10,13 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lesa
+from lesa.artifacts import predictor_identity
 from lesa.demo import digits
-from lesa.training import refinement
+from lesa.training import recording, refinement
 from lesa.training.batches import Batch, Head, Plan
-from lesa.training.refinement import _RollOuts
+from lesa.training.losses import off_after_gaps
+from lesa.training.refinement import RollOuts
+from lesa.training.training_run import CHECKPOINT_NAME, Training
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS, SCHEDULE = 12, [0, 2, 5, 8]
@@ -78,7 +81,7 @@ def test_a_roll_out_has_what_the_model_computed_on_the_way(pipe, recorded, predi
 
 def test_the_drift_is_how_far_the_latents_are_off(pipe, recorded, predictor, tmp_path):
     trajectories, inputs = recorded
-    roll_outs = _RollOuts(trajectories, predictor, pipe, inputs, tmp_path / "r", 8, False)
+    roll_outs = RollOuts(trajectories, predictor, pipe, inputs, tmp_path / "r", 8)
     plain = latents_of(pipe, inputs)
     with lesa.enable_cache(pipe, predictor):
         rolled = latents_of(pipe, inputs)
@@ -87,12 +90,12 @@ def test_the_drift_is_how_far_the_latents_are_off(pipe, recorded, predictor, tmp
         torch.testing.assert_close(roll_outs.drifts[number][1:], off[SCHEDULE[1:]], rtol=1e-4, atol=1e-5)
         assert off[-1].abs().max() > 0.01
         # What training makes of it is what happened: how far off a gap ends is how far off the next one begins.
-        features, drift = roll_outs.of(number)
-        batch = Batch([trajectory], Head(trajectories, "cpu"), None, None, "cpu", [[features, drift]])
+        rolled_out = roll_outs.of(number)
+        batch = Batch([trajectory], Head(trajectories, "cpu"), None, None, "cpu", [[rolled_out]])
         plan, steps = Plan(SCHEDULE, STEPS, 4), torch.tensor(SCHEDULE)
         with torch.no_grad():
-            after, _ = refinement._off_after_gaps(predictor, batch, plan, steps, *batch.roll_outs)
-        torch.testing.assert_close(after[:-1], drift[1:], rtol=1e-3, atol=1e-4)
+            after, _ = off_after_gaps(predictor, batch, plan, steps, batch.roll_outs[0])
+        torch.testing.assert_close(after[:-1], rolled_out.drift[1:], rtol=1e-3, atol=1e-4)
 
 
 def closeness(pipe, predictor, seed):
@@ -122,9 +125,14 @@ def test_refining_gets_closer_on_samples_it_has_not_seen(pipe, recorded, predict
     assert closeness(pipe, refined, 1000) > closeness(pipe, longer, 1000)  # it is not for training longer
 
 
-def test_the_given_predictor_stays_as_it_is(pipe, recorded, predictor):
+def test_the_given_predictor_stays_as_it_is_and_the_bars_name_the_rounds(pipe, recorded, predictor, capfd):
     before = {name: value.clone() for name, value in predictor.state_dict().items()}
-    lesa.refine(predictor, recorded[0], pipe, recorded[1], **{**QUICK, "rounds": 1, "epochs": 1})
+    lesa.refine(predictor, recorded[0], pipe, recorded[1], **{**QUICK, "epochs": 1, "progress": True})
+    shown = capfd.readouterr().err
+    named = [line.split(":")[0] for line in shown.replace("\r", "\n").splitlines() if "%" in line]
+    rounds = [f"round {number} of 2, {what}" for number in (1, 2) for what in ("roll out", "train")]
+    assert [*dict.fromkeys(named)] == rounds
+    assert "validation with roll-outs=" in shown and "validation=" not in shown
     assert all(torch.equal(value, before[name]) for name, value in predictor.state_dict().items())
 
 
@@ -150,15 +158,15 @@ def test_what_was_stopped_goes_on_to_the_same_bits(pipe, recorded, predictor, tm
 
     with monkeypatch.context() as patch:
         if at == "training":
-            save = refinement.Training._save_checkpoint
-            patch.setattr(refinement.Training, "_save_checkpoint", stopping(save, 6))  # in the second round
+            save = Training._save_checkpoint
+            patch.setattr(Training, "_save_checkpoint", stopping(save, 6))  # in the second round
         else:
-            save = lesa.training.recording._save_sample
-            patch.setattr(lesa.training.recording, "_save_sample", stopping(save, 12))
+            save = recording.save_sample
+            patch.setattr(recording, "save_sample", stopping(save, 12))
         with pytest.raises(StopError):
             lesa.refine(*arguments, out_dir=tmp_path / "stopped", **QUICK)
     assert (tmp_path / "stopped" / "round-2").is_dir()
-    with pytest.raises(ValueError, match="`epochs` must be what the unfinished refinement in .* has, 4, but got 5"):
+    with pytest.raises(ValueError, match="`epochs` must be 4, as in the unfinished refinement in .*, but got 5"):
         lesa.refine(*arguments, out_dir=tmp_path / "stopped", **{**QUICK, "epochs": 5})
     resumed = lesa.refine(*arguments, out_dir=tmp_path / "stopped", **QUICK)
     loaded = FusedKANPredictor.from_pretrained(tmp_path / "stopped")
@@ -227,7 +235,7 @@ def test_guidance_in_two_streams_is_refined(tmp_path):
     pipe, inputs = photos.load_pipeline(), photos.inputs_for([0, 4])
     trajectories = lesa.record(pipe, inputs, tmp_path / "t", STEPS, tokens_per_sample=8, batch_size=2, progress=False)
     predictor = lesa.train(trajectories, schedule=SCHEDULE, epochs=1, progress=False)
-    roll_outs = _RollOuts(trajectories, predictor, pipe, inputs, tmp_path / "r", 2, False)
+    roll_outs = RollOuts(trajectories, predictor, pipe, inputs, tmp_path / "r", 2)
     assert len(trajectories) == len(roll_outs.drifts) == 4
     assert torch.equal(roll_outs.drifts[0], roll_outs.drifts[1])  # both streams are off by the same
     assert roll_outs.drifts[0][-1].abs().max() > 0.01
@@ -411,6 +419,12 @@ def unfinished(_unfinished, tmp_path):
     return tmp_path / "unfinished"
 
 
+def test_the_checkpoint_of_a_round_says_whose_roll_outs_it_trains_on(predictor, unfinished):
+    settings = torch.load(unfinished / "round-2" / "predictor" / CHECKPOINT_NAME, weights_only=True)["settings"]
+    first = FusedKANPredictor.from_pretrained(unfinished / "round-1" / "predictor")
+    assert settings["roll_outs"] == [predictor_identity(predictor), predictor_identity(first)]
+
+
 def test_a_stopped_refinement_goes_on_to_the_same_bytes(pipe, recorded, predictor, unfinished, _unfinished):
     with watched_rates() as rates:
         lesa.refine(predictor, recorded[0], pipe, recorded[1], out_dir=unfinished, **UNFINISHED)
@@ -452,6 +466,6 @@ def test_going_on_with_another_setting_is_refused(pipe, recorded, predictor, unf
         )
     else:
         options[name] = value
-    with pytest.raises(ValueError, match=f"`{name}` must be what the unfinished refinement in .* has, .* but got"):
+    with pytest.raises(ValueError, match=f"`{name}` must be .*, as in the unfinished refinement in .*, but got"):
         lesa.refine(predictor, trajectories, pipe, inputs, out_dir=unfinished, **options)
     assert bytes_in(unfinished) == before

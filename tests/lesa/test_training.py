@@ -8,8 +8,11 @@ from safetensors.torch import save_file
 
 import lesa
 from lesa.schedule import Schedule
-from lesa.training import training_run as training
-from lesa.training.batches import Batch
+from lesa.training.batches import Batch, Plan, split
+from lesa.training.guided_schedules import moved_steps
+from lesa.training.losses import head_aware_loss
+from lesa.training.settings import TrainingSettings, complete_config
+from lesa.training.training_run import CHECKPOINT_NAME, CURVE_NAME, LOSSES_NAME, Training
 from lesa.training.trajectories import FORMAT_VERSION, HEAD, MANIFEST
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
@@ -67,10 +70,10 @@ QUICK = {"epochs": 4, "batch_size": 2, "progress": False}
 
 def closed_loop_loss(predictor, trajectories):
     """The loss over all trajectories on the predictor's own schedule."""
-    run = training.Training(trajectories, predictor.config, None, "cpu", 0)
+    run = Training(trajectories, predictor.config, TrainingSettings())
     run.predictor = predictor
     with torch.no_grad():
-        return run._batch_loss(range(len(trajectories)), None, guided=False).item()
+        return run.mean_loss(range(len(trajectories)), None, guided=False).item()
 
 
 @pytest.mark.parametrize("mixer", ["newton", "dense"])
@@ -117,21 +120,21 @@ def test_a_stopped_training_goes_on_to_the_same_bits(trajectories, tmp_path, mon
     arguments = {"config": config, "schedule": [0, 2, 5, 8], **QUICK}
     whole = lesa.train(trajectories, out_dir=tmp_path / "whole", **arguments)
 
-    save = training.Training._save_checkpoint
+    save = Training._save_checkpoint
 
-    def save_and_stop(self, settings, optimizer, epoch):
-        save(self, settings, optimizer, epoch)
+    def save_and_stop(self, optimizer, epoch):
+        save(self, optimizer, epoch)
         if epoch == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Training, "_save_checkpoint", save_and_stop)
+        patch.setattr(Training, "_save_checkpoint", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             lesa.train(trajectories, out_dir=tmp_path / "stopped", **arguments)
-    assert (tmp_path / "stopped" / training.CHECKPOINT_NAME).exists()
+    assert (tmp_path / "stopped" / CHECKPOINT_NAME).exists()
     resumed = lesa.train(trajectories, out_dir=tmp_path / "stopped", **arguments)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
-    losses = [json.loads((tmp_path / name / training.LOSSES_NAME).read_text()) for name in ("whole", "stopped")]
+    losses = [json.loads((tmp_path / name / LOSSES_NAME).read_text()) for name in ("whole", "stopped")]
     assert losses[0] == losses[1]
 
 
@@ -141,10 +144,10 @@ def test_out_dir_gets_the_predictor_the_losses_and_their_picture(trajectories, t
     loaded = FusedKANPredictor.from_pretrained(out)
     assert loaded.config == predictor.config
     assert all(torch.equal(a, b) for a, b in zip(predictor.parameters(), loaded.parameters()))
-    losses = json.loads((out / training.LOSSES_NAME).read_text())
+    losses = json.loads((out / LOSSES_NAME).read_text())
     assert len(losses["training"]) == len(losses["validation"]) == 6
-    assert (out / training.CURVE_NAME).read_bytes().startswith(b"\x89PNG")
-    assert not (out / training.CHECKPOINT_NAME).exists()
+    assert (out / CURVE_NAME).read_bytes().startswith(b"\x89PNG")
+    assert not (out / CHECKPOINT_NAME).exists()
 
 
 def test_a_finished_predictor_is_not_overwritten(trajectories, tmp_path):
@@ -159,33 +162,76 @@ def test_a_finished_predictor_is_not_overwritten(trajectories, tmp_path):
 def unfinished(trajectories, tmp_path, monkeypatch):
     """The folder of a training that was stopped just before its end."""
 
-    def stop(self, guided_epochs):
+    def stop(self):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Training, "_finish", stop)
+        patch.setattr(Training, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
             lesa.train(trajectories, schedule=4, out_dir=tmp_path / "out", **QUICK)
     return tmp_path / "out"
 
 
 def test_going_on_with_other_arguments_names_the_argument(trajectories, unfinished):
-    with pytest.raises(ValueError, match="`learning_rate` must be what the unfinished training"):
+    with pytest.raises(
+        ValueError, match="`learning_rate` must be 0.003, as in the unfinished training in .*, but got 0.01"
+    ):
         lesa.train(trajectories, schedule=4, out_dir=unfinished, learning_rate=1e-2, **QUICK)
 
 
 def test_going_on_with_other_trajectories_is_refused(unfinished, tmp_path):
     others = write_trajectories(tmp_path / "others", seed=7)
-    with pytest.raises(ValueError, match="`trajectories` must be what the unfinished training"):
+    with pytest.raises(
+        ValueError, match="`trajectories` must be {'seed': 0}, as in the unfinished training in .*, but got {'seed': 7}"
+    ):
         lesa.train(others, schedule=4, out_dir=unfinished, **QUICK)
 
 
-def test_a_checkpoint_that_was_cut_off_is_no_obstacle(trajectories, tmp_path):
+@pytest.mark.parametrize("suffix", [".tmp", ".new"])
+def test_a_checkpoint_that_was_cut_off_is_no_obstacle(trajectories, tmp_path, suffix):
+    """Earlier versions wrote the second."""
     out = tmp_path / "out"
     out.mkdir()
-    (out / (training.CHECKPOINT_NAME + ".new")).write_bytes(b"half")
+    (out / (CHECKPOINT_NAME + suffix)).write_bytes(b"half")
     lesa.train(trajectories, schedule=4, out_dir=out, **QUICK)
     assert {file.name for file in out.iterdir()} == {"config.json", "model.safetensors", "losses.json", "losses.png"}
+
+
+def test_a_checkpoint_holds_what_those_of_earlier_versions_hold(unfinished):
+    """Otherwise an older one could not be resumed."""
+    checkpoint = torch.load(unfinished / CHECKPOINT_NAME, weights_only=True)
+    assert {*checkpoint} == {"settings", "predictor", "optimizer", "generator", "losses", "epoch"}
+    settings = checkpoint["settings"]
+    assert settings.pop("config")["schedule"] == (0, 1, 2, 6, 10)
+    assert settings.pop("trajectories")["samples"] == 6
+    assert settings == {
+        "guided_epochs": 0,
+        "epochs": 4,
+        "batch_size": 2,
+        "tokens_per_batch": 32,
+        "learning_rate": 3e-3,
+        "head_aware": True,
+        "validation_fraction": 0.1,
+        "seed": 0,
+        "reach": 1,
+        "controlled": False,
+    }
+
+
+@pytest.mark.parametrize(
+    "options, stages",
+    [
+        ({"guided_epochs": 1}, ["train, stage 1 of 2, guided", "train, stage 2 of 2, closed loop"]),
+        ({"guided_epochs": 0}, ["train"]),
+        ({"guided_epochs": 1, "controlled": True}, ["train"]),
+    ],
+)
+def test_the_progress_bar_names_the_stages(trajectories, capfd, options, stages):
+    lesa.train(trajectories, schedule=4, **{**QUICK, **options, "progress": True})
+    shown = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "%" in line]
+    assert [*dict.fromkeys(line.split(":")[0] for line in shown)] == stages
+    assert f"{4 + options['guided_epochs']}/{4 + options['guided_epochs']} [" in shown[-1]
+    assert "validation=0." in shown[-1]
 
 
 def test_streams_of_one_sample_are_on_the_same_side_of_the_split(tmp_path):
@@ -194,8 +240,7 @@ def test_streams_of_one_sample_are_on_the_same_side_of_the_split(tmp_path):
     for file in sorted(folder.glob("sample-*.safetensors")):
         file.with_stem(file.stem + "-uncond").write_bytes(file.read_bytes())
     both = lesa.Trajectories(folder)
-    run = training.Training(both, training.complete_config(both, None, 4), None, "cpu", 0)
-    train, validation = run._split(0.4)
+    train, validation = split(both, 0.4, seed=0)
     assert len(both) == 12 and len(validation) == 4 and len(train) == 8
     assert not {both.samples[i] for i in train} & {both.samples[i] for i in validation}
 
@@ -222,18 +267,18 @@ def test_training_for_error_control_on_a_dense_schedule(trajectories, schedule):
 def test_trajectories_of_different_noise_levels_train_together(tmp_path):
     mixed = write_trajectories(tmp_path / "mixed", samples=4, shifts=(1.0, 3.0))
     config = PredictorConfig(WIDTH, hidden=8, rank=0)
-    run = training.Training(mixed, training.complete_config(mixed, config, [0, 2, 5, 8]), None, "cpu", 0)
-    together = run._batch_loss([0, 1, 2, 3], None, guided=False)
-    apart = sum(run._batch_loss([i, i + 2], None, guided=False) for i in (0, 1)) / 2
+    run = Training(mixed, complete_config(mixed, config, [0, 2, 5, 8]), TrainingSettings())
+    together = run.mean_loss([0, 1, 2, 3], None, guided=False)
+    apart = sum(run.mean_loss([i, i + 2], None, guided=False) for i in (0, 1)) / 2
     assert torch.allclose(together, apart, rtol=1e-5)
 
 
 def test_the_loss_of_the_true_features_is_zero_and_has_a_gradient(trajectories):
-    run = training.Training(trajectories, training.complete_config(trajectories, None, [0, 4]), None, "cpu", 0)
+    run = Training(trajectories, complete_config(trajectories, None, [0, 4]), TrainingSettings())
     batch = Batch([trajectories[0]], run.head, run.generator, None, "cpu")
-    plan = training.Plan([0, 4], STEPS, 4)
+    plan = Plan([0, 4], STEPS, 4)
     forecast = batch.features[plan.steps].requires_grad_()
-    loss = training.head_aware_loss(batch, plan, forecast)
+    loss = head_aware_loss(batch, plan, forecast)
     loss.backward()
     assert loss.item() == 0.0
     assert torch.isfinite(forecast.grad).all()
@@ -243,7 +288,7 @@ def test_velocities_of_a_batch_are_those_of_the_output_head(trajectories):
     from lesa_kernels import OutputHead
     from lesa_kernels.predictor import output_head
 
-    run = training.Training(trajectories, training.complete_config(trajectories, None, 4), None, "cpu", 0)
+    run = Training(trajectories, complete_config(trajectories, None, 4), TrainingSettings())
     batch = Batch([trajectories[0], trajectories[1]], run.head, run.generator, None, "cpu")
     for number in (0, 1):
         t = trajectories[number]
@@ -253,17 +298,17 @@ def test_velocities_of_a_batch_are_those_of_the_output_head(trajectories):
 
 
 def test_a_plan_lists_the_history_of_each_predicted_step():
-    plan = training.Plan([0, 2, 5], total=8, length=3)
+    plan = Plan([0, 2, 5], total=8, length=3)
     assert plan.steps == [1, 3, 4, 6, 7]
     assert plan.history.tolist() == [[0, 0, 0], [2, 0, 0], [2, 0, 0], [5, 2, 0], [5, 2, 0]]
     assert plan.count.tolist() == [1, 2, 2, 3, 3]
     assert plan.gaps.tolist() == [0, 1, 1, 2, 2]
 
 
-def test_shaken_schedules_are_near_and_differ():
+def test_moved_schedules_are_near_and_differ():
     generator = torch.Generator().manual_seed(0)
     steps = (0, 2, 7, 13, 49)
-    schedules = [sorted(training._shaken(steps, 50, generator, reach=1)) for _ in range(200)]
+    schedules = [sorted(moved_steps(steps, 50, generator, reach=1)) for _ in range(200)]
     assert all(s[0] == 0 and all(abs(a - b) <= 1 for a, b in zip(s, steps)) and s[-1] < 50 for s in schedules)
     assert len({tuple(s) for s in schedules}) > 30
 

@@ -644,7 +644,7 @@ CHANGES = [
 @pytest.mark.parametrize("name, value", CHANGES, ids=lambda value: str(value)[:80])
 def test_going_on_with_another_setting_is_refused(recording, unfinished, name, value):
     before = bytes_in(unfinished)
-    with pytest.raises(ValueError, match="must be what the unfinished training in .* has, .* but got") as refusal:
+    with pytest.raises(ValueError, match="must be .*, as in the unfinished training in .*, but got") as refusal:
         lesa.train(recording, out_dir=unfinished, **{**UNFINISHED, name: value})
     if name == "schedule":
         name = "config"  # where it is kept
@@ -656,7 +656,7 @@ def test_going_on_with_another_setting_is_refused(recording, unfinished, name, v
 def test_going_on_with_other_trajectories_is_refused(unfinished, tmp_path):
     """Their manifest says what they are."""
     others = write_recording(tmp_path / "others", samples=5)
-    with pytest.raises(ValueError, match="`trajectories` must be what the unfinished training"):
+    with pytest.raises(ValueError, match="`trajectories` must be .*, as in the unfinished training"):
         lesa.train(others, out_dir=unfinished, **UNFINISHED)
 
 
@@ -665,7 +665,7 @@ def test_going_on_with_or_without_error_control_is_refused(recording, tmp_path, 
     """In both directions."""
     out = tmp_path / "out"
     stop_before(5, recording, out, controlled=not now)
-    with pytest.raises(ValueError, match="must be what the unfinished training"):
+    with pytest.raises(ValueError, match="must be .*, as in the unfinished training"):
         lesa.train(recording, out_dir=out, **{**UNFINISHED, "controlled": now})
 
 

@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="the kernels are written in it")
 
 from lesa_kernels import dense_predict, launch
 from lesa_kernels.feature_ring.reference import dequantise_float8, newest_slots, quantise_float8
+from lesa_kernels.predictor.arguments import DenseExperts, RingState, Shape
 from lesa_kernels.predictor.kernels import dense
 from lesa_kernels.predictor.reference import dense_predict_ref, forecast_dtype, stage_index
 
@@ -19,7 +20,6 @@ GRID_SIZE, SPLINE_ORDER, HIDDEN = 4, 2, 5
 BOUNDS = (0.7, 0.4)
 SIGMAS = (0.8, 0.5, 0.3, 0.7, 0.1)  # one on a bound, which belongs to the stage below
 LEARNED = ("in_weight", "in_bias", "spline", "out_weight", "out_bias", "mix_weight", "mix_bias")
-TENSORS = ("storage", "scales", "sigmas", "cursor", "count", "sigma", *LEARNED)
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +67,14 @@ def make(device, counts, lengths, tokens=5, dim=7, capacity=None, dtype=torch.fl
 
 
 def arguments(values):
-    tensors = [values[name] for name in TENSORS]
-    return *tensors, values["stage_bounds"], values["history_length"], GRID_SIZE, SPLINE_ORDER
+    """What the launchers and the reference take."""
+    ring, experts = (kind(*(values[name] for name in kind._fields)) for kind in (RingState, DenseExperts))
+    return ring, experts, Shape(values["stage_bounds"], values["history_length"], GRID_SIZE, SPLINE_ORDER)
+
+
+def predict(ring, experts, shape, backend="auto"):
+    """`dense_predict` of what `arguments` returns."""
+    return dense_predict(*ring, *experts, *shape, backend)
 
 
 def forecast(values):
@@ -291,7 +297,7 @@ def test_the_public_function_launches_the_kernel_once(kernel_device, monkeypatch
             return self.kernel[grid]
 
     monkeypatch.setattr(dense, "_dense_predict_fwd_kernel", Spy(dense._dense_predict_fwd_kernel))
-    assert torch.equal(dense_predict(*arguments(values), backend="triton"), expected)
+    assert torch.equal(predict(*arguments(values), "triton"), expected)
     assert grids == [(3,)]  # a tile in each row
 
 
@@ -305,7 +311,7 @@ def test_gradients_of_the_public_function(kernel_device):
         return torch.autograd.grad(output, list(leaves.values()), grad.to(output.dtype))
 
     expected, plain = of_all(dense_predict_ref, in_float64(values)), of_all(dense_predict_ref, values)
-    found = of_all(dense_predict, values, "triton")
+    found = of_all(predict, values, "triton")
     for one, torch_one, exact in zip(found, plain, expected, strict=True):
         assert_close(one, torch_one, exact, torch.float32)
 

@@ -158,3 +158,33 @@ def test_without_triton():
     # First-order extrapolation of features that equal sigma. Plain torch, so that the extension need not be there.
     shape, value = run_without(["triton"], code, LESA_BACKEND="torch").rsplit(maxsplit=1)
     assert shape == "torch.Size([1, 3, 4])" and float(value) == pytest.approx(0.5)
+
+
+def test_type_checkers_see_the_public_names():
+    """`py.typed` is there, the names are the lazy ones, and every public signature is annotated in full."""
+    code = """
+        import inspect
+        from pathlib import Path
+        import lesa_kernels
+
+        assert (Path(lesa_kernels.__file__).parent / "py.typed").is_file()
+        assert set(lesa_kernels.__all__) == set(lesa_kernels._SOURCES)
+        assert len(lesa_kernels.__all__) == len(set(lesa_kernels.__all__))
+        checked = 0
+        for name in lesa_kernels.__all__:
+            value = getattr(lesa_kernels, name)
+            methods = vars(value).items() if inspect.isclass(value) else [(name, value)]
+            for method, function in methods:
+                function = getattr(function, "fget", None) or getattr(function, "__func__", function)
+                if method != "__init__" and method.startswith("_") or not inspect.isfunction(function):
+                    continue
+                signature = inspect.signature(function)
+                parameters = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
+                missing = [p.name for p in parameters if p.annotation is p.empty]
+                if method != "__init__" and signature.return_annotation is signature.empty:
+                    missing.append("return")
+                assert not missing, (name, method, missing)
+                checked += 1
+        print(checked)
+    """
+    assert int(run_without([], code)) > 40

@@ -9,6 +9,7 @@ import torch
 
 from lesa_kernels.extension import extension, extension_error
 from lesa_kernels.predictor import extension as extension_module
+from lesa_kernels.predictor.arguments import NewtonExperts, RingState, Shape
 from lesa_kernels.predictor.extension import newton_predict_extension
 from lesa_kernels.predictor.reference import newton_predict_ref
 
@@ -74,13 +75,17 @@ def case(
     )
 
 
+def in_tuples(arguments):
+    return [kind(*(getattr(arguments, name) for name in kind._fields)) for kind in (RingState, NewtonExperts, Shape)]
+
+
 def predict(arguments):
-    return newton_predict_extension(*vars(arguments).values())
+    return newton_predict_extension(*in_tuples(arguments))
 
 
 def predict_ref(arguments, dtype=None):
-    changed = vars(arguments) | ({} if dtype is None else {"storage": arguments.storage.to(dtype)})
-    return newton_predict_ref(*changed.values())
+    ring, experts, shape = in_tuples(arguments)
+    return newton_predict_ref(ring if dtype is None else ring._replace(storage=ring.storage.to(dtype)), experts, shape)
 
 
 def assert_accurate(arguments):

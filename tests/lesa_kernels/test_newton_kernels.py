@@ -13,11 +13,13 @@ from lesa_kernels import (
     FusedKANPredictor,
     OutputHead,
     PredictorConfig,
+    dense_predict,
     newton_predict,
     newton_velocity,
     output_head,
 )
-from lesa_kernels.predictor import op
+from lesa_kernels.predictor.arguments import DenseExperts, NewtonExperts, RingState, Shape
+from lesa_kernels.predictor.ops import velocity as velocity_op
 from lesa_kernels.predictor.reference import kan_hidden
 
 pytest.importorskip("triton")
@@ -386,7 +388,7 @@ def test_which_kernels_run(kernel_device, launches, monkeypatch):
         assert launches[2:] == ["_newton_predict_fwd_kernel"] * 2
         assert predictor.fuses_velocity(ring) and not predictor.fuses_velocity(ring, wide)
         assert predictor.fuses_velocity(ring, head)
-        monkeypatch.setattr(op, "KERNEL_SCRATCH_BYTES", 1000)  # more than that is left for whoever finishes
+        monkeypatch.setattr(velocity_op, "KERNEL_SCRATCH_BYTES", 1000)  # more than that is left for whoever finishes
         assert not predictor.fuses_velocity(ring, head)
         torch.testing.assert_close(
             predictor.predict_velocity(ring, sigma, head), output_head(predictor(ring, sigma), head)
@@ -600,14 +602,41 @@ def test_the_operators_check_their_arguments(kernel_device):
 
 
 def test_names_and_order_of_arguments_are_those_of_the_public_functions():
-    """One order at every level: launchers take what the public functions take, and their own after it."""
+    """One order at every level: named tuples and operators have what the public functions take."""
 
     def names(function):
         return [*inspect.signature(function).parameters]
 
-    public = names(newton_predict)[:-1]
-    assert names(newton.newton_predict_fwd)[: len(public)] == public
-    assert names(newton.newton_predict_bwd)[1 : len(public) + 1] == public
-    spread = [n for n in names(newton_velocity)[:-1] if n != "head"]
-    launcher = [n for n in names(velocity.newton_velocity_fwd) if n not in ("weight", "bias", "scale", "shift", "eps")]
-    assert launcher[: len(spread)] == spread
+    def schema(operator):
+        return [argument.name for argument in getattr(torch.ops.lesa_kernels, operator).default._schema.arguments]
+
+    newton, dense = (
+        [*RingState._fields, *experts._fields, *Shape._fields] for experts in (NewtonExperts, DenseExperts)
+    )
+    assert names(newton_predict) == schema("newton_predict") == [*newton, "backend"]
+    assert schema("newton_predict_bwd") == ["grad", *newton, "needs_storage"]
+    assert names(dense_predict) == [*dense, "backend"]
+    assert schema("dense_predict") == dense
+    assert schema("dense_predict_bwd") == ["grad", *dense, "needs_storage"]
+    head = len(newton) - len(Shape._fields)
+    assert names(newton_velocity) == [*newton[:head], "head", *newton[head:], "backend"]
+    parts = ["weight", "bias", "scale", "shift", "eps"]
+    assert schema("newton_velocity") == [*newton[:head], *parts, *newton[head:]]
+
+
+def test_the_schemas_of_the_operators():
+    ring = "Tensor storage, Tensor? scales, Tensor sigmas, Tensor cursor, Tensor count, Tensor sigma"
+    kan = "Tensor in_weight, Tensor in_bias, Tensor spline, Tensor out_weight, Tensor out_bias"
+    newton = f"{ring}, {kan}, Tensor? down, Tensor? up, Tensor? up_bias"
+    dense = f"{ring}, {kan}, Tensor mix_weight, Tensor mix_bias"
+    head = "Tensor weight, Tensor? bias, Tensor scale, Tensor shift, float eps"
+    shape = "float[] stage_bounds, int[] history_length, int grid_size, int spline_order"
+    wanted = {
+        "newton_predict": f"{newton}, {shape}, str backend) -> Tensor",
+        "newton_predict_bwd": f"Tensor grad, {newton}, {shape}, bool needs_storage) -> Tensor[]",
+        "newton_velocity": f"{newton}, {head}, {shape}) -> Tensor",
+        "dense_predict": f"{dense}, {shape}) -> Tensor",
+        "dense_predict_bwd": f"Tensor grad, {dense}, {shape}, bool needs_storage) -> Tensor[]",
+    }
+    for name, schema in wanted.items():
+        assert str(getattr(torch.ops.lesa_kernels, name).default._schema) == f"lesa_kernels::{name}({schema}"

@@ -813,12 +813,12 @@ def edit_config(folder, **changes):
     [
         ({"format_version": 2}, "`format_version` must be 1, but got 2"),
         ({"format_version": "drop"}, "`format_version` must be 1, but got None"),
-        ({"colour": "red"}, "`config` must have known fields only, but got the unknown colour"),
-        ({"feature_dim": "drop"}, "`feature_dim` must be given"),
+        ({"colour": "red"}, r"`config` has unknown fields: colour\. Remove them\."),
+        ({"feature_dim": "drop"}, "`feature_dim` is required, but `config` does not have it"),
         ({"mixer": "quadratic"}, "`mixer` must be one of 'newton', 'dense', but got 'quadratic'"),
-        ({"hidden": 7}, r"`model.safetensors: in_bias` must be as its config says, shape \[3, 7\], .* shape \[3, 5\]"),
-        ({"rank": 0}, "`model.safetensors: down` must be as its config says, nothing, but got shape"),
-        ({"stage_bounds": [0.5], "history_length": 4}, "must be as its config says, shape"),
+        ({"hidden": 7}, r"safetensors: in_bias` must match its config, which says shape \[3, 7\], .* shape \[3, 5\]"),
+        ({"rank": 0}, "`model.safetensors: down` must match its config, which says nothing, but got shape"),
+        ({"stage_bounds": [0.5], "history_length": 4}, "must match its config, which says shape"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -256,7 +256,7 @@ def test_what_fits_stays_on_the_device_and_what_cannot_fit_is_refused():
     assert smallest.resident == 1 and smallest.device_nbytes <= least
     with pytest.raises(ValueError, match=f"must be at least {least}"):
         make_ring(*sizes, max_device_bytes=least - 1)
-    with pytest.raises(ValueError, match="must be at least 28836, for a ring of these sizes with a part in host"):
+    with pytest.raises(ValueError, match="must be at least 28836, because for these sizes a ring with a part"):
         make_ring(1, 3, 100, 24, max_device_bytes=100)
     with pytest.raises(TypeError, match="`max_device_bytes` must be an integer"):
         make_ring(*sizes, max_device_bytes=1e6)
@@ -316,7 +316,7 @@ def test_a_read_notices_what_happens_inside_it(copies, change):
     read = ring.pieces()
     next(read)
     changed_inside(ring)[change]()
-    with pytest.raises(RuntimeError, match="was changed or read otherwise while its pieces were being read"):
+    with pytest.raises(RuntimeError, match="was changed, or another read began, while its pieces were being read"):
         next(read)
     assert ring.gather().isfinite().any()
 

@@ -89,7 +89,7 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
         tune.main(["--out", str(tmp_path / "tuned.json")])
-    assert stopped.value.code == 2 and "torch finds none here" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "a CUDA GPU is needed" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -1,12 +1,13 @@
-"""The paper's expert in one launch, and its backward.
+"""The dense variant's forecast in one launch, and its backward.
 
-The K features of a sample are the contraction of one matrix product: a program owns a tile of tokens and output
-channels, and walks over the features and their channels, right where the ring holds them. The same kernel without the
-residual gives what the backward needs of the forward. The gradients are two more products: `alpha * grad^T @ g_k` for
-the maps, over all samples of a stage in a fixed order, and `alpha * grad @ mix_weight_k` for the features.
+The forecast is one matrix product, which sums over the channels of all K features of a sample. A program owns a tile of
+tokens and output channels. It loops over the features and their channels, and reads them directly from the ring. The
+same kernel without the residual computes what the backward needs from the forward. The gradients are two more products:
+`alpha * grad^T @ g_k` for the maps, over all samples of a stage in a fixed order, and `alpha * grad @ mix_weight_k` for
+the features.
 
-Matrix products run in the dtype of the features (bfloat16 if these are float8), whatever the dtype of the maps; maps
-in another one are rounded tile by tile, which works but is slower than casting the predictor once.
+Matrix products run in the dtype of the features (bfloat16 for float8). Maps in another dtype are rounded tile by tile,
+which works but is slower than casting the predictor once.
 """
 
 import itertools
@@ -17,6 +18,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lesa_kernels.launch import LAUNCH_OPTIONS, architecture, launch_config
+from lesa_kernels.predictor.arguments import DenseExperts, RingState, Shape
 from lesa_kernels.predictor.kernels.shared import (
     hidden_units,
     history_of,
@@ -37,7 +39,7 @@ from lesa_kernels.predictor.reference import stage_index
 def tile_of(program, rows, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr):
     """Which product, row and column a program's tile starts at, among products of `rows` x COLUMNS.
 
-    Programs that run together share a square of GROUP blocks of rows, and with it what the second-level cache holds.
+    Programs that run at the same time work on a square of GROUP blocks of rows, so they share the second-level cache.
     """
     across: tl.constexpr = (COLUMNS + BLOCK_C - 1) // BLOCK_C
     down = tl.cdiv(rows, BLOCK_R)
@@ -50,7 +52,7 @@ def tile_of(program, rows, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C
 
 @triton.jit
 def chosen(values, i, K: tl.constexpr):
-    """values[i] of a tuple of K scalars, for an `i` known only on the device."""
+    """values[i] of a tuple of K scalars, for an `i` that only the device knows."""
     value = values[0]
     for k in tl.static_range(1, K):
         value = tl.where(i == k, values[k], value)
@@ -74,7 +76,7 @@ def alpha_of(
     DEGREE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """The factor of a sample's mixed features; NaN without any."""
+    """The factor of a sample's mixed features; NaN if the sample has no features."""
     alpha = tl.load(out_bias + stage).to(tl.float32) + tl.where(n > 0, 0.0, float("nan"))
     for start in tl.static_range(0, M, BLOCK_M):
         hidden = hidden_units(
@@ -103,7 +105,7 @@ def load_tokens(features, row, start, tokens, channels, limit, D: tl.constexpr, 
 
 @triton.jit
 def load_channels(features, row, start, tokens, channels, D: tl.constexpr, BLOCK_T: tl.constexpr):
-    """What `load_tokens` reads, as `[channels, BLOCK_T]`: transposed while it is loaded, which pipelines everywhere."""
+    """Like `load_tokens`, as `[channels, BLOCK_T]`. The load itself transposes, which every GPU can pipeline."""
     inner = tl.arange(0, BLOCK_T)
     inside = (channels < D)[:, None] & (start + inner < tokens)[None, :]
     base = features + (tl.cast(row, tl.int64) * tokens + start) * D
@@ -112,7 +114,7 @@ def load_channels(features, row, start, tokens, channels, D: tl.constexpr, BLOCK
 
 @triton.jit
 def store_tokens(features, tile, row, start, tokens, channels, D: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Writes what `load_tokens` reads."""
+    """Writes a tile of contiguous features, as `load_tokens` reads it."""
     inner = tl.arange(0, BLOCK_T)
     inside = (start + inner < tokens)[:, None] & (channels < D)[None, :]
     base = features + (tl.cast(row, tl.int64) * tokens + start) * D
@@ -183,7 +185,7 @@ def _dense_predict_fwd_kernel(
         first_in = step % steps * BLOCK_K
         slot = chosen(slots, k, K)
         if HAS_TILES:
-            # A tile may reach into the next sample's tokens or the next map's rows: these parts are never written.
+            # A tile may include tokens of the next sample or rows of the next map. These parts are not written.
             feature = storage_tiles.load([(slot * batch + row) * tokens + start, first_in])
             weight = mix_weight_tiles.load([(first + k) * D + first_out, first_in])
         else:
@@ -193,7 +195,7 @@ def _dense_predict_fwd_kernel(
         mixed = rounded_dot(feature, weight.T, mixed, OPERAND)
 
     total = 0.0
-    for part in tl.static_range(2):  # the whole tile's residual would not fit into the registers beside it
+    for part in tl.static_range(2):  # the registers do not hold the residual of a whole tile as well
         half = tl.split(mixed.reshape([BLOCK_R, 2, BLOCK_C // 2]).permute(0, 2, 1))[part]
         outs = first_out + part * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)
         half += tl.load(mix_bias + stage * D + outs, outs < D, 0.0).to(tl.float32)[None, :]
@@ -293,7 +295,7 @@ def _dense_predict_bwd_storage_kernel(
     length = of_stage(stage, LENGTHS)
     there = tl.load(count + row)
 
-    # The slot's place in the history is one entry, none, or, if it is the oldest, all that are missing as well.
+    # A slot is one entry of the history or none. The oldest slot is also every missing entry.
     age = (tl.load(cursor + row) - 1 - slot + capacity) % capacity
     last = tl.where(age == there - 1, length, tl.minimum(age + 1, length))
     last = tl.where(age < there, last, 0)
@@ -314,32 +316,27 @@ def _dense_predict_bwd_storage_kernel(
         store_tokens(grad_storage, residual + alpha * half, place, start, tokens, ins, D, BLOCK_R)
 
 
-# Shared memory in KiB that a program may use, by architecture; any other has 99 at least.
+# Shared memory in KiB that a program may use, by architecture. All others have at least 99.
 _SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 
 
 def dense_config(operation: str, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> dict[str, int]:
     """The configuration of a product `a @ b` for features in `dtype`, with no more stages than shared memory holds.
 
-    The defaults were chosen by what compiles without spilling registers for sm_80, sm_90 and sm_100. None has been
-    timed yet.
+    The defaults were chosen so that they compile without spilling registers for sm_80, sm_90 and sm_100. They have not
+    been timed.
     """
     config = launch_config(operation, dtype, a.device)
     stage = config["BLOCK_K"] * (config["BLOCK_R"] * a.element_size() + config["BLOCK_C"] * b.element_size())
-    # A KiB is left for what else the compiler keeps there.
+    # One KiB is reserved for other uses by the compiler.
     fitting = (_SHARED_MEMORY.get(architecture(), 99) - 1) * 1024 // stage
     if not 90 <= architecture() < 120:
-        fitting += 1  # tensor cores that read registers: the stage in use is no longer in shared memory
+        fitting += 1  # these tensor cores read registers, so the current stage is not in shared memory
     return {**config, "num_stages": max(min(config["num_stages"], fitting), 1)}
 
 
-def first_maps(history_length: tuple[int, ...]) -> tuple[int, ...]:
-    """Where the maps of each stage start among those of all stages."""
-    return tuple(itertools.accumulate(history_length[:-1], initial=0))
-
-
 def has_tiles(storage: torch.Tensor, mix_weight: torch.Tensor) -> bool:
-    """Whether the copy engine that GPUs have from Hopper on can load the tiles of both factors."""
+    """Whether the copy engine of Hopper and newer GPUs can load the tiles of both factors."""
     return (
         architecture() >= 90
         and storage.dtype == mix_weight.dtype
@@ -350,29 +347,16 @@ def has_tiles(storage: torch.Tensor, mix_weight: torch.Tensor) -> bool:
 
 
 def _launch_fwd(
-    output,
-    alphas,
-    grad,
-    storage,
-    scales,
-    sigmas,
-    cursor,
-    count,
-    sigma,
-    in_weight,
-    in_bias,
-    spline,
-    out_weight,
-    out_bias,
-    mix_weight,
-    mix_bias,
-    stage_bounds,
-    history_length,
-    grid_size,
-    spline_order,
-    config,
-):
+    output: torch.Tensor,
+    alphas: torch.Tensor | None,
+    grad: torch.Tensor | None,
+    ring: RingState,
+    experts: DenseExperts,
+    shape: Shape,
+    config: dict[str, int],
+) -> None:
     """Launches `_dense_predict_fwd_kernel`: for forecasts, or, given `grad`, for the gradient's parts of alpha."""
+    storage, mix_weight, hidden = ring.storage, experts.mix_weight, experts.in_weight.shape[1]
     capacity, batch, tokens, width = storage.shape
     tiles = has_tiles(storage, mix_weight)
     stored, float8 = stored_bits(storage)
@@ -383,38 +367,42 @@ def _launch_fwd(
         grad,
         stored,
         _descriptor(storage, config["BLOCK_R"], config["BLOCK_K"]) if tiles else None,
-        scales,
-        sigmas,
-        cursor,
-        count,
-        sigma,
-        in_weight,
-        in_bias,
-        spline,
-        out_weight,
-        out_bias,
+        ring.scales,
+        ring.sigmas,
+        ring.cursor,
+        ring.count,
+        ring.sigma,
+        experts.in_weight,
+        experts.in_bias,
+        experts.spline,
+        experts.out_weight,
+        experts.out_bias,
         mix_weight,
         _descriptor(mix_weight, config["BLOCK_C"], config["BLOCK_K"]) if tiles else None,
-        mix_bias,
+        experts.mix_bias,
         capacity,
         batch,
         tokens,
         *storage.stride()[:3],
-        **stage_constants(stage_bounds, history_length),
-        FIRSTS=first_maps(history_length),
-        GRID=grid_size,
-        DEGREE=spline_order,
+        **_dense_constants(shape),
+        GRID=shape.grid_size,
+        DEGREE=shape.spline_order,
         D=width,
-        M=in_weight.shape[1],
-        K=max(history_length),
+        M=hidden,
+        K=shape.longest,
         FLOAT8=float8,
         OPERAND=operand_dtype(storage.dtype),
         FORECASTS=grad is None,
         HAS_TILES=tiles,
-        BLOCK_M=next_power_of_2(min(in_weight.shape[1], 256)),
+        BLOCK_M=next_power_of_2(min(hidden, 256)),
         **config,
         **LAUNCH_OPTIONS,
     )
+
+
+def _dense_constants(shape: Shape) -> dict[str, tuple]:
+    """BOUNDS, LENGTHS, and FIRSTS: where the maps of each stage start among those of all stages."""
+    return stage_constants(shape) | {"FIRSTS": tuple(itertools.accumulate(shape.history_length[:-1], initial=0))}
 
 
 def _descriptor(matrices, rows, columns):
@@ -426,57 +414,27 @@ def _tiles_in(rows, columns, config):
 
 
 def dense_predict_fwd(
-    storage: torch.Tensor,
-    scales: torch.Tensor | None,
-    sigmas: torch.Tensor,
-    cursor: torch.Tensor,
-    count: torch.Tensor,
-    sigma: torch.Tensor,
-    in_weight: torch.Tensor,
-    in_bias: torch.Tensor,
-    spline: torch.Tensor,
-    out_weight: torch.Tensor,
-    out_bias: torch.Tensor,
-    mix_weight: torch.Tensor,
-    mix_bias: torch.Tensor,
-    stage_bounds: tuple[float, ...],
-    history_length: tuple[int, ...],
-    grid_size: int,
-    spline_order: int,
+    ring: RingState,
+    experts: DenseExperts,
+    shape: Shape,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Launches the dense forecast once; arguments as in `dense_predict`, checked there."""
+    storage, mix_weight = ring.storage, experts.mix_weight
     output = torch.empty(storage.shape[1:], dtype=out_dtype, device=storage.device)
     if output.numel():
-        ring = (storage, scales, sigmas, cursor, count, sigma)
-        experts = (in_weight, in_bias, spline, out_weight, out_bias, mix_weight, mix_bias)
-        shape = (stage_bounds, history_length, grid_size, spline_order)
         wide = mix_weight.element_size() > max(storage.element_size(), 2)
         operation = "dense_predict_cast" if wide else "dense_predict"
         config = dense_config(operation, storage.dtype, storage, mix_weight)
-        _launch_fwd(output, None, None, *ring, *experts, *shape, config)
+        _launch_fwd(output, None, None, ring, experts, shape, config)
     return output
 
 
 def dense_predict_bwd(
     grad: torch.Tensor,
-    storage: torch.Tensor,
-    scales: torch.Tensor | None,
-    sigmas: torch.Tensor,
-    cursor: torch.Tensor,
-    count: torch.Tensor,
-    sigma: torch.Tensor,
-    in_weight: torch.Tensor,
-    in_bias: torch.Tensor,
-    spline: torch.Tensor,
-    out_weight: torch.Tensor,
-    out_bias: torch.Tensor,
-    mix_weight: torch.Tensor,
-    mix_bias: torch.Tensor,
-    stage_bounds: tuple[float, ...],
-    history_length: tuple[int, ...],
-    grid_size: int,
-    spline_order: int,
+    ring: RingState,
+    experts: DenseExperts,
+    shape: Shape,
     needs_storage: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Launches the backward of the dense forecast.
@@ -489,46 +447,39 @@ def dense_predict_bwd(
         The gradients of `mix_weight` and `mix_bias`, in their dtypes; of each sample's alpha, `[B]` float32, for the
         KAN's own backward; and of `storage`, in its dtype, or None.
     """
+    storage, mix_weight = ring.storage, experts.mix_weight
     capacity, batch, tokens, width = storage.shape
     grad_storage = torch.empty_like(storage, memory_format=torch.contiguous_format) if needs_storage else None
     if grad.numel() == 0:
         grad_alpha = grad.new_zeros(batch, dtype=torch.float32)
-        return torch.zeros_like(mix_weight), torch.zeros_like(mix_bias), grad_alpha, grad_storage
+        return torch.zeros_like(mix_weight), torch.zeros_like(experts.mix_bias), grad_alpha, grad_storage
     grad = grad.contiguous()
     grad_mix_weight = torch.empty_like(mix_weight)
 
     config = dense_config("dense_predict_bwd_alpha", storage.dtype, storage, mix_weight)
     parts = grad.new_empty(batch, _tiles_in(tokens, width, config), dtype=torch.float32)
     alphas = grad.new_empty(batch, dtype=torch.float32)
-    ring = (storage, scales, sigmas, cursor, count, sigma)
-    experts = (in_weight, in_bias, spline, out_weight, out_bias, mix_weight, mix_bias)
-    shape = (stage_bounds, history_length, grid_size, spline_order)
-    _launch_fwd(parts, alphas, grad, *ring, *experts, *shape, config)
+    _launch_fwd(parts, alphas, grad, ring, experts, shape, config)
 
-    common = {
-        **stage_constants(stage_bounds, history_length),
-        "FIRSTS": first_maps(history_length),
-        "D": width,
-        "OPERAND": operand_dtype(storage.dtype),
-    }
+    common = {**_dense_constants(shape), "D": width, "OPERAND": operand_dtype(storage.dtype)}
     stored, float8 = stored_bits(storage)
     config = dense_config("dense_predict_bwd_mix_weight", storage.dtype, grad, storage)
-    grid = (sum(history_length) * _tiles_in(width, width, config),)
+    grid = (sum(shape.history_length) * _tiles_in(width, width, config),)
     _dense_predict_bwd_mix_weight_kernel[grid](
         grad_mix_weight,
         grad,
         alphas,
         stored,
-        scales,
-        sigmas,
-        cursor,
-        count,
-        sigma,
+        ring.scales,
+        ring.sigmas,
+        ring.cursor,
+        ring.count,
+        ring.sigma,
         capacity,
         batch,
         tokens,
         *storage.stride()[:3],
-        K=max(history_length),
+        K=shape.longest,
         FLOAT8=float8,
         **common,
         **config,
@@ -541,9 +492,9 @@ def dense_predict_bwd(
             grad_storage,
             grad,
             alphas,
-            cursor,
-            count,
-            sigma,
+            ring.cursor,
+            ring.count,
+            ring.sigma,
             mix_weight,
             capacity,
             batch,
@@ -553,9 +504,9 @@ def dense_predict_bwd(
             **LAUNCH_OPTIONS,
         )
 
-    # A row without history passes nothing on, although its alpha is NaN.
-    of_row = torch.where((count > 0)[:, None], alphas[:, None] * grad.sum(1, dtype=torch.float32), 0.0)
-    stage = stage_index(sigma.float(), stage_bounds)
-    of_stages = [torch.where((stage == s)[:, None], of_row, 0.0).sum(0) for s in range(len(history_length))]
-    grad_mix_bias = torch.stack(of_stages).to(mix_bias.dtype)
+    # A row without history has no gradient, although its alpha is NaN.
+    of_row = torch.where((ring.count > 0)[:, None], alphas[:, None] * grad.sum(1, dtype=torch.float32), 0.0)
+    stage = stage_index(ring.sigma.float(), shape.stage_bounds)
+    of_stages = [torch.where((stage == s)[:, None], of_row, 0.0).sum(0) for s in range(shape.stages)]
+    grad_mix_bias = torch.stack(of_stages).to(experts.mix_bias.dtype)
     return grad_mix_weight, grad_mix_bias, parts.sum(1), grad_storage

@@ -1,9 +1,9 @@
 """Newton's forecast in one launch.
 
-A program owns a block of channels of one sample. It makes their anchor weights once, then walks over its share of the
-tokens: K feature tiles in, one forecast tile out. The low-rank residual needs all channels of a token before any can be
-written. So the programs leave their part of `down @ taps` beside the unfinished forecast, and the one that arrives last
-at a tile of tokens adds them up, in a fixed order, and finishes it.
+A program owns a block of channels of one sample. It computes their anchor weights once, then loops over its share of
+the tokens: it loads K feature tiles and writes one forecast tile. The low-rank residual needs all channels of a token.
+So each program writes the unfinished forecast, and its part of `down @ taps` to scratch memory. The last program that
+arrives at a tile of tokens adds these parts in a fixed order and finishes the tile.
 """
 
 import torch
@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from lesa_kernels.launch import LAUNCH_OPTIONS, arrival_counters, launch_config, multiprocessors
-from lesa_kernels.predictor.gradients import HiddenUnits, coefficients_backward, read_history
+from lesa_kernels.predictor.arguments import NewtonExperts, RingState, Shape
+from lesa_kernels.predictor.gradients import HiddenUnits, History, coefficients_backward, read_history
 from lesa_kernels.predictor.kernels.shared import (
     anchor_weights,
     load_history,
@@ -50,7 +51,7 @@ def load_maps(down, stage, channels, ranks, D: tl.constexpr, K: tl.constexpr, RA
 
 @triton.jit
 def tap_scale(levels, n, sigma, j: tl.constexpr):
-    """How many times larger than the anchors tap j can be; one, if it is zero or there is no such tap."""
+    """How many times larger than the anchors tap j can be; one if the tap is zero or does not exist."""
     scale = 0.0
     for k in tl.static_range(j + 1):
         scale += tl.abs(newton_weight(sigma, levels, n, j, k))
@@ -59,10 +60,10 @@ def tap_scale(levels, n, sigma, j: tl.constexpr):
 
 @triton.jit
 def read_residual(anchors, maps, levels, n, sigma, zero, K: tl.constexpr, OPERAND: tl.constexpr):
-    """This block's part of `down @ taps`: `[BLOCK_T, BLOCK_R]`, as `zero` is.
+    """This block's part of `down @ taps`: `[BLOCK_T, BLOCK_R]`, the shape of `zero`.
 
-    Taps far from their anchors are large. Their products are taken of values that are as small as the anchors, so that
-    these fit into float16 where the features do.
+    Taps far from their anchors are large. They are divided by a scale before the product, so that they are as small as
+    the anchors and fit into float16 if the features do.
     """
     part = zero
     for j in tl.static_range(1, K):
@@ -76,7 +77,7 @@ def read_residual(anchors, maps, levels, n, sigma, zero, K: tl.constexpr, OPERAN
 def residual_of(read, up, stage, channels, D: tl.constexpr, RANK: tl.constexpr, OPERAND: tl.constexpr):
     """`up @ read` for a block of channels: `[BLOCK_T, channels]`.
 
-    What taps far from their anchors give may be out of float16's range, even where the residual is not.
+    With taps far from their anchors, `read` may exceed the range of float16 even if the residual does not.
     """
     if tl.float16 == OPERAND:
         operand: tl.constexpr = tl.float32
@@ -158,8 +159,8 @@ def _newton_predict_fwd_kernel(
     share = tl.cdiv(tiles, splits)
     last = tl.minimum((split + 1) * share, tiles)
     if RANK > 0:
-        # One tile ahead: the next one is on its way while the programs meet. Without a residual they never do, and the
-        # compiler's own pipeline, NUM_STAGES deep, serves.
+        # Tiles are loaded one ahead, so that the next one is loading while the programs wait for each other. Without a
+        # residual they do not wait, and the compiler's own pipeline of NUM_STAGES stages is used.
         stored = load_history(features, slots, row, split * share * BLOCK_T, channels, inside, n, K, BLOCK_T, FLOAT8)
     for tile in tl.range(split * share, last, num_stages=NUM_STAGES):
         start = tile * BLOCK_T
@@ -201,11 +202,11 @@ def _newton_predict_fwd_kernel(
             kept_at = read_output + token * RANK + inner[:, None] * RANK + ranks[None, :]
             tl.store(written, forecast.to(output.dtype.element_ty), mask)
             tl.store(first_part + block * (BLOCK_T * BLOCK_R) + inner_read, part)
-            tl.debug_barrier()  # all threads have written before one of them says so
+            tl.debug_barrier()  # all threads must have written before one of them counts the arrival
             if tl.atomic_add(counter, 1, sem="acq_rel") == blocks - 1:
                 read = zero
                 for b in range(blocks):
-                    # Past the first-level cache, which does not see what other processors write.
+                    # Not from the first-level cache, which does not see the writes of other multiprocessors.
                     read += tl.load(first_part + b * (BLOCK_T * BLOCK_R) + inner_read, cache_modifier=".cg")
                 tl.store(counter, 0)
                 if KEEPS_READ:
@@ -220,41 +221,26 @@ def _newton_predict_fwd_kernel(
 
 
 def newton_predict_fwd(
-    storage: torch.Tensor,
-    scales: torch.Tensor | None,
-    sigmas: torch.Tensor,
-    cursor: torch.Tensor,
-    count: torch.Tensor,
-    sigma: torch.Tensor,
-    in_weight: torch.Tensor,
-    in_bias: torch.Tensor,
-    spline: torch.Tensor,
-    out_weight: torch.Tensor,
-    out_bias: torch.Tensor,
-    down: torch.Tensor | None,
-    up: torch.Tensor | None,
-    up_bias: torch.Tensor | None,
-    stage_bounds: tuple[float, ...],
-    history_length: tuple[int, ...],
-    grid_size: int,
-    spline_order: int,
+    ring: RingState,
+    experts: NewtonExperts,
+    shape: Shape,
     out_dtype: torch.dtype,
     read: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launches Newton's forecast once; arguments as in `newton_predict`, checked there.
 
-    `read` `[B, T, R]` float32, if given, receives `down @ taps` for the backward.
+    If `read` is given, `[B, T, R]` float32, `down @ taps` is written to it for the backward.
     """
-    _, batch, tokens, width = storage.shape
+    storage, rank, hidden = ring.storage, experts.rank, experts.in_weight.shape[1]
+    capacity, batch, tokens, width = storage.shape
     output = torch.empty((batch, tokens, width), dtype=out_dtype, device=storage.device)
     if output.numel() == 0:
         return output
-    taps, rank = newton_sizes(history_length, down)
     config = launch_config("newton_predict_residual" if rank else "newton_predict", storage.dtype, storage.device)
-    grid, splits = newton_grid(storage.shape, storage.device, config)
+    grid, splits = newton_grid(storage, config)
     block_t, blocks = config["BLOCK_T"], triton.cdiv(width, config["BLOCK_D"])
     block_r = next_power_of_2(rank, 16)
-    parts = arrivals = output  # never touched
+    parts = arrivals = output  # not used
     if rank:
         tiles = batch * triton.cdiv(tokens, block_t)
         parts = torch.empty(tiles * blocks * block_t * block_r, dtype=torch.float32, device=storage.device)
@@ -264,40 +250,33 @@ def newton_predict_fwd(
         output,
         output if read is None else read,
         stored,
-        output if scales is None else scales,
-        sigmas,
-        cursor,
-        count,
-        sigma,
-        in_weight,
-        in_bias,
-        spline,
-        out_weight,
-        out_bias,
-        output if down is None else down,
-        output if up is None else up,
-        output if up_bias is None else up_bias,
+        output if ring.scales is None else ring.scales,
+        ring.sigmas,
+        ring.cursor,
+        ring.count,
+        ring.sigma,
+        *(output if parameter is None else parameter for parameter in experts),
         parts,
         arrivals,
-        storage.shape[0],
+        capacity,
         batch,
         tokens,
         *storage.stride()[:3],
         splits,
-        **stage_constants(stage_bounds, history_length),
-        GRID=grid_size,
-        DEGREE=spline_order,
+        **stage_constants(shape),
+        GRID=shape.grid_size,
+        DEGREE=shape.spline_order,
         D=width,
-        M=in_weight.shape[1],
-        K=taps + 1,
+        M=hidden,
+        K=shape.longest,
         RANK=rank,
-        HAS_BIAS=up_bias is not None,
+        HAS_BIAS=experts.up_bias is not None,
         KEEPS_READ=read is not None,
         FLOAT8=float8,
         OPERAND=operand_dtype(storage.dtype),
         BLOCK_D=config["BLOCK_D"],
         BLOCK_T=block_t,
-        BLOCK_M=min(config["BLOCK_M"], next_power_of_2(in_weight.shape[1])),
+        BLOCK_M=min(config["BLOCK_M"], next_power_of_2(hidden)),
         BLOCK_R=block_r,
         NUM_STAGES=config["NUM_STAGES"],
         num_warps=config["num_warps"],
@@ -306,25 +285,18 @@ def newton_predict_fwd(
     return output
 
 
-def newton_sizes(history_length: tuple[int, ...], down: torch.Tensor | None) -> tuple[int, int]:
-    """Taps of the longest history, and the rank of the residual over them: zero where there are no taps."""
-    taps = max(history_length) - 1
-    return taps, down.shape[1] if down is not None and taps else 0
-
-
-def newton_grid(shape: tuple[int, ...], device: torch.device, config: dict[str, int]) -> tuple[tuple[int], int]:
-    """The grid of a kernel whose programs own channel blocks, and into how many shares the tokens are split for it.
+def newton_grid(storage: torch.Tensor, config: dict[str, int]) -> tuple[tuple[int], int]:
+    """The grid of a kernel whose programs own blocks of channels, and the number of shares of the tokens.
 
     Args:
-        shape: `(C, B, T, D)`, of the storage.
-        device: where it runs.
-        config: its launch configuration.
+        storage: `[C, B, T, D]`, the stored features.
+        config: the kernel's launch configuration.
     """
-    _, batch, tokens, width = shape
+    _, batch, tokens, width = storage.shape
     blocks = max(batch * triton.cdiv(width, config["BLOCK_D"]), 1)
-    # Rounded down: PROGRAMS is how many a multiprocessor holds at once, and one more would wait for a second round.
-    # Some multiprocessors stay idle where the blocks do not divide the places.
-    wanted = config["PROGRAMS"] * multiprocessors(device) // blocks
+    # Rounded down: a multiprocessor holds PROGRAMS programs at once, and one more would wait for a second round. Some
+    # multiprocessors stay idle if the number of blocks does not divide the number of places.
+    wanted = config["PROGRAMS"] * multiprocessors(storage.device) // blocks
     splits = min(max(wanted, 1), max(triton.cdiv(tokens, config["BLOCK_T"]), 1))
     return (blocks * splits,), splits
 
@@ -386,7 +358,7 @@ def _newton_predict_bwd_kernel(
 
     tiles = tl.cdiv(tokens, BLOCK_T)
     share = tl.cdiv(tiles, splits)
-    limit = tl.where(n > 0, tokens, 0)  # a row without anchors is NaN whatever the parameters are
+    limit = tl.where(n > 0, tokens, 0)  # a row without anchors is NaN, independently of the parameters
     for tile in tl.range(split * share, tl.minimum((split + 1) * share, tiles)):
         start = tile * BLOCK_T
         token = tl.cast(row, tl.int64) * tokens + start
@@ -433,56 +405,39 @@ def _newton_predict_bwd_kernel(
 
 def newton_predict_bwd(
     grad: torch.Tensor,
-    storage: torch.Tensor,
-    scales: torch.Tensor | None,
-    sigmas: torch.Tensor,
-    cursor: torch.Tensor,
-    count: torch.Tensor,
-    sigma: torch.Tensor,
-    in_weight: torch.Tensor,
-    in_bias: torch.Tensor,
-    spline: torch.Tensor,
-    out_weight: torch.Tensor,
-    out_bias: torch.Tensor,
-    down: torch.Tensor | None,
-    up: torch.Tensor | None,
-    up_bias: torch.Tensor | None,
-    stage_bounds: tuple[float, ...],
-    history_length: tuple[int, ...],
-    grid_size: int,
-    spline_order: int,
+    ring: RingState,
+    experts: NewtonExperts,
+    shape: Shape,
     needs_storage: bool,
 ) -> list[torch.Tensor | None]:
-    """Gradients of `newton_predict` from that of its result, `[B, T, D]`.
+    """The gradients of `newton_predict`, from the gradient `[B, T, D]` of its result.
 
     Returns:
-        those of `storage` (None unless `needs_storage`), `in_weight`, `in_bias`, `spline`, `out_weight`, `out_bias`,
-        `down`, `up` and `up_bias` (None where these are), in float32. Sums run in a fixed order.
+        The gradients of `storage` (None unless `needs_storage`), `in_weight`, `in_bias`, `spline`, `out_weight`,
+        `out_bias`, `down`, `up` and `up_bias` (None if these are None), in float32. Sums run in a fixed order.
     """
-    parameters = (in_weight, in_bias, spline, out_weight, out_bias, down, up, up_bias)
-    shape = (stage_bounds, history_length, grid_size, spline_order)
-    _, batch, tokens, width = storage.shape
-    taps, rank = newton_sizes(history_length, down)
-    history = read_history(sigmas, cursor, count, sigma, stage_bounds, history_length)
-    hidden = HiddenUnits(history, in_weight, in_bias, spline, grid_size, spline_order)
+    storage, rank, taps = ring.storage, experts.rank, shape.longest - 1
+    capacity, batch, tokens, width = storage.shape
+    history = read_history(ring, shape)
+    hidden = HiddenUnits(history, experts, shape)
     grad = grad.contiguous()
 
     def empty(*sizes):
         return torch.empty(sizes, dtype=torch.float32, device=grad.device)
 
     read = grad_read = None
-    if rank:
+    if (residual := experts.residual) is not None and rank:
         read = empty(batch, tokens, rank)
-        newton_predict_fwd(
-            storage, scales, sigmas, cursor, count, sigma, *parameters, *shape, out_dtype=grad.dtype, read=read
-        )
+        newton_predict_fwd(ring, experts, shape, out_dtype=grad.dtype, read=read)
         wide = grad.float() if grad.dtype == torch.float16 else grad  # float16 has too small a range
-        grad_read = torch.bmm(wide, up[history.stage].to(wide.dtype)).float()
+        grad_read = torch.bmm(wide, residual.up[history.stage].to(wide.dtype)).float()
     config = launch_config("newton_predict_bwd", storage.dtype, storage.device)
-    grid, splits = newton_grid(storage.shape, storage.device, config)
-    totals = [empty(splits, batch, taps, width)]
-    totals += [None if up_bias is None else empty(splits, batch, width)]
-    totals += [empty(splits, batch, width, rank), empty(splits, batch, rank, taps, width)] if rank else [None, None]
+    grid, splits = newton_grid(storage, config)
+    of_coefficients = empty(splits, batch, taps, width)
+    of_bias = None if experts.up_bias is None else empty(splits, batch, width)
+    of_up = empty(splits, batch, width, rank) if rank else None
+    of_down = empty(splits, batch, rank, taps, width) if rank else None
+    totals = (of_coefficients, of_bias, of_up, of_down)
     if grad.numel() == 0:
         for total in totals:
             if total is not None:
@@ -495,23 +450,23 @@ def newton_predict_bwd(
             grad if read is None else read,
             grad if grad_read is None else grad_read,
             stored,
-            grad if scales is None else scales,
-            sigmas,
-            cursor,
-            count,
-            sigma,
-            storage.shape[0],
+            grad if ring.scales is None else ring.scales,
+            ring.sigmas,
+            ring.cursor,
+            ring.count,
+            ring.sigma,
+            capacity,
             batch,
             tokens,
             *storage.stride()[:3],
             splits,
-            **stage_constants(stage_bounds, history_length),
+            **stage_constants(shape),
             D=width,
-            K=taps + 1,
+            K=shape.longest,
             RANK=rank,
-            HAS_BIAS=up_bias is not None,
+            HAS_BIAS=experts.up_bias is not None,
             FLOAT8=float8,
-            # Sums over tokens, and what large taps are multiplied with, may be out of float16's range.
+            # Sums over tokens, and the factors of large taps, may exceed the range of float16.
             OPERAND=tl.bfloat16 if storage.dtype == torch.float16 else operand_dtype(storage.dtype),
             BLOCK_D=config["BLOCK_D"],
             BLOCK_T=config["BLOCK_T"],
@@ -519,31 +474,41 @@ def newton_predict_bwd(
             num_warps=config["num_warps"],
             **LAUNCH_OPTIONS,
         )
-    coefficients, bias, of_up, of_down = (None if total is None else total.sum(0) for total in totals)
 
-    flat = out_weight.flatten(1, 2)  # [S, taps * D, M]
+    def merged(parameter, total):
+        """The sum over the splits, and over the samples of each stage."""
+        return None if parameter is None or total is None else torch.einsum("sb,b...->s...", rows, total.sum(0))
+
+    coefficients = of_coefficients.sum(0)
+    flat = experts.out_weight.flatten(1, 2)  # [S, taps * D, M]
     grad_hidden, grad_out_weight, grad_out_bias = coefficients_backward(history, hidden, flat, coefficients.flatten(1))
-    rows = history.one_hot(len(in_weight))
+    rows = history.one_hot(shape.stages)
     grad_storage = None
     if needs_storage:
-        grad_storage = _storage_gradient(grad, grad_read, storage, history, hidden, out_weight, out_bias, down)
+        grad_storage = _storage_gradient(grad, grad_read, storage, history, hidden, experts)
     return [
         grad_storage,
         *hidden.backward(grad_hidden),
-        grad_out_weight.view(out_weight.shape),
-        grad_out_bias.view(out_bias.shape),
-        *(
-            total if parameter is None or total is None else torch.einsum("sb,b...->s...", rows, total)
-            for parameter, total in ((down, of_down), (up, of_up), (up_bias, bias))
-        ),
+        grad_out_weight.view(experts.out_weight.shape),
+        grad_out_bias.view(experts.out_bias.shape),
+        merged(experts.down, of_down),
+        merged(experts.up, of_up),
+        merged(experts.up_bias, of_bias),
     ]
 
 
-def _storage_gradient(grad, grad_read, storage, history, hidden, out_weight, out_bias, down) -> torch.Tensor:
-    """The features' gradient, as the ring's storage is: each anchor's share of the forecast's, and zeros elsewhere."""
+def _storage_gradient(
+    grad: torch.Tensor,
+    grad_read: torch.Tensor | None,
+    storage: torch.Tensor,
+    history: History,
+    hidden: HiddenUnits,
+    experts: NewtonExperts,
+) -> torch.Tensor:
+    """The gradient of `storage`: each anchor's share of the gradient of the forecast, and zeros elsewhere."""
     weights = newton_weights(history.levels, history.count, history.target)  # [B, K - 1, K]
-    coefficients = torch.einsum("bjdm,bm->bjd", out_weight[history.stage].float(), hidden.values)
-    coefficients = coefficients + out_bias[history.stage].float()
+    coefficients = torch.einsum("bjdm,bm->bjd", experts.out_weight[history.stage].float(), hidden.values)
+    coefficients = coefficients + experts.out_bias[history.stage].float()
     shares = torch.einsum("bjk,bjd->kbd", weights, coefficients)
     shares[0] += 1
     exist = history.count > 0
@@ -551,9 +516,9 @@ def _storage_gradient(grad, grad_read, storage, history, hidden, out_weight, out
     samples = torch.arange(len(exist), device=grad.device)
     for k, (slot, share) in enumerate(zip(history.slots, shares)):
         part = share[:, None] * grad
-        if grad_read is not None:
-            maps = torch.einsum("brjd,bj->brd", down[history.stage].float(), weights[:, :, k])
+        if grad_read is not None and experts.down is not None:
+            maps = torch.einsum("brjd,bj->brd", experts.down[history.stage].float(), weights[:, :, k])
             part = part + grad_read @ maps
-        # A slot that is repeated for a missing anchor gets zeros: its weights are zero.
+        # A slot that is repeated for a missing anchor gets zeros, since its weights are zero.
         gradient[slot, samples] += part.masked_fill(~exist[:, None, None] | (history.count <= k)[:, None, None], 0.0)
     return gradient

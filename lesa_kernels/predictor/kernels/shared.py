@@ -1,4 +1,4 @@
-"""What the predictors' kernels share: a sample's stage and history, the KAN's hidden units, the anchors' weights."""
+"""Functions for the kernels of all predictors: stages, histories, hidden units of the KAN, weights of the anchors."""
 
 import numpy as np
 import torch
@@ -7,12 +7,13 @@ import triton.language as tl
 
 from lesa_kernels import launch
 from lesa_kernels.bspline_kan.kernels import interpretable_dot, rounded, spline_position, spline_weights
+from lesa_kernels.predictor.arguments import Shape
 from lesa_kernels.predictor.reference import OFFSET_SCALE
 
 _OFFSET_SCALE = tl.constexpr(OFFSET_SCALE)
 
-# How stored features become numbers, a kernel's constant FLOAT8: they are no float8, Triton converts them, or their
-# bits are decoded, for GPUs whose Triton has no such type.
+# A kernel's constant FLOAT8 says how it reads stored features: they are not float8, Triton converts them, or the kernel
+# decodes their bits, on GPUs for which Triton has no such type.
 NO_FLOAT8, FLOAT8, FLOAT8_BITS = 0, 1, 2
 
 
@@ -27,7 +28,7 @@ def stage_of(sigma, BOUNDS: tl.constexpr):
 
 @triton.jit
 def of_stage(stage, VALUES: tl.constexpr):
-    """VALUES[stage]; both are known only on the device."""
+    """VALUES[stage], for a stage that only the device knows."""
     value = VALUES[0]
     for i in tl.static_range(1, len(VALUES)):
         value = tl.where(stage == i, VALUES[i], value)
@@ -36,9 +37,9 @@ def of_stage(stage, VALUES: tl.constexpr):
 
 @triton.jit
 def history_of(sigmas, cursor, count, row, batch, capacity, length, K: tl.constexpr):
-    """The slots and noise levels of a row's K newest anchors, and how many of them count: those there, up to `length`.
+    """The slots and noise levels of a row's K newest anchors, and how many of them to read: `length` at most.
 
-    Beyond the last that is there its slot and level are repeated.
+    Beyond the last anchor that exists, its slot and level are repeated.
     """
     head = tl.load(cursor + row)
     there = tl.load(count + row)
@@ -113,7 +114,7 @@ def hidden_units(
 
 @triton.jit
 def newton_weight(sigma, levels, n, j: tl.constexpr, k: tl.constexpr):
-    """How much of anchor k is in tap j: the weight of `newton_weights`; zero where the tap needs a missing anchor."""
+    """The weight of anchor k in tap j, as in `newton_weights`; zero if the tap needs a missing anchor."""
     numerator = 1.0
     for q in tl.static_range(j):
         numerator *= sigma - levels[q]
@@ -143,9 +144,9 @@ def anchor_weights(
     DEGREE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """What each of the K anchors is multiplied with in newton's forecast: K tensors `[channels]`, NaN without anchors.
+    """The weights of the K anchors in newton's forecast: K tensors `[channels]`, NaN without anchors.
 
-    `A_k = [k = 0] + sum_j c_j * w_jk`, so that the features are touched by K multiplications and nothing else.
+    `A_k = [k = 0] + sum_j c_j * w_jk`, so a forecast needs only K multiplications for each feature.
     """
     inside = channels < D
     coefficients = ()
@@ -188,11 +189,11 @@ def load_stored(
     BLOCK_T: tl.constexpr,
     FLOAT8: tl.constexpr,
 ):
-    """A tile of one feature as it is stored, `[BLOCK_T, channels]`, from token `start` on, and the tokens' scales.
+    """A tile of one feature in its stored dtype, `[BLOCK_T, channels]`, from token `start` on, and the tokens' scales.
 
-    It is zero, and nothing is read, beyond the last token, where `inside` says that there is no such channel, and all
-    over if the anchor is not `there`. Offsets are 64 bits wide up to the tile's first token, so features may be larger
-    than 2^31 elements.
+    It is zero, and memory is not read, beyond the last token, for channels that are not `inside`, and everywhere if the
+    anchor is not `there`. The offset of the tile's first token has 64 bits, so features may have more than 2^31
+    elements.
 
     `features` are the storage, its scales, the samples B, the tokens T, and the strides of slots, samples and tokens.
     """
@@ -255,7 +256,7 @@ def load_history(
     BLOCK_T: tl.constexpr,
     FLOAT8: tl.constexpr,
 ):
-    """The same tile of each of the K anchors, of which `n` are there, as `load_stored` has it: K pairs."""
+    """The same tile of each of the K anchors, as `load_stored` returns it: K pairs. Only `n` anchors exist."""
     tiles = ()
     for k in tl.static_range(K):
         tile = load_stored(features, slots[k], row, start, channels, inside, k < n, BLOCK_T, FLOAT8)
@@ -276,7 +277,7 @@ def widen_history(tiles, K: tl.constexpr, FLOAT8: tl.constexpr):
 def rounded_dot(a, b, accumulator, OPERAND: tl.constexpr):
     """`accumulator + a @ b` with both operands rounded to OPERAND, accumulated in float32.
 
-    Float32 operands are multiplied on tensor cores in three passes, which keeps all but their last bits.
+    Float32 operands are multiplied on tensor cores in three passes, which loses only their last bits.
     """
     if a.dtype != OPERAND:
         a = rounded(a.to(tl.float32), OPERAND)
@@ -289,12 +290,12 @@ _OPERANDS = {torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def operand_dtype(dtype: torch.dtype) -> tl.dtype:
-    """What matrix products of features in `dtype` run in: bfloat16, too, where these are float8."""
+    """The dtype in which matrix products of features in `dtype` run; bfloat16 for float8."""
     return _OPERANDS.get(dtype, tl.bfloat16)
 
 
 def stored_bits(storage: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The storage as a kernel can take it, and its constant FLOAT8."""
+    """The storage in a dtype that a kernel can read, and the kernel's constant FLOAT8."""
     if storage.dtype != torch.float8_e4m3fn:
         return storage, NO_FLOAT8
     if launch.has_float8():
@@ -302,9 +303,9 @@ def stored_bits(storage: torch.Tensor) -> tuple[torch.Tensor, int]:
     return storage.view(torch.uint8), FLOAT8_BITS
 
 
-def stage_constants(stage_bounds: tuple[float, ...], history_length: tuple[int, ...]) -> dict[str, tuple]:
-    """The kernels' constants BOUNDS and LENGTHS; bounds are rounded to float32, in which noise levels are compared."""
-    return {"BOUNDS": tuple(float(np.float32(b)) for b in stage_bounds), "LENGTHS": tuple(history_length)}
+def stage_constants(shape: Shape) -> dict[str, tuple]:
+    """The kernels' constants BOUNDS and LENGTHS. Bounds are rounded to float32, in which noise levels are compared."""
+    return {"BOUNDS": tuple(float(np.float32(b)) for b in shape.stage_bounds), "LENGTHS": shape.history_length}
 
 
 def next_power_of_2(n: int, minimum: int = 1) -> int:

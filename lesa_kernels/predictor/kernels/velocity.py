@@ -1,13 +1,13 @@
 """A skipped step in one launch: Newton's forecast, the output head's AdaLN and its projection.
 
-The forecast is never written. A program owns a block of channels of one sample, as in `newton`. From each tile of
-tokens it leaves what the result needs of its channels: their projection, their mean and their sum of squares. The
-program that arrives last at a tile merges these over the blocks, in a fixed order, as
+The forecast is not written to memory. A program owns a block of channels of one sample, as in `newton`. For each tile
+of tokens it writes to scratch memory what the result needs from its channels: their projection, their mean and their
+sum of squares. The last program that arrives at a tile merges these over the blocks, in a fixed order, as
 
     v = rstd * (W' (h - mean)) + W shift + b,    W' = W diag(1 + scale),    h = base + V q,    q = U taps
 
-Everything is taken about the block's own mean (Chan's merge of variances), so nothing cancels where features are large
-beside their spread: with `x = base - mean_block` and `delta = mean_block - mean(base)`
+All sums are about the mean of the block (Chan's merge of variances). So no digits cancel if the features are large
+compared with their spread. With `x = base - mean_block` and `delta = mean_block - mean(base)`
 
     W' (base - mean)  = sum_blocks W' x + delta W' 1
     V^T (base - mean) = sum_blocks V^T x + delta V^T 1
@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from lesa_kernels.launch import LAUNCH_OPTIONS, arrival_counters, launch_config
+from lesa_kernels.predictor.arguments import NewtonExperts, RingState, Shape
 from lesa_kernels.predictor.kernels.newton import load_maps, newton_grid, read_residual
 from lesa_kernels.predictor.kernels.shared import (
     anchor_weights,
@@ -35,6 +36,7 @@ from lesa_kernels.predictor.kernels.shared import (
     stored_bits,
     widen_history,
 )
+from lesa_kernels.predictor.reference import OutputHead
 
 
 @triton.jit(do_not_specialize=["capacity", "batch", "tokens", "splits", "eps"])
@@ -105,7 +107,7 @@ def _newton_velocity_fwd_kernel(
 
     target, stage, slots, levels, n = sample_of(row, sigma, sigmas, cursor, count, batch, capacity, BOUNDS, LENGTHS, K)
     features = (storage, scales, batch, tokens, stride_c, stride_b, stride_t)
-    # The head's part that no token changes: W' of this block, and its sums, which whoever finishes a tile needs.
+    # The part of the head that is the same for all tokens: W' of this block, and the sums that finishing a tile needs.
     exist = inside[:, None] & (outs < OUTS)[None, :]
     plain = tl.load(head_weight + outs[None, :] * D + channels[:, None], exist, 0.0).to(tl.float32)
     scale = tl.load(head_scale + tl.cast(row, tl.int64) * stride_scale + channels, inside, 0.0).to(tl.float32)
@@ -142,7 +144,7 @@ def _newton_velocity_fwd_kernel(
     for tile in tl.range(split * share, last):
         start = tile * BLOCK_T
         anchors = widen_history(stored, K, FLOAT8)
-        # One tile ahead: the next one is on its way while the programs meet.
+        # Tiles are loaded one ahead, so that the next one is loading while the programs wait for each other.
         stored = load_history(
             features, slots, row, start + BLOCK_T, channels, inside, tl.where(tile + 1 < last, n, 0), K, BLOCK_T, FLOAT8
         )
@@ -168,13 +170,13 @@ def _newton_velocity_fwd_kernel(
             part = read_residual(anchors, maps, levels, n, target, zero, K, OPERAND)
             tl.store(own_part + BLOCK_T * BLOCK_R + by_rank, part)
 
-        tl.debug_barrier()  # all threads have written before one of them says so
+        tl.debug_barrier()  # all threads must have written before one of them counts the arrival
         counter = arrivals + row * tiles + tile
         if tl.atomic_add(counter, 1, sem="acq_rel") == blocks - 1:
             tl.store(counter, 0)
             first_sums = sums + (tl.cast(row, tl.int64) * splits + split) * ((blocks + 1) * SUM)
             if tile == split * share:
-                # Whoever finishes a later tile of this share has met the program that does this one.
+                # A program that finishes a later tile of this share does so after the one that finishes this tile.
                 _finish_sums(first_sums, D, RANK, BLOCK_D, BLOCK_O, BLOCK_R, SUM)
                 tl.debug_barrier()
             _finish_tile(
@@ -193,9 +195,9 @@ def _finish_sums(
     BLOCK_R: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """Merges the blocks' sums, which are the same for all tokens, and writes the total behind them.
+    """Merges the sums of the blocks, which are the same for all tokens, and writes the total after them.
 
-    In place of V^T V and V^T W'^T the total has what is left of them about the mean of V's channels.
+    The total has V^T V and V^T W'^T about the mean of V's channels.
     """
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     outs = tl.arange(0, BLOCK_O)
@@ -245,9 +247,9 @@ def _finish_tile(
     PART: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """Merges what the blocks of channels left of a tile of tokens, and writes its velocities.
+    """Merges what the blocks of channels wrote for a tile of tokens, and writes the tile's velocities.
 
-    Loads go past the first-level cache, which does not see what other processors write.
+    Loads bypass the first-level cache, which does not see the writes of other multiprocessors.
     """
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     outs = tl.arange(0, BLOCK_O)
@@ -302,14 +304,15 @@ class VelocityLaunch:
 
     Args:
         config: block sizes and warps.
-        grid, splits: as of `newton_grid`.
+        grid, splits: what `newton_grid` returns.
         outs: O, the outputs of the head.
         rank: R of the residual, or 0.
-        tiles: tiles of tokens, of all samples.
-        part: floats that a program leaves of a tile.
-        once: floats that it leaves beside.
-        scratch: floats of all that they leave of tiles, `B T ceil(D / BLOCK_D) (O + 2 R + 2)` with O and R as powers of
-            two from 16 on, but no R without a residual, and of all that they leave beside, with its totals.
+        tiles: number of tiles of tokens, of all samples.
+        part: number of floats that a program writes for a tile.
+        once: number of floats that a program writes once, for all its tiles.
+        scratch: number of floats of all tiles, `B T ceil(D / BLOCK_D) (O + 2 R + 2)`, where O and R are rounded up to
+            powers of two of at least 16 and R is zero without a residual; and number of floats that are written once,
+            with their totals.
     """
 
     config: dict[str, int]
@@ -329,7 +332,7 @@ class VelocityLaunch:
         outs, rank = weight.shape[0], 0 if down is None or down.shape[2] == 0 else down.shape[1]
         operation = "newton_velocity_residual" if rank else "newton_velocity"
         config = launch_config(operation, storage.dtype, storage.device)
-        grid, splits = newton_grid(storage.shape, storage.device, config)
+        grid, splits = newton_grid(storage, config)
         block_o, block_r = next_power_of_2(outs, 16), next_power_of_2(rank, 16) if rank else 0
         tiles, blocks = batch * triton.cdiv(tokens, config["BLOCK_T"]), triton.cdiv(width, config["BLOCK_D"])
         part = config["BLOCK_T"] * (2 + block_o + 2 * block_r)
@@ -339,90 +342,65 @@ class VelocityLaunch:
 
 
 def newton_velocity_fwd(
-    storage: torch.Tensor,
-    scales: torch.Tensor | None,
-    sigmas: torch.Tensor,
-    cursor: torch.Tensor,
-    count: torch.Tensor,
-    sigma: torch.Tensor,
-    in_weight: torch.Tensor,
-    in_bias: torch.Tensor,
-    spline: torch.Tensor,
-    out_weight: torch.Tensor,
-    out_bias: torch.Tensor,
-    down: torch.Tensor | None,
-    up: torch.Tensor | None,
-    up_bias: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    eps: float,
-    stage_bounds: tuple[float, ...],
-    history_length: tuple[int, ...],
-    grid_size: int,
-    spline_order: int,
+    ring: RingState,
+    experts: NewtonExperts,
+    head: OutputHead,
+    shape: Shape,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Launches a whole skipped step once; arguments as in `newton_velocity`, checked there.
 
-    What the programs leave for each other comes from torch's allocator and goes back at once.
+    The scratch memory comes from torch's allocator and is returned at the end of the call.
     """
-    _, batch, tokens, width = storage.shape
-    outs = weight.shape[0]
+    storage, hidden = ring.storage, experts.in_weight.shape[1]
+    capacity, batch, tokens, width = storage.shape
+    outs = head.weight.shape[0]
     velocity = torch.empty((batch, tokens, outs), dtype=out_dtype, device=storage.device)
     if velocity.numel() == 0:
         return velocity
-    launch = VelocityLaunch.of(storage, weight, down)
+    launch = VelocityLaunch.of(storage, head.weight, experts.down)
     config, parts = launch.config, launch.scratch[0]
     scratch = torch.empty(sum(launch.scratch), dtype=torch.float32, device=storage.device)
     stored, float8 = stored_bits(storage)
     _newton_velocity_fwd_kernel[launch.grid](
         velocity,
         stored,
-        velocity if scales is None else scales,
-        sigmas,
-        cursor,
-        count,
-        sigma,
-        in_weight,
-        in_bias,
-        spline,
-        out_weight,
-        out_bias,
-        velocity if down is None else down,
-        velocity if up is None else up,
-        velocity if up_bias is None else up_bias,
-        weight,
-        velocity if bias is None else bias,
-        scale,
-        shift,
+        velocity if ring.scales is None else ring.scales,
+        ring.sigmas,
+        ring.cursor,
+        ring.count,
+        ring.sigma,
+        *(velocity if parameter is None else parameter for parameter in experts),
+        head.weight,
+        velocity if head.bias is None else head.bias,
+        head.scale,
+        head.shift,
         scratch,
         scratch[parts:],
         arrival_counters(storage.device, launch.tiles),
-        storage.shape[0],
+        capacity,
         batch,
         tokens,
         *storage.stride()[:3],
-        scale.stride(0),
-        shift.stride(0),
+        head.scale.stride(0),
+        head.shift.stride(0),
         launch.splits,
-        eps,
-        **stage_constants(stage_bounds, history_length),
-        GRID=grid_size,
-        DEGREE=spline_order,
+        head.eps,
+        **stage_constants(shape),
+        GRID=shape.grid_size,
+        DEGREE=shape.spline_order,
         D=width,
-        M=in_weight.shape[1],
-        K=max(history_length),
+        M=hidden,
+        K=shape.longest,
         OUTS=outs,
         RANK=launch.rank,
-        HAS_BIAS=up_bias is not None,
-        HAS_HEAD_BIAS=bias is not None,
+        HAS_BIAS=experts.up_bias is not None,
+        HAS_HEAD_BIAS=head.bias is not None,
         FLOAT8=float8,
         OPERAND=operand_dtype(storage.dtype),
         BLOCK_D=config["BLOCK_D"],
         BLOCK_T=config["BLOCK_T"],
-        BLOCK_M=min(config["BLOCK_M"], next_power_of_2(in_weight.shape[1])),
+        BLOCK_M=min(config["BLOCK_M"], next_power_of_2(hidden)),
         BLOCK_O=next_power_of_2(outs, 16),
         BLOCK_R=next_power_of_2(launch.rank, 16),
         PART=launch.part,

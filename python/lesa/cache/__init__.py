@@ -14,7 +14,7 @@ from lesa.cache.observing import ComputingHook
 from lesa.cache.run import StepObserver
 from lesa.cache.stats import CacheStats
 from lesa.models import Adapter, adapter_for
-from lesa.schedule import Schedule, ScheduleLike, as_schedule
+from lesa.schedule import Schedule, ScheduleLike, as_schedule, schedule_of
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error, check_int, usage_error
 
@@ -187,16 +187,16 @@ def _checked_schedule(
     adapter: Adapter, predictor: FusedKANPredictor, schedule: ScheduleLike | ErrorControl | None
 ) -> Schedule | int | ErrorControl:
     """The schedule to follow: the given one, or the predictor's own if none is given."""
-    config = predictor.config
-    if schedule is None and config.schedule is None:
-        raise usage_error(
-            "`schedule` is required: this predictor was trained without one.",
-            "Pass an interval such as 7, or a list of the steps to compute.",
-        )
     if schedule is None:
-        return Schedule(config.schedule, config.num_inference_steps, config.schedule_sigmas)
+        trained = schedule_of(predictor.config)
+        if trained is None:
+            raise usage_error(
+                "`schedule` is required: this predictor was trained without one.",
+                "Pass an interval such as 7, or a list of the steps to compute.",
+            )
+        return trained
     if isinstance(schedule, ErrorControl):
-        check_controllable(adapter, config)
+        check_controllable(adapter, predictor.config)
         return schedule
     if isinstance(schedule, numbers.Integral):
         interval: Any = schedule

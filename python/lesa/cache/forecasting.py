@@ -16,7 +16,7 @@ from lesa.cache.hook import UNLOCATED, StepHook
 from lesa.cache.run import Call, Run, RunState, StepObserver
 from lesa.cache.stats import CacheStats, StreamStats
 from lesa.models import Adapter
-from lesa.schedule import FEW_STEPS, Schedule, as_schedule
+from lesa.schedule import FEW_STEPS, Schedule, as_schedule, schedule_of
 from lesa_kernels import FeatureRing, FusedKANPredictor, TieredRing
 
 
@@ -129,9 +129,9 @@ class ForecastingHook(StepHook[ForecastState]):
         self._note_adapters()
         sigmas = state.run.executed_sigmas
         if isinstance(self.schedule, ErrorControl):
-            config = self.predictor.config
-            trained = Schedule(config.schedule, sigmas=config.schedule_sigmas)
-            state.controlled = ControlledSteps(self.schedule, trained, config.schedule_errors, sigmas)
+            config = self.predictor.config  # `check_controllable` has seen that it has a schedule and its errors
+            trained, errors = cast(Schedule, schedule_of(config)), config.schedule_errors or ()
+            state.controlled = ControlledSteps(self.schedule, trained, errors, sigmas)
             state.computed = state.controlled.chosen
         else:
             state.computed = self._scheduled(self.schedule, sigmas)

@@ -68,7 +68,7 @@ class _ContextTracker(StateManager):
     """Keeps the name of the current `cache_context`. Diffusers tells it to every attribute of this type."""
 
     def __init__(self) -> None:
-        super().__init__(None)  # type: ignore[arg-type]  # the class of the states, of which there are none here
+        super().__init__(None)  # the class of the states, of which there are none here
         self.name: str | None = None
 
     def set_context(self, context: Any) -> None:

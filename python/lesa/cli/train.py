@@ -63,5 +63,5 @@ def run(options) -> None:
     if find_stages:
         bounds = ", ".join(f"{bound:.3g}" for bound in config.stage_bounds)
         print(f"Found {config.num_stages} noise stages, with bounds at {bounds}" if bounds else "Found 1 noise stage")
-    steps = ",".join(map(str, config.schedule))
+    steps = ",".join(map(str, config.schedule or ()))
     print(f"Wrote the predictor, which computes the steps {steps}, to {options.out}")

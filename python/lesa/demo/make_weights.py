@@ -88,8 +88,8 @@ def train_predictors(demo: Demo, out: Path) -> None:
             config = PredictorConfig(trajectories.feature_dim, mixer=mixer)
             if mixer == "newton":
                 predictor = lesa.train(trajectories, config, schedule, epochs=demo.epochs)
-                options = {"epochs": demo.refining_epochs, "samples_per_call": 16}
-                predictor = lesa.refine(predictor, trajectories, pipe, inputs, **options)
+                epochs = demo.refining_epochs
+                predictor = lesa.refine(predictor, trajectories, pipe, inputs, epochs=epochs, samples_per_call=16)
             else:
                 predictor = lesa.train(trajectories, config, schedule)
             predictor.save_pretrained(out / name)

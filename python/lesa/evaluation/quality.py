@@ -120,7 +120,7 @@ def _clip_score(device: torch.device) -> Measure | str:
         return f"none of {', '.join(CLIP_MODELS)} is in the hub's cache"
     from transformers import CLIPModel, CLIPProcessor
 
-    network = CLIPModel.from_pretrained(name, local_files_only=True).to(device).eval()  # type: ignore[arg-type]
+    network = CLIPModel.from_pretrained(name, local_files_only=True).to(device).eval()
     processor = CLIPProcessor.from_pretrained(name, local_files_only=True)
 
     @torch.no_grad()

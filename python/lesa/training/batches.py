@@ -1,64 +1,121 @@
-"""Recorded tokens side by side, and what the output head makes of them: for training and for searching schedules."""
+"""Batches of recorded tokens, and forecasts of them. Training and the search for schedules use them."""
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from lesa.training.trajectories import Trajectories, Trajectory
+from lesa_kernels import FusedKANPredictor
+
+
+class Split(NamedTuple):
+    """The numbers of the trajectories to train on, and of those to validate with."""
+
+    training: list[int]
+    validation: list[int]
+
+
+def split(trajectories: Trajectories, validation_fraction: float, seed: int) -> Split:
+    """Splits trajectories at random. The trajectories of one sample stay together.
+
+    Args:
+        trajectories: to split.
+        validation_fraction: share of the samples for validation. Unless it is 0, at least one sample of two or more.
+        seed: of the choice.
+    """
+    by_sample = trajectories.by_sample
+    order = torch.randperm(len(by_sample), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = min(len(order) - 1, max(1, round(validation_fraction * len(order)))) if validation_fraction else 0
+    samples = [by_sample[i] for i in order]
+    return Split(sum(samples[held_out:], []), sum(samples[:held_out], []))
+
 
 class Head:
-    """The output projection that was recorded with the trajectories."""
+    """The output projection that was recorded with the trajectories, in float32.
 
-    def __init__(self, trajectories, device):
+    Args:
+        trajectories: the recording.
+        device: where to put it.
+    """
+
+    def __init__(self, trajectories: Trajectories, device: torch.device | str):
         self.eps = trajectories.head_eps
         self.weight = trajectories.head_weight.to(device, torch.float32)
         bias = trajectories.head_bias
         self.bias = None if bias is None else bias.to(device, torch.float32)
 
 
-class Batch:
-    """Some trajectories of equal noise levels, their tokens side by side.
+class RollOut(NamedTuple):
+    """What the model computed along a roll-out of a predictor.
 
     Args:
-        trajectories: of equal noise levels.
-        head: of their model.
+        features: `[C, T, D]` of the computed steps.
+        drift: `[C, T, O]`, how far off the latents were before each of these steps, in the direction of the velocity.
+    """
+
+    features: torch.Tensor
+    drift: torch.Tensor
+
+
+class Batch:
+    """The tokens of some trajectories side by side.
+
+    Args:
+        trajectories: trajectories of equal noise levels.
+        head: the output projection of their model.
         generator: of the choice of tokens.
-        tokens: how many to take of each trajectory, at random; None for all.
-        device: to put them on.
-        roll_outs: of each trajectory, `[C, T, ...]` tensors whose chosen tokens are wanted too.
+        tokens: how many tokens to take of each trajectory, at random; None for all.
+        device: where to put the tensors.
+        roll_outs: of each trajectory, its roll-outs. The same tokens are taken of them.
 
     Attributes:
         features: `[S, N, D]`, N tokens of all trajectories.
-        roll_outs: the tensors `[C, N, ...]` of the arguments, their tokens side by side.
-        velocities: `[S, N, O]`, the head's output for them.
+        roll_outs: the roll-outs with `[C, N, ...]`, tokens side by side.
+        velocities: `[S, N, O]`, the head's output for the features.
         sigmas: `[S]`.
-        widths: `[S]`, how far each step goes down in sigma.
+        widths: `[S]`, by how much sigma falls in each step.
     """
 
-    def __init__(self, trajectories, head, generator, tokens, device, roll_outs=()):
-        def chosen(trajectory):
+    def __init__(
+        self,
+        trajectories: Sequence[Trajectory],
+        head: Head,
+        generator: torch.Generator | None,
+        tokens: int | None,
+        device: torch.device | str,
+        roll_outs: Sequence[Sequence[RollOut]] = (),
+    ):
+        def chosen(trajectory: Trajectory) -> slice | torch.Tensor:
             total = trajectory.features.shape[1]
             if tokens is None or tokens >= total:
                 return slice(None)
             return torch.randperm(total, generator=generator)[:tokens]
 
         indices = [chosen(t) for t in trajectories]
-        parts = [(t, t.features[:, index].to(device, torch.float32)) for t, index in zip(trajectories, indices)]
-        self.roll_outs = [
-            torch.cat([value[:, index].to(device, torch.float32) for value, index in zip(values, indices)], 1)
-            for values in zip(*roll_outs)
-        ]
-        self.sigmas = trajectories[0].sigmas.to(device)
-        self.widths = -torch.diff(self.sigmas, append=self.sigmas.new_zeros(1))
-        self.features = torch.cat([features for _, features in parts], 1)
 
-        def modulation(name):
-            spread = [getattr(t, name)[:, None].float().expand(-1, f.shape[1], -1) for t, f in parts]
-            return torch.cat(spread, 1).to(device)
+        def taken(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            return [value[:, index].to(device, torch.float32) for value, index in zip(values, indices)]
+
+        parts = taken([t.features for t in trajectories])
+
+        def modulation(name: str) -> torch.Tensor:
+            rows = [getattr(t, name)[:, None].float() for t in trajectories]
+            return torch.cat([row.expand(-1, part.shape[1], -1) for row, part in zip(rows, parts)], 1).to(device)
 
         self.head = head
+        self.sigmas = trajectories[0].sigmas.to(device)
+        self.widths = -torch.diff(self.sigmas, append=self.sigmas.new_zeros(1))
+        self.features = torch.cat(parts, 1)
+        self.roll_outs = [
+            RollOut(torch.cat(taken([r.features for r in alike]), 1), torch.cat(taken([r.drift for r in alike]), 1))
+            for alike in zip(*roll_outs)
+        ]
         self.scale, self.shift = modulation("scale"), modulation("shift")
         self.velocities = self.velocity(self.features, slice(None))
 
-    def velocity(self, features, steps):
+    def velocity(self, features: torch.Tensor, steps: slice | list[int] | torch.Tensor) -> torch.Tensor:
         """The head's output `[P, N, O]` for features `[P, N, D]` of these steps."""
         normed = F.layer_norm(features, features.shape[-1:], eps=self.head.eps)
         modulated = normed * (1 + self.scale[steps]) + self.shift[steps]
@@ -66,24 +123,32 @@ class Batch:
 
 
 class Plan:
-    """For one schedule: which steps are predicted, from which history.
+    """For one schedule: which steps are predicted, and from which history.
 
     Args:
-        computed: the schedule's steps.
+        computed: the steps of the schedule.
         total: number of steps of the run.
         length: of the history that the predictor reads, K.
-        every_step: whether the history has all earlier steps, in the place of the computed ones.
-        steps: what is predicted. None: all steps that are not computed.
+        every_step: whether the history has all earlier steps. Otherwise it has the computed ones.
         device: of the tensors.
+        steps: the steps to predict. None: all steps that are not computed.
 
     Attributes:
         steps: the predicted steps, P of them.
-        history: `[P, K]` steps that the ring holds, newest first, the oldest repeated where there are fewer.
-        count: `[P]`, how many of them are there.
+        history: `[P, K]` steps that the ring holds, newest first. Where there are fewer, the oldest is repeated.
+        count: `[P]`, how many steps the ring holds.
         gaps: `[P]`, number of the gap between computed steps that each predicted step is in.
     """
 
-    def __init__(self, computed, total, length, every_step=False, device="cpu", steps=None):
+    def __init__(
+        self,
+        computed: Collection[int],
+        total: int,
+        length: int,
+        every_step: bool = False,
+        device: torch.device | str = "cpu",
+        steps: list[int] | None = None,
+    ):
         computed = set(computed)
         self.steps = [i for i in range(1, total) if i not in computed] if steps is None else steps
         history = [[j for j in range(i - 1, -1, -1) if every_step or j in computed][:length] for i in self.steps]
@@ -93,8 +158,14 @@ class Plan:
         self.gaps = torch.tensor([sum(c < i for c in computed) - 1 for i in self.steps], device=device)
 
 
-def predict(predictor, batch, plan, features, steps=None):
-    """Forecasts `[P, N, D]` for the steps of the plan from a given history: a ring with one row per step.
+def predict(
+    predictor: FusedKANPredictor,
+    batch: Batch,
+    plan: Plan,
+    features: torch.Tensor,
+    steps: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Forecasts `[P, N, D]` of the steps of the plan, each from a given history: a ring with one row per step.
 
     Args:
         predictor, batch, plan: what forecasts what.
@@ -108,22 +179,20 @@ def predict(predictor, batch, plan, features, steps=None):
     return predictor.forecast(features[rows], None, sigmas[history], cursor, plan.count, sigmas[plan.steps])
 
 
-def roll_out(predictor, batch, plan):
-    """Forecasts `[P, N, D]` one after the other, each from a history that holds the ones before it."""
+def roll_out(predictor: FusedKANPredictor, batch: Batch, plan: Plan) -> torch.Tensor:
+    """Forecasts `[P, N, D]` one after the other, each from a history that holds the earlier forecasts."""
     features, sigmas = batch.features, batch.sigmas
     length = predictor.config.max_history
     seen, forecasts = [features[:1]], []
     cursor, predicted = torch.zeros(1, dtype=torch.int32, device=features.device), set(plan.steps)
     for step in range(1, len(features)):
-        if step in predicted:
-            count = min(step, length)
-            newest = [seen[max(step - k, 0)] for k in range(length, 0, -1)]
-            at = torch.arange(step - length, step).clamp(min=0)
-            n = torch.full_like(cursor, count)
-            seen.append(
-                predictor.forecast(torch.stack(newest), None, sigmas[at][:, None], cursor, n, sigmas[step : step + 1])
-            )
-            forecasts.append(seen[-1])
-        else:
+        if step not in predicted:
             seen.append(features[step : step + 1])
+            continue
+        newest = torch.stack([seen[max(step - k, 0)] for k in range(length, 0, -1)])
+        at = torch.arange(step - length, step).clamp(min=0)
+        count = torch.full_like(cursor, min(step, length))
+        forecast = predictor.forecast(newest, None, sigmas[at][:, None], cursor, count, sigmas[step : step + 1])
+        seen.append(forecast)
+        forecasts.append(forecast)
     return torch.cat(forecasts)

@@ -1,46 +1,42 @@
-"""`record`: writes what the transformer computes, for training; `Trajectories` reads it again.
-
-A trajectory folder holds
-
-- `manifest.json`: what was recorded and how;
-- `head.safetensors`: `weight` `[O, D]` and, if there is one, `bias` `[O]` of the output projection;
-- `sample-00000.safetensors`, one per input: `features` `[S, T, D]`, `latents` `[S, T, O]`, `scale` and `shift` `[S, D]`
-  in the model's dtype, `sigmas` `[S]` float32 and `token_index` `[T]` int64, over S computed steps and T kept tokens.
-  Where the transformer is called more than once a step, as for true classifier-free guidance, the further streams of
-  calls are `sample-00000-<stream>.safetensors`.
-"""
+"""`record`: runs a pipeline and writes what its transformer computes, for training."""
 
 import json
 import os
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from lesa.artifacts import digest, fingerprint, predictor_identity, whole_file
+from lesa.artifacts import check_same_settings, digest, fingerprint, predictor_identity, write_text
 from lesa.cache import observed
 from lesa.cache.run import Call, Run
 from lesa.inputs import batches_of, check_inputs, collate
 from lesa.models import adapter_for
+from lesa.models.adapter import Adapter
 from lesa.pipelines import quiet_progress
 from lesa.training.trajectories import (
     FORMAT_VERSION,
-    HEAD,
     MANIFEST,
     Trajectories,
+    is_recorded,
     read_manifest,
-    sample_file,
     sample_files,
+    save_head,
+    save_sample,
 )
 from lesa_kernels import FusedKANPredictor, OutputHead
 from lesa_kernels.checks import Said, argument_error, check_int
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 
 def record(
-    pipe,
+    pipe: "DiffusionPipeline",
     inputs: list[str] | list[dict],
     out_dir: str | os.PathLike,
     num_inference_steps: int = 50,
@@ -52,8 +48,9 @@ def record(
 ) -> Trajectories:
     """Runs `pipe` on `inputs` and writes the features, noise levels and head conditioning of every computed step.
 
-    All steps are computed, unless a predictor is given. Then it predicts the steps that its schedule leaves out, and
-    the others are recorded along the way on which it leads the sample: a roll-out, which is what `refine` learns from.
+    Without a predictor, all steps are computed. With a predictor, it predicts the steps that its schedule leaves out,
+    and the computed steps are recorded for the sample that its forecasts lead to: a roll-out. `refine` learns from
+    roll-outs.
 
     Called again after an interruption, it keeps the samples that are there and records the others. Sample i is drawn
     with `torch.Generator("cpu").manual_seed(seed + i)`, whatever its batch.
@@ -63,12 +60,12 @@ def record(
         inputs: prompts, or dicts of pipeline arguments whose tensors have a leading dimension of 1.
         out_dir: folder to write to; made if missing.
         num_inference_steps: passed to the pipeline.
-        tokens_per_sample: how many image tokens of each sample to keep, a random subset that is fixed along the
-            trajectory and drawn with `seed + i`. Predictor and head work token by token, so a subset is enough for
-            training and saves disk. None: all.
+        tokens_per_sample: how many image tokens of each sample to keep, a random subset that is the same in all steps
+            and drawn with `seed + i`. Predictor and head work token by token, so a subset is enough for training and
+            saves disk space. None: all.
         seed: of the first sample.
-        batch_size: how many samples share a call of the pipeline. Inputs that can't, such as two sizes of images, never
-            do.
+        batch_size: how many samples share a call of the pipeline. Inputs that cannot share one, such as two sizes of
+            images, never do.
         progress: whether to show a progress bar over the samples.
         predictor: whose roll-outs to record; None for plain runs.
 
@@ -76,79 +73,130 @@ def record(
         The recording.
 
     Raises:
-        TypeError: `pipe` is of no supported family, its output projection is no plain `nn.Linear`, or an argument has
-            another type.
-        ValueError: an argument is out of range, an input carries an argument that is not its own to choose, or
-            `out_dir` holds something else than this recording or its beginning; the message names what differs.
+        TypeError: the family of `pipe` is not supported, its output projection is no plain `nn.Linear`, or an argument
+            has another type.
+        ValueError: an argument is out of range, an input has an argument that it may not choose, or `out_dir` holds
+            something else than this recording or its beginning; the message names what differs.
         RuntimeError: features are not finite, a step was missed, or a cache is on for the transformer.
-        Of the predictor, what `lesa.enable_cache` raises.
+        For the predictor, see also `lesa.enable_cache`.
     """
-    inputs = check_inputs(inputs)
-    check_int("batch_size", batch_size)
-    if tokens_per_sample is not None:
-        check_int("tokens_per_sample", tokens_per_sample)
-    adapter = adapter_for(pipe)
-    if type(adapter.projection) is not torch.nn.Linear:
-        kind = type(adapter.projection)
-        raise argument_error(
-            "pipe",
-            "have a plain nn.Linear as output projection to be recorded",
-            Said(f"a {kind.__module__}.{kind.__qualname__}"),
-            "Fuse or unload the adapters on it, or load the model with this layer not quantised.",
-            TypeError,
-        )
-    planned = {
-        "format_version": FORMAT_VERSION,
-        "family": adapter.family,
-        "pipeline": type(pipe).__name__,
-        "feature_dim": adapter.feature_dim,
-        "requested_num_inference_steps": check_int("num_inference_steps", num_inference_steps),
-        "seed": check_int("seed", seed, minimum=0),
-        "tokens_per_sample": tokens_per_sample,
-        "samples": len(inputs),
-        "inputs_digest": digest(inputs),
-        "transformer": fingerprint(adapter.transformer),
-        "predictor": None if predictor is None else predictor_identity(predictor),
-    }
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    recorded = read_manifest(folder)
-    if recorded is not None:
-        _check_same(folder, recorded, planned)
-    elif sample_files(folder):
-        got = Said(f"{folder} with samples and no {MANIFEST}")
-        raise argument_error("out_dir", "be empty or hold a recording", got, "Record into another folder.")
+    options = (num_inference_steps, tokens_per_sample, seed, batch_size, predictor)
+    return Recording(pipe, check_inputs(inputs), *options).write(out_dir, "record" if progress else None)
 
-    missing = {number for number in range(len(inputs)) if not sample_file(folder, number).exists()}
-    if not missing:
+
+@dataclass(frozen=True)
+class Recording:
+    """What to record, and with which settings; `write` does it.
+
+    Args:
+        pipe, num_inference_steps, tokens_per_sample, seed, batch_size, predictor: see `record`.
+        inputs: dicts of pipeline arguments, from `check_inputs`.
+
+    Raises:
+        TypeError, ValueError: see `record`.
+    """
+
+    pipe: Any
+    inputs: list[dict]
+    num_inference_steps: int
+    tokens_per_sample: int | None
+    seed: int
+    batch_size: int
+    predictor: FusedKANPredictor | None = None
+
+    def __post_init__(self) -> None:
+        check_int("batch_size", self.batch_size)
+        if self.tokens_per_sample is not None:
+            check_int("tokens_per_sample", self.tokens_per_sample)
+        projection = adapter_for(self.pipe).projection
+        if type(projection) is not torch.nn.Linear:
+            kind = type(projection)
+            raise argument_error(
+                "pipe",
+                "have a plain nn.Linear as output projection to be recorded",
+                Said(f"a {kind.__module__}.{kind.__qualname__}"),
+                "Fuse or unload the adapters on it, or load the model with this layer not quantised.",
+                TypeError,
+            )
+        check_int("num_inference_steps", self.num_inference_steps)
+        check_int("seed", self.seed, minimum=0)
+
+    def write(self, out_dir: str | os.PathLike, bar: str | None) -> Trajectories:
+        """Records the samples that are not in the folder yet.
+
+        Args:
+            out_dir: the folder; made if missing.
+            bar: what the progress bar is called, or None for no bar.
+        """
+        planned, folder = self._manifest(), Path(out_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        recorded = read_manifest(folder)
+        if recorded is not None:
+            check_same_settings(_work(folder), recorded, planned)
+        elif sample_files(folder):
+            got = Said(f"{folder} with samples and no {MANIFEST}")
+            raise argument_error("out_dir", "be empty or hold a recording", got, "Record into another folder.")
+        missing = {number for number in range(len(self.inputs)) if not is_recorded(folder, number)}
+        if missing:
+            self._record(folder, planned, missing, bar)
         return Trajectories(folder)
-    recorder = Recorder(pipe, adapter, tokens_per_sample, seed)
-    with observed(pipe, recorder, predictor):
-        finished = len(inputs) - len(missing)
-        bar = tqdm(total=len(inputs), initial=finished, desc="record", unit="sample", disable=not progress)
-        with quiet_progress(pipe), bar:
-            for numbers in batches_of(inputs, batch_size):
-                if missing.isdisjoint(numbers):
+
+    def _manifest(self) -> dict[str, Any]:
+        """The part of the manifest that is known before the pipeline runs."""
+        adapter = adapter_for(self.pipe)
+        return {
+            "format_version": FORMAT_VERSION,
+            "family": adapter.family,
+            "pipeline": type(self.pipe).__name__,
+            "feature_dim": adapter.feature_dim,
+            "requested_num_inference_steps": int(self.num_inference_steps),
+            "seed": int(self.seed),
+            "tokens_per_sample": self.tokens_per_sample,
+            "samples": len(self.inputs),
+            "inputs_digest": digest(self.inputs),
+            "transformer": fingerprint(adapter.transformer),
+            "predictor": None if self.predictor is None else predictor_identity(self.predictor),
+        }
+
+    def _record(self, folder: Path, planned: dict[str, Any], missing: set[int], bar: str | None) -> None:
+        """Runs the pipeline for the missing samples and writes them."""
+        total = len(self.inputs)
+        recorder = Recorder(self.pipe, adapter_for(self.pipe), self.tokens_per_sample, self.seed)
+        finished = total - len(missing)
+        with (
+            observed(self.pipe, recorder, self.predictor),
+            quiet_progress(self.pipe),
+            tqdm(total=total, initial=finished, desc=bar, unit="sample", disable=bar is None) as shown,
+        ):
+            for numbers in batches_of(self.inputs, self.batch_size):
+                wanted = missing.intersection(numbers)
+                if not wanted:
                     continue
-                recorder.begin(numbers)
-                pipe(
-                    **collate([inputs[number] for number in numbers]),
-                    generator=[torch.Generator("cpu").manual_seed(seed + number) for number in numbers],
-                    num_inference_steps=num_inference_steps,
+                recorder.begin(numbers, partial(_show, shown, finished, len(wanted)))
+                self.pipe(
+                    **collate([self.inputs[number] for number in numbers]),
+                    generator=[torch.Generator("cpu").manual_seed(self.seed + number) for number in numbers],
+                    num_inference_steps=self.num_inference_steps,
                     output_type="latent",
                 )
                 recorder.check_complete()
                 _begin(folder, {**planned, **recorder.facts()}, recorder.head)
                 for position, number in enumerate(numbers):
-                    if number in missing:
-                        _save_sample(folder, number, recorder.trajectories_of(position))
-                        bar.update()
-    return Trajectories(folder)
+                    if number in wanted:
+                        save_sample(folder, number, recorder.trajectories_of(position))
+                _show(shown, finished, len(wanted), 1)
+                finished += len(wanted)
+
+
+def _show(bar: tqdm, finished: int, samples: int, share: float) -> None:
+    """Moves the bar to the finished samples and a share of the samples in progress."""
+    bar.n = finished + samples if share == 1 else round(finished + samples * share, 1)
+    bar.update(0)
 
 
 @dataclass
 class _Stream:
-    """What one stream of calls leaves of a batch, on the CPU."""
+    """What is kept of one stream of calls in a batch, on the CPU."""
 
     features: torch.Tensor  # [B, S, T, D]
     latents: torch.Tensor  # [B, S, T, O]
@@ -163,20 +211,27 @@ class Recorder:
 
     Args:
         pipe, adapter: whose head it is.
-        tokens_per_sample, seed: as of `record`.
+        tokens_per_sample, seed: see `record`.
+
+    Attributes:
+        head: the output head, as it was called last.
     """
 
-    def __init__(self, pipe, adapter, tokens_per_sample: int | None, seed: int):
+    head: OutputHead
+
+    def __init__(self, pipe: Any, adapter: Adapter, tokens_per_sample: int | None, seed: int):
         self.pipe, self.adapter = pipe, adapter
         self.tokens_per_sample, self.seed = tokens_per_sample, seed
 
-    def begin(self, numbers: list[int]) -> None:
-        """Prepares for a call of the pipeline on the samples `numbers`."""
-        self.numbers = numbers
+    def begin(self, numbers: list[int], on_step: Callable[[float], None]) -> None:
+        """Prepares for a call of the pipeline on the samples `numbers`.
+
+        `on_step` is called after each computed step, with the share of the run that is done.
+        """
+        self.numbers, self.on_step = numbers, on_step
         self.sigmas: list[float] = []
         self.computed: Set[int] = frozenset()
         self.streams: dict[str, _Stream] = {}
-        self.head: OutputHead | None = None
 
     def on_run(self, run: Run, computed: Set[int]) -> None:
         """Called at the first step of a run, of which the steps `computed` are to be recorded."""
@@ -205,8 +260,8 @@ class Recorder:
                     RuntimeError,
                 )
 
-    def facts(self) -> dict:
-        """The part of the manifest that only running tells."""
+    def facts(self) -> dict[str, Any]:
+        """The part of the manifest that is known after a run."""
         stream = next(iter(self.streams.values()))
         return {
             "num_inference_steps": len(self.sigmas),
@@ -214,8 +269,8 @@ class Recorder:
             "head_eps": self.head.eps,
         }
 
-    def trajectories_of(self, position: int) -> dict[str, dict]:
-        """By stream, the tensors to write for one sample of the batch: of the steps that were computed."""
+    def trajectories_of(self, position: int) -> dict[str, dict[str, torch.Tensor]]:
+        """By stream, the tensors of one sample of the batch, over the steps that were computed."""
         recorded = {}
         for name, stream in self.streams.items():
             steps = sorted(stream.steps)
@@ -250,8 +305,18 @@ class Recorder:
         latents = self.adapter.latents(call.arguments)
         for name, rows in halves.items():
             self._keep_rows(name, step, features[rows], latents[rows], head.scale[rows], head.shift[rows])
+        self.on_step((step + 1) / len(self.sigmas))
 
-    def _keep_rows(self, name, step, features, latents, scale, shift) -> None:
+    def _keep_rows(
+        self,
+        name: str,
+        step: int,
+        features: torch.Tensor,
+        latents: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+    ) -> None:
+        """Copies the chosen tokens of one stream at one step."""
         stream = self.streams.get(name)
         if stream is None:
             stream = self.streams[name] = self._new_stream(features, latents, scale)
@@ -262,7 +327,7 @@ class Recorder:
         stream.shift[:, step] = shift
         stream.steps.add(step)
 
-    def _new_stream(self, features, latents, scale) -> _Stream:
+    def _new_stream(self, features: torch.Tensor, latents: torch.Tensor, scale: torch.Tensor) -> _Stream:
         batch, tokens, width = features.shape
         steps = len(self.sigmas)
         if batch != len(self.numbers):
@@ -290,43 +355,21 @@ class Recorder:
 
 
 def _choose_tokens(tokens: int, kept: int, seed: int) -> torch.Tensor:
+    """The numbers of the kept tokens, rising."""
     if kept == tokens:
         return torch.arange(tokens)
     return torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:kept].sort().values
 
 
-def _save_sample(folder: Path, number: int, streams: dict[str, dict]) -> None:
-    """Writes the streams of one sample; the first one last, for its file says that the sample is complete."""
-    first, *others = streams
-    path = sample_file(folder, number)
-    for name in others:
-        _write_tensors(path.with_stem(f"{path.stem}-{name}"), streams[name])
-    _write_tensors(path, streams[first])
-
-
-def _begin(folder: Path, manifest: dict, head: OutputHead) -> None:
-    """Writes head and manifest, or checks that the recording's beginning has the same manifest."""
+def _begin(folder: Path, manifest: dict[str, Any], head: OutputHead) -> None:
+    """Writes head and manifest. If there is a manifest already, it must be the same."""
     recorded = read_manifest(folder)
-    if recorded is not None:
-        _check_same(folder, recorded, manifest)
-        return
-    tensors = {"weight": head.weight, "bias": head.bias}
-    _write_tensors(folder / HEAD, {name: t.detach().cpu() for name, t in tensors.items() if t is not None})
-    with whole_file(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+    if recorded is None:
+        save_head(folder, head.weight, head.bias)
+        write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    else:
+        check_same_settings(_work(folder), recorded, manifest)
 
 
-def _check_same(folder: Path, recorded: dict, manifest: dict) -> None:
-    for name, value in manifest.items():
-        if recorded.get(name) != value:
-            raise argument_error(
-                name,
-                f"be {recorded.get(name)!r}, as in the recording that {folder} holds",
-                value,
-                "Continue with the same arguments and model, or record into another folder.",
-            )
-
-
-def _write_tensors(path: Path, tensors: dict) -> None:
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary)
+def _work(folder: Path) -> str:
+    return f"the recording that {folder} holds"

@@ -1,9 +1,9 @@
 """`refine`: trains a predictor on what its own forecasts lead to, with the model in the loop.
 
-In a run the sample drifts away from where all steps would have led it, and what is computed next is computed there. A
-predictor that was trained on true histories knows nothing of this. Here it is rolled out through the pipeline, and
-learns from the features that the model gave along the way to lead the sample back: DAgger (Ross et al., AISTATS 2011,
-arXiv 1011.0686), where the expert is the run of all steps.
+In a run with forecasts, the sample drifts away from where all steps would have led it. Later steps are computed for the
+drifted sample. A predictor that was trained on true histories has never seen such features. Here the predictor is
+rolled out through the pipeline. Then it is trained to lead the sample back, on the features that the model gave along
+the roll-out. This is DAgger (Ross et al., AISTATS 2011, arXiv 1011.0686), where the expert is the run of all steps.
 """
 
 import contextlib
@@ -12,38 +12,35 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lesa.artifacts import digest, fingerprint, predictor_identity, whole_file
+from lesa.artifacts import check_same_settings, digest, fingerprint, predictor_identity, write_text
 from lesa.inputs import check_inputs
 from lesa.models import adapter_for
-from lesa.training.batches import Batch, Plan, predict
-from lesa.training.losses import over_gaps, relative
-from lesa.training.recording import record
-from lesa.training.training_run import CHECKPOINT_NAME, Training
-from lesa.training.trajectories import Trajectories, check_latents, check_plain
+from lesa.training.batches import Batch, Plan, RollOut
+from lesa.training.losses import roll_out_loss
+from lesa.training.recording import Recording
+from lesa.training.settings import TrainingSettings
+from lesa.training.training_run import Training, is_finished
+from lesa.training.trajectories import Trajectories, as_trajectories, check_plain, latents_of
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels.checks import Said, argument_error, check_float, check_int
-from lesa_kernels.predictor.module import WEIGHTS_NAME
+from lesa_kernels.checks import Said, argument_error, check_int
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 ROLL_OUTS, PREDICTOR, SETTINGS_NAME = "roll-outs", "predictor", "refinement.json"
-
-
-VALIDATION_FRACTION = 0.1
-
-
-VELOCITY_WEIGHT = 0.3
-"""In the loss on a roll-out, beside the drift at 1. With a third of it, and no recorded runs, training diverged."""
 
 
 def refine(
     predictor: FusedKANPredictor,
     trajectories: Trajectories | str | os.PathLike,
-    pipe,
-    inputs,
+    pipe: "DiffusionPipeline",
+    inputs: list[str] | list[dict],
     *,
     out_dir: str | os.PathLike | None = None,
     rounds: int = 2,
@@ -56,24 +53,24 @@ def refine(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> FusedKANPredictor:
-    """Trains a predictor further on roll-outs of its own.
+    """Trains a predictor further, on its own roll-outs.
 
-    In each round the pipeline runs on the recorded inputs with the predictor on; the predictor is trained on that and
-    on the roll-outs of the rounds before, together with the recorded trajectories. A round costs as many computed steps
-    as the schedule has for each input.
+    In each round the pipeline runs on the recorded inputs with the predictor on. Then the predictor is trained on these
+    roll-outs and those of earlier rounds, together with the recorded trajectories. For each input, a round costs the
+    computed steps of the schedule.
 
     Args:
-        predictor: a newton predictor that `train` made on these trajectories. It stays as it is.
+        predictor: a newton predictor that `train` made on these trajectories. It is not changed.
         trajectories: what `lesa.record` made of plain runs, or its folder.
         pipe: the pipeline that was recorded.
         inputs: the inputs that were recorded.
-        out_dir: folder for the predictor, `losses.json` and `losses.png`, and meanwhile for the roll-outs. What was
-            stopped goes on there. None: a temporary folder has the roll-outs, and nothing stays.
+        out_dir: folder for the predictor, `losses.json` and `losses.png`, and meanwhile for the roll-outs. A refinement
+            that was interrupted continues there. None: the roll-outs are in a temporary folder, and nothing is kept.
         rounds: how often to roll out and train.
         epochs: passes over the trajectories in each round.
-        batch_size, tokens_per_batch, learning_rate: as of `train`, in each round.
+        batch_size, tokens_per_batch, learning_rate: see `train`; they apply to each round.
         samples_per_call: how many samples share a call of the pipeline.
-        seed: of order and tokens.
+        seed: of order, tokens and validation samples.
         device: where to train; the pipeline runs where it is.
         progress: whether to show progress bars.
 
@@ -82,14 +79,52 @@ def refine(
 
     Raises:
         TypeError, ValueError: the predictor feeds on its own forecasts or was trained for something else, an argument
-            is out of range, or the pipeline, the inputs or `out_dir` are not those of the recording; named.
-        RuntimeError: what `lesa.record` raises.
+            is out of range, or the pipeline, the inputs or `out_dir` are not those of the recording. The message names
+            it.
+        RuntimeError: see `lesa.record`.
 
-    Source: DAgger, arXiv 1011.0686. The drift that it minimises is what remains of that before a gap, and what the
-    velocities of the gap add to it in Euler steps, as flow-matching schedulers take them.
+    Source: DAgger, arXiv 1011.0686. The loss is on the drift at the end of each gap: the drift before the gap, and what
+    the velocities of the gap add to it in Euler steps, as flow-matching schedulers take them.
     """
-    if not isinstance(trajectories, Trajectories):
-        trajectories = Trajectories(trajectories)
+    trajectories = as_trajectories(trajectories)
+    _check_predictor(predictor, trajectories)
+    check_plain(trajectories)
+    latents_of(trajectories[0])
+    inputs = check_inputs(inputs)
+    _check_recorded(trajectories, pipe, inputs)
+    rounds = check_int("rounds", rounds)
+    settings = TrainingSettings(
+        epochs=check_int("epochs", epochs),
+        batch_size=batch_size,
+        tokens_per_batch=tokens_per_batch,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    samples_per_call = check_int("samples_per_call", samples_per_call)
+    with _working_folder(out_dir, _all_settings(predictor, trajectories, rounds, settings)) as folder:
+        roll_outs: list[RollOuts] = []
+        for number in range(1, rounds + 1):
+            bar = f"round {number} of {rounds}" if progress else None
+            rolled, trained = (folder / f"round-{number}" / name for name in (ROLL_OUTS, PREDICTOR))
+            roll_outs.append(RollOuts(trajectories, predictor, pipe, inputs, rolled, samples_per_call, bar))
+            if is_finished(trained):
+                predictor = FusedKANPredictor.from_pretrained(trained)
+                continue
+            training_bar = bar and f"{bar}, train"
+            run = _Refinement(
+                trajectories, predictor.config, settings, out_dir=trained, device=device, bar=training_bar
+            )
+            run.start_from(predictor, roll_outs)
+            run.fit()
+            predictor = run.finish()
+        if out_dir is not None:
+            for file in trained.iterdir():
+                shutil.copy(file, folder)
+    return predictor
+
+
+def _check_predictor(predictor: FusedKANPredictor, trajectories: Trajectories) -> None:
+    """Raises `ValueError` unless the predictor was trained on trajectories like these, and can be refined."""
     config = predictor.config
     if config.history != "anchors":
         remedy = "Use a newton predictor. A dense one sees its own forecasts in `train` already."
@@ -99,58 +134,36 @@ def refine(
         if getattr(config, field) != wanted:
             remedy = "Train it on these trajectories first."
             raise argument_error(f"predictor.config.{field}", f"be {wanted!r}", getattr(config, field), remedy)
-    check_plain(trajectories)
-    check_latents(trajectories[0])
-    inputs = check_inputs(inputs)
-    transformer = adapter_for(pipe).transformer
+
+
+def _check_recorded(trajectories: Trajectories, pipe: "DiffusionPipeline", inputs: list[dict]) -> None:
+    """Raises `ValueError` unless the trajectories were recorded with this model and these inputs."""
     for name, key, value in (
         ("inputs", "inputs_digest", digest(inputs)),
-        ("pipe.transformer", "transformer", fingerprint(transformer)),
+        ("pipe.transformer", "transformer", fingerprint(adapter_for(pipe).transformer)),
     ):
         if value != trajectories.manifest.get(key):
             remedy = "Pass what was recorded, or record again."
             raise argument_error(name, "be what the trajectories were recorded with", Said("something else"), remedy)
-    settings = {
+
+
+def _all_settings(
+    predictor: FusedKANPredictor, trajectories: Trajectories, rounds: int, settings: TrainingSettings
+) -> dict[str, Any]:
+    """All that must be the same for a refinement to continue, by name."""
+    training = settings.to_dict()
+    names = ("epochs", "batch_size", "tokens_per_batch", "learning_rate", "seed")
+    return {
         "predictor": predictor_identity(predictor),
         "trajectories": trajectories.manifest,
-        "rounds": check_int("rounds", rounds),
-        "epochs": check_int("epochs", epochs),
-        "batch_size": check_int("batch_size", batch_size),
-        "tokens_per_batch": None if tokens_per_batch is None else check_int("tokens_per_batch", tokens_per_batch),
-        "learning_rate": check_float("learning_rate", learning_rate, minimum=1e-8),
-        "seed": check_int("seed", seed, minimum=0),
+        "rounds": rounds,
+        **{name: training[name] for name in names},
     }
-    check_int("samples_per_call", samples_per_call)
-    roll_outs: list[_RollOuts] = []
-    with _working_folder(out_dir, settings) as folder:
-        for number in range(1, rounds + 1):
-            rolled, trained = folder / f"round-{number}" / ROLL_OUTS, folder / f"round-{number}" / PREDICTOR
-            roll_outs.append(_RollOuts(trajectories, predictor, pipe, inputs, rolled, samples_per_call, progress))
-            if (trained / WEIGHTS_NAME).exists() and not (trained / CHECKPOINT_NAME).exists():
-                predictor = FusedKANPredictor.from_pretrained(trained)
-                continue
-            run = _Refinement(predictor, trajectories, roll_outs, trained, device, seed)
-            run.fit(
-                guided_epochs=0,
-                epochs=epochs,
-                batch_size=batch_size,
-                tokens=tokens_per_batch,
-                learning_rate=learning_rate,
-                head_aware=True,
-                validation_fraction=VALIDATION_FRACTION,
-                progress=progress,
-                finds_typical_errors=True,
-            )
-            predictor = run.predictor.cpu().eval()
-        if out_dir is not None:
-            for file in trained.iterdir():
-                shutil.copy(file, folder)
-    return predictor
 
 
 @contextlib.contextmanager
-def _working_folder(out_dir, settings: dict) -> Iterator[Path]:
-    """A folder for the rounds. What belongs to them is removed when they are all over; until then it can be resumed."""
+def _working_folder(out_dir: str | os.PathLike | None, settings: dict[str, Any]) -> Iterator[Path]:
+    """A folder for the rounds. It is cleaned up after the last round. Until then, the work can continue there."""
     if out_dir is None:
         with tempfile.TemporaryDirectory() as temporary:
             yield Path(temporary)
@@ -159,35 +172,27 @@ def _working_folder(out_dir, settings: dict) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / SETTINGS_NAME
     if file.exists():
-        for name, value in json.loads(file.read_text()).items():
-            if settings[name] != value:
-                raise argument_error(
-                    name,
-                    f"be what the unfinished refinement in {folder} has, {value!r}",
-                    settings[name],
-                    "Go on with the same arguments, or choose another `out_dir`.",
-                )
+        check_same_settings(f"the unfinished refinement in {folder}", json.loads(file.read_text()), settings)
     elif any(folder.iterdir()):
-        raise argument_error(
-            "out_dir", "be empty or hold an unfinished refinement", Said(f"files in {folder}"), "Choose another."
-        )
+        must = "be empty or hold an unfinished refinement"
+        raise argument_error("out_dir", must, Said(f"files in {folder}"), "Choose another folder.")
     else:
-        with whole_file(file) as temporary:
-            temporary.write_text(json.dumps(settings) + "\n")
+        write_text(file, json.dumps(settings) + "\n")
     yield folder
     file.unlink()  # first: rounds that are left behind do no harm
     for number in range(settings["rounds"]):
         shutil.rmtree(folder / f"round-{number + 1}")
 
 
-class _RollOuts:
+class RollOuts:
     """Roll-outs of a predictor, beside the plain runs of the same samples.
 
     Args:
         trajectories: the plain runs.
         predictor: whose roll-outs.
-        pipe, inputs, samples_per_call, progress: as of `refine`.
+        pipe, inputs, samples_per_call: see `refine`.
         folder: of their recording.
+        bar: what the progress bar is called, or None for no bar.
 
     Attributes:
         recorded: the recording, of computed steps only.
@@ -195,71 +200,62 @@ class _RollOuts:
             velocity. Where guidance combines several streams of calls, they share it.
     """
 
-    def __init__(self, trajectories, predictor, pipe, inputs, folder, samples_per_call, progress):
+    def __init__(
+        self,
+        trajectories: Trajectories,
+        predictor: FusedKANPredictor,
+        pipe: Any,
+        inputs: list[dict],
+        folder: Path,
+        samples_per_call: int,
+        bar: str | None = None,
+    ):
         manifest = trajectories.manifest
-        self.recorded = record(
+        recording = Recording(
             pipe,
             inputs,
-            folder,
             num_inference_steps=manifest["requested_num_inference_steps"],
             tokens_per_sample=manifest["tokens_per_sample"],
             seed=manifest["seed"],
             batch_size=samples_per_call,
-            progress=progress,
             predictor=copy.deepcopy(predictor).to(pipe._execution_device),
         )
+        self.recorded = recording.write(folder, bar and f"{bar}, roll out")
         if self.recorded.names != trajectories.names:
-            got = Said(f"{len(self.recorded)} streams of calls in the place of {len(trajectories)}")
+            got = Said(f"{len(self.recorded)} streams of calls instead of {len(trajectories)}")
             raise argument_error("pipe", "call its transformer as when it was recorded", got, "Record again.")
         self.drifts = []
         for plain, rolled in zip(trajectories, self.recorded):
             computed = torch.isin(plain.sigmas, rolled.sigmas)
-            self.drifts.append(plain.latents[computed].float() - rolled.latents.float())  # sigma falls
+            self.drifts.append(latents_of(plain)[computed].float() - latents_of(rolled).float())  # sigma falls
 
-    def of(self, number: int) -> list[torch.Tensor]:
-        """Features and drift of one of them."""
-        return [self.recorded[number].features, self.drifts[number]]
+    def of(self, number: int) -> RollOut:
+        """The roll-out beside the trajectory of this number."""
+        return RollOut(self.recorded[number].features, self.drifts[number])
 
 
 class _Refinement(Training):
-    """One round of training, on trajectories and roll-outs."""
+    """The training of one round: on trajectories and roll-outs."""
 
-    def __init__(self, predictor, trajectories, roll_outs: list[_RollOuts], out_dir, device, seed):
-        super().__init__(trajectories, predictor.config, out_dir, device, seed)
+    validation_name = "validation with roll-outs"  # another quantity than the validation loss of `train`
+    roll_outs: Sequence[RollOuts] = ()
+
+    def start_from(self, predictor: FusedKANPredictor, roll_outs: Sequence[RollOuts]) -> None:
+        """Takes the weights of the round before, and the roll-outs to train on."""
         self.predictor.load_state_dict(predictor.state_dict())
         self.roll_outs = roll_outs
-        self.origin = {"roll_outs": [r.recorded.manifest["predictor"] for r in roll_outs]}
 
-    def roll_outs_of(self, number):
-        return [tensor for roll_outs in self.roll_outs for tensor in roll_outs.of(number)]
+    def depends_on(self) -> dict[str, Any]:
+        return {"roll_outs": [rolled.recorded.manifest["predictor"] for rolled in self.roll_outs]}
 
-    def _loss(self, batch, guided):
-        loss = super()._loss(batch, guided)
+    def roll_outs_of(self, number: int) -> list[RollOut]:
+        return [rolled.of(number) for rolled in self.roll_outs]
+
+    def loss_of(self, batch: Batch, guided: bool) -> torch.Tensor:
+        loss = super().loss_of(batch, guided)
         computed = sorted(self.schedule.computed_in(batch.sigmas.tolist()))
         plan = Plan(computed, len(batch.sigmas), self.config.max_history, device=self.device)
         steps = torch.tensor(computed, device=self.device)
-        for features, drift in zip(batch.roll_outs[::2], batch.roll_outs[1::2]):
-            loss = loss + _roll_out_loss(self.predictor, batch, plan, steps, features, drift)
+        for roll_out in batch.roll_outs:
+            loss = loss + roll_out_loss(self.predictor, batch, plan, steps, roll_out)
         return loss
-
-
-def _roll_out_loss(predictor, batch: Batch, plan: Plan, steps, features, drift) -> torch.Tensor:
-    """How far off the latents are at the end of each gap, and the errors of the velocities; both relative.
-
-    Args:
-        predictor, batch, plan: what forecasts what.
-        steps: the computed steps, C of them.
-        features: `[C, N, D]`, what was computed along the roll-out.
-        drift: `[C, N, O]`, how far off the latents were before each of them.
-    """
-    off, error = _off_after_gaps(predictor, batch, plan, steps, features, drift)
-    truth = batch.velocities[plan.steps]
-    return relative(off, over_gaps(batch, plan, truth)) + VELOCITY_WEIGHT * relative(error, truth)
-
-
-def _off_after_gaps(predictor, batch: Batch, plan: Plan, steps, features, drift) -> tuple[torch.Tensor, torch.Tensor]:
-    """How far off the latents are at the end of each gap `[G, N, O]`, and each predicted velocity `[P, N, O]`."""
-    error = batch.velocity(predict(predictor, batch, plan, features, steps), plan.steps) - batch.velocities[plan.steps]
-    computed = (batch.velocity(features, steps) - batch.velocities[steps]) * batch.widths[steps, None, None]
-    gaps = over_gaps(batch, plan, error)
-    return (drift + computed)[: len(gaps)] + gaps, error

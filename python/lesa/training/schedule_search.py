@@ -1,18 +1,28 @@
-"""Which steps to compute: found on recorded trajectories, for a predictor and a number of computed steps."""
+"""Finds which steps to compute, on recorded trajectories, for a predictor and a number of computed steps."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
 
 from lesa.schedule import Schedule
 from lesa.training.batches import Batch, Head
-from lesa.training.training_run import Training, complete_config
-from lesa.training.trajectories import Trajectories, check_latents, check_plain
+from lesa.training.settings import TrainingSettings, complete_config
+from lesa.training.training_run import Training
+from lesa.training.trajectories import Trajectories, Trajectory, check_plain, latents_of
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import argument_error, check_int
 
-SEARCH_TURNS, PROBE_EPOCHS = 2, 12
+SEARCH_TURNS = 2
+"""How many brief trainings there are, each followed by a search."""
+
+BRIEF = TrainingSettings(guided_epochs=12, epochs=0, validation_fraction=0.0, reach=3)
+"""The settings of a brief training."""
+
+WIDEST = 2.5
+"""The largest gap, as a multiple of the mean gap."""
 
 
 def find_schedule(
@@ -24,15 +34,15 @@ def find_schedule(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> Schedule:
-    """Chooses which steps to compute, by turns with training: `search_schedule` for a predictor, a predictor for that.
+    """Chooses which steps to compute: a search and a brief training take turns.
 
-    The first search is for an untrained predictor. The ones after it are for predictors that were trained briefly on
-    many schedules around the one before, so that they favour none.
+    The first search is for an untrained predictor. Each later search is for a predictor that was trained briefly on
+    many schedules around the latest one, so that it favours none of them.
 
     Args:
         trajectories: what `lesa.record` made.
         budget: how many steps to compute.
-        config: of the predictor; a newton one. Default: as of `train`.
+        config: of a newton predictor. Default: that of `train`.
         seed: of all that is random.
         device: where to train.
         progress: whether to show progress bars.
@@ -47,25 +57,15 @@ def find_schedule(
     total = trajectories.num_inference_steps
     budget = check_int("budget", budget, minimum=2, maximum=total - 1)
     schedule = Schedule.spread(budget, total)
+    settings = replace(BRIEF, seed=seed)
     for turn in range(SEARCH_TURNS + 1):
-        probe = Training(trajectories, complete_config(trajectories, config, schedule), None, device, seed, reach=3)
+        complete = complete_config(trajectories, config, schedule)
+        bar = "train for the search" if progress else None
+        run = Training(trajectories, complete, settings, device=device, bar=bar)
         if turn:
-            probe.fit(
-                guided_epochs=PROBE_EPOCHS,
-                epochs=0,
-                batch_size=8,
-                tokens=32,
-                learning_rate=3e-3,
-                head_aware=True,
-                validation_fraction=0.0,
-                progress=progress,
-            )
-        schedule = search_schedule(trajectories, probe.predictor.cpu(), budget, seed=seed, progress=progress)
+            run.fit()
+        schedule = search_schedule(trajectories, run.predictor.cpu(), budget, seed=seed, progress=progress)
     return schedule
-
-
-_WIDEST = 2.5
-"""How many times the mean gap a gap may be."""
 
 
 def search_schedule(
@@ -78,20 +78,21 @@ def search_schedule(
     seed: int = 0,
     progress: bool = True,
 ) -> Schedule:
-    """Chooses the steps whose computing leaves the smallest error of the forecasts between them.
+    """Chooses the computed steps that leave the smallest error of the forecasts between them.
 
-    A gap between two computed steps costs the square of the displacement by which its forecast velocities miss the
-    true ones. Dynamic programming finds the cheapest chain of gaps: for each number of computed steps and each last two
-    of them, the cheapest chain that ends there, whose steps are the history of the gaps that follow. Then single steps
-    are moved as long as that makes the error of the whole run smaller, to which all gaps add up.
+    The errors of the forecast velocities in a gap between two computed steps add up to a displacement of the sample.
+    The cost of the gap is the square of that. Dynamic programming finds a chain of gaps with a small total cost: for
+    each number of computed steps, and each possible pair of last two steps, it keeps the cheapest chain that ends with
+    them. The steps of a chain are the history of its later gaps. Then single steps are moved, as long as this lowers
+    the error of the whole run, to which the displacements of all gaps add up.
 
     Args:
         trajectories: recorded with all steps computed.
-        predictor: what forecasts; a newton predictor, trained or not.
+        predictor: a newton predictor, trained or not.
         num_computed: how many steps to compute.
-        samples: trajectories to look at. Where guidance combines several streams of calls, so many in all.
-        tokens_per_sample: random tokens of each.
-        seed: of their choice.
+        samples: how many trajectories to use at most. Each stream of calls counts, where guidance combines several.
+        tokens_per_sample: how many random tokens of each.
+        seed: of the choice of trajectories and tokens.
         progress: whether to show a progress bar.
 
     Returns:
@@ -99,7 +100,7 @@ def search_schedule(
 
     Raises:
         ValueError: the predictor feeds on its own forecasts, there are fewer steps than `num_computed`, or the
-            trajectories have several streams and no latents, which say how guidance combines them.
+            trajectories have several streams but no latents, which show how guidance combines the streams.
     """
     if predictor.config.history != "anchors":
         raise argument_error(
@@ -110,21 +111,26 @@ def search_schedule(
         )
     total = trajectories.num_inference_steps
     count = check_int("num_computed", num_computed, minimum=2, maximum=total - 1)
-    errors = _Errors(trajectories, predictor, samples, tokens_per_sample, seed)
+    errors = ScheduleErrors(trajectories, predictor, samples, tokens_per_sample, seed)
     steps = _cheapest_chain(errors, count, progress)
     steps = _refined(errors, steps)
     sigmas = trajectories[0].sigmas.tolist()
     return Schedule(steps, total, tuple(sigmas[step] for step in steps))
 
 
-class _Errors:
-    """Errors of forecasts on some tokens of some trajectories.
+class ScheduleErrors:
+    """How far the forecasts of a schedule move the sample off, on some tokens of some trajectories.
 
     Args:
-        trajectories, predictor, samples, tokens, seed: as of `search_schedule`.
+        trajectories, predictor, samples, tokens, seed: see `search_schedule`.
+
+    Attributes:
+        total: number of steps of a run.
+        batches: one for each stream of calls, of the same tokens.
+        weights: `[J, N]`, how much each stream counts for each token.
     """
 
-    def __init__(self, trajectories, predictor, samples, tokens, seed):
+    def __init__(self, trajectories: Trajectories, predictor: FusedKANPredictor, samples: int, tokens: int, seed: int):
         numbers = trajectories.by_sample
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(numbers), generator=generator).tolist()
@@ -135,13 +141,13 @@ class _Errors:
         alike = [streams for streams in chosen if len(streams) == count and torch.equal(streams[0].sigmas, levels)]
         self.total = len(levels)
         head, state = Head(trajectories, "cpu"), generator.get_state()
-        self.batches = [  # one for each stream, of the same tokens
+        self.batches = [  # the generator begins each batch in the same state: all get the same tokens
             Batch([*stream], head, generator.set_state(state), tokens, "cpu") for stream in zip(*alike)
         ]
         self.weights = torch.ones(1, 1)
         if count > 1:
             tokens_each = self.batches[0].features.shape[1] // len(alike)
-            weights = torch.stack([_guidance_weights(trajectories, sample) for sample in alike], 1)
+            weights = torch.stack([guidance_weights(trajectories, sample) for sample in alike], 1)
             self.weights = weights.repeat_interleave(tokens_each, 1)
         self.predictor = predictor
         self._gaps: dict[tuple[int, ...], torch.Tensor] = {}  # by history and end, the displacement over the gap
@@ -149,19 +155,19 @@ class _Errors:
 
     @torch.no_grad()
     def after(self, history: tuple[int, ...], length: int) -> torch.Tensor:
-        """How far the sample is off after 0, 1, 2, ... forecast steps `[length + 1, N, O]`.
+        """How far the sample is off after 0, 1, 2, ... forecast steps: `[length + 1, N, O]`.
 
         Args:
-            history: the computed steps so far, oldest first; only the newest matter.
+            history: the computed steps so far, oldest first. Only as many as the predictor reads are used.
             length: how many steps to forecast after the last of them.
         """
         history = history[-self._longest :]
         length = min(length, self.total - 1 - history[-1])
         targets = torch.arange(history[-1] + 1, history[-1] + 1 + length)
-        slots = torch.tensor(history + history[-1:] * (self._longest - len(history)))  # those beyond are not read
+        slots = torch.tensor(history + history[-1:] * (self._longest - len(history)))  # the repeated ones are not read
         cursor = torch.full((length,), len(history) % self._longest, dtype=torch.int32)
         held = torch.full_like(cursor, len(history))
-        off = 0
+        off = torch.zeros(())
         for batch, weight in zip(self.batches, self.weights):
             features = batch.features[slots][:, None].expand(-1, length, -1, -1)
             sigmas = batch.sigmas[slots][:, None].expand(-1, length)
@@ -176,7 +182,7 @@ class _Errors:
 
     def of(self, steps: tuple[int, ...]) -> float:
         """The squared displacement at the end of a run that computes `steps`."""
-        off = 0
+        off = torch.zeros(())
         for number, end in enumerate((*steps[1:], self.total), start=1):
             gap = (*steps[max(0, number - self._longest) : number], end)
             if gap not in self._gaps:
@@ -185,34 +191,34 @@ class _Errors:
         return float(off.square().mean())
 
 
-def _guidance_weights(trajectories, streams) -> torch.Tensor:
-    """How much each stream of calls of a sample adds to its velocity `[J]`: by least squares over a recorded run.
+def guidance_weights(trajectories: Trajectories, streams: Sequence[Trajectory]) -> torch.Tensor:
+    """With which weights guidance adds up the streams of calls of a sample: `[J]`, least squares over a recorded run.
 
     Args:
-        trajectories: for the output head.
+        trajectories: the recording; its output head is used.
         streams: the trajectories of the sample.
     """
-    check_latents(streams[0])
     head = Head(trajectories, "cpu")
-    ways = []
-    for stream in streams:
-        batch = Batch([stream], head, None, None, "cpu")
-        ways.append((batch.velocities * batch.widths[:, None, None])[:-1])
-    latents = streams[0].latents.float()
+    batches = [Batch([stream], head, None, None, "cpu") for stream in streams]
+    latents = latents_of(streams[0]).float()
     moved = latents[:-1] - latents[1:]  # sigma falls
-    drawn = moved.any(2).any(0)  # tokens of an image that is given stay as they are
-    ways = torch.stack([way[:, drawn].flatten() for way in ways], 1)
-    return torch.linalg.lstsq(ways, moved[:, drawn].reshape(-1, 1)).solution[:, 0]
+    drawn = moved.any(2).any(0)  # tokens of an input image stay as they are
+    moves = [(batch.velocities * batch.widths[:, None, None])[:-1, drawn].flatten() for batch in batches]
+    return torch.linalg.lstsq(torch.stack(moves, 1), moved[:, drawn].reshape(-1, 1)).solution[:, 0]
 
 
-def _cheapest_chain(errors: _Errors, count: int, progress: bool) -> tuple[int, ...]:
-    """The chain of `count` steps from step 0 whose gaps cost least together."""
+_Chains = dict[tuple[int, ...], tuple[tuple[int, ...], float]]
+"""By its last two steps, a chain of computed steps and its cost."""
+
+
+def _cheapest_chain(errors: ScheduleErrors, count: int, progress: bool) -> tuple[int, ...]:
+    """The chain of `count` steps from step 0 with the smallest total cost."""
     total = errors.total
-    widest = min(math.ceil(_WIDEST * total / count), total)
-    best = {(0,): ((0,), 0.0)}  # by the last two steps: the chain, and what its gaps cost
+    widest = min(math.ceil(WIDEST * total / count), total)
+    best: _Chains = {(0,): ((0,), 0.0)}
     for number in tqdm(range(1, count), desc="search", unit="step", disable=not progress):
         left = count - number  # steps to choose, this one included
-        found: dict[tuple[int, ...], tuple[tuple[int, ...], float]] = {}
+        found: _Chains = {}
         for chain, cost in best.values():
             last = chain[-1]
             gaps = errors.costs(chain, widest - 1)
@@ -227,7 +233,7 @@ def _cheapest_chain(errors: _Errors, count: int, progress: bool) -> tuple[int, .
     return min(ends)[1]
 
 
-def _refined(errors: _Errors, steps: tuple[int, ...]) -> tuple[int, ...]:
+def _refined(errors: ScheduleErrors, steps: tuple[int, ...]) -> tuple[int, ...]:
     """Moves single steps as long as that lowers the error of the whole run."""
     error = errors.of(steps)
     while True:

@@ -1,12 +1,15 @@
-"""`find_stages`: into which noise stages to divide the steps, found on the validation error."""
+"""`find_stages`: divides the steps into noise stages, by the validation error."""
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 from tqdm import tqdm
 
-from lesa.schedule import Schedule, ScheduleLike
-from lesa.training.training_run import MOST_TOKENS, Training, complete_config
+from lesa.schedule import ScheduleLike
+from lesa.training.batches import Split, split
+from lesa.training.settings import TrainingSettings, complete_config, with_stages
+from lesa.training.training_run import MOST_TOKENS, Training
 from lesa.training.trajectories import Trajectories, check_plain
 from lesa_kernels import PredictorConfig
 from lesa_kernels.checks import argument_error, check_int
@@ -14,13 +17,11 @@ from lesa_kernels.checks import argument_error, check_int
 LEAST_GAIN = 0.02
 """By which part a split must lower the validation loss, with each of two seeds."""
 
+BRIEF = TrainingSettings(epochs=10, learning_rate=1e-2, validation_fraction=0.25)
+"""The settings of a brief training."""
 
-EPOCHS, LEARNING_RATE = 10, 1e-2
-"""Of a brief training."""
-
-
-TRAINING, VALIDATION = 64, 32
-"""How many trajectories a brief training looks at, at most."""
+MOST_TRAINING, MOST_VALIDATION = 64, 32
+"""How many trajectories a brief training uses, at most."""
 
 
 def find_stages(
@@ -33,18 +34,18 @@ def find_stages(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> tuple[float, ...]:
-    """Chooses number and bounds of a predictor's noise stages: splits one stage again and again while that pays.
+    """Chooses number and bounds of a predictor's noise stages.
 
-    Bounds may be at the noise levels of computed steps, so that no gap between two of them is cut. In each round every
-    split into one more stage is trained briefly, on some of the trajectories, and that of the smallest loss on others
-    is taken. The last round is the one whose split does not lower the loss by 2 % both with `seed` and with the next
-    one, which has other trajectories for validation: what is less is noise, of which the smallest loss of several
-    always has some.
+    It begins with one stage, and splits one stage into two in each round. Bounds are at noise levels of computed steps,
+    so that no gap between two of them is cut. A predictor is trained briefly for every possible split, on some of the
+    trajectories. The split with the smallest loss on other trajectories is chosen. It must lower the loss by 2 % with
+    `seed`, and also with the next seed, which has other trajectories for validation. Otherwise the search ends: the
+    smallest of several losses is partly small by chance.
 
     Args:
         trajectories: what `lesa.record` made.
-        schedule: the computed steps, as of `train`.
-        config: of the predictor; a newton one, whose `stage_bounds` count for nothing. Default: as of `train`.
+        schedule: the computed steps; see `train`.
+        config: of a newton predictor; its `stage_bounds` are not used. Default: that of `train`.
         most: how many stages there may be.
         seed: of all that is random.
         device: where to train.
@@ -55,32 +56,31 @@ def find_stages(
 
     Raises:
         ValueError: `config` or `schedule` does not fit the trajectories, the predictor is not a newton one or has other
-            history lengths in other stages, or an argument is out of range; named.
+            history lengths in other stages, or an argument is out of range. The message names it.
     """
     check_plain(trajectories)
     most, seed = check_int("most", most), check_int("seed", seed, minimum=0)
     if len(set(trajectories.samples)) < 2:
-        remedy = "Record more: one of them at least is for validation."
+        remedy = "Record more: at least one is for validation."
         raise argument_error("trajectories", "be of two samples or more", trajectories, remedy)
-    config = complete_config(trajectories, config, schedule)
-    if config.mixer != "newton":
+    complete = complete_config(trajectories, config, schedule)
+    if complete.mixer != "newton":
         remedy = "Use a newton predictor, or set the stage bounds by hand."
-        raise argument_error("config.mixer", "be 'newton' for stages to be found", config.mixer, remedy)
-    if len(set(config.history_length)) > 1:
+        raise argument_error("config.mixer", "be 'newton' for stages to be found", complete.mixer, remedy)
+    if len({*cast(tuple[int, ...], complete.history_length)}) > 1:
         remedy = "Pass one int, or set the stage bounds by hand."
-        raise argument_error("config.history_length", "be equal in all stages", config.history_length, remedy)
+        raise argument_error("config.history_length", "be equal in all stages", complete.history_length, remedy)
     losses: dict[tuple[tuple[float, ...], int], float] = {}
     bar = tqdm(desc="stages", unit="training", disable=not progress)
 
-    def loss(bounds, seed):
+    def loss(bounds: tuple[float, ...], seed: int) -> float:
         if (bounds, seed) not in losses:
-            staged = replace(config, stage_bounds=bounds, history_length=config.history_length[0])
-            losses[bounds, seed] = _loss_of(trajectories, staged, device, seed)
+            losses[bounds, seed] = _loss_of(trajectories, with_stages(complete, bounds), device, seed)
             bar.update()
         return losses[bounds, seed]
 
     bounds: tuple[float, ...] = ()
-    candidates = _candidates(config, trajectories[0].sigmas.tolist())
+    candidates = _candidates(complete, trajectories[0].sigmas.tolist())
     with bar:
         while len(bounds) + 1 < most:
             splits = [tuple(sorted({*bounds, c}, reverse=True)) for c in candidates if c not in bounds]
@@ -93,35 +93,17 @@ def find_stages(
 
 def _candidates(config: PredictorConfig, sigmas: list[float]) -> list[float]:
     """Noise levels of the computed steps that have predicted ones before and after them."""
-    schedule = Schedule(config.schedule, config.num_inference_steps, config.schedule_sigmas)
-    predicted = {*range(len(sigmas))} - set(schedule.steps)
-    return [sigmas[step] for step in schedule.steps if min(predicted) < step < max(predicted)]
+    computed = config.schedule or ()
+    predicted = {*range(len(sigmas))} - set(computed)
+    return [sigmas[step] for step in computed if min(predicted) < step < max(predicted)]
 
 
-def _loss_of(trajectories, config, device, seed) -> float:
+def _loss_of(trajectories: Trajectories, config: PredictorConfig, device: torch.device | str, seed: int) -> float:
     """The validation loss, over many tokens, of a predictor that was trained briefly."""
-    probe = _Probe(trajectories, config, None, device, seed)
-    probe.fit(
-        guided_epochs=0,
-        epochs=EPOCHS,
-        batch_size=8,
-        tokens=32,
-        learning_rate=LEARNING_RATE,
-        head_aware=True,
-        validation_fraction=0.25,
-        progress=False,
-    )
-    return probe.validation_loss()
-
-
-class _Probe(Training):
-    """A brief training on some of the trajectories, which validates at its end only."""
-
-    def _split(self, validation_fraction):
-        training, validation = super()._split(validation_fraction)
-        self.validation = validation[:VALIDATION]
-        return training[:TRAINING], []
-
-    @torch.no_grad()
-    def validation_loss(self) -> float:
-        return self._batch_loss(self.validation, tokens=MOST_TOKENS, guided=False).item()
+    settings = replace(BRIEF, seed=seed)
+    training, validation = split(trajectories, settings.validation_fraction, seed)
+    numbers = Split(training[:MOST_TRAINING], [])
+    run = Training(trajectories, config, settings, numbers=numbers, device=device)
+    run.fit()
+    with torch.no_grad():
+        return run.mean_loss(validation[:MOST_VALIDATION], MOST_TOKENS, guided=False).item()

@@ -1,210 +1,230 @@
-"""`train`: fits a predictor to recorded trajectories.
+"""One training of a predictor, in two stages, and its checkpoint.
 
-Two stages. Guided: the history is true; a newton predictor sees schedules near its own, a dense one the step before.
-Closed loop: as at inference; a newton predictor trains on the schedule itself, a dense one on a history that holds its
-own forecasts. The head-aware loss compares what the frozen output head makes of a forecast with what it makes of the
-truth.
+Guided stage: the history is true. A newton predictor sees schedules near its own, a dense one the step before.
+Closed loop: the history is as at inference. A newton predictor trains on the schedule itself, a dense one on a history
+that holds its own forecasts.
 """
 
 import json
 import math
+import os
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from lesa.cache.error_control import ControlledSteps, ErrorControl
-from lesa.schedule import Schedule, as_schedule
-from lesa.training.batches import Batch, Head, Plan, predict, roll_out
+from lesa.artifacts import check_same_settings, remove_partial, whole_file, write_text
+from lesa.schedule import Schedule, schedule_of
+from lesa.training.batches import Batch, Head, Plan, RollOut, Split, predict, roll_out, split
+from lesa.training.guided_schedules import moved_steps, stretched_steps
 from lesa.training.losses import feature_loss, head_aware_loss
+from lesa.training.settings import TrainingSettings
+from lesa.training.trajectories import Trajectories
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-from lesa_kernels.checks import Said, argument_error, check_int
+from lesa_kernels.checks import Said, argument_error
+from lesa_kernels.predictor.module import WEIGHTS_NAME
 
 CHECKPOINT_NAME = "checkpoint.pt"
-
-
 LOSSES_NAME = "losses.json"
-
-
 CURVE_NAME = "losses.png"
 
-
 WEIGHT_DECAY = 1e-4
-
-
 GRADIENT_CLIP = 1.0
 
-
-DEFAULT_COMPUTED_STEPS = 9
-
-
 MOST_TOKENS = 256
-"""Of a trajectory that is looked at as a whole."""
-
-
-STRETCHES, STRETCH_SPREAD = (0.5, 1.4), 0.3
-"""In training for error control: the range of the gaps over the schedule's, and how far one is off its neighbours."""
-
-
-def _shaken(computed, total, generator, reach):
-    """The schedule with each step but the first moved by at most `reach`."""
-    moves = torch.randint(-reach, reach + 1, (len(computed),), generator=generator).tolist()
-    return {0} | {min(max(step + move, 1), total - 1) for step, move in zip(computed[1:], moves)}
-
-
-def _stretched(schedule, sigmas, generator):
-    """A schedule such as error control chooses: gaps of a random length, around one that is random too."""
-    steps = ControlledSteps(ErrorControl(longest=len(sigmas)), schedule, (), sigmas)
-
-    def uniform(low, high):
-        return low + (high - low) * torch.rand((), generator=generator).item()
-
-    middle = uniform(*map(math.log, STRETCHES))
-    while max(steps.chosen) < len(sigmas):
-        steps.add(math.exp(middle + uniform(-STRETCH_SPREAD, STRETCH_SPREAD)))
-    chosen = steps.chosen - {len(sigmas)}
-    return chosen if len(chosen) < len(sigmas) else chosen - {len(sigmas) - 1}  # something is left to predict
-
-
-def unfinished_config(out_dir) -> dict | None:
-    """What the checkpoint in `out_dir` was configured with, or None."""
-    file = None if out_dir is None else Path(out_dir) / CHECKPOINT_NAME
-    if file is None or not file.exists():
-        return None
-    return torch.load(file, map_location="cpu", weights_only=True)["settings"]["config"]
-
-
-def complete_config(trajectories, config, schedule) -> PredictorConfig:
-    """The predictor's config with what the trajectories and the schedule say, both checked against it."""
-    total, width, family = trajectories.num_inference_steps, trajectories.feature_dim, trajectories.family
-    if config is None:
-        config = PredictorConfig(width)
-    for field, wanted in (("feature_dim", width), ("family", family), ("num_inference_steps", total)):
-        given = getattr(config, field)
-        if given not in (None, wanted):
-            raise argument_error(
-                f"config.{field}", f"be that of the trajectories, {wanted!r}", given, "Record or configure another."
-            )
-    if schedule is None:
-        schedule = config.schedule or Schedule.spread(min(DEFAULT_COMPUTED_STEPS, total), total)
-    schedule = as_schedule(schedule, total)
-    if schedule.steps[-1] >= total or schedule.num_inference_steps not in (None, total):
-        raise argument_error(
-            "schedule",
-            f"be made for the {total} steps of the trajectories",
-            schedule,
-            "Choose steps below that, or record with as many steps as the schedule has.",
-        )
-    if len(schedule) == total:
-        raise argument_error("schedule", "leave steps to predict", schedule, "Compute fewer steps.")
-    sigmas = trajectories[0].sigmas.tolist()
-    return replace(
-        config,
-        family=family,
-        num_inference_steps=total,
-        schedule=schedule.steps,
-        schedule_sigmas=tuple(sigmas[s] for s in schedule.steps),
-        schedule_errors=None,
-    )
+"""How many tokens of a trajectory are used where the errors of a trained predictor are measured, at most."""
 
 
 class Training:
-    """One training run, and its checkpoint.
+    """One training of a predictor: `fit`, then `finish`.
+
+    A subclass may replace `depends_on`, `roll_outs_of`, `loss_of` and `validation_name`.
 
     Args:
         trajectories: to train on.
-        config: of the predictor, complete.
-        out_dir: folder for what it writes, or None.
+        config: of the predictor, from `complete_config`.
+        settings: how it is fitted.
+        numbers: of the trajectories to train on and to validate with. Default: what `split` chooses.
+        out_dir: folder for what the training writes, or None.
         device: where to train.
-        seed: of all that is random.
-        reach: by how many steps the guided stage moves the computed ones at most.
-        controlled: whether the guided stage has schedules as of error control, in the place of those.
+        bar: what the progress bar is called, or None for no bar.
+
+    Attributes:
+        predictor: what is trained.
+        losses: mean loss of each epoch, in training and in validation.
+        generator: of all that is random after the initialisation.
+        head: the output projection.
+        schedule: the computed steps, with their noise levels.
     """
 
-    def __init__(self, trajectories, config, out_dir, device, seed, reach=1, controlled=False):
-        self.reach, self.controlled = reach, controlled
-        self.trajectories, self.config, self.device, self.seed = trajectories, config, torch.device(device), seed
-        self.out_dir = None if out_dir is None else Path(out_dir)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(check_int("seed", seed, minimum=0))
-            self.predictor = FusedKANPredictor(config).to(self.device)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.losses = {"training": [], "validation": []}
-        self.origin = {}  # what else the training depends on, for the checkpoint
-        self.loss = head_aware_loss
-        self.head = Head(trajectories, self.device)
-        self.schedule = Schedule(config.schedule, config.num_inference_steps, config.schedule_sigmas)
+    validation_name = "validation"
+    """What the progress bar calls the validation loss."""
 
-    def fit(
+    def __init__(
         self,
-        guided_epochs,
-        epochs,
-        batch_size,
-        tokens,
-        learning_rate,
-        head_aware,
-        validation_fraction,
-        progress,
-        finds_typical_errors=False,
+        trajectories: Trajectories,
+        config: PredictorConfig,
+        settings: TrainingSettings,
+        *,
+        numbers: Split | None = None,
+        out_dir: str | os.PathLike | None = None,
+        device: torch.device | str = "cpu",
+        bar: str | None = None,
     ):
-        self.loss = head_aware_loss if head_aware else feature_loss
-        settings = {
-            "config": self.config.to_dict(),
-            "trajectories": self.trajectories.manifest,
-            "guided_epochs": guided_epochs,
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "tokens_per_batch": tokens,
-            "learning_rate": learning_rate,
-            "head_aware": head_aware,
-            "validation_fraction": validation_fraction,
-            "seed": self.seed,
-            "reach": self.reach,
-            "controlled": self.controlled,
-            **self.origin,
-        }
-        training, validation = self._split(validation_fraction)
-        optimizer = torch.optim.AdamW(self.predictor.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
-        batches = math.ceil(len(training) / batch_size)
-        total = guided_epochs + epochs
-        first = self._resume(settings, optimizer)
-        bar = tqdm(range(first, total), initial=first, total=total, desc="train", disable=not progress, unit="epoch")
-        for epoch in bar:
-            shuffled = [training[i] for i in torch.randperm(len(training), generator=self.generator).tolist()]
-            losses = []
-            for number in range(batches):
-                done = (epoch * batches + number) / (total * batches)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-                chosen = shuffled[number * batch_size : (number + 1) * batch_size]
-                loss = self._batch_loss(chosen, tokens, epoch < guided_epochs)
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(self.predictor.parameters(), GRADIENT_CLIP)
-                optimizer.step()
-                losses.append(loss.item())
-            self.losses["training"].append(sum(losses) / len(losses))
-            if validation:
+        self.trajectories, self.config, self.settings = trajectories, config, settings
+        self.numbers = numbers or split(trajectories, settings.validation_fraction, settings.seed)
+        self.out_dir = None if out_dir is None else Path(out_dir)
+        self.device, self.bar = torch.device(device), bar
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(settings.seed)
+            self.predictor = FusedKANPredictor(config).to(self.device)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.losses: dict[str, list[float]] = {"training": [], "validation": []}
+        self.head = Head(trajectories, self.device)
+        self.schedule = cast(Schedule, schedule_of(config))  # a complete configuration has one
+
+    # What a subclass may replace
+
+    def depends_on(self) -> dict[str, Any]:
+        """What the training depends on beside configuration, trajectories and settings. A checkpoint holds it."""
+        return {}
+
+    def roll_outs_of(self, number: int) -> list[RollOut]:
+        """Roll-outs that batches have beside the trajectory of this number."""
+        return []
+
+    def loss_of(self, batch: Batch, guided: bool) -> torch.Tensor:
+        """The loss of the forecasts in a batch, in the guided stage or in closed loop."""
+        config, every_step = self.config, self.config.history == "steps"
+        total = len(batch.sigmas)
+        computed: Set[int]
+        if not guided:
+            computed = self.schedule.computed_in(batch.sigmas.tolist())
+        elif every_step:
+            computed = {0}
+        elif self.settings.controlled:
+            computed = stretched_steps(self.schedule, batch.sigmas.tolist(), self.generator)
+        else:
+            computed = moved_steps(self.schedule.steps, total, self.generator, self.settings.reach)
+        plan = Plan(computed, total, config.max_history, every_step, self.device)
+        if every_step and not guided:
+            forecast = roll_out(self.predictor, batch, plan)
+        else:
+            forecast = predict(self.predictor, batch, plan, batch.features)
+        loss = head_aware_loss if self.settings.head_aware else feature_loss
+        return loss(batch, plan, forecast)
+
+    # What a training does
+
+    def fit(self) -> None:
+        """Trains the predictor, from the checkpoint on if there is one, and writes a checkpoint after each epoch.
+
+        Raises:
+            ValueError: the folder holds something else than an unfinished training with the same settings.
+        """
+        settings = self.settings
+        optimizer = torch.optim.AdamW(self.predictor.parameters(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY)
+        total = settings.guided_epochs + settings.epochs
+        first = self._resume(optimizer)
+        epochs = tqdm(
+            range(first, total),
+            desc=self._stage_name(first),
+            initial=first,
+            total=total,
+            disable=self.bar is None,
+            unit="epoch",
+        )
+        for epoch in epochs:
+            if epoch == settings.guided_epochs:
+                epochs.set_description(self._stage_name(epoch))
+            self.losses["training"].append(self._train_epoch(optimizer, epoch, total))
+            if self.numbers.validation:
                 with torch.no_grad():
-                    self.losses["validation"].append(self._batch_loss(validation, tokens, guided=False).item())
-                bar.set_postfix(validation=f"{self.losses['validation'][-1]:.4f}")
-            self._save_checkpoint(settings, optimizer, epoch + 1)
-        if finds_typical_errors and self.config.history == "anchors":
-            errors = self._typical_errors(validation or training)
+                    loss = self.mean_loss(self.numbers.validation, settings.tokens_per_batch, guided=False).item()
+                self.losses["validation"].append(loss)
+                epochs.set_postfix({self.validation_name: f"{loss:.4f}"})
+            self._save_checkpoint(optimizer, epoch + 1)
+
+    def finish(self) -> FusedKANPredictor:
+        """Measures the typical errors of the trained predictor, and writes what belongs into the folder.
+
+        Returns:
+            The predictor, on the CPU.
+        """
+        if self.config.history == "anchors":
+            errors = self._typical_errors(self.numbers.validation or self.numbers.training)
             self.predictor.config = replace(self.config, schedule_errors=errors)
-        self._finish(guided_epochs)
+        if self.out_dir is not None:
+            guided_epochs = self.settings.guided_epochs
+            self.predictor.save_pretrained(self.out_dir)
+            losses = json.dumps({"guided_epochs": guided_epochs, **self.losses})
+            write_text(self.out_dir / LOSSES_NAME, losses + "\n")
+            _plot_losses(self.losses, guided_epochs, self.out_dir / CURVE_NAME)
+            (self.out_dir / CHECKPOINT_NAME).unlink()
+        return self.predictor.cpu().eval()
+
+    def mean_loss(self, numbers: Sequence[int], tokens: int | None, guided: bool) -> torch.Tensor:
+        """Mean loss over trajectories; those of equal noise levels share one batch.
+
+        Args:
+            numbers: of the trajectories.
+            tokens: random tokens taken of each; None for all.
+            guided: whether as in the guided stage or in closed loop.
+        """
+        groups: dict[tuple[float, ...], list[int]] = {}
+        read = {number: self.trajectories[number] for number in numbers}
+        for number, trajectory in read.items():
+            groups.setdefault(tuple(trajectory.sigmas.tolist()), []).append(number)
+        mean = torch.zeros((), device=self.device)
+        for group in groups.values():
+            roll_outs = [self.roll_outs_of(number) for number in group]
+            alike = [read[number] for number in group]
+            batch = Batch(alike, self.head, self.generator, tokens, self.device, roll_outs)
+            mean = mean + len(group) / len(numbers) * self.loss_of(batch, guided)
+        return mean
+
+    def _stage_name(self, epoch: int) -> str:
+        """What the progress bar is called in the stage of this epoch."""
+        settings = self.settings
+        if not (settings.guided_epochs and settings.epochs):
+            return f"{self.bar}"
+        stage = "1 of 2, guided" if epoch < settings.guided_epochs else "2 of 2, closed loop"
+        return f"{self.bar}, stage {stage}"
+
+    def _train_epoch(self, optimizer: torch.optim.Optimizer, epoch: int, total: int) -> float:
+        """Trains for one epoch of `total`; returns the mean loss of its batches."""
+        settings, training = self.settings, self.numbers.training
+        size, batches = settings.batch_size, math.ceil(len(training) / settings.batch_size)
+        shuffled = [training[i] for i in torch.randperm(len(training), generator=self.generator).tolist()]
+        losses = []
+        for number in range(batches):
+            done = (epoch * batches + number) / (total * batches)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+            chosen = shuffled[number * size : (number + 1) * size]
+            loss = self.mean_loss(chosen, settings.tokens_per_batch, epoch < settings.guided_epochs)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.predictor.parameters(), GRADIENT_CLIP)
+            optimizer.step()
+            losses.append(loss.item())
+        return sum(losses) / len(losses)
 
     @torch.no_grad()
-    def _typical_errors(self, numbers) -> tuple[float, ...]:
-        """Of each computed step, the median over the samples of the velocity's error if it were forecast, relative.
+    def _typical_errors(self, numbers: Sequence[int]) -> tuple[float, ...]:
+        """For each computed step, how far its forecast velocity would be off, relative: the median over the samples.
 
         Of the streams of one sample the worst counts, as in a run under `ErrorControl`.
         """
-        config, found, generator = self.config, {}, torch.Generator().manual_seed(self.seed)
-        if len(config.schedule) < 2:
+        config, generator = self.config, torch.Generator().manual_seed(self.settings.seed)
+        wanted = [-sigma for sigma in (config.schedule_sigmas or ())[1:]]
+        if not wanted:
             return (0.0,)
+        found: dict[int, np.ndarray] = {}
         for number in numbers:
             batch = Batch([self.trajectories[number]], self.head, generator, MOST_TOKENS, self.device)
             computed = sorted(self.schedule.computed_in(batch.sigmas.tolist()))
@@ -212,111 +232,74 @@ class Training:
             truth = batch.velocities[plan.steps].flatten(1)
             error = batch.velocity(predict(self.predictor, batch, plan, batch.features), plan.steps).flatten(1) - truth
             relative_error = (error.norm(dim=1) / truth.norm(dim=1).clamp(min=1e-12)).cpu()
-            levels = -batch.sigmas[plan.steps].cpu()  # of another size's noise levels, other steps are nearest
-            at = np.interp([-s for s in config.schedule_sigmas[1:]], levels, relative_error)
+            levels = -batch.sigmas[plan.steps].cpu()  # a sample of another size has other noise levels
+            at = np.interp(wanted, levels, relative_error)
             sample = self.trajectories.samples[number]
             found[sample] = np.maximum(found.get(sample, 0.0), at)
         return (0.0, *np.median([*found.values()], axis=0).tolist())
 
-    def _split(self, validation_fraction) -> tuple[list[int], list[int]]:
-        """Numbers of the trajectories to train on and to validate with; those of one sample stay together."""
-        by_sample = self.trajectories.by_sample
-        order = torch.randperm(len(by_sample), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        held_out = min(len(order) - 1, max(1, round(validation_fraction * len(order)))) if validation_fraction else 0
-        samples = [by_sample[i] for i in order]
-        return sum(samples[held_out:], []), sum(samples[:held_out], [])
+    # The checkpoint
 
-    def _batch_loss(self, numbers, tokens, guided) -> torch.Tensor:
-        """Mean loss over these trajectories; those of equal noise levels share one pass."""
-        groups = {}
-        for number in numbers:
-            trajectory = self.trajectories[number]
-            groups.setdefault(tuple(trajectory.sigmas.tolist()), {})[number] = trajectory
-        loss = 0.0
-        for group in groups.values():
-            roll_outs = [self.roll_outs_of(number) for number in group]
-            batch = Batch([*group.values()], self.head, self.generator, tokens, self.device, roll_outs)
-            loss = loss + len(group) / len(numbers) * self._loss(batch, guided)
-        return loss
+    def _all_settings(self) -> dict[str, Any]:
+        """All that must be the same for a training to continue, by name."""
+        return {
+            "config": self.config.to_dict(),
+            "trajectories": self.trajectories.manifest,
+            **self.settings.to_dict(),
+            **self.depends_on(),
+        }
 
-    def roll_outs_of(self, number) -> list[torch.Tensor]:
-        """Tensors `[C, T, ...]` that batches have beside the trajectory of this number."""
-        return []
-
-    def _loss(self, batch, guided) -> torch.Tensor:
-        config, every_step = self.config, self.config.history == "steps"
-        if not guided:
-            computed = self.schedule.computed_in(batch.sigmas.tolist())
-        elif every_step:
-            computed = {0}
-        elif self.controlled:
-            computed = _stretched(self.schedule, batch.sigmas.tolist(), self.generator)
-        else:
-            computed = _shaken(self.schedule.steps, config.num_inference_steps, self.generator, self.reach)
-        plan = Plan(computed, config.num_inference_steps, config.max_history, every_step, self.device)
-        if every_step and not guided:
-            forecast = roll_out(self.predictor, batch, plan)
-        else:
-            forecast = predict(self.predictor, batch, plan, batch.features)
-        return self.loss(batch, plan, forecast)
-
-    def _resume(self, settings, optimizer) -> int:
-        """Loads the checkpoint if there is one; returns the epoch to go on with."""
+    def _resume(self, optimizer: torch.optim.Optimizer) -> int:
+        """Loads the checkpoint if there is one; returns the epoch to continue with."""
         if self.out_dir is None:
             return 0
         self.out_dir.mkdir(parents=True, exist_ok=True)
         file = self.out_dir / CHECKPOINT_NAME
-        file.with_name(file.name + ".new").unlink(missing_ok=True)  # of a save that was cut off
+        remove_partial(file)
+        file.with_name(f"{file.name}.new").unlink(missing_ok=True)  # the same, of earlier versions
         if not file.exists():
             if any(self.out_dir.iterdir()):
-                raise argument_error(
-                    "out_dir",
-                    "be empty or hold an unfinished training",
-                    Said(f"files in {self.out_dir}"),
-                    "Choose another.",
-                )
+                must, got = "be empty or hold an unfinished training", Said(f"files in {self.out_dir}")
+                raise argument_error("out_dir", must, got, "Choose another folder.")
             return 0
         checkpoint = torch.load(file, map_location=self.device, weights_only=True)
-        for name, value in settings.items():
-            if checkpoint["settings"].get(name) != value:
-                raise argument_error(
-                    name,
-                    f"be what the unfinished training in {self.out_dir} has, {checkpoint['settings'].get(name)!r}",
-                    value,
-                    "Go on with the same arguments, or choose another `out_dir`.",
-                )
+        work = f"the unfinished training in {self.out_dir}"
+        check_same_settings(work, checkpoint["settings"], self._all_settings())
         self.predictor.load_state_dict(checkpoint["predictor"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         self.generator.set_state(checkpoint["generator"].cpu())
         self.losses = checkpoint["losses"]
         return checkpoint["epoch"]
 
-    def _save_checkpoint(self, settings, optimizer, epoch) -> None:
+    def _save_checkpoint(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
         if self.out_dir is None:
             return
-        new = self.out_dir / (CHECKPOINT_NAME + ".new")
         checkpoint = {
-            "settings": settings,
+            "settings": self._all_settings(),
             "predictor": self.predictor.state_dict(),
             "optimizer": optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "losses": self.losses,
             "epoch": epoch,
         }
-        torch.save(checkpoint, new)
-        new.replace(self.out_dir / CHECKPOINT_NAME)
-
-    def _finish(self, guided_epochs) -> None:
-        """Writes the predictor, its losses and their curve; the checkpoint has served."""
-        if self.out_dir is None:
-            return
-        self.predictor.save_pretrained(self.out_dir)
-        (self.out_dir / LOSSES_NAME).write_text(json.dumps({"guided_epochs": guided_epochs, **self.losses}) + "\n")
-        _plot_losses(self.losses, guided_epochs, self.out_dir / CURVE_NAME)
-        (self.out_dir / CHECKPOINT_NAME).unlink()
+        with whole_file(self.out_dir / CHECKPOINT_NAME) as temporary:
+            torch.save(checkpoint, temporary)
 
 
-def _plot_losses(losses, guided_epochs, file) -> None:
+def unfinished_config(out_dir: str | os.PathLike | None) -> dict[str, Any] | None:
+    """The predictor's configuration in the checkpoint of an unfinished training, or None if there is none."""
+    file = None if out_dir is None else Path(out_dir) / CHECKPOINT_NAME
+    if file is None or not file.exists():
+        return None
+    return torch.load(file, map_location="cpu", weights_only=True)["settings"]["config"]
+
+
+def is_finished(out_dir: Path) -> bool:
+    """Whether the folder holds a predictor whose training is finished."""
+    return (out_dir / WEIGHTS_NAME).exists() and not (out_dir / CHECKPOINT_NAME).exists()
+
+
+def _plot_losses(losses: dict[str, list[float]], guided_epochs: int, file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -328,4 +311,5 @@ def _plot_losses(losses, guided_epochs, file) -> None:
     axes.set(xlabel="epoch", ylabel="loss", yscale="log", title="Training of the predictor")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=120)
+    with whole_file(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

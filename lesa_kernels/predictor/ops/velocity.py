@@ -1,0 +1,135 @@
+"""A whole skipped step: Newton's forecast and the output head, in one kernel if there is one for the arguments."""
+
+import torch
+
+from lesa_kernels.checks import check_tensor
+from lesa_kernels.predictor.arguments import (
+    NewtonExperts,
+    RingState,
+    Shape,
+    check_all,
+    check_tensors,
+    contiguous,
+    needs_gradient,
+)
+from lesa_kernels.predictor.ops.head import check_head, output_head
+from lesa_kernels.predictor.ops.newton import newton_backend, run_newton_predict
+from lesa_kernels.predictor.ops.register import refuse_gradient, register
+from lesa_kernels.predictor.reference import OutputHead, forecast_dtype, newton_velocity_ref, output_head_ref
+
+# The kernel is written for up to this many outputs and bytes of scratch memory. Larger sizes run in two steps.
+KERNEL_HEAD_OUTPUTS = 256
+KERNEL_SCRATCH_BYTES = 1 << 30
+
+
+def newton_velocity(
+    storage: torch.Tensor,
+    scales: torch.Tensor | None,
+    sigmas: torch.Tensor,
+    cursor: torch.Tensor,
+    count: torch.Tensor,
+    sigma: torch.Tensor,
+    in_weight: torch.Tensor,
+    in_bias: torch.Tensor,
+    spline: torch.Tensor,
+    out_weight: torch.Tensor,
+    out_bias: torch.Tensor,
+    down: torch.Tensor | None,
+    up: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    head: OutputHead,
+    stage_bounds: tuple[float, ...],
+    history_length: tuple[int, ...],
+    grid_size: int,
+    spline_order: int,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """A whole skipped step: Newton's forecast, and the output head applied to it.
+
+    On Triton this is one kernel, which reads each anchor once and writes only the velocities. It is made for heads of
+    up to 256 outputs. It needs scratch memory of about `4 B T ceil(D / BLOCK_D) (O + 2 R + 2)` bytes, and is used up to
+    one GiB. Other backends, larger sizes and calls that need a gradient take two steps: the forecast, then the head.
+
+    Args:
+        head: the head's weights and this step's modulation.
+        storage ... spline_order: as in `newton_predict`.
+        backend: as in `newton_predict`.
+
+    Returns:
+        `[B, T, O]` in the dtype of `storage` (bfloat16 for float8). It is computed in float32, but Triton rounds the
+        operands of matrix products to the dtype of `storage` (bfloat16 for float8).
+
+    Raises:
+        ValueError, TypeError: a tensor has the wrong shape, dtype or device; the message names it.
+        RuntimeError: the backend can't run here.
+
+    Equivalent to::
+
+        velocity = output_head(newton_predict(...), head)
+
+    Source: this project; it rearranges LayerNorm and projection around a low-rank sum.
+    """
+    ring = RingState(storage, scales, sigmas, cursor, count, sigma)
+    experts = NewtonExperts(in_weight, in_bias, spline, out_weight, out_bias, down, up, up_bias)
+    shape = Shape(tuple(stage_bounds), tuple(history_length), grid_size, spline_order)
+    return run_newton_velocity(ring, experts, head, shape, backend)
+
+
+def run_newton_velocity(
+    ring: RingState, experts: NewtonExperts, head: OutputHead, shape: Shape, backend: str
+) -> torch.Tensor:
+    """`newton_velocity` with its arguments in named tuples."""
+    check_tensors(ring)
+    check_tensors(experts)
+    check_tensor("head.weight", head.weight, ("O", "D"))
+    chosen = newton_backend(ring, experts, shape, backend, "newton_velocity")
+    if chosen == "torch":
+        check_all(ring, experts, shape)
+        check_head(ring.storage, head)
+        return newton_velocity_ref(ring, experts, head, shape)
+    parts = (head.weight, head.bias, head.scale, head.shift)
+    if chosen == "triton" and not needs_gradient(ring.storage, *experts, *parts):
+        return _operator(ring, experts, head, shape)
+    return output_head(run_newton_predict(ring, experts, shape, chosen), head)
+
+
+def newton_velocity_is_fused(storage: torch.Tensor, down: torch.Tensor | None, head: OutputHead) -> bool:
+    """Whether the operator `newton_velocity` is one kernel for these; see there for what the kernel is made for."""
+    from lesa_kernels.predictor.kernels.velocity import VelocityLaunch
+
+    launch = VelocityLaunch.of(storage, head.weight, down)
+    narrow = all(
+        part is None or part.dtype != torch.float64 for part in (head.weight, head.bias, head.scale, head.shift)
+    )
+    return narrow and launch.outs <= KERNEL_HEAD_OUTPUTS and 4 * sum(launch.scratch) <= KERNEL_SCRATCH_BYTES
+
+
+def _newton_velocity(ring: RingState, experts: NewtonExperts, head: OutputHead, shape: Shape) -> torch.Tensor:
+    # The checks are here too, since the operator can be called without `newton_velocity`.
+    check_all(ring, experts, shape)
+    ring.check_channels()
+    check_head(ring.storage, head)
+    out_dtype = forecast_dtype(ring.storage.dtype)
+    if not newton_velocity_is_fused(ring.storage, experts.down, head):
+        from lesa_kernels.predictor.kernels.newton import newton_predict_fwd
+
+        return output_head_ref(newton_predict_fwd(contiguous(ring), contiguous(experts), shape, out_dtype), head)
+    from lesa_kernels.predictor.kernels.velocity import newton_velocity_fwd
+
+    return newton_velocity_fwd(contiguous(ring), contiguous(experts), _readable(head), shape, out_dtype)
+
+
+def _readable(head: OutputHead) -> OutputHead:
+    """The head as the kernel reads it. Rows of the modulation may be apart, like halves of one projection's result."""
+    scale, shift = (part if part.stride(1) == 1 else part.contiguous() for part in (head.scale, head.shift))
+    bias = None if head.bias is None else head.bias.contiguous()
+    return OutputHead(head.weight.contiguous(), bias, scale, shift, head.eps)
+
+
+def _fake_velocity(ring: RingState, experts: NewtonExperts, head: OutputHead, shape: Shape) -> torch.Tensor:
+    _, batch, tokens, _ = ring.storage.shape
+    return ring.storage.new_empty((batch, tokens, len(head.weight)), dtype=forecast_dtype(ring.storage.dtype))
+
+
+_operator = register("newton_velocity", _newton_velocity, _fake_velocity)
+refuse_gradient("newton_velocity", "has no gradients: `newton_velocity()` uses other operators for them")

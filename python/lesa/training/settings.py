@@ -1,0 +1,113 @@
+"""With which settings a predictor is trained, and the complete configuration that it gets."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+from lesa.schedule import Schedule, ScheduleLike, as_schedule
+from lesa.training.trajectories import Trajectories
+from lesa_kernels import PredictorConfig
+from lesa_kernels.checks import argument_error, check_float, check_int
+
+DEFAULT_COMPUTED_STEPS = 9
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a predictor is fitted.
+
+    Args:
+        guided_epochs: passes over the trajectories in the first stage, whose histories are true.
+        epochs: passes in the second stage, whose histories are as at inference.
+        batch_size: trajectories per step of the optimiser.
+        tokens_per_batch: random tokens taken of each trajectory per step; None for all.
+        learning_rate: of AdamW at the start. It falls to zero along a cosine.
+        head_aware: whether the loss looks at what the output head makes of the features, or at the features alone.
+        validation_fraction: share of the samples that is kept for validation.
+        seed: of initialisation, order, tokens, validation samples and guided schedules.
+        reach: by how many steps the guided stage moves the computed steps at most.
+        controlled: whether the guided stage has schedules such as error control chooses, instead of moved ones.
+
+    Raises:
+        TypeError, ValueError: a setting is out of range; the message names it.
+    """
+
+    guided_epochs: int = 0
+    epochs: int = 60
+    batch_size: int = 8
+    tokens_per_batch: int | None = 32
+    learning_rate: float = 3e-3
+    head_aware: bool = True
+    validation_fraction: float = 0.1
+    seed: int = 0
+    reach: int = 1
+    controlled: bool = False
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Any] = {
+            "guided_epochs": check_int("guided_epochs", self.guided_epochs, minimum=0),
+            "epochs": check_int("epochs", self.epochs, minimum=0),
+            "batch_size": check_int("batch_size", self.batch_size),
+            "learning_rate": check_float("learning_rate", self.learning_rate, minimum=1e-8),
+            "head_aware": bool(self.head_aware),
+            "validation_fraction": check_float("validation_fraction", self.validation_fraction, 0.0, 0.9),
+            "seed": check_int("seed", self.seed, minimum=0),
+            "reach": check_int("reach", self.reach, minimum=0),
+            "controlled": bool(self.controlled),
+        }
+        if self.tokens_per_batch is not None:
+            checked["tokens_per_batch"] = check_int("tokens_per_batch", self.tokens_per_batch)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings by name, as a checkpoint holds them."""
+        return asdict(self)
+
+
+def complete_config(
+    trajectories: Trajectories, config: PredictorConfig | None, schedule: ScheduleLike | None
+) -> PredictorConfig:
+    """The predictor's configuration, with what the trajectories and the schedule determine.
+
+    Args:
+        trajectories: to train on.
+        config: of the predictor. None: the default of `lesa.train`.
+        schedule: the computed steps. None: those of `config`, else spread ones.
+
+    Raises:
+        ValueError: `config` or `schedule` does not fit the trajectories; the message names the field.
+    """
+    total, width, family = trajectories.num_inference_steps, trajectories.feature_dim, trajectories.family
+    if config is None:
+        config = PredictorConfig(width)
+    for field, wanted in (("feature_dim", width), ("family", family), ("num_inference_steps", total)):
+        given = getattr(config, field)
+        if given not in (None, wanted):
+            remedy = "Change the configuration, or record other trajectories."
+            raise argument_error(f"config.{field}", f"be that of the trajectories, {wanted!r}", given, remedy)
+    if schedule is None:
+        schedule = config.schedule or Schedule.spread(min(DEFAULT_COMPUTED_STEPS, total), total)
+    schedule = as_schedule(schedule, total)
+    if schedule.steps[-1] >= total or schedule.num_inference_steps not in (None, total):
+        raise argument_error(
+            "schedule",
+            f"be made for the {total} steps of the trajectories",
+            schedule,
+            "Choose steps below that, or record with as many steps as the schedule has.",
+        )
+    if len(schedule) == total:
+        raise argument_error("schedule", "leave steps to predict", schedule, "Compute fewer steps.")
+    sigmas = trajectories[0].sigmas.tolist()
+    return replace(
+        config,
+        family=family,
+        num_inference_steps=total,
+        schedule=schedule.steps,
+        schedule_sigmas=tuple(sigmas[s] for s in schedule.steps),
+        schedule_errors=None,
+    )
+
+
+def with_stages(config: PredictorConfig, bounds: tuple[float, ...]) -> PredictorConfig:
+    """The configuration with other noise stages, which all have the history length of its first stage."""
+    return replace(config, stage_bounds=bounds, history_length=cast(tuple[int, ...], config.history_length)[0])
