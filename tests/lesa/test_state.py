@@ -384,10 +384,18 @@ def fail_at(step, error, module, where, monkeypatch, pipe):
     return {}, guard.remove
 
 
-@pytest.mark.parametrize("error", [Stop(), KeyboardInterrupt()], ids=["error", "interrupt"])
+PLACES = [*itertools.product(["block", "head", "scheduler", "callback"], [0, 2, 5, 6]), ("callback", STEPS - 1)]
+
+
 @pytest.mark.parametrize(
-    "where, step",
-    [*itertools.product(["block", "head", "scheduler", "callback"], [0, 2, 5, 6]), ("callback", STEPS - 1)],
+    "where, step, error",
+    [
+        *((where, step, Stop) for where, step in PLACES),
+        *(
+            pytest.param(where, step, KeyboardInterrupt, marks=[] if step == 5 else [pytest.mark.slow])
+            for where, step in PLACES
+        ),
+    ],
 )
 def test_after_a_failure_a_run_is_that_of_a_fresh_pipeline(pipe, generate, clean, monkeypatch, where, error, step):
     expected, transformer = expected_of(clean, generate), pipe.transformer
@@ -396,7 +404,7 @@ def test_after_a_failure_a_run_is_that_of_a_fresh_pipeline(pipe, generate, clean
         step = 9  # blocks run in computed steps only
     with lesa.enable_cache(pipe, make_predictor(), SOME) as handle:
         options, end = fail_at(step, error, module, where, monkeypatch, pipe)
-        with pytest.raises(type(error)):
+        with pytest.raises(error):
             generate(pipe, seed=3, **options)
         end()
         assert torch.equal(generate(pipe, **OPTIONS), expected["options"])
