@@ -395,13 +395,13 @@ def test_errors_of_an_abandoned_run_do_not_reach_the_next(pipe, generate, monkey
 
 
 def test_a_dense_predictor_is_refused(pipe):
-    with pytest.raises(ValueError, match="`schedule` must be known before the run with a predictor that uses its own"):
+    with pytest.raises(ValueError, match="An `ErrorControl` needs a predictor whose history holds computed"):
         lesa.enable_cache(pipe, bundled("dense-9"), lesa.ErrorControl())
 
 
 def test_a_shared_transformer_is_refused(pipe, monkeypatch):
     monkeypatch.setattr(pipe.transformer, "_parallel_config", object())
-    with pytest.raises(ValueError, match="`schedule` must be known before the run where processes share"):
+    with pytest.raises(ValueError, match="An `ErrorControl` cannot be used where processes share"):
         lesa.enable_cache(pipe, bundled(schedule_errors=ERRORS), lesa.ErrorControl())
 
 

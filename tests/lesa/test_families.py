@@ -371,7 +371,7 @@ def test_packed_grid():
     assert packed_grid(4050, 512, 1024, 1024, 16) == (45, 90)
     assert packed_grid(72, 16, 24, 640, 4, one_frame=False) == (4, 6)
     for arguments in ((4140, None, None, 1024, 16), (70, 16, 24, 640, 4, False)):
-        with pytest.raises(ValueError, match="`height and width` must be those of the images"):
+        with pytest.raises(ValueError, match="`height` and `width` must be the size of the images"):
             packed_grid(*arguments)
 
 

@@ -37,14 +37,6 @@ def above_zero(text: str) -> float:
     return value
 
 
-def number(text: str) -> float:
-    """A number."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, but got {text!r}") from None
-
-
 def schedule(text: str) -> int | list[int]:
     """An interval, or the list of computed steps."""
     steps = _numbers(int, "an interval such as 7, or computed steps such as 0,2,6,12")(text)

@@ -1,6 +1,7 @@
 """`lesa estimate`."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import lesa
@@ -9,11 +10,10 @@ from lesa.cli import arguments
 OPTIONS = {
     "num_inference_steps": "--steps",
     "flops_rate": "--tflops",
-    "step_seconds": "--step-seconds",
     "batch": "--batch-size",
     "text_tokens": "--text-tokens",
     "images_per_day": "--images-per-day",
-    **{name: f"--{name}" for name in ("model", "schedule", "predictor", "device", "bandwidth", "efficiency", "price")},
+    **{name: f"--{name}" for name in ("model", "height", "width", "schedule", "predictor", "device", "efficiency")},
 }
 
 
@@ -34,20 +34,24 @@ def add_arguments(parser) -> None:
     add("--predictor", "folder of a predictor (default: what `lesa train` makes)", type=Path)
     text = "A100, H100, H200, B200 or RTX4090, by its datasheet (default: H100); for others: --bandwidth and --tflops"
     add("--device", text, default="H100")
-    add("--bandwidth", "memory bandwidth of another device, in GB/s", type=lambda text: arguments.number(text) * 1e9)
+    add("--bandwidth", "memory bandwidth of another device, in GB/s", type=_times(1e9))
     text = "TFLOP/s of another device's dense products"
-    add("--tflops", text, type=lambda text: arguments.number(text) * 1e12, dest="flops_rate", metavar="TFLOPS")
-    add("--efficiency", "part of the FLOP rate that is reached (default: 0.5)", type=arguments.number, default=0.5)
-    add("--step-seconds", "what a computed step takes, if it was measured", type=arguments.number)
+    add("--tflops", text, type=_times(1e12), dest="flops_rate", metavar="TFLOPS")
+    add("--efficiency", "part of the FLOP rate that is reached (default: 0.5)", type=arguments.above_zero, default=0.5)
+    add("--step-seconds", "what a computed step takes, if it was measured", type=arguments.above_zero)
     add("--batch-size", "samples per call (default: 1)", type=arguments.positive, default=1, dest="batch")
     types = ("bfloat16", "float16", "float32")
     add("--dtype", "of the features (default: bfloat16)", choices=types, default="bfloat16")
     add("--text-tokens", "per sample (default: as many as the model's pipeline makes)", type=arguments.natural)
     text = "transformer calls per step (default: as many as the model's usual guidance makes)"
     add("--streams", text, type=arguments.positive)
-    add("--images-per-day", "samples a day, for the GPU-hours that are saved", type=arguments.number)
-    add("--price", "of a GPU-hour, for the money that is saved", type=arguments.number)
+    add("--images-per-day", "samples a day, for the GPU-hours that are saved", type=arguments.above_zero)
+    add("--price", "of a GPU-hour, for the money that is saved", type=arguments.above_zero)
     add("--json", "print JSON", action="store_true")
+
+
+def _times(factor: float) -> Callable[[str], float]:
+    return lambda text: arguments.above_zero(text) * factor
 
 
 def run(options) -> None:

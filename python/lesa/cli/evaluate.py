@@ -10,6 +10,7 @@ OPTIONS = {
     "against": "--against",
     "predictors": "--predictor",
     "predictor": "--predictor",
+    "folder_or_id": "--predictor",
     "num_inference_steps": "--steps",
     "batch_size": "--batch-size",
     "search_samples": "--search-samples",

@@ -11,6 +11,8 @@ OPTIONS = {
     "schedule": "--schedule",
     "inputs": "--inputs",
     "file": "--inputs",
+    "folder_or_id": "--predictor",
+    "tolerance": "--tolerance",
     "pipe": "--model",
 }
 

@@ -19,6 +19,10 @@ OPTIONS = {
     "pipe": "--model",
     "pipeline": "--model",
     "transformer": "--model",
+    "family": "--model",
+    "feature_dim": "--model",
+    "head_eps": "--model",
+    "samples": "--inputs",
     "dtype": "--dtype",
 }
 

@@ -10,6 +10,7 @@ OPTIONS = {
     "trajectories": "--trajectories",
     "folder": "--trajectories",
     "predictor": "--predictor",
+    "folder_or_id": "--predictor",
     "rounds": "--rounds",
     "epochs": "--epochs",
     "samples_per_call": "--batch-size",

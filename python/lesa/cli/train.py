@@ -5,17 +5,20 @@ from pathlib import Path
 import lesa
 from lesa.cli import arguments
 
+_OF_THE_CONFIG = ("mixer", "rank", "hidden", "history_length", "stage_bounds")
+
+_CONFIG_OPTIONS = {name: f"--{name.replace('_', '-')}" for name in (*_OF_THE_CONFIG, "schedule")}
 OPTIONS = {
     "out_dir": "--out",
     "trajectories": "--trajectories",
     "folder": "--trajectories",
-    "schedule": "--schedule",
     "budget": "--budget",
     "epochs": "--epochs",
     "controlled": "--controlled",
     "seed": "--seed",
+    **_CONFIG_OPTIONS,
+    **{f"config.{name}": option for name, option in _CONFIG_OPTIONS.items()},
 }
-_OF_THE_CONFIG = ("mixer", "rank", "hidden", "history_length", "stage_bounds")
 
 
 def add_arguments(parser) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lesa.artifacts import check_same_settings, digest, fingerprint, predictor_identity, write_text
+from lesa.artifacts import check_same_settings, digest, fingerprint, predictor_identity, remove_partial, write_text
 from lesa.inputs import check_inputs
 from lesa.models import adapter_for
 from lesa.training.batches import Batch, Plan, RollOut
@@ -171,6 +171,7 @@ def _working_folder(out_dir: str | os.PathLike | None, settings: dict[str, Any])
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / SETTINGS_NAME
+    remove_partial(file)
     if file.exists():
         check_same_settings(f"the unfinished refinement in {folder}", json.loads(file.read_text()), settings)
     elif any(folder.iterdir()):

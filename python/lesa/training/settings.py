@@ -60,8 +60,8 @@ class TrainingSettings:
             object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings by name, as a checkpoint holds them."""
-        return asdict(self)
+        """The settings by name, as a checkpoint holds them. Those that others follow from come first."""
+        return {"controlled": self.controlled, "epochs": self.epochs, **asdict(self)}
 
 
 def complete_config(

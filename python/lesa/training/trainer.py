@@ -11,7 +11,7 @@ from lesa.training.settings import TrainingSettings, complete_config, with_stage
 from lesa.training.training_run import Training, unfinished_config
 from lesa.training.trajectories import Trajectories, as_trajectories, check_plain
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-from lesa_kernels.checks import argument_error, check_int
+from lesa_kernels.checks import argument_error, check_int, usage_error
 
 
 def train(
@@ -77,7 +77,7 @@ def train(
     trajectories = as_trajectories(trajectories)
     check_plain(trajectories)
     if budget is not None and schedule is not None:
-        raise argument_error("schedule", "be left out where `budget` is given", schedule, "Pass one of the two.")
+        raise usage_error("`schedule` and `budget` cannot both be given.", "Pass one of the two.")
     config = PredictorConfig(trajectories.feature_dim) if config is None else config
     newton = config.mixer == "newton"
     if controlled and config.history != "anchors":
