@@ -339,7 +339,9 @@ def test_a_schedule_without_noise_levels_at_another_count_is_noted(pipe, generat
     with lesa.enable_cache(pipe, make_predictor(), lesa.Schedule((0, 4, 8), 50)) as handle:
         generate(pipe)
     assert handle.stats.streams["cond"].computed == [0, 4, 8]
-    assert handle.stats.notes == ["the schedule is for 50 steps and has no noise levels: its indices stand"]
+    assert handle.stats.notes == [
+        "the schedule is for 50 steps and has no noise levels: its step numbers are used unchanged"
+    ]
 
 
 def test_steps_beyond_the_run_are_noted(pipe, generate):

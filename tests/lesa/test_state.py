@@ -834,7 +834,9 @@ def test_another_pipelines_scheduler_in_strict(pipe, generate, clean):
     other = digits.build_pipeline(pipe.transformer)
     other.set_progress_bar_config(disable=True)
     with lesa.enable_cache(pipe, make_predictor(), SOME, strict=True):
-        with pytest.raises(RuntimeError, match="serves the scheduler of the pipeline that the cache was enabled for"):
+        with pytest.raises(
+            RuntimeError, match="works only with the scheduler of the pipeline for which the cache was enabled"
+        ):
             generate(other)
         assert torch.equal(generate(pipe), expected["defaults"])
 

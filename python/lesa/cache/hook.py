@@ -25,8 +25,8 @@ COMPILE_FIRST = (
 )
 
 UNLOCATED = (
-    "the timestep is not one of the scheduler's, or not the one that it is at",
-    "A cached transformer serves the scheduler of the pipeline that the cache was enabled for.",
+    "the timestep is not one of the scheduler's, or not its current one",
+    "A cached transformer works only with the scheduler of the pipeline for which the cache was enabled.",
 )
 """Why a call cannot be placed in a run, and what the user should know."""
 

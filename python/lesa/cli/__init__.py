@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from lesa_kernels import __version__
 
 COMMANDS = {
-    "demo": "draw with a bundled model and its predictors, and compare",
+    "demo": "draw pictures with a bundled model and its predictors, and compare them",
     "record": "record what a model computes, to train a predictor on it",
     "train": "train a predictor on recorded trajectories",
     "refine": "train a predictor further, on runs in which it is used",

@@ -27,12 +27,19 @@ def add_arguments(parser) -> None:
     text = f"{arguments.SCHEDULE} (default: those that the predictor was trained for)"
     which.add_argument("--schedule", type=arguments.schedule, help=text)
     text = (
-        "let the errors choose the computed steps; 1 computes about as many as the predictor was trained for, less more"
+        "choose the computed steps by the errors of the forecasts; 1 computes about as many steps as the predictor was "
+        "trained for, a smaller X computes more"
     )
     which.add_argument("--tolerance", type=arguments.above_zero, metavar="X", help=text)
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="picture; several get numbers")
-    parser.add_argument("--height", type=arguments.positive, help="in pixels")
-    parser.add_argument("--width", type=arguments.positive, help="in pixels")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="file for the picture; if there are several, they get numbers",
+    )
+    parser.add_argument("--height", type=arguments.positive, help="height in pixels")
+    parser.add_argument("--width", type=arguments.positive, help="width in pixels")
 
 
 def run(options) -> None:

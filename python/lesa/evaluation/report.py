@@ -34,7 +34,7 @@ _NEEDED_OF_RUN = ("name", "contender", "steps", "num_inference_steps", "step_equ
 
 
 def report(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
-    """Writes one HTML page that shows an evaluation: curves, pictures, schedules, figures. The page loads nothing.
+    """Writes one HTML page that shows an evaluation: curves, pictures, schedules, figures. It loads no other file.
 
     Args:
         folder: what `lesa evaluate` wrote: `summary.json`, and the pictures that it names.
