@@ -323,7 +323,7 @@ def test_a_trained_predictor_is_near_at_other_step_counts_too(pipe, generate, st
 def test_a_transformer_with_the_cache_on_is_not_copied(pipe):
     with (
         lesa.enable_cache(pipe, make_predictor(), SOME),
-        pytest.raises(RuntimeError, match="`transformer` must have no cache on to be copied"),
+        pytest.raises(RuntimeError, match="`transformer` cannot be copied while a cache of lesa is on"),
     ):
         copy.deepcopy(pipe.transformer)
     assert copy.deepcopy(pipe.transformer) is not pipe.transformer
@@ -482,7 +482,7 @@ def test_two_threads_at_once_are_refused(pipe, generate):
         thread.start()
         try:
             assert inside.wait(30)
-            with pytest.raises(RuntimeError, match="from one thread at a time.*give each thread a transformer"):
+            with pytest.raises(RuntimeError, match="from two threads at the same time.*give each thread a transformer"):
                 pipe.transformer(**call_arguments(), timestep=torch.ones(2))
         finally:
             go_on.set()

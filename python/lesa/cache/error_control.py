@@ -9,7 +9,7 @@ import torch
 from lesa.models import Adapter
 from lesa.schedule import Schedule
 from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig, TieredRing
-from lesa_kernels.checks import Said, argument_error, check_float, check_int
+from lesa_kernels.checks import check_float, check_int, usage_error
 from lesa_kernels.predictor import output_head
 
 MOST_STRETCH = 2.0
@@ -138,23 +138,17 @@ def forecast_error(
 def check_controllable(adapter: Adapter, config: PredictorConfig) -> None:
     """Raises `ValueError` if a predictor with this configuration cannot be used with `ErrorControl`."""
     if config.history != "anchors":
-        raise argument_error(
-            "schedule",
-            "be known before the run with a predictor that uses its own forecasts as history",
-            Said("an ErrorControl"),
-            "Use a newton predictor, or a list of steps.",
+        raise usage_error(
+            "`schedule` cannot be an ErrorControl for a predictor that uses its own forecasts as history.",
+            "Use a newton predictor, or pass a list of steps.",
         )
     if len(config.schedule_errors or ()) < 2:
-        raise argument_error(
-            "predictor.config.schedule_errors",
-            "hold the typical errors, which an ErrorControl compares with",
-            config.schedule_errors,
+        raise usage_error(
+            "`schedule` cannot be an ErrorControl for this predictor: its config lacks the typical `schedule_errors`.",
             "Train it with `lesa.train(..., controlled=True)` on two computed steps or more, or pass a list of steps.",
         )
     if getattr(adapter.transformer, "_parallel_config", None) is not None:
-        raise argument_error(
-            "schedule",
-            "be known before the run where processes share a transformer",
-            Said("an ErrorControl"),
+        raise usage_error(
+            "`schedule` cannot be an ErrorControl where several processes share a transformer.",
             "Pass a list of steps: each process sees only the errors of its own part.",
         )

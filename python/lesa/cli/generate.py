@@ -54,7 +54,7 @@ def run(options) -> None:
         raise UsageError(f"argument --output: {options.output} must end in the suffix of an image format. Use .png.")
     if isinstance(options.schedule, list) and options.schedule[-1] >= options.steps:
         last = options.schedule[-1]
-        raise UsageError(f"argument --schedule: must be below the {options.steps} --steps, but got {last}")
+        raise UsageError(f"argument --schedule: each step must be below --steps ({options.steps}), but got {last}")
     predictor = FusedKANPredictor.from_pretrained(options.predictor)
     pipe = pipeline_of(options)
     inputs = inputs_of(options, pipe) if options.inputs else check_prompts(pipe, [{"prompt": options.prompt}])

@@ -156,7 +156,9 @@ def _with_schedule(contestant: Contestant, num_inference_steps: int) -> Ours:
         return ours_with(contestant, None)
     if len(contestant) != 2:
         remedy = "Pass `(predictor, schedule)`."
-        raise argument_error("predictors", "hold predictors, or pairs of one and a schedule", contestant, remedy)
+        raise argument_error(
+            "predictors", "have predictors, or pairs of a predictor and a schedule", contestant, remedy
+        )
     predictor, schedule = contestant
     if schedule is None or isinstance(schedule, ErrorControl):
         return ours_with(predictor, schedule)

@@ -91,7 +91,9 @@ def _read(folder: Path) -> dict:
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise argument_error("folder", "hold a summary.json of JSON", Said(f"{file}: {error}"), remedy) from None
+        raise argument_error(
+            "folder", "have a summary.json with valid JSON", Said(f"{file}: {error}"), remedy
+        ) from None
     version = summary.get("format_version") if isinstance(summary, dict) else None
     if version != FORMAT_VERSION:
         raise argument_error("format_version", f"be {FORMAT_VERSION} in {file}", version, remedy)

@@ -224,7 +224,7 @@ class RollOuts:
         self.recorded = recording.write(folder, bar and f"{bar}, roll out")
         if self.recorded.names != trajectories.names:
             got = Said(f"{len(self.recorded)} streams of calls instead of {len(trajectories)}")
-            raise argument_error("pipe", "call its transformer as when it was recorded", got, "Record again.")
+            raise argument_error("pipe", "call its transformer as it did in the recording", got, "Record again.")
         self.drifts = []
         for plain, rolled in zip(trajectories, self.recorded):
             computed = torch.isin(plain.sigmas, rolled.sigmas)
