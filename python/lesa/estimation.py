@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -383,10 +383,10 @@ def _predicted_work(
 ) -> tuple[float, float]:
     """Bytes and FLOPs of a predicted step of one stream; the mean over the stages."""
     parts = []
-    lengths, rank, hidden = (getattr(config, name) for name in ("history_length", "rank", "hidden"))
-    for history in lengths:
+    hidden = cast(int, config.hidden)  # the configuration replaces None
+    for history in config.lengths:
         if config.mixer == "newton":
-            parts.append(work.predict_velocity(*sizes, out_channels, history, rank, hidden))
+            parts.append(work.predict_velocity(*sizes, out_channels, history, config.rank, hidden))
         else:
             parts.append(work.both(work.dense_predict(*sizes, history), work.output_head(*sizes, out_channels)))
         if config.history == "steps":

@@ -40,7 +40,12 @@ WITHOUT_A_TRANSFORMER = {"FluxPriorReduxPipeline"}  # it makes prompt embeddings
 
 every_case = pytest.mark.parametrize("name", small.ALL)
 one_or_two = pytest.mark.parametrize(
-    "name, batch", [(n, b) for n, case in small.ALL.items() for b in (1, 2) if b <= (case.most or 2)]
+    "name, batch",
+    [
+        pytest.param(name, batch, marks=[pytest.mark.slow] if batch < most else [])
+        for name, most in ((name, min(case.most or 2, 2)) for name, case in small.ALL.items())
+        for batch in range(1, most + 1)
+    ],
 )
 
 

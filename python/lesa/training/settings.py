@@ -1,7 +1,7 @@
 """With which settings a predictor is trained, and the complete configuration that it gets."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from lesa.schedule import Schedule, ScheduleLike, as_schedule
 from lesa.training.trajectories import Trajectories
@@ -110,4 +110,4 @@ def complete_config(
 
 def with_stages(config: PredictorConfig, bounds: tuple[float, ...]) -> PredictorConfig:
     """The configuration with other noise stages, which all have the history length of its first stage."""
-    return replace(config, stage_bounds=bounds, history_length=cast(tuple[int, ...], config.history_length)[0])
+    return replace(config, stage_bounds=bounds, history_length=config.lengths[0])

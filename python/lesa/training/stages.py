@@ -1,7 +1,6 @@
 """`find_stages`: divides the steps into noise stages, by the validation error."""
 
 from dataclasses import replace
-from typing import cast
 
 import torch
 from tqdm import tqdm
@@ -67,7 +66,7 @@ def find_stages(
     if complete.mixer != "newton":
         remedy = "Use a newton predictor, or set the stage bounds by hand."
         raise argument_error("config.mixer", "be 'newton' for stages to be found", complete.mixer, remedy)
-    if len({*cast(tuple[int, ...], complete.history_length)}) > 1:
+    if len(set(complete.lengths)) > 1:
         remedy = "Pass one int, or set the stage bounds by hand."
         raise argument_error("config.history_length", "be equal in all stages", complete.history_length, remedy)
     losses: dict[tuple[tuple[float, ...], int], float] = {}
