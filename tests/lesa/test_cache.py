@@ -323,7 +323,7 @@ def test_a_trained_predictor_is_near_at_other_step_counts_too(pipe, generate, st
 def test_a_transformer_with_the_cache_on_is_not_copied(pipe):
     with (
         lesa.enable_cache(pipe, make_predictor(), SOME),
-        pytest.raises(RuntimeError, match="`transformer` must have no cache on to be copied"),
+        pytest.raises(RuntimeError, match="`transformer` cannot be copied while a cache of lesa is on"),
     ):
         copy.deepcopy(pipe.transformer)
     assert copy.deepcopy(pipe.transformer) is not pipe.transformer
@@ -339,7 +339,9 @@ def test_a_schedule_without_noise_levels_at_another_count_is_noted(pipe, generat
     with lesa.enable_cache(pipe, make_predictor(), lesa.Schedule((0, 4, 8), 50)) as handle:
         generate(pipe)
     assert handle.stats.streams["cond"].computed == [0, 4, 8]
-    assert handle.stats.notes == ["the schedule is for 50 steps and has no noise levels: its indices stand"]
+    assert handle.stats.notes == [
+        "the schedule is for 50 steps and has no noise levels: its step numbers are used unchanged"
+    ]
 
 
 def test_steps_beyond_the_run_are_noted(pipe, generate):
@@ -480,7 +482,7 @@ def test_two_threads_at_once_are_refused(pipe, generate):
         thread.start()
         try:
             assert inside.wait(30)
-            with pytest.raises(RuntimeError, match="from one thread at a time.*give each thread a transformer"):
+            with pytest.raises(RuntimeError, match="from two threads at the same time.*give each thread a transformer"):
                 pipe.transformer(**call_arguments(), timestep=torch.ones(2))
         finally:
             go_on.set()

@@ -225,7 +225,10 @@ PROMPT = (*GENERATE, "--predictor", "p", "--prompt", "a")
         ((*PROMPT, "--schedule", "x"), "--schedule: must be an interval such as 7"),
         ((*PROMPT, "--schedule", "0,5,3"), "--schedule: must be rising steps"),
         ((*PROMPT, "--schedule", "0"), "--schedule: must be an interval"),
-        ((*PROMPT, "--schedule", "0,60", "--steps", "50"), "--schedule: must be below the 50 --steps, but got 60"),
+        (
+            (*PROMPT, "--schedule", "0,60", "--steps", "50"),
+            "--schedule: each step must be below --steps (50), but got 60",
+        ),
         ((*PROMPT, "--tolerance", "0"), "--tolerance: must be a number above 0"),
         ((*PROMPT, "--tolerance", "high"), "--tolerance: must be a number above 0"),
         ((*PROMPT, "--tolerance", "1", "--schedule", "7"), "--schedule: not allowed with argument --tolerance"),

@@ -497,7 +497,7 @@ def test_the_head_that_ran_while_offloading(small_pipe, generate, nan_when_offlo
 @pytest.mark.parametrize("cache_first", [False, True], ids=["casting-cache", "cache-casting"])
 def test_layerwise_casting(small_pipe, generate, cache_first):
     def cast(transformer):
-        options = {"skip_modules_pattern": ("x_embedder",)}  # in the place of one with `proj_out`
+        options = {"skip_modules_pattern": ("x_embedder",)}  # instead of one with `proj_out`
         transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32, **options)
 
     rounded = make_small_pipe()

@@ -518,7 +518,7 @@ RECORDED = ("flux distilled cfg", "flux kontext cfg", "qwen cfg", "hunyuan cfg",
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_in_bfloat16_every_step_is_found(name):
-    """The last bits of a bfloat16 timestep do not tell neighbouring steps apart."""
+    """The last bits of a bfloat16 timestep do not distinguish neighbouring steps."""
     case = small.ALL[name]
     pipe = case.build().to(torch.bfloat16)
     pipe.scheduler = type(pipe.scheduler)(shift=12.0)

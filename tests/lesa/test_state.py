@@ -119,8 +119,8 @@ def test_a_context_that_is_called_twice_is_not_taken_for_one_of_another_name(pip
     text = {"encoder_hidden_states": FIRST["encoder_hidden_states"]}
 
     def calls(step):
-        anew = {"encoder_hidden_states": THIRD["encoder_hidden_states"].clone()}  # known by its context only
-        three = [("a", FIRST, "cond"), ("b", SECOND | text, "cond"), ("c", THIRD | anew, "cond-2")]
+        new = {"encoder_hidden_states": THIRD["encoder_hidden_states"].clone()}  # known by its context only
+        three = [("a", FIRST, "cond"), ("b", SECOND | text, "cond"), ("c", THIRD | new, "cond-2")]
         return [three[2], *three[:2]] if step % 2 else three
 
     stats = assert_branches_equal_solo(pipe, calls, ["cond", "cond-2", "cond-2-2"])
@@ -612,7 +612,7 @@ def test_values_that_are_on_their_way_keep_no_features(pipe, as_on_a_gpu, delay,
 
 @pytest.mark.parametrize("step", [5, 6], ids=["computed", "predicted"])
 def test_a_call_that_fails_ends_the_run(pipe, step):
-    """A loop that goes on after it begins another run, at that step."""
+    """A loop that continues after it begins another run, at that step."""
     predictor, before, plain = make_predictor(), features_alive(), drive(pipe, lambda step: [("it", FIRST)])["it"]
     rings = storages_of(predictor)
 
@@ -752,7 +752,7 @@ DOUBTS = [late_stream, changed_batch, changed_tokens, not_finite, on_another_dev
 def test_what_is_in_doubt_is_computed_counted_and_warned_of_once(pipe, doubt):
     calls, predictor, (name, step), reason = doubt(pipe)
     plain = drive(pipe, calls)
-    calls, predictor, _, _ = doubt(pipe)  # the predictor may have changed its device on the way
+    calls, predictor, _, _ = doubt(pipe)  # the predictor may have changed its device in the meantime
     blocks = []
     guard = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: blocks.append(1))
     with warnings.catch_warnings(record=True) as caught:
@@ -842,7 +842,9 @@ def test_another_pipelines_scheduler_in_strict(pipe, generate, clean):
     other = digits.build_pipeline(pipe.transformer)
     other.set_progress_bar_config(disable=True)
     with lesa.enable_cache(pipe, make_predictor(), SOME, strict=True):
-        with pytest.raises(RuntimeError, match="serves the scheduler of the pipeline that the cache was enabled for"):
+        with pytest.raises(
+            RuntimeError, match="works only with the scheduler of the pipeline for which the cache was enabled"
+        ):
             generate(other)
         assert torch.equal(generate(pipe), expected["defaults"])
 
@@ -958,7 +960,7 @@ def test_one_sample_that_turns_out_late_not_to_be_finite(pipe, generate, as_on_a
 @pytest.mark.parametrize("delay", [2, 3, 1000])
 @pytest.mark.parametrize("strict", [False, True])
 def test_late_forecasts_of_an_abandoned_run_do_not_reach_the_next(pipe, generate, clean, as_on_a_gpu, delay, strict):
-    """The run is left when it is on the way to the host that the forecast for step 6 is not finite."""
+    """The run is left before the host knows that the forecast for step 6 is not finite."""
     expected = expected_of(clean, generate)
     with lesa.enable_cache(pipe, make_predictor(), SOME):
         others = generate(pipe, **guided())

@@ -537,7 +537,7 @@ def test_compiles_without_a_graph_break(backend, kernel_device):
 
 @torch.no_grad()
 def test_two_graphs_serve_all_sizes(kernel_device):
-    """One for the first, and one for all others: nothing is compiled anew for a size."""
+    """One for the first, and one for all others: nothing is compiled again for a size."""
     predictor, _, _ = make("windows", kernel_device)
     counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(predictor.predict_velocity, fullgraph=True, backend=counter)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from lesa_kernels import __version__
 
 COMMANDS = {
-    "demo": "draw with a bundled model and its predictors, and compare",
+    "demo": "draw pictures with a bundled model and its predictors, and compare them",
     "record": "record what a model computes, to train a predictor on it",
     "train": "train a predictor on recorded trajectories",
     "refine": "train a predictor further, on runs in which it is used",
@@ -103,7 +103,7 @@ def _with_options(message: str, options: Mapping[str, str]) -> str:
             return f"`{options[name]}{index}`"
         return f"`{options[first]}{index}` ({rest})" if first in options and rest else match[0]
 
-    return re.sub(r"`([a-z_.]+)(\[[^`]*\])?`", option, message)
+    return re.sub(r"`([A-Za-z_.]+)(\[[^`]*\])?`", option, message)
 
 
 def _exit(line: str, code: int) -> SystemExit:

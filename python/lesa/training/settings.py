@@ -24,8 +24,8 @@ class TrainingSettings:
         head_aware: whether the loss looks at what the output head makes of the features, or at the features alone.
         validation_fraction: share of the samples that is kept for validation.
         seed: of initialisation, order, tokens, validation samples and guided schedules.
-        reach: by how many steps the guided stage moves the computed steps at most.
-        controlled: whether the guided stage has schedules such as error control chooses, instead of moved ones.
+        reach: by how many steps the guided phase moves the computed steps at most.
+        controlled: whether the guided phase has schedules such as error control chooses, instead of moved ones.
 
     Raises:
         TypeError, ValueError: a setting is out of range; the message names it.
