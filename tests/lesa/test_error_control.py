@@ -406,7 +406,7 @@ def test_a_shared_transformer_is_refused(pipe, monkeypatch):
 
 
 def test_a_predictor_that_knows_no_typical_errors_is_refused(pipe):
-    with pytest.raises(ValueError, match="lacks the typical `schedule_errors`.*`lesa.train"):
+    with pytest.raises(ValueError, match="has typical errors, as `schedule_errors`.*`lesa.train"):
         lesa.enable_cache(pipe, bundled(schedule_errors=None), lesa.ErrorControl())
 
 

@@ -144,7 +144,7 @@ def check_controllable(adapter: Adapter, config: PredictorConfig) -> None:
         )
     if len(config.schedule_errors or ()) < 2:
         raise usage_error(
-            "`ErrorControl` needs a predictor with typical errors: `schedule_errors` is missing in the config of this one.",
+            "`ErrorControl` needs a predictor whose config has typical errors, as `schedule_errors`.",
             "Train it with `lesa.train(..., controlled=True)` on two computed steps or more, or pass a list of steps.",
         )
     if getattr(adapter.transformer, "_parallel_config", None) is not None:
