@@ -116,9 +116,14 @@ class Adapter:
         return self.transformer.proj_out
 
     @property
+    def embedder(self) -> Any:
+        """The module that embeds the timestep, and whatever else `condition` needs a module for."""
+        return self.transformer.time_text_embed
+
+    @property
     def head_modules(self) -> torch.nn.ModuleList:
         """The modules of the transformer that a predicted step runs."""
-        modules = self.transformer.time_text_embed, self.head_entry, self.projection
+        modules = self.embedder, self.head_entry, self.projection
         if modules != tuple(self._head_modules):  # peft replaces a plain layer by one with LoRA
             self._head_modules = torch.nn.ModuleList(modules)
         return self._head_modules
