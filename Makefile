@@ -66,6 +66,6 @@ gpu-results:
 	    $(PYTHON) benchmarks/sanitize.py && $$judge "$$log" || { tail -n 40 "$$log"; exit 1; }; \
 	done
 
-demo-weights:  ## make the bundled models and predictors anew
+demo-weights:  ## make the bundled models and predictors again
 	$(PYTHON) -m lesa.demo.make_weights
 	$(PYTHON) -m lesa.demo.make_photos

@@ -23,7 +23,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 def pytest_cmdline_main(config):
     """Spreads the tests over processes where a whole tier runs without a GPU; `-n 0` keeps them in one process."""
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.usepdb
-    if whole and not torch.cuda.is_available() and config.getoption("numprocesses", 0) is None:
+    is_worker = hasattr(config, "workerinput")  # one of the processes itself
+    if whole and not is_worker and not torch.cuda.is_available() and config.getoption("numprocesses", 0) is None:
         config.option.numprocesses = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
         config.option.dist = "loadfile"  # so that what a module's tests share is made once
 

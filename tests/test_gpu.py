@@ -41,7 +41,7 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
 
 
-def make_predictor(name, dtype, backend="auto"):
+def random_predictor(name, dtype, backend="auto"):
     torch.manual_seed(0)
     predictor = FusedKANPredictor(PredictorConfig(DIM, **CALLS[name]), backend)
     with torch.no_grad():
@@ -67,7 +67,7 @@ class Call:
     """`call()` forecasts; its inputs are on the GPU, so nothing in it needs the host."""
 
     def __init__(self, name, dtype, backend="auto"):
-        self.name, self.predictor = name, make_predictor(name, dtype, backend)
+        self.name, self.predictor = name, random_predictor(name, dtype, backend)
         self.ring, self.head = make_ring(self.predictor, dtype), make_head()
         self.sigma = torch.tensor(SIGMA, device="cuda")
 

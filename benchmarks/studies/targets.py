@@ -27,7 +27,7 @@ def cost(run: dict, by: str) -> float:
     return run[by] if by == "seconds" else round(run[by])
 
 
-def best_within(runs: list[dict], limit: float, by: str) -> dict | None:
+def best_at_most(runs: list[dict], limit: float, by: str) -> dict | None:
     """The run of highest PSNR that costs no more than `limit`, or None."""
     within = [run for run in runs if cost(run, by) <= limit and run["psnr"] is not None]
     return max(within, key=lambda run: run["psnr"], default=None)
@@ -58,11 +58,11 @@ def rows_of(runs: list[dict]) -> list[tuple[str, ...]]:
 
     for run in ours:
         for by, target in TARGETS.items():
-            row(run, by, "the best of all", best_within(others, cost(run, by), by), target)
-        dense = best_within([o for o in runs if o["contender"] == Dense.name], cost(run, "whole_steps"), "whole_steps")
+            row(run, by, "the best of all", best_at_most(others, cost(run, by), by), target)
+        dense = best_at_most([o for o in runs if o["contender"] == Dense.name], cost(run, "whole_steps"), "whole_steps")
         row(run, "whole_steps", f"the {Dense.title}", dense, OVER_DENSE)
         if round(run["whole_steps"]) == 5:
-            row(run, "step_equivalents", "the best of all at 8", best_within(others, 8, "step_equivalents"), AT_FIVE)
+            row(run, "step_equivalents", "the best of all at 8", best_at_most(others, 8, "step_equivalents"), AT_FIVE)
     return rows
 
 

@@ -143,11 +143,11 @@ class FeatureRing:
         sigma: float | torch.Tensor,
         rows: Sequence[int] | torch.Tensor | None = None,
     ) -> None:
-        """Stores a copy of one feature per sample; `features` may be overwritten at once.
+        """Stores a copy of one feature per sample. `features` may be overwritten afterwards.
 
-        For each sample its sigma is compared with that of the row's newest anchor. If it is smaller, the feature is
-        appended, over the oldest anchor when the ring is full. If it is equal, the feature replaces the newest one.
-        Otherwise (greater, or NaN) a new history starts.
+        For each sample, its sigma is compared with the sigma of the newest anchor of its row. If it is smaller, the
+        feature is appended, over the oldest anchor when the ring is full. If it is equal, the feature replaces the
+        newest one. Otherwise (greater, or NaN) a new history starts.
 
         Args:
             features: `[B, T, D]` float32, float16 or bfloat16, any strides, not a view of the ring's `storage`;

@@ -76,9 +76,9 @@ def make_ring(
 class TieredRing:
     """A `FeatureRing` whose oldest features are in host memory, which is pinned if the device is a GPU.
 
-    A read is divided into pieces of the tokens, `pieces()`. Each piece is copied to the device on a stream of its own
-    while the caller works on the piece before. The first pieces are copied as soon as a push or the last read has
-    ended. Predictors read it like a `FeatureRing`, and give the same forecasts.
+    A read is divided into pieces of the tokens, `pieces()`. Each piece is copied to the device on a separate CUDA
+    stream, while the caller works on the piece before. The copies of the first pieces start when a push or the last
+    read has ended. Predictors read it like a `FeatureRing`, and give the same forecasts.
 
     The host keeps track of where each feature is, so it needs the noise levels of a push: pass floats or CPU tensors,
     because the host waits for a tensor on a GPU. A TieredRing can't be captured into a CUDA graph.
@@ -302,7 +302,7 @@ class TieredRing:
 
         Yields:
             The tokens of a piece, and its `(storage, scales, sigmas, cursor, count)` as `ring_push` has them, with
-            storage `[capacity, B, n, D]`. They are valid on the current stream, until the next piece is asked for.
+            storage `[capacity, B, n, D]`. They are valid on the current stream, until the next piece is requested.
 
         Raises:
             RuntimeError: since the last piece the ring was changed, or another read began; or a CUDA graph is captured.

@@ -17,8 +17,8 @@ class PredictorConfig:
     Args:
         feature_dim: width D of the features, the hidden size of the transformer.
         mixer: "newton" (Newton extrapolation whose coefficients, one per channel, come from a KAN) or "dense" (the
-            dense variant of the LESA predictor: a linear map over the concatenated history, scaled by a KAN of the time
-            offsets).
+            dense variant, which follows the idea of the LESA paper: a linear map over the concatenated history, scaled
+            by a KAN of the time offsets).
         history: what the ring holds: "anchors" (computed steps only) or "steps" (every step, also the forecasts).
             Default: "anchors" for newton, "steps" for dense.
         history_length: K, how many entries of the ring are read: one int for all stages, or one for each stage.
@@ -33,9 +33,9 @@ class PredictorConfig:
         num_inference_steps: the number of steps in training, or None.
         schedule: the steps that were computed in training, rising from 0, or None.
         schedule_sigmas: the noise levels of those steps, falling, or None.
-        schedule_errors: for each of those steps, the typical relative L2 error of the velocity if it had been forecast;
-            0 for the first step. Or None. `lesa.ErrorControl` compares with these errors.
-        format_version: version of the saved form.
+        schedule_errors: for each of those steps, the typical relative L2 error of the velocity when the step is
+            forecast; 0 for the first step. Or None. `lesa.ErrorControl` compares with these errors.
+        format_version: version of the format of a saved predictor.
 
     Raises:
         ValueError, TypeError: a field is out of range; the message names it.

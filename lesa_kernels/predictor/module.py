@@ -113,7 +113,7 @@ class FusedKANPredictor(nn.Module):
         device: torch.device | str = "cpu",
         max_device_bytes: int | None = None,
     ) -> FeatureRing | TieredRing:
-        """A ring for this predictor: the longest history that it reads, of `[batch, tokens, feature_dim]` features.
+        """A ring for this predictor: it can hold the longest history, of `[batch, tokens, feature_dim]` features.
 
         If it would need more than `max_device_bytes`, its oldest features are in host memory, as `TieredRing` says.
         """
@@ -189,7 +189,7 @@ class FusedKANPredictor(nn.Module):
 
         Args:
             ring: as in `forward`.
-            head: the head. If None, the answer is for a head that the kernel can take.
+            head: the head. If None, the answer is for a head that the kernel supports.
         """
         experts = self.experts()
         if isinstance(experts, DenseExperts):

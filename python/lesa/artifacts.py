@@ -48,14 +48,18 @@ def check_same_settings(work: str, kept: Mapping[str, Any], given: Mapping[str, 
     Args:
         work: what continues and where, such as "the unfinished training in runs/a".
         kept: its settings, by name.
-        given: the settings of this call, by name. All of them are compared. Of a nested setting, the message shows
-            only the entries that differ.
+        given: the settings of this call, by name. All of them are compared. The message names the first one that
+            differs, and of a nested setting its first entry that differs, as "config.rank".
     """
     for name, value in given.items():
-        if kept.get(name) != value:
-            before, now = _difference(kept.get(name), value)
-            remedy = "Continue with the same arguments and model, or choose another folder."
-            raise argument_error(name, f"be {before!r}, as in {work}", now, remedy)
+        before = kept.get(name)
+        if before == value:
+            continue
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            nested = {f"{name}.{key}": value.get(key) for key in {**before, **value}}
+            check_same_settings(work, {f"{name}.{key}": before.get(key) for key in {**before, **value}}, nested)
+        remedy = "Continue with the same arguments and model, or choose another folder."
+        raise argument_error(name, f"be {before!r}, as in {work}", value, remedy)
 
 
 def digest(value: Any) -> str:
@@ -93,20 +97,9 @@ def predictor_identity(predictor: FusedKANPredictor) -> dict[str, Any]:
     return json.loads(json.dumps({"weights": fingerprint(predictor), "config": predictor.config.to_dict()}))
 
 
-def _difference(kept: Any, given: Any) -> tuple[Any, Any]:
-    """The two values; of two dicts only the entries that differ."""
-    if not (isinstance(kept, dict) and isinstance(given, dict)):
-        return kept, given
-    names = [name for name in {**kept, **given} if kept.get(name) != given.get(name)]
-    pairs = {name: _difference(kept.get(name), given.get(name)) for name in names}
-    return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
-
-
 def _update(running: "hashlib._Hash", value: Any) -> None:
     if isinstance(value, Image):
         value = np.asarray(value)
-    if isinstance(value, np.generic):
-        value = value.item()
     parts: Sequence[Any] = ()
     if isinstance(value, dict):
         head, parts = f"dict {len(value)}", [part for key in sorted(value) for part in (key, value[key])]

@@ -156,15 +156,17 @@ def estimate(
     images_per_day: float | None = None,
     price: float | None = None,
 ) -> Estimate:
-    """What a run costs with all steps computed, and with most of them predicted.
+    """Computes what a run costs with all steps computed, and with most of them predicted.
 
-    The time of a computed step is its FLOPs over `efficiency` times the rate, plus a push into the ring. The time of a
-    predicted step is the bytes that it must move over the bandwidth, or its FLOPs over the same rate if that is more.
+    The time of a computed step is its FLOPs divided by the reached rate, which is `efficiency` times the rate of the
+    device, plus the time of a push into the ring. The time of a predicted step is the larger one of two times: the
+    bytes that it must move divided by the bandwidth, and its FLOPs divided by the reached rate.
 
     Args:
         model: a name in `PRESETS`, the folder of a pipeline or of its transformer, or a hub id that is in the local
             cache.
-        height, width, frames: of a sample, in pixels. Default: the preset's, else 1024 x 1024 and one frame.
+        height, width, frames: size of a sample, in pixels and frames. Default: the size of the preset, else 1024 x 1024
+            and one frame.
         num_inference_steps: steps of a run.
         schedule: the computed steps, as in `enable_cache`. None: those that the predictor was trained for, or nine
             evenly spread ones.
@@ -173,14 +175,15 @@ def estimate(
         bandwidth: bytes per second, instead of the datasheet's.
         flops_rate: FLOPs per second of dense products, instead of the datasheet's.
         efficiency: part of the rate that computed steps reach, in (0, 1].
-        step_seconds: measured time of a computed step, for all streams, instead of FLOPs over rate.
+        step_seconds: measured time of a computed step, for all streams. It replaces the time that follows from the
+            FLOPs.
         batch: samples per call.
-        dtype: of the features: "bfloat16", "float16" or "float32".
-        text_tokens: per sample. Default: as many as the family's pipelines pass.
+        dtype: dtype of the features: "bfloat16", "float16" or "float32".
+        text_tokens: text tokens per sample. Default: as many as the family's pipelines pass.
         streams: calls of the transformer per step. Default: those of the family's usual guidance, such as 2 for
             Qwen-Image.
-        images_per_day: samples made each day, for GPU-hours.
-        price: of a GPU-hour, for money.
+        images_per_day: samples per day, to compute the GPU-hours.
+        price: price of a GPU-hour, to compute the money.
 
     Raises:
         TypeError, ValueError: an argument is not as described, or the predictor is of another width or family.

@@ -19,9 +19,7 @@ from lesa import cli, contenders
 from lesa.contenders import UNKNOWN_COLOR, Color, Contender, Grid, Ours, Peer, Plain
 from lesa.demo import digits
 from lesa.evaluation import EvaluatedRun, Evaluation
-
-sys.path.append(str(Path(__file__).parent))
-from made_evaluations import make_evaluation  # noqa: E402
+from made_evaluations import make_evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12

@@ -27,10 +27,13 @@ def test_a_setting_that_differs_is_named_with_both_values():
         check_same_settings("the work in a", kept, {"new": 5})
 
 
-def test_of_nested_settings_only_what_differs_is_shown():
+def test_of_nested_settings_the_entry_that_differs_is_named():
     kept = {"config": {"width": 8, "shape": {"rank": 2, "hidden": 4}, "family": "flux"}}
     given = {"config": {"width": 8, "shape": {"rank": 3, "hidden": 4}, "family": "flux", "seed": 1}}
     with pytest.raises(ValueError) as refusal:
         check_same_settings("the work in a", kept, given)
-    said = "`config` must be {'shape': {'rank': 2}, 'seed': None}, as in the work in a, but got "
-    assert str(refusal.value).startswith(said + "{'shape': {'rank': 3}, 'seed': 1} (dict).")
+    assert str(refusal.value).startswith("`config.shape.rank` must be 2, as in the work in a, but got 3 (int).")
+    with pytest.raises(ValueError, match="^`config.seed` must be None, as in the work in a, but got 1"):
+        check_same_settings("the work in a", {"config": {"width": 8}}, {"config": {"width": 8, "seed": 1}})
+    with pytest.raises(ValueError, match="^`config` must be None, as in the work in a, but got {'width': 8}"):
+        check_same_settings("the work in a", {"config": None}, {"config": {"width": 8}})

@@ -323,7 +323,7 @@ def test_a_trained_predictor_is_near_at_other_step_counts_too(pipe, generate, st
 def test_a_transformer_with_the_cache_on_is_not_copied(pipe):
     with (
         lesa.enable_cache(pipe, make_predictor(), SOME),
-        pytest.raises(RuntimeError, match="`transformer` must have no cache on to be copied"),
+        pytest.raises(RuntimeError, match="`transformer` cannot be copied while a cache of lesa is on"),
     ):
         copy.deepcopy(pipe.transformer)
     assert copy.deepcopy(pipe.transformer) is not pipe.transformer
@@ -339,7 +339,9 @@ def test_a_schedule_without_noise_levels_at_another_count_is_noted(pipe, generat
     with lesa.enable_cache(pipe, make_predictor(), lesa.Schedule((0, 4, 8), 50)) as handle:
         generate(pipe)
     assert handle.stats.streams["cond"].computed == [0, 4, 8]
-    assert handle.stats.notes == ["the schedule is for 50 steps and has no noise levels: its indices stand"]
+    assert handle.stats.notes == [
+        "the schedule is for 50 steps and has no noise levels: its step numbers are used unchanged"
+    ]
 
 
 def test_steps_beyond_the_run_are_noted(pipe, generate):
@@ -480,7 +482,7 @@ def test_two_threads_at_once_are_refused(pipe, generate):
         thread.start()
         try:
             assert inside.wait(30)
-            with pytest.raises(RuntimeError, match="from one thread at a time.*give each thread a transformer"):
+            with pytest.raises(RuntimeError, match="from two threads at the same time.*give each thread a transformer"):
                 pipe.transformer(**call_arguments(), timestep=torch.ones(2))
         finally:
             go_on.set()
@@ -546,9 +548,9 @@ def test_runs_of_other_batches_sizes_and_counts(pipe, generate):
     assert_equal_lists(together, alone)
 
 
-def formula_in_the_readme():
-    """The README's formula for a ring's bytes, as a function of the names in it."""
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def formula_in_the_docs():
+    """The documented formula for a ring's bytes, as a function of the names in it."""
+    text = (Path(__file__).parents[2] / "docs" / "performance.md").read_text()
     (formula,) = re.findall(r"`bytes = (.*)`", text)
     return lambda **sizes: eval(formula, {"__builtins__": {}}, sizes)
 
@@ -563,13 +565,13 @@ def test_the_stats_report_the_memory_of_the_rings_to_the_byte(fresh_pipe, genera
     (ring,) = rings
     taken = sum(b.untyped_storage().nbytes() for b in ring.state if b is not None)
     sizes = dict(capacity=4, batch=2, tokens=64, dim=DIM, itemsize=dtype.itemsize, scale=0)
-    assert taken == formula_in_the_readme()(**sizes) == 4 * (2 * (64 * 128 * dtype.itemsize + 4)) + 2 * 8
+    assert taken == formula_in_the_docs()(**sizes) == 4 * (2 * (64 * 128 * dtype.itemsize + 4)) + 2 * 8
     (stream,) = cache.stats.streams.values()
     assert stream.ring_device_bytes == cache.stats.ring_device_bytes == taken
     assert cache.stats.ring_host_bytes == 0
     assert f"its features take {taken / 2**20:.1f} MiB" in cache.stats.summary()
     float8 = FeatureRing(3, 5, 7, 11, torch.float8_e4m3fn)
-    assert float8.nbytes == formula_in_the_readme()(capacity=3, batch=5, tokens=7, dim=11, itemsize=1, scale=4)
+    assert float8.nbytes == formula_in_the_docs()(capacity=3, batch=5, tokens=7, dim=11, itemsize=1, scale=4)
 
 
 def test_every_stream_has_a_ring_in_the_stats(pipe):

@@ -13,6 +13,7 @@ import lesa
 from lesa import cli
 from lesa.demo import digits
 from lesa.inputs import write_inputs
+from lesa.training.training_run import Training
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 MODEL = str(digits.PIPELINE_DIR)
@@ -224,7 +225,10 @@ PROMPT = (*GENERATE, "--predictor", "p", "--prompt", "a")
         ((*PROMPT, "--schedule", "x"), "--schedule: must be an interval such as 7"),
         ((*PROMPT, "--schedule", "0,5,3"), "--schedule: must be rising steps"),
         ((*PROMPT, "--schedule", "0"), "--schedule: must be an interval"),
-        ((*PROMPT, "--schedule", "0,60", "--steps", "50"), "--schedule: must be below the 50 --steps, but got 60"),
+        (
+            (*PROMPT, "--schedule", "0,60", "--steps", "50"),
+            "--schedule: each step must be below --steps (50), but got 60",
+        ),
         ((*PROMPT, "--tolerance", "0"), "--tolerance: must be a number above 0"),
         ((*PROMPT, "--tolerance", "high"), "--tolerance: must be a number above 0"),
         ((*PROMPT, "--tolerance", "1", "--schedule", "7"), "--schedule: not allowed with argument --tolerance"),
@@ -276,7 +280,7 @@ def test_mismatched_predictors_are_refused_by_field(folder, tmp_path, capsys, co
     FusedKANPredictor(PredictorConfig(**config)).save_pretrained(tmp_path / "p")
     for command in (GENERATE, ("evaluate", "--model", MODEL, "--out", tmp_path / "out", "--device", "cpu")):
         line = refused(capsys, *command, "--predictor", tmp_path / "p", "--inputs", folder / "two.safetensors")
-        assert f"`predictor.config.{field}` must be" in line
+        assert f"`--predictor` (config.{field}) must be" in line
     output = tmp_path / "new" / "x.png"
     options = ("--predictor", tmp_path / "p", "--inputs", folder / "two.safetensors", "--output", output)
     refused(capsys, *GENERATE[:-2], *options)
@@ -318,3 +322,55 @@ def test_an_interrupt_ends_with_130_and_says_how_to_resume(folder, monkeypatch, 
     err = capsys.readouterr().err
     assert err.startswith("lesa: interrupted")
     assert ("continues where it stopped" in err) == resumes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--epochs", "24"), "`--epochs` must be 2, as in the unfinished training"),
+        (("--controlled",), "`--controlled` must be False, as in"),
+        (("--rank", "3"), "`--rank` must be 2, as in"),
+        (("--schedule", "0,1,5"), "`--schedule` must be (0, 1, 4, 8), as in"),
+        (("--seed", "4"), "`--seed` must be 0, as in"),
+        (("--history-length", "0"), "`--history-length` must be an integer of at least 1"),
+        (("--stage-bounds", "0.3,0.6"), "`--stage-bounds` must fall strictly"),
+        (("--budget", "3"), "`--schedule` and `--budget` cannot both be given"),
+        (("--mixer", "dense", "--stage-bounds", "auto"), "`--mixer` must be 'newton'"),
+    ],
+)
+def test_errors_of_train_name_its_options(folder, tmp_path, monkeypatch, capsys, arguments, message):
+    shape = "--schedule 0,1,4,8 --rank 2 --hidden 4 --history-length 3 --stage-bounds 0.5 --epochs 2 --device cpu"
+    train = ["train", "--trajectories", f"{folder}/recording", "--out", f"{tmp_path}/mine", *shape.split()]
+
+    def stop(self, *_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Training, "finish", stop)
+        cli.main(train)
+    capsys.readouterr()
+    assert message in refused(capsys, *train, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "--output", "x.png"), "`--predictor` must be a folder or a hub id"),
+        (("evaluate", "--out", "o"), "`--predictor` must be a folder or a hub id"),
+        (("refine", "--trajectories", "t", "--out", "o"), "`--predictor` must be a folder or a hub id"),
+    ],
+)
+def test_a_missing_predictor_is_named_by_its_option(folder, capsys, arguments, message):
+    model = ("--model", MODEL, "--device", "cpu", "--inputs", folder / "two.safetensors")
+    assert message in refused(capsys, *arguments, *model, "--predictor", "/nowhere/p")
+
+
+def test_errors_of_record_and_estimate_name_their_options(folder, capsys):
+    record = ("record", "--model", MODEL, "--device", "cpu", "--steps", STEPS)
+    record += ("--tokens-per-sample", "16", "--out", folder / "recording")
+    assert "`--inputs` must be 4, as in" in refused(capsys, *record, "--inputs", folder / "two.safetensors")
+    small = refused(capsys, "estimate", "--model", "flux-1024", "--height", "3")
+    assert "`--height` and `--width` must be at least 16, but got 3 and 1024" in small
+    assert "--bandwidth: must be a number above 0, but got '-3'" in refused(
+        capsys, "estimate", "--model", "flux-1024", "--bandwidth", "-3"
+    )

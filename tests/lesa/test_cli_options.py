@@ -490,7 +490,7 @@ COMMANDS = {
     ),
     "env": Command("", called("env_report")),
 }
-INSTEAD = {  # options in the place of required words, and all that is then called
+INSTEAD = {  # options that replace required words, and all that is then called
     "demo --export there": called("export", out_dir=Path("there"), model="digits"),
     "demo --export there --model photos": called("export", out_dir=Path("there"), model="photos"),
     f"generate --model {MODEL} --prompt=a_prompt --predictor {{}}/mine --output x.png": {

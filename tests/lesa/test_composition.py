@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from functools import partial
 
 import accelerate
 import pytest
@@ -95,7 +96,8 @@ def compile_blocks(pipe, backend):
     pipe.transformer.compile_repeated_blocks(backend=backend, fullgraph=True)
 
 
-COMPILE = [compile_module, compile_module_fullgraph, wrap, wrap_fullgraph, compile_blocks]
+slow = partial(pytest.param, marks=pytest.mark.slow)
+COMPILE = [slow(compile_module), compile_module_fullgraph, wrap, wrap_fullgraph, compile_blocks]
 no_recompiles = torch._dynamo.config.patch(error_on_recompile=True)
 
 
@@ -371,7 +373,7 @@ def leaves(pipe, folder):
     pipe.transformer.enable_group_offload(CPU, offload_type="leaf_level")
 
 
-OFFLOAD = [model_offload, sequential_offload, one_block_per_group, two_blocks_per_group, leaves]
+OFFLOAD = [model_offload, sequential_offload, one_block_per_group, slow(two_blocks_per_group), leaves]
 
 
 def check_both_orders(pipe, generate, change, cached, plain, cache_first):
@@ -495,7 +497,7 @@ def test_the_head_that_ran_while_offloading(small_pipe, generate, nan_when_offlo
 @pytest.mark.parametrize("cache_first", [False, True], ids=["casting-cache", "cache-casting"])
 def test_layerwise_casting(small_pipe, generate, cache_first):
     def cast(transformer):
-        options = {"skip_modules_pattern": ("x_embedder",)}  # in the place of one with `proj_out`
+        options = {"skip_modules_pattern": ("x_embedder",)}  # instead of one with `proj_out`
         transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32, **options)
 
     rounded = make_small_pipe()

@@ -324,7 +324,7 @@ class Received:
 
 @pytest.fixture
 def stand_in(monkeypatch, events):
-    """A module in the place of cache-dit, which notes what it receives, and changes nothing."""
+    """A module that replaces cache-dit, which notes what it receives, and changes nothing."""
     module = types.ModuleType("cache_dit")
     module.__spec__ = importlib.machinery.ModuleSpec("cache_dit", None)
     module.DBCacheConfig = type("DBCacheConfig", (Received,), {})

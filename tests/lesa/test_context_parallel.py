@@ -177,6 +177,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_two_processes_equal_one(results, family, case):
     if case in ("not finite", "found late"):
         with pytest.warns(RuntimeWarning, match="the forecast was not finite"):
@@ -194,6 +195,7 @@ def test_two_processes_equal_one(results, family, case):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_the_forecast_is_not_the_plain_run(results, family):
     """Else the cases above would compare nothing."""
     by_case = {case: results[0][family, case]["latents"] for case in CASES}

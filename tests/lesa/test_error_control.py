@@ -395,18 +395,18 @@ def test_errors_of_an_abandoned_run_do_not_reach_the_next(pipe, generate, monkey
 
 
 def test_a_dense_predictor_is_refused(pipe):
-    with pytest.raises(ValueError, match="`schedule` must be known before the run with a predictor that uses its own"):
+    with pytest.raises(ValueError, match="`ErrorControl` needs a predictor that does not use its own"):
         lesa.enable_cache(pipe, bundled("dense-9"), lesa.ErrorControl())
 
 
 def test_a_shared_transformer_is_refused(pipe, monkeypatch):
     monkeypatch.setattr(pipe.transformer, "_parallel_config", object())
-    with pytest.raises(ValueError, match="`schedule` must be known before the run where processes share"):
+    with pytest.raises(ValueError, match="`ErrorControl` cannot be used where several processes share"):
         lesa.enable_cache(pipe, bundled(schedule_errors=ERRORS), lesa.ErrorControl())
 
 
 def test_a_predictor_that_knows_no_typical_errors_is_refused(pipe):
-    with pytest.raises(ValueError, match=r"`predictor.config.schedule_errors` must .* but got None .*`lesa.train"):
+    with pytest.raises(ValueError, match="lacks the typical `schedule_errors`.*`lesa.train"):
         lesa.enable_cache(pipe, bundled(schedule_errors=None), lesa.ErrorControl())
 
 

@@ -469,7 +469,7 @@ def test_the_command_prints_a_table_or_json(capsys, tmp_path):
         ({"efficiency": 0}, "`efficiency` must be above 0"),
         ({"efficiency": 2}, "`efficiency` must be a finite number"),
         ({"bandwidth": -1}, "`bandwidth` must be a finite number of at least 0"),
-        ({"height": 8}, "`height and width` must be at least 16"),
+        ({"height": 8}, "`height` and `width` must be at least 16, but got 8 and 1024"),
         ({"predictor": "nowhere"}, "`predictor` must hold a config.json"),
         ({"predictor": PredictorConfig(64)}, "`predictor.config.feature_dim` must be the model's, 3072"),
         ({"predictor": PredictorConfig(3072, family="sd3")}, "`predictor.config.family` must be the model's, 'flux'"),

@@ -55,7 +55,7 @@ def evaluated(_digits_pipeline, inputs, tmp_path_factory):
 def test_a_compiled_transformer_whose_blocks_can_not_be_counted_is_refused(fresh_pipe, inputs):
     torch._dynamo.reset()
     fresh_pipe.transformer.compile(backend="eager")
-    with pytest.raises(RuntimeError, match="`pipe` must have a transformer whose blocks are seen .* seen in 0 of 12"):
+    with pytest.raises(RuntimeError, match="`pipe` has a transformer whose blocks were seen .* in only 0 of 12"):
         lesa.evaluate(fresh_pipe, inputs[:1], [], (), STEPS, progress=False)
 
 
@@ -101,7 +101,9 @@ def test_a_predictor_can_come_with_a_schedule(pipe, inputs, tmp_path):
 
 @pytest.mark.parametrize("more", [(), (None, None)])
 def test_a_tuple_that_is_no_pair_is_refused(pipe, inputs, more):
-    with pytest.raises(ValueError, match="`predictors` must hold predictors, or pairs of one and a schedule, but got"):
+    with pytest.raises(
+        ValueError, match="`predictors` must have predictors, or pairs of a predictor and a schedule, but got"
+    ):
         lesa.evaluate(pipe, inputs[:1], {"mine": (predictor(pipe), *more)}, (), STEPS, progress=False)
 
 

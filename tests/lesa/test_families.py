@@ -34,7 +34,12 @@ WITHOUT_A_TRANSFORMER = {"FluxPriorReduxPipeline"}  # it makes prompt embeddings
 
 every_case = pytest.mark.parametrize("name", small.ALL)
 one_or_two = pytest.mark.parametrize(
-    "name, batch", [(n, b) for n, case in small.ALL.items() for b in (1, 2) if b <= (case.most or 2)]
+    "name, batch",
+    [
+        pytest.param(name, batch, marks=[pytest.mark.slow] if batch < most else [])
+        for name, most in ((name, min(case.most or 2, 2)) for name, case in small.ALL.items())
+        for batch in range(1, most + 1)
+    ],
 )
 
 
@@ -371,7 +376,7 @@ def test_packed_grid():
     assert packed_grid(4050, 512, 1024, 1024, 16) == (45, 90)
     assert packed_grid(72, 16, 24, 640, 4, one_frame=False) == (4, 6)
     for arguments in ((4140, None, None, 1024, 16), (70, 16, 24, 640, 4, False)):
-        with pytest.raises(ValueError, match="`height and width` must be the size of the images"):
+        with pytest.raises(ValueError, match="`height` and `width` must be the size of the images"):
             packed_grid(*arguments)
 
 
@@ -515,7 +520,7 @@ def test_a_controlnet_that_is_compiled_while_the_cache_is_on(controlled):
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_in_bfloat16_every_step_is_found(name):
-    """The last bits of a bfloat16 timestep do not tell neighbouring steps apart."""
+    """The last bits of a bfloat16 timestep do not distinguish neighbouring steps."""
     case = small.ALL[name]
     pipe = case.build().to(torch.bfloat16)
     pipe.scheduler = type(pipe.scheduler)(shift=12.0)

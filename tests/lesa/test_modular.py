@@ -2,19 +2,15 @@
 
 import gc
 import importlib
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import lesa
+import small_pipelines as small
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-
-sys.path.append(str(Path(__file__).parent))
-import small_pipelines as small  # noqa: E402
 
 STEPS = 10
 SOME = [0, 1, 2, 6]

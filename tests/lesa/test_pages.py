@@ -1,4 +1,4 @@
-"""The examples in the documentation run: with small pipelines of random weights in the place of the large ones."""
+"""The examples in the documentation run: with small pipelines of random weights instead of the large ones."""
 
 import re
 from pathlib import Path
@@ -120,7 +120,7 @@ def test_the_readme_example_for_a_cpu_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_training_example_runs(stand_ins, tmp_path, monkeypatch, capsys):
-    """With 12 steps and short training, but else as it stands."""
+    """With 12 steps and short training, but otherwise as it is written."""
     monkeypatch.chdir(tmp_path)
     (example,) = [block for block in python_blocks(ROOT / "docs" / "training.md") if "lesa.train(" in block]
     pipe = diffusers.FluxPipeline.from_pretrained("a/b", torch_dtype=torch.bfloat16)

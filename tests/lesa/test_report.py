@@ -431,7 +431,7 @@ def test_missing_files_are_named(folder, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="must hold a summary.json"):
         lesa.report(tmp_path)
     (tmp_path / "summary.json").write_text("{")
-    with pytest.raises(ValueError, match="summary.json of JSON"):
+    with pytest.raises(ValueError, match="summary.json with valid JSON"):
         lesa.report(tmp_path)
     gone = changed(folder, tmp_path / "e", lambda summary: None)
     (gone / "images" / "newton-9" / "1.png").unlink()

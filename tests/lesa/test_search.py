@@ -243,7 +243,7 @@ def test_a_stopped_training_with_a_budget_keeps_its_schedule(tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         lesa.train(trajectories, config, **options)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="`config` must be .*, as in the unfinished training"):
+    with pytest.raises(ValueError, match="`config.schedule` must be .*, as in the unfinished training"):
         lesa.train(trajectories, config, **{**options, "budget": 5})
     monkeypatch.setattr(trainer, "find_schedule", None)  # it is not searched for again
     resumed = lesa.train(trajectories, config, **options)
@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         search_schedule(trajectories, dense, 4)
     with pytest.raises(ValueError, match="`num_computed` must be an integer of at least 2 and at most 13, but got 14"):
         search_schedule(trajectories, line(), 14)
-    with pytest.raises(ValueError, match="`schedule` must be left out where `budget` is given, but got 7"):
+    with pytest.raises(ValueError, match="^`schedule` and `budget` cannot both be given. Pass one"):
         lesa.train(trajectories, None, 7, budget=4)
     with pytest.raises(ValueError, match="`budget` must be an integer of at least 2 and at most 13"):
         lesa.train(trajectories, budget=1)

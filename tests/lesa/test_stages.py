@@ -103,7 +103,7 @@ def watch(monkeypatch):
 
 
 def losses(monkeypatch, of):
-    """Puts `of(bounds, seed)` in the place of brief trainings; returns the list of what was asked for."""
+    """Replaces brief trainings by `of(bounds, seed)`; returns the list of the calls."""
     asked = []
 
     def loss(trajectories, config, device, seed):

@@ -115,7 +115,7 @@ def newest(trajectory, computed, step):
 
 
 def step_before(trajectory, computed, step):
-    """The true feature before, which dense forecasts repeat in the guided stage."""
+    """The true feature before, which dense forecasts repeat in the guided phase."""
     return trajectory.features.double().numpy()[step - 1]
 
 
@@ -594,7 +594,7 @@ def unfinished(_unfinished, tmp_path):
 
 @pytest.mark.parametrize("before", [1, 2, 3, 4, 7])
 def test_a_stopped_training_goes_on_to_the_same_bytes(recording, _whole, tmp_path, before):
-    """It is stopped in the first epoch, after it, in the second, after the guided stage, and in the last epoch."""
+    """It is stopped in the first epoch, after it, in the second, after the guided phase, and in the last epoch."""
     out = tmp_path / "out"
     stop_before(before, recording, out)
     with watched_optimiser() as optimiser:

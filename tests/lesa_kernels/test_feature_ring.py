@@ -581,7 +581,7 @@ def test_gather_reads_by_age(backend, dtype):
     assert ring.gather().isnan().all()
     for step, features in enumerate(pushed):
         ring.push(features, 0.9 - 0.1 * step)
-    ring.push(torch.zeros(1, 4, 16), 0.95, rows=[1])  # starts anew
+    ring.push(torch.zeros(1, 4, 16), 0.95, rows=[1])  # starts a new history
     for age, value in enumerate((8.0, 4.0, 2.0)):
         result = ring.gather(age)
         assert result.dtype == (torch.float32 if dtype.itemsize == 1 else dtype) and result.shape == (2, 4, 16)

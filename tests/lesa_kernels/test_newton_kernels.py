@@ -149,7 +149,7 @@ def make(name, device, dtype=torch.float32, pushes=PUSHES, tokens=5, sigmas=SIGM
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("capacity", [None, 7], ids=["fits", "roomy"])
+@pytest.mark.parametrize("capacity", [pytest.param(None, marks=pytest.mark.slow), 7], ids=["fits", "roomy"])
 def test_forecast_in_float32(name, capacity, kernel_device):
     predictor, ring, sigma = make(name, kernel_device, capacity=capacity)
     exact = exact_forecast(predictor, ring, sigma)
@@ -400,6 +400,7 @@ def test_which_kernels_run(kernel_device, launches, monkeypatch):
     assert launches == ["_newton_predict_fwd_kernel"] * 2 + ["_newton_predict_bwd_kernel"]
 
 
+@pytest.mark.slow
 def test_kernels_run_one_after_the_other_on_the_same_counters(kernel_device):
     """A kernel leaves the arrival counters as it found them, so the next one may have another shape."""
     with torch.no_grad():
@@ -431,7 +432,7 @@ def test_gradients(name, kernel_device):
         assert error <= 2e-4 * value.abs().max() + 1e-6, f"{label}: {error:.3g} of {value.abs().max():.3g}"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FLOAT8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in DTYPES[2:])])
 def test_gradients_in_narrow_dtypes(dtype, kernel_device):
     predictor, ring, sigma = make("blocks", kernel_device, dtype, pushes=[1, 3, 9], tokens=20)
     exact = in_torch(predictor)
@@ -444,6 +445,7 @@ def test_gradients_in_narrow_dtypes(dtype, kernel_device):
         assert error < 3 * torch.finfo(forecast.dtype).eps, f"{label}: {error:.3g}"
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_every_time(kernel_device):
     predictor, ring, sigma = make("blocks", kernel_device, torch.bfloat16, pushes=[3, 9], tokens=70)
     runs = [torch.autograd.grad(predictor(ring, sigma).float().square().sum(), [*predictor.parameters()]) for _ in "ab"]
@@ -492,7 +494,7 @@ def functional(predictor, ring, sigma):
     return state_of(ring, sigma), tuple(experts), shape
 
 
-@pytest.mark.parametrize("name", ["rank0", "windows"])
+@pytest.mark.parametrize("name", [pytest.param("rank0", marks=pytest.mark.slow), "windows"])
 def test_opcheck(name, kernel_device):
     predictor, ring, sigma = make(name, kernel_device, pushes=[4, 3], tokens=3)
     ring.storage.nan_to_num_()
@@ -535,7 +537,7 @@ def test_compiles_without_a_graph_break(backend, kernel_device):
 
 @torch.no_grad()
 def test_two_graphs_serve_all_sizes(kernel_device):
-    """One for the first, and one for all others: nothing is compiled anew for a size."""
+    """One for the first, and one for all others: nothing is compiled again for a size."""
     predictor, _, _ = make("windows", kernel_device)
     counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(predictor.predict_velocity, fullgraph=True, backend=counter)

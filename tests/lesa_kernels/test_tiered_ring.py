@@ -384,6 +384,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("copies", [pytest.param("at once", marks=pytest.mark.slow), "late"], indirect=True)
 @pytest.mark.parametrize("name", CHANGES)
 def test_wherever_a_change_fails_its_rows_are_empty_or_as_they_were(copies, monkeypatch, name):
     torch.manual_seed(0)

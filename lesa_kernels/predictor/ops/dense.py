@@ -71,7 +71,7 @@ def dense_predict(
 
     Returns:
         `[B, T, D]` in the dtype of `storage`, bfloat16 for float8. It is computed in float32, but Triton rounds the
-        operands of matrix products to the dtype of `storage`, bfloat16 for float8.
+        operands of matrix products to the dtype of `storage` (bfloat16 for float8).
 
     Raises:
         ValueError, TypeError: a tensor has another shape, dtype or device than above; the message names it.

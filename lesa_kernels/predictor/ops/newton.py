@@ -57,7 +57,7 @@ def newton_predict(
 
     where `z` holds `5 * (sigma - s_k)` for each anchor, 0 for a missing anchor, and `2 * sigma - 1`. Taps that need a
     missing anchor are zero. A row without any anchor is NaN. The tanh, the SiLU and the factor 5 are choices of this
-    project: the tanh keeps the inputs of the splines on their grid, and with the factor usual gaps use most of it.
+    project. The tanh keeps the inputs of the splines on their grid. With the factor 5, usual gaps use most of the grid.
 
     Args:
         storage, scales, sigmas, cursor, count: the buffers of a `FeatureRing`: `[C, B, T, D]`, `[C, B, T]` for float8
@@ -74,9 +74,9 @@ def newton_predict(
 
     Returns:
         `[B, T, D]` in the dtype of `storage`, bfloat16 for float8. It is computed in float32. With a residual, Triton
-        rounds the operands of matrix products to the dtype of `storage`, and the forecast once before it adds the
-        residual. Instead of that dtype it uses bfloat16 for float8, and in the backward for float16, whose range is too
-        small.
+        rounds the operands of matrix products to the dtype of `storage`, and it rounds the forecast once before it adds
+        the residual. There are two exceptions where it rounds to bfloat16: for a float8 ring, and in the backward pass
+        for a float16 ring, because the range of float16 is too small.
 
     Raises:
         ValueError, TypeError: a tensor has another shape, dtype or device than above; the message names it.

@@ -47,8 +47,9 @@ def newton_velocity(
     """A whole skipped step: Newton's forecast, and the output head applied to it.
 
     On Triton this is one kernel, which reads each anchor once and writes only the velocities. It is made for heads of
-    up to 256 outputs. It needs scratch memory of about `4 B T ceil(D / BLOCK_D) (O + 2 R + 2)` bytes, and is used up to
-    one GiB. Other backends, larger sizes and calls that need a gradient take two steps: the forecast, then the head.
+    up to 256 outputs. It needs scratch memory of about `4 B T ceil(D / BLOCK_D) (O + 2 R + 2)` bytes. It is used only
+    if this is at most one GiB. Other backends, larger sizes and calls that need a gradient use two operations: the
+    forecast, then the head.
 
     Args:
         head: the head's weights and this step's modulation.

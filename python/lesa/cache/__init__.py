@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class CacheHandle:
-    """A cache that is on. Leaving it as a context manager, or `disable()`, turns it off.
+    """A cache that is on. The end of its `with` block, or `disable()`, turns it off.
 
     Args:
         hook: the hook that is on the transformer.
@@ -61,13 +61,15 @@ def enable_cache(
         predictor: trained for the pipeline's transformer, on the transformer's device.
         schedule: which steps are computed: a `lesa.Schedule`, a list of step indices counted over the steps that a call
             executes, an interval N for steps 0, 1, 2 and then every N, or a `lesa.ErrorControl`, which chooses them
-            during the run by the errors of the forecasts so far. None: as the predictor was trained; then runs
-            of fewer than 10 steps are computed whole, unless it was trained at that number.
+            during the run by the errors of the forecasts so far. None: the steps that the predictor was trained for.
+            Then a run of fewer than 10 steps is computed in full, unless the predictor was trained with that number
+            of steps.
         max_device_bytes: the most bytes that the stored features of one stream of calls may take on the device. Beyond
             it, the oldest features are kept in host memory, which costs time. Guidance by two calls per step has two
             streams.
-        strict: raise `RuntimeError` where a step that the schedule leaves out cannot be predicted. Otherwise it is
-            computed, with a warning, and `stats` says why. A run of few steps that is computed whole is no error.
+        strict: raise `RuntimeError` if a step that the schedule leaves out cannot be predicted. If false, such a step
+            is computed, with a warning, and `stats` says why. It is not an error if a run of few steps is computed in
+            full.
 
     Returns:
         A handle with `stats` and `disable()`, usable as a context manager.
@@ -75,10 +77,10 @@ def enable_cache(
     Raises:
         TypeError: `pipe` is of no supported family, or `predictor` is no predictor.
         ValueError: the predictor was made for another family or width, is on another device, has weights that are not
-            finite, has no schedule while none was given, or cannot be used with an `ErrorControl`. The first computed
-            step raises it if `max_device_bytes` is less than the least that its features need.
-        RuntimeError: a cache is on already. A run raises it, too, if another cache was enabled meanwhile or a second
-            thread enters the transformer.
+            finite, has no schedule although `schedule` is None, or cannot be used with an `ErrorControl`. The first
+            computed step raises it if `max_device_bytes` is too small for its features.
+        RuntimeError: a cache is on already. A run also raises it if another cache was enabled in the meantime, or if a
+            second thread enters the transformer.
     """
     return _enable(pipe, predictor, schedule, max_device_bytes, strict, None)
 

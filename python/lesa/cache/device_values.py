@@ -1,4 +1,4 @@
-"""Single numbers that are copied from a device to the host, while the host goes on with its work."""
+"""Single numbers that are copied from a device to the host, while the host continues its work."""
 
 from collections import deque
 from collections.abc import Callable

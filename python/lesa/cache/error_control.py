@@ -9,7 +9,7 @@ import torch
 from lesa.models import Adapter
 from lesa.schedule import Schedule
 from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig, TieredRing
-from lesa_kernels.checks import Said, argument_error, check_float, check_int
+from lesa_kernels.checks import check_float, check_int, usage_error
 from lesa_kernels.predictor import output_head
 
 MOST_STRETCH = 2.0
@@ -20,17 +20,18 @@ MOST_STRETCH = 2.0
 class ErrorControl:
     """Chooses the computed steps during a run: more for a sample that is hard to forecast, fewer for an easy one.
 
-    At a computed step, the forecast for that step can be compared with what was computed. The error of the forecast,
-    divided by the error that was typical there in training, says how hard the sample is. The next gap is the gap of the
-    trained schedule times `(tolerance / hardness) ** (1 / growth)`, as in adaptive solvers of differential equations,
-    but at most twice and at least half as long. The predictor should be trained on gaps of such lengths:
-    `lesa.train(..., controlled=True)`.
+    At a computed step, the forecast for that step can be compared with the computed result. The error of the forecast,
+    divided by the error that is typical for this step after a gap of this length, is the hardness of the sample. The
+    next gap is the gap of the trained schedule times `(tolerance / hardness) ** (1 / growth)`, as in adaptive solvers
+    of differential equations. It is at least half as long as the trained gap, and at most twice as long. The predictor
+    should be trained on gaps of such lengths: `lesa.train(..., controlled=True)`.
 
     Args:
         tolerance: the error to aim at, as a part of the typical error. 1 computes about as many steps as the trained
-            schedule; less computes more. The samples of a batch share their steps; the worst sample decides.
+            schedule; a smaller value computes more steps. The samples of a batch share their steps; the worst sample
+            decides.
         longest: the most steps that a gap may have, the computed step included.
-        growth: the error is taken to grow with this power of the gap's length.
+        growth: the error is assumed to grow with this power of the length of the gap.
 
     Raises:
         TypeError, ValueError: an argument is out of range.
@@ -58,7 +59,7 @@ class ErrorControl:
 
 
 class ControlledSteps:
-    """The computed steps of one run under `ErrorControl`, chosen while it goes on.
+    """The computed steps of one run under `ErrorControl`, chosen during the run.
 
     Args:
         control: says how to choose.
@@ -137,23 +138,17 @@ def forecast_error(
 def check_controllable(adapter: Adapter, config: PredictorConfig) -> None:
     """Raises `ValueError` if a predictor with this configuration cannot be used with `ErrorControl`."""
     if config.history != "anchors":
-        raise argument_error(
-            "schedule",
-            "be known before the run with a predictor that uses its own forecasts as history",
-            Said("an ErrorControl"),
-            "Use a newton predictor, or a list of steps.",
+        raise usage_error(
+            "`ErrorControl` needs a predictor that does not use its own forecasts as history.",
+            "Use a newton predictor, or pass a list of steps.",
         )
     if len(config.schedule_errors or ()) < 2:
-        raise argument_error(
-            "predictor.config.schedule_errors",
-            "hold the typical errors, which an ErrorControl compares with",
-            config.schedule_errors,
+        raise usage_error(
+            "`ErrorControl` needs a predictor with typical errors: `schedule_errors` is missing in the config of this one.",
             "Train it with `lesa.train(..., controlled=True)` on two computed steps or more, or pass a list of steps.",
         )
     if getattr(adapter.transformer, "_parallel_config", None) is not None:
-        raise argument_error(
-            "schedule",
-            "be known before the run where processes share a transformer",
-            Said("an ErrorControl"),
+        raise usage_error(
+            "`ErrorControl` cannot be used where several processes share a transformer.",
             "Pass a list of steps: each process sees only the errors of its own part.",
         )

@@ -147,7 +147,9 @@ class ForecastingHook(StepHook[ForecastState]):
         schedule = as_schedule(schedule, total)
         if schedule.sigmas is None and schedule.num_inference_steps not in (None, total):
             meant = schedule.num_inference_steps
-            self.stats.note(f"the schedule is for {meant} steps and has no noise levels: its indices stand")
+            self.stats.note(
+                f"the schedule is for {meant} steps and has no noise levels: its step numbers are used unchanged"
+            )
         beyond = [step for step in schedule.steps if step >= total]
         if schedule.sigmas is None and beyond:
             steps = ",".join(map(str, beyond))
@@ -250,7 +252,7 @@ class ForecastingHook(StepHook[ForecastState]):
         state.forecasts_are_finite, reason = False, "the forecast was not finite"
         if step not in stats.predicted:  # otherwise the value came late: that step is over
             stats.reasons[step] = reason
-        remedy = "So is the rest of the run. Check the predictor with `lesa.evaluate`, or use bfloat16."
+        remedy = "The rest of the run is computed too. Check the predictor with `lesa.evaluate`, or use bfloat16."
         self._fall_back(reason, remedy)
 
     def accepts(self, state: ForecastState, call: Call, output: Any) -> bool:
@@ -288,7 +290,7 @@ class ForecastingHook(StepHook[ForecastState]):
             return
         why = self.adapter.why_head_not_plain(self._capture.id, features.device)
         if why is not None:
-            self.stats.note(f"errors are not measured, so that the trained gaps stand: {why}")
+            self.stats.note(f"errors are not measured, so the trained gaps are used: {why}")
             return
         head = self.adapter.output_head(conditioning)
         error = forecast_error(self.predictor, cast(FeatureRing, stream.ring), call.sigma, features, head)

@@ -14,7 +14,7 @@ from diffusers.hooks.hooks import HookFunctionReference, StateManager
 from lesa.cache.device_values import DeviceValues
 from lesa.cache.run import Call, Run, RunState
 from lesa.models import Adapter
-from lesa_kernels.checks import Said, argument_error
+from lesa_kernels.checks import Said, argument_error, usage_error
 from lesa_kernels.dispatch import users_level
 
 HOOK_NAME = "lesa"
@@ -25,8 +25,8 @@ COMPILE_FIRST = (
 )
 
 UNLOCATED = (
-    "the timestep is not one of the scheduler's, or not the one that it is at",
-    "A cached transformer serves the scheduler of the pipeline that the cache was enabled for.",
+    "the timestep is not one of the scheduler's, or not its current one",
+    "A cached transformer works only with the scheduler of the pipeline for which the cache was enabled.",
 )
 """Why a call cannot be placed in a run, and what the user should know."""
 
@@ -46,7 +46,7 @@ def check_uncached(transformer: torch.nn.Module) -> None:
             "pipe",
             "have no cache on",
             Said("one with lesa on already for this transformer"),
-            "Call `lesa.disable_cache(pipe)`, or let the recording end, first.",
+            "Call `lesa.disable_cache(pipe)` first, or wait until the recording has ended.",
             RuntimeError,
         )
     check_no_other_cache(transformer)
@@ -158,7 +158,7 @@ class StepHook(ModelHook, Generic[State]):
     def uninstall(self) -> None:
         """Restores the transformer. Does nothing if the hook is off already.
 
-        A wrapper that was put around `forward` meanwhile, such as accelerate's for offloading, stays and keeps working.
+        A wrapper that was put around `forward` in the meantime, for example by offloading, stays and works.
         """
         transformer = self.adapter.transformer
         if installed_hook(transformer) is not self:
@@ -181,13 +181,8 @@ class StepHook(ModelHook, Generic[State]):
         self._compiled = torch.compile(self._called_module._call_impl, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> "StepHook":
-        raise argument_error(
-            "transformer",
-            "have no cache on to be copied",
-            Said("one with lesa on"),
-            "Call `lesa.disable_cache(pipe)` first.",
-            RuntimeError,
-        )
+        sentence = "`transformer` cannot be copied while a cache of lesa is on."
+        raise usage_error(sentence, "Call `lesa.disable_cache(pipe)` first.", RuntimeError)
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         """Called by diffusers when a run has ended: drops what was kept for it."""
@@ -253,11 +248,9 @@ class StepHook(ModelHook, Generic[State]):
     def enter(self, run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Computes a call by `run(*args, **kwargs)`, or predicts it."""
         if not self._entered.acquire(blocking=False):
-            raise argument_error(
-                "pipe",
-                "enter a transformer with lesa on from one thread at a time",
-                Said("a call during another one"),
-                "Let the calls wait for each other, or give each thread a transformer of its own.",
+            raise usage_error(
+                "`pipe` called its transformer from two threads at the same time, while a cache of lesa was on.",
+                "Let one call wait for the other, or give each thread a transformer of its own.",
                 RuntimeError,
             )
         try:

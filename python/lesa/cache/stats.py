@@ -74,7 +74,7 @@ class CacheStats:
         runs: how many runs began since the cache was enabled.
         unlocated: how many calls since then were computed because their timestep was not one of the scheduler's.
         streams: statistics by stream.
-        notes: what is worth knowing of the run, such as a schedule other than the trained one.
+        notes: remarks about the run, for example that its schedule is not the trained one.
     """
 
     runs: int = 0
@@ -83,12 +83,12 @@ class CacheStats:
     notes: list[str] = field(default_factory=list)
 
     def begin_run(self) -> None:
-        """Clears what was kept of the run before."""
+        """Clears the statistics of the run before."""
         self.runs += 1
         self.streams, self.notes = {}, []
 
     def note(self, note: str) -> None:
-        """Keeps what is worth knowing, once."""
+        """Adds a remark about the run, once."""
         if note not in self.notes:
             self.notes.append(note)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from lesa_kernels import __version__
 
 COMMANDS = {
-    "demo": "draw with a bundled model and its predictors, and compare",
+    "demo": "draw pictures with a bundled model and its predictors, and compare them",
     "record": "record what a model computes, to train a predictor on it",
     "train": "train a predictor on recorded trajectories",
     "refine": "train a predictor further, on runs in which it is used",
@@ -92,8 +92,18 @@ def _is_message(error: Exception) -> bool:
 
 
 def _with_options(message: str, options: Mapping[str, str]) -> str:
-    """The message with the names of command-line options instead of the library's arguments."""
-    return re.sub(r"`(\w+)`", lambda match: f"`{options.get(match[1], match[1])}`", message)
+    """The message with the names of command-line options instead of the library's arguments.
+
+    A part of an argument is named behind its option: "`predictor.config.rank`" becomes "`--predictor` (config.rank)".
+    """
+
+    def option(match: re.Match) -> str:
+        name, (first, _, rest), index = match[1], match[1].partition("."), match[2] or ""
+        if name in options:
+            return f"`{options[name]}{index}`"
+        return f"`{options[first]}{index}` ({rest})" if first in options and rest else match[0]
+
+    return re.sub(r"`([A-Za-z_.]+)(\[[^`]*\])?`", option, message)
 
 
 def _exit(line: str, code: int) -> SystemExit:

@@ -37,14 +37,6 @@ def above_zero(text: str) -> float:
     return value
 
 
-def number(text: str) -> float:
-    """A number."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, but got {text!r}") from None
-
-
 def schedule(text: str) -> int | list[int]:
     """An interval, or the list of computed steps."""
     steps = _numbers(int, "an interval such as 7, or computed steps such as 0,2,6,12")(text)
@@ -85,7 +77,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """`--model`, and where and in which dtype it runs."""
     parser.add_argument("--model", required=True, help="folder or hub id of a diffusers pipeline")
     add_device(parser)
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32 on a CPU, else bfloat16)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: float32 on a CPU, else bfloat16)")
 
 
 def add_inputs(parser, required: bool = True) -> None:
@@ -96,5 +88,7 @@ def add_inputs(parser, required: bool = True) -> None:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """`--steps` and `--seed` of a run of the pipeline."""
-    parser.add_argument("--steps", type=positive, default=50, help="denoising steps (default: 50)")
-    parser.add_argument("--seed", type=natural, default=0, help="sample i gets this seed + i (default: 0)")
+    parser.add_argument("--steps", type=positive, default=50, help="number of denoising steps (default: 50)")
+    parser.add_argument(
+        "--seed", type=natural, default=0, help="seed of sample 0; sample i gets this seed + i (default: 0)"
+    )

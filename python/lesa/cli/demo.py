@@ -12,7 +12,9 @@ def add_arguments(parser) -> None:
     parser.add_argument("--model", choices=("digits", "photos"), default="digits", help=models)
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the results (default: demo-out)")
-    choice.add_argument("--export", type=Path, metavar="DIR", help="instead, write the model and its inputs to DIR")
+    choice.add_argument(
+        "--export", type=Path, metavar="DIR", help="write the model and its inputs to DIR, and draw nothing"
+    )
 
 
 def run(options) -> None:
@@ -24,10 +26,10 @@ def run(options) -> None:
     quiet_diffusers()
     if options.export is not None:
         commands = export(options.export, options.model)
-        print(f"Wrote the model and its inputs to {options.export}. The whole path by hand:\n")
+        print(f"Wrote the model and its inputs to {options.export}. Run these commands one after the other:\n")
         print("\n".join(f"  {command}" for command in commands))
         return
-    duration = "This takes one to two minutes on two free CPU cores, and up to five on busy ones."
+    duration = "This takes one to two minutes on two idle CPU cores, and up to five on busy ones."
     print(f"The bundled {options.model} model: 50 steps, then fewer computed ones. {duration}", flush=True)
     start = time.perf_counter()
     show(run_demo(options.out, model=options.model), options.out)

@@ -10,6 +10,7 @@ OPTIONS = {
     "against": "--against",
     "predictors": "--predictor",
     "predictor": "--predictor",
+    "folder_or_id": "--predictor",
     "num_inference_steps": "--steps",
     "batch_size": "--batch-size",
     "search_samples": "--search-samples",
@@ -29,10 +30,10 @@ def add_arguments(parser) -> None:
     text = "folder or hub id of a predictor; can be given several times"
     parser.add_argument("--predictor", required=True, action="append", help=text)
     names = f"{', '.join(against_names())}, separated by commas"
-    text = f"{names}; NAME-N sets a budget of N computed steps (default: {','.join(AGAINST)})"
+    text = f"what to compare with: {names}; NAME-N sets a budget of N computed steps (default: {','.join(AGAINST)})"
     parser.add_argument("--against", type=lambda value: value.split(","), default=[*AGAINST], help=text)
     parser.add_argument("--batch-size", type=arguments.positive, help="samples per pipeline call (default: all)")
-    text = "samples for the search of the other caches' best settings (default: 4)"
+    text = "how many samples the search for the best settings of the other caches uses (default: 4)"
     parser.add_argument("--search-samples", type=arguments.positive, default=4, help=text)
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
 

@@ -11,6 +11,9 @@ OPTIONS = {
     "schedule": "--schedule",
     "inputs": "--inputs",
     "file": "--inputs",
+    "folder_or_id": "--predictor",
+    "tolerance": "--tolerance",
+    "ErrorControl": "--tolerance",
     "pipe": "--model",
 }
 
@@ -27,12 +30,19 @@ def add_arguments(parser) -> None:
     text = f"{arguments.SCHEDULE} (default: those that the predictor was trained for)"
     which.add_argument("--schedule", type=arguments.schedule, help=text)
     text = (
-        "let the errors choose the computed steps; 1 computes about as many as the predictor was trained for, less more"
+        "choose the computed steps by the errors of the forecasts; 1 computes about as many steps as the predictor was "
+        "trained for, a smaller X computes more"
     )
     which.add_argument("--tolerance", type=arguments.above_zero, metavar="X", help=text)
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="picture; several get numbers")
-    parser.add_argument("--height", type=arguments.positive, help="in pixels")
-    parser.add_argument("--width", type=arguments.positive, help="in pixels")
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="file for the picture; if there are several, they get numbers",
+    )
+    parser.add_argument("--height", type=arguments.positive, help="height in pixels")
+    parser.add_argument("--width", type=arguments.positive, help="width in pixels")
 
 
 def run(options) -> None:
@@ -47,7 +57,7 @@ def run(options) -> None:
         raise UsageError(f"argument --output: {options.output} must end in the suffix of an image format. Use .png.")
     if isinstance(options.schedule, list) and options.schedule[-1] >= options.steps:
         last = options.schedule[-1]
-        raise UsageError(f"argument --schedule: must be below the {options.steps} --steps, but got {last}")
+        raise UsageError(f"argument --schedule: each step must be below --steps ({options.steps}), but got {last}")
     predictor = FusedKANPredictor.from_pretrained(options.predictor)
     pipe = pipeline_of(options)
     inputs = inputs_of(options, pipe) if options.inputs else check_prompts(pipe, [{"prompt": options.prompt}])

@@ -19,6 +19,10 @@ OPTIONS = {
     "pipe": "--model",
     "pipeline": "--model",
     "transformer": "--model",
+    "family": "--model",
+    "feature_dim": "--model",
+    "head_eps": "--model",
+    "samples": "--inputs",
     "dtype": "--dtype",
 }
 
@@ -29,7 +33,9 @@ def add_arguments(parser) -> None:
     arguments.add_inputs(parser)
     arguments.add_run(parser)
     parser.add_argument("--out", required=True, type=Path, help="folder for the trajectories")
-    parser.add_argument("--tokens-per-sample", type=arguments.positive, help="keep a random subset of the image tokens")
+    parser.add_argument(
+        "--tokens-per-sample", type=arguments.positive, help="image tokens to keep, chosen at random (default: all)"
+    )
     parser.add_argument(
         "--batch-size", type=arguments.positive, default=1, help="samples per pipeline call (default: 1)"
     )

@@ -10,6 +10,7 @@ OPTIONS = {
     "trajectories": "--trajectories",
     "folder": "--trajectories",
     "predictor": "--predictor",
+    "folder_or_id": "--predictor",
     "rounds": "--rounds",
     "epochs": "--epochs",
     "samples_per_call": "--batch-size",
@@ -35,7 +36,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--batch-size", type=arguments.positive, default=1, help="samples per pipeline call (default: 1)"
     )
-    parser.add_argument("--seed", type=arguments.natural, default=0, help="of the training (default: 0)")
+    parser.add_argument("--seed", type=arguments.natural, default=0, help="seed of the training (default: 0)")
 
 
 def run(options) -> None:

@@ -5,17 +5,20 @@ from pathlib import Path
 import lesa
 from lesa.cli import arguments
 
+_OF_THE_CONFIG = ("mixer", "rank", "hidden", "history_length", "stage_bounds")
+
+_CONFIG_OPTIONS = {name: f"--{name.replace('_', '-')}" for name in (*_OF_THE_CONFIG, "schedule")}
 OPTIONS = {
     "out_dir": "--out",
     "trajectories": "--trajectories",
     "folder": "--trajectories",
-    "schedule": "--schedule",
     "budget": "--budget",
     "epochs": "--epochs",
     "controlled": "--controlled",
     "seed": "--seed",
+    **_CONFIG_OPTIONS,
+    **{f"config.{name}": option for name, option in _CONFIG_OPTIONS.items()},
 }
-_OF_THE_CONFIG = ("mixer", "rank", "hidden", "history_length", "stage_bounds")
 
 
 def add_arguments(parser) -> None:
@@ -24,20 +27,25 @@ def add_arguments(parser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder for the predictor")
     text = f"{arguments.SCHEDULE} (default: nine spread steps)"
     parser.add_argument("--schedule", type=arguments.schedule, help=text)
-    text = "how many steps to compute, instead of --schedule; the best ones are searched"
+    text = "number of computed steps, instead of --schedule; lesa searches for the best steps"
     parser.add_argument("--budget", type=arguments.positive, help=text)
     parser.add_argument("--mixer", choices=("newton", "dense"), help="kind of predictor (default: newton)")
-    parser.add_argument("--rank", type=arguments.natural, help="of newton's linear residual, 0 for none (default: 32)")
-    text = "spline units (default: 64 for newton, 256 for dense)"
+    parser.add_argument(
+        "--rank", type=arguments.natural, help="rank of newton's linear residual, 0 for none (default: 32)"
+    )
+    text = "number of spline units (default: 64 for newton, 256 for dense)"
     parser.add_argument("--hidden", type=arguments.positive, help=text)
-    text = "how many stored features are used, one number or one per stage (default: 4; for dense 4,6,8)"
+    text = "how many stored features to use: one number, or one per noise stage (default: 4; for dense 4,6,8)"
     parser.add_argument("--history-length", type=arguments.lengths, help=text)
-    text = "noise levels between the stages, or auto to search them (default: 0.67,0.33)"
+    text = "noise levels between the noise stages, or auto to search for them (default: 0.67,0.33)"
     parser.add_argument("--stage-bounds", type=arguments.stage_bounds, help=text)
-    text = "passes over the trajectories in the second of two stages (default: 60); newton adds a sixth, dense a third"
+    text = (
+        "passes over the trajectories in closed loop (default: 60); guided passes come first: a sixth as many for "
+        "newton, a third as many for dense"
+    )
     parser.add_argument("--epochs", type=arguments.positive, help=text)
     parser.add_argument("--controlled", action="store_true", help="train for `lesa generate --tolerance`")
-    parser.add_argument("--seed", type=arguments.natural, default=0, help="of the training (default: 0)")
+    parser.add_argument("--seed", type=arguments.natural, default=0, help="seed of the training (default: 0)")
     arguments.add_device(parser)
 
 

@@ -45,6 +45,7 @@ __all__ = [
     "budget_of",
     "check_contenders",
     "kind_of",
+    "opponents",
     "order_of",
     "ours_with",
     "taylorseer_grid",

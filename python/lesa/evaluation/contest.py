@@ -19,7 +19,7 @@ from lesa.evaluation.result import EvaluatedRun, Outcome
 from lesa.evaluation.store import Store
 from lesa.inputs import batches_of, collate
 from lesa.models.adapter import Adapter
-from lesa_kernels.checks import Said, argument_error
+from lesa_kernels.checks import usage_error
 
 WARM_UP_STEPS = 12
 """Of the run before the first timed one, so that a cache predicts some. It predicts none in fewer than 10 steps."""
@@ -258,11 +258,9 @@ def _check_seen(reference: Outcome, steps: int) -> None:
     """Raises `RuntimeError` unless every block was seen to run in every step of the reference."""
     whole = reference.counts[0]
     if round(whole, 6) != steps:
-        raise argument_error(
-            "pipe",
-            "have a transformer whose blocks are seen to run in every step",
-            Said(f"one in which they are seen in {whole:g} of {steps}"),
-            "Compiled graphs hide them: evaluate before `compile`, or compile the blocks one by one. Disable other "
+        raise usage_error(
+            f"`pipe` has a transformer whose blocks were seen to run in only {whole:g} of {steps} steps.",
+            "Compiled graphs hide blocks: evaluate before `compile`, or compile the blocks one by one. Disable other "
             "caches.",
             RuntimeError,
         )

@@ -43,13 +43,13 @@ def evaluate(
 ) -> Evaluation:
     """Compares predictors with the full run, with fewer steps, and with other caches.
 
-    Every contender goes through the pipeline itself with the same inputs. Input i starts from noise of seed `seed + i`.
+    Every contender runs in the pipeline itself, with the same inputs. Input i starts from noise of seed `seed + i`.
 
-    Each peer gets its best setting over a grid, which `facts["searched"]` states. The search uses the first few inputs.
-    Then, for each budget, it takes the settings within the budget and runs the one with the best PSNR on all inputs. An
-    adaptive setting can need more than the budget there; then the next best one is run. Caches that run a block in
-    every step have two kinds of budget: step equivalents and whole steps. An adaptive cache decides once for all
-    samples of a pipeline call; with `batch_size=1` it decides for each sample separately.
+    For each other cache, the best setting of a grid is searched. `facts["searched"]` describes the grid. The search
+    uses the first few inputs. Then, for each budget, the setting within the budget that has the best PSNR is run on all
+    inputs. An adaptive setting can need more than the budget on all inputs. Then the next best setting is run. Caches
+    that run a block in every step have two kinds of budget: step equivalents and whole steps. An adaptive cache decides
+    once for all samples of a pipeline call; with `batch_size=1` it decides for each sample separately.
 
     Args:
         pipe: a diffusers pipeline of a supported family.
@@ -61,14 +61,14 @@ def evaluate(
             compute, and the names of caches, such as "taylorseer", for each cache at the predictors' budgets. "steps-N"
             or "taylorseer-N" sets a budget of N. Or a setting from `lesa.contenders`, such as `TaylorSeer(7)`, which is
             run without a search.
-        num_inference_steps: steps of the reference.
-        seed: of the first input.
-        batch_size: inputs per pipeline call. None: all in one. Inputs that can't share a call, such as two sizes of
-            images, never do.
-        out_dir: gets `summary.json`, `runs.csv`, `images/` and `comparison.png`; and `runs/` with what is finished. The
-            same call continues from there after an interruption. None: nothing is written.
+        num_inference_steps: number of steps of the reference run.
+        seed: seed of the first input.
+        batch_size: inputs per pipeline call. None: all in one. Inputs that cannot share a call, such as images of two
+            sizes, get separate calls.
+        out_dir: gets `summary.json`, `runs.csv`, `images/` and `comparison.png`; and `runs/` with the finished runs.
+            The same call continues from there after an interruption. None: nothing is written.
         progress: whether to show a progress bar.
-        search_samples: inputs for the search.
+        search_samples: how many inputs the search uses.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or a predictor does not fit the pipeline.
@@ -156,7 +156,9 @@ def _with_schedule(contestant: Contestant, num_inference_steps: int) -> Ours:
         return ours_with(contestant, None)
     if len(contestant) != 2:
         remedy = "Pass `(predictor, schedule)`."
-        raise argument_error("predictors", "hold predictors, or pairs of one and a schedule", contestant, remedy)
+        raise argument_error(
+            "predictors", "have predictors, or pairs of a predictor and a schedule", contestant, remedy
+        )
     predictor, schedule = contestant
     if schedule is None or isinstance(schedule, ErrorControl):
         return ours_with(predictor, schedule)

@@ -34,7 +34,7 @@ _NEEDED_OF_RUN = ("name", "contender", "steps", "num_inference_steps", "step_equ
 
 
 def report(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
-    """Writes one HTML page that shows an evaluation: curves, pictures, schedules, figures. The page loads nothing.
+    """Writes one HTML page that shows an evaluation: curves, pictures, schedules, figures. It loads no other file.
 
     Args:
         folder: what `lesa evaluate` wrote: `summary.json`, and the pictures that it names.
@@ -91,7 +91,9 @@ def _read(folder: Path) -> dict:
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise argument_error("folder", "hold a summary.json of JSON", Said(f"{file}: {error}"), remedy) from None
+        raise argument_error(
+            "folder", "have a summary.json with valid JSON", Said(f"{file}: {error}"), remedy
+        ) from None
     version = summary.get("format_version") if isinstance(summary, dict) else None
     if version != FORMAT_VERSION:
         raise argument_error("format_version", f"be {FORMAT_VERSION} in {file}", version, remedy)

@@ -72,7 +72,7 @@ def _open(folder: Path, file: str) -> Image.Image:
         raise argument_error("images", "be files in the evaluation's folder", file, "Remove it from summary.json.")
     if not path.is_file():
         remedy = "Keep the pictures beside summary.json, or run `lesa evaluate` again."
-        raise argument_error("images", "be there", Said(f"no {path}"), remedy, FileNotFoundError)
+        raise argument_error("images", "exist", Said(f"no {path}"), remedy, FileNotFoundError)
     with Image.open(path) as image:
         return image.convert("RGB")
 

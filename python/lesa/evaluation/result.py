@@ -49,7 +49,7 @@ class EvaluatedRun:
         steps: the steps of the first call of the pipeline in which every block ran.
         num_inference_steps: steps of the run.
         whole_steps: number of steps in which every block ran.
-        step_equivalents: how often blocks ran, over the number of blocks.
+        step_equivalents: how often a block ran, divided by the number of blocks.
         seconds: wall clock of the pipeline calls with decoding, after a warm-up.
         speedup: the reference's seconds over these.
         psnr: of the decoded images in [0, 1], in dB; infinite if any image equals the reference's, NaN if any is NaN.

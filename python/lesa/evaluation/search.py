@@ -14,7 +14,7 @@ from lesa.evaluation.result import sortable
 
 CALIBRATION_SAMPLES = 2
 ATTEMPTS = 4
-"""So many of the best settings within a budget are run on all inputs, until one keeps to it there."""
+"""How many of the best settings within a budget are run on all inputs, at most, to find one that is within it there."""
 
 
 class NotAvailableError(Exception):

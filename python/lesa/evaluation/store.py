@@ -48,9 +48,8 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         transformer = adapter.transformer
         facts = {**facts_of(pipe, inputs, seed, batch_size), "steps": num_inference_steps}
-        self._key = digest(
-            [facts, fingerprint(transformer), digest(inputs), dict(pipe.scheduler.config), type(pipe).__name__]
-        )
+        scheduler = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=repr)
+        self._key = digest([facts, fingerprint(transformer), digest(inputs), scheduler, type(pipe).__name__])
 
     def read(
         self, name: str, more: str, with_outcome: bool

@@ -12,7 +12,7 @@ from diffusers.utils.peft_utils import apply_lora_scale
 from lesa.models.costs import Costs
 from lesa.models.plain_head import why_not_plain
 from lesa_kernels import OutputHead
-from lesa_kernels.checks import Said, argument_error
+from lesa_kernels.checks import usage_error
 
 
 class Adapter:
@@ -239,10 +239,9 @@ def packed_grid(
     if tokens == rows * columns or (not one_frame and rows * columns and tokens % (rows * columns) == 0):
         return rows, columns
     if height is None or width is None or not one_frame:
-        raise argument_error(
-            "height and width",
-            "be the size of the images",
-            Said(f"{height} and {width} for latents of {tokens} tokens, {patch} pixels wide"),
+        raise usage_error(
+            f"`height` and `width` must be the size of the images, but got {height} and {width} for {tokens} tokens of "
+            f"{patch} pixels per side.",
             "Pass the size that the pipeline used. It may have taken the size from an input image.",
         )
     grids = ((n, tokens // n) for n in range(1, tokens + 1) if tokens % n == 0)

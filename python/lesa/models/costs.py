@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lesa_kernels.checks import Said, argument_error
+from lesa_kernels.checks import usage_error
 
 
 class Costs:
@@ -55,8 +55,8 @@ class Costs:
         side = scale * (self.packing if self.packing > 1 else self.config["patch_size"])
         rows, columns = height // side, width // side
         if not rows or not columns:
-            got = Said(f"{height} and {width}")
-            raise argument_error("height and width", f"be at least {side}", got, "Use a larger size.")
+            sentence = f"`height` and `width` must be at least {side}, but got {height} and {width}."
+            raise usage_error(sentence, "Use a larger size.")
         return rows * columns * max(1, self.layers(frames, frame_scale) // self.config.get("patch_size_t", 1))
 
     def layers(self, frames: int, frame_scale: int) -> int:

@@ -48,12 +48,12 @@ def record(
 ) -> Trajectories:
     """Runs `pipe` on `inputs` and writes the features, noise levels and head conditioning of every computed step.
 
-    Without a predictor, all steps are computed. With a predictor, it predicts the steps that its schedule leaves out,
-    and the computed steps are recorded for the sample that its forecasts lead to: a roll-out. `refine` learns from
-    roll-outs.
+    Without a predictor, all steps are computed. With a predictor, the steps that its schedule leaves out are predicted,
+    and only the computed steps are recorded. Such a run is a roll-out: the computed steps see the sample that the
+    forecasts lead to. `refine` learns from roll-outs.
 
-    Called again after an interruption, it keeps the samples that are there and records the others. Sample i is drawn
-    with `torch.Generator("cpu").manual_seed(seed + i)`, whatever its batch.
+    If it is called again after an interruption, it keeps the finished samples and records the others. Sample i is drawn
+    with `torch.Generator("cpu").manual_seed(seed + i)` in any batch.
 
     Args:
         pipe: a diffusers pipeline of a supported family.
@@ -61,13 +61,13 @@ def record(
         out_dir: folder to write to; made if missing.
         num_inference_steps: passed to the pipeline.
         tokens_per_sample: how many image tokens of each sample to keep, a random subset that is the same in all steps
-            and drawn with `seed + i`. Predictor and head work token by token, so a subset is enough for training and
-            saves disk space. None: all.
-        seed: of the first sample.
-        batch_size: how many samples share a call of the pipeline. Inputs that cannot share one, such as two sizes of
-            images, never do.
+            and drawn with `seed + i`. Predictor and head process each token separately, so a subset is enough for
+            training and saves disk space. None: all tokens.
+        seed: seed of the first sample.
+        batch_size: how many samples share a call of the pipeline. Inputs that cannot share a call, such as images of
+            two sizes, get separate calls.
         progress: whether to show a progress bar over the samples.
-        predictor: whose roll-outs to record; None for plain runs.
+        predictor: the predictor whose roll-outs are recorded; None for plain runs.
 
     Returns:
         The recording.
@@ -75,8 +75,8 @@ def record(
     Raises:
         TypeError: the family of `pipe` is not supported, its output projection is no plain `nn.Linear`, or an argument
             has another type.
-        ValueError: an argument is out of range, an input has an argument that it may not choose, or `out_dir` holds
-            something else than this recording or its beginning; the message names what differs.
+        ValueError: an argument is out of range, an input has an argument that lesa sets itself, or `out_dir` contains
+            something other than this recording or a part of it. The message names the difference.
         RuntimeError: features are not finite, a step was missed, or a cache is on for the transformer.
         For the predictor, see also `lesa.enable_cache`.
     """
@@ -234,7 +234,7 @@ class Recorder:
         self.streams: dict[str, _Stream] = {}
 
     def on_run(self, run: Run, computed: Set[int]) -> None:
-        """Called at the first step of a run, of which the steps `computed` are to be recorded."""
+        """Called at the first step of a run. The steps `computed` of this run are to be recorded."""
         if any(stream.steps for stream in self.streams.values()):
             raise argument_error(
                 "inputs",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lesa.artifacts import check_same_settings, digest, fingerprint, predictor_identity, write_text
+from lesa.artifacts import check_same_settings, digest, fingerprint, predictor_identity, remove_partial, write_text
 from lesa.inputs import check_inputs
 from lesa.models import adapter_for
 from lesa.training.batches import Batch, Plan, RollOut
@@ -64,13 +64,14 @@ def refine(
         trajectories: what `lesa.record` made of plain runs, or its folder.
         pipe: the pipeline that was recorded.
         inputs: the inputs that were recorded.
-        out_dir: folder for the predictor, `losses.json` and `losses.png`, and meanwhile for the roll-outs. A refinement
-            that was interrupted continues there. None: the roll-outs are in a temporary folder, and nothing is kept.
-        rounds: how often to roll out and train.
+        out_dir: folder for the predictor, `losses.json` and `losses.png`, and for the roll-outs while it runs. A
+            refinement that was interrupted continues there. None: the roll-outs are in a temporary folder, and nothing
+            is kept.
+        rounds: how often to make roll-outs and train on them.
         epochs: passes over the trajectories in each round.
         batch_size, tokens_per_batch, learning_rate: see `train`; they apply to each round.
         samples_per_call: how many samples share a call of the pipeline.
-        seed: of order, tokens and validation samples.
+        seed: seed of the order, the tokens and the validation samples.
         device: where to train; the pipeline runs where it is.
         progress: whether to show progress bars.
 
@@ -78,13 +79,13 @@ def refine(
         The predictor of the last round, on the CPU.
 
     Raises:
-        TypeError, ValueError: the predictor feeds on its own forecasts or was trained for something else, an argument
-            is out of range, or the pipeline, the inputs or `out_dir` are not those of the recording. The message names
-            it.
+        TypeError, ValueError: the predictor uses its own forecasts as history or was trained for something else, an
+            argument is out of range, or the pipeline, the inputs or `out_dir` are not those of the recording. The
+            message names it.
         RuntimeError: see `lesa.record`.
 
-    Source: DAgger, arXiv 1011.0686. The loss is on the drift at the end of each gap: the drift before the gap, and what
-    the velocities of the gap add to it in Euler steps, as flow-matching schedulers take them.
+    Source: DAgger, arXiv 1011.0686. The loss measures the drift at the end of each gap. This is the drift at the start
+    of the gap, plus what the velocities of the gap add to it in Euler steps. Flow-matching schedulers make such steps.
     """
     trajectories = as_trajectories(trajectories)
     _check_predictor(predictor, trajectories)
@@ -171,6 +172,7 @@ def _working_folder(out_dir: str | os.PathLike | None, settings: dict[str, Any])
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / SETTINGS_NAME
+    remove_partial(file)
     if file.exists():
         check_same_settings(f"the unfinished refinement in {folder}", json.loads(file.read_text()), settings)
     elif any(folder.iterdir()):
@@ -223,7 +225,7 @@ class RollOuts:
         self.recorded = recording.write(folder, bar and f"{bar}, roll out")
         if self.recorded.names != trajectories.names:
             got = Said(f"{len(self.recorded)} streams of calls instead of {len(trajectories)}")
-            raise argument_error("pipe", "call its transformer as when it was recorded", got, "Record again.")
+            raise argument_error("pipe", "call its transformer as it did in the recording", got, "Record again.")
         self.drifts = []
         for plain, rolled in zip(trajectories, self.recorded):
             computed = torch.isin(plain.sigmas, rolled.sigmas)

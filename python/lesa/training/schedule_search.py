@@ -13,7 +13,7 @@ from lesa.training.settings import TrainingSettings, complete_config
 from lesa.training.training_run import Training
 from lesa.training.trajectories import Trajectories, Trajectory, check_plain, latents_of
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-from lesa_kernels.checks import argument_error, check_int
+from lesa_kernels.checks import argument_error, check_int, usage_error
 
 SEARCH_TURNS = 2
 """How many brief trainings there are, each followed by a search."""
@@ -34,7 +34,7 @@ def find_schedule(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> Schedule:
-    """Chooses which steps to compute: a search and a brief training take turns.
+    """Chooses which steps to compute. It alternates between a search and a brief training.
 
     The first search is for an untrained predictor. Each later search is for a predictor that was trained briefly on
     many schedules around the latest one, so that it favours none of them.
@@ -42,8 +42,8 @@ def find_schedule(
     Args:
         trajectories: what `lesa.record` made.
         budget: how many steps to compute.
-        config: of a newton predictor. Default: that of `train`.
-        seed: of all that is random.
+        config: configuration of a newton predictor. Default: that of `train`.
+        seed: seed of all random choices.
         device: where to train.
         progress: whether to show progress bars.
 
@@ -54,6 +54,11 @@ def find_schedule(
         ValueError: `config` or `budget` does not fit the trajectories, or the predictor is not a newton one.
     """
     check_plain(trajectories)
+    if config is not None and config.history != "anchors":
+        raise usage_error(
+            "`budget` needs a predictor whose history holds computed features only.",
+            "Use a newton predictor, or pass a `schedule`.",
+        )
     total = trajectories.num_inference_steps
     budget = check_int("budget", budget, minimum=2, maximum=total - 1)
     schedule = Schedule.spread(budget, total)
@@ -81,25 +86,27 @@ def search_schedule(
     """Chooses the computed steps that leave the smallest error of the forecasts between them.
 
     The errors of the forecast velocities in a gap between two computed steps add up to a displacement of the sample.
-    The cost of the gap is the square of that. Dynamic programming finds a chain of gaps with a small total cost: for
-    each number of computed steps, and each possible pair of last two steps, it keeps the cheapest chain that ends with
-    them. The steps of a chain are the history of its later gaps. Then single steps are moved, as long as this lowers
-    the error of the whole run, to which the displacements of all gaps add up.
+    The cost of the gap is the square of this displacement. Dynamic programming finds a chain of gaps with a small total
+    cost: for each number of computed steps, and each possible pair of last two steps, it keeps the cheapest chain that
+    ends with them. The earlier steps of a chain are the history from which its later gaps are forecast. Then single
+    steps are moved, as long as this lowers the error of the whole run, which is the sum of the displacements of all
+    gaps.
 
     Args:
         trajectories: recorded with all steps computed.
         predictor: a newton predictor, trained or not.
         num_computed: how many steps to compute.
-        samples: how many trajectories to use at most. Each stream of calls counts, where guidance combines several.
-        tokens_per_sample: how many random tokens of each.
-        seed: of the choice of trajectories and tokens.
+        samples: how many trajectories to use at most. If guidance combines several streams of calls, each stream
+            counts.
+        tokens_per_sample: how many random tokens of each trajectory to use.
+        seed: seed of the choice of trajectories and tokens.
         progress: whether to show a progress bar.
 
     Returns:
         The schedule, with the noise levels of the trajectories.
 
     Raises:
-        ValueError: the predictor feeds on its own forecasts, there are fewer steps than `num_computed`, or the
+        ValueError: the predictor uses its own forecasts as history, there are fewer steps than `num_computed`, or the
             trajectories have several streams but no latents, which show how guidance combines the streams.
     """
     if predictor.config.history != "anchors":

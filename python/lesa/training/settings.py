@@ -24,8 +24,8 @@ class TrainingSettings:
         head_aware: whether the loss looks at what the output head makes of the features, or at the features alone.
         validation_fraction: share of the samples that is kept for validation.
         seed: of initialisation, order, tokens, validation samples and guided schedules.
-        reach: by how many steps the guided stage moves the computed steps at most.
-        controlled: whether the guided stage has schedules such as error control chooses, instead of moved ones.
+        reach: by how many steps the guided phase moves the computed steps at most.
+        controlled: whether the guided phase has schedules such as error control chooses, instead of moved ones.
 
     Raises:
         TypeError, ValueError: a setting is out of range; the message names it.
@@ -60,8 +60,8 @@ class TrainingSettings:
             object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings by name, as a checkpoint holds them."""
-        return asdict(self)
+        """The settings by name, as a checkpoint holds them. Those that others follow from come first."""
+        return {"controlled": self.controlled, "epochs": self.epochs, **asdict(self)}
 
 
 def complete_config(

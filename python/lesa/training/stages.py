@@ -35,18 +35,18 @@ def find_stages(
 ) -> tuple[float, ...]:
     """Chooses number and bounds of a predictor's noise stages.
 
-    It begins with one stage, and splits one stage into two in each round. Bounds are at noise levels of computed steps,
-    so that no gap between two of them is cut. A predictor is trained briefly for every possible split, on some of the
+    It begins with one stage, and splits one stage into two in each round. A bound is always at the noise level of a
+    computed step, so it never divides a gap. A predictor is trained briefly for every possible split, on some of the
     trajectories. The split with the smallest loss on other trajectories is chosen. It must lower the loss by 2 % with
-    `seed`, and also with the next seed, which has other trajectories for validation. Otherwise the search ends: the
-    smallest of several losses is partly small by chance.
+    `seed`, and also with the next seed, which has other trajectories for validation. Otherwise the search ends. The
+    second seed is needed because the smallest of several losses is small partly by chance.
 
     Args:
         trajectories: what `lesa.record` made.
         schedule: the computed steps; see `train`.
-        config: of a newton predictor; its `stage_bounds` are not used. Default: that of `train`.
-        most: how many stages there may be.
-        seed: of all that is random.
+        config: configuration of a newton predictor; its `stage_bounds` are not used. Default: that of `train`.
+        most: the largest number of stages.
+        seed: seed of all random choices.
         device: where to train.
         progress: whether to show a progress bar.
 

@@ -11,7 +11,7 @@ from lesa.training.settings import TrainingSettings, complete_config, with_stage
 from lesa.training.training_run import Training, unfinished_config
 from lesa.training.trajectories import Trajectories, as_trajectories, check_plain
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-from lesa_kernels.checks import argument_error, check_int
+from lesa_kernels.checks import argument_error, check_int, usage_error
 
 
 def train(
@@ -34,33 +34,37 @@ def train(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> FusedKANPredictor:
-    """Trains a predictor on recorded trajectories, in two stages: guided, then in closed loop.
+    """Trains a predictor on recorded trajectories, in two phases: guided, then in closed loop.
 
-    In the guided stage the history is true. In closed loop it is as at inference.
+    In the guided phase, the history has the recorded features. In closed loop, it has the features that it has at
+    inference.
 
     Args:
         trajectories: what `lesa.record` made, or its folder.
-        config: of the predictor. Default: newton, four anchors, rank 32, three stages, for the trajectories' model.
+        config: configuration of the predictor. Default: newton, four anchors, rank 32, three stages, for the
+            trajectories' model.
         schedule: the computed steps to train for: a `lesa.Schedule`, a list of steps or an interval. Default: that of
             `config`, else 9 spread steps.
         budget: instead of `schedule`, how many steps to compute; `find_schedule` chooses which.
-        find_stages: whether to find the noise stages first, as `lesa.find_stages` does, instead of those of `config`.
+        find_stages: whether to find the noise stages first, as `lesa.find_stages` does, and to use them instead of
+            those of `config`.
         out_dir: folder for the predictor, `losses.json` and the picture `losses.png`. A training that was interrupted
             continues from the checkpoint there. None: nothing is written.
-        guided_epochs: passes over the trajectories in the guided stage. Default: a third of `epochs` for dense, a sixth
+        guided_epochs: passes over the trajectories in the guided phase. Default: a third of `epochs` for dense, a sixth
             for newton, whose history has true features in closed loop too.
         controlled: whether to train for `lesa.ErrorControl`: all epochs are guided, on schedules with gaps half to
             twice as long. The forecasts are less close on the schedule itself, and closer on others.
-        epochs: passes in closed loop.
+        epochs: passes over the trajectories in closed loop.
         batch_size: trajectories per step of the optimiser.
-        tokens_per_batch: random tokens taken of each trajectory per step, since predictor and head work token by token;
-            None for all.
-        learning_rate: of AdamW at the start; it falls to zero along a cosine. Default: 3e-3 for newton, 1e-4 for dense
-            as in the LESA paper.
-        head_aware: whether the loss looks at what the output head makes of the features, or at the features alone as in
-            the LESA paper. Default: True for newton, False for dense.
-        validation_fraction: share of the samples that is kept for validation, at least one of two or more.
-        seed: of initialisation, order, tokens, validation samples and guided schedules.
+        tokens_per_batch: how many random tokens of each trajectory to use per step; None for all. A part is enough,
+            because predictor and head process each token separately.
+        learning_rate: learning rate of AdamW at the start; it falls to zero along a cosine. Default: 3e-3 for newton,
+            1e-4 for dense as in the LESA paper.
+        head_aware: whether the loss compares what the output head computes from the features. If false, it compares the
+            features only, as in the LESA paper. Default: True for newton, False for dense.
+        validation_fraction: share of the samples that is kept for validation. If there are two samples or more, at
+            least one is kept.
+        seed: seed of the initialisation, the order, the tokens, the validation samples and the guided schedules.
         device: where to train.
         progress: whether to show a progress bar.
 
@@ -69,20 +73,21 @@ def train(
 
     Raises:
         TypeError, ValueError: an argument is out of range; `config` does not fit the trajectories, `controlled` or
-            `find_stages`; the schedule does not fit the steps; or `out_dir` holds something else than an unfinished
+            `find_stages`; the schedule does not fit the steps; or `out_dir` contains something other than an unfinished
             training with these arguments. The message names the field.
 
-    Source: LESA, arXiv 2602.20497, for the two stages; the loss and the newton mixer's training are this project's.
+    Source: LESA, arXiv 2602.20497, for the two phases. The loss and the training of the newton mixer were developed in
+    this project.
     """
     trajectories = as_trajectories(trajectories)
     check_plain(trajectories)
     if budget is not None and schedule is not None:
-        raise argument_error("schedule", "be left out where `budget` is given", schedule, "Pass one of the two.")
+        raise usage_error("`schedule` and `budget` cannot both be given.", "Pass one of the two.")
     config = PredictorConfig(trajectories.feature_dim) if config is None else config
     newton = config.mixer == "newton"
     if controlled and config.history != "anchors":
         remedy = "Train a newton predictor."
-        must = "be left out for a predictor that feeds on its own forecasts"
+        must = "be left out for a predictor that uses its own forecasts as history"
         raise argument_error("controlled", must, controlled, remedy)
     epochs = check_int("epochs", epochs)
     if guided_epochs is None:

@@ -98,7 +98,7 @@ class Training:
         return []
 
     def loss_of(self, batch: Batch, guided: bool) -> torch.Tensor:
-        """The loss of the forecasts in a batch, in the guided stage or in closed loop."""
+        """The loss of the forecasts in a batch, in the guided phase or in closed loop."""
         config, every_step = self.config, self.config.history == "steps"
         total = len(batch.sigmas)
         computed: Set[int]
@@ -173,7 +173,7 @@ class Training:
         Args:
             numbers: of the trajectories.
             tokens: random tokens taken of each; None for all.
-            guided: whether as in the guided stage or in closed loop.
+            guided: whether as in the guided phase or in closed loop.
         """
         groups: dict[tuple[float, ...], list[int]] = {}
         read = {number: self.trajectories[number] for number in numbers}

@@ -57,21 +57,21 @@ class Trajectory:
 class Trajectories:
     """A finished recording, read from its folder one trajectory at a time.
 
-    `len(trajectories)` counts them, `trajectories[i]` reads one, and iterating reads all in turn.
+    `len(trajectories)` is their number, `trajectories[i]` reads one, and a loop over it reads all, one after the other.
 
     Args:
         folder: where `lesa.record` wrote.
 
     Attributes:
-        family: of the model, such as "flux".
+        family: the family of the model, such as "flux".
         feature_dim: D, the width of the features.
         num_inference_steps: S, the executed steps of every trajectory.
         head_weight: `[O, D]` of the output projection.
         head_bias: `[O]`, or None.
         head_eps: of the output head's layer norm.
         manifest: the manifest as a dict.
-        names: of each trajectory, the name of its file without the suffix.
-        samples: of each trajectory, the number of its input. The streams of one input have the same number.
+        names: for each trajectory, the name of its file without the suffix.
+        samples: for each trajectory, the number of its input. The streams of one input have the same number.
 
     Raises:
         FileNotFoundError: there is no such folder, or no manifest in it.

@@ -1,0 +1,70 @@
+"""Which tests `pytest` runs: the fast ones in several processes, and the slow ones when they are asked for."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+TESTS = """
+import os
+from pathlib import Path
+
+import pytest
+
+def note(name):
+    with Path(__file__).with_name("ran").open("a") as file:
+        print(name, "worker" if "PYTEST_XDIST_WORKER" in os.environ else "alone", file=file)
+
+def test_fast():
+    note("fast")
+
+@pytest.mark.slow
+def test_slow():
+    note("slow")
+"""
+MESSAGE = "1 slow tests were left out. Run them with `pytest -m slow`"
+
+
+@pytest.fixture
+def ran(tmp_path):
+    """`ran(*arguments)` runs pytest on a fast and a slow test; returns what ran and what was printed."""
+    (tmp_path / "tests").mkdir()
+    shutil.copy(HERE / "conftest.py", tmp_path / "tests")
+    shutil.copy(HERE.parent / "pyproject.toml", tmp_path)
+    (tmp_path / "tests" / "test_both.py").write_text(TESTS)
+
+    def run(*arguments):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stdout + result.stderr
+        noted = tmp_path / "tests" / "ran"
+        names = sorted(noted.read_text().splitlines())
+        noted.unlink()
+        return names, result.stdout
+
+    return run
+
+
+@pytest.mark.slow
+def test_slow_tests_are_left_out_unless_they_are_asked_for(ran):
+    names, printed = ran("tests")
+    assert names == ["fast alone"] and MESSAGE in printed
+    names, printed = ran("tests/test_both.py::test_slow")
+    assert names == ["slow alone"] and MESSAGE not in printed
+    names, printed = ran("-n", "0", "-m", "")
+    assert names == ["fast alone", "slow alone"] and MESSAGE not in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, tests run one after the other")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="needs two cores")
+@pytest.mark.slow
+def test_a_whole_tier_runs_in_several_processes(ran):
+    pytest.importorskip("xdist")
+    names, printed = ran()
+    assert names == ["fast worker"] and MESSAGE in printed
