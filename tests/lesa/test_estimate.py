@@ -13,6 +13,7 @@ import small_pipelines as small
 from lesa import cli
 from lesa.demo import digits
 from lesa.estimation import PRESETS, transformer_flops
+from lesa.models import ADAPTERS
 from lesa_kernels import FusedKANPredictor, PredictorConfig, work
 
 STEPS = 12
@@ -52,15 +53,26 @@ def sd3():
     return diffusers.SD3Transformer2DModel(**options), inputs | {"pooled_projections": torch.randn(1, 24)}
 
 
-@pytest.mark.parametrize(
-    "build",
-    [lambda: flux(False), lambda: flux(True), qwen, hunyuan, sd3],
-    ids=["flux", "guided", "qwen", "video", "sd3"],
-)
+TRANSFORMERS = {
+    "flux": lambda: flux(False),
+    "guided": lambda: flux(True),
+    "qwen": qwen,
+    "video": hunyuan,
+    "sd3": sd3,
+}
+
+
+def test_no_family_is_left_out():
+    kinds = [type(build()[0]) for build in TRANSFORMERS.values()]
+    for adapter in ADAPTERS:
+        assert set(adapter.transformer_classes) & set(kinds), adapter.family
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
 @torch.no_grad()
-def test_flops_are_those_that_torch_counts(build):
+def test_flops_are_those_that_torch_counts(name):
     torch.manual_seed(0)
-    transformer, inputs = build()
+    transformer, inputs = TRANSFORMERS[name]()
     # Without a backend that fuses it, attention is two products, which the counter knows on every machine.
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         transformer(**inputs, timestep=torch.ones(1))

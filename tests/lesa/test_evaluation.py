@@ -420,9 +420,12 @@ def test_no_peer_is_left_out_of_the_settings():
 
 @pytest.fixture(params=SETTINGS)
 def setting(request):
-    if request.param.startswith("cache-dit"):
-        pytest.importorskip("cache_dit")
-    return SETTINGS[request.param]
+    setting = SETTINGS[request.param]
+    try:
+        setting.check_available()
+    except ImportError as absent:
+        pytest.skip(str(absent))
+    return setting
 
 
 def test_steps_are_counted_as_attention_itself_is_called(pipe, inputs, setting, monkeypatch):

@@ -9,12 +9,16 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, partial
+from types import SimpleNamespace
 from unittest import mock
 
 import diffusers
 import numpy as np
 import torch
+from diffusers.models.embeddings import TimestepEmbedding
 from PIL import Image
+
+from lesa.models import adapter_for
 
 HEIGHT, WIDTH = 16, 24
 """Of an image, in pixels."""
@@ -123,7 +127,8 @@ def smooth_in_time(transformer):
 
     Random weights on the fast waves of the time embedding would jump from step to step, and no forecast could follow.
     """
-    first = transformer.time_text_embed.timestep_embedder.linear_1
+    head = adapter_for(SimpleNamespace(transformer=transformer)).head_modules.modules()
+    first = next(module for module in head if isinstance(module, TimestepEmbedding)).linear_1
     half = first.in_features // 2
     slow = torch.exp(torch.arange(half) / half * torch.log(torch.tensor(10000.0))) > 300  # their period is above 1900
     with torch.no_grad():
@@ -566,4 +571,12 @@ SD3 = {
     "sd3 inpaint cfg": _sd3("StableDiffusion3InpaintPipeline", _MASKS, negative=True, strength=0.75),
 }
 
-ALL = {**FLUX, **QWEN_IMAGE, **HUNYUAN_VIDEO, **SD3}
+FAMILIES = {
+    "flux": ("flux", FLUX),
+    "qwen-image": ("qwenimage", QWEN_IMAGE),
+    "hunyuan-video": ("hunyuan_video", HUNYUAN_VIDEO),
+    "sd3": ("stable_diffusion_3", SD3),
+}
+"""For each family, the folder of diffusers that has its pipelines, and the ways to run them."""
+
+ALL = {name: case for _, cases in FAMILIES.values() for name, case in cases.items()}

@@ -21,6 +21,7 @@ class Adapter:
     A family names its classes and says what conditions its head. If the transformer's output is not just the projected
     tokens, the family also says how the output is built from them. The base expects the modules `norm_out` (an
     `AdaLayerNormContinuous`), `proj_out` (a linear layer) and `time_text_embed`, and blocks in `transformer_blocks`.
+    If the first three have other names, a family overrides `head_entry`, `projection` or `embedder`.
 
     Args:
         transformer: an instance of one of `transformer_classes`.
@@ -116,9 +117,14 @@ class Adapter:
         return self.transformer.proj_out
 
     @property
+    def embedder(self) -> Any:
+        """The module that embeds the timestep. `condition` calls it."""
+        return self.transformer.time_text_embed
+
+    @property
     def head_modules(self) -> torch.nn.ModuleList:
         """The modules of the transformer that a predicted step runs."""
-        modules = self.transformer.time_text_embed, self.head_entry, self.projection
+        modules = self.embedder, self.head_entry, self.projection
         if modules != tuple(self._head_modules):  # peft replaces a plain layer by one with LoRA
             self._head_modules = torch.nn.ModuleList(modules)
         return self._head_modules
