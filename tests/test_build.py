@@ -233,7 +233,12 @@ def test_the_wheel_holds_both_packages_and_the_demo(wheel):
     assert len(weights) > 5 and weights <= files
     extension = f"lesa_kernels/_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     others = {name for name in files - sources - weights if ".dist-info/" not in name}
-    data = {"lesa_kernels/py.typed", "lesa_kernels/tuned/default.json", "lesa/py.typed", "lesa/evaluation/page.html"}
+    data = {
+        "lesa_kernels/py.typed",
+        "lesa_kernels/tuned/default.json",
+        "lesa/py.typed",
+        *(f"lesa/evaluation/page/{name}" for name in ("page.html", "page.css", "charts.js", "sections.js")),
+    }
     assert others == {extension} | data
 
 

@@ -1,6 +1,5 @@
 """`estimate`: what predicting most steps costs and saves. A model's configuration is enough; nothing runs."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,20 +10,18 @@ import torch
 
 from lesa.models import ADAPTERS
 from lesa.models.adapter import Adapter
+from lesa.models.configurations import PRESETS, find_configuration, read_json
 from lesa.models.costs import Costs
 from lesa.schedule import Schedule, ScheduleLike, as_schedule
 from lesa_kernels import FusedKANPredictor, PredictorConfig, work
 from lesa_kernels.checks import Said, argument_error, check_choice, check_float, check_int, usage_error
 from lesa_kernels.feature_ring import ring_nbytes
 
+__all__ = ["PRESETS", "Estimate", "estimate", "transformer_flops"]
+
 EFFICIENCY = 0.5
 """The part of a datasheet's FLOP rate that computed steps are assumed to reach."""
 DTYPES = ("bfloat16", "float16", "float32")
-
-PRESETS = {
-    name: (adapter.costs.usual_config, *size) for adapter in ADAPTERS for name, size in adapter.costs.presets.items()
-}
-"""Configuration, height, width and frames of well-known models, by name."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +240,7 @@ def estimate(
 
 def _sample(model, height, width, frames) -> tuple[str, Costs, int]:
     """Family and costs of a model, and the image tokens of a sample."""
-    config, preset, scale, frame_scale = _find(model)
+    config, preset, scale, frame_scale = find_configuration(model)
     family = _family(config)
     costs = family.costs(config)
     given = zip(("height", "width", "frames"), (height, width, frames), preset)
@@ -295,58 +292,6 @@ def _family(config: Mapping[str, Any]) -> type[Adapter]:
     return kinds[kind]
 
 
-def _find(model) -> tuple[Mapping[str, Any], tuple[int, ...], int, int]:
-    """Configuration of the transformer; height, width and frames; pixels and frames per latent."""
-    if model in PRESETS:
-        config, *sizes = PRESETS[model]
-        return config, tuple(sizes), 8, 4
-    folder = Path(model)
-    file: Path | None
-    vae: Path | None
-    if folder.is_dir():
-        inside = [folder / "transformer" / "config.json", folder / "config.json"]
-        found = next((path for path in inside if path.is_file()), inside[0])
-        file, vae = found, found.parent.parent / "vae" / "config.json"
-    else:
-        file, vae = (_cached(str(model), f"{part}/config.json") for part in ("transformer", "vae"))
-    if file is None or not file.is_file():
-        presets = ", ".join(PRESETS)
-        remedy = f"Pass one, or a preset: {presets}. A model of the hub must have been downloaded before."
-        must = "be a folder with transformer/config.json, or a hub id in the local cache"
-        raise argument_error("model", must, str(model), remedy, FileNotFoundError)
-    known = _read_json(vae) if vae is not None and vae.is_file() else {}
-    return _read_json(file), (1024, 1024, 1), *_compression(known)
-
-
-def _cached(model: str, name: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        file = try_to_load_from_cache(model, name)
-    except HFValidationError:  # no hub id
-        return None
-    return Path(file) if isinstance(file, str) else None
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise argument_error("model", f"have a readable {file}", Said(str(error)), "Download it again.") from None
-
-
-def _compression(vae: Mapping[str, Any]) -> tuple[int, int]:
-    """Pixels and frames per latent: those of the VAE, or 8 and 4 if it isn't known."""
-    if "spatial_compression_ratio" in vae:
-        return vae["spatial_compression_ratio"], vae.get("temporal_compression_ratio", 4)
-    if "temperal_downsample" in vae:  # of Qwen-Image, in diffusers' spelling
-        return 2 ** len(vae["temperal_downsample"]), 1
-    if "block_out_channels" in vae:
-        return 2 ** (len(vae["block_out_channels"]) - 1), 1
-    return 8, 4
-
-
 def _predictor(predictor, dim: int, family: str) -> PredictorConfig:
     """The configuration of one that fits the model."""
     if predictor is None:
@@ -356,7 +301,7 @@ def _predictor(predictor, dim: int, family: str) -> PredictorConfig:
         if not file.is_file():
             remedy = "Pass a folder that `lesa train` wrote, or a PredictorConfig."
             raise argument_error("predictor", "hold a config.json", Said(str(predictor)), remedy, FileNotFoundError)
-        predictor = PredictorConfig.from_dict(_read_json(file))
+        predictor = PredictorConfig.from_dict(read_json(file))
     for name, wanted in (("feature_dim", dim), ("family", family)):
         got = getattr(predictor, name)
         if got not in (None, wanted):

@@ -291,7 +291,7 @@ def test_a_name_in_a_file_is_found():
 
 @pytest.mark.parametrize("kind", contenders.CONTENDERS, ids=lambda kind: kind.name)
 def test_colors_are_clear_on_a_light_and_on_a_dark_page(kind):
-    page = (ROOT / "python/lesa/evaluation/page.html").read_text()
+    page = (ROOT / "python/lesa/evaluation/page/page.css").read_text()
     cards = re.findall(r"--card: (#[0-9a-f]{6});", page)
     assert len(cards) == 2
 

@@ -1,4 +1,4 @@
-"""The hook on a transformer: the only place that meets the wrappers of diffusers, accelerate and torch.compile."""
+"""The hook on a transformer: the only file that meets the wrappers of diffusers, accelerate and torch.compile on it."""
 
 import functools
 import threading

@@ -18,7 +18,7 @@ from lesa.evaluation.report_pictures import pictures_of
 from lesa.evaluation.result import FORMAT_VERSION
 from lesa_kernels.checks import Said, argument_error
 
-_TEMPLATE = Path(__file__).with_name("page.html")
+_PAGE = Path(__file__).with_name("page")
 
 _METRICS = (  # key, short, name, digits, whether errors: the less the better, and on a logarithmic axis
     ("psnr", "PSNR", "PSNR, dB", 2, False),
@@ -57,9 +57,15 @@ def report(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> P
     sentence, comparison, tiles = headline(summary, page["budgets"][page["chosen"]] if page["budgets"] else None)
     columns, rows = _table(summary, ours)
     by_name = {run["name"]: run for run in runs}
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_PAGE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
-    html = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    html = environment.get_template("page.html").render(
         title=f"lesa report: {summary['model']}",
         summary=summary,
         headline=sentence,
