@@ -939,6 +939,25 @@ def test_a_plain_head_is_computed_with_the_forecast(pipe, generate, monkeypatch)
     torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4)
 
 
+def test_a_head_in_the_kernel_follows_inputs_that_change_in_a_run(pipe):
+    predictor, schedule = make_predictor(), [0, 1, 2, 3, 4, 5, 6, 9]
+    torch.nn.init.normal_(predictor.up, std=0.02)
+    before = call_arguments((3,))
+    after = before | {"pooled_projections": before["pooled_projections"] * 1.5}
+
+    def calls(step):
+        return [("it", before if step < 10 else after)]
+
+    with lesa.enable_cache(pipe, predictor, schedule) as handle:
+        plain = drive(pipe, calls)["it"]
+        on_kernels(predictor)
+        fused = drive(pipe, calls)["it"]
+    (stream,) = handle.stats.streams.values()
+    assert stream.fused == [7, 8, 10, 11]
+    for step in stream.fused:
+        torch.testing.assert_close(fused[step], plain[step], rtol=1e-3, atol=1e-4)
+
+
 def lora_like(transformer):
     class Adapted(torch.nn.Linear):
         pass
