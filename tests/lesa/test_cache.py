@@ -901,6 +901,20 @@ def test_lora_on_the_head(fresh_pipe, generate):
     assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
 
 
+def test_lora_that_is_put_on_the_projection_while_the_cache_is_on(fresh_pipe, generate):
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    options = {"joint_attention_kwargs": {"scale": 0.5}}
+    with lesa.enable_cache(fresh_pipe, make_predictor(), SOME):
+        generate(fresh_pipe)
+        config = peft.LoraConfig(r=4, target_modules=["proj_out"], init_lora_weights=False)
+        torch.manual_seed(0)
+        fresh_pipe.transformer.add_adapter(config)
+        with pytest.warns(RuntimeWarning, match="the adapters default are on"):
+            late = generate(fresh_pipe, **options)
+    with pytest.warns(RuntimeWarning), lesa.enable_cache(fresh_pipe, make_predictor(), SOME):
+        assert torch.equal(generate(fresh_pipe, **options), late)
+
+
 def test_a_copy_of_the_pipeline_is_independent(pipe, generate):
     other = copy.copy(pipe)
     other.transformer = copy.deepcopy(pipe.transformer)
