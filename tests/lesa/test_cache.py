@@ -903,6 +903,20 @@ def test_lora_on_the_head(fresh_pipe, generate):
     assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
 
 
+def test_lora_that_is_put_on_the_projection_while_the_cache_is_on(fresh_pipe, generate):
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    options = {"joint_attention_kwargs": {"scale": 0.5}}
+    with lesa.enable_cache(fresh_pipe, make_predictor(), SOME):
+        generate(fresh_pipe)
+        config = peft.LoraConfig(r=4, target_modules=["proj_out"], init_lora_weights=False)
+        torch.manual_seed(0)
+        fresh_pipe.transformer.add_adapter(config)
+        with pytest.warns(RuntimeWarning, match="the adapters default are on"):
+            late = generate(fresh_pipe, **options)
+    with pytest.warns(RuntimeWarning), lesa.enable_cache(fresh_pipe, make_predictor(), SOME):
+        assert torch.equal(generate(fresh_pipe, **options), late)
+
+
 def test_a_copy_of_the_pipeline_is_independent(pipe, generate):
     other = copy.copy(pipe)
     other.transformer = copy.deepcopy(pipe.transformer)
@@ -939,6 +953,25 @@ def test_a_plain_head_is_computed_with_the_forecast(pipe, generate, monkeypatch)
     assert stream.fused == stream.predicted == [7, 8, 10, 11]
     assert "4 of them in one kernel with the output head" in handle.stats.summary()
     torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_a_head_in_the_kernel_follows_inputs_that_change_in_a_run(pipe):
+    predictor, schedule = make_predictor(), [0, 1, 2, 3, 4, 5, 6, 9]
+    torch.nn.init.normal_(predictor.up, std=0.02)
+    before = call_arguments((3,))
+    after = before | {"pooled_projections": before["pooled_projections"] * 1.5}
+
+    def calls(step):
+        return [("it", before if step < 10 else after)]
+
+    with lesa.enable_cache(pipe, predictor, schedule) as handle:
+        plain = drive(pipe, calls)["it"]
+        on_kernels(predictor)
+        fused = drive(pipe, calls)["it"]
+    (stream,) = handle.stats.streams.values()
+    assert stream.fused == [7, 8, 10, 11]
+    for step in stream.fused:
+        torch.testing.assert_close(fused[step], plain[step], rtol=1e-3, atol=1e-4)
 
 
 def lora_like(transformer):

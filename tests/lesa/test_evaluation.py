@@ -7,6 +7,7 @@ import types
 from dataclasses import replace
 
 import diffusers
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from lesa.contenders import CacheDiT, FirstBlockCache, MagCache, TaylorSeer, tay
 from lesa.demo import digits
 from lesa.evaluation import EvaluatedRun, Evaluation, quality
 from lesa.evaluation.contest import Contest
+from lesa.evaluation.picture import ERROR_SCALE, draw_comparison
 from lesa.evaluation.search import bisected
 from lesa.models import adapter_for
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -314,6 +316,16 @@ def test_picture_has_a_row_per_shown_run(evaluated):
     assert rows[-1] < height <= rows[-1] + dpi
     assert content[rows].all()
     assert width > 600
+
+
+def test_error_maps_show_errors_of_colours_that_have_opposite_signs(tmp_path):
+    grey, file = np.full((1, 16, 16, 3), 0.5, np.float32), tmp_path / "comparison.png"
+    tinted = grey + np.array([0.09, -0.09, 0.0], np.float32)
+    runs = [evaluated_run("reference", 50), evaluated_run("taylorseer-a")]
+    draw_comparison(runs, {"reference": grey, "taylorseer-a": tinted}, file)
+    color = np.array(matplotlib.colormaps["magma"](0.06 / ERROR_SCALE)[:3]) * 255
+    pixels = np.asarray(Image.open(file).convert("RGB"), np.float32)
+    assert (np.abs(pixels - color).max(-1) < 2).sum() > 3000  # the bar of the scale has fewer
 
 
 def test_decoded_latents_are_the_images_of_the_pipeline(pipe, generate):
@@ -632,8 +644,9 @@ def test_qualities_whose_networks_are_not_here_say_why(monkeypatch, tmp_path):
     assert reasons["lpips"] == "the package lpips is not installed"
     assert "is in the hub's cache" in reasons["clip_score"]
     assert reasons["image_reward"] == "the package image-reward is not installed"
-    _, reasons = quality.learned_qualities(device, [None], large)
-    assert reasons["clip_score"] == reasons["image_reward"] == "the inputs have no text"
+    for without_text in ([None], ["a cat", None], [None, "a cat"]):
+        _, reasons = quality.learned_qualities(device, without_text, large)
+        assert reasons["clip_score"] == reasons["image_reward"] == "the inputs have no text"
     _, reasons = quality.learned_qualities(device, ["a cat"], (16, 16, 3))
     assert "16 x 16 pixels are too small" in reasons["lpips"]
     _, reasons = quality.learned_qualities(device, ["a cat"], (9, 64, 64, 3))

@@ -322,6 +322,17 @@ def test_rows_of_given_images_and_of_kinds_together():
     torch.testing.assert_close(many, calls[0][2].repeat(3, 1), rtol=1e-5, atol=1e-6)
 
 
+@torch.no_grad()
+def test_the_images_of_a_prompt_are_of_its_kind():
+    transformer = small.qwen_transformer(use_additional_t_cond=True).eval()
+    adapter, timestep = adapter_for(SimpleNamespace(transformer=transformer)), torch.full((4,), 0.3)
+    by_prompt, by_image = (
+        adapter.condition(timestep, {"additional_t_cond": torch.tensor(kinds)}, torch.float32)
+        for kinds in ([0, 1], [0, 0, 1, 1])
+    )
+    assert torch.equal(by_prompt, by_image) and not torch.equal(by_image[1], by_image[2])
+
+
 @every_case
 def test_the_counted_module_runs_where_the_first_block_runs(pipe, name):
     ran = []

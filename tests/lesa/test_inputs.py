@@ -166,6 +166,7 @@ def test_digest_tells_inputs_apart():
         {**base, "x": torch.tensor([[0.0, 1, 2, 4]])},
         {**base, "image": Image.new("L", (2, 2), 1)},
         {**base, "x": base["x"].numpy()},
+        {name.replace("prompt", "prompt_2"): value for name, value in base.items()},
     ]
     digests = [digest([item]) for item in [base, *variants]] + [digest([base, base])]
     assert len(set(digests)) == len(digests)
