@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -230,7 +231,7 @@ def _joinable(name, a, b) -> bool:
         return False
 
 
-def check_inputs(inputs) -> list[dict]:
+def check_inputs(inputs: Any) -> list[dict]:
     """The inputs as dicts of pipeline arguments.
 
     Raises:

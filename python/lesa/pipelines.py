@@ -2,13 +2,14 @@
 
 import contextlib
 import os
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
-def load_pipeline(folder_or_id: str | os.PathLike, **options) -> DiffusionPipeline:
+def load_pipeline(folder_or_id: str | os.PathLike, **options: Any) -> DiffusionPipeline:
     """Loads a pipeline that may have been saved with some components empty, such as its text encoders.
 
     `DiffusionPipeline.from_pretrained` needs the names of the absent components. They are read from `model_index.json`.

@@ -1,5 +1,7 @@
 """One file per model family: where its output head begins, what the head needs, and what the model costs."""
 
+from typing import Any
+
 from lesa.models.adapter import Adapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
@@ -11,7 +13,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (FluxAdapter, QwenImageAdapter, HunyuanVid
 """The adapters of all supported families."""
 
 
-def adapter_for(pipe) -> Adapter:
+def adapter_for(pipe: Any) -> Adapter:
     """The adapter of the pipeline's transformer.
 
     Args:

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,9 @@ class Adapter:
         """The transformer's output from the projected tokens `[B, T, O]`."""
         return velocity
 
-    def decode(self, pipe, latents: torch.Tensor, height: int | None = None, width: int | None = None) -> np.ndarray:
+    def decode(
+        self, pipe: Any, latents: torch.Tensor, height: int | None = None, width: int | None = None
+    ) -> np.ndarray:
         """Images from what the pipeline returns with `output_type="latent"`. They equal the pipeline's own.
 
         Args:
@@ -102,7 +105,7 @@ class Adapter:
     # What follows from that
 
     @classmethod
-    def handles(cls, transformer) -> bool:
+    def handles(cls, transformer: Any) -> bool:
         """Whether `transformer` is of this family."""
         return isinstance(transformer, cls.transformer_classes)
 
@@ -180,11 +183,11 @@ class Adapter:
         """The model's own `norm_out` and `proj_out` `[B, T, O]`, under the call's LoRA scale."""
         return self.scaled(call, lambda: self.projection(self.head_entry(features, conditioning)))
 
-    def scaled(self, call: dict, function, *args):
+    def scaled(self, call: dict, function: Callable, *args: Any) -> Any:
         """`function(*args)`, with the LoRA scale of this call in the head's layers."""
         return _scaled(self.head_modules, function, args, joint_attention_kwargs=call[self.attention_kwargs])
 
-    def output(self, call: dict, velocity: torch.Tensor):
+    def output(self, call: dict, velocity: torch.Tensor) -> Any:
         """Projected tokens `[B, T, O]` as the transformer returns them."""
         sample = self.arrange(call, velocity)
         return Transformer2DModelOutput(sample=sample) if call["return_dict"] else (sample,)
