@@ -1,5 +1,6 @@
 """Fixtures of all tests, and their two tiers: `pytest` alone leaves out those with the marker `slow`."""
 
+import gc
 import os
 
 import pytest
@@ -42,6 +43,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish():
+    """Takes what the imports made out of the garbage collector, whose runs would look at all of it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_deselected(items):

@@ -215,6 +215,7 @@ def test_end_to_end_has_the_size_it_says():
     assert model.image_tokens == 1024
 
 
+@pytest.mark.slow
 def test_roofline_writes_a_page(tmp_path):
     out = tmp_path / "pages" / "roofline.md"
     printed = run(tmp_path, BENCHMARKS / "roofline.py", "--bandwidth", "1000", "--tflops", "100", "--out", out)
@@ -228,11 +229,13 @@ def test_roofline_writes_a_page(tmp_path):
     assert "| flux-1024px | dense predict, K = 6 | 402.7 | 463.86 | 1152.0 | 4638.6 | products |" in page
 
 
+@pytest.mark.slow
 def test_the_committed_roofline_is_that_of_the_code(tmp_path):
     run(tmp_path, BENCHMARKS / "roofline.py", "--preset", "H200", "--out", tmp_path / "roofline.md")
     assert (tmp_path / "roofline.md").read_text() == (ROOT / "docs" / "roofline.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "calls, dtype", [("layers", torch.float32), ("forecasts", torch.bfloat16), ("forecast_gradients", torch.float32)]
 )

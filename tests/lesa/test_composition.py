@@ -645,6 +645,7 @@ def test_lora_that_was_fused_and_unloaded_is_noted(small_pipe, generate, peft):
     assert handle.stats.notes[0] in handle.stats.summary()
 
 
+@pytest.mark.slow
 def test_lora_and_compilation(small_pipe, generate, backend, peft):
     small_pipe.load_lora_weights(lora(small_pipe, 0))
     plain = generate(small_pipe)
@@ -891,6 +892,7 @@ def test_gradients(small_pipe, checkpointing, cache_first):
         assert_same_gradients(again[step], plain[step])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", [False, True], ids=["extension", "triton"])
 def test_gradients_go_through_a_predicted_step_to_the_predictor(small_pipe, kernels):
     predictor = on_kernels(make_predictor()) if kernels else make_predictor()

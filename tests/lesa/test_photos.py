@@ -110,6 +110,7 @@ def test_both_streams_of_guidance_are_forecast(pipe, predictor):
     }
 
 
+@pytest.mark.slow
 def test_nine_of_fifty_steps_stay_close_to_all(tmp_path):
     evaluation = run_demo(tmp_path, num_samples=4, progress=False, model="photos")
     computed = {

@@ -114,6 +114,7 @@ def losses(monkeypatch, of):
     return asked
 
 
+@pytest.mark.slow
 def test_the_bound_is_found_where_the_world_changes(changing, watch):
     found = lesa.find_stages(changing, SCHEDULE, CONFIG, progress=False)
     assert found == (float(SIGMAS[8]),)
@@ -122,6 +123,7 @@ def test_the_bound_is_found_where_the_world_changes(changing, watch):
     assert len({frozenset(validation) for _, validation in watched.reads}) == 2  # the other seed has other samples
 
 
+@pytest.mark.slow
 def test_a_world_that_never_changes_has_one_stage(tmp_path):
     trajectories = write_trajectories(tmp_path / "t")
     assert lesa.find_stages(trajectories, SCHEDULE, CONFIG, progress=False) == ()

@@ -29,8 +29,8 @@ def test_a_lead_is_the_mean_of_the_paired_differences(targets):
 
 def test_the_best_is_of_those_that_cost_no_more(targets):
     runs = [{"whole_steps": count, "psnr": value} for count, value in ((7, 40.0), (8.4, 41.0), (9, 45.0), (8, None))]
-    assert targets["best_within"](runs, 8, "whole_steps")["psnr"] == 41.0
-    assert targets["best_within"](runs, 6, "whole_steps") is None
+    assert targets["best_at_most"](runs, 8, "whole_steps")["psnr"] == 41.0
+    assert targets["best_at_most"](runs, 6, "whole_steps") is None
 
 
 def test_every_contender_is_held_against_every_run_of_ours(targets, runs):
@@ -46,7 +46,7 @@ def test_every_contender_is_held_against_every_run_of_ours(targets, runs):
     assert dense[4] == "dense-8" and dense[-1] == "yes"
     (far,) = (row for row in rows if row[3] == "the best of all at 8")
     assert far[4] == "cache-dit-5.7" and far[-2:] == ("2", "yes")
-    best = targets["best_within"](runs, 5, "whole_steps")
+    best = targets["best_at_most"](runs, 5, "whole_steps")
     behind = {**best, "name": "newton-4", "whole_steps": 4.0, "psnr": 20.0, "per_sample": {"psnr": [20.0] * 3}}
     rows = targets["rows_of"]([behind, *(run for run in runs if run["name"] != "newton-5")])
     assert [row[4] for row in rows if row[0] == "newton-4" and row[2] == "whole_steps"] == ["none costs as little"] * 2

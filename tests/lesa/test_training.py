@@ -181,9 +181,7 @@ def test_going_on_with_other_arguments_names_the_argument(trajectories, unfinish
 
 def test_going_on_with_other_trajectories_is_refused(unfinished, tmp_path):
     others = write_trajectories(tmp_path / "others", seed=7)
-    with pytest.raises(
-        ValueError, match="`trajectories` must be {'seed': 0}, as in the unfinished training in .*, but got {'seed': 7}"
-    ):
+    with pytest.raises(ValueError, match="`trajectories.seed` must be 0, as in .*, but got 7"):
         lesa.train(others, schedule=4, out_dir=unfinished, **QUICK)
 
 

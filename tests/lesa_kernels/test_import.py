@@ -69,12 +69,14 @@ PUBLIC = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("submodules_first", [True, False])
 def test_public_names_stay_what_they_are(submodules_first):
     names = run_without([], f"SUBMODULES_FIRST = {submodules_first}\n" + textwrap.dedent(PUBLIC)).split()
     assert {"FeatureRing", "bspline_basis", "bspline_evaluate", "newton_predict", "output_head"} <= set(names)
 
 
+@pytest.mark.slow
 def test_the_layers_function_is_in_the_package_of_its_name():
     code = """
         from lesa_kernels import bspline_kan
@@ -127,6 +129,7 @@ PUSH = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "variable", "expected"),
     [

@@ -374,6 +374,7 @@ def launches(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_which_kernels_run(kernel_device, launches, monkeypatch):
     predictor, ring, sigma = make("blocks", kernel_device, pushes=[4, 3])
     head = make_head(ring, 4)
@@ -535,6 +536,7 @@ def test_compiles_without_a_graph_break(backend, kernel_device):
         torch.testing.assert_close(actual, value)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_two_graphs_serve_all_sizes(kernel_device):
     """One for the first, and one for all others: nothing is compiled again for a size."""

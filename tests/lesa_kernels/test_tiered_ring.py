@@ -106,6 +106,7 @@ def test_equals_the_ring_on_the_device_after_any_pushes(copies, dtype, share):
         assert_equal_rings(ring, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capacity", [2, 3, 8])
 def test_other_capacities(copies, capacity):
     torch.manual_seed(0)
