@@ -56,8 +56,9 @@ def check_same_settings(work: str, kept: Mapping[str, Any], given: Mapping[str, 
         if before == value:
             continue
         if isinstance(before, Mapping) and isinstance(value, Mapping):
-            nested = {f"{name}.{key}": value.get(key) for key in {**before, **value}}
-            check_same_settings(work, {f"{name}.{key}": before.get(key) for key in {**before, **value}}, nested)
+            keys = {**value, **before}
+            nested = {f"{name}.{key}": value.get(key) for key in keys}
+            check_same_settings(work, {f"{name}.{key}": before.get(key) for key in keys}, nested)
         remedy = "Continue with the same arguments and model, or choose another folder."
         raise argument_error(name, f"be {before!r}, as in {work}", value, remedy)
 
@@ -112,6 +113,8 @@ def _update(running: "hashlib._Hash", value: Any) -> None:
         head = f"array {value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     elif value is None or isinstance(value, (bool, int, float, str)):
         head = f"{type(value).__name__} {value!r}"
+    elif isinstance(value, np.generic):
+        head = f"{type(value).__name__} {value.item()!r}"
     else:
         head = getattr(value, "__qualname__", type(value).__qualname__)
     running.update(f"{head}\n".encode())

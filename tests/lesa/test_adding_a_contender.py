@@ -1,4 +1,4 @@
-"""A contender is one file and one line: what must be in the file, and that nothing else knows contenders by name."""
+"""A contender is one file and one entry: what must be in the file, and that nothing else knows contenders by name."""
 
 import ast
 import contextlib
@@ -144,7 +144,7 @@ class Coarse(Peer):
 
 @pytest.fixture
 def registered(monkeypatch):
-    """The one line."""
+    """Its entry."""
     every = (*contenders.CONTENDERS, Coarse)
     contenders.check_contenders(every)
     monkeypatch.setattr(contenders, "CONTENDERS", every)

@@ -332,6 +332,7 @@ def test_an_interrupt_ends_with_130_and_says_how_to_resume(folder, monkeypatch, 
         (("--rank", "3"), "`--rank` must be 2, as in"),
         (("--schedule", "0,1,5"), "`--schedule` must be (0, 1, 4, 8), as in"),
         (("--seed", "4"), "`--seed` must be 0, as in"),
+        (("--stage-bounds", "0.6,0.3"), "`--stage-bounds` must be (0.5,), as in"),
         (("--history-length", "0"), "`--history-length` must be an integer of at least 1"),
         (("--stage-bounds", "0.3,0.6"), "`--stage-bounds` must fall strictly"),
         (("--budget", "3"), "`--schedule` and `--budget` cannot both be given"),
@@ -368,7 +369,7 @@ def test_a_missing_predictor_is_named_by_its_option(folder, capsys, arguments, m
 def test_errors_of_record_and_estimate_name_their_options(folder, capsys):
     record = ("record", "--model", MODEL, "--device", "cpu", "--steps", STEPS)
     record += ("--tokens-per-sample", "16", "--out", folder / "recording")
-    assert "`--inputs` must be 4, as in" in refused(capsys, *record, "--inputs", folder / "two.safetensors")
+    assert "`--inputs (samples)` must be 4, as in" in refused(capsys, *record, "--inputs", folder / "two.safetensors")
     small = refused(capsys, "estimate", "--model", "flux-1024", "--height", "3")
     assert "`--height` and `--width` must be at least 16, but got 3 and 1024" in small
     assert "--bandwidth: must be a number above 0, but got '-3'" in refused(

@@ -84,7 +84,7 @@ def control():
 
 @pytest.mark.parametrize("is_none", [False, True])
 def test_a_list_that_is_in_no_tuple(control, is_none):
-    """As of Qwen-Image's ControlNets."""
+    """Like Qwen-Image's ControlNets."""
 
     class Bare(torch.nn.Module):
         calls = 0

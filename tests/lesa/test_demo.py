@@ -63,6 +63,7 @@ def test_taylorseer_settings_have_the_demo_s_budgets():
     assert [setting.computed_in(50) for setting in TAYLORSEER] == [10, 10, 8, 8]
 
 
+@pytest.mark.slow
 def test_demo_with_the_bundled_predictors(tmp_path):
     evaluation = run_demo(tmp_path, num_samples=2, progress=False)
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -54,6 +54,7 @@ def evaluated(_digits_pipeline, inputs, tmp_path_factory):
     return lesa.evaluate(pipe, inputs, predictors, against, STEPS, seed=7, out_dir=folder, progress=False), folder
 
 
+@pytest.mark.slow
 def test_a_compiled_transformer_whose_blocks_can_not_be_counted_is_refused(fresh_pipe, inputs):
     torch._dynamo.reset()
     fresh_pipe.transformer.compile(backend="eager")

@@ -403,6 +403,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_runs_that_differ_do_not_touch_each_other(pipe, name):
     case = small.ALL[name]
@@ -529,6 +530,7 @@ def test_a_controlnet_that_is_compiled_while_the_cache_is_on(controlled):
     assert pipe.controlnet._compiled_call_impl is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECORDED)
 def test_in_bfloat16_every_step_is_found(name):
     """The last bits of a bfloat16 timestep do not distinguish neighbouring steps."""
@@ -592,6 +594,7 @@ def test_guidance_by_skipped_layers_is_a_stream_of_its_own(pipe, name):
     assert handle.stats.streams["main-2"].reasons == {1: "no history", 4: "scheduled"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECORDED)
 def test_recordings_can_be_trained_on_and_evaluated(pipe, name, tmp_path):
     case = small.ALL[name]

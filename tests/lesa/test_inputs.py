@@ -1,6 +1,7 @@
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -154,6 +155,11 @@ def test_collate_refuses_what_differs(first, other, name):
 def test_collate_refuses_several_samples_in_one_input():
     with pytest.raises(ValueError, match=r"inputs\[0\]\['x'\].*leading dimension of 1"):
         collate([{"x": torch.zeros(2, 3)}])
+
+
+def test_digest_tells_numbers_of_numpy_apart():
+    values = [np.float32(3.5), np.float32(2.5), np.float64(3.5), np.int64(3), np.int64(4)]
+    assert len({digest([{"x": value}]) for value in values}) == len(values)
 
 
 def test_digest_tells_inputs_apart():

@@ -926,7 +926,7 @@ def test_no_roll_out_goes_on_with_another_predictor(small_pipe_of, tmp_path, oth
     options = {"num_inference_steps": 3, "progress": False}
     record(pipe, inputs, tmp_path, **options, predictor=flux_predictor())
     record(pipe, inputs, tmp_path, **options, predictor=flux_predictor())
-    with pytest.raises(ValueError, match=r"`predictor\.[\w.]+` must be .*, as in the recording"):
+    with pytest.raises(ValueError, match=r"`predictor[\w.]*` must be .*, as in the recording"):
         record(pipe, inputs, tmp_path, **options, predictor=other())
 
 

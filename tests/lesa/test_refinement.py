@@ -185,7 +185,7 @@ def test_roll_outs_on_another_schedule_are_other_roll_outs(pipe, recorded, predi
     sigmas = tuple(recorded[0][0].sigmas[[0, 3, 6, 9]].tolist())
     other = FusedKANPredictor(replace(predictor.config, schedule=(0, 3, 6, 9), schedule_sigmas=sigmas))
     other.load_state_dict(predictor.state_dict())
-    with pytest.raises(ValueError, match=r"`predictor\.[\w.]+` must be"):
+    with pytest.raises(ValueError, match=r"`predictor[\w.]*` must be"):
         lesa.record(pipe, inputs, tmp_path / "r", predictor=other, **options)
 
 
@@ -226,7 +226,7 @@ def test_what_does_not_belong_together_is_refused(pipe, recorded, predictor, tmp
         lesa.refine(predictor, rolled, pipe, inputs, **QUICK)
     with pytest.raises(ValueError, match="`trajectories` must be of plain runs"):
         lesa.train(rolled, schedule=SCHEDULE)
-    with pytest.raises(ValueError, match=r"`predictor\.[\w.]+` must be"):
+    with pytest.raises(ValueError, match=r"`predictor[\w.]*` must be"):
         lesa.record(pipe, inputs, tmp_path / "r", STEPS, batch_size=8, progress=False)
 
 

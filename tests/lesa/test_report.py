@@ -387,6 +387,7 @@ def test_error_maps_are_of_the_pictures(folder, page):
     )
 
 
+@pytest.mark.slow
 def test_large_pictures_are_scaled_down_and_the_page_says_so(tmp_path):
     make_evaluation(tmp_path, samples=1, side=1000, budgets=(9,))
     html = lesa.report(tmp_path).read_text()

@@ -217,17 +217,17 @@ def test_a_checkpoint_holds_what_those_of_earlier_versions_hold(unfinished):
 
 
 @pytest.mark.parametrize(
-    "options, stages",
+    "options, phases",
     [
-        ({"guided_epochs": 1}, ["train, stage 1 of 2, guided", "train, stage 2 of 2, closed loop"]),
+        ({"guided_epochs": 1}, ["train, phase 1 of 2, guided", "train, phase 2 of 2, closed loop"]),
         ({"guided_epochs": 0}, ["train"]),
         ({"guided_epochs": 1, "controlled": True}, ["train"]),
     ],
 )
-def test_the_progress_bar_names_the_stages(trajectories, capfd, options, stages):
+def test_the_progress_bar_names_the_phases(trajectories, capfd, options, phases):
     lesa.train(trajectories, schedule=4, **{**QUICK, **options, "progress": True})
     shown = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "%" in line]
-    assert [*dict.fromkeys(line.split(":")[0] for line in shown)] == stages
+    assert [*dict.fromkeys(line.split(":")[0] for line in shown)] == phases
     assert f"{4 + options['guided_epochs']}/{4 + options['guided_epochs']} [" in shown[-1]
     assert "validation=0." in shown[-1]
 

@@ -127,7 +127,7 @@ def untrained(forecast):
 def in_a_run(predictor, guided=False):
     """Forecasts from a ring, as in a run: features are pushed step by step, and forecasts too for a dense predictor.
 
-    With `guided`, the truth is pushed in place of forecasts.
+    With `guided`, the truth is pushed instead of forecasts.
     """
 
     def forecasts(trajectory, computed, steps):

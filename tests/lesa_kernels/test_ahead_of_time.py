@@ -50,6 +50,7 @@ def found(report, unit):
     return row
 
 
+@pytest.mark.slow
 def test_a_kernel_compiles(tmp_path):
     """The slow tests compile all of them, and look at what came out."""
     kind = "sm_90-newton_velocity-rank32-bfloat16"

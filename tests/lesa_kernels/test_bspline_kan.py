@@ -495,6 +495,7 @@ def test_compile_traces_forward_and_backward_as_one_graph():
     )
 
 
+@pytest.mark.slow
 def test_compiled_code_keeps_nan():
     layer = BSplineKAN(2, 3)
     x = torch.tensor([[0.1, math.nan], [0.2, 5.0], [-0.4, 1.3]])

@@ -90,6 +90,7 @@ def random_push(rng, rings, values=None):
         ring.push(features, torch.tensor(levels), rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("dtype", STORED, ids=str)
 def test_equals_the_ring_on_the_device_after_any_pushes(copies, dtype, share):
@@ -386,7 +387,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("copies", [pytest.param("at once", marks=pytest.mark.slow), "late"], indirect=True)
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    "name", [*list(CHANGES)[:1], *(pytest.param(n, marks=pytest.mark.slow) for n in list(CHANGES)[1:])]
+)
 def test_wherever_a_change_fails_its_rows_are_empty_or_as_they_were(copies, monkeypatch, name):
     torch.manual_seed(0)
     features = torch.randn(20, BATCH, TOKENS, DIM)

@@ -11,6 +11,7 @@ OPTIONS = {
     "num_inference_steps": "--steps",
     "flops_rate": "--tflops",
     "batch": "--batch-size",
+    "bandwidth": "--bandwidth",
     "text_tokens": "--text-tokens",
     "images_per_day": "--images-per-day",
     **{name: f"--{name}" for name in ("model", "height", "width", "schedule", "predictor", "device", "efficiency")},

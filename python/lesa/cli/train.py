@@ -14,6 +14,7 @@ OPTIONS = {
     "folder": "--trajectories",
     "budget": "--budget",
     "epochs": "--epochs",
+    "guided_epochs": "--epochs",
     "controlled": "--controlled",
     "seed": "--seed",
     **_CONFIG_OPTIONS,
@@ -41,7 +42,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--stage-bounds", type=arguments.stage_bounds, help=text)
     text = (
         "passes over the trajectories in closed loop (default: 60); guided passes come first: a sixth as many for "
-        "newton, a third as many for dense"
+        "newton, a third as many for dense; with --controlled, all passes are guided"
     )
     parser.add_argument("--epochs", type=arguments.positive, help=text)
     parser.add_argument("--controlled", action="store_true", help="train for `lesa generate --tolerance`")

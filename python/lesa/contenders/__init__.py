@@ -1,6 +1,6 @@
 """What `evaluate` compares: predictors of lesa, runs of fewer steps, and the caches of others.
 
-A contender is one file in this folder and one line in `CONTENDERS`; docs/adding-a-contender.md shows an example.
+A contender is one file in this folder, and its entry in `CONTENDERS`; docs/adding-a-contender.md shows an example.
 Evaluation, table, picture, report and command line use only what `lesa.contenders.base` says that contenders have.
 """
 

@@ -60,12 +60,12 @@ def _cached(model: str, name: str) -> Path | None:
     return Path(file) if isinstance(file, str) else None
 
 
-def read_json(file: Path) -> dict:
-    """The contents of a configuration file. Raises `ValueError` if it cannot be read."""
+def read_json(file: Path, argument: str = "model") -> dict:
+    """The contents of a configuration file. Raises `ValueError`, which names the argument, if it cannot be read."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise argument_error("model", f"have a readable {file}", Said(str(error)), "Download it again.") from None
+        raise argument_error(argument, f"have a readable {file}", Said(str(error)), "Get the file again.") from None
 
 
 def _compression(vae: Mapping[str, Any]) -> tuple[int, int]:

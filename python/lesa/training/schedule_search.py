@@ -13,7 +13,7 @@ from lesa.training.settings import TrainingSettings, complete_config
 from lesa.training.training_run import Training
 from lesa.training.trajectories import Trajectories, Trajectory, check_plain, latents_of
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-from lesa_kernels.checks import argument_error, check_int, usage_error
+from lesa_kernels.checks import argument_error, check_int
 
 SEARCH_TURNS = 2
 """How many brief trainings there are, each followed by a search."""
@@ -55,10 +55,8 @@ def find_schedule(
     """
     check_plain(trajectories)
     if config is not None and config.history != "anchors":
-        raise usage_error(
-            "`budget` needs a predictor whose history holds computed features only.",
-            "Use a newton predictor, or pass a `schedule`.",
-        )
+        remedy = "Use the configuration of a newton predictor."
+        raise argument_error("config.history", "be 'anchors' for a schedule to be searched", config.history, remedy)
     total = trajectories.num_inference_steps
     budget = check_int("budget", budget, minimum=2, maximum=total - 1)
     schedule = Schedule.spread(budget, total)

@@ -60,7 +60,7 @@ class TrainingSettings:
             object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings by name, as a checkpoint holds them. Those that others follow from come first."""
+        """The settings by name, as a checkpoint holds them. The first two determine others."""
         return {"controlled": self.controlled, "epochs": self.epochs, **asdict(self)}
 
 

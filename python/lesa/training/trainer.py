@@ -54,7 +54,7 @@ def train(
             for newton, whose history has true features in closed loop too.
         controlled: whether to train for `lesa.ErrorControl`: all epochs are guided, on schedules with gaps half to
             twice as long. The forecasts are less close on the schedule itself, and closer on others.
-        epochs: passes over the trajectories in closed loop.
+        epochs: passes over the trajectories in closed loop. With `controlled`, they are guided too.
         batch_size: trajectories per step of the optimiser.
         tokens_per_batch: how many random tokens of each trajectory to use per step; None for all. A part is enough,
             because predictor and head process each token separately.
@@ -81,6 +81,9 @@ def train(
     """
     trajectories = as_trajectories(trajectories)
     check_plain(trajectories)
+    if budget is not None and config is not None and config.history != "anchors":
+        remedy = "Use a newton predictor, or pass a `schedule`."
+        raise usage_error("`budget` needs a predictor whose history holds computed features only.", remedy)
     if budget is not None and schedule is not None:
         raise usage_error("`schedule` and `budget` cannot both be given.", "Pass one of the two.")
     config = PredictorConfig(trajectories.feature_dim) if config is None else config

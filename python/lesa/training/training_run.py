@@ -1,6 +1,6 @@
-"""One training of a predictor, in two stages, and its checkpoint.
+"""One training of a predictor, in two phases, and its checkpoint.
 
-Guided stage: the history is true. A newton predictor sees schedules near its own, a dense one the step before.
+Guided phase: the history is true. A newton predictor sees schedules near its own, a dense one the step before.
 Closed loop: the history is as at inference. A newton predictor trains on the schedule itself, a dense one on a history
 that holds its own forecasts.
 """
@@ -132,7 +132,7 @@ class Training:
         first = self._resume(optimizer)
         epochs = tqdm(
             range(first, total),
-            desc=self._stage_name(first),
+            desc=self._phase_name(first),
             initial=first,
             total=total,
             disable=self.bar is None,
@@ -140,7 +140,7 @@ class Training:
         )
         for epoch in epochs:
             if epoch == settings.guided_epochs:
-                epochs.set_description(self._stage_name(epoch))
+                epochs.set_description(self._phase_name(epoch))
             self.losses["training"].append(self._train_epoch(optimizer, epoch, total))
             if self.numbers.validation:
                 with torch.no_grad():
@@ -187,13 +187,13 @@ class Training:
             mean = mean + len(group) / len(numbers) * self.loss_of(batch, guided)
         return mean
 
-    def _stage_name(self, epoch: int) -> str:
-        """What the progress bar is called in the stage of this epoch."""
+    def _phase_name(self, epoch: int) -> str:
+        """What the progress bar is called in the phase of this epoch."""
         settings = self.settings
         if not (settings.guided_epochs and settings.epochs):
             return f"{self.bar}"
-        stage = "1 of 2, guided" if epoch < settings.guided_epochs else "2 of 2, closed loop"
-        return f"{self.bar}, stage {stage}"
+        phase = "1 of 2, guided" if epoch < settings.guided_epochs else "2 of 2, closed loop"
+        return f"{self.bar}, phase {phase}"
 
     def _train_epoch(self, optimizer: torch.optim.Optimizer, epoch: int, total: int) -> float:
         """Trains for one epoch of `total`; returns the mean loss of its batches."""
@@ -243,8 +243,9 @@ class Training:
     def _all_settings(self) -> dict[str, Any]:
         """All that must be the same for a training to continue, by name."""
         return {
-            "config": self.config.to_dict(),
             "trajectories": self.trajectories.manifest,
+            # Other entries of the configuration follow from the first two.
+            "config": {"mixer": self.config.mixer, "stage_bounds": self.config.stage_bounds, **self.config.to_dict()},
             **self.settings.to_dict(),
             **self.depends_on(),
         }
