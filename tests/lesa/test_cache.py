@@ -307,6 +307,7 @@ def test_other_step_counts_than_the_trained(pipe, generate, steps):
 
 
 @pytest.mark.parametrize("steps, least", [(50, 44), (28, 40)])
+@pytest.mark.slow
 def test_a_trained_predictor_is_near_at_other_step_counts_too(pipe, generate, steps, least):
     """In dB of the latents, whose peak is 2. At 28 steps the gaps are not those that it was trained with."""
     predictor = FusedKANPredictor.from_pretrained(digits.WEIGHTS / "newton-9")

@@ -496,7 +496,9 @@ def test_the_head_that_ran_while_offloading(small_pipe, generate, nan_when_offlo
     assert handle.stats.notes == ([] if why is None else [NOT_PLAIN + why])
 
 
-@pytest.mark.parametrize("cache_first", [False, True], ids=["casting-cache", "cache-casting"])
+@pytest.mark.parametrize(
+    "cache_first", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["casting-cache", "cache-casting"]
+)
 def test_layerwise_casting(small_pipe, generate, cache_first):
     def cast(transformer):
         options = {"skip_modules_pattern": ("x_embedder",)}  # instead of one with `proj_out`

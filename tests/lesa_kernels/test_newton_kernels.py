@@ -150,6 +150,7 @@ def make(name, device, dtype=torch.float32, pushes=PUSHES, tokens=5, sigmas=SIGM
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("capacity", [pytest.param(None, marks=pytest.mark.slow), 7], ids=["fits", "roomy"])
+@pytest.mark.slow
 def test_forecast_in_float32(name, capacity, kernel_device):
     predictor, ring, sigma = make(name, kernel_device, capacity=capacity)
     exact = exact_forecast(predictor, ring, sigma)
@@ -496,6 +497,7 @@ def functional(predictor, ring, sigma):
 
 
 @pytest.mark.parametrize("name", [pytest.param("rank0", marks=pytest.mark.slow), "windows"])
+@pytest.mark.slow
 def test_opcheck(name, kernel_device):
     predictor, ring, sigma = make(name, kernel_device, pushes=[4, 3], tokens=3)
     ring.storage.nan_to_num_()
@@ -511,6 +513,7 @@ def test_opcheck(name, kernel_device):
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.slow
 def test_compiles_without_a_graph_break(backend, kernel_device):
     predictor, ring, sigma = make("windows", kernel_device, pushes=[4, 3], tokens=3)
     predictor.backend = backend
