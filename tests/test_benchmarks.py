@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -42,7 +43,9 @@ LAUNCHES = ("bench_ring.py::test_push_launch[extension-float]", "bench_ring.py::
 def run(folder, *arguments):
     # In another folder, so that not the checkout but the installed package is imported.
     command = [sys.executable, *map(str, arguments)]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    # Benchmarks refuse to run in a worker of pytest-xdist, and this process may be one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
