@@ -1,4 +1,4 @@
-"""Forecasting one skipped step, against plain torch, as it is and compiled, and what a matrix product costs.
+"""Forecasting one predicted step, against plain torch, as it is and compiled, and what a matrix product costs.
 
 Newton with rank 0 and 32 and dense; then newton together with the output head.
 """

@@ -1,4 +1,4 @@
-"""One skipped step against one computed step, through the real hook on a FLUX transformer with random weights."""
+"""One predicted step against one computed step, through the real hook on a FLUX transformer with random weights."""
 
 import gc
 import statistics

@@ -3,7 +3,7 @@
 A FLUX transformer of about 100 M parameters with random weights makes 1024 image tokens in 50 steps through
 `diffusers.FluxPipeline`: in full, with a newton predictor, and with diffusers' TaylorSeer lite. Random weights draw
 nothing, but they cost the same time as trained ones. Each run's time speed-up is set against its computed-step
-speed-up: 1 would mean that a skipped step is free.
+speed-up: 1 would mean that a predicted step is free.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Predictors that forecast the features of a skipped step from stored ones, with one KAN expert for each stage."""
+"""Predictors that forecast the features of a predicted step from stored ones, with one KAN expert for each stage."""
 
 from lesa_kernels.predictor.config import PredictorConfig
 from lesa_kernels.predictor.module import FusedKANPredictor

@@ -1,4 +1,4 @@
-"""A skipped step in one launch: Newton's forecast, the output head's AdaLN and its projection.
+"""A predicted step in one launch: Newton's forecast, the output head's AdaLN and its projection.
 
 The forecast is not written to memory. A program owns a block of channels of one sample, as in `newton`. For each tile
 of tokens it writes to scratch memory what the result needs from its channels: their projection, their mean and their
@@ -300,7 +300,7 @@ def _finish_tile(
 
 @dataclass(frozen=True)
 class VelocityLaunch:
-    """How a skipped step is launched.
+    """How a predicted step is launched.
 
     Args:
         config: block sizes and warps.
@@ -348,7 +348,7 @@ def newton_velocity_fwd(
     shape: Shape,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Launches a whole skipped step once; arguments as in `newton_velocity`, checked there.
+    """Launches a whole predicted step once; arguments as in `newton_velocity`, checked there.
 
     The scratch memory comes from torch's allocator and is returned at the end of the call.
     """

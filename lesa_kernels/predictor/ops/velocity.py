@@ -1,4 +1,4 @@
-"""A whole skipped step: Newton's forecast and the output head, in one kernel if there is one for the arguments."""
+"""A whole predicted step: Newton's forecast and the output head, in one kernel if there is one for the arguments."""
 
 import torch
 
@@ -44,7 +44,7 @@ def newton_velocity(
     spline_order: int,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """A whole skipped step: Newton's forecast, and the output head applied to it.
+    """A whole predicted step: Newton's forecast, and the output head applied to it.
 
     On Triton this is one kernel, which reads each anchor once and writes only the velocities. It is made for heads of
     up to 256 outputs. It needs scratch memory of about `4 B T ceil(D / BLOCK_D) (O + 2 R + 2)` bytes. It is used only
