@@ -31,6 +31,12 @@ from lesa.demo import digits
 from lesa_kernels import FusedKANPredictor, PredictorConfig, TieredRing
 from predictors import DIM, make_predictor, rings_of, untrained_predictor
 
+
+@pytest.fixture
+def pipe(cut_pipe):
+    return cut_pipe
+
+
 # One sample, or one stream, of several
 
 
