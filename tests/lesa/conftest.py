@@ -1,5 +1,3 @@
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -14,13 +12,15 @@ def _digits_pipeline():
 
 
 @pytest.fixture(scope="session")
-def _cut_pipeline():
+def cut_pipeline():
+    """The digits pipeline with half of its blocks. A file whose tests need no more names it `_digits_pipeline`."""
     return digits_pipelines.cut_pipeline()
 
 
-@contextmanager
-def _lent(pipe):
-    scheduler = pipe.scheduler
+@pytest.fixture
+def pipe(_digits_pipeline):
+    """The digits pipeline, one for the whole session. Tests that change its weights or dtype take `fresh_pipe`."""
+    pipe, scheduler = _digits_pipeline, _digits_pipeline.scheduler
     yield pipe
     lesa.disable_cache(pipe)
     if pipe.transformer.is_cache_enabled:
@@ -28,20 +28,6 @@ def _lent(pipe):
     for attribute in ("forward", "_diffusers_hook"):  # whatever a failed test left
         pipe.transformer.__dict__.pop(attribute, None)
     pipe.scheduler = scheduler
-
-
-@pytest.fixture
-def pipe(_digits_pipeline):
-    """The digits pipeline, one for the whole session. Tests that change its weights or dtype take `fresh_pipe`."""
-    with _lent(_digits_pipeline) as pipe:
-        yield pipe
-
-
-@pytest.fixture
-def cut_pipe(_cut_pipeline):
-    """As `pipe`, with half of the blocks: for tests that need no trained predictor."""
-    with _lent(_cut_pipeline) as pipe:
-        yield pipe
 
 
 @pytest.fixture

@@ -34,9 +34,9 @@ from predictors import DIM, make_predictor, rings_of, untrained_predictor
 make_dense = partial(make_predictor, mixer="dense")
 
 
-@pytest.fixture
-def pipe(cut_pipe):
-    return cut_pipe
+@pytest.fixture(scope="module")
+def _digits_pipeline(cut_pipeline):
+    return cut_pipeline
 
 
 def trained_predictor(steps=(0, 2, 6, 12, 18, 25, 32, 39, 46), total=50):

@@ -31,6 +31,11 @@ STEPS = 12
 SCHEDULE = (0, 1, 4, 8)
 
 
+@pytest.fixture(scope="module")
+def _digits_pipeline(cut_pipeline):
+    return cut_pipeline
+
+
 def predictor(pipe, schedule=SCHEDULE, **config):
     """An untrained one, which says that it was trained on `schedule`."""
     pipe(**digits.inputs_for([0])[0], num_inference_steps=STEPS, output_type="latent")

@@ -43,9 +43,9 @@ from lesa.models.flux import FluxAdapter
 from predictors import DIM, make_predictor, untrained_predictor
 
 
-@pytest.fixture
-def pipe(cut_pipe):
-    return cut_pipe
+@pytest.fixture(scope="module")
+def _digits_pipeline(cut_pipeline):
+    return cut_pipeline
 
 
 def solo(pipe, calls_of_step, name):
