@@ -33,7 +33,7 @@ def load_pipeline(folder_or_id: str | os.PathLike, **options: Any) -> DiffusionP
 def quiet_progress(pipe: Any) -> Iterator[None]:
     """A context in which the pipeline's own progress bar is off. Of a modular pipeline, those of its blocks are off."""
     blocks = blocks_of(pipe)
-    owners = [block for block in blocks if hasattr(block, "set_progress_bar_config")] if blocks else [pipe]
+    owners = [block for block in (blocks.values() or [pipe]) if hasattr(block, "set_progress_bar_config")]
     before = [vars(owner).get("_progress_bar_config") for owner in owners]
     for owner, config in zip(owners, before):
         owner.set_progress_bar_config(**{**(config or {}), "disable": True})
@@ -47,14 +47,16 @@ def quiet_progress(pipe: Any) -> Iterator[None]:
                 del owner._progress_bar_config
 
 
-def blocks_of(pipe: Any) -> list[Any]:
-    """All blocks of a modular pipeline, each before those inside it; an empty list for an ordinary pipeline."""
-    found, left = [], [pipe._blocks] if isinstance(pipe, ModularPipeline) else []
-    while left:
-        block = left.pop()
-        found.append(block)
-        left.extend(reversed([*getattr(block, "sub_blocks", {}).values()]))
-    return found
+def blocks_of(pipe: Any) -> dict[str, Any]:
+    """All blocks of a modular pipeline by path, such as "denoise.denoiser"; empty for an ordinary pipeline."""
+
+    def inside(path: str, block: Any) -> dict[str, Any]:
+        found = {path: block}
+        for name, part in getattr(block, "sub_blocks", {}).items():
+            found |= inside(f"{path}.{name}" if path else name, part)
+        return found
+
+    return inside("", pipe._blocks) if isinstance(pipe, ModularPipeline) else {}
 
 
 def run_pipeline(
@@ -95,6 +97,19 @@ def run_pipeline(
                 "Leave it out. Guidance is an option of the pipeline's guider.",
             )
         return pipe(**call, output="latents")
+
+
+def check_decodes(pipe: Any) -> None:
+    """Raises `TypeError` if a pipeline has no VAE to make pictures with."""
+    if getattr(pipe, "vae", None) is None:
+        remedy = "Load the pipeline with its VAE; a modular pipeline needs its block `decode` too."
+        raise argument_error(
+            "pipe",
+            "have a VAE, so that pictures can be compared",
+            Said(f"a {type(pipe).__name__} without one"),
+            remedy,
+            TypeError,
+        )
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ def _pipeline_options(pipe: Any, components: Mapping[str, Any]) -> dict[str, Any
     for name, part in components.items():
         if isinstance(part, ConfigMixin) and not isinstance(part, torch.nn.Module) and part is not pipe.scheduler:
             options[name] = _options(part)
-    blocks = [f"{type(block).__module__}.{type(block).__qualname__}" for block in blocks_of(pipe)]
+    blocks = {path: _class_of(block) for path, block in blocks_of(pipe).items()}
     return {**options, "blocks": blocks} if blocks else options
 
 
@@ -92,8 +92,11 @@ def _options(thing: Any) -> dict[str, Any]:
     attributes = {name: value for name, value in vars(thing).items() if not name.startswith("_") and _is_option(value)}
     if hasattr(thing, "timesteps"):  # a scheduler; its other attributes change from run to run
         attributes = {name: getattr(thing, name) for name in ("shift",) if hasattr(thing, name)}
-    kind = f"{type(thing).__module__}.{type(thing).__qualname__}"
-    return {"class": kind, **{name: _plain(value) for name, value in {**config, **attributes}.items()}}
+    return {"class": _class_of(thing), **{name: _plain(value) for name, value in {**config, **attributes}.items()}}
+
+
+def _class_of(thing: Any) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
 def _is_option(value: Any) -> bool:
