@@ -88,6 +88,13 @@ def owned(folder: Path, work: str) -> Iterator[None]:
         os.close(lock)
 
 
+def remove_stale_lock(folder: Path) -> None:
+    """Removes what a process left that was killed when its work was done."""
+    if (folder / LOCK).exists():
+        with contextlib.suppress(OSError, RuntimeError), owned(folder, "looking"):
+            pass
+
+
 def _locked(path: Path) -> int:
     """Opens and locks the file; returns its descriptor."""
     while True:

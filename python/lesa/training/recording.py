@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from lesa.artifacts import check_same_settings, digest, fingerprint, owned, predictor_identity, write_text
+from lesa.artifacts import (
+    check_same_settings,
+    digest,
+    fingerprint,
+    owned,
+    predictor_identity,
+    remove_stale_lock,
+    write_text,
+)
 from lesa.cache import observed
 from lesa.inputs import batches_of, check_inputs, collate
 from lesa.models import adapter_for
@@ -142,6 +150,8 @@ class Recording:
                 left = self._left_to_do(folder, planned)  # another process may have recorded meanwhile
                 left.warn()
                 self._record(folder, planned, left.samples or {0}, bar)
+        else:
+            remove_stale_lock(folder)
         trajectories = Trajectories(folder)
         numbers = range(len(self.inputs))
         trajectories.recorded = Recorded(
