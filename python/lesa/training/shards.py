@@ -168,13 +168,11 @@ def survey(folder: Path, manifest: Mapping[str, Any], outputs: int | None) -> Su
 
 
 def said_in(path: Path) -> dict[str, Any]:
-    """What the metadata of a sample's file says; empty if it has none or cannot be read."""
+    """What the metadata of a file says; empty if it has none or cannot be read."""
     try:
-        with safe_open(path, "pt") as file:
-            said = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-    except (SafetensorError, OSError, ValueError, RecursionError):
+        return _opened(path)[1]
+    except (SafetensorError, OSError, ValueError):
         return {}
-    return said if isinstance(said, dict) else {}
 
 
 def why_damaged(
@@ -198,13 +196,15 @@ def why_damaged(
     if manifest.get("tokens_per_sample") is not None:
         sizes["tokens"] = manifest["tokens_per_sample"]
     try:
-        header, said = _header(path), said_in(path)
+        header, said = _opened(path)
     except FileNotFoundError:
         return "is missing"
     except IsADirectoryError:
         return "is a folder"
     except (SafetensorError, OSError) as error:
         return f"is no whole safetensors file ({error})"
+    except ValueError:
+        return "has metadata that are damaged"
     wrong = _why_other_tensors(header, sizes, manifest.get("dtype"))
     if wrong is not None:
         return wrong
@@ -241,13 +241,26 @@ def load_sample(path: Path, verify: bool) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _header(path: Path) -> dict[str, tuple[str, list[int]]]:
-    """Dtype and shape of each tensor. Opening checks that the file has exactly the bytes that its header promises."""
+def _opened(path: Path) -> tuple[dict[str, tuple[str, list[int]]], dict[str, Any]]:
+    """Dtype and shape of each tensor, and what the metadata says: nothing in files of older versions.
+
+    Opening checks that the file has exactly the bytes that its header promises.
+
+    Raises:
+        SafetensorError, OSError: it is no whole file of tensors.
+        ValueError: the metadata is none that a release of lesa wrote.
+    """
     if path.is_dir():
         raise IsADirectoryError(path)
     with safe_open(path, "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (a file is no mapping)
-        return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+        header = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+        metadata = dict(file.metadata() or {})
+    text = metadata.pop(_METADATA, None)
+    said = {} if text is None else json.loads(text)
+    if not {*metadata} <= {"format"} or not isinstance(said, dict) or (text and "tensors" not in said):
+        raise ValueError(metadata)
+    return header, said
 
 
 def _why_other_tensors(
