@@ -217,13 +217,18 @@ def fingerprint(module: torch.nn.Module) -> str:
     model: Any = module  # a model of diffusers, where it has adapters
     adapters = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else []
     running = hashlib.sha256(f"{adapters}\n".encode())
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, parameter in sorted(module.named_parameters()):
         values = parameter.detach()
-        is_here = type(values) is torch.Tensor and not values.is_meta
-        total = int(values.view(integers[values.element_size()]).sum(dtype=torch.int64)) if is_here else None
-        running.update(f"{name} {values.dtype} {list(values.shape)} {total}\n".encode())
+        running.update(f"{name} {values.dtype} {list(values.shape)} {sum_of_bits(values)}\n".encode())
     return running.hexdigest()
+
+
+def sum_of_bits(values: torch.Tensor) -> int | None:
+    """The sum of the bits of the values as integers; None if the values are elsewhere, sharded or packed."""
+    if type(values) is not torch.Tensor or values.is_meta:
+        return None
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(values.view(integers[values.element_size()]).sum(dtype=torch.int64))
 
 
 def predictor_identity(predictor: FusedKANPredictor) -> dict[str, Any]:

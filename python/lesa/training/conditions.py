@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from diffusers import ModularPipeline
 from diffusers.configuration_utils import ConfigMixin
 
-from lesa.artifacts import digest, fingerprint
+from lesa.artifacts import digest, fingerprint, sum_of_bits
 from lesa.pipelines import blocks_of
 
 
@@ -28,7 +29,7 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
         names. `quantisation`: by component, how its weights are packed. `weights`: a fingerprint of each component
         but the transformer.
     """
-    components = {name: part for name, part in pipe.components.items() if part is not None}
+    components = _components(pipe)
     modules = {name: part for name, part in components.items() if isinstance(part, torch.nn.Module)}
     return {
         "scheduler": _options(pipe.scheduler),
@@ -75,6 +76,14 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The names whose values differ, or that only one of the two has."""
     names = sorted({**one, **other})
     return [name for name in names if name not in one or name not in other or one[name] != other[name]]
+
+
+def _components(pipe: Any) -> dict[str, Any]:
+    """The components by name, None where there is none."""
+    if isinstance(pipe, ModularPipeline):
+        return pipe.components
+    # `pipe.components` would raise if an option was registered that is no argument of the pipeline's class.
+    return {name: vars(pipe)[name] for name in pipe.config if name in vars(pipe) and not name.startswith("_")}
 
 
 def _pipeline_options(pipe: Any, components: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,17 +159,19 @@ def _quantisation(module: torch.nn.Module) -> dict[str, Any]:
     if quantiser is not None:
         as_dict = quantiser.to_dict() if hasattr(quantiser, "to_dict") else quantiser
         packed["config"] = json.loads(json.dumps(as_dict, default=str, sort_keys=True))
-    weights = {name: weight for name, weight in module.named_parameters() if type(weight.data) is not torch.Tensor}
+    plain = (torch.Tensor, torch.nn.Parameter)
+    weights = {name: weight for name, weight in sorted(module.named_parameters()) if type(weight) not in plain}
+    weights |= {name: weight for name, weight in module.named_parameters() if type(weight.data) is not torch.Tensor}
     if weights:
         packed["types"] = sorted({type(weight.data).__qualname__ for weight in weights.values()})
-        packed["weights"] = digest([[name, _parts_of(weight.data)] for name, weight in sorted(weights.items())])
+        packed["weights"] = digest({name: _parts_of(weight.data) for name, weight in weights.items()})
     return packed
 
 
 def _parts_of(weight: torch.Tensor) -> Any:
-    """The plain tensors of which a packed weight consists."""
-    if not hasattr(weight, "__tensor_flatten__"):
-        return str(weight.dtype), list(weight.shape)
+    """What distinguishes a packed weight from others, from the plain tensors of which it consists."""
+    if type(weight) is torch.Tensor or not hasattr(weight, "__tensor_flatten__"):
+        return str(weight.dtype), list(weight.shape), sum_of_bits(weight)
     names, facts = weight.__tensor_flatten__()
-    parts = [getattr(weight, name) for name in names]
-    return repr(facts), [part if type(part) is torch.Tensor else _parts_of(part) for part in parts]
+    parts = {name: getattr(weight, name) for name in names}
+    return repr(facts), {name: _parts_of(part) for name, part in parts.items() if isinstance(part, torch.Tensor)}
