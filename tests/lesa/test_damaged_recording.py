@@ -344,6 +344,7 @@ def broken_manifests(manifest):
         for value in wrong:
             if not (name == "head_eps" and value == 1.5) and not (value == 10**30 and name != "head_eps"):
                 yield {**manifest, name: value}
+    yield from ({**manifest, name: 0} for name in ("samples", "feature_dim", "num_inference_steps"))
     for name in ("family", "dtype"):
         yield from ({**manifest, name: value} for value in (3, None, [], {}))
     for name in ("scheduler", "pipeline_config", "dtypes", "adapters", "weights", "arguments", "predictor"):

@@ -257,7 +257,7 @@ class _Left:
     def warn(self) -> None:
         """Names the damaged files."""
         for path, why in self.damaged.items():
-            warnings.warn(f"lesa: {path} {why}. It is recorded again.", stacklevel=5)
+            warnings.warn(f"lesa: {path} {why}. It is recorded again.", stacklevel=4)
 
 
 def _begin(folder: Path, manifest: dict[str, Any], head: OutputHead) -> dict[str, Any]:
@@ -280,6 +280,15 @@ def _why_no_head(folder: Path, manifest: Mapping[str, Any]) -> dict[Path, str]:
     except DamagedError as error:
         return {error.path: error.why}
     return {}
+
+
+def check_same_conditions(trajectories: Trajectories, pipe: Any) -> None:
+    """Raises `ValueError` unless the pipeline is as it was when the trajectories were recorded.
+
+    The message names what differs, such as `scheduler.shift`. What the manifest does not say is not checked.
+    """
+    given = {"transformer": fingerprint(adapter_for(pipe).transformer), **conditions_of(pipe)}
+    _check_same(trajectories.folder, trajectories.manifest, given)
 
 
 def _check_same(folder: Path, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -21,8 +21,8 @@ from lesa.artifacts import digest, whole_file
 from lesa_kernels.checks import Said, argument_error
 
 _NAME = re.compile(r"sample-(\d{5,})(?:-(.+))?\.safetensors")
-_OLD_STREAM = re.compile(r"[a-z]+(-[a-z0-9]+)*")
-"""Streams of files without metadata. Copies that a person made have other names."""
+_OLD_STREAM = re.compile(r"\w+(-\w+)*")
+"""Streams of files without metadata. Names such as "uncond (1)" are those of copies."""
 _METADATA = "lesa"
 _AXES = {
     "features": ("steps", "tokens", "width"),

@@ -246,6 +246,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             "Record again with this version of lesa, or read it with the version that wrote it.",
         )
     lacking = [name for name, kind in _FACTS.items() if not _is_a(manifest.get(name), kind)]
+    lacking += [name for name in ("samples", "feature_dim", "num_inference_steps") if manifest.get(name) == 0]
     lacking += [name for name, kind in _MORE_FACTS.items() if name in manifest and not _is_a(manifest[name], kind)]
     lacking += [name for name in _CONDITIONS if not isinstance(manifest.get(name, {}), dict)]
     if lacking:
