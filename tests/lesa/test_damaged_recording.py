@@ -353,7 +353,8 @@ def broken_manifests(manifest):
     yield from ({**manifest, "format_version": value} for value in ("1", None, 2, [1], 0))
 
 
-def test_a_manifest_that_cannot_be_read_is_named(folder, capsys):
+@pytest.mark.slow
+def test_a_manifest_that_cannot_be_read_is_named(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     texts = [*MANIFESTS.values(), *map(json.dumps, broken_manifests(manifest))]
     assert len(texts) > 80

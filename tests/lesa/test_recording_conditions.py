@@ -228,6 +228,7 @@ def test_what_an_old_manifest_does_not_say_is_not_checked(pipe, whole, tmp_path,
     assert lost not in json.loads((folder / "manifest.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_arguments_that_differ_are_named(pipe, whole):
     changed = [{**INPUTS[0], "guidance_scale": 2.0}, {**INPUTS[1], "true_cfg_scale": 7.0}]
     with pytest.raises(ValueError, match="The inputs differ in 'guidance_scale', 'true_cfg_scale'. Continue") as error:
@@ -235,6 +236,7 @@ def test_the_arguments_that_differ_are_named(pipe, whole):
     assert str(error.value).startswith("`inputs_digest` must be ")
 
 
+@pytest.mark.slow
 def test_options_of_any_type_are_compared_after_they_were_read(pipe):
     values = {
         "nan": float("nan"),
