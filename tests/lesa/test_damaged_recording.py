@@ -347,7 +347,7 @@ def broken_manifests(manifest):
     yield from ({**manifest, name: 0} for name in ("samples", "feature_dim", "num_inference_steps"))
     for name in ("family", "dtype"):
         yield from ({**manifest, name: value} for value in (3, None, [], {}))
-    for name in ("scheduler", "pipeline_config", "dtypes", "adapters", "weights", "arguments", "predictor"):
+    for name in ("scheduler", "pipeline_config", "configs", "dtypes", "adapters", "weights", "arguments", "predictor"):
         yield from ({**manifest, name: value} for value in (3, "x", [1]))
     yield from ({**manifest, "tokens_per_sample": value} for value in ("7", [7], -7, 1.5))
     yield from ({**manifest, "format_version": value} for value in ("1", None, 2, [1], 0))

@@ -29,6 +29,11 @@ def pipe():
     return trials.CASE.build()
 
 
+def stored(pipe):
+    """The conditions as the manifest has them."""
+    return {name: value for name, value in json.loads(json.dumps(conditions_of(pipe))).items() if name != "unset"}
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -90,6 +95,11 @@ CHANGES = {
     ),
     "the VAE's dtype": (lambda pipe: pipe.vae.to(torch.bfloat16), r"dtypes\.vae"),
     "the VAE's weights": (lambda pipe: next(pipe.vae.parameters()).data.add_(1), r"weights\.vae"),
+    "the transformer's configuration": (
+        lambda pipe: pipe.transformer.register_to_config(guidance_embeds=True),
+        r"configs\.transformer\.guidance_embeds",
+    ),
+    "the VAE's scale": (lambda pipe: pipe.vae.register_to_config(scaling_factor=0.5), r"configs\.vae\.scaling_factor"),
     "the transformer's weights": (lambda pipe: pipe.transformer.proj_out.bias.data.add_(1), "transformer"),
 }
 
@@ -192,16 +202,43 @@ def test_a_recording_goes_on_with_what_was_loaded_again(tmp_path, name):
     with small.small_areas():
         case = small.ALL[name]
         pipe, item = case.build(), case.inputs(1)
-        before = json.loads(json.dumps(conditions_of(pipe)))
+        before = stored(pipe)
         record(pipe, [item], tmp_path / "a", 2, progress=False)
-        assert json.loads(json.dumps(conditions_of(pipe))) == before
+        assert stored(pipe) == before
         pipe.save_pretrained(tmp_path / "saved")
         empty = [part for part, value in pipe.components.items() if value is None]
         loaded = type(pipe).from_pretrained(tmp_path / "saved", **dict.fromkeys(empty))
-        assert conditions_of(loaded) == before
+        assert stored(loaded) == before
         loaded.transformer.eval()
         (tmp_path / "a" / "sample-00000.safetensors").unlink()
         assert record(loaded, [item], tmp_path / "a", 2, progress=False).recorded.new == (0,)
+
+
+@pytest.mark.slow
+def test_nothing_goes_on_under_autocast(pipe, whole):
+    with pytest.raises(ValueError, match="`autocast.cpu` must be None"), torch.autocast("cpu", torch.bfloat16):
+        record(pipe, INPUTS, whole, **trials.OPTIONS)
+
+
+@pytest.mark.slow
+def test_options_of_a_newer_diffusers_are_checked_only_if_they_are_set(pipe, whole, tmp_path):
+    """As if the version that recorded did not have them yet."""
+    folder = unfinished(whole, tmp_path / "unfinished")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["scheduler"]["invert_sigmas"], manifest["pipeline_config"]["tokenizer_max_length"]
+    del manifest["configs"]["transformer"]["guidance_embeds"], manifest["configs"]["vae"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    record(pipe, INPUTS, folder, **trials.OPTIONS)
+    pipe.scheduler.register_to_config(invert_sigmas=True)
+    with pytest.raises(ValueError, match=r"`scheduler\.invert_sigmas` must be None"):
+        record(pipe, INPUTS, folder, **trials.OPTIONS)
+
+
+@pytest.mark.slow
+def test_compiling_makes_no_difference(pipe):
+    before = stored(pipe)
+    pipe.transformer, pipe.vae = torch.compile(pipe.transformer), torch.compile(pipe.vae)
+    assert stored(pipe) == before
 
 
 @pytest.mark.slow
@@ -214,7 +251,9 @@ def test_a_component_that_is_not_there_makes_no_difference(pipe, whole, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", ["scheduler", "pipeline_config", "dtypes", "adapters", "weights", "arguments"])
+@pytest.mark.parametrize(
+    "lost", ["scheduler", "pipeline_config", "configs", "dtypes", "adapters", "weights", "arguments"]
+)
 def test_what_an_old_manifest_does_not_say_is_not_checked(pipe, whole, tmp_path, lost):
     folder = unfinished(whole, tmp_path / "unfinished")
     manifest = json.loads((folder / "manifest.json").read_text())

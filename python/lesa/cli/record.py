@@ -25,8 +25,8 @@ OPTIONS = {
     "samples": "--inputs (samples)",
     "dtype": "--dtype",
     "dtypes": "--dtype",
-    **{name: f"--model ({name})" for name in ("scheduler", "pipeline_config", "adapters", "fused_loras", "weights")},
-    "quantisation": "--model (quantisation)",
+    **{name: f"--model ({name})" for name in ("scheduler", "pipeline_config", "configs", "weights")},
+    **{name: f"--model ({name})" for name in ("adapters", "fused_loras", "quantisation", "autocast")},
 }
 
 

@@ -3,6 +3,7 @@
 A recording stores it in its manifest, so that it does not continue under other conditions.
 """
 
+import inspect
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -26,33 +27,54 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
         `scheduler`: its class and configuration. `pipeline_config`: the pipeline's own options, the components that
         have a configuration and no weights, such as a guider, and the blocks of a modular pipeline. `dtypes`: of the
         weights of each component. `adapters`: by component, the scale of each active adapter. `fused_loras`: their
-        names. `quantisation`: by component, how its weights are packed. `weights`: a fingerprint of each component
-        but the transformer.
+        names. `quantisation`: by component, how its weights are packed. `configs` and `weights`: by component, its
+        configuration, and a fingerprint where it is not the transformer. `autocast`: its dtype by kind of device.
+        `unset`: by the path of a configuration, the options in it that have their defaults. A manifest leaves it out.
     """
     components = _components(pipe)
     modules = {name: part for name, part in components.items() if isinstance(part, torch.nn.Module)}
+    configured = {name: part for name, part in components.items() if isinstance(part, ConfigMixin)}
+    others = {name: part for name, part in configured.items() if name not in modules and part is not pipe.scheduler}
+    models = {name: part for name, part in configured.items() if name in modules}
+    own = {name: value for name, value in _options(pipe).items() if name not in components}
+    blocks = {path: _class_of(block) for path, block in blocks_of(pipe).items()}
+    configurations = {"scheduler": pipe.scheduler, "pipeline_config": pipe}
+    configurations |= {f"pipeline_config.{name}": part for name, part in others.items()}
+    configurations |= {f"configs.{name}": part for name, part in models.items()}
     return {
         "scheduler": _options(pipe.scheduler),
-        "pipeline_config": _pipeline_options(pipe, components),
+        "pipeline_config": {**own, **{name: _options(part) for name, part in others.items()}, "blocks": blocks},
+        "configs": {name: _options(model) for name, model in models.items()},
         "dtypes": {name: _dtypes(module) for name, module in modules.items()},
         "adapters": {name: scales for name, module in modules.items() if (scales := _adapters(module))},
         "fused_loras": sorted(getattr(pipe, "fused_loras", ())),
         "quantisation": {name: packed for name, module in modules.items() if (packed := _quantisation(module))},
         "weights": {name: fingerprint(module) for name, module in modules.items() if name != "transformer"},
+        "autocast": _autocast(),
+        "unset": {path: _unset(part) for path, part in configurations.items()},
     }
 
 
 def common_conditions(kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The conditions `given` that `kept` knows too, to be compared.
 
-    Entries that an older version did not write are unknown. A component that only one of the two pipelines has makes
-    no samples: one without a text encoder gets embeddings, which are arguments.
+    Entries that an older version of lesa did not write are unknown. So are options that an older version of diffusers
+    did not have, unless somebody set them since. A component that only one of the two pipelines has makes no samples:
+    one without a text encoder gets embeddings, which are arguments.
     """
-    common = {name: value for name, value in given.items() if name in kept}
-    for name in {"dtypes", "weights"} & {*common}:
-        if isinstance(kept[name], Mapping):
-            common[name] = {part: value for part, value in {**kept[name], **common[name]}.items() if part in kept[name]}
-    return common
+    common = {name: value for name, value in given.items() if name in kept and name != "unset"}
+    for name in {"configs", "dtypes", "weights"} & {*common}:
+        common[name] = {part: value for part, value in {**kept[name], **common[name]}.items() if part in kept[name]}
+    return _without_new(common, kept, given.get("unset", {}), "")
+
+
+def _without_new(given: Mapping[str, Any], kept: Mapping[str, Any], unset: Mapping[str, Any], path: str) -> dict:
+    """The nested values without the options that `kept` lacks and nobody set."""
+    left = {name: value for name, value in given.items() if name in kept or name not in unset.get(path, ())}
+    for name, value in left.items():
+        if isinstance(value, Mapping) and isinstance(kept.get(name), Mapping):
+            left[name] = _without_new(value, kept[name], unset, f"{path}.{name}" if path else name)
+    return left
 
 
 def of_transformer(conditions: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,35 +103,48 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 def _components(pipe: Any) -> dict[str, Any]:
     """The components by name, None where there is none."""
     if isinstance(pipe, ModularPipeline):
-        return pipe.components
-    # `pipe.components` would raise if an option was registered that is no argument of the pipeline's class.
-    return {name: vars(pipe)[name] for name in pipe.config if name in vars(pipe) and not name.startswith("_")}
-
-
-def _pipeline_options(pipe: Any, components: Mapping[str, Any]) -> dict[str, Any]:
-    options = {name: value for name, value in _options(pipe).items() if name not in components}
-    for name, part in components.items():
-        if isinstance(part, ConfigMixin) and not isinstance(part, torch.nn.Module) and part is not pipe.scheduler:
-            options[name] = _options(part)
-    blocks = {path: _class_of(block) for path, block in blocks_of(pipe).items()}
-    return {**options, "blocks": blocks} if blocks else options
+        parts = pipe.components
+    else:  # `pipe.components` would raise if an option was registered that is no argument of the pipeline's class
+        parts = {name: vars(pipe)[name] for name in pipe.config if name in vars(pipe) and not name.startswith("_")}
+    return {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}  # from `torch.compile(part)`
 
 
 def _options(thing: Any) -> dict[str, Any]:
     """The class, the configuration and the public options of something that has a configuration."""
-    config = {name: value for name, value in dict(thing.config).items() if not name.startswith("_")}
-    attributes = {name: value for name, value in vars(thing).items() if not name.startswith("_") and _is_option(value)}
+    config = {name: value for name, value in thing.config.items() if not name.startswith("_")}
+    options = {name: _plain(value) for name, value in {**config, **_attributes(thing)}.items()}
+    return {"class": _class_of(thing), **options}
+
+
+def _unset(thing: Any) -> list[str]:
+    """The options that have the default values of the class, and those that are no part of the configuration."""
+    defaults = {name: given.default for name, given in inspect.signature(type(thing).__init__).parameters.items()}
+    config = {name: _plain(value) for name, value in thing.config.items() if name in defaults}
+    same = {name for name, value in config.items() if value == _plain(defaults[name])}
+    return sorted(same.union(name for name in _attributes(thing) if name not in thing.config))
+
+
+def _attributes(thing: Any) -> dict[str, Any]:
+    """Public attributes that hold options."""
     if hasattr(thing, "timesteps"):  # a scheduler; its other attributes change from run to run
-        attributes = {name: getattr(thing, name) for name in ("shift",) if hasattr(thing, name)}
-    return {"class": _class_of(thing), **{name: _plain(value) for name, value in {**config, **attributes}.items()}}
+        return {"shift": thing.shift} if hasattr(thing, "shift") else {}
+    if isinstance(thing, torch.nn.Module):  # its configuration says everything
+        return {}
+    kinds = (bool, int, float, str)
+    return {name: value for name, value in vars(thing).items() if not name.startswith("_") and isinstance(value, kinds)}
 
 
 def _class_of(thing: Any) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+    return type(thing).__qualname__
 
 
-def _is_option(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str))
+def _autocast() -> dict[str, str]:
+    """The dtype of autocast by kind of device, where it is on."""
+    return {
+        kind: str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+        for kind in ("cpu", "cuda")
+        if torch.is_autocast_enabled(kind)
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -265,11 +265,11 @@ def _begin(folder: Path, manifest: dict[str, Any], head: OutputHead) -> dict[str
     recorded = read_manifest(folder)
     if recorded is not None:
         _check_same(folder, recorded, manifest)
-    kept = manifest if recorded is None else recorded
+    kept = recorded or {name: value for name, value in manifest.items() if name != "unset"}
     if recorded is None or _why_no_head(folder, recorded):
         save_head(folder, head.weight, head.bias, identity_of(kept))
     if recorded is None:
-        write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        write_text(folder / MANIFEST, json.dumps(kept, indent=2) + "\n")
     return kept
 
 

@@ -43,7 +43,17 @@ _MORE_FACTS: dict[str, Any] = {
     "dtype": str,
 }
 """Entries that have these types if they are there."""
-_CONDITIONS = ("arguments", "scheduler", "pipeline_config", "dtypes", "adapters", "quantisation", "weights")
+_CONDITIONS = (
+    "arguments",
+    "scheduler",
+    "pipeline_config",
+    "configs",
+    "dtypes",
+    "adapters",
+    "quantisation",
+    "weights",
+    "autocast",
+)
 """Entries that are objects if they are there."""
 
 
