@@ -17,7 +17,7 @@ from lesa.evaluation.search import NotAvailableError, SettingSearch
 from lesa.evaluation.store import Store, facts_of
 from lesa.inputs import check_inputs
 from lesa.models import adapter_for
-from lesa.pipelines import quiet_progress
+from lesa.pipelines import check_decodes, quiet_progress
 from lesa.schedule import ScheduleLike, as_schedule
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import argument_error, check_int
@@ -77,6 +77,7 @@ def evaluate(
     """
     adapter = adapter_for(pipe)
     check_uncached(adapter.transformer)
+    check_decodes(pipe)
     check_int("num_inference_steps", num_inference_steps)
     inputs = check_inputs(inputs)
     size = len(inputs) if batch_size is None else check_int("batch_size", batch_size)
