@@ -66,6 +66,11 @@ class TrainingSettings:
         return {"controlled": self.controlled, "epochs": self.epochs, **asdict(self)}
 
 
+def config_settings(config: PredictorConfig) -> dict[str, Any]:
+    """The configuration by name, as a checkpoint holds it. The first two determine others."""
+    return {"mixer": config.mixer, "stage_bounds": config.stage_bounds, **config.to_dict()}
+
+
 def usable_device(device: str | torch.device) -> torch.device:
     """The device; raises `ValueError` if torch cannot compute on it."""
     try:

@@ -9,7 +9,7 @@ from lesa.schedule import Schedule, ScheduleLike
 from lesa.training.batches import check_finite
 from lesa.training.schedule_search import check_budget, found_schedule
 from lesa.training.searching import Search, has_search
-from lesa.training.settings import TrainingSettings, complete_config, usable_device, with_stages
+from lesa.training.settings import TrainingSettings, complete_config, config_settings, usable_device, with_stages
 from lesa.training.stages import MOST_STAGES, check_divisible, found_stages
 from lesa.training.training_run import Training, check_folder, unfinished_config
 from lesa.training.trajectories import Trajectories, as_trajectories, check_plain
@@ -164,7 +164,7 @@ def _searched(
     if budget is None and not find_stages and not (folder is not None and has_search(folder)):
         return config
     chosen = {"trajectories": trajectories.manifest, "budget": budget, "find_stages": find_stages}
-    search = Search(folder, {**chosen, "config": config.to_dict(), **settings.to_dict()})
+    search = Search(folder, {**chosen, "config": config_settings(config), **settings.to_dict()})
     if budget is not None:
         found = found_schedule(trajectories, budget, config, settings.seed, device, progress, search)
         config = complete_config(trajectories, config, found)
