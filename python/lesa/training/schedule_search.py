@@ -191,7 +191,7 @@ class ScheduleErrors:
         self.batches = [  # the generator begins each batch in the same state: all get the same tokens
             Batch([*stream], head, generator.set_state(state), tokens, "cpu") for stream in zip(*alike)
         ]
-        self.weights = torch.ones(1, 1)
+        self.weights = torch.ones(1, 1, dtype=torch.float32)
         if count > 1:
             tokens_each = self.batches[0].features.shape[1] // len(alike)
             weights = torch.stack([guidance_weights(trajectories, sample) for sample in alike], 1)
@@ -214,7 +214,7 @@ class ScheduleErrors:
         slots = torch.tensor(history + history[-1:] * (self._longest - len(history)))  # the repeated ones are not read
         cursor = torch.full((length,), len(history) % self._longest, dtype=torch.int32)
         held = torch.full_like(cursor, len(history))
-        off = torch.zeros(())
+        off = torch.zeros((), dtype=torch.float32)
         for batch, weight in zip(self.batches, self.weights):
             features = batch.features[slots][:, None].expand(-1, length, -1, -1)
             sigmas = batch.sigmas[slots][:, None].expand(-1, length)
@@ -229,7 +229,7 @@ class ScheduleErrors:
 
     def of(self, steps: tuple[int, ...]) -> float:
         """The squared displacement at the end of a run that computes `steps`."""
-        off = torch.zeros(())
+        off = torch.zeros((), dtype=torch.float32)
         for number, end in enumerate((*steps[1:], self.total), start=1):
             gap = (*steps[max(0, number - self._longest) : number], end)
             if gap not in self._gaps:

@@ -181,7 +181,7 @@ class Training:
         read = {number: self.trajectories[number] for number in numbers}
         for number, trajectory in read.items():
             groups.setdefault(tuple(trajectory.sigmas.tolist()), []).append(number)
-        mean = torch.zeros((), device=self.device)
+        mean = torch.zeros((), dtype=torch.float32, device=self.device)
         for group in groups.values():
             roll_outs = [self.roll_outs_of(number) for number in group]
             alike = [read[number] for number in group]
