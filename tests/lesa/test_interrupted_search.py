@@ -8,6 +8,8 @@ import tempfile
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lesa
@@ -260,6 +262,14 @@ WRONG = [
     ({"budget": 4, "tokens_per_batch": 0}, "`tokens_per_batch` must be"),
     ({"budget": 4, "validation_fraction": 1.0}, "`validation_fraction` must be"),
     ({"budget": 4, "seed": -1}, "`seed` must be"),
+    ({"budget": 4, "seed": 2**64}, "`seed` must be"),
+    ({"find_stages": True, "seed": 2**64 - 1}, "`seed` must be"),  # the next seed is used too
+    ({"budget": 4, "config": {"feature_dim": WIDTH}}, "`config` must be a PredictorConfig, but got"),
+    ({"config": "newton"}, "`config` must be a PredictorConfig, but got 'newton'"),
+    ({"schedule": [0, STEPS]}, "`schedule` must be made for the 12 steps"),
+    ({"schedule": range(STEPS), "find_stages": True}, "`schedule` must leave steps to predict"),
+    ({"out_dir": 3}, "`out_dir` must be a path, but got 3"),
+    ({"out_dir": "a\0b"}, "`out_dir` must be a path, but got"),
     ({"budget": 4, "device": "gpu"}, "`device` must be one on which torch can compute, but got 'gpu'"),
     ({"budget": 4, "device": "meta"}, "`device` must be one on which torch can compute, but got 'meta'"),
     ({"budget": 4, "device": "cuda:99"}, "`device` must be one on which torch can compute, but got 'cuda:99'"),
@@ -269,8 +279,9 @@ WRONG = [
 
 @pytest.mark.parametrize("options, message", WRONG, ids=lambda value: None if isinstance(value, dict) else value[:30])
 def test_what_is_wrong_is_refused_before_the_work(recording, tmp_path, no_work, options, message):
-    with pytest.raises(ValueError, match=message):
-        lesa.train(recording, out_dir=tmp_path / "out", progress=False, **options)
+    with pytest.raises((ValueError, TypeError), match=message) as refused:
+        lesa.train(recording, **{"out_dir": tmp_path / "out", "progress": False, **options})
+    assert refused.value.lesa_message  # it is no bug
     assert not (tmp_path / "out").exists()
 
 
@@ -320,6 +331,54 @@ def test_a_damaged_checkpoint_is_named(recording, tmp_path, content):
     assert files(out) == before
     file.unlink()
     lesa.train(recording, **arguments)
+
+
+# Any schedule and configuration
+
+
+@st.composite
+def trainings(draw):
+    """Arguments of `lesa.train`, right or wrong in their schedule."""
+    mixer = draw(st.sampled_from(["newton", "dense"]))
+    bounds = draw(st.sampled_from([(), (0.5,), (0.67, 0.33), (0.9, 0.5, 0.1)]))
+    lengths = st.integers(1, 14)
+    config = PredictorConfig(
+        WIDTH,
+        mixer,
+        history=draw(st.sampled_from([None, "anchors", "steps"])),
+        history_length=draw(st.none() | lengths | st.tuples(*[lengths] * (len(bounds) + 1))),
+        stage_bounds=bounds,
+        rank=draw(st.integers(0, 2)),
+        hidden=draw(st.integers(1, 3)),
+    )
+    step_lists = st.lists(st.integers(-1, STEPS + 1), max_size=6).map(lambda steps: [0, *sorted(steps)])
+    return {
+        "config": config,
+        "schedule": draw(st.none() | st.integers(-1, STEPS + 3) | step_lists),
+        "guided_epochs": draw(st.none() | st.integers(0, 1)),
+        "batch_size": draw(st.integers(1, 9)),
+        "tokens_per_batch": draw(st.none() | st.integers(1, 9)),
+        "head_aware": draw(st.none() | st.booleans()),
+        "validation_fraction": draw(st.floats(0.0, 0.9)),
+        "controlled": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**64 - 2)),
+    }
+
+
+@pytest.mark.slow
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@given(arguments=trainings())
+def test_any_training_ends_with_a_predictor_or_with_a_message(recording, arguments):
+    try:
+        predictor = lesa.train(recording, epochs=1, progress=False, **arguments)
+    except (TypeError, ValueError) as error:
+        assert re.match("^`(schedule|steps|controlled)` must ", str(error)) and error.lesa_message
+        return
+    given_schedule, config = arguments["schedule"], predictor.config
+    assert isinstance(given_schedule, int | None) or config.schedule == tuple(given_schedule)
+    assert config.schedule[0] == 0 and len(config.schedule) < STEPS
+    assert config.lengths == arguments["config"].lengths
+    assert all(torch.isfinite(value).all() for value in predictor.parameters())
 
 
 # The smallest recordings

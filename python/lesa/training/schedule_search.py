@@ -11,7 +11,7 @@ from tqdm import tqdm
 from lesa.schedule import Schedule
 from lesa.training.batches import Batch, Head, check_finite
 from lesa.training.searching import Search
-from lesa.training.settings import TrainingSettings, complete_config, usable_device
+from lesa.training.settings import TrainingSettings, check_config, check_seed, complete_config, usable_device
 from lesa.training.training_run import Training
 from lesa.training.trajectories import Trajectories, Trajectory, check_plain, latents_of
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -63,7 +63,8 @@ def find_schedule(
     """
     check_plain(trajectories)
     check_searchable(config)
-    check_budget(trajectories, budget)
+    budget, seed = check_budget(trajectories, budget), check_seed(seed)
+    complete_config(trajectories, config, Schedule.spread(budget, trajectories.num_inference_steps))
     usable_device(device)
     check_finite(trajectories)
     return found_schedule(trajectories, budget, config, seed, device, progress, Search())
@@ -71,7 +72,7 @@ def find_schedule(
 
 def check_searchable(config: PredictorConfig | None) -> None:
     """Raises `ValueError` if no schedule can be searched for such a predictor."""
-    if config is not None and config.history != "anchors":
+    if config is not None and check_config(config).history != "anchors":
         remedy = "Use the configuration of a newton predictor."
         raise argument_error("config.history", "be 'anchors' for a schedule to be searched", config.history, remedy)
 
@@ -154,6 +155,8 @@ def search_schedule(
         )
     total = trajectories.num_inference_steps
     count = check_int("num_computed", num_computed, minimum=2, maximum=total - 1)
+    samples, tokens_per_sample = check_int("samples", samples), check_int("tokens_per_sample", tokens_per_sample)
+    seed = check_seed(seed)
     check_finite(trajectories)
     errors = ScheduleErrors(trajectories, predictor, samples, tokens_per_sample, seed)
     return _with_levels(trajectories, _cheapest_steps(errors, count, progress, Search(), ""))

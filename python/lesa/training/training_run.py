@@ -288,15 +288,16 @@ class Training:
             torch.save(checkpoint, temporary)
 
 
-def check_folder(out_dir: Path) -> None:
+def check_folder(out_dir: str | os.PathLike) -> Path:
     """Makes the folder; raises `ValueError` unless it is empty or holds an unfinished training or search."""
-    writable_folder(out_dir)
-    file = out_dir / CHECKPOINT_NAME
+    folder = writable_folder(out_dir)
+    file = folder / CHECKPOINT_NAME
     remove_partial(file)
     file.with_name(f"{file.name}.new").unlink(missing_ok=True)  # the same, of earlier versions
-    if not file.exists() and any(path.name != SEARCH_NAME for path in out_dir.iterdir()):
-        got = Said(f"a predictor in {out_dir}" if is_finished(out_dir) else f"files in {out_dir}")
+    if not file.exists() and any(path.name != SEARCH_NAME for path in folder.iterdir()):
+        got = Said(f"a predictor in {folder}" if is_finished(folder) else f"files in {folder}")
         raise argument_error("out_dir", "be empty or hold an unfinished training", got, "Choose another folder.")
+    return folder
 
 
 def unfinished_config(out_dir: Path) -> dict[str, Any] | None:
