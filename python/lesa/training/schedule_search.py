@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from lesa.schedule import Schedule
-from lesa.training.batches import Batch, Head, check_finite
+from lesa.training.batches import Batch, Head, check_finite, check_is_predictor
 from lesa.training.searching import Search
 from lesa.training.settings import TrainingSettings, check_config, check_seed, complete_config, usable_device
 from lesa.training.training_run import Training
@@ -143,9 +143,11 @@ def search_schedule(
         The schedule, with the noise levels of the trajectories.
 
     Raises:
-        ValueError: the predictor uses its own forecasts as history, there are fewer steps than `num_computed`, or the
-            trajectories have several streams but no latents, which show how guidance combines the streams.
+        TypeError, ValueError: the predictor is none, or uses its own forecasts as history; an argument is out of range,
+            such as more steps than there are; or the trajectories have NaN or Inf, or several streams but no latents,
+            which show how guidance combines the streams.
     """
+    check_is_predictor(predictor)
     if predictor.config.history != "anchors":
         raise argument_error(
             "predictor",
