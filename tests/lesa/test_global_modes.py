@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 
 import lesa
 import small_pipelines as small
@@ -201,6 +202,14 @@ def cached_run(made, folder):
     return data_of(latents)
 
 
+def controlled_run(made, folder):
+    with lesa.enable_cache(made.pipe, made.predictor, lesa.ErrorControl(0.5)) as handle:
+        latents = CASE.latents(made.pipe)
+    steps = handle.stats.streams["cond"]
+    assert steps.predicted and len(steps.errors) > 1
+    return steps.computed, steps.errors, data_of(latents)
+
+
 OPERATIONS = {
     "build": (built, [mode for mode in MODES if mode != "meta"]),  # the default device is where it is meant to be
     "from_pretrained": (loaded, MODES),
@@ -218,6 +227,7 @@ OPERATIONS = {
     "refine": (refine, ["no gradients for the thread", "inference_mode", "bfloat16", "float64"]),
     "evaluate": (evaluate, ["inference_mode", "bfloat16", "float64"]),
     "cached run": (cached_run, OF_THE_PIPELINE),
+    "run under error control": (controlled_run, ["inference_mode", "bfloat16", "float64"]),
 }
 
 
@@ -235,7 +245,8 @@ def without_modes(made, tmp_path_factory):
 
 
 ROUNDED = "the timesteps of a run are made in the default dtype, so half precision rounds them"
-PENDING = {(operation, mode) for operation in ("refine", "evaluate", "cached run") for mode in ("bfloat16", "float16")}
+OF_RUNS = ("refine", "evaluate", "cached run", "run under error control")
+PENDING = {(operation, mode) for operation in OF_RUNS for mode in ("bfloat16", "float16")}
 
 
 def cases():
@@ -411,6 +422,61 @@ def test_an_inference_mode_may_begin_and_end_within_a_run(pipe, monkeypatch, mix
         return [data_of(output) for output in made]
 
     assert outputs(inside) == outputs(set())
+
+
+def prepared(pipe):
+    """The calls of a run of the digits transformer, made before a default device is set."""
+    pipe.scheduler.set_timesteps(STEPS)
+    call = call_arguments((3,))
+    return [
+        {**call, "hidden_states": call["hidden_states"] * (1 - 0.5 * step / STEPS), "timestep": t.expand(1) / 1000}
+        for step, t in enumerate(pipe.scheduler.timesteps)
+    ]
+
+
+def run_prepared(pipe, calls):
+    """Runs them; nothing here makes a tensor."""
+    outputs = []
+    for step, call in enumerate(calls):
+        with torch.no_grad():
+            outputs.append(pipe.transformer(**call)[0])
+        pipe.scheduler._step_index = step + 1
+    return outputs
+
+
+DEVICE = "lesa makes small tensors on the default device"
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(reason=DEVICE, strict=True)
+@pytest.mark.parametrize("mixer", ["newton", "dense"])
+def test_a_cached_run_makes_nothing_on_the_default_device(pipe, mixer):
+    """The meta device stands for a GPU: a tensor that is made there by mistake shows."""
+    results = []
+    for device in (None, "meta"):
+        calls, predictor = prepared(pipe), make_predictor(mixer=mixer)
+        with default_device(device), lesa.enable_cache(pipe, predictor, SCHEDULE, strict=True):
+            results.append(run_prepared(pipe, calls))
+    assert [data_of(output) for output in results[0]] == [data_of(output) for output in results[1]]
+
+
+class PreparedPipeline(FluxPipeline):
+    """Runs the transformer on prepared calls, whatever the arguments."""
+
+    def __call__(self, **arguments):
+        run_prepared(self, self.calls)
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(reason=DEVICE, strict=True)
+def test_a_recording_has_nothing_on_the_default_device(fresh_pipe, tmp_path):
+    fresh_pipe.__class__ = PreparedPipeline
+    for device in (None, "meta"):
+        fresh_pipe.calls = prepared(fresh_pipe)
+        folder = tmp_path / str(device)
+        with default_device(device):
+            lesa.record(fresh_pipe, [{"prompt": "3"}], folder, STEPS, tokens_per_sample=20, progress=False)
+    assert files(tmp_path / "meta") == files(tmp_path / "None")
 
 
 @pytest.mark.slow
