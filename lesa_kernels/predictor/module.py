@@ -96,20 +96,23 @@ class FusedKANPredictor(nn.Module):
                 setattr(self, name, nn.Parameter(value.detach().clone(), value.requires_grad))
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialises the parameters again: random spline units with output weights of zero.
 
         So the forecast is exactly the baseline that the class describes.
+
+        Args:
+            generator: of the random numbers, on the device of the parameters. None: the default one of that device.
         """
-        self.in_weight.normal_(std=self.in_weight.shape[2] ** -0.5)
-        self.in_bias.normal_(std=0.5)
-        self.spline.normal_(std=0.3)
+        self.in_weight.normal_(std=self.in_weight.shape[2] ** -0.5, generator=generator)
+        self.in_bias.normal_(std=0.5, generator=generator)
+        self.spline.normal_(std=0.3, generator=generator)
         self.out_weight.zero_()
         self.out_bias.zero_()
         if self.config.mixer == "newton":
             self.out_bias[:, :1] = 1.0
             if self.down is not None:
-                self.down.uniform_(-1, 1).div_((self.down.shape[2] * self.down.shape[3]) ** 0.5)
+                self.down.uniform_(-1, 1, generator=generator).div_((self.down.shape[2] * self.down.shape[3]) ** 0.5)
             for parameter in (self.up, self.up_bias):
                 if parameter is not None:
                     parameter.zero_()

@@ -10,6 +10,7 @@ import io
 import json
 import pickle
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,8 @@ from diffusers import FluxPipeline
 import lesa
 import small_pipelines as small
 from driven_loops import call_arguments
+from lesa.training.settings import TrainingSettings
+from lesa.training.training_run import Training
 from lesa_kernels import FusedKANPredictor, PredictorConfig, make_ring
 from lesa_kernels.torch_modes import default_modes
 from predictors import make_predictor
@@ -518,6 +521,38 @@ def test_training_in_a_thread(made, without_modes, tmp_path, mode):
         thread.join()
         assert not torch.is_grad_enabled()
     assert results == [without_modes("train")] * 2
+
+
+@pytest.mark.slow
+def test_trainings_in_several_threads_do_not_disturb_each_other(made):
+    """Nor does another thread that draws random numbers. The predictor is large, so that its initialisation takes long."""
+    config = replace(made.predictor.config, hidden=64, rank=128)
+    trajectories, ended = lesa.Trajectories(made.recording), threading.Event()
+
+    def begin(seed, found):
+        found[seed] = weights(Training(trajectories, config, TrainingSettings(seed=seed)).predictor)
+
+    def draw():
+        while not ended.is_set():
+            torch.rand(1000)
+
+    alone, together = {}, {}
+    for seed in range(6):
+        begin(seed, alone)
+    others = threading.Thread(target=draw)
+    others.start()
+    try:
+        for _ in range(5):
+            threads = [threading.Thread(target=begin, args=(seed, together)) for seed in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert together == alone
+            together.clear()
+    finally:
+        ended.set()
+        others.join()
 
 
 @pytest.mark.slow

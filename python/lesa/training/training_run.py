@@ -81,9 +81,11 @@ class Training:
         self.numbers = numbers or split(trajectories, settings.validation_fraction, settings.seed)
         self.out_dir = None if out_dir is None else Path(out_dir)
         self.device, self.bar = torch.device(device), bar
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(settings.seed)
-            self.predictor = FusedKANPredictor(config).to(self.device)
+        with torch.device("meta"):  # without random numbers of the default generator, which all threads share
+            predictor = FusedKANPredictor(config)
+        self.predictor = predictor.to_empty(device="cpu")
+        self.predictor.reset_parameters(torch.Generator().manual_seed(settings.seed))
+        self.predictor.to(self.device)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.losses: dict[str, list[float]] = {"training": [], "validation": []}
         self.head = Head(trajectories, self.device)
