@@ -117,7 +117,8 @@ class Contender(ABC):
     @classmethod
     def heading(cls, run: str) -> str:
         """The title in the picture of the run that has this name."""
-        return run.replace("-", " ")
+        name, *folder = run.partition("@")
+        return name.replace("-", " ") + "".join(folder)
 
     @classmethod
     def note(cls, runs: Sequence[str]) -> str | None:

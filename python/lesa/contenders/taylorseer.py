@@ -72,7 +72,7 @@ class TaylorSeer(Peer):
     @classmethod
     def heading(cls, run: str) -> str:
         """Title, mode and order."""
-        return " ".join([cls.title, *run.split("-")[1:3]]).replace("order", "order ")
+        return " ".join([cls.title, *run.partition("@")[0].split("-")[1:3]]).replace("order", "order ")
 
     @classmethod
     def note(cls, runs: Sequence[str]) -> str | None:

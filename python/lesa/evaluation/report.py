@@ -1,6 +1,5 @@
 """`report`: one self-contained page of HTML from what `lesa evaluate` wrote."""
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +14,7 @@ from lesa.artifacts import write_text
 from lesa.contenders import UNKNOWN_COLOR, Ours, Reference, order_of
 from lesa.evaluation.budgets import budgets_of, chosen, color_of, headline, label_of, rivals, title_of
 from lesa.evaluation.report_pictures import pictures_of
-from lesa.evaluation.result import FORMAT_VERSION
-from lesa_kernels.checks import Said, argument_error
+from lesa.evaluation.summaries import read_summary
 
 _PAGE = Path(__file__).with_name("page")
 
@@ -28,9 +26,6 @@ _METRICS = (  # key, short, name, digits, whether errors: the less the better, a
     ("clip_score", "CLIP", "CLIP score", 3, False),
     ("image_reward", "ImageReward", "ImageReward", 3, False),
 )
-
-_NEEDED = ("model", "samples", "seed", "num_inference_steps", "runs")
-_NEEDED_OF_RUN = ("name", "contender", "steps", "num_inference_steps", "step_equivalents", "seconds", "speedup", "psnr")
 
 
 def report(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
@@ -49,7 +44,7 @@ def report(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> P
     """
     folder = Path(folder)
     out = folder / "report.html" if out is None else Path(out)
-    summary = _read(folder)
+    summary = read_summary(folder, "folder", "Run `lesa evaluate` of this release again.")
     runs = summary["runs"][1:]
     evaluated = {run["contender"] for run in runs}
     ours = next((k.name for k in contenders.CONTENDERS if issubclass(k, Ours) and k.name in evaluated), None)
@@ -86,35 +81,6 @@ def report(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> P
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, html)
     return out
-
-
-def _read(folder: Path) -> dict:
-    file = folder / "summary.json"
-    if not file.is_file():
-        remedy = "Pass the folder that `lesa evaluate` wrote."
-        raise argument_error("folder", "hold a summary.json", Said(str(folder)), remedy, FileNotFoundError)
-    remedy = "Run `lesa evaluate` of this release again."
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise argument_error(
-            "folder", "have a summary.json with valid JSON", Said(f"{file}: {error}"), remedy
-        ) from None
-    version = summary.get("format_version") if isinstance(summary, dict) else None
-    if version != FORMAT_VERSION:
-        raise argument_error("format_version", f"be {FORMAT_VERSION} in {file}", version, remedy)
-    _check_fields(str(file), summary, _NEEDED, remedy)
-    for number, run in enumerate(summary["runs"]):
-        _check_fields(f"{file}, run {number}", run, _NEEDED_OF_RUN, remedy)
-    if not summary["runs"] or summary["runs"][0]["contender"] != Reference.name:
-        raise argument_error("runs", f"begin with the reference in {file}", Said("another one, or none"), remedy)
-    return summary
-
-
-def _check_fields(place: str, values: Any, needed: Sequence[str], remedy: str) -> None:
-    absent = [name for name in needed if name not in values] if isinstance(values, dict) else list(needed)
-    if absent:
-        raise argument_error(absent[0], f"be given in {place}", Said("no such field"), remedy)
 
 
 def _page(summary: dict, ours: str | None, folder: Path) -> dict[str, Any]:

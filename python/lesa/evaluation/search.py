@@ -40,11 +40,16 @@ class SettingSearch:
     def run(self) -> dict[str, Any]:
         """Searches, runs the best, and says what was searched.
 
+        Returns:
+            What is searched, for `summary.json`; the `run` of each of the `budgets` is the run itself, or None.
+
         Raises:
             NotAvailableError: the peer can't run on this model.
         """
         peer, calibration = self.peer, ()
         if peer.calibration is not None:
+            if peer.calibration not in self._kept:
+                self.contest.check_reference()
             calibration = tuple(self._kept.get(peer.calibration) or self._attempt(self._calibrate))
             self._kept[peer.calibration] = list(calibration)
         grid = peer.grid(self.contest.num_inference_steps, self.budgets, calibration)
@@ -69,6 +74,7 @@ class SettingSearch:
         if setting not in self._tried:
             key = repr(setting)
             if key not in self._kept:
+                self.contest.check_reference()
                 self.contest.bar.set_postfix_str(f"search: {setting}, {len(self._tried)} tried")
                 self._kept[key] = self._attempt(lambda: self._measured(setting))
                 self.contest.store.write_search(self.peer.name, len(self.inputs), self._kept)
@@ -104,7 +110,7 @@ class SettingSearch:
         for setting in ranked[:ATTEMPTS]:
             run = self.contest.run(setting)
             if getattr(run, count) <= budget + 1e-6:
-                return {**row, "run": run.name}
+                return {**row, "run": run}
         return {**row, "why": f"the best settings need more than {budget} {words} on all inputs"}
 
 
