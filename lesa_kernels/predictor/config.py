@@ -161,7 +161,8 @@ class PredictorConfig:
         _check_format_version(values.get("format_version"))  # first, since other versions have other fields
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
-            raise usage_error(f"`config` has unknown fields: {', '.join(unknown)}.", "Remove them.")
+            remedy = "Remove them. If a newer release of lesa-kernels wrote it, use that release."
+            raise usage_error(f"`config` has unknown fields: {', '.join(unknown)}.", remedy)
         if "feature_dim" not in values:
             raise usage_error("`feature_dim` is required, but `config` does not have it.", "Add it to `config`.")
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

@@ -236,16 +236,16 @@ def test_a_stopped_training_with_a_budget_keeps_its_schedule(tmp_path, monkeypat
 
     def stop(self, *arguments):
         save(self, *arguments)
-        if self.out_dir is not None:
+        if self.out_dir == options["out_dir"]:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Training, "_save_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
         lesa.train(trajectories, config, **options)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="`config.schedule` must be .*, as in the unfinished training"):
+    with pytest.raises(ValueError, match="`budget` must be 4, as in the unfinished training"):
         lesa.train(trajectories, config, **{**options, "budget": 5})
-    monkeypatch.setattr(trainer, "find_schedule", None)  # it is not searched for again
+    monkeypatch.setattr(trainer, "found_schedule", None)  # it is not searched for again
     resumed = lesa.train(trajectories, config, **options)
     assert resumed.config == whole.config
     for name, value in whole.state_dict().items():

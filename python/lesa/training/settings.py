@@ -3,10 +3,12 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
 from lesa.schedule import Schedule, ScheduleLike, as_schedule
 from lesa.training.trajectories import Trajectories
 from lesa_kernels import PredictorConfig
-from lesa_kernels.checks import argument_error, check_float, check_int
+from lesa_kernels.checks import Said, argument_error, check_float, check_int
 
 DEFAULT_COMPUTED_STEPS = 9
 
@@ -62,6 +64,19 @@ class TrainingSettings:
     def to_dict(self) -> dict[str, Any]:
         """The settings by name, as a checkpoint holds them. The first two determine others."""
         return {"controlled": self.controlled, "epochs": self.epochs, **asdict(self)}
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device; raises `ValueError` if torch cannot compute on it."""
+    try:
+        found = torch.device(device)
+        if found.type != "meta":
+            return torch.empty(0, device=found).device
+        reason = "it holds no values"
+    except (AssertionError, RuntimeError, TypeError) as error:  # the first line is torch's own explanation
+        reason = str(error).splitlines()[0]
+    got = Said(f"{str(device)!r}: {reason}")
+    raise argument_error("device", "be one on which torch can compute", got, "Pass 'cpu', or 'cuda' with a GPU.")
 
 
 def complete_config(
