@@ -21,6 +21,7 @@ from lesa.evaluation.result import EvaluatedRun, Outcome
 from lesa.evaluation.store import Store
 from lesa.inputs import batches_of, collate
 from lesa.models.adapter import Adapter
+from lesa.pipelines import run_pipeline
 from lesa_kernels.checks import usage_error
 
 WARM_UP_STEPS = 12
@@ -193,7 +194,7 @@ class Contest:
                 with for_each(contender), counter.on():
                     synchronise(device)
                     start = time.perf_counter()
-                    made = self._call(arguments, seeds, steps, callback_on_step_end=counter.on_step_end)
+                    made = self._call(arguments, seeds, steps, counter.on_step_end)
                     synchronise(device)
                     denoised = time.perf_counter()
                 images.append(self._decoded(made, arguments))
@@ -215,7 +216,7 @@ class Contest:
         arguments, seeds = batch
         counter = Counter(self.pipe, self.adapter)
         with counter.on():
-            made = self._call(arguments, seeds, steps, callback_on_step_end=counter.on_step_end)
+            made = self._call(arguments, seeds, steps, counter.on_step_end)
         if isinstance(contender, Reference):
             _check_seen(*counter.seen())
         self._decoded(made, arguments)
@@ -227,10 +228,9 @@ class Contest:
     def _on(self, contender: Contender) -> AbstractContextManager[Any]:
         return contender.on(self.pipe, self.num_inference_steps)
 
-    def _call(self, arguments, seeds, steps, **options):
+    def _call(self, arguments, seeds, steps, on_step_end=None):
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        call = {**arguments, "generator": generators, "num_inference_steps": steps, "output_type": "latent"}
-        latents = self.pipe(**call, **options, return_dict=False)[0]
+        latents = run_pipeline(self.pipe, arguments, generators, steps, on_step_end)
         return latents[-1] if isinstance(latents, list) else latents  # FramePack: after each section
 
     def _decoded(self, latents, arguments) -> np.ndarray:

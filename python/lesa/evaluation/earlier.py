@@ -93,14 +93,12 @@ def earlier_in(
         contenders: names of all kinds that it runs.
 
     Raises:
-        ValueError: the folder is not one, its summary is damaged, its runs were made from something else than those of
+        ValueError: its summary is damaged, its runs were made from something else than those of
             this evaluation, or files are missing that this evaluation does not make again.
     """
     if out_dir is None:
         return Earlier()
     folder = Path(out_dir)
-    if folder.exists() and not folder.is_dir():
-        raise argument_error("out_dir", "be a folder", Said(f"{folder}, which is a file"), "Choose another path.")
     store.check_settings()
     if not (folder / SUMMARY).exists():
         return Earlier()

@@ -21,7 +21,7 @@ from lesa.evaluation.search import NotAvailableError, SettingSearch
 from lesa.evaluation.store import Store, facts_of
 from lesa.inputs import check_inputs
 from lesa.models import adapter_for
-from lesa.pipelines import quiet_progress
+from lesa.pipelines import check_decodes, quiet_progress
 from lesa.schedule import ScheduleLike, as_schedule
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error, check_int
@@ -82,12 +82,13 @@ def evaluate(
         TypeError, ValueError: an argument is not as above, a predictor does not fit the pipeline, or `out_dir` has an
             evaluation that this one cannot be added to; the message names what differs.
         ImportError: a contender is not installed.
-        RuntimeError: a cache is on already; or the transformer's blocks can't be counted, as in a compiled graph; or
-            the reference gives other samples than the one that is kept in `out_dir`.
+        RuntimeError: a cache is on already; another process evaluates into `out_dir`; the transformer's blocks can't be
+            counted, as in a compiled graph; or the reference gives other samples than the one that is kept in
+            `out_dir`.
     """
     adapter = adapter_for(pipe)
     check_uncached(adapter.transformer)
-    _check_decoder(pipe)
+    check_decodes(pipe)
     check_int("num_inference_steps", num_inference_steps)
     inputs = check_inputs(inputs)
     _check_arguments(pipe, inputs)
@@ -101,34 +102,38 @@ def evaluate(
     seed = check_int("seed", seed, minimum=0)
     store = Store(out_dir, pipe, adapter, inputs, seed, size, num_inference_steps)
     kinds = {contender.name for contender in (*contestants.values(), *settings, *named)}
-    earlier = earlier_in(out_dir, store, contestants, kinds)
-    store.open()
-    with (
-        quiet_progress(pipe),
-        tqdm(desc="evaluate", unit="run", disable=not progress, total=1 + len(contestants)) as bar,
-    ):
-        if progress:
-            _tell(earlier, contestants, out_dir)
-        contest = Contest(pipe, adapter, inputs, seed, size, num_inference_steps, store, bar)
-        searched, not_available = _run_all(contest, contestants, settings, named, search_samples)
+    with store.owned():
+        earlier = earlier_in(out_dir, store, contestants, kinds)
+        store.open()
+        with (
+            quiet_progress(pipe),
+            tqdm(desc="evaluate", unit="run", disable=not progress, total=1 + len(contestants)) as bar,
+        ):
+            if progress:
+                _tell(earlier, contestants, out_dir)
+            contest = Contest(pipe, adapter, inputs, seed, size, num_inference_steps, store, bar)
+            searched, not_available = _run_all(contest, contestants, settings, named, search_samples)
+        facts = {
+            **facts_of(pipe, inputs, seed, size),
+            "num_inference_steps": num_inference_steps,
+            "sigmas": contest.sigmas,
+            "stage_bounds": next((list(ours.predictor.config.stage_bounds) for ours in contestants.values()), []),
+            "not_available": {**contest.not_available, **not_available},
+            "searched": searched,
+        }
+        evaluation = _together(earlier, contest, facts)
+        if out_dir is not None:
+            evaluation.save(out_dir)
+    return evaluation
 
-    facts = {
-        **facts_of(pipe, inputs, seed, size),
-        "num_inference_steps": num_inference_steps,
-        "sigmas": contest.sigmas,
-        "stage_bounds": next((list(ours.predictor.config.stage_bounds) for ours in contestants.values()), []),
-        "not_available": {**contest.not_available, **not_available},
-        "searched": searched,
-    }
+
+def _together(earlier: Earlier, contest: Contest, facts: dict[str, Any]) -> Evaluation:
+    """The runs and facts of this evaluation, with what is kept of the earlier one."""
     every = merged(earlier, contest.entries)
     names = {id(entry.run): run.name for entry, run in zip(contest.entries, every.runs)}
-    for row in (row for search in searched.values() for row in search["budgets"]):
+    for row in (row for search in facts["searched"].values() for row in search["budgets"]):
         row["run"] = None if row["run"] is None else names[id(row["run"])]
-    facts = merged_facts(earlier.facts, facts, every.renamed)
-    evaluation = Evaluation(tuple(every.runs), every.images, facts, every.notes)
-    if out_dir is not None:
-        evaluation.save(out_dir)
-    return evaluation
+    return Evaluation(tuple(every.runs), every.images, merged_facts(earlier.facts, facts, every.renamed), every.notes)
 
 
 def _tell(earlier: Earlier, contestants: Mapping[str, Ours], out_dir: Any) -> None:
@@ -143,17 +148,6 @@ def _tell(earlier: Earlier, contestants: Mapping[str, Ours], out_dir: Any) -> No
             tqdm.write(
                 f"{where} has another predictor or another schedule than before: {name} is replaced", file=sys.stderr
             )
-
-
-def _check_decoder(pipe: DiffusionPipeline) -> None:
-    """Raises `ValueError` if the pipeline can't make pictures of latents."""
-    if getattr(pipe, "vae", None) is None:
-        raise argument_error(
-            "pipe.vae",
-            "be a model that decodes latents, because pictures are compared",
-            None,
-            "Load the pipeline with its VAE.",
-        )
 
 
 def _check_arguments(pipe: DiffusionPipeline, inputs: Sequence[dict]) -> None:

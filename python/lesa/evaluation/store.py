@@ -1,10 +1,11 @@
 """Finished parts of an evaluation on disk, to resume from."""
 
+import contextlib
 import json
 import os
 import platform
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,19 @@ import numpy as np
 import torch
 
 import lesa_kernels
-from lesa.artifacts import check_same_settings, digest, fingerprint, whole_file, write_text
+from lesa.artifacts import check_same_settings, digest, fingerprint, owned, whole_file, write_text
 from lesa.contenders import Reference
 from lesa.contenders.base import Pipeline
 from lesa.evaluation.result import EvaluatedRun, Outcome, file_name
 from lesa.models.adapter import Adapter
+from lesa.training.conditions import common_conditions, conditions_of
 from lesa_kernels.checks import Said, argument_error
 
 SETTINGS_FILE = "settings.json"
 """In `runs/`: what all runs of the folder were made from."""
+
+_DIGESTS = ("inputs", "transformer", "weights")
+"""Settings whose values say nothing to a reader."""
 
 REMEDY = "Choose another folder, or use the same inputs, model and settings."
 
@@ -87,12 +92,9 @@ class Store:
         self.settings = {
             "num_inference_steps": num_inference_steps,
             **facts,
-            "pipeline": type(pipe).__name__,
-            "scheduler": {"class": type(pipe.scheduler).__name__, **json.loads(as_text)},
-            "options": json.loads(json.dumps(_options(pipe), sort_keys=True, default=repr)),
             "inputs": [digest(item) for item in inputs],
-            "parts": {"transformer": weights, **_parts(pipe)},
-            "adapter_scales": _adapter_scales(adapter.transformer),
+            "transformer": weights,
+            **conditions_of(pipe),
         }
 
     def check_settings(self) -> None:
@@ -102,17 +104,18 @@ class Store:
         work = f"the evaluation in {self.folder.parent}"
         try:
             before = dict(json.loads(file.read_text(encoding="utf-8")))
-            inputs, parts = list(before["inputs"]), dict(before["parts"])
+            inputs, transformer, weights = list(before["inputs"]), before["transformer"], dict(before["weights"])
         except UNREADABLE as error:
             got = Said(f"{file}, which is damaged: {error}")
             raise argument_error("out_dir", "hold whole files", got, "Choose another folder, or remove it.") from None
-        plain = {name: value for name, value in self.settings.items() if name not in ("inputs", "parts")}
-        check_same_settings(work, before, plain)
+        given = common_conditions(before, self.settings)
+        check_same_settings(work, before, {n: v for n, v in given.items() if n not in _DIGESTS})
         for number, (old, new) in enumerate(zip(inputs, self.settings["inputs"])):
             if old != new:
                 raise argument_error(f"inputs[{number}]", f"be as in {work}", Said("another one"), REMEDY)
-        for name in {**parts, **self.settings["parts"]}:
-            if parts.get(name) != self.settings["parts"].get(name):
+        old, new = {**weights, "transformer": transformer}, {**given["weights"], "transformer": given["transformer"]}
+        for name in new:
+            if old[name] != new[name]:
                 must = f"have the weights and adapters that it had in {work}"
                 raise argument_error(f"pipe.{name}", must, Said("others"), REMEDY)
 
@@ -120,11 +123,29 @@ class Store:
         """Whether the folder says what its runs were made from."""
         return self.folder is not None and (self.folder / SETTINGS_FILE).exists()
 
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """A context in which nobody else evaluates into the output folder. The folder is made if it is absent.
+
+        Raises:
+            ValueError: it is a file.
+            RuntimeError: someone else does; the message says which process.
+        """
+        if self.folder is None:
+            yield
+            return
+        out_dir = self.folder.parent
+        if out_dir.exists() and not out_dir.is_dir():
+            raise argument_error("out_dir", "be a folder", Said(f"{out_dir}, which is a file"), "Choose another path.")
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with owned(out_dir, "evaluating"):
+            yield
+
     def open(self) -> None:
-        """Makes the folder, and writes what its runs are made from."""
+        """Writes what the runs in the folder are made from."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
         file = self.folder / SETTINGS_FILE
         if not file.exists():
             write_text(file, json.dumps(self.settings, indent=2) + "\n")
@@ -250,24 +271,6 @@ def read_run(file: Path, arrays: Path, with_outcome: bool) -> Kept:
 def _files(folder: Path, name: str) -> tuple[Path, Path]:
     name = file_name(name)
     return folder / f"{name}.json", folder / f"{name}.npz"
-
-
-def _options(pipe: Pipeline) -> dict[str, Any]:
-    """The pipeline's own configuration, without its components."""
-    config = getattr(pipe, "config", {})
-    return {n: v for n, v in config.items() if not n.startswith("_") and not isinstance(v, (list, tuple))}
-
-
-def _parts(pipe: Pipeline) -> dict[str, str]:
-    """A fingerprint of each model of the pipeline but its transformer."""
-    modules = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module) and m is not pipe.transformer}
-    return {name: fingerprint(module) for name, module in sorted(modules.items())}
-
-
-def _adapter_scales(transformer: torch.nn.Module) -> dict[str, dict[str, float]]:
-    """Of each layer with adapters such as LoRA, by adapter how much it counts."""
-    scales = {name: getattr(module, "scaling", None) for name, module in transformer.named_modules()}
-    return {name: dict(scale) for name, scale in scales.items() if isinstance(scale, dict) and scale}
 
 
 def facts_of(pipe: Pipeline, inputs: list[dict], seed: int, batch_size: int) -> dict[str, Any]:
