@@ -225,6 +225,11 @@ class Peer(Contender, abstract=True):
         """Raises `ImportError`, with the remedy, if something that it needs is not installed."""
 
     @classmethod
+    def why_not_on(cls, pipe: Pipeline) -> str | None:
+        """Why no setting can be switched on for this pipeline, or None. Asked before anything runs."""
+        return None
+
+    @classmethod
     def calibrate(cls, pipe: Pipeline, run: Callable[[], None], num_inference_steps: int) -> tuple[float, ...]:
         """Measures what its settings need to know of the model. Called only if `calibration` has a name.
 

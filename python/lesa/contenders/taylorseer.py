@@ -8,7 +8,7 @@ import torch
 from diffusers import TaylorSeerCacheConfig
 
 from lesa.contenders.base import Color, Grid, Peer, Pipeline
-from lesa.contenders.switching import diffusers_cache
+from lesa.contenders.switching import diffusers_cache, why_no_diffusers_cache
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class TaylorSeer(Peer):
     def on(self, pipe: Pipeline, num_inference_steps: int) -> AbstractContextManager[None]:
         """The context in which it is on."""
         return diffusers_cache(pipe, self.config(pipe.transformer.dtype))
+
+    @classmethod
+    def why_not_on(cls, pipe: Pipeline) -> str | None:
+        """Why no setting can be switched on for this pipeline, or None."""
+        return why_no_diffusers_cache(pipe)
 
     @classmethod
     def grid(cls, num_inference_steps: int, budgets: Sequence[int], calibration: tuple[float, ...] = ()) -> Grid:

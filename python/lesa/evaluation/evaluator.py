@@ -98,7 +98,11 @@ def evaluate(
     contestants = _contestants(predictors, num_inference_steps)
     for ours in contestants.values():
         enable_cache(pipe, ours.predictor, ours.schedule).disable()  # one that does not fit is refused at once
-
+    for kind in (type(setting) for setting in settings if isinstance(setting, Peer)):
+        if (why := kind.why_not_on(pipe)) is not None:
+            raise argument_error(
+                "against", "hold settings for this pipeline", Said(f"{kind.title}: {why}"), "Leave it out."
+            )
     seed = check_int("seed", seed, minimum=0)
     store = Store(out_dir, pipe, adapter, inputs, seed, size, num_inference_steps)
     kinds = {contender.name for contender in (*contestants.values(), *settings, *named)}
@@ -189,6 +193,8 @@ def _run_all(
                 contest.run(kind.at(budget))
             continue
         try:
+            if (why := kind.why_not_on(contest.pipe)) is not None:
+                raise NotAvailableError(why)
             searched[kind.name] = SettingSearch(contest, contest.inputs[:search_samples], kind, budgets).run()
         except NotAvailableError as error:
             not_available[kind.name] = str(error)

@@ -224,6 +224,8 @@ class Evaluation:
                 f"{contender}: the best of {search['tried']} settings, searched with {search['samples']} samples."
             )
             notes += [f"{contender}: {row['why']}" for row in search["budgets"] if row["run"] is None and row["why"]]
+            failed = search.get("failed") or {}
+            notes += [f"{contender}: {len(failed)} settings fail. {n}: {why}" for n, why in [*failed.items()][:1]]
         absent = self.facts.get("not_available", {})
         notes += [f"{name} is not available: {why}" for name, why in absent.items() if name not in LEARNED]
         apart = [run.name for run in self.timed_apart if run in self.shown]
