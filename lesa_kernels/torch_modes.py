@@ -1,4 +1,4 @@
-"""The modes of torch that a whole process or thread has, and how to leave them for a while."""
+"""The modes of torch that a thread can be in, and how to leave them for a while."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,10 +8,11 @@ import torch
 
 @contextlib.contextmanager
 def default_modes() -> Iterator[None]:
-    """A context, also usable as a decorator, in which torch behaves as if nobody had changed its global modes.
+    """A context, also usable as a decorator, in which the thread has the modes that torch starts with.
 
-    Gradients are enabled, also inside `torch.inference_mode()`. The default dtype is float32, the default device is the
-    CPU, and autocast is off. At the end, also after an error, every mode is as it was before.
+    Gradients are enabled, also inside `torch.inference_mode()`. New tensors are on the CPU, and autocast is off. At the
+    end, also after an error, every mode is as it was before. The default dtype belongs to all threads, so it is not
+    changed: where a dtype matters, it is given.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -21,8 +22,4 @@ def default_modes() -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.empty(0).device.type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        # The default dtype belongs to all threads, so it is not touched where it is right already.
-        if (dtype := torch.get_default_dtype()) != torch.float32:
-            stack.callback(torch.set_default_dtype, dtype)
-            torch.set_default_dtype(torch.float32)
         yield

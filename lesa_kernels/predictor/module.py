@@ -109,7 +109,7 @@ class FusedKANPredictor(nn.Module):
         if self.config.mixer == "newton":
             self.out_bias[:, :1] = 1.0
             if self.down is not None:
-                nn.init.uniform_(self.down, -1, 1).div_((self.down.shape[2] * self.down.shape[3]) ** 0.5)
+                self.down.uniform_(-1, 1).div_((self.down.shape[2] * self.down.shape[3]) ** 0.5)
             for parameter in (self.up, self.up_bias):
                 if parameter is not None:
                     parameter.zero_()

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lesa
@@ -211,6 +212,8 @@ def test_what_does_not_belong_together_is_refused(pipe, recorded, predictor, tmp
     fresh_pipe.transformer.proj_out.bias.data.add_(1)
     with pytest.raises(ValueError, match=r"`pipe.transformer` must be what the trajectories were recorded with"):
         lesa.refine(predictor, trajectories, fresh_pipe, inputs, **QUICK)
+    with pytest.raises(TypeError, match="`predictor` must be a FusedKANPredictor, but got 'newton-4'"):
+        lesa.refine("newton-4", trajectories, pipe, inputs, **QUICK)
     dense = FusedKANPredictor(PredictorConfig(128, mixer="dense"))
     with pytest.raises(ValueError, match="`predictor` must forecast from computed steps only"):
         lesa.refine(dense, trajectories, pipe, inputs, **QUICK)
@@ -228,6 +231,63 @@ def test_what_does_not_belong_together_is_refused(pipe, recorded, predictor, tmp
         lesa.train(rolled, schedule=SCHEDULE)
     with pytest.raises(ValueError, match=r"`predictor[\w.]*` must be"):
         lesa.record(pipe, inputs, tmp_path / "r", STEPS, batch_size=8, progress=False)
+
+
+REFUSED = {
+    "a file": (ValueError, "`out_dir` must be a folder, but got .*, where there is a file"),
+    "below a file": (ValueError, "`out_dir` must be a folder, but got .*, where there is a file"),
+    "files": (ValueError, "`out_dir` must be empty or hold an unfinished refinement, but got files in"),
+    "a predictor": (ValueError, "`out_dir` must be empty or hold an unfinished refinement, but got files in"),
+    "a damaged refinement": (ValueError, "`out_dir` must hold a refinement that can be read, but got .*damaged"),
+    "a list": (ValueError, "`out_dir` must hold a refinement that can be read, but got .*damaged"),
+    "no path": (TypeError, "`out_dir` must be a path, but got 3"),
+    "meta": (ValueError, "`device` must be one on which torch can compute, but got 'meta'"),
+    "no device": (ValueError, "`device` must be one on which torch can compute, but got 'gpu'"),
+    "rounds": (ValueError, "`rounds` must be an integer of at least 1"),
+    "epochs": (TypeError, "`epochs` must be an integer"),
+    "samples_per_call": (ValueError, "`samples_per_call` must be an integer of at least 1"),
+    "learning_rate": (ValueError, "`learning_rate` must be a finite number"),
+    "not finite": (ValueError, "`trajectories` must be finite, but got NaN or Inf in the features of sample-00007"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_wrong_is_refused_before_the_pipeline_runs(pipe, recorded, predictor, tmp_path, monkeypatch, what):
+    (trajectories, inputs), out, options = recorded, tmp_path / "out", {}
+    if what in ("a file", "below a file"):
+        out.write_text("")
+        options = {"out_dir": out / "deeper" if what == "below a file" else out}
+    elif what == "files":
+        out.mkdir()
+        (out / "notes.txt").write_text("")
+    elif what == "a predictor":
+        predictor.save_pretrained(out)
+    elif what in ("a damaged refinement", "a list"):
+        out.mkdir()
+        (out / refinement.SETTINGS_NAME).write_text("{" if what == "a damaged refinement" else "[]")
+    elif what == "not finite":
+        shutil.copytree(trajectories.folder, tmp_path / "t")
+        file = tmp_path / "t" / "sample-00007.safetensors"
+        tensors = load_file(file)
+        tensors["features"][-1, -1, -1] = torch.nan
+        save_file(tensors, file)
+        trajectories = lesa.Trajectories(tmp_path / "t")
+    else:
+        options = {
+            "no path": {"out_dir": 3},
+            "meta": {"device": "meta"},
+            "no device": {"device": "gpu"},
+            "rounds": {"rounds": 0},
+            "epochs": {"epochs": 1.5},
+            "samples_per_call": {"samples_per_call": 0},
+            "learning_rate": {"learning_rate": float("nan")},
+        }[what]
+    monkeypatch.setattr(refinement, "Recording", lambda *args, **options: pytest.fail("work has begun"))
+    error, message = REFUSED[what]
+    with pytest.raises(error, match=message) as refused:
+        lesa.refine(predictor, trajectories, pipe, inputs, **{"out_dir": out, **QUICK, **options})
+    assert refused.value.lesa_message  # it is no bug
 
 
 def test_guidance_in_two_streams_is_refined(tmp_path):

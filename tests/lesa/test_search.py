@@ -255,6 +255,8 @@ def test_a_stopped_training_with_a_budget_keeps_its_schedule(tmp_path, monkeypat
 def test_what_does_not_fit_is_refused(tmp_path):
     trajectories = write_trajectories(tmp_path / "t", bent, samples=1)
     dense = FusedKANPredictor(PredictorConfig(WIDTH, mixer="dense", hidden=4))
+    with pytest.raises(TypeError, match="`predictor` must be a FusedKANPredictor, but got None"):
+        search_schedule(trajectories, None, 4)
     with pytest.raises(ValueError, match="`predictor` must forecast from computed steps only"):
         search_schedule(trajectories, dense, 4)
     with pytest.raises(ValueError, match="`num_computed` must be an integer of at least 2 and at most 13, but got 14"):

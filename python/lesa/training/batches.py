@@ -43,6 +43,13 @@ def check_finite(trajectories: Trajectories) -> None:
                 raise argument_error("trajectories", "be finite", got, remedy)
 
 
+def check_is_predictor(predictor: FusedKANPredictor) -> None:
+    """Raises `TypeError` unless it is a predictor."""
+    if not isinstance(predictor, FusedKANPredictor):
+        remedy = "Load one with `FusedKANPredictor.from_pretrained`, or train one with `lesa.train`."
+        raise argument_error("predictor", "be a FusedKANPredictor", predictor, remedy, TypeError)
+
+
 class Head:
     """The output projection that was recorded with the trajectories, in float32.
 

@@ -21,7 +21,7 @@ import torch
 from lesa.artifacts import check_same_settings, digest, fingerprint, predictor_identity, remove_partial, write_text
 from lesa.inputs import check_inputs
 from lesa.models import adapter_for
-from lesa.training.batches import Batch, Plan, RollOut, check_finite
+from lesa.training.batches import Batch, Plan, RollOut, check_finite, check_is_predictor
 from lesa.training.losses import roll_out_loss
 from lesa.training.recording import Recording
 from lesa.training.searching import writable_folder
@@ -130,6 +130,7 @@ def refine(
 
 def _check_predictor(predictor: FusedKANPredictor, trajectories: Trajectories) -> None:
     """Raises `ValueError` unless the predictor was trained on trajectories like these, and can be refined."""
+    check_is_predictor(predictor)
     config = predictor.config
     if config.history != "anchors":
         remedy = "Use a newton predictor. A dense one sees its own forecasts in `train` already."

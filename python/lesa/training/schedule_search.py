@@ -9,9 +9,9 @@ import torch
 from tqdm import tqdm
 
 from lesa.schedule import Schedule
-from lesa.training.batches import Batch, Head, check_finite
+from lesa.training.batches import Batch, Head, check_finite, check_is_predictor
 from lesa.training.searching import Search
-from lesa.training.settings import TrainingSettings, complete_config, usable_device
+from lesa.training.settings import TrainingSettings, check_config, check_seed, complete_config, usable_device
 from lesa.training.training_run import Training
 from lesa.training.trajectories import Trajectories, Trajectory, check_plain, latents_of
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -63,7 +63,8 @@ def find_schedule(
     """
     check_plain(trajectories)
     check_searchable(config)
-    check_budget(trajectories, budget)
+    budget, seed = check_budget(trajectories, budget), check_seed(seed)
+    complete_config(trajectories, config, Schedule.spread(budget, trajectories.num_inference_steps))
     usable_device(device)
     check_finite(trajectories)
     return found_schedule(trajectories, budget, config, seed, device, progress, Search())
@@ -71,7 +72,7 @@ def find_schedule(
 
 def check_searchable(config: PredictorConfig | None) -> None:
     """Raises `ValueError` if no schedule can be searched for such a predictor."""
-    if config is not None and config.history != "anchors":
+    if config is not None and check_config(config).history != "anchors":
         remedy = "Use the configuration of a newton predictor."
         raise argument_error("config.history", "be 'anchors' for a schedule to be searched", config.history, remedy)
 
@@ -142,9 +143,11 @@ def search_schedule(
         The schedule, with the noise levels of the trajectories.
 
     Raises:
-        ValueError: the predictor uses its own forecasts as history, there are fewer steps than `num_computed`, or the
-            trajectories have several streams but no latents, which show how guidance combines the streams.
+        TypeError, ValueError: the predictor is none, or uses its own forecasts as history; an argument is out of range,
+            such as more steps than there are; or the trajectories have NaN or Inf, or several streams but no latents,
+            which show how guidance combines the streams.
     """
+    check_is_predictor(predictor)
     if predictor.config.history != "anchors":
         raise argument_error(
             "predictor",
@@ -154,6 +157,8 @@ def search_schedule(
         )
     total = trajectories.num_inference_steps
     count = check_int("num_computed", num_computed, minimum=2, maximum=total - 1)
+    samples, tokens_per_sample = check_int("samples", samples), check_int("tokens_per_sample", tokens_per_sample)
+    seed = check_seed(seed)
     check_finite(trajectories)
     errors = ScheduleErrors(trajectories, predictor, samples, tokens_per_sample, seed)
     return _with_levels(trajectories, _cheapest_steps(errors, count, progress, Search(), ""))
@@ -191,7 +196,7 @@ class ScheduleErrors:
         self.batches = [  # the generator begins each batch in the same state: all get the same tokens
             Batch([*stream], head, generator.set_state(state), tokens, "cpu") for stream in zip(*alike)
         ]
-        self.weights = torch.ones(1, 1)
+        self.weights = torch.ones(1, 1, dtype=torch.float32)
         if count > 1:
             tokens_each = self.batches[0].features.shape[1] // len(alike)
             weights = torch.stack([guidance_weights(trajectories, sample) for sample in alike], 1)
@@ -214,7 +219,7 @@ class ScheduleErrors:
         slots = torch.tensor(history + history[-1:] * (self._longest - len(history)))  # the repeated ones are not read
         cursor = torch.full((length,), len(history) % self._longest, dtype=torch.int32)
         held = torch.full_like(cursor, len(history))
-        off = torch.zeros(())
+        off = torch.zeros((), dtype=torch.float32)
         for batch, weight in zip(self.batches, self.weights):
             features = batch.features[slots][:, None].expand(-1, length, -1, -1)
             sigmas = batch.sigmas[slots][:, None].expand(-1, length)
@@ -229,7 +234,7 @@ class ScheduleErrors:
 
     def of(self, steps: tuple[int, ...]) -> float:
         """The squared displacement at the end of a run that computes `steps`."""
-        off = torch.zeros(())
+        off = torch.zeros((), dtype=torch.float32)
         for number, end in enumerate((*steps[1:], self.total), start=1):
             gap = (*steps[max(0, number - self._longest) : number], end)
             if gap not in self._gaps:

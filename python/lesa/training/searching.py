@@ -78,9 +78,12 @@ def writable_folder(out_dir: str | os.PathLike) -> Path:
     """The folder, which is made if it is missing.
 
     Raises:
-        ValueError: it, or a folder above it, is a file.
+        TypeError, ValueError: it is no path; or it, or a folder above it, is a file.
         OSError: nothing can be written there.
     """
+    if not isinstance(out_dir, (str, os.PathLike)) or "\0" in os.fspath(out_dir):
+        kind = ValueError if isinstance(out_dir, str) else TypeError
+        raise argument_error("out_dir", "be a path", out_dir, "Pass the path of a folder.", kind)
     folder = Path(out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

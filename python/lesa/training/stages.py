@@ -8,7 +8,7 @@ from tqdm import tqdm
 from lesa.schedule import ScheduleLike
 from lesa.training.batches import Split, check_finite, split
 from lesa.training.searching import Search
-from lesa.training.settings import TrainingSettings, complete_config, usable_device, with_stages
+from lesa.training.settings import TrainingSettings, check_seed, complete_config, usable_device, with_stages
 from lesa.training.training_run import MOST_TOKENS, Training
 from lesa.training.trajectories import Trajectories, check_plain
 from lesa_kernels import PredictorConfig
@@ -65,7 +65,7 @@ def find_stages(
             it.
     """
     check_plain(trajectories)
-    most, seed = check_int("most", most), check_int("seed", seed, minimum=0)
+    most, seed = check_int("most", most), check_seed(seed)
     complete = complete_config(trajectories, config, schedule)
     check_divisible(trajectories, complete)
     usable_device(device)

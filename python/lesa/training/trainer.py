@@ -9,7 +9,14 @@ from lesa.schedule import Schedule, ScheduleLike
 from lesa.training.batches import check_finite
 from lesa.training.schedule_search import check_budget, found_schedule
 from lesa.training.searching import Search, has_search
-from lesa.training.settings import TrainingSettings, complete_config, usable_device, with_stages
+from lesa.training.settings import (
+    TrainingSettings,
+    check_config,
+    complete_config,
+    config_settings,
+    usable_device,
+    with_stages,
+)
 from lesa.training.stages import MOST_STAGES, check_divisible, found_stages
 from lesa.training.training_run import Training, check_folder, unfinished_config
 from lesa.training.trajectories import Trajectories, as_trajectories, check_plain
@@ -89,7 +96,7 @@ def train(
     """
     trajectories = as_trajectories(trajectories)
     check_plain(trajectories)
-    config = PredictorConfig(trajectories.feature_dim) if config is None else config
+    config = PredictorConfig(trajectories.feature_dim) if config is None else check_config(config)
     newton = config.mixer == "newton"
     _check_choices(config, schedule, budget, controlled)
     epochs = check_int("epochs", epochs)
@@ -109,14 +116,13 @@ def train(
         controlled=controlled,
     )
     if budget is not None:  # where a search begins
-        schedule = Schedule.spread(check_budget(trajectories, budget), trajectories.num_inference_steps)
+        budget = check_budget(trajectories, budget)
+        schedule = Schedule.spread(budget, trajectories.num_inference_steps)
     config = complete_config(trajectories, config, schedule)
     if find_stages:
         check_divisible(trajectories, config)
     device = usable_device(device)
-    folder = None if out_dir is None else Path(out_dir)
-    if folder is not None:
-        check_folder(folder)
+    folder = None if out_dir is None else check_folder(out_dir)
     check_finite(trajectories)
     config = _searched(trajectories, config, settings, budget, find_stages, folder, device, progress)
     bar = "train" if progress else None
@@ -164,7 +170,7 @@ def _searched(
     if budget is None and not find_stages and not (folder is not None and has_search(folder)):
         return config
     chosen = {"trajectories": trajectories.manifest, "budget": budget, "find_stages": find_stages}
-    search = Search(folder, {**chosen, "config": config.to_dict(), **settings.to_dict()})
+    search = Search(folder, {**chosen, "config": config_settings(config), **settings.to_dict()})
     if budget is not None:
         found = found_schedule(trajectories, budget, config, settings.seed, device, progress, search)
         config = complete_config(trajectories, config, found)

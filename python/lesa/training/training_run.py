@@ -5,6 +5,7 @@ Closed loop: the history is as at inference. A newton predictor trains on the sc
 that holds its own forecasts.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from lesa.training.batches import Batch, Head, Plan, RollOut, Split, predict, ro
 from lesa.training.guided_schedules import moved_steps, stretched_steps
 from lesa.training.losses import feature_loss, head_aware_loss
 from lesa.training.searching import SEARCH_NAME, discard_search, writable_folder
-from lesa.training.settings import TrainingSettings
+from lesa.training.settings import TrainingSettings, config_settings
 from lesa.training.trajectories import Trajectories
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import Said, argument_error
@@ -180,7 +181,7 @@ class Training:
         read = {number: self.trajectories[number] for number in numbers}
         for number, trajectory in read.items():
             groups.setdefault(tuple(trajectory.sigmas.tolist()), []).append(number)
-        mean = torch.zeros((), device=self.device)
+        mean = torch.zeros((), dtype=torch.float32, device=self.device)
         for group in groups.values():
             roll_outs = [self.roll_outs_of(number) for number in group]
             alike = [read[number] for number in group]
@@ -249,8 +250,7 @@ class Training:
         """All that must be the same for a training to continue, by name."""
         return {
             "trajectories": self.trajectories.manifest,
-            # Other entries of the configuration follow from the first two.
-            "config": {"mixer": self.config.mixer, "stage_bounds": self.config.stage_bounds, **self.config.to_dict()},
+            "config": config_settings(self.config),
             **self.settings.to_dict(),
             **self.depends_on(),
         }
@@ -288,15 +288,16 @@ class Training:
             torch.save(checkpoint, temporary)
 
 
-def check_folder(out_dir: Path) -> None:
+def check_folder(out_dir: str | os.PathLike) -> Path:
     """Makes the folder; raises `ValueError` unless it is empty or holds an unfinished training or search."""
-    writable_folder(out_dir)
-    file = out_dir / CHECKPOINT_NAME
+    folder = writable_folder(out_dir)
+    file = folder / CHECKPOINT_NAME
     remove_partial(file)
     file.with_name(f"{file.name}.new").unlink(missing_ok=True)  # the same, of earlier versions
-    if not file.exists() and any(path.name != SEARCH_NAME for path in out_dir.iterdir()):
-        got = Said(f"a predictor in {out_dir}" if is_finished(out_dir) else f"files in {out_dir}")
+    if not file.exists() and any(path.name != SEARCH_NAME for path in folder.iterdir()):
+        got = Said(f"a predictor in {folder}" if is_finished(folder) else f"files in {folder}")
         raise argument_error("out_dir", "be empty or hold an unfinished training", got, "Choose another folder.")
+    return folder
 
 
 def unfinished_config(out_dir: Path) -> dict[str, Any] | None:
@@ -311,14 +312,10 @@ def _read_checkpoint(out_dir: Path, device: torch.device | str) -> dict[str, Any
     if not file.exists():
         return None
     parts = {"settings", "predictor", "optimizer", "generator", "losses", "epoch"}
-    try:
-        checkpoint = torch.load(file, map_location=device, weights_only=True)
+    with file.open("rb") as stream, contextlib.suppress(Exception):  # damaged bytes lead to many kinds of errors
+        checkpoint = torch.load(stream, map_location=device, weights_only=True)
         if parts <= checkpoint.keys() and "config" in checkpoint["settings"]:
             return checkpoint
-    except OSError:
-        raise
-    except Exception:  # damaged bytes lead to many kinds of errors
-        pass
     must, got = "hold a checkpoint that can be read", Said(f"{file}, which is damaged or of another version")
     raise argument_error("out_dir", must, got, "Delete it to train from the start.")
 
