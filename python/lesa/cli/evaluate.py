@@ -17,6 +17,7 @@ OPTIONS = {
     "inputs": "--inputs",
     "file": "--inputs",
     "pipe": "--model",
+    "seed": "--seed",
 }
 
 
@@ -45,8 +46,7 @@ def run(options) -> None:
 
     predictors = {}
     for source in options.predictor:
-        label = Path(source).name if Path(source).name not in predictors else source
-        predictors[label] = FusedKANPredictor.from_pretrained(source)
+        predictors[_label(source)] = FusedKANPredictor.from_pretrained(source)
     pipe = pipeline_of(options)
     evaluation = lesa.evaluate(
         pipe,
@@ -60,6 +60,11 @@ def run(options) -> None:
         search_samples=options.search_samples,
     )
     show(evaluation, options.out)
+
+
+def _label(source: str) -> str:
+    """What the predictor is known by in the results: its folder, whatever the current one is, or its hub id."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
 def show(evaluation, folder: Path) -> None:

@@ -63,7 +63,9 @@ class QwenImageAdapter(Adapter):
             patches = latents.reshape(batch, -1, rows, columns, channels // 4, 2, 2)  # [B, frames, ...]
             frames = patches.permute(0, 4, 1, 2, 5, 3, 6).reshape(batch, channels // 4, -1, 2 * rows, 2 * columns)
         config, frames = pipe.vae.config, frames.to(pipe.vae.dtype)
-        mean, deviation = (torch.tensor(v)[:, None, None, None] for v in (config.latents_mean, config.latents_std))
+        mean, deviation = (
+            torch.tensor(v, dtype=torch.float32)[:, None, None, None] for v in (config.latents_mean, config.latents_std)
+        )
         frames = frames / (1 / deviation).to(frames) + mean.to(frames)
         if layered:
             frames = frames[:, :, 1:].transpose(1, 2).flatten(0, 1)[:, :, None]  # the first layer is the whole image
