@@ -5,6 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 SCHEDULE = "computed steps such as 0,2,6,12, or an interval such as 7"
+RUN_OPTIONS = {
+    "num_inference_steps": "--steps",
+    "seed": "--seed",
+    "inputs": "--inputs",
+    "file": "--inputs",
+    "pipe": "--model",
+}
+"""The options of commands that run a pipeline, by the names that the library has for them."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 

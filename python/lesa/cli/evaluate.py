@@ -6,17 +6,14 @@ import lesa
 from lesa.cli import arguments
 
 OPTIONS = {
+    **arguments.RUN_OPTIONS,
     "out_dir": "--out",
     "against": "--against",
     "predictors": "--predictor",
     "predictor": "--predictor",
     "folder_or_id": "--predictor",
-    "num_inference_steps": "--steps",
     "batch_size": "--batch-size",
     "search_samples": "--search-samples",
-    "inputs": "--inputs",
-    "file": "--inputs",
-    "pipe": "--model",
 }
 
 
@@ -40,25 +37,30 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     """Runs the command."""
-    from lesa.cli.loading import inputs_of, pipeline_of
+    from lesa.cli.loading import check_model, pipeline_of, prepare, read
+    from lesa.cli.trying import explained
     from lesa_kernels import FusedKANPredictor
 
+    kind = check_model(options)
     predictors = {}
     for source in options.predictor:
         label = Path(source).name if Path(source).name not in predictors else source
         predictors[label] = FusedKANPredictor.from_pretrained(source)
+    samples = read(options, kind)
     pipe = pipeline_of(options)
-    evaluation = lesa.evaluate(
-        pipe,
-        inputs_of(options, pipe),
-        {label: predictor.to(pipe.transformer.device) for label, predictor in predictors.items()},
-        against=options.against,
-        num_inference_steps=options.steps,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        out_dir=options.out,
-        search_samples=options.search_samples,
-    )
+    samples = prepare(options, pipe, samples, options.steps)
+    with explained(pipe, samples, options.steps):
+        evaluation = lesa.evaluate(
+            pipe,
+            [sample.arguments for sample in samples],
+            {label: predictor.to(pipe.transformer.device) for label, predictor in predictors.items()},
+            against=options.against,
+            num_inference_steps=options.steps,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            out_dir=options.out,
+            search_samples=options.search_samples,
+        )
     show(evaluation, options.out)
 
 

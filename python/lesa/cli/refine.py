@@ -6,6 +6,7 @@ import lesa
 from lesa.cli import arguments
 
 OPTIONS = {
+    **arguments.RUN_OPTIONS,
     "out_dir": "--out",
     "trajectories": "--trajectories",
     "folder": "--trajectories",
@@ -14,10 +15,6 @@ OPTIONS = {
     "rounds": "--rounds",
     "epochs": "--epochs",
     "samples_per_call": "--batch-size",
-    "seed": "--seed",
-    "inputs": "--inputs",
-    "file": "--inputs",
-    "pipe": "--model",
 }
 
 
@@ -41,21 +38,27 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     """Runs the command."""
-    from lesa.cli.loading import device_of, inputs_of, pipeline_of
+    from lesa.cli.loading import check_model, device_of, pipeline_of, prepare, read
+    from lesa.cli.trying import explained
     from lesa_kernels import FusedKANPredictor
 
+    kind = check_model(options)
     predictor = FusedKANPredictor.from_pretrained(options.predictor)
+    steps = lesa.Trajectories(options.trajectories).manifest.get("requested_num_inference_steps", 50)
+    samples = read(options, kind)
     pipe = pipeline_of(options)
-    lesa.refine(
-        predictor,
-        options.trajectories,
-        pipe,
-        inputs_of(options, pipe),
-        out_dir=options.out,
-        rounds=options.rounds,
-        epochs=options.epochs,
-        samples_per_call=options.batch_size,
-        seed=options.seed,
-        device=device_of(options),
-    )
+    samples = prepare(options, pipe, samples, steps)
+    with explained(pipe, samples, steps):
+        lesa.refine(
+            predictor,
+            options.trajectories,
+            pipe,
+            [sample.arguments for sample in samples],
+            out_dir=options.out,
+            rounds=options.rounds,
+            epochs=options.epochs,
+            samples_per_call=options.batch_size,
+            seed=options.seed,
+            device=device_of(options),
+        )
     print(f"Wrote the refined predictor to {options.out}")
