@@ -12,6 +12,7 @@ OPTIONS = {
     "flops_rate": "--tflops",
     "batch": "--batch-size",
     "bandwidth": "--bandwidth",
+    "steps": "--schedule",
     "text_tokens": "--text-tokens",
     "images_per_day": "--images-per-day",
     **{name: f"--{name}" for name in ("model", "height", "width", "schedule", "predictor", "device", "efficiency")},
