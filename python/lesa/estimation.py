@@ -301,7 +301,11 @@ def _predictor(predictor, dim: int, family: str) -> PredictorConfig:
         if not file.is_file():
             remedy = "Pass a folder that `lesa train` wrote, or a PredictorConfig."
             raise argument_error("predictor", "hold a config.json", Said(str(predictor)), remedy, FileNotFoundError)
-        predictor = PredictorConfig.from_dict(read_json(file, "predictor"))
+        found = read_json(file, "predictor")
+        try:
+            predictor = PredictorConfig.from_dict(found)
+        except (TypeError, ValueError) as error:
+            raise usage_error(f"`predictor` has a {file} that cannot be used.", str(error), type(error)) from None
     for name, wanted in (("feature_dim", dim), ("family", family)):
         got = getattr(predictor, name)
         if got not in (None, wanted):

@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+from lesa.cli import arguments
+
 OPTIONS = {"out_dir": "--export"}
 
 
@@ -11,9 +13,11 @@ def add_arguments(parser) -> None:
     models = "digits: a FLUX model (default); photos: a Qwen-Image model with guidance"
     parser.add_argument("--model", choices=("digits", "photos"), default="digits", help=models)
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the results (default: demo-out)")
     choice.add_argument(
-        "--export", type=Path, metavar="DIR", help="write the model and its inputs to DIR, and draw nothing"
+        "--out", type=arguments.folder, default=Path("demo-out"), help="folder for the results (default: demo-out)"
+    )
+    choice.add_argument(
+        "--export", type=arguments.folder, metavar="DIR", help="write the model and its inputs to DIR, and draw nothing"
     )
 
 

@@ -32,20 +32,19 @@ def add_arguments(parser) -> None:
     parser.add_argument("--batch-size", type=arguments.positive, help="samples per pipeline call (default: all)")
     text = "how many samples the search for the best settings of the other caches uses (default: 4)"
     parser.add_argument("--search-samples", type=arguments.positive, default=4, help=text)
-    parser.add_argument("--out", required=True, type=Path, help="folder for the results")
+    parser.add_argument("--out", required=True, type=arguments.folder, help="folder for the results")
 
 
 def run(options) -> None:
     """Runs the command."""
-    from lesa.cli.loading import check_model, pipeline_of, prepare, read
+    from lesa.cli.loading import check_model, pipeline_of, prepare, read, with_schedule
     from lesa.cli.trying import explained
-    from lesa_kernels import FusedKANPredictor
 
     kind = check_model(options)
     predictors = {}
     for source in options.predictor:
         label = Path(source).name if Path(source).name not in predictors else source
-        predictors[label] = FusedKANPredictor.from_pretrained(source)
+        predictors[label] = with_schedule(source)
     samples = read(options, kind)
     pipe = pipeline_of(options)
     samples = prepare(options, pipe, samples, options.steps)

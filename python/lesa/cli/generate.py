@@ -50,25 +50,26 @@ def run(options) -> None:
     """Runs the command."""
     import torch
 
-    from lesa.cli.loading import check_model, pipeline_of, prepare, read
+    from lesa.cli.loading import check_model, pipeline_of, predictor_of, prepare, read
     from lesa.cli.outputs import check_output, write
     from lesa.cli.trying import explained
-    from lesa_kernels import FusedKANPredictor
 
     check_output(options.output, None, options.fps)
     if isinstance(options.schedule, list) and options.schedule[-1] >= options.steps:
         last = options.schedule[-1]
         raise UsageError(f"argument --schedule: each step must be below --steps ({options.steps}), but got {last}")
     kind = check_model(options)
-    predictor = FusedKANPredictor.from_pretrained(options.predictor)
+    predictor = predictor_of(options.predictor)
     samples = read(options, kind)
     pipe = pipeline_of(options)
     check_output(options.output, type(pipe).__call__, options.fps)
     samples = prepare(options, pipe, _sized(options, samples), options.steps)
     predictor.to(pipe.transformer.device)
     schedule = options.schedule if options.tolerance is None else lesa.ErrorControl(options.tolerance)
-    with explained(pipe, samples, options.steps), lesa.enable_cache(pipe, predictor, schedule) as handle:
+    running: list = []  # the sample that is drawn
+    with explained(pipe, running, options.steps), lesa.enable_cache(pipe, predictor, schedule) as handle:
         for number, sample in enumerate(samples):
+            running[:] = [sample]
             generator = torch.Generator("cpu").manual_seed(options.seed + number)
             start = time.perf_counter()
             result = pipe(**sample.arguments, num_inference_steps=options.steps, generator=generator)
@@ -85,5 +86,5 @@ def run(options) -> None:
 def _sized(options, samples: list) -> list:
     """The samples with the size of --height and --width, which is named with their place."""
     size = {name: getattr(options, name) for name in ("height", "width") if getattr(options, name) is not None}
-    given = "".join(f" with --{name} {value}" for name, value in size.items())
+    given = " with" * bool(size) + "".join(f" --{name} {value}" for name, value in size.items())
     return [replace(s, place=s.place + given, arguments={**s.arguments, **size}) for s in samples]

@@ -1,7 +1,6 @@
 """What commands load before they start: the device, the inputs, the pipeline and predictors."""
 
 import json
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from lesa.cli.trying import check_by_pipeline
 from lesa.inputs import Sample, check_inputs, read_samples
 from lesa.models import adapter_for
 from lesa.pipelines import check_folder_or_id, load_pipeline
+from lesa_kernels import FusedKANPredictor
 
 _OPTIONAL_ENCODERS = ("text_encoder_3",)
 """Text encoders without which pipelines encode prompts: Stable Diffusion 3 then takes zeros."""
@@ -69,14 +69,31 @@ def pipeline_of(options) -> Any:
         except Exception as error:
             if isinstance(error, OSError) and not Path(model).is_dir():
                 raise UsageError(f"argument --model: there is no folder {model!r}. The hub says: {error}") from None
-            if is_message(error):
-                raise
-            reason = f"{type(error).__name__}: {error}"  # of a file in the folder
+            reason = str(error) if is_message(error) else f"{type(error).__name__}: {error}"  # of a file in the folder
             raise UsageError(f"argument --model: diffusers can't load {model!r}: {reason}") from None
     adapter_for(pipe)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def predictor_of(source: str) -> FusedKANPredictor:
+    """The predictor of `--predictor`, on the CPU."""
+    try:
+        return FusedKANPredictor.from_pretrained(source)
+    except Exception as error:
+        if not is_message(error) or "`folder_or_id`" in str(error):
+            raise
+        raise UsageError(f"argument --predictor: {source} can't be used: {error}") from None
+
+
+def with_schedule(source: str) -> FusedKANPredictor:
+    """The predictor of `--predictor`, which must have been trained with a schedule."""
+    predictor = predictor_of(source)
+    if predictor.config.schedule is None:
+        remedy = "Train one with `lesa train`."
+        raise UsageError(f"argument --predictor: {source} says no steps to compute. {remedy}")
+    return predictor
 
 
 def read(options, kind: type | None) -> list[Sample]:
@@ -116,7 +133,7 @@ def prepare(options, pipe: Any, samples: list[Sample], num_inference_steps: int)
         return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
     for text in check_by_pipeline(pipe, samples, num_inference_steps):
-        print(f"lesa: warning: {' '.join(text.split())}", file=sys.stderr)
+        print(f"Note: {' '.join(text.split())}", flush=True)
     return [replace(s, arguments={name: placed(value) for name, value in s.arguments.items()}) for s in samples]
 
 

@@ -1,7 +1,5 @@
 """`lesa record`."""
 
-from pathlib import Path
-
 import lesa
 from lesa.cli import arguments
 
@@ -28,7 +26,7 @@ def add_arguments(parser) -> None:
     arguments.add_model(parser)
     arguments.add_inputs(parser)
     arguments.add_run(parser)
-    parser.add_argument("--out", required=True, type=Path, help="folder for the trajectories")
+    parser.add_argument("--out", required=True, type=arguments.folder, help="folder for the trajectories")
     parser.add_argument(
         "--tokens-per-sample", type=arguments.positive, help="image tokens to keep, chosen at random (default: all)"
     )

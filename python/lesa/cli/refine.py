@@ -25,7 +25,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--predictor", required=True, help="folder that `lesa train` wrote")
     text = "folder that `lesa record` wrote for this model"
     parser.add_argument("--trajectories", required=True, type=Path, help=text)
-    parser.add_argument("--out", required=True, type=Path, help="folder for the refined predictor")
+    parser.add_argument("--out", required=True, type=arguments.folder, help="folder for the refined predictor")
     text = "how often to run the pipeline and train (default: 2)"
     parser.add_argument("--rounds", type=arguments.positive, default=2, help=text)
     text = "passes over the trajectories in each round (default: 20)"
@@ -33,17 +33,16 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--batch-size", type=arguments.positive, default=1, help="samples per pipeline call (default: 1)"
     )
-    parser.add_argument("--seed", type=arguments.natural, default=0, help="seed of the training (default: 0)")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="seed of the training (default: 0)")
 
 
 def run(options) -> None:
     """Runs the command."""
-    from lesa.cli.loading import check_model, device_of, pipeline_of, prepare, read
+    from lesa.cli.loading import check_model, device_of, pipeline_of, prepare, read, with_schedule
     from lesa.cli.trying import explained
-    from lesa_kernels import FusedKANPredictor
 
     kind = check_model(options)
-    predictor = FusedKANPredictor.from_pretrained(options.predictor)
+    predictor = with_schedule(options.predictor)
     steps = lesa.Trajectories(options.trajectories).manifest.get("requested_num_inference_steps", 50)
     samples = read(options, kind)
     pipe = pipeline_of(options)

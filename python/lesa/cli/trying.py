@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import logging
+import traceback
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -53,8 +54,8 @@ def check_by_pipeline(pipe: Any, samples: Iterable[Sample], num_inference_steps:
 def explained(pipe: Any, samples: Iterable[Sample], num_inference_steps: int) -> Iterator[None]:
     """Raises `UsageError` for an error inside, if the pipeline alone fails on one of the samples too.
 
-    Only after an error, the pipeline runs without a cache on each sample, for one step. If it can do that, the error is
-    a bug and is raised as it is.
+    Only after an error, the pipeline runs without a cache on each sample. If it can do that, the error is a bug and is
+    raised as it is.
 
     Args:
         pipe: the pipeline, whose cache is off after the context.
@@ -66,18 +67,22 @@ def explained(pipe: Any, samples: Iterable[Sample], num_inference_steps: int) ->
     except Exception as error:
         if is_message(error):
             raise
+        frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        one_step = any(name.startswith("lesa.cache") for name in frames)  # it failed in a call of the transformer
         for sample in samples:
-            failure = _failure(pipe, sample.arguments, num_inference_steps)
+            failure = _failure(pipe, sample.arguments, num_inference_steps, one_step)
             if failure is not None:
                 raise _refused(sample, f"{type(pipe).__name__} fails on it, also without lesa", failure) from None
         raise
 
 
-def _failure(pipe: Any, arguments: dict[str, Any], num_inference_steps: int) -> Exception | None:
-    """The error of the pipeline in its first step, or None."""
+def _failure(pipe: Any, arguments: dict[str, Any], num_inference_steps: int, one_step: bool) -> Exception | None:
+    """The error of the pipeline in its first step, or in the whole run, or None."""
 
-    def stop(*_: Any) -> None:
-        raise _Reached
+    def stop(*_: Any) -> dict[str, Any]:
+        if one_step:
+            raise _Reached
+        return {}
 
     generator = torch.Generator("cpu").manual_seed(0)
     try:
