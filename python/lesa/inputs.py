@@ -161,7 +161,7 @@ def _check_suffix(file) -> Path:
 def _read_lines(path: Path) -> list[Sample]:
     text = _text_of(path)
     must, remedy = "be a JSON string or a JSON object", 'Write a prompt in double quotes: "a cat".'
-    if _is_json(text):  # a list, or one object over several lines
+    if _is_one_value(text):  # a list, or one object over several lines
         remedy = "Write each sample on a line of its own, as a prompt or an object, without a list around them."
     samples = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -183,7 +183,7 @@ def _text_of(path: Path) -> str:
     data = path.read_bytes()
     remedy = "Save the file in UTF-8."
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
-        raise argument_error("file", "be text in UTF-8", Said(f"{path}, which looks like UTF-16"), remedy)
+        raise argument_error("file", "be text in UTF-8", Said(f"{path}, which looks like UTF-16 or UTF-32"), remedy)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -192,12 +192,12 @@ def _text_of(path: Path) -> str:
         raise argument_error("file", "be text in UTF-8", got, remedy) from None
 
 
-def _is_json(text: str) -> bool:
+def _is_one_value(text: str) -> bool:
+    """Whether the text as a whole is a list or an object of JSON."""
     try:
-        json.loads(text)
+        return isinstance(json.loads(text), (list, dict))
     except (ValueError, RecursionError):
         return False
-    return True
 
 
 def _parse(name: str, must: str, text: str, remedy: str) -> Any:

@@ -109,12 +109,14 @@ def is_message(error: Exception) -> bool:
 
 
 def _with_options(message: str, options: Mapping[str, str]) -> str:
-    """The message with the names of command-line options instead of the library's arguments.
+    """The message with the names of options and commands instead of the library's arguments and functions.
 
     A part of an argument is named behind its option: "`predictor.config.rank`" becomes "`--predictor` (config.rank)".
     """
 
     def option(match: re.Match) -> str:
+        if match[1].removeprefix("lesa.") in COMMANDS:
+            return f"`{match[1].replace('.', ' ')}`"
         name, (first, _, rest), index = match[1], match[1].partition("."), match[2] or ""
         if name in options:
             return f"`{options[name]}{index}`"

@@ -39,7 +39,10 @@ def run(options) -> None:
     """Runs the command."""
     from lesa.cli.loading import check_model, pipeline_of, prepare, read, with_schedule
     from lesa.cli.trying import explained
+    from lesa.contenders import budget_of
 
+    for name in options.against:
+        budget_of(name)
     kind = check_model(options)
     predictors = {}
     for source in options.predictor:

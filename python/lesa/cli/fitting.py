@@ -17,7 +17,8 @@ from lesa.cli.outputs import makes_layers
 from lesa.inputs import Sample
 from lesa_kernels.checks import Said, argument_error, usage_error
 
-_WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false", dict: "an object", None: "null"}
+_WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false", dict: "an object"}
+_PLURALS = {int: "integers", float: "numbers"}
 _IMAGE = "the path of an image"
 _WIDTHS = {
     "prompt_embeds": ("joint_attention_dim", "text_embed_dim"),
@@ -161,12 +162,12 @@ def _in_words(hint: Any, is_image: bool) -> str:
     words = []
     for part in _parts(hint):
         origin, members = typing.get_origin(part) or part, typing.get_args(part)
-        if origin in _WORDS:
+        if origin in _WORDS:  # a list of prompts would be several samples
             words.append(_WORDS[origin])
         elif origin is list and is_image:
             words.append("a list of such paths")
-        elif origin is list and members:
-            words.append(f"a list of {_WORDS.get(members[0], 'tensors')}".replace(" a ", " ").replace(" an ", " "))
+        elif origin is list and members and str not in members:
+            words.append(f"a list of {_PLURALS.get(members[0], 'tensors')}")
         elif _is_tensor(origin) and not is_image:
             words.append("a tensor")
     if is_image:
@@ -177,7 +178,7 @@ def _in_words(hint: Any, is_image: bool) -> str:
 def _remedy(value: Any, hint: Any) -> str:
     if value is None:
         return "Leave it out to use the default."
-    if any(map(_is_tensor, _parts(hint))):
+    if all(part is None or _is_tensor(part) for part in _parts(hint)):
         return "Pass tensors in a .safetensors file."
     if isinstance(value, str) and str not in _parts(hint):
         return "Write numbers, lists and true or false without quotes."

@@ -92,7 +92,7 @@ def with_schedule(source: str) -> FusedKANPredictor:
     predictor = predictor_of(source)
     if predictor.config.schedule is None:
         remedy = "Train one with `lesa train`."
-        raise UsageError(f"argument --predictor: {source} says no steps to compute. {remedy}")
+        raise UsageError(f"argument --predictor: {source} was trained without a schedule. {remedy}")
     return predictor
 
 
