@@ -24,10 +24,10 @@ def add_arguments(parser) -> None:
 def run(options) -> None:
     """Runs the command."""
     from lesa.cli.evaluate import show
-    from lesa.cli.loading import quiet_diffusers
+    from lesa.cli.loading import quiet_libraries
     from lesa.demo.run import export, run_demo
 
-    quiet_diffusers()
+    quiet_libraries()
     if options.export is not None:
         commands = export(options.export, options.model)
         print(f"Wrote the model and its inputs to {options.export}. Run these commands one after the other:\n")

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import huggingface_hub
 import torch
+import transformers
 from diffusers.utils import logging
 
 from lesa.cli import UsageError, is_message
@@ -22,10 +24,14 @@ _OPTIONAL_ENCODERS = ("text_encoder_3",)
 """Text encoders without which pipelines encode prompts: Stable Diffusion 3 then takes zeros."""
 
 
-def quiet_diffusers() -> None:
-    """Only errors of diffusers are shown, and none of its progress bars."""
+def quiet_libraries() -> None:
+    """Only errors of diffusers are shown, and no bars of diffusers and transformers. Bars of downloads are kept."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    shows_downloads = not huggingface_hub.utils.are_progress_bars_disabled()
+    transformers.utils.logging.disable_progress_bar()  # also those of downloads
+    if shows_downloads:
+        huggingface_hub.utils.enable_progress_bars()
 
 
 def device_of(options) -> str:
@@ -59,7 +65,7 @@ def check_model(options) -> type | None:
 
 def pipeline_of(options) -> Any:
     """The pipeline of `--model`, on its device and in its dtype."""
-    quiet_diffusers()
+    quiet_libraries()
     model, device = options.model, device_of(options)
     dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")
     with warnings.catch_warnings():
