@@ -230,3 +230,24 @@ def test_a_size_that_a_video_model_refuses_is_named(hunyuan, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2 and not [*tmp_path.iterdir()]
     assert "one.safetensors, row 0 with --height 33: HunyuanVideoPipeline refuses it: `height` and `width`" in line
+
+
+@pytest.mark.slow
+def test_every_layer_of_a_picture_is_written(tmp_path, monkeypatch, capsys):
+    case = small.ALL["qwen layered"]
+    monkeypatch.setattr(lesa.cli.loading, "load_pipeline", lambda *_, **__: case.build())
+    FusedKANPredictor(PredictorConfig(small.DIM, rank=2, hidden=4, history_length=2)).save_pretrained(tmp_path / "p")
+    (tmp_path / "model").mkdir()
+    small.image(1, mode="RGBA").save(tmp_path / "in.png")
+    inputs = case.inputs(1)
+    tensors = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+    others = {"prompt": "words", "image": "in.png", "layers": 2, "true_cfg_scale": 1.0}
+    write_inputs(tmp_path / "one.safetensors", [{**tensors, **others}])
+    with pytest.raises(SystemExit):
+        generate(tmp_path, "one.safetensors", tmp_path / "x.jpg")
+    assert "'.jpg' cannot be written" in capsys.readouterr().err
+    with small.small_areas():
+        generate(tmp_path, "one.safetensors", tmp_path / "x.png")
+    names = sorted(path.name for path in tmp_path.glob("x*"))
+    assert names == ["x-0000.png", "x-0001.png"]
+    assert all(Image.open(tmp_path / name).mode == "RGBA" for name in names)
