@@ -72,6 +72,9 @@ def _run(arguments: list[str]) -> None:
         raise
     except Exception as error:
         if not is_message(error):
+            if str(getattr(options, "device", "")).startswith("meta"):
+                reason = "a meta device holds no numbers, so that nothing runs on it. Use cpu or cuda."
+                raise _exit(f"error: argument --device: {reason}", 2) from None
             raise
         raise _exit(f"error: {_with_options(str(error), getattr(command, 'OPTIONS', {}))}", 2) from None
 
@@ -105,7 +108,8 @@ def is_message(error: Exception) -> bool:
     """Whether the error is meant for the user: a failing file, network or memory, or a failed check. A bug is none."""
     if isinstance(error, (OSError, MemoryError, UsageError)) or hasattr(error, "lesa_message"):
         return True
-    return type(error).__name__ in ("SafetensorError", "OutOfMemoryError")  # the second is torch's
+    is_memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: " in str(error)  # of torch
+    return is_memory or type(error).__name__ == "SafetensorError"
 
 
 def _with_options(message: str, options: Mapping[str, str]) -> str:
