@@ -121,6 +121,8 @@ LINES = [
     (f"{PROMPT} --width 99999999999", "--width"),
     (f"{PROMPT} --fps 0", "--fps"),
     (f"{PROMPT} --fps nan", "--fps"),
+    (f"{PROMPT} --fps 1e-9", "--fps"),
+    (f"{PROMPT} --fps 1000", "--fps"),
     (f"{PROMPT} --fps 24", "--fps"),
     (f"{PROMPT} --dtype float64", "--dtype"),
     (f"{PROMPT} --tolerance inf", "--tolerance"),

@@ -60,7 +60,7 @@ def test_an_mp4_has_every_frame_in_even_sizes(tmp_path, size, count):
         assert np.abs(frame.astype(int) - 20 * number).max() < 12
 
 
-@pytest.mark.parametrize("fps", [24, 15, 50, 23.976])
+@pytest.mark.parametrize("fps", [24, 15, 50, 23.976, 1])
 def test_a_gif_has_every_frame_and_lasts_as_long_as_it_must(tmp_path, fps):
     write(SimpleNamespace(frames=[video()]), tmp_path / "v.GIF", fps)
     file = Image.open(tmp_path / "v.GIF")

@@ -57,6 +57,17 @@ def above_zero(text: str) -> float:
     return value
 
 
+def frame_rate(text: str) -> float:
+    """Frames per second."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 240:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1 and at most 240, but got {text!r}")
+    return value
+
+
 def schedule(text: str) -> int | list[int]:
     """An interval, or the list of computed steps."""
     steps = _numbers(int, "an interval such as 7, or computed steps such as 0,2,6,12")(text)

@@ -37,7 +37,7 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     """Runs the command."""
-    from lesa.cli.loading import check_model, pipeline_of, prepare, read, with_schedule
+    from lesa.cli.loading import check_model, check_schedules, pipeline_of, predictor_of, prepare, read
     from lesa.cli.trying import explained
     from lesa.contenders import budget_of
 
@@ -47,9 +47,10 @@ def run(options) -> None:
     predictors = {}
     for source in options.predictor:
         label = Path(source).name if Path(source).name not in predictors else source
-        predictors[label] = with_schedule(source)
+        predictors[label] = predictor_of(source)
     samples = read(options, kind)
     pipe = pipeline_of(options)
+    check_schedules(predictors, pipe)
     samples = prepare(options, pipe, samples, options.steps)
     with explained(pipe, samples, options.steps):
         evaluation = lesa.evaluate(

@@ -41,7 +41,7 @@ def add_arguments(parser) -> None:
         help="file for the picture or video; its suffix is the format, and several files get numbers",
     )
     text = "frames per second of a video in .mp4 or .gif (default: 24)"
-    parser.add_argument("--fps", type=arguments.above_zero, help=text)
+    parser.add_argument("--fps", type=arguments.frame_rate, help=text)
     parser.add_argument("--height", type=arguments.positive, help="height in pixels")
     parser.add_argument("--width", type=arguments.positive, help="width in pixels")
 

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,13 +94,18 @@ def predictor_of(source: str) -> FusedKANPredictor:
         raise UsageError(f"argument --predictor: {source} can't be used: {error}") from None
 
 
-def with_schedule(source: str) -> FusedKANPredictor:
-    """The predictor of `--predictor`, which must have been trained with a schedule."""
-    predictor = predictor_of(source)
-    if predictor.config.schedule is None:
-        remedy = "Train one with `lesa train`."
-        raise UsageError(f"argument --predictor: {source} was trained without a schedule. {remedy}")
-    return predictor
+def check_schedules(predictors: Mapping[str, FusedKANPredictor], pipe: Any) -> None:
+    """Raises `UsageError` if a predictor that fits the pipeline was trained without a schedule.
+
+    For commands without `--schedule`. A predictor that does not fit has another error.
+    """
+    adapter = adapter_for(pipe)
+    for source, predictor in predictors.items():
+        config = predictor.config
+        fits = config.feature_dim == adapter.feature_dim and config.family in (None, adapter.family)
+        if fits and config.schedule is None:
+            remedy = "Train one with `lesa train`."
+            raise UsageError(f"argument --predictor: {source} was trained without a schedule. {remedy}")
 
 
 def read(options, kind: type | None) -> list[Sample]:

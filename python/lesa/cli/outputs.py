@@ -144,7 +144,9 @@ def _write_mp4(pictures: Iterable[Image.Image], file: Path, fps: float) -> None:
     """In H.264, which has even sizes only: an odd one gets its last row or column twice."""
     import imageio.v2 as imageio
 
-    with imageio.get_writer(file, format="FFMPEG", fps=fps, codec="libx264", macro_block_size=1) as writer:
+    options: dict[str, Any] = {"fps": fps, "codec": "libx264", "macro_block_size": 1}
+    writer: Any = imageio.get_writer(file, format="FFMPEG", **options)
+    with writer:
         for picture in pictures:
             pixels = np.asarray(picture.convert("RGB"))
             odd = [(0, side % 2) for side in pixels.shape[:2]]

@@ -69,4 +69,5 @@ _REPLACED = "lesa-replaced"
 def _replace(error: UnicodeError) -> tuple[str, int]:
     if isinstance(error, UnicodeEncodeError) and error.object[error.start] == "µ":
         return "u", error.start + 1
-    return codecs.backslashreplace_errors(error)
+    text, end = codecs.backslashreplace_errors(error)
+    return str(text), end

@@ -38,14 +38,15 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     """Runs the command."""
-    from lesa.cli.loading import check_model, device_of, pipeline_of, prepare, read, with_schedule
+    from lesa.cli.loading import check_model, check_schedules, device_of, pipeline_of, predictor_of, prepare, read
     from lesa.cli.trying import explained
 
     kind = check_model(options)
-    predictor = with_schedule(options.predictor)
+    predictor = predictor_of(options.predictor)
     steps = lesa.Trajectories(options.trajectories).manifest.get("requested_num_inference_steps", 50)
     samples = read(options, kind)
     pipe = pipeline_of(options)
+    check_schedules({options.predictor: predictor}, pipe)
     samples = prepare(options, pipe, samples, steps)
     with explained(pipe, samples, steps):
         lesa.refine(
