@@ -165,8 +165,8 @@ def estimate(
         height, width, frames: size of a sample, in pixels and frames. Default: the size of the preset, else 1024 x 1024
             and one frame.
         num_inference_steps: steps of a run.
-        schedule: the computed steps, as in `enable_cache`. None: those that the predictor was trained for, or nine
-            evenly spread ones.
+        schedule: the computed steps, as in `enable_cache`; all must be below `num_inference_steps`. None: those that
+            the predictor was trained for, or nine evenly spread ones.
         predictor: its configuration, or the folder of one. None: what `lesa.train` makes by default.
         device: a name in `lesa_kernels.work.DATASHEETS`.
         bandwidth: bytes per second, instead of the datasheet's.
