@@ -18,7 +18,7 @@ from lesa.inputs import Sample
 from lesa_kernels.checks import Said, argument_error, usage_error
 
 _WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false", dict: "an object"}
-_PLURALS = {int: "integers", float: "numbers"}
+_PLURALS = {str: "texts", int: "integers", float: "numbers"}
 _IMAGE = "the path of an image"
 _WIDTHS = {
     "prompt_embeds": ("joint_attention_dim", "text_embed_dim"),
@@ -56,12 +56,13 @@ def fit(samples: Iterable[Sample], name: str, call: Callable, folder: Path) -> l
                 arguments[key] = value
                 continue
             place, hint = f"{sample.place}, {key!r}", hints[key]
-            if _is_image(key, hint):
+            is_image = _is_image(key, hint)
+            if is_image:
                 value = _opened(place, value, folder, mode, images)
             arguments[key] = value = _converted(value, hint)
-            if not (_fits(value, hint) or (_is_image(key, hint) and _all_images(value))):
-                must = f"be {_in_words(hint, _is_image(key, hint))}"
-                raise argument_error(place, must, value, _remedy(value, hint), TypeError)
+            if not (_fits(value, hint) or (is_image and _all_images(value))):
+                must = f"be {_in_words(hint, is_image)}"
+                raise argument_error(place, must, value, _remedy(value, hint, is_image), TypeError)
         fitted.append(replace(sample, arguments=arguments))
     return fitted
 
@@ -123,7 +124,7 @@ def _is_image(name: str, hint: Any) -> bool:
     """Whether an argument takes images. Some that do are annotated as tensors only."""
     if name.endswith(("_latents", "_embeds")):
         return False
-    return Image.Image in _parts(hint) or name.endswith(("image", "mask"))
+    return Image.Image in _parts(hint) or (name.endswith(("image", "mask")) and "prompt" not in name)
 
 
 def _all_images(value: Any) -> bool:
@@ -136,7 +137,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _fits_one(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint) or hint
+    origin = _origin(hint)
     if origin in (list, tuple):
         members = typing.get_args(hint) or (Any,)
         return isinstance(value, list) and all(any(_fits(part, member) for member in members) for part in value)
@@ -161,12 +162,12 @@ def _converted(value: Any, hint: Any) -> Any:
 def _in_words(hint: Any, is_image: bool) -> str:
     words = []
     for part in _parts(hint):
-        origin, members = typing.get_origin(part) or part, typing.get_args(part)
+        origin, members = _origin(part), typing.get_args(part)
         if origin in _WORDS:  # a list of prompts would be several samples
             words.append(_WORDS[origin])
         elif origin is list and is_image:
             words.append("a list of such paths")
-        elif origin is list and members and str not in members:
+        elif origin is list and members and _WORDS[str] not in words:
             words.append(f"a list of {_PLURALS.get(members[0], 'tensors')}")
         elif _is_tensor(origin) and not is_image:
             words.append("a tensor")
@@ -175,10 +176,16 @@ def _in_words(hint: Any, is_image: bool) -> str:
     return " or ".join(dict.fromkeys(words)) or "as the pipeline's documentation says"
 
 
-def _remedy(value: Any, hint: Any) -> str:
+def _origin(hint: Any) -> Any:
+    return typing.get_origin(hint) or hint
+
+
+def _remedy(value: Any, hint: Any, is_image: bool) -> str:
+    if is_image:
+        return "Write the path from the folder of the inputs, or an absolute one."
     if value is None:
         return "Leave it out to use the default."
-    if all(part is None or _is_tensor(part) for part in _parts(hint)):
+    if not any(part in _WORDS for part in map(_origin, _parts(hint))) and any(map(_is_tensor, _parts(hint))):
         return "Pass tensors in a .safetensors file."
     if isinstance(value, str) and str not in _parts(hint):
         return "Write numbers, lists and true or false without quotes."

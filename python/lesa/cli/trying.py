@@ -96,7 +96,10 @@ def _failure(pipe: Any, arguments: dict[str, Any], num_inference_steps: int, one
 
 def _refused(sample: Sample, text: str, error: Exception) -> UsageError:
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return UsageError(f"{sample.place}: {text}: {kind}{error}")
+    reason = " ".join(str(error).split())
+    if len(reason) > 300:  # some print a whole tensor
+        reason = f"{reason[:300]}..."
+    return UsageError(f"{sample.place}: {text}: {kind}{reason}")
 
 
 @contextlib.contextmanager
