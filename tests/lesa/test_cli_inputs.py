@@ -262,7 +262,7 @@ def test_defaults_of_the_small_pipelines_are_let_through(pipeline, tmp_path):
     for parameter in parameters:
         if parameter.default is not parameter.empty:
             fitted(pipeline, tmp_path, **{parameter.name: parameter.default})
-        if parameter.name.endswith(("image", "mask")):
+        if parameter.name.endswith(("image", "mask")) and "prompt" not in parameter.name:
             opened = fitted(pipeline, tmp_path, **{parameter.name: "a.png"})[parameter.name]
             mode = "RGBA" if "Layered" in pipeline else "RGB"
             assert (opened.mode, opened.size) == (mode, (small.WIDTH, small.HEIGHT))
