@@ -23,7 +23,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 
 import lesa
 from driven_loops import SOME, STEPS, call_arguments, drive, guided, ours
-from lesa.cache.hook import installed_hook
+from lesa.cache.placement import installed_hook
 from lesa.cache.run import Run
 from lesa.demo import digits
 from lesa.models import adapter_for

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from lesa.cache import enable_cache
 from lesa.cache.error_control import ErrorControl
-from lesa.cache.hook import check_uncached
+from lesa.cache.placement import check_uncached
 from lesa.contenders import AGAINST, Ours, Peer, Plain, Reference, budget_of, opponents, ours_with
 from lesa.evaluation.contest import Contest
 from lesa.evaluation.result import Evaluation
@@ -76,7 +76,7 @@ def evaluate(
         RuntimeError: a cache is on already, or the transformer's blocks can't be counted, as in a compiled graph.
     """
     adapter = adapter_for(pipe)
-    check_uncached(adapter.transformer)
+    check_uncached(pipe)
     check_int("num_inference_steps", num_inference_steps)
     inputs = check_inputs(inputs)
     size = len(inputs) if batch_size is None else check_int("batch_size", batch_size)
