@@ -185,9 +185,8 @@ class ForecastingHook(StepHook[ForecastState]):
         self._fall_back(*UNLOCATED)
 
     def on_bypassed(self, reason: str, remedy: str) -> None:
-        if self.state is None:  # otherwise the run that has begun is told of
+        if self.state is None and reason not in self.stats.notes:  # what the stats tell of is over
             self.stats.begin_run()
-        self.stats.unlocated += 1
         self.stats.note(reason)
         self._fall_back(reason, remedy)
 
@@ -200,7 +199,7 @@ class ForecastingHook(StepHook[ForecastState]):
 
     def can_predict(self, state: ForecastState, call: Call, arguments: dict[str, Any]) -> bool:
         ring = cast(FeatureRing, state.streams[call.stream].ring)
-        return (ring.batch, ring.tokens) == self.adapter.shape(arguments)
+        return self.adapter.shape(arguments) in ((ring.batch, ring.tokens), self.adapter.shape(call.arguments))
 
     def wants_prediction(self, state: ForecastState, call: Call) -> bool:
         stream = state.streams.get(call.stream)

@@ -29,8 +29,8 @@ UNLOCATED = (
 """Why a call cannot be placed in a run, and what the user should know."""
 
 REPLACED = (
-    "the transformer's forward was replaced, and what replaces it does not call the forward of the class",
-    "Keep the transformer's own forward, or wrap it.",
+    "the transformer's forward was replaced",
+    "Wrap the forward instead of replacing it, or replace it before the cache is enabled.",
 )
 REPEATED = (
     "the transformer's forward was called more than once in a step",
@@ -186,36 +186,37 @@ class StepHook(ModelHook, Generic[State]):
     @contextlib.contextmanager
     def pipeline_run(self) -> Iterator[None]:
         """Entered while the pipeline runs. When it has ended, nothing is kept for it."""
-        self._check_driven()
-        calls = self._calls
+        calls, is_driven = self._calls, self._check_driven()
         try:
             yield
-            self._check_driven()
-            if self._calls == calls:
+            if is_driven and self._check_driven() and self._calls == calls:
                 self.on_no_call()
         except BaseException:
             self.state = None  # the run has failed
             raise
         self.reset_state(self.adapter.transformer)
 
-    def _check_driven(self) -> None:
-        """Tells `on_bypassed` if the pipeline has another transformer than the one with the hook."""
+    def _check_driven(self) -> bool:
+        """Whether the pipeline still has the transformer with the hook. Tells `on_bypassed` if not."""
         module = getattr(self.pipe, "transformer", None)
-        if self.placement.is_on and isinstance(module, torch.nn.Module):
-            if not any(part is self.adapter.transformer for part in module.modules()):
-                self.on_bypassed(
-                    "`pipe.transformer` was replaced while the cache was on",
-                    "Call `handle.disable()` first, and enable a cache for the new transformer.",
-                )
+        if not self.placement.is_on or not isinstance(module, torch.nn.Module):
+            return True
+        if any(part is self.adapter.transformer for part in module.modules()):
+            return True
+        self.on_bypassed(
+            "`pipe.transformer` was replaced while the cache was on",
+            "Call `handle.disable()` first, and enable a cache for the new transformer.",
+        )
+        return False
 
     # The gate of the transformer's calls. It is not compiled; what it runs may be.
 
     def gate(self, *args: Any, **kwargs: Any) -> Any:
         """A call of the transformer."""
-        return self._enter(args, kwargs)
+        return self.enter(args, kwargs)
 
     @torch.compiler.disable(recursive=False, reason=COMPILE_FIRST)
-    def _enter(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def enter(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Computes a call, or predicts it."""
         if not self._entered.acquire(blocking=False):
             raise usage_error(
@@ -270,9 +271,9 @@ class StepHook(ModelHook, Generic[State]):
     @torch.compiler.disable
     def _predicted(self, state: State, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of a call that is to be predicted, or None if it must be computed after all."""
-        self.inside = "predict"
+        self.inside, is_replaced = "predict", self.placement.is_forward_replaced()
         with self.adapter.own_forward.exchanged(self._forecast) as is_found:
-            if not is_found or self.placement.is_forward_replaced():
+            if is_replaced or not is_found:
                 self.on_not_forecast(state, call, *REPLACED)
                 return None
             output = self.adapter.transformer._call_impl(*args, **kwargs)
