@@ -440,7 +440,7 @@ def test_pipelines_of_other_families_are_refused():
 
 def test_enabling_twice_is_refused(pipe, generate):
     handle = lesa.enable_cache(pipe, make_predictor(), SOME)
-    with pytest.raises(RuntimeError, match=r"on already for this transformer. Call `lesa\.disable_cache\(pipe\)`"):
+    with pytest.raises(RuntimeError, match=r"on already. Call `lesa\.disable_cache\(pipe\)`"):
         lesa.enable_cache(pipe, make_predictor(), 3)
     generate(pipe)
     assert handle.stats.streams["cond"].computed == SOME  # the first one is still on

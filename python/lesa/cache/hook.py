@@ -368,7 +368,9 @@ class StepHook(ModelHook, Generic[State]):
     def _locate(self, timestep: Any) -> State | None:
         """The state of the run that a call with this timestep belongs to, at its step; None if that is not known."""
         scheduler = self.pipe.scheduler
-        if not isinstance(getattr(scheduler, "timesteps", None), torch.Tensor) or not isinstance(timestep, torch.Tensor):
+        if not isinstance(getattr(scheduler, "timesteps", None), torch.Tensor) or not isinstance(
+            timestep, torch.Tensor
+        ):
             return None
         state = self.state = self.state or self._begin_state()
         value = state.run.value_of(timestep, state.values.waits)

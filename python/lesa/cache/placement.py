@@ -44,8 +44,10 @@ def installed_hook(transformer: Any) -> Any:
 
 def hook_of(pipe: Any) -> Any:
     """The hook of lesa that is on the pipeline, also if its transformer was replaced in the meantime; or None."""
-    transformer = getattr(pipe, "transformer", None)
-    return getattr(type(pipe), "_lesa_hook", None) or installed_hook(getattr(transformer, "_orig_mod", transformer))
+    watching, transformer = getattr(type(pipe), "_lesa_hook", None), getattr(pipe, "transformer", None)
+    if watching is not None and watching.pipe is pipe:
+        return watching
+    return installed_hook(getattr(transformer, "_orig_mod", transformer))
 
 
 def check_uncached(pipe: Any) -> None:
@@ -54,7 +56,7 @@ def check_uncached(pipe: Any) -> None:
         raise argument_error(
             "pipe",
             "have no cache on",
-            Said("one with lesa on already for this transformer"),
+            Said("one with lesa on already"),
             "Call `lesa.disable_cache(pipe)` first, or wait until the recording has ended.",
             RuntimeError,
         )
@@ -204,22 +206,24 @@ class Placement:
 
         @functools.wraps(cls.__call__)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if self is not hook.pipe:
-                return cls.__call__(self, *args, **kwargs)
             with hook.pipeline_run():
                 return cls.__call__(self, *args, **kwargs)
 
+        def new(_: type, *args: Any, **kwargs: Any) -> Any:
+            return cls(*args, **kwargs)  # only this pipeline has the subclass
+
         def copy(self: Any) -> Any:
-            other = cls.__new__(cls)
+            other: Any = object.__new__(cls)
             vars(other).update(vars(self))
             return other
 
-        def refuse(self: Any, *args: Any) -> Any:
+        def refuse(self: Any, protocol: Any) -> Any:
             raise refusal_to_copy()
 
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        methods = {"__call__": call, "__copy__": copy, "__reduce_ex__": refuse, "_lesa_hook": hook}
-        self._watching_class = pipe.__class__ = type(cls.__name__, (cls,), {**names, **methods})
+        members = {"__slots__": (), "__module__": cls.__module__, "__qualname__": cls.__qualname__, "_lesa_hook": hook}
+        members |= {"__new__": new, "__call__": call, "__copy__": copy, "__reduce_ex__": refuse, "__doc__": cls.__doc__}
+        self._watching_class = types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(members))
+        pipe.__class__ = self._watching_class
 
 
 _copies: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()  # of functions

@@ -23,6 +23,9 @@ Replacement = Callable[[Callable, tuple, dict[str, Any]], Any]
 _DECORATORS = "diffusers.utils.peft_utils"
 """The module of the decorator that diffusers puts on the forward of its models. It belongs to the forward."""
 
+_OURS = ("forward", "compile", "_compiled_call_impl")
+"""Attributes of a transformer that are not searched for what others have kept."""
+
 _MOST_HOLDERS = 1000
 """A search that looks into more objects than this has left the wrappers of a forward."""
 
@@ -73,7 +76,9 @@ class OwnForward:
         return any(isinstance(f, types.FunctionType) and f.__code__ == self._code for _, f in _cells(value))
 
     def _is_bound(self, value: Any) -> bool:
-        return isinstance(value, types.MethodType) and value.__self__ is self.transformer and self._is_own(value.__func__)
+        return (
+            isinstance(value, types.MethodType) and value.__self__ is self.transformer and self._is_own(value.__func__)
+        )
 
     def _is_wanted(self, value: Any) -> bool:
         return self._is_own(value) or self._is_bound(value)
@@ -98,9 +103,11 @@ class OwnForward:
         Yields:
             Whether the forward was found. If not, nothing is exchanged.
         """
-        places = self._places()
-        shared = _exchanging if any(self._is_own(place.contents) for place in places) else contextlib.nullcontext()
-        with shared:
+        with contextlib.ExitStack() as shared:
+            shared.enter_context(_exchanging)
+            places = self._places()
+            if not any(self._is_own(place.contents) for place in places):
+                shared.close()  # all of them belong to this transformer
             gates = [(place, self._gate(place.contents, replacement)) for place in places]
             try:
                 for place, gate in gates:
@@ -112,14 +119,15 @@ class OwnForward:
                         place.put(place.contents)
 
     def _places(self) -> list["_Place"]:
-        """Where the forward is held: by the transformer or its wrappers, or else by the classes."""
-        attributes = vars(self.transformer)
+        """Where the forward is held: by the transformer or its wrappers, or by the classes."""
+        attributes, function = vars(self.transformer), type(self.transformer).forward
         if self._is_bound(attributes.get("forward")):  # nobody has wrapped it
             return [_Place.entry(attributes, "forward")]
-        names = [n for n, v in attributes.items() if _may_hold(v) and not isinstance(v, (list, dict))]
-        held = [_Place.entry(attributes, name) for name in names if name not in ("compile", "_compiled_call_impl")]
-        places = [*_search(held, self._is_wanted)]
-        if not places:
+        called = [_Place.entry(attributes, "forward")] if "forward" in attributes else []
+        places = [*_search(called, self._is_wanted)]
+        kept = [n for n, v in attributes.items() if _may_hold(v) and not isinstance(v, (list, dict)) and n not in _OURS]
+        places += _search([_Place.entry(attributes, name) for name in kept], self._is_wanted)
+        if not places or not self._is_own(function):
             classes = [c for c in type(self.transformer).__mro__ if "forward" in vars(c)]
             places += _search([_Place.attribute(c, "forward") for c in classes], self._is_wanted)
         return places
@@ -226,7 +234,8 @@ def _places_in(holder: Any) -> Iterator[_Place]:
         yield from (_Place.attribute(cell, "cell_contents") for cell, _ in _cells(holder))
         yield from (_Place.item(holder, "__defaults__", i) for i in range(len(holder.__defaults__ or ())))
         yield from (_Place.entry(holder.__kwdefaults__, name) for name in holder.__kwdefaults__ or ())
-        yield from (_Place.entry(vars(holder), name) for name in vars(holder))
+        uses_wrapped = "__wrapped__" in holder.__code__.co_names  # else it only says what was wrapped
+        yield from (_Place.entry(vars(holder), n) for n in vars(holder) if n != "__wrapped__" or uses_wrapped)
         for name in holder.__code__.co_names:
             value = holder.__globals__.get(name)
             if isinstance(value, types.MethodType) or getattr(value, "__name__", None) == "forward":
