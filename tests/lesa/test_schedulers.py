@@ -2,6 +2,7 @@
 
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -30,7 +31,6 @@ CASES = (
 OPTIONS = {
     "flow": {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
     "velocity": {"prediction_type": "flow_prediction"},
-    "shift-1": {"shift": 1.0, "use_dynamic_shifting": False},
     "shift-12": {"shift": 12.0, "use_dynamic_shifting": False},
     "shift-7": {"flow_shift": 7.0},
     "dynamic": {"use_dynamic_shifting": True},
@@ -42,7 +42,6 @@ OPTIONS = {
     "beta": {"use_beta_sigmas": True},
     "lu": {"use_lu_lambdas": True},
     "stochastic": {"stochastic_sampling": True},
-    "of-500": {"num_train_timesteps": 500},
     "order-1": {"solver_order": 1},
     "order-3": {"solver_order": 3},
     "sde": {"algorithm_type": "sde-dpmsolver++"},
@@ -73,19 +72,15 @@ REFUSALS = {
 
 TABLE = """
 FlowMatchEulerDiscrete                    12       12       12       12       12       12       12
-FlowMatchEulerDiscrete +shift-1           12       12       12       12       12       12       12
 FlowMatchEulerDiscrete +shift-12          12       12       12       12       12       12       12
 FlowMatchEulerDiscrete +dynamic           12       12       12       12       no-mu    12       12
 FlowMatchEulerDiscrete +dynamic +linear   12       12       12       12       no-mu    12       12
 FlowMatchEulerDiscrete +terminal          12       12       12       12       12       12       12
 FlowMatchEulerDiscrete +inverted          12       12       12       12       12       12       12
-FlowMatchEulerDiscrete +dynamic +inverted 12       12       12       12       no-mu    12       12
 FlowMatchEulerDiscrete +karras            12       12       12       12       12       12       12
-FlowMatchEulerDiscrete +karras +dynamic   12       12       12       12       no-mu    12       12
 FlowMatchEulerDiscrete +exponential       12       12       12       12       12       12       12
 FlowMatchEulerDiscrete +beta              12       12       12       12       12       12       12
 FlowMatchEulerDiscrete +stochastic        12       12       12       12       12       12       12
-FlowMatchEulerDiscrete +of-500            12       12       12       12       12       12       12
 FlowMatchHeunDiscrete                     sigmas   sigmas   sigmas   sigmas   sigmas   23       23
 FlowMatchLCM                              12       12       12       12       12       12       12
 FlowMapEulerDiscrete                      mu       mu       mu       mu       12       12       12
@@ -161,7 +156,7 @@ KarrasVe                                  sigmas   sigmas   sigmas   sigmas   si
 
 FRAMEPACK = {
     "FlowMatchEulerDiscrete": "12",
-    "FlowMatchEulerDiscrete +dynamic +inverted": "12",
+    "FlowMatchEulerDiscrete +dynamic": "12",
     "FlowMatchEulerDiscrete +stochastic": "12",
     "FlowMatchLCM": "12",
     "UniPCMultistep +flow": "12",
@@ -183,6 +178,12 @@ NOT_IN_TABLE = {
     "RFD4ProteinaScheduler": "for proteins",
     "CosineDPMSolverMultistepScheduler": "needs torchsde",
     "DPMSolverSDEScheduler": "needs torchsde",
+}
+
+FEW_BLOCKS = {
+    "flux": {"num_layers": 1, "num_single_layers": 1},
+    "hunyuan-video": {"num_layers": 1, "num_single_layers": 1},
+    "sd3": {"num_layers": 2},
 }
 
 FAST = {
@@ -221,7 +222,8 @@ def pipes():
 
     def pipe_of(case):
         if case not in made:
-            made[case] = small.ALL[case].build()
+            family = next(family for family, (_, cases) in small.FAMILIES.items() if case in cases)
+            made[case] = replace(small.ALL[case], transformer_options=FEW_BLOCKS.get(family, {})).build()
             small.ALL[case].run(made[case], steps=2)  # a first run adds what diffusers keeps on the transformer
         return made[case]
 
@@ -265,15 +267,10 @@ def attempt(pipe, case):
         return None, error
 
 
-UNLOCATED = pytest.mark.xfail(strict=True, reason="steps of equal timesteps are not located without a `step_index`")
-
-
-def marks(scheduler, case):
-    slow = [] if (scheduler, case) in FAST else [pytest.mark.slow]
-    return [*slow, UNLOCATED] if scheduler.startswith("PNDM") and case == "sd3" else slow
-
-
-@pytest.mark.parametrize("scheduler, case", [pytest.param(*pair, marks=marks(*pair)) for pair in EXPECTED])
+@pytest.mark.parametrize(
+    "scheduler, case",
+    [pytest.param(*pair, marks=[] if pair in FAST else [pytest.mark.slow]) for pair in EXPECTED],
+)
 def test_a_scheduler_is_exact_or_refused_by_the_pipeline(pipe, scheduler, case):
     kind = getattr(diffusers, class_of(scheduler), None)
     if kind is None:
@@ -287,10 +284,11 @@ def test_a_scheduler_is_exact_or_refused_by_the_pipeline(pipe, scheduler, case):
     if diffusers.__version__.startswith(TABLE_OF):
         assert expected == str(total) if refusal is None else re.search(REFUSALS[expected], str(refusal.args[0]))
 
-    if refusal is not None:  # it is the same with the cache on
-        with lesa.enable_cache(pipe, predictor(), SOME):
-            _, cached = attempt(pipe, case)
-        assert (type(cached), str(cached)) == (type(refusal), str(refusal))
+    if refusal is not None:
+        if runs[0]:  # the transformer was called before: it is the same refusal with the cache on
+            with lesa.enable_cache(pipe, predictor(), SOME):
+                _, cached = attempt(pipe, case)
+            assert (type(cached), str(cached)) == (type(refusal), str(refusal))
         return
 
     with lesa.enable_cache(pipe, predictor(), range(total), strict=True) as handle, counted(pipe) as runs:
@@ -315,7 +313,7 @@ def test_a_scheduler_is_exact_or_refused_by_the_pipeline(pipe, scheduler, case):
 def test_every_scheduler_of_diffusers_is_in_the_table():
     classes = {name for name in dir(diffusers) if name.endswith("Scheduler")}
     assert classes - {class_of(scheduler) for scheduler, _ in EXPECTED} <= set(NOT_IN_TABLE)
-    assert {case for _, case in EXPECTED} == {*CASES, "hunyuan framepack"} and len(EXPECTED) == 84 * len(CASES) + len(
+    assert {case for _, case in EXPECTED} == {*CASES, "hunyuan framepack"} and len(EXPECTED) == 80 * len(CASES) + len(
         FRAMEPACK
     )
 
