@@ -390,7 +390,7 @@ def test_the_command_says_what_it_did(tmp_path, capsys):
     cut_to(1000)(tmp_path / "out" / FIRST)
     (tmp_path / "out" / "sample-00004.safetensors").unlink()
     with pytest.raises(SystemExit) as exited:
-        main(["train", "--trajectories", str(tmp_path / "out"), "--schedule", "0", "--out", str(tmp_path / "trained")])
+        main(["train", "--trajectories", str(tmp_path / "out"), "--schedule", "3", "--out", str(tmp_path / "trained")])
     said = capsys.readouterr().err
     assert exited.value.code == 2 and said.count("\n") == 1 and f"{FIRST}` must be a whole file of the rec" in said
     with pytest.warns(UserWarning, match=f"{FIRST} is no whole safetensors file"):
