@@ -123,9 +123,11 @@ METADATA = {
     "without a digest": {"lesa": "{}"},
     "another name": {"lexa": "{}"},
 }
-OF_SAMPLES |= {
-    f"metadata, {kind}": lambda path, said=said: save_file(load_file(path), path, said)
-    for kind, said in METADATA.items()
+OF_ALL = {
+    **DAMAGES,
+    **{
+        f"metadata, {k}": lambda path, said=said: save_file(load_file(path), path, said) for k, said in METADATA.items()
+    },
 }
 OF_HEADS = {
     "another width": of_tensors(part("weight", lambda v: v[:, :8])),
@@ -135,8 +137,8 @@ OF_HEADS = {
     "another number": of_tensors(lambda t: t["weight"].view(-1)[3:4].add_(1)),
 }
 CASES = [
-    *((name, kind, damage) for kind, damage in {**DAMAGES, **OF_SAMPLES}.items() for name in (FIRST, OTHER)),
-    *((HEAD, kind, damage) for kind, damage in {**DAMAGES, **OF_HEADS}.items()),
+    *((name, kind, damage) for kind, damage in {**OF_ALL, **OF_SAMPLES}.items() for name in (FIRST, OTHER)),
+    *((HEAD, kind, damage) for kind, damage in {**OF_ALL, **OF_HEADS}.items()),
 ]
 
 
