@@ -123,9 +123,11 @@ METADATA = {
     "without a digest": {"lesa": "{}"},
     "another name": {"lexa": "{}"},
 }
-OF_SAMPLES |= {
-    f"metadata, {kind}": lambda path, said=said: save_file(load_file(path), path, said)
-    for kind, said in METADATA.items()
+OF_ALL = {
+    **DAMAGES,
+    **{
+        f"metadata, {k}": lambda path, said=said: save_file(load_file(path), path, said) for k, said in METADATA.items()
+    },
 }
 OF_HEADS = {
     "another width": of_tensors(part("weight", lambda v: v[:, :8])),
@@ -135,8 +137,8 @@ OF_HEADS = {
     "another number": of_tensors(lambda t: t["weight"].view(-1)[3:4].add_(1)),
 }
 CASES = [
-    *((name, kind, damage) for kind, damage in {**DAMAGES, **OF_SAMPLES}.items() for name in (FIRST, OTHER)),
-    *((HEAD, kind, damage) for kind, damage in {**DAMAGES, **OF_HEADS}.items()),
+    *((name, kind, damage) for kind, damage in {**OF_ALL, **OF_SAMPLES}.items() for name in (FIRST, OTHER)),
+    *((HEAD, kind, damage) for kind, damage in {**OF_ALL, **OF_HEADS}.items()),
 ]
 
 
@@ -389,6 +391,10 @@ def test_the_command_says_what_it_did(tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"Wrote 0 {end}; samples that were there already: {count}\n")
     cut_to(1000)(tmp_path / "out" / FIRST)
     (tmp_path / "out" / "sample-00004.safetensors").unlink()
+    with pytest.raises(SystemExit) as exited:
+        main(["train", "--trajectories", str(tmp_path / "out"), "--schedule", "3", "--out", str(tmp_path / "trained")])
+    said = capsys.readouterr().err
+    assert exited.value.code == 2 and said.count("\n") == 1 and f"{FIRST}` must be a whole file of the rec" in said
     with pytest.warns(UserWarning, match=f"{FIRST} is no whole safetensors file"):
         main(command)
     said = f"Wrote 2 {end}; samples that were there already: {count - 2}; damaged samples that were recorded again: 1\n"

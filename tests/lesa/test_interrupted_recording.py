@@ -182,6 +182,34 @@ def test_two_recordings_in_one_folder(pipe, whole, tmp_path, other_process):
 
 
 @pytest.mark.slow
+def test_of_many_processes_one_at_a_time_works_in_a_folder(tmp_path):
+    """Though each of them removes the file that the others try to lock."""
+
+    def work(number):
+        done, end = 0, time.monotonic() + 30
+        while done < 60 and time.monotonic() < end:
+            try:
+                with artifacts.owned(tmp_path, "recording"):
+                    os.close(os.open(tmp_path / "alone", os.O_CREAT | os.O_EXCL))  # raises if another one is here
+                    os.unlink(tmp_path / "alone")
+                    done += 1
+            except RuntimeError:
+                time.sleep(0.0001 * number)
+        return done == 60
+
+    children = []
+    for number in range(4):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                os._exit(0 if work(number) else 2)
+            except BaseException:
+                os._exit(1)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.slow
 def test_two_recordings_in_one_process(pipe, whole, tmp_path, monkeypatch):
     run, refused = recording.run_pipeline, []
 

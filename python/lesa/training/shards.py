@@ -6,6 +6,7 @@ The first file also lists the other streams. Files that older versions wrote hav
 unknown and are not checked.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from lesa_kernels.checks import Said, argument_error
 _NAME = re.compile(r"sample-(\d{5,})(?:-(.+))?\.safetensors")
 _OLD_STREAM = re.compile(r"\w+(-\w+)*")
 """Streams of files without metadata. Names such as "uncond (1)" are those of copies."""
-_METADATA = "lesa"
+_METADATA, _BAD_METADATA = "lesa", "has metadata that are damaged"
 _AXES = {
     "features": ("steps", "tokens", "width"),
     "latents": ("steps", "tokens", "outputs"),
@@ -153,7 +154,9 @@ def survey(folder: Path, manifest: Mapping[str, Any], outputs: int | None) -> Su
         first = files.get(None)
         if first is None:
             continue  # it was interrupted before all streams were written
-        streams = said_in(first).get("other_streams")
+        streams = None
+        with contextlib.suppress(DamagedError):
+            streams = metadata_of(first).get("other_streams")
         if not isinstance(streams, list):  # of an older version, or damaged
             streams = [name for name in files if name is not None and _OLD_STREAM.fullmatch(name)]
         paths = {name: sample_file(folder, number, name) for name in [None, *sorted(map(str, streams))]}
@@ -167,12 +170,12 @@ def survey(folder: Path, manifest: Mapping[str, Any], outputs: int | None) -> Su
     return found
 
 
-def said_in(path: Path) -> dict[str, Any]:
-    """What the metadata of a file says; empty if it has none or cannot be read."""
+def metadata_of(path: Path) -> dict[str, Any]:
+    """What the metadata of a file says: nothing in files of older versions; raises `ValueError` if it is damaged."""
     try:
         return _opened(path)[1]
     except (SafetensorError, OSError, ValueError):
-        return {}
+        raise DamagedError(path, _BAD_METADATA) from None
 
 
 def why_damaged(
@@ -204,7 +207,7 @@ def why_damaged(
     except (SafetensorError, OSError) as error:
         return f"is no whole safetensors file ({error})"
     except ValueError:
-        return "has metadata that are damaged"
+        return _BAD_METADATA
     wrong = _why_other_tensors(header, sizes, manifest.get("dtype"))
     if wrong is not None:
         return wrong
@@ -232,7 +235,7 @@ def load_sample(path: Path, verify: bool) -> dict[str, torch.Tensor]:
     if verify:
         # `record` sees names and headers only, so it would keep this file.
         remedy = "Delete the file, and run `lesa.record` again with the same arguments."
-        written = said_in(path).get("tensors")
+        written = metadata_of(path).get("tensors")
         if written is not None and written != digest(tensors):
             raise DamagedError(path, "has other tensors than were written to it", remedy)
         for name, tensor in tensors.items():

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lesa.artifacts import digest
-from lesa.training.shards import DamagedError, identity_of, load_sample, said_in, save_tensors, survey
+from lesa.training.shards import DamagedError, identity_of, load_sample, metadata_of, save_tensors, survey
 from lesa_kernels.checks import Said, argument_error
 
 FORMAT_VERSION = 1
@@ -226,7 +226,7 @@ def read_head(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tens
     wanted = {"weight": [outputs, manifest["feature_dim"]], "bias": [outputs]}
     if width == 0 or not shapes.items() <= wanted.items():
         raise DamagedError(path, f"has {shapes} instead of a weight [O, {manifest['feature_dim']}] and a bias [O]")
-    said, recording = said_in(path), identity_of(manifest)
+    said, recording = metadata_of(path), identity_of(manifest)
     if None not in (recording, said.get("recording")) and said["recording"] != recording:
         raise DamagedError(path, "belongs to another recording")
     if said.get("tensors") not in (None, digest(head)):
