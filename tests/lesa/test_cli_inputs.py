@@ -247,6 +247,7 @@ def fitted(pipeline, tmp_path, **arguments):
 PIPELINES = sorted({case.pipeline for case in small.ALL.values()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_arguments_of_the_small_pipelines_are_let_through(pipeline, tmp_path):
     for case in small.ALL.values():
@@ -255,6 +256,7 @@ def test_arguments_of_the_small_pipelines_are_let_through(pipeline, tmp_path):
             assert fitted(pipeline, tmp_path, **inputs).keys() == inputs.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_defaults_of_the_small_pipelines_are_let_through(pipeline, tmp_path):
     """And each image argument may be the path of an image, or a list of them."""

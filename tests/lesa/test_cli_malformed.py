@@ -345,6 +345,7 @@ def test_a_malformed_line_is_refused_before_a_model_runs(
     assert named in refused(capsys, split(text, folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "named"), TEXTS, ids=[str(text)[:50] for text, _ in TEXTS])
 def test_malformed_inputs_are_named_by_line_and_key(folder, elsewhere, capsys, monkeypatch, text, named):
     monkeypatch.setattr(lesa.cli.loading, "load_pipeline", None)
