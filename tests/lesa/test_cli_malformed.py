@@ -68,8 +68,15 @@ def folder(tmp_path_factory):
     }.items():
         (folder / name).mkdir()
         (folder / name / "model_index.json").write_text(index)
-    (folder / "unet").mkdir()
-    (folder / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    flux = '{"_class_name": "FluxTransformer2DModel", '
+    for name, contents in {
+        "unet": '{"_class_name": "UNet2DConditionModel"}',
+        "no-object": "[]",
+        "texts": flux + '"num_layers": "19"}',
+        "zero": flux + '"patch_size": 0}',
+    }.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(contents)
     (folder / "a-file").write_text("x")
     (folder / "manifest").mkdir()
     (folder / "manifest" / "manifest.json").write_text("{}")
@@ -181,6 +188,10 @@ LINES = [
     ("report --evaluation {}/nowhere", "--evaluation"),
     ("report --evaluation {}/empty", "--evaluation"),
     ("report --evaluation {}/summary", "--evaluation"),
+    ("report --evaluation {}/summary --out {}/empty", "--out"),
+    ("estimate --model {}/no-object", "--model"),
+    ("estimate --model {}/texts", "`--model` must have a number of at least 0 as num_layers"),
+    ("estimate --model {}/zero", "`--model` must have a number of at least 1 as patch_size"),
     ("record --model {}/nowhere --inputs i.jsonl --out new", "--model"),
     ("record --model nowhere --inputs i.jsonl --out new", "--model"),
     ("record --model ~/nowhere --inputs i.jsonl --out new", "--model"),
