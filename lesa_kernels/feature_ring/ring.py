@@ -36,7 +36,8 @@ def rows_tensor(rows: Sequence[int] | torch.Tensor, batch: int) -> torch.Tensor:
     """`rows` as a tensor. A list becomes a checked tensor on the CPU; a tensor is returned unchanged and unchecked."""
     if isinstance(rows, torch.Tensor):
         return rows
-    tensor = torch.tensor([check_int("rows", row, minimum=0, maximum=batch - 1) for row in rows], dtype=torch.int64)
+    listed = [check_int("rows", row, minimum=0, maximum=batch - 1) for row in rows]
+    tensor = torch.tensor(listed, dtype=torch.int64, device="cpu")
     check_rows(tensor, batch)
     return tensor
 
@@ -91,6 +92,7 @@ class FeatureRing:
         TypeError, ValueError: an argument is not as described.
     """
 
+    @torch.inference_mode(False)  # the buffers are changed in place later, also outside of an inference mode
     def __init__(
         self,
         capacity: int,

@@ -99,6 +99,7 @@ class TieredRing:
             the message says how much that is.
     """
 
+    @torch.inference_mode(False)  # the buffers are changed in place later, also outside of an inference mode
     def __init__(
         self,
         capacity: int,
@@ -122,7 +123,7 @@ class TieredRing:
         on_gpu = self.device.type == "cuda"
         self._far = self._empty(self.capacity - self.resident, self.tokens, "cpu", pin_memory=on_gpu)
         self._staged = [self._empty(self.capacity, self.piece_tokens, self.device) for _ in range(2)]
-        self._sigmas = torch.zeros(self.capacity, batch, device=self.device)
+        self._sigmas = torch.zeros(self.capacity, batch, dtype=torch.float32, device=self.device)
         self.cursor = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self._count = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self._copies = _CopyStream(self.device)
@@ -153,7 +154,7 @@ class TieredRing:
         shape = (slots, self.batch, tokens)
         scales = None
         if self.dtype == torch.float8_e4m3fn:
-            scales = torch.ones(shape, device=device, **options)
+            scales = torch.ones(shape, dtype=torch.float32, device=device, **options)
         return torch.zeros(*shape, self.dim, dtype=self.dtype, device=device, **options), scales
 
     @property
@@ -207,7 +208,7 @@ class TieredRing:
         else:
             levels = [float(np.float32(check_float("sigma", sigma)))] * len(listed)
         on_device = [
-            to_device(torch.tensor(values, dtype=dtype), self.device)
+            to_device(torch.tensor(values, dtype=dtype, device="cpu"), self.device)
             for values, dtype in ((levels, torch.float32), (listed, torch.int64))
         ]
         check_push(*self._near.state, features, *on_device)  # before anything moves
@@ -287,11 +288,11 @@ class TieredRing:
 
     def _moved(self) -> None:
         """Updates the state on the device, and fetches the first pieces again."""
-        levels = torch.zeros(self.capacity, self.batch)
+        levels = torch.zeros(self.capacity, self.batch, dtype=torch.float32, device="cpu")
         for row, anchors in enumerate(self._anchors):
             for age, anchor in enumerate(anchors):
                 levels[self.capacity - 1 - age, row] = anchor.sigma
-        counts = torch.tensor([len(anchors) for anchors in self._anchors], dtype=torch.int32)
+        counts = torch.tensor([len(anchors) for anchors in self._anchors], dtype=torch.int32, device="cpu")
         for target, source in ((self._sigmas, levels), (self._count, counts)):
             target.copy_(to_device(source, self.device))
         self._fetched = [None, None]
@@ -434,9 +435,9 @@ class TieredRing:
                 self._far_cursor[row] = (count[row] - newest) % (self.capacity - self.resident)
             self._copies.end()
             # The ring on the device gets the newest of these anchors.
-            cursors = torch.tensor(self._near_cursor, dtype=torch.int32)
-            counts = torch.tensor([min(self.resident, n) for n in count], dtype=torch.int32)
-            levels = torch.zeros(self.resident, self.batch)
+            cursors = torch.tensor(self._near_cursor, dtype=torch.int32, device="cpu")
+            counts = torch.tensor([min(self.resident, n) for n in count], dtype=torch.int32, device="cpu")
+            levels = torch.zeros(self.resident, self.batch, dtype=torch.float32, device="cpu")
             for row, anchors in enumerate(self._anchors):
                 for anchor in anchors[: self.resident]:
                     levels[anchor.slot, row] = anchor.sigma

@@ -1,5 +1,6 @@
 """The configuration of a predictor: its shape, and what it was trained for."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
@@ -60,15 +61,7 @@ class PredictorConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self):
-        def put(name, value):
-            object.__setattr__(self, name, value)
-
-        def put_all(name, check, **limits):
-            values = getattr(self, name)
-            if not isinstance(values, (tuple, list)):
-                raise argument_error(name, "be a tuple", values, "Pass a tuple or a list.", TypeError)
-            put(name, tuple(check(name, value, **limits) for value in values))
-
+        put, put_all = self._put, self._put_all
         _check_format_version(self.format_version)
         put("feature_dim", check_int("feature_dim", self.feature_dim))
         check_choice("mixer", self.mixer, ("newton", "dense"))
@@ -98,16 +91,23 @@ class PredictorConfig:
         put("hidden", check_int("hidden", self.hidden if self.hidden is not None else (64 if newton else 256)))
         put("grid_size", check_int("grid_size", self.grid_size))
         put("spline_order", check_int("spline_order", self.spline_order))
+        if self.family is not None and not isinstance(self.family, str):
+            remedy = "Pass a name such as 'flux', or None."
+            raise argument_error("family", "be a string or None", self.family, remedy, TypeError)
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        """Checks what it was trained on."""
         total = self.num_inference_steps
         if total is not None:
-            put("num_inference_steps", check_int("num_inference_steps", total))
+            self._put("num_inference_steps", check_int("num_inference_steps", total))
         if self.schedule is not None:
-            put_all("schedule", check_int, minimum=0, maximum=None if total is None else total - 1)
+            self._put_all("schedule", check_int, minimum=0, maximum=None if total is None else total - 1)
             if self.schedule[:1] != (0,) or any(a >= b for a, b in zip(self.schedule, self.schedule[1:])):
                 remedy = "Sort and deduplicate the steps, and compute the first one."
                 raise argument_error("schedule", "rise strictly from 0", self.schedule, remedy)
         if self.schedule_sigmas is not None:
-            put_all("schedule_sigmas", check_float)
+            self._put_all("schedule_sigmas", check_float)
             if any(a <= b for a, b in zip(self.schedule_sigmas, self.schedule_sigmas[1:])):
                 remedy = "Pass the noise levels of `schedule`, in its order."
                 raise argument_error("schedule_sigmas", "fall strictly", self.schedule_sigmas, remedy)
@@ -120,7 +120,7 @@ class PredictorConfig:
                 "Pass both or neither.",
             )
         if self.schedule_errors is not None:
-            put_all("schedule_errors", check_float, minimum=0.0)
+            self._put_all("schedule_errors", check_float, minimum=0.0)
             if len(self.schedule_errors) != steps:
                 raise argument_error(
                     "schedule_errors",
@@ -128,6 +128,15 @@ class PredictorConfig:
                     self.schedule_errors,
                     "Pass one error for each step, or None.",
                 )
+
+    def _put(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _put_all(self, name: str, check: Callable[..., Any], **limits: Any) -> None:
+        values = getattr(self, name)
+        if not isinstance(values, (tuple, list)):
+            raise argument_error(name, "be a tuple", values, "Pass a tuple or a list.", TypeError)
+        self._put(name, tuple(check(name, value, **limits) for value in values))
 
     @property
     def num_stages(self) -> int:
@@ -161,7 +170,8 @@ class PredictorConfig:
         _check_format_version(values.get("format_version"))  # first, since other versions have other fields
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
-            raise usage_error(f"`config` has unknown fields: {', '.join(unknown)}.", "Remove them.")
+            remedy = "Remove them. If a newer release of lesa-kernels wrote it, use that release."
+            raise usage_error(f"`config` has unknown fields: {', '.join(unknown)}.", remedy)
         if "feature_dim" not in values:
             raise usage_error("`feature_dim` is required, but `config` does not have it.", "Add it to `config`.")
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -169,6 +179,6 @@ class PredictorConfig:
 
 
 def _check_format_version(version: Any) -> None:
-    if version != FORMAT_VERSION:
+    if isinstance(version, bool) or version != FORMAT_VERSION:
         remedy = "Train the predictor again, or use the release of lesa-kernels that wrote it."
         raise argument_error("format_version", f"be {FORMAT_VERSION}", version, remedy)

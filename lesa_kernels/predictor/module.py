@@ -16,14 +16,13 @@ from lesa_kernels.feature_ring import FeatureRing, TieredRing, make_ring
 from lesa_kernels.feature_ring.reference import RingBuffers
 from lesa_kernels.predictor.arguments import DenseExperts, Experts, NewtonExperts, RingState, Shape
 from lesa_kernels.predictor.config import PredictorConfig
+from lesa_kernels.predictor.files import CONFIG_NAME, WEIGHTS_NAME, find_files
 from lesa_kernels.predictor.ops.dense import run_dense_predict
 from lesa_kernels.predictor.ops.head import output_head
 from lesa_kernels.predictor.ops.newton import newton_backend, run_newton_predict
 from lesa_kernels.predictor.ops.velocity import newton_velocity_is_fused, run_newton_velocity
 from lesa_kernels.predictor.reference import OutputHead
-
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
+from lesa_kernels.torch_modes import default_modes
 
 
 class FusedKANPredictor(nn.Module):
@@ -46,6 +45,7 @@ class FusedKANPredictor(nn.Module):
     up: nn.Parameter | None
     up_bias: nn.Parameter | None
 
+    @torch.inference_mode(False)  # parameters that are made in an inference mode could never be trained
     def __init__(self, config: PredictorConfig, backend: str = "auto"):
         super().__init__()
         if not isinstance(config, PredictorConfig):
@@ -61,7 +61,7 @@ class FusedKANPredictor(nn.Module):
         inputs = config.max_history + newton  # newton's KAN sees the noise level itself too
 
         def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(shape))
+            return nn.Parameter(torch.zeros(shape, dtype=torch.float32))
 
         self.in_weight = parameter(stages, hidden, inputs)
         self.in_bias = parameter(stages, hidden)
@@ -82,21 +82,37 @@ class FusedKANPredictor(nn.Module):
             self.mix_bias = parameter(stages, width)
         self.reset_parameters()
 
+    # In an inference mode, copies and moves would give parameters that can be used in inference modes only.
+
+    @torch.inference_mode(False)
+    def _apply(self, *args: Any, **kwargs: Any) -> "FusedKANPredictor":
+        return super()._apply(*args, **kwargs)  # of `to`, `cuda`, `float`, ...
+
+    @torch.inference_mode(False)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of `copy.deepcopy`, `pickle` and `torch.load`
+        for name, value in self.named_parameters():
+            if value.is_inference():
+                setattr(self, name, nn.Parameter(value.detach().clone(), value.requires_grad))
+
     @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialises the parameters again: random spline units with output weights of zero.
 
         So the forecast is exactly the baseline that the class describes.
+
+        Args:
+            generator: of the random numbers, on the device of the parameters. None: the default one of that device.
         """
-        self.in_weight.normal_(std=self.in_weight.shape[2] ** -0.5)
-        self.in_bias.normal_(std=0.5)
-        self.spline.normal_(std=0.3)
+        self.in_weight.normal_(std=self.in_weight.shape[2] ** -0.5, generator=generator)
+        self.in_bias.normal_(std=0.5, generator=generator)
+        self.spline.normal_(std=0.3, generator=generator)
         self.out_weight.zero_()
         self.out_bias.zero_()
         if self.config.mixer == "newton":
             self.out_bias[:, :1] = 1.0
             if self.down is not None:
-                nn.init.uniform_(self.down, -1, 1).div_((self.down.shape[2] * self.down.shape[3]) ** 0.5)
+                self.down.uniform_(-1, 1, generator=generator).div_((self.down.shape[2] * self.down.shape[3]) ** 0.5)
             for parameter in (self.up, self.up_bias):
                 if parameter is not None:
                     parameter.zero_()
@@ -249,23 +265,25 @@ class FusedKANPredictor(nn.Module):
             new_weights.unlink(missing_ok=True)
 
     @classmethod
+    @default_modes()
     def from_pretrained(cls, folder_or_id: str | os.PathLike, backend: str = "auto", **hub: Any) -> "FusedKANPredictor":
         """Loads what `save_pretrained` wrote: the same bits, in the same dtype.
 
         Args:
             folder_or_id: a folder, or the id of a repository on the Hugging Face hub.
             backend: as in the constructor.
-            hub: passed to `huggingface_hub.hf_hub_download`, such as `revision` or `token`.
+            hub: passed to `huggingface_hub.hf_hub_download`, such as `revision` or `token`. A folder needs none of
+                them; only `subfolder` has a meaning there.
 
         Raises:
             FileNotFoundError: the folder or one of its files is missing.
-            ValueError, TypeError: a file can't be read, the format version is another one, or a field or weight does
-                not fit; the message names it.
+            ValueError, TypeError: a keyword is unknown, a file can't be read, the format version is another one, or a
+                field or weight does not fit; the message names it.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        config_file, weights_file = _find_files(folder_or_id, hub)
+        config_file, weights_file = find_files(folder_or_id, hub)
         try:
             file = CONFIG_NAME
             config = PredictorConfig.from_dict(json.loads(config_file.read_text()))
@@ -275,7 +293,8 @@ class FusedKANPredictor(nn.Module):
             raise argument_error(
                 "folder_or_id", f"hold a readable {file}", Said(str(error)), "Save or download it again."
             ) from error
-        predictor = cls(config, backend)
+        with torch.device("meta"):  # all weights are replaced, so no memory and no random numbers are taken for them
+            predictor = cls(config, backend)
         expected = predictor.state_dict()
         for name in sorted({*weights, *expected}):
             wanted, found = (
@@ -305,32 +324,3 @@ class FusedKANPredictor(nn.Module):
             self.save_pretrained(folder)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a lesa-kernels predictor")
         return str(url)
-
-
-def _find_files(folder_or_id: str | os.PathLike, hub: dict[str, Any]) -> tuple[Path, Path]:
-    folder = Path(folder_or_id)
-    if folder.is_dir():
-        files = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-        for file in files:
-            if not file.is_file():
-                raise argument_error(
-                    "folder_or_id",
-                    "be a folder that `save_pretrained` or `lesa train` wrote",
-                    Said(f"{folder}, which has no {file.name}"),
-                    "Check the path, or save the predictor again.",
-                    FileNotFoundError,
-                )
-        return files
-    name = os.fspath(folder_or_id)
-    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise argument_error(
-            "folder_or_id",
-            "be a folder or a hub id such as 'user/name'",
-            Said(f"{name!r}, and there is no folder {name!r}"),
-            "Check the path.",
-            FileNotFoundError,
-        )
-    from huggingface_hub import hf_hub_download
-
-    config, weights = (Path(hf_hub_download(name, file, **hub)) for file in (CONFIG_NAME, WEIGHTS_NAME))
-    return config, weights

@@ -409,7 +409,7 @@ COMMANDS = {
             "evaluate",
             pipe=pipe(),
             inputs=placed(INPUTS),
-            predictors={"mine": MINE},
+            predictors={"{}/mine": MINE},
             against=["steps", "taylorseer"],
             num_inference_steps=50,
             seed=0,
@@ -419,11 +419,11 @@ COMMANDS = {
             search_samples=4,
         ),
         [
-            *elsewhere("evaluate", **{"evaluate.predictors": {"mine": ("predictor", 2, "meta")}}),
-            ("--predictor {}/other", {"evaluate.predictors": {"mine": MINE, "other": OTHER}}),
+            *elsewhere("evaluate", **{"evaluate.predictors": {"{}/mine": ("predictor", 2, "meta")}}),
+            ("--predictor {}/other", {"evaluate.predictors": {"{}/mine": MINE, "{}/other": OTHER}}),
             (
                 "--predictor {}/again/mine",
-                {"evaluate.predictors": {"mine": MINE, "{}/again/mine": ("predictor", 4, "cpu")}},
+                {"evaluate.predictors": {"{}/mine": MINE, "{}/again/mine": ("predictor", 4, "cpu")}},
             ),
             ("--against cache-dit-9,steps", {"evaluate.against": ["cache-dit-9", "steps"]}),
             ("--steps 7", {"evaluate.num_inference_steps": 7}),

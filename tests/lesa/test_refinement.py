@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lesa
 from lesa.artifacts import predictor_identity
+from lesa.cache.placement import installed_hook
 from lesa.demo import digits
 from lesa.training import recording, refinement
 from lesa.training.batches import Batch, Head, Plan
@@ -76,7 +78,7 @@ def test_a_roll_out_has_what_the_model_computed_on_the_way(pipe, recorded, predi
         assert torch.equal(one.scale, plain.scale[SCHEDULE])
         torch.testing.assert_close(one.features[0], plain.features[0], rtol=1e-5, atol=1e-5)
         assert not torch.allclose(one.features[-1], plain.features[-1], rtol=1e-5, atol=1e-5)
-    assert lesa.cache.installed_hook(pipe.transformer) is None
+    assert installed_hook(pipe.transformer) is None
 
 
 def test_the_drift_is_how_far_the_latents_are_off(pipe, recorded, predictor, tmp_path):
@@ -211,6 +213,8 @@ def test_what_does_not_belong_together_is_refused(pipe, recorded, predictor, tmp
     fresh_pipe.transformer.proj_out.bias.data.add_(1)
     with pytest.raises(ValueError, match=r"`pipe.transformer` must be what the trajectories were recorded with"):
         lesa.refine(predictor, trajectories, fresh_pipe, inputs, **QUICK)
+    with pytest.raises(TypeError, match="`predictor` must be a FusedKANPredictor, but got 'newton-4'"):
+        lesa.refine("newton-4", trajectories, pipe, inputs, **QUICK)
     dense = FusedKANPredictor(PredictorConfig(128, mixer="dense"))
     with pytest.raises(ValueError, match="`predictor` must forecast from computed steps only"):
         lesa.refine(dense, trajectories, pipe, inputs, **QUICK)
@@ -228,6 +232,63 @@ def test_what_does_not_belong_together_is_refused(pipe, recorded, predictor, tmp
         lesa.train(rolled, schedule=SCHEDULE)
     with pytest.raises(ValueError, match=r"`predictor[\w.]*` must be"):
         lesa.record(pipe, inputs, tmp_path / "r", STEPS, batch_size=8, progress=False)
+
+
+REFUSED = {
+    "a file": (ValueError, "`out_dir` must be a folder, but got .*, where there is a file"),
+    "below a file": (ValueError, "`out_dir` must be a folder, but got .*, where there is a file"),
+    "files": (ValueError, "`out_dir` must be empty or hold an unfinished refinement, but got files in"),
+    "a predictor": (ValueError, "`out_dir` must be empty or hold an unfinished refinement, but got files in"),
+    "a damaged refinement": (ValueError, "`out_dir` must hold a refinement that can be read, but got .*damaged"),
+    "a list": (ValueError, "`out_dir` must hold a refinement that can be read, but got .*damaged"),
+    "no path": (TypeError, "`out_dir` must be a path, but got 3"),
+    "meta": (ValueError, "`device` must be one on which torch can compute, but got 'meta'"),
+    "no device": (ValueError, "`device` must be one on which torch can compute, but got 'gpu'"),
+    "rounds": (ValueError, "`rounds` must be an integer of at least 1"),
+    "epochs": (TypeError, "`epochs` must be an integer"),
+    "samples_per_call": (ValueError, "`samples_per_call` must be an integer of at least 1"),
+    "learning_rate": (ValueError, "`learning_rate` must be a finite number"),
+    "not finite": (ValueError, "`trajectories` must be finite, but got NaN or Inf in the features of sample-00007"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_wrong_is_refused_before_the_pipeline_runs(pipe, recorded, predictor, tmp_path, monkeypatch, what):
+    (trajectories, inputs), out, options = recorded, tmp_path / "out", {}
+    if what in ("a file", "below a file"):
+        out.write_text("")
+        options = {"out_dir": out / "deeper" if what == "below a file" else out}
+    elif what == "files":
+        out.mkdir()
+        (out / "notes.txt").write_text("")
+    elif what == "a predictor":
+        predictor.save_pretrained(out)
+    elif what in ("a damaged refinement", "a list"):
+        out.mkdir()
+        (out / refinement.SETTINGS_NAME).write_text("{" if what == "a damaged refinement" else "[]")
+    elif what == "not finite":
+        shutil.copytree(trajectories.folder, tmp_path / "t")
+        file = tmp_path / "t" / "sample-00007.safetensors"
+        tensors = load_file(file)
+        tensors["features"][-1, -1, -1] = torch.nan
+        save_file(tensors, file)
+        trajectories = lesa.Trajectories(tmp_path / "t")
+    else:
+        options = {
+            "no path": {"out_dir": 3},
+            "meta": {"device": "meta"},
+            "no device": {"device": "gpu"},
+            "rounds": {"rounds": 0},
+            "epochs": {"epochs": 1.5},
+            "samples_per_call": {"samples_per_call": 0},
+            "learning_rate": {"learning_rate": float("nan")},
+        }[what]
+    monkeypatch.setattr(refinement, "Recording", lambda *args, **options: pytest.fail("work has begun"))
+    error, message = REFUSED[what]
+    with pytest.raises(error, match=message) as refused:
+        lesa.refine(predictor, trajectories, pipe, inputs, **{"out_dir": out, **QUICK, **options})
+    assert refused.value.lesa_message  # it is no bug
 
 
 def test_guidance_in_two_streams_is_refined(tmp_path):
@@ -470,3 +531,19 @@ def test_going_on_with_another_setting_is_refused(pipe, recorded, predictor, unf
     with pytest.raises(ValueError, match=rf"`{name}[\w.]*` must be .*, as in the unfinished refinement in .*, but got"):
         lesa.refine(predictor, trajectories, pipe, inputs, out_dir=unfinished, **options)
     assert bytes_in(unfinished) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda pipe: pipe.scheduler.set_shift(5.0), r"`scheduler\.shift` must be"),
+        (lambda pipe: setattr(pipe, "tokenizer_max_length", 5), r"`pipeline_config\.tokenizer_max_length` must be"),
+        (lambda pipe: pipe.vae.to(torch.bfloat16), r"`dtypes\.vae` must be"),
+    ],
+)
+def test_a_pipeline_that_is_not_as_it_was_recorded_is_refused(recorded, predictor, fresh_pipe, change, words):
+    """Its roll-outs would be those of other runs."""
+    change(fresh_pipe)
+    with pytest.raises(ValueError, match=words):
+        lesa.refine(predictor, recorded[0], fresh_pipe, recorded[1], **QUICK)

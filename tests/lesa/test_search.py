@@ -236,16 +236,16 @@ def test_a_stopped_training_with_a_budget_keeps_its_schedule(tmp_path, monkeypat
 
     def stop(self, *arguments):
         save(self, *arguments)
-        if self.out_dir is not None:
+        if self.out_dir == options["out_dir"]:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Training, "_save_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
         lesa.train(trajectories, config, **options)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="`config.schedule` must be .*, as in the unfinished training"):
+    with pytest.raises(ValueError, match="`budget` must be 4, as in the unfinished training"):
         lesa.train(trajectories, config, **{**options, "budget": 5})
-    monkeypatch.setattr(trainer, "find_schedule", None)  # it is not searched for again
+    monkeypatch.setattr(trainer, "found_schedule", None)  # it is not searched for again
     resumed = lesa.train(trajectories, config, **options)
     assert resumed.config == whole.config
     for name, value in whole.state_dict().items():
@@ -255,6 +255,8 @@ def test_a_stopped_training_with_a_budget_keeps_its_schedule(tmp_path, monkeypat
 def test_what_does_not_fit_is_refused(tmp_path):
     trajectories = write_trajectories(tmp_path / "t", bent, samples=1)
     dense = FusedKANPredictor(PredictorConfig(WIDTH, mixer="dense", hidden=4))
+    with pytest.raises(TypeError, match="`predictor` must be a FusedKANPredictor, but got None"):
+        search_schedule(trajectories, None, 4)
     with pytest.raises(ValueError, match="`predictor` must forecast from computed steps only"):
         search_schedule(trajectories, dense, 4)
     with pytest.raises(ValueError, match="`num_computed` must be an integer of at least 2 and at most 13, but got 14"):

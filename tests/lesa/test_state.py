@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FluxImg2ImgPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import digits_pipelines
 import lesa
 from driven_loops import (
     FIRST,
@@ -40,6 +41,11 @@ from lesa.cache.run import Run
 from lesa.demo import digits
 from lesa.models.flux import FluxAdapter
 from predictors import DIM, make_predictor, untrained_predictor
+
+
+@pytest.fixture(scope="module")
+def _digits_pipeline(cut_pipeline):
+    return cut_pipeline
 
 
 def solo(pipe, calls_of_step, name):
@@ -346,7 +352,7 @@ def clean():
 
 def expected_of(clean, generate):
     if not clean:
-        pipe = digits.load_pipeline()
+        pipe = digits_pipelines.cut_pipeline()
         with lesa.enable_cache(pipe, make_predictor(), SOME):
             clean["options"], clean["defaults"] = generate(pipe, **OPTIONS), generate(pipe)
     return clean
@@ -473,7 +479,10 @@ def test_no_features_are_kept_by_a_cache_that_is_turned_off_after_a_failure(pipe
     handle = lesa.enable_cache(pipe, make_predictor(), SOME)
     with pytest.raises(Stop):
         generate(pipe, callback_on_step_end=fail)
-    assert features_alive() != before
+    assert features_alive() == before
+    with pytest.raises(Stop):
+        drive(pipe, lambda number: fail(pipe, number - 1, None, None) or [("call", FIRST, "cond")])
+    assert features_alive() != before  # nobody says that a loop of the user's own has failed
     handle.disable()
     assert features_alive() == before
     assert handle.stats.streams["cond"].ring_device_bytes > 0
@@ -649,7 +658,7 @@ def meet_twice(barrier):
 
 
 def test_two_pipelines_in_two_threads_equal_themselves_alone(generate):
-    pipes = [digits.load_pipeline() for _ in range(2)]
+    pipes = [digits_pipelines.cut_pipeline() for _ in range(2)]
     options = [{"labels": (3, 8), "seed": 1}, {"labels": (5,), "seed": 7, "steps": STEPS + 4}]
     schedules, alone, errors = [SOME, 3], [], []
     for pipe, option, schedule in zip(pipes, options, schedules):
@@ -1114,7 +1123,7 @@ def test_another_pipelines_scheduler_is_found_late(pipe, generate, clean, as_on_
         assert torch.equal(generate(pipe), expected["defaults"])
 
 
-def test_another_scheduler_that_is_found_in_a_predicted_call_is_computed(pipe, generate, as_on_a_gpu, monkeypatch):
+def test_another_scheduler_that_is_found_in_a_predicted_call_is_computed(pipe, as_on_a_gpu, monkeypatch):
     """The value of its timestep comes while the forecast is made, as it may on an idle GPU."""
     arrives, seen = [True], []
     as_on_a_gpu(lambda: arrives[0])
@@ -1128,10 +1137,10 @@ def test_another_scheduler_that_is_found_in_a_predicted_call_is_computed(pipe, g
         arrives[0] = True
         return predict(self, *args)
 
-    def fail(pipe, index, timestep, tensors):
-        if index == 3:
+    def calls_until_it_fails(step):
+        if step == 4:
             raise Stop
-        return {}
+        return [("call", FIRST, "cond")]
 
     def keep(module, args, kwargs):
         seen.append(kwargs)
@@ -1140,7 +1149,7 @@ def test_another_scheduler_that_is_found_in_a_predicted_call_is_computed(pipe, g
     with lesa.enable_cache(pipe, predictor, SOME) as handle:
         watch = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
         with pytest.raises(Stop):
-            generate(pipe, callback_on_step_end=fail)  # this leaves its scheduler at step 4, which is to be predicted
+            drive(pipe, calls_until_it_fails)  # this leaves its scheduler at step 4, which is to be predicted
         watch.remove()
         call = {**seen[-1], "timestep": torch.full((2,), 0.123)}  # the same text: it looks like the same stream
         monkeypatch.setattr(StepHook, "_begin", begin_before_it)
@@ -1312,7 +1321,7 @@ def test_a_head_with_adapters_is_not_planned(fresh_pipe, conditions, monkeypatch
 
 def test_seconds_and_summary_say_what_happened(pipe, generate):
     nap = 0.02
-    guard = pipe.transformer.transformer_blocks[1].register_forward_pre_hook(lambda *_: time.sleep(nap))
+    guard = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: time.sleep(nap))
     begun = time.perf_counter()
     predictor = make_predictor(below=0.1)  # the last step's forecast is not finite
     with pytest.warns(RuntimeWarning, match="not finite"), lesa.enable_cache(pipe, predictor, SOME) as handle:

@@ -46,8 +46,7 @@ def run(options) -> None:
     kind = check_model(options)
     predictors = {}
     for source in options.predictor:
-        label = Path(source).name if Path(source).name not in predictors else source
-        predictors[label] = predictor_of(source)
+        predictors[_label(source)] = predictor_of(source)
     samples = read(options, kind)
     pipe = pipeline_of(options)
     check_schedules(predictors, pipe)
@@ -65,6 +64,11 @@ def run(options) -> None:
             search_samples=options.search_samples,
         )
     show(evaluation, options.out)
+
+
+def _label(source: str) -> str:
+    """What the predictor is known by in the results: its folder, whatever the current one is, or its hub id."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
 def show(evaluation, folder: Path) -> None:

@@ -18,6 +18,9 @@ OPTIONS = {
     "head_eps": "--model (head_eps)",
     "samples": "--inputs (samples)",
     "dtype": "--dtype",
+    "dtypes": "--dtype",
+    **{name: f"--model ({name})" for name in ("scheduler", "pipeline_config", "configs", "weights")},
+    **{name: f"--model ({name})" for name in ("adapters", "fused_loras", "quantisation", "autocast")},
 }
 
 
@@ -53,4 +56,8 @@ def run(options) -> None:
             seed=options.seed,
             batch_size=options.batch_size,
         )
-    print(f"Wrote {len(trajectories)} trajectories of {trajectories.num_inference_steps} steps to {options.out}")
+    done = trajectories.recorded
+    made = sum(number not in done.kept for number in trajectories.samples)
+    more = f"; samples that were there already: {len(done.kept)}" if done.kept else ""
+    more += f"; damaged samples that were recorded again: {len(done.again)}" if done.again else ""
+    print(f"Wrote {made} trajectories of {trajectories.num_inference_steps} steps to {options.out}{more}")

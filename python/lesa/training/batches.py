@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from lesa.training.trajectories import Trajectories, Trajectory
 from lesa_kernels import FusedKANPredictor
+from lesa_kernels.checks import Said, argument_error
 
 
 class Split(NamedTuple):
@@ -32,6 +33,23 @@ def split(trajectories: Trajectories, validation_fraction: float, seed: int) -> 
     return Split(sum(samples[held_out:], []), sum(samples[:held_out], []))
 
 
+def check_finite(trajectories: Trajectories) -> None:
+    """Raises `ValueError` if a trajectory has NaN or Inf; reads all of them."""
+    for name, trajectory in zip(trajectories.names, trajectories):
+        for part in ("features", "latents", "sigmas", "scale", "shift"):
+            values = getattr(trajectory, part)
+            if values is not None and not values.isfinite().all():
+                got, remedy = Said(f"NaN or Inf in the {part} of {name}"), "Delete its file, and record it again."
+                raise argument_error("trajectories", "be finite", got, remedy)
+
+
+def check_is_predictor(predictor: FusedKANPredictor) -> None:
+    """Raises `TypeError` unless it is a predictor."""
+    if not isinstance(predictor, FusedKANPredictor):
+        remedy = "Load one with `FusedKANPredictor.from_pretrained`, or train one with `lesa.train`."
+        raise argument_error("predictor", "be a FusedKANPredictor", predictor, remedy, TypeError)
+
+
 class Head:
     """The output projection that was recorded with the trajectories, in float32.
 
@@ -41,10 +59,11 @@ class Head:
     """
 
     def __init__(self, trajectories: Trajectories, device: torch.device | str):
+        # Copies: what was read in an inference mode can have no part in gradients.
         self.eps = trajectories.head_eps
-        self.weight = trajectories.head_weight.to(device, torch.float32)
+        self.weight = trajectories.head_weight.to(device, torch.float32, copy=True)
         bias = trajectories.head_bias
-        self.bias = None if bias is None else bias.to(device, torch.float32)
+        self.bias = None if bias is None else bias.to(device, torch.float32, copy=True)
 
 
 class RollOut(NamedTuple):

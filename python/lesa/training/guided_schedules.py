@@ -36,7 +36,7 @@ def stretched_steps(schedule: Schedule, sigmas: Sequence[float], generator: torc
     steps = ControlledSteps(ErrorControl(longest=len(sigmas)), schedule, (), sigmas)
 
     def uniform(low: float, high: float) -> float:
-        return low + (high - low) * torch.rand((), generator=generator).item()
+        return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float32).item()
 
     middle = uniform(*map(math.log, STRETCHES))
     while max(steps.chosen) < len(sigmas):

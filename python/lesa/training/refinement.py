@@ -21,14 +21,16 @@ import torch
 from lesa.artifacts import check_same_settings, digest, fingerprint, predictor_identity, remove_partial, write_text
 from lesa.inputs import check_inputs
 from lesa.models import adapter_for
-from lesa.training.batches import Batch, Plan, RollOut
+from lesa.training.batches import Batch, Plan, RollOut, check_finite, check_is_predictor
 from lesa.training.losses import roll_out_loss
-from lesa.training.recording import Recording
-from lesa.training.settings import TrainingSettings
+from lesa.training.recording import Recording, check_same_conditions
+from lesa.training.searching import writable_folder
+from lesa.training.settings import TrainingSettings, usable_device
 from lesa.training.training_run import Training, is_finished
 from lesa.training.trajectories import Trajectories, as_trajectories, check_plain, latents_of
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error, check_int
+from lesa_kernels.torch_modes import default_modes
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -80,9 +82,9 @@ def refine(
 
     Raises:
         TypeError, ValueError: the predictor uses its own forecasts as history or was trained for something else, an
-            argument is out of range, or the pipeline, the inputs or `out_dir` are not those of the recording. The
-            message names it.
-        RuntimeError: see `lesa.record`.
+            argument is out of range, the trajectories have NaN or Inf, or the pipeline, the inputs or `out_dir` are not
+            those of the recording. The message names it.
+        RuntimeError: see `lesa.record` and `train`.
 
     Source: DAgger, arXiv 1011.0686. The loss measures the drift at the end of each gap. This is the drift at the start
     of the gap, plus what the velocities of the gap add to it in Euler steps. Flow-matching schedulers make such steps.
@@ -101,7 +103,8 @@ def refine(
         learning_rate=learning_rate,
         seed=seed,
     )
-    samples_per_call = check_int("samples_per_call", samples_per_call)
+    samples_per_call, device = check_int("samples_per_call", samples_per_call), usable_device(device)
+    check_finite(trajectories)
     with _working_folder(out_dir, _all_settings(predictor, trajectories, rounds, settings)) as folder:
         roll_outs: list[RollOuts] = []
         for number in range(1, rounds + 1):
@@ -112,12 +115,13 @@ def refine(
                 predictor = FusedKANPredictor.from_pretrained(trained)
                 continue
             training_bar = bar and f"{bar}, train"
-            run = _Refinement(
-                trajectories, predictor.config, settings, out_dir=trained, device=device, bar=training_bar
-            )
-            run.start_from(predictor, roll_outs)
-            run.fit()
-            predictor = run.finish()
+            with default_modes():  # the pipeline runs in those of the caller
+                run = _Refinement(
+                    trajectories, predictor.config, settings, out_dir=trained, device=device, bar=training_bar
+                )
+                run.start_from(predictor, roll_outs)
+                run.fit()
+                predictor = run.finish()
         if out_dir is not None:
             for file in trained.iterdir():
                 shutil.copy(file, folder)
@@ -126,6 +130,7 @@ def refine(
 
 def _check_predictor(predictor: FusedKANPredictor, trajectories: Trajectories) -> None:
     """Raises `ValueError` unless the predictor was trained on trajectories like these, and can be refined."""
+    check_is_predictor(predictor)
     config = predictor.config
     if config.history != "anchors":
         remedy = "Use a newton predictor. A dense one sees its own forecasts in `train` already."
@@ -146,6 +151,7 @@ def _check_recorded(trajectories: Trajectories, pipe: "DiffusionPipeline", input
         if value != trajectories.manifest.get(key):
             remedy = "Pass what was recorded, or record again."
             raise argument_error(name, "be what the trajectories were recorded with", Said("something else"), remedy)
+    check_same_conditions(trajectories, pipe)
 
 
 def _all_settings(
@@ -169,12 +175,11 @@ def _working_folder(out_dir: str | os.PathLike | None, settings: dict[str, Any])
         with tempfile.TemporaryDirectory() as temporary:
             yield Path(temporary)
         return
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = writable_folder(out_dir)
     file = folder / SETTINGS_NAME
     remove_partial(file)
     if file.exists():
-        check_same_settings(f"the unfinished refinement in {folder}", json.loads(file.read_text()), settings)
+        check_same_settings(f"the unfinished refinement in {folder}", _read_settings(file), settings)
     elif any(folder.iterdir()):
         must = "be empty or hold an unfinished refinement"
         raise argument_error("out_dir", must, Said(f"files in {folder}"), "Choose another folder.")
@@ -184,6 +189,15 @@ def _working_folder(out_dir: str | os.PathLike | None, settings: dict[str, Any])
     file.unlink()  # first: rounds that are left behind do no harm
     for number in range(settings["rounds"]):
         shutil.rmtree(folder / f"round-{number + 1}")
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        settings = json.loads(file.read_text())
+        if isinstance(settings, dict):
+            return settings
+    got = Said(f"{file}, which is damaged")
+    raise argument_error("out_dir", "hold a refinement that can be read", got, "Choose another folder.")
 
 
 class RollOuts:

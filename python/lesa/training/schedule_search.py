@@ -1,5 +1,6 @@
 """Finds which steps to compute, on recorded trajectories, for a predictor and a number of computed steps."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,12 +9,14 @@ import torch
 from tqdm import tqdm
 
 from lesa.schedule import Schedule
-from lesa.training.batches import Batch, Head
-from lesa.training.settings import TrainingSettings, complete_config
+from lesa.training.batches import Batch, Head, check_finite, check_is_predictor
+from lesa.training.searching import Search
+from lesa.training.settings import TrainingSettings, check_config, check_seed, complete_config, usable_device
 from lesa.training.training_run import Training
 from lesa.training.trajectories import Trajectories, Trajectory, check_plain, latents_of
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import argument_error, check_int
+from lesa_kernels.torch_modes import default_modes
 
 SEARCH_TURNS = 2
 """How many brief trainings there are, each followed by a search."""
@@ -24,7 +27,11 @@ BRIEF = TrainingSettings(guided_epochs=12, epochs=0, validation_fraction=0.0, re
 WIDEST = 2.5
 """The largest gap, as a multiple of the mean gap."""
 
+SAMPLES, TOKENS_PER_SAMPLE = 24, 16
+"""How many trajectories, and how many tokens of each, a search uses at most."""
 
+
+@default_modes()
 def find_schedule(
     trajectories: Trajectories,
     budget: int,
@@ -51,33 +58,65 @@ def find_schedule(
         The schedule.
 
     Raises:
-        ValueError: `config` or `budget` does not fit the trajectories, or the predictor is not a newton one.
+        ValueError: `config` or `budget` does not fit the trajectories, these have NaN or Inf, or the predictor is not a
+            newton one.
     """
     check_plain(trajectories)
-    if config is not None and config.history != "anchors":
+    check_searchable(config)
+    budget, seed = check_budget(trajectories, budget), check_seed(seed)
+    complete_config(trajectories, config, Schedule.spread(budget, trajectories.num_inference_steps))
+    usable_device(device)
+    check_finite(trajectories)
+    return found_schedule(trajectories, budget, config, seed, device, progress, Search())
+
+
+def check_searchable(config: PredictorConfig | None) -> None:
+    """Raises `ValueError` if no schedule can be searched for such a predictor."""
+    if config is not None and check_config(config).history != "anchors":
         remedy = "Use the configuration of a newton predictor."
         raise argument_error("config.history", "be 'anchors' for a schedule to be searched", config.history, remedy)
-    total = trajectories.num_inference_steps
-    budget = check_int("budget", budget, minimum=2, maximum=total - 1)
-    schedule = Schedule.spread(budget, total)
-    settings = replace(BRIEF, seed=seed)
-    for turn in range(SEARCH_TURNS + 1):
-        complete = complete_config(trajectories, config, schedule)
-        bar = "train for the search" if progress else None
-        run = Training(trajectories, complete, settings, device=device, bar=bar)
+
+
+def check_budget(trajectories: Trajectories, budget: int) -> int:
+    """The budget; raises `TypeError` or `ValueError` unless a schedule with so many computed steps can be searched."""
+    return check_int("budget", budget, minimum=2, maximum=trajectories.num_inference_steps - 1)
+
+
+def found_schedule(
+    trajectories: Trajectories,
+    budget: int,
+    config: PredictorConfig | None,
+    seed: int,
+    device: str | torch.device,
+    progress: bool,
+    search: Search,
+) -> Schedule:
+    """`find_schedule` for checked arguments; it continues what `search` has."""
+    schedule = Schedule.spread(budget, trajectories.num_inference_steps)
+    settings, bar = replace(BRIEF, seed=seed), "train for the search" if progress else None
+
+    def steps_of(turn: int) -> tuple[int, ...]:
+        complete, name = complete_config(trajectories, config, schedule), f"turn-{turn}"
+        out_dir = search.training_folder(name) if turn else None
+        run = Training(trajectories, complete, settings, out_dir=out_dir, device=device, bar=bar)
         if turn:
             run.fit()
-        schedule = search_schedule(trajectories, run.predictor.cpu(), budget, seed=seed, progress=progress)
+        errors = ScheduleErrors(trajectories, run.predictor.cpu(), SAMPLES, TOKENS_PER_SAMPLE, seed)
+        return _cheapest_steps(errors, budget, progress, search, name)
+
+    for turn in range(SEARCH_TURNS + 1):
+        schedule = _with_levels(trajectories, search.part(f"turn-{turn}", steps_of, turn))
     return schedule
 
 
+@default_modes()
 def search_schedule(
     trajectories: Trajectories,
     predictor: FusedKANPredictor,
     num_computed: int,
     *,
-    samples: int = 24,
-    tokens_per_sample: int = 16,
+    samples: int = SAMPLES,
+    tokens_per_sample: int = TOKENS_PER_SAMPLE,
     seed: int = 0,
     progress: bool = True,
 ) -> Schedule:
@@ -104,9 +143,11 @@ def search_schedule(
         The schedule, with the noise levels of the trajectories.
 
     Raises:
-        ValueError: the predictor uses its own forecasts as history, there are fewer steps than `num_computed`, or the
-            trajectories have several streams but no latents, which show how guidance combines the streams.
+        TypeError, ValueError: the predictor is none, or uses its own forecasts as history; an argument is out of range,
+            such as more steps than there are; or the trajectories have NaN or Inf, or several streams but no latents,
+            which show how guidance combines the streams.
     """
+    check_is_predictor(predictor)
     if predictor.config.history != "anchors":
         raise argument_error(
             "predictor",
@@ -116,11 +157,17 @@ def search_schedule(
         )
     total = trajectories.num_inference_steps
     count = check_int("num_computed", num_computed, minimum=2, maximum=total - 1)
+    samples, tokens_per_sample = check_int("samples", samples), check_int("tokens_per_sample", tokens_per_sample)
+    seed = check_seed(seed)
+    check_finite(trajectories)
     errors = ScheduleErrors(trajectories, predictor, samples, tokens_per_sample, seed)
-    steps = _cheapest_chain(errors, count, progress)
-    steps = _refined(errors, steps)
+    return _with_levels(trajectories, _cheapest_steps(errors, count, progress, Search(), ""))
+
+
+def _with_levels(trajectories: Trajectories, steps: Sequence[int]) -> Schedule:
+    """The schedule of these steps, with the noise levels of the trajectories."""
     sigmas = trajectories[0].sigmas.tolist()
-    return Schedule(steps, total, tuple(sigmas[step] for step in steps))
+    return Schedule(tuple(steps), len(sigmas), tuple(sigmas[step] for step in steps))
 
 
 class ScheduleErrors:
@@ -149,7 +196,7 @@ class ScheduleErrors:
         self.batches = [  # the generator begins each batch in the same state: all get the same tokens
             Batch([*stream], head, generator.set_state(state), tokens, "cpu") for stream in zip(*alike)
         ]
-        self.weights = torch.ones(1, 1)
+        self.weights = torch.ones(1, 1, dtype=torch.float32)
         if count > 1:
             tokens_each = self.batches[0].features.shape[1] // len(alike)
             weights = torch.stack([guidance_weights(trajectories, sample) for sample in alike], 1)
@@ -172,7 +219,7 @@ class ScheduleErrors:
         slots = torch.tensor(history + history[-1:] * (self._longest - len(history)))  # the repeated ones are not read
         cursor = torch.full((length,), len(history) % self._longest, dtype=torch.int32)
         held = torch.full_like(cursor, len(history))
-        off = torch.zeros(())
+        off = torch.zeros((), dtype=torch.float32)
         for batch, weight in zip(self.batches, self.weights):
             features = batch.features[slots][:, None].expand(-1, length, -1, -1)
             sigmas = batch.sigmas[slots][:, None].expand(-1, length)
@@ -187,7 +234,7 @@ class ScheduleErrors:
 
     def of(self, steps: tuple[int, ...]) -> float:
         """The squared displacement at the end of a run that computes `steps`."""
-        off = torch.zeros(())
+        off = torch.zeros((), dtype=torch.float32)
         for number, end in enumerate((*steps[1:], self.total), start=1):
             gap = (*steps[max(0, number - self._longest) : number], end)
             if gap not in self._gaps:
@@ -212,43 +259,56 @@ def guidance_weights(trajectories: Trajectories, streams: Sequence[Trajectory]) 
     return torch.linalg.lstsq(torch.stack(moves, 1), moved[:, drawn].reshape(-1, 1)).solution[:, 0]
 
 
-_Chains = dict[tuple[int, ...], tuple[tuple[int, ...], float]]
-"""By its last two steps, a chain of computed steps and its cost."""
-
-
-def _cheapest_chain(errors: ScheduleErrors, count: int, progress: bool) -> tuple[int, ...]:
-    """The chain of `count` steps from step 0 with the smallest total cost."""
-    total = errors.total
-    widest = min(math.ceil(WIDEST * total / count), total)
-    best: _Chains = {(0,): ((0,), 0.0)}
+def _cheapest_steps(errors: ScheduleErrors, count: int, progress: bool, search: Search, name: str) -> tuple[int, ...]:
+    """The steps to compute: the cheapest chain of gaps, then moved."""
+    chains: _Chains = [([0], 0.0)]
     for number in tqdm(range(1, count), desc="search", unit="step", disable=not progress):
-        left = count - number  # steps to choose, this one included
-        found: _Chains = {}
-        for chain, cost in best.values():
-            last = chain[-1]
-            gaps = errors.costs(chain, widest - 1)
-            for step in range(last + 1, min(last + widest, total - left) + 1):
-                if total - step > widest * left or step >= total:
-                    continue  # too far from the end
-                sum_ = cost + gaps[step - last - 1]
-                if sum_ < found.get((last, step), (None, math.inf))[1]:
-                    found[last, step] = ((*chain, step), sum_)
-        best = found
-    ends = [(cost + errors.costs(chain, total - 1 - chain[-1])[-1], chain) for chain, cost in best.values()]
-    return min(ends)[1]
-
-
-def _refined(errors: ScheduleErrors, steps: tuple[int, ...]) -> tuple[int, ...]:
-    """Moves single steps as long as that lowers the error of the whole run."""
+        chains = search.part(f"{name}, step {number}", _longer_chains, errors, chains, count, number)
+    ends = [(cost + errors.costs(tuple(chain), errors.total - 1 - chain[-1])[-1], chain) for chain, cost in chains]
+    steps = tuple(min(ends)[1])
     error = errors.of(steps)
-    while True:
-        moved = []
-        for n in range(1, len(steps)):
-            for move in (-2, -1, 1, 2):
-                other = (*steps[:n], steps[n] + move, *steps[n + 1 :])
-                if other[-1] < errors.total and all(a < b for a, b in zip(other, other[1:])):
-                    moved.append((errors.of(other), other))
-        best = min(moved)
-        if best[0] >= error * (1 - 1e-6):
-            return steps
-        error, steps = best
+    for number in itertools.count(1):
+        best_error, best = search.part(f"{name}, move {number}", _best_move, errors, steps)
+        if best_error >= error * (1 - 1e-6):
+            break
+        error, steps = best_error, tuple(best)
+    return steps
+
+
+_Chains = Sequence[tuple[list[int], float]]
+"""Chains of computed steps and their costs. No two have the same last two steps."""
+
+
+def _longer_chains(errors: ScheduleErrors, chains: _Chains, count: int, number: int) -> _Chains:
+    """Of the chains with one step more, the cheapest for each pair of last two steps.
+
+    Args:
+        errors: gives the costs.
+        chains: of `number` steps.
+        count: how many steps there are in the end.
+        number: how many steps the chains have.
+    """
+    total, left = errors.total, count - number  # steps to choose, the next one included
+    widest = min(math.ceil(WIDEST * total / count), total)
+    found: dict[tuple[int, int], tuple[list[int], float]] = {}
+    for chain, cost in chains:
+        last = chain[-1]
+        gaps = errors.costs(tuple(chain), widest - 1)
+        for step in range(last + 1, min(last + widest, total - left) + 1):
+            if total - step > widest * left or step >= total:
+                continue  # too far from the end
+            sum_ = cost + gaps[step - last - 1]
+            if sum_ < found.get((last, step), (None, math.inf))[1]:
+                found[last, step] = ([*chain, step], sum_)
+    return [*found.values()]
+
+
+def _best_move(errors: ScheduleErrors, steps: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
+    """The smallest error of a run that computes these steps with one of them moved, and its steps."""
+    moved = []
+    for n in range(1, len(steps)):
+        for move in (-2, -1, 1, 2):
+            other = (*steps[:n], steps[n] + move, *steps[n + 1 :])
+            if other[-1] < errors.total and all(a < b for a, b in zip(other, other[1:])):
+                moved.append((errors.of(other), other))
+    return min(moved)

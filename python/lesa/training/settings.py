@@ -3,10 +3,12 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
 from lesa.schedule import Schedule, ScheduleLike, as_schedule
 from lesa.training.trajectories import Trajectories
 from lesa_kernels import PredictorConfig
-from lesa_kernels.checks import argument_error, check_float, check_int
+from lesa_kernels.checks import Said, argument_error, check_float, check_int
 
 DEFAULT_COMPUTED_STEPS = 9
 
@@ -50,7 +52,7 @@ class TrainingSettings:
             "learning_rate": check_float("learning_rate", self.learning_rate, minimum=1e-8),
             "head_aware": bool(self.head_aware),
             "validation_fraction": check_float("validation_fraction", self.validation_fraction, 0.0, 0.9),
-            "seed": check_int("seed", self.seed, minimum=0),
+            "seed": check_seed(self.seed),
             "reach": check_int("reach", self.reach, minimum=0),
             "controlled": bool(self.controlled),
         }
@@ -62,6 +64,37 @@ class TrainingSettings:
     def to_dict(self) -> dict[str, Any]:
         """The settings by name, as a checkpoint holds them. The first two determine others."""
         return {"controlled": self.controlled, "epochs": self.epochs, **asdict(self)}
+
+
+def check_seed(seed: Any) -> int:
+    """The seed; raises `TypeError` or `ValueError` unless generators of torch take it, and the next one too."""
+    return check_int("seed", seed, minimum=0, maximum=2**64 - 2)
+
+
+def check_config(config: Any) -> PredictorConfig:
+    """The configuration; raises `TypeError` if it is something else."""
+    if not isinstance(config, PredictorConfig):
+        remedy = "Build a PredictorConfig, or leave it out."
+        raise argument_error("config", "be a PredictorConfig", config, remedy, TypeError)
+    return config
+
+
+def config_settings(config: PredictorConfig) -> dict[str, Any]:
+    """The configuration by name, as a checkpoint holds it. The first two determine others."""
+    return {"mixer": config.mixer, "stage_bounds": config.stage_bounds, **config.to_dict()}
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device; raises `ValueError` if torch cannot compute on it."""
+    try:
+        found = torch.device(device)
+        if found.type != "meta":
+            return torch.empty(0, device=found).device
+        reason = "it holds no values"
+    except (AssertionError, RuntimeError, TypeError) as error:  # the first line is torch's own explanation
+        reason = str(error).splitlines()[0].rstrip(".")
+    got = Said(f"{str(device)!r}: {reason}")
+    raise argument_error("device", "be one on which torch can compute", got, "Pass 'cpu', or 'cuda' with a GPU.")
 
 
 def complete_config(
@@ -78,8 +111,7 @@ def complete_config(
         ValueError: `config` or `schedule` does not fit the trajectories; the message names the field.
     """
     total, width, family = trajectories.num_inference_steps, trajectories.feature_dim, trajectories.family
-    if config is None:
-        config = PredictorConfig(width)
+    config = PredictorConfig(width) if config is None else check_config(config)
     for field, wanted in (("feature_dim", width), ("family", family), ("num_inference_steps", total)):
         given = getattr(config, field)
         if given not in (None, wanted):

@@ -6,15 +6,20 @@ import torch
 from tqdm import tqdm
 
 from lesa.schedule import ScheduleLike
-from lesa.training.batches import Split, split
-from lesa.training.settings import TrainingSettings, complete_config, with_stages
+from lesa.training.batches import Split, check_finite, split
+from lesa.training.searching import Search
+from lesa.training.settings import TrainingSettings, check_seed, complete_config, usable_device, with_stages
 from lesa.training.training_run import MOST_TOKENS, Training
 from lesa.training.trajectories import Trajectories, check_plain
 from lesa_kernels import PredictorConfig
 from lesa_kernels.checks import argument_error, check_int
+from lesa_kernels.torch_modes import default_modes
 
 LEAST_GAIN = 0.02
 """By which part a split must lower the validation loss, with each of two seeds."""
+
+MOST_STAGES = 4
+"""The largest number of stages, by default."""
 
 BRIEF = TrainingSettings(epochs=10, learning_rate=1e-2, validation_fraction=0.25)
 """The settings of a brief training."""
@@ -23,12 +28,13 @@ MOST_TRAINING, MOST_VALIDATION = 64, 32
 """How many trajectories a brief training uses, at most."""
 
 
+@default_modes()
 def find_stages(
     trajectories: Trajectories,
     schedule: ScheduleLike | None = None,
     config: PredictorConfig | None = None,
     *,
-    most: int = 4,
+    most: int = MOST_STAGES,
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = True,
@@ -54,32 +60,54 @@ def find_stages(
         The falling `stage_bounds` for a `PredictorConfig`; none for one stage.
 
     Raises:
-        ValueError: `config` or `schedule` does not fit the trajectories, the predictor is not a newton one or has other
-            history lengths in other stages, or an argument is out of range. The message names it.
+        ValueError: `config` or `schedule` does not fit the trajectories, these have NaN or Inf, the predictor is not a
+            newton one or has other history lengths in other stages, or an argument is out of range. The message names
+            it.
     """
     check_plain(trajectories)
-    most, seed = check_int("most", most), check_int("seed", seed, minimum=0)
+    most, seed = check_int("most", most), check_seed(seed)
+    complete = complete_config(trajectories, config, schedule)
+    check_divisible(trajectories, complete)
+    usable_device(device)
+    check_finite(trajectories)
+    return found_stages(trajectories, complete, most, seed, device, progress, Search())
+
+
+def check_divisible(trajectories: Trajectories, config: PredictorConfig) -> None:
+    """Raises `ValueError` unless the noise stages of such a predictor can be found on the trajectories."""
     if len(set(trajectories.samples)) < 2:
         remedy = "Record more: at least one is for validation."
         raise argument_error("trajectories", "be of two samples or more", trajectories, remedy)
-    complete = complete_config(trajectories, config, schedule)
-    if complete.mixer != "newton":
+    if config.mixer != "newton":
         remedy = "Use a newton predictor, or set the stage bounds by hand."
-        raise argument_error("config.mixer", "be 'newton' for stages to be found", complete.mixer, remedy)
-    if len(set(complete.lengths)) > 1:
+        raise argument_error("config.mixer", "be 'newton' for stages to be found", config.mixer, remedy)
+    if len(set(config.lengths)) > 1:
         remedy = "Pass one int, or set the stage bounds by hand."
-        raise argument_error("config.history_length", "be equal in all stages", complete.history_length, remedy)
+        raise argument_error("config.history_length", "be equal in all stages", config.history_length, remedy)
+
+
+def found_stages(
+    trajectories: Trajectories,
+    config: PredictorConfig,
+    most: int,
+    seed: int,
+    device: str | torch.device,
+    progress: bool,
+    search: Search,
+) -> tuple[float, ...]:
+    """`find_stages` for checked arguments and a complete configuration; it continues what `search` has."""
     losses: dict[tuple[tuple[float, ...], int], float] = {}
     bar = tqdm(desc="stages", unit="training", disable=not progress)
 
     def loss(bounds: tuple[float, ...], seed: int) -> float:
         if (bounds, seed) not in losses:
-            losses[bounds, seed] = _loss_of(trajectories, with_stages(complete, bounds), device, seed)
+            name = f"stages {', '.join(map(str, bounds))} with seed {seed}"
+            losses[bounds, seed] = search.part(name, _loss_of, trajectories, with_stages(config, bounds), device, seed)
             bar.update()
         return losses[bounds, seed]
 
     bounds: tuple[float, ...] = ()
-    candidates = _candidates(complete, trajectories[0].sigmas.tolist())
+    candidates = _candidates(config, trajectories[0].sigmas.tolist())
     with bar:
         while len(bounds) + 1 < most:
             splits = [tuple(sorted({*bounds, c}, reverse=True)) for c in candidates if c not in bounds]

@@ -1,19 +1,31 @@
 """`train`: fits a predictor to recorded trajectories."""
 
 import os
+from pathlib import Path
 
 import torch
 
 from lesa.schedule import Schedule, ScheduleLike
-from lesa.training import stages
-from lesa.training.schedule_search import find_schedule
-from lesa.training.settings import TrainingSettings, complete_config, with_stages
-from lesa.training.training_run import Training, unfinished_config
+from lesa.training.batches import check_finite
+from lesa.training.schedule_search import check_budget, found_schedule
+from lesa.training.searching import Search, has_search
+from lesa.training.settings import (
+    TrainingSettings,
+    check_config,
+    complete_config,
+    config_settings,
+    usable_device,
+    with_stages,
+)
+from lesa.training.stages import MOST_STAGES, check_divisible, found_stages
+from lesa.training.training_run import Training, check_folder, unfinished_config
 from lesa.training.trajectories import Trajectories, as_trajectories, check_plain
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import argument_error, check_int, usage_error
+from lesa_kernels.torch_modes import default_modes
 
 
+@default_modes()
 def train(
     trajectories: Trajectories | str | os.PathLike,
     config: PredictorConfig | None = None,
@@ -48,8 +60,8 @@ def train(
         budget: instead of `schedule`, how many steps to compute; `find_schedule` chooses which.
         find_stages: whether to find the noise stages first, as `lesa.find_stages` does, and to use them instead of
             those of `config`.
-        out_dir: folder for the predictor, `losses.json` and the picture `losses.png`. A training that was interrupted
-            continues from the checkpoint there. None: nothing is written.
+        out_dir: folder for the predictor, `losses.json` and the picture `losses.png`. After an interruption, the same
+            call continues there, also with a search that `budget` or `find_stages` asks for. None: nothing is written.
         guided_epochs: passes over the trajectories in the guided phase. Default: a third of `epochs` for dense, a sixth
             for newton, whose history has true features in closed loop too.
         controlled: whether to train for `lesa.ErrorControl`: all epochs are guided, on schedules with gaps half to
@@ -73,25 +85,20 @@ def train(
 
     Raises:
         TypeError, ValueError: an argument is out of range; `config` does not fit the trajectories, `controlled` or
-            `find_stages`; the schedule does not fit the steps; or `out_dir` contains something other than an unfinished
-            training with these arguments. The message names the field.
+            `find_stages`; the schedule does not fit the steps; the trajectories have NaN or Inf; or `out_dir` is no
+            folder, or contains something other than an unfinished training with these arguments. The message names the
+            field.
+        OSError: nothing can be written to `out_dir`.
+        RuntimeError: the loss became NaN or Inf. A lower learning rate helps.
 
     Source: LESA, arXiv 2602.20497, for the two phases. The loss and the training of the newton mixer were developed in
     this project.
     """
     trajectories = as_trajectories(trajectories)
     check_plain(trajectories)
-    if budget is not None and config is not None and config.history != "anchors":
-        remedy = "Use a newton predictor, or pass a `schedule`."
-        raise usage_error("`budget` needs a predictor whose history holds computed features only.", remedy)
-    if budget is not None and schedule is not None:
-        raise usage_error("`schedule` and `budget` cannot both be given.", "Pass one of the two.")
-    config = PredictorConfig(trajectories.feature_dim) if config is None else config
+    config = PredictorConfig(trajectories.feature_dim) if config is None else check_config(config)
     newton = config.mixer == "newton"
-    if controlled and config.history != "anchors":
-        remedy = "Train a newton predictor."
-        must = "be left out for a predictor that uses its own forecasts as history"
-        raise argument_error("controlled", must, controlled, remedy)
+    _check_choices(config, schedule, budget, controlled)
     epochs = check_int("epochs", epochs)
     if guided_epochs is None:
         guided_epochs = epochs // 6 if newton else epochs // 3
@@ -108,20 +115,66 @@ def train(
         seed=seed,
         controlled=controlled,
     )
-    unfinished = unfinished_config(out_dir)
-    if budget is not None:
-        if unfinished is not None and len(unfinished["schedule"]) == budget:
-            schedule = Schedule(tuple(unfinished["schedule"]), trajectories.num_inference_steps)
-        else:
-            schedule = find_schedule(trajectories, budget, config, seed=seed, device=device, progress=progress)
+    if budget is not None:  # where a search begins
+        budget = check_budget(trajectories, budget)
+        schedule = Schedule.spread(budget, trajectories.num_inference_steps)
     config = complete_config(trajectories, config, schedule)
     if find_stages:
-        if unfinished is not None:
-            bounds = tuple(unfinished["stage_bounds"])
-        else:
-            bounds = stages.find_stages(trajectories, None, config, seed=seed, device=device, progress=progress)
-        config = with_stages(config, bounds)
+        check_divisible(trajectories, config)
+    device = usable_device(device)
+    folder = None if out_dir is None else check_folder(out_dir)
+    check_finite(trajectories)
+    config = _searched(trajectories, config, settings, budget, find_stages, folder, device, progress)
     bar = "train" if progress else None
-    run = Training(trajectories, config, settings, out_dir=out_dir, device=device, bar=bar)
+    run = Training(trajectories, config, settings, out_dir=folder, device=device, bar=bar)
     run.fit()
     return run.finish()
+
+
+def _check_choices(
+    config: PredictorConfig, schedule: ScheduleLike | None, budget: int | None, controlled: bool
+) -> None:
+    """Raises `ValueError` if arguments of `train` contradict each other."""
+    if budget is not None and config.history != "anchors":
+        remedy = "Use a newton predictor, or pass a `schedule`."
+        raise usage_error("`budget` needs a predictor whose history holds computed features only.", remedy)
+    if budget is not None and schedule is not None:
+        raise usage_error("`schedule` and `budget` cannot both be given.", "Pass one of the two.")
+    if controlled and config.history != "anchors":
+        remedy = "Train a newton predictor."
+        must = "be left out for a predictor that uses its own forecasts as history"
+        raise argument_error("controlled", must, controlled, remedy)
+
+
+def _searched(
+    trajectories: Trajectories,
+    config: PredictorConfig,
+    settings: TrainingSettings,
+    budget: int | None,
+    find_stages: bool,
+    folder: Path | None,
+    device: torch.device,
+    progress: bool,
+) -> PredictorConfig:
+    """The configuration with what is searched for. An unfinished training has found it already."""
+    unfinished = None if folder is None else unfinished_config(folder)
+    if unfinished is not None:
+        steps = tuple(unfinished["schedule"])
+        if budget not in (None, len(steps)):
+            must = f"be {len(steps)}, as in the unfinished training in {folder}"
+            remedy = "Continue with the same arguments, or choose another folder."
+            raise argument_error("budget", must, budget, remedy)
+        if budget is not None:
+            config = complete_config(trajectories, config, steps)
+        return with_stages(config, tuple(unfinished["stage_bounds"])) if find_stages else config
+    if budget is None and not find_stages and not (folder is not None and has_search(folder)):
+        return config
+    chosen = {"trajectories": trajectories.manifest, "budget": budget, "find_stages": find_stages}
+    search = Search(folder, {**chosen, "config": config_settings(config), **settings.to_dict()})
+    if budget is not None:
+        found = found_schedule(trajectories, budget, config, settings.seed, device, progress, search)
+        config = complete_config(trajectories, config, found)
+    if find_stages:
+        bounds = found_stages(trajectories, config, MOST_STAGES, settings.seed, device, progress, search)
+        config = with_stages(config, bounds)
+    return config

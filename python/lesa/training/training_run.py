@@ -5,6 +5,7 @@ Closed loop: the history is as at inference. A newton predictor trains on the sc
 that holds its own forecasts.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -22,11 +23,12 @@ from lesa.schedule import Schedule, schedule_of
 from lesa.training.batches import Batch, Head, Plan, RollOut, Split, predict, roll_out, split
 from lesa.training.guided_schedules import moved_steps, stretched_steps
 from lesa.training.losses import feature_loss, head_aware_loss
-from lesa.training.settings import TrainingSettings
+from lesa.training.searching import SEARCH_NAME, discard_search, writable_folder
+from lesa.training.settings import TrainingSettings, config_settings
 from lesa.training.trajectories import Trajectories
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import Said, argument_error
-from lesa_kernels.predictor.module import WEIGHTS_NAME
+from lesa_kernels.predictor.files import WEIGHTS_NAME
 
 CHECKPOINT_NAME = "checkpoint.pt"
 LOSSES_NAME = "losses.json"
@@ -79,9 +81,11 @@ class Training:
         self.numbers = numbers or split(trajectories, settings.validation_fraction, settings.seed)
         self.out_dir = None if out_dir is None else Path(out_dir)
         self.device, self.bar = torch.device(device), bar
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(settings.seed)
-            self.predictor = FusedKANPredictor(config).to(self.device)
+        with torch.device("meta"):  # without random numbers of the default generator, which all threads share
+            predictor = FusedKANPredictor(config)
+        self.predictor = predictor.to_empty(device="cpu")
+        self.predictor.reset_parameters(torch.Generator().manual_seed(settings.seed))
+        self.predictor.to(self.device)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.losses: dict[str, list[float]] = {"training": [], "validation": []}
         self.head = Head(trajectories, self.device)
@@ -179,7 +183,7 @@ class Training:
         read = {number: self.trajectories[number] for number in numbers}
         for number, trajectory in read.items():
             groups.setdefault(tuple(trajectory.sigmas.tolist()), []).append(number)
-        mean = torch.zeros((), device=self.device)
+        mean = torch.zeros((), dtype=torch.float32, device=self.device)
         for group in groups.values():
             roll_outs = [self.roll_outs_of(number) for number in group]
             alike = [read[number] for number in group]
@@ -207,11 +211,15 @@ class Training:
                 group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
             chosen = shuffled[number * size : (number + 1) * size]
             loss = self.mean_loss(chosen, settings.tokens_per_batch, epoch < settings.guided_epochs)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                got = Said(f"{losses[-1]} in epoch {epoch + 1}")
+                remedy = f"Lower `learning_rate`, which is {settings.learning_rate:g}."
+                raise argument_error("loss", "stay finite", got, remedy, RuntimeError)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.predictor.parameters(), GRADIENT_CLIP)
             optimizer.step()
-            losses.append(loss.item())
         return sum(losses) / len(losses)
 
     @torch.no_grad()
@@ -244,8 +252,7 @@ class Training:
         """All that must be the same for a training to continue, by name."""
         return {
             "trajectories": self.trajectories.manifest,
-            # Other entries of the configuration follow from the first two.
-            "config": {"mixer": self.config.mixer, "stage_bounds": self.config.stage_bounds, **self.config.to_dict()},
+            "config": config_settings(self.config),
             **self.settings.to_dict(),
             **self.depends_on(),
         }
@@ -254,23 +261,19 @@ class Training:
         """Loads the checkpoint if there is one; returns the epoch to continue with."""
         if self.out_dir is None:
             return 0
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        file = self.out_dir / CHECKPOINT_NAME
-        remove_partial(file)
-        file.with_name(f"{file.name}.new").unlink(missing_ok=True)  # the same, of earlier versions
-        if not file.exists():
-            if any(self.out_dir.iterdir()):
-                must, got = "be empty or hold an unfinished training", Said(f"files in {self.out_dir}")
-                raise argument_error("out_dir", must, got, "Choose another folder.")
-            return 0
-        checkpoint = torch.load(file, map_location=self.device, weights_only=True)
-        work = f"the unfinished training in {self.out_dir}"
-        check_same_settings(work, checkpoint["settings"], self._all_settings())
-        self.predictor.load_state_dict(checkpoint["predictor"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        self.generator.set_state(checkpoint["generator"].cpu())
-        self.losses = checkpoint["losses"]
-        return checkpoint["epoch"]
+        check_folder(self.out_dir)
+        checkpoint = _read_checkpoint(self.out_dir, self.device)
+        if checkpoint is None:
+            self._save_checkpoint(optimizer, 0)
+        else:
+            work = f"the unfinished training in {self.out_dir}"
+            check_same_settings(work, checkpoint["settings"], self._all_settings())
+            self.predictor.load_state_dict(checkpoint["predictor"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            self.generator.set_state(checkpoint["generator"].cpu())
+            self.losses = checkpoint["losses"]
+        discard_search(self.out_dir)  # the checkpoint says what it found
+        return 0 if checkpoint is None else checkpoint["epoch"]
 
     def _save_checkpoint(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
         if self.out_dir is None:
@@ -287,12 +290,36 @@ class Training:
             torch.save(checkpoint, temporary)
 
 
-def unfinished_config(out_dir: str | os.PathLike | None) -> dict[str, Any] | None:
+def check_folder(out_dir: str | os.PathLike) -> Path:
+    """Makes the folder; raises `ValueError` unless it is empty or holds an unfinished training or search."""
+    folder = writable_folder(out_dir)
+    file = folder / CHECKPOINT_NAME
+    remove_partial(file)
+    file.with_name(f"{file.name}.new").unlink(missing_ok=True)  # the same, of earlier versions
+    if not file.exists() and any(path.name != SEARCH_NAME for path in folder.iterdir()):
+        got = Said(f"a predictor in {folder}" if is_finished(folder) else f"files in {folder}")
+        raise argument_error("out_dir", "be empty or hold an unfinished training", got, "Choose another folder.")
+    return folder
+
+
+def unfinished_config(out_dir: Path) -> dict[str, Any] | None:
     """The predictor's configuration in the checkpoint of an unfinished training, or None if there is none."""
-    file = None if out_dir is None else Path(out_dir) / CHECKPOINT_NAME
-    if file is None or not file.exists():
+    checkpoint = _read_checkpoint(out_dir, "cpu")
+    return None if checkpoint is None else checkpoint["settings"]["config"]
+
+
+def _read_checkpoint(out_dir: Path, device: torch.device | str) -> dict[str, Any] | None:
+    """The checkpoint in the folder, or None if there is none; raises `ValueError` if it is damaged."""
+    file = out_dir / CHECKPOINT_NAME
+    if not file.exists():
         return None
-    return torch.load(file, map_location="cpu", weights_only=True)["settings"]["config"]
+    parts = {"settings", "predictor", "optimizer", "generator", "losses", "epoch"}
+    with file.open("rb") as stream, contextlib.suppress(Exception):  # damaged bytes lead to many kinds of errors
+        checkpoint = torch.load(stream, map_location=device, weights_only=True)
+        if parts <= checkpoint.keys() and "config" in checkpoint["settings"]:
+            return checkpoint
+    must, got = "hold a checkpoint that can be read", Said(f"{file}, which is damaged or of another version")
+    raise argument_error("out_dir", must, got, "Delete it to train from the start.")
 
 
 def is_finished(out_dir: Path) -> bool:

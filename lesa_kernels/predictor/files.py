@@ -1,0 +1,108 @@
+"""Where the files of a saved predictor are: in a folder, or in a repository on the Hugging Face hub."""
+
+import difflib
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from lesa_kernels.checks import Said, argument_error, usage_error
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+HUB_OPTIONS = (
+    "cache_dir",
+    "endpoint",
+    "etag_timeout",
+    "force_download",
+    "headers",
+    "library_name",
+    "library_version",
+    "local_dir",
+    "local_files_only",
+    "proxies",
+    "repo_type",
+    "resume_download",
+    "revision",
+    "subfolder",
+    "token",
+    "tqdm_class",
+    "user_agent",
+)
+"""What `huggingface_hub.hf_hub_download` takes, in one release or another."""
+
+_CONVERT = "The weights keep the dtype in which they were saved. Convert them afterwards with `.to(dtype)`."
+_MOVE = "The weights are loaded to the CPU. Move them afterwards with `.to(device)`."
+_REMEDIES = {
+    "dtype": _CONVERT,
+    "torch_dtype": _CONVERT,
+    "device": _MOVE,
+    "device_map": _MOVE,
+    "map_location": _MOVE,
+    "strict": "Names and shapes of all weights are always checked.",
+}
+
+
+def check_hub_options(given: Collection[str]) -> None:
+    """Raises `TypeError` unless all names are options of a download, whether a download is needed or not."""
+    for name in given:
+        if name not in HUB_OPTIONS:
+            close = difflib.get_close_matches(name, ("backend", *HUB_OPTIONS), 1)
+            hint = f"Did you mean `{close[0]}`?" if close else "Leave it out."
+            remedy = _REMEDIES.get(name, hint)
+            raise usage_error(f"`from_pretrained` has no argument `{name}`.", remedy, TypeError)
+
+
+def find_files(folder_or_id: str | os.PathLike, hub: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Configuration and weights in a folder; they are downloaded if it is the id of a repository.
+
+    What looks like a path is never asked of the hub: an absolute path, one that starts with "." or "~", one of more
+    than two parts, and one whose parent folder exists.
+
+    Args:
+        folder_or_id: a folder, or the id of a repository on the hub.
+        hub: options of the download. In a folder, only `subfolder` has a meaning.
+
+    Raises:
+        TypeError: `folder_or_id` is no path, or an option is unknown.
+        ValueError: it is neither a path nor a possible id.
+        FileNotFoundError: it looks like a path and is no folder, or one of its files is missing.
+    """
+    if not isinstance(folder_or_id, (str, os.PathLike)):
+        raise argument_error("folder_or_id", "be a path or a hub id", folder_or_id, "Pass a string.", TypeError)
+    check_hub_options(hub)
+    name, folder = os.fspath(folder_or_id), Path(folder_or_id)
+    if folder.is_dir():
+        return _files_in(folder / (hub.get("subfolder") or ""))
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or folder.parent.is_dir():
+        raise argument_error(
+            "folder_or_id",
+            "be a folder or a hub id such as 'user/name'",
+            Said(f"{name!r}, and there is no folder {name!r}"),
+            "Check the path.",
+            FileNotFoundError,
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config, weights = (Path(hf_hub_download(name, file, **hub)) for file in (CONFIG_NAME, WEIGHTS_NAME))
+    except HFValidationError as error:
+        must, got = "be a folder or a hub id such as 'user/name'", Said(f"{name!r}, which is neither ({error})")
+        raise argument_error("folder_or_id", must, got, "Check the path.") from None
+    return config, weights
+
+
+def _files_in(folder: Path) -> tuple[Path, Path]:
+    files = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    for file in files:
+        if not file.is_file():
+            raise argument_error(
+                "folder_or_id",
+                "be a folder that `save_pretrained` or `lesa train` wrote",
+                Said(f"{folder}, which has no {file.name}"),
+                "Check the path, or save the predictor again.",
+                FileNotFoundError,
+            )
+    return files

@@ -1,0 +1,321 @@
+"""Loading predictors: which keywords there are, what is a path, and what survives pickling and copying."""
+
+import copy
+import inspect
+import io
+import json
+import pickle
+import struct
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lesa_kernels import FeatureRing, FusedKANPredictor, PredictorConfig, make_ring
+from lesa_kernels.predictor.files import HUB_OPTIONS
+
+WIDTH = 8
+CONFIG = PredictorConfig(WIDTH, hidden=3, rank=2)
+
+
+def filled(config=CONFIG):
+    torch.manual_seed(0)
+    predictor = FusedKANPredictor(config)
+    with torch.no_grad():
+        for value in predictor.parameters():
+            value.normal_(std=0.1)
+    return predictor
+
+
+@pytest.fixture
+def predictor():
+    return filled()
+
+
+@pytest.fixture
+def saved(tmp_path, predictor):
+    predictor.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def hub(monkeypatch, saved):
+    """The downloads that were asked for; each finds the saved predictor."""
+    asked = []
+
+    def download(repo, file, **options):
+        asked.append((repo, options))
+        return str(saved / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return asked
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """Fails the test if anything is asked of the hub."""
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **options: pytest.fail("asked the hub"))
+
+
+def same(predictor, other):
+    names = (predictor.state_dict(), other.state_dict())
+    return predictor.config == other.config and all(torch.equal(names[0][name], names[1][name]) for name in names[0])
+
+
+# Keywords
+
+CONVERT, MOVE = r"Convert them afterwards with `\.to\(dtype\)`", r"Move them afterwards with `\.to\(device\)`"
+REFUSED = {
+    "torch_dtype": (torch.bfloat16, CONVERT),
+    "dtype": (torch.float32, CONVERT),
+    "device": ("cpu", MOVE),
+    "device_map": ("auto", MOVE),
+    "map_location": ("cpu", MOVE),
+    "strict": (False, "Names and shapes of all weights are always checked"),
+    "revison": ("main", "Did you mean `revision`?"),
+    "local_file_only": (True, "Did you mean `local_files_only`?"),
+    "cachedir": ("/tmp", "Did you mean `cache_dir`?"),
+    "back_end": ("torch", "Did you mean `backend`?"),
+    "use_auth_token": (True, ""),
+    "dry_run": (True, ""),
+    "filename": ("config.json", ""),
+    "repo_id": ("a/b", ""),
+    "rank": (3, "Leave it out"),
+    "config": (CONFIG, ""),
+    "trust_remote_code": (True, "Leave it out"),
+    "low_cpu_mem_usage": (True, "Leave it out"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_an_unknown_keyword_is_refused_by_name(saved, hub, place, name):
+    """The same for a folder and for the hub, and before anything is loaded."""
+    value, remedy = REFUSED[name]
+    with pytest.raises(TypeError, match=f"^`from_pretrained` has no argument `{name}`. .*{remedy}"):
+        FusedKANPredictor.from_pretrained(saved if place == "folder" else "someone/mine", **{name: value})
+    assert not hub
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in HUB_OPTIONS if name != "subfolder"])
+def test_options_of_a_download_are_passed_on_and_are_no_error_for_a_folder(saved, hub, predictor, name):
+    assert same(FusedKANPredictor.from_pretrained("someone/mine", **{name: "value"}), predictor)
+    assert hub == [("someone/mine", {name: "value"})] * 2
+    assert same(FusedKANPredictor.from_pretrained(saved, **{name: "value"}), predictor)
+    assert len(hub) == 2
+
+
+def test_all_that_the_installed_hub_takes_is_an_option_or_has_no_meaning_here():
+    taken = {*inspect.signature(huggingface_hub.hf_hub_download).parameters}
+    assert taken - {*HUB_OPTIONS} <= {"repo_id", "filename", "dry_run"}
+
+
+def test_a_subfolder_has_a_meaning_in_a_folder_too(saved, hub, predictor):
+    assert same(FusedKANPredictor.from_pretrained(saved.parent, subfolder="saved"), predictor)
+    with pytest.raises(FileNotFoundError, match="other, which has no config.json"):
+        FusedKANPredictor.from_pretrained(saved.parent, subfolder="other")
+    FusedKANPredictor.from_pretrained("someone/mine", subfolder="saved")
+    assert [options for _, options in hub] == [{"subfolder": "saved"}] * 2
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda p, folder: p.save_pretrained(folder, safe_serialization=True),
+        lambda p, folder: p.push_to_hub("a/b", branch="main"),
+        lambda p, folder: p.make_ring(1, 2, dim=3),
+        lambda p, folder: make_ring(1, 2, 3, 4, layout="rows"),
+        lambda p, folder: FeatureRing(1, 2, 3, 4, max_device_bytes=5),
+        lambda p, folder: FusedKANPredictor(CONFIG, dtype=torch.bfloat16),
+        lambda p, folder: PredictorConfig(WIDTH, depth=3),
+    ],
+)
+def test_no_other_function_ignores_a_keyword(predictor, tmp_path, call):
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        call(predictor, tmp_path)
+
+
+# Paths and ids
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "predictor",
+        "./predictor",
+        "../predictor",
+        "~/predictor",
+        "a/b/c",
+        "a/b/",
+        "here/predictor",
+        "/nowhere/x",
+        ".a/b",
+    ],
+)
+def test_a_path_without_a_folder_is_never_asked_of_the_hub(tmp_path, monkeypatch, no_hub, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for given_ in (name, Path(name)):
+        if str(given_) == name or name != "a/b/":  # the path a/b is an id
+            with pytest.raises(FileNotFoundError, match=f"there is no folder '{given_}'. Check the path"):
+                FusedKANPredictor.from_pretrained(given_)
+
+
+def test_an_id_is_asked_of_the_hub(tmp_path, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    FusedKANPredictor.from_pretrained("someone/mine")
+    assert [repo for repo, _ in hub] == ["someone/mine"] * 2
+
+
+@pytest.mark.parametrize("name", ["us er/mine", "user/mi*ne", "user/mine--x", "-user/mine", "us\u00e9r/mine"])
+def test_what_can_be_no_id_is_named(tmp_path, monkeypatch, name):
+    """By the library of the hub, which needs no network for it."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="`folder_or_id` must be a folder or a hub id .*, which is neither"):
+        FusedKANPredictor.from_pretrained(name, local_files_only=True)
+
+
+@pytest.mark.parametrize("value", [None, 3, b"folder", CONFIG])
+def test_what_is_no_path_at_all_is_named(value):
+    with pytest.raises(TypeError, match="`folder_or_id` must be a path or a hub id, but got"):
+        FusedKANPredictor.from_pretrained(value)
+
+
+# Files of other kinds
+
+
+DAMAGED = {
+    "empty": lambda whole: b"",
+    "cut off": lambda whole: whole[:-3],
+    "header cut off": lambda whole: whole[:20],
+    "length of the header": lambda whole: struct.pack("<Q", 2**60) + whole[8:],
+    "longer": lambda whole: whole + b"x",
+    "a zip": lambda whole: b"PK\x03\x04" + whole,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_weights_are_named(saved, kind):
+    file = saved / "model.safetensors"
+    file.write_bytes(DAMAGED[kind](file.read_bytes()))
+    with pytest.raises(ValueError, match="`folder_or_id` must hold a readable model.safetensors"):
+        FusedKANPredictor.from_pretrained(saved)
+
+
+CHANGES = {
+    "format_version": [2, "1", None, 1.5, True],
+    "rank": ["2", 2.5, -1, None],
+    "hidden": [0, "3"],
+    "history_length": [0, [4, 4], "4", [4, 4, None]],
+    "stage_bounds": [0.5, [0.3, 0.6], [None], "0.5", [float("nan")]],
+    "schedule": [[1, 2], "0,1", 3, [0, 0]],
+    "mixer": ["quadratic", None, 1, ["newton"]],
+    "history": ["nothing", 1],
+    "feature_dim": [None, 0, "8"],
+    "num_inference_steps": [0, "12"],
+    "family": [3, ["flux"]],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "field, value", [(name, value) for name, values in CHANGES.items() for value in values], ids=str
+)
+def test_a_wrong_field_is_named(saved, field, value):
+    file = saved / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    with pytest.raises((ValueError, TypeError), match=f"`{field}` must ") as refused:
+        FusedKANPredictor.from_pretrained(saved)
+    assert refused.value.lesa_message  # and it is no bug
+
+
+def test_a_field_of_a_newer_release_is_named(saved):
+    file = saved / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "attention": True, "depth": 3}))
+    with pytest.raises(ValueError, match=r"unknown fields: attention, depth\. Remove them\. If a newer release"):
+        FusedKANPredictor.from_pretrained(saved)
+
+
+# Copies
+
+
+def through_torch(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v)), through_torch])
+def test_predictors_rings_and_configurations_can_be_copied_while_they_are_used(predictor, copied):
+    ring = predictor.make_ring(1, 4)
+    for sigma in (0.9, 0.7):
+        ring.push(torch.randn(1, 4, WIDTH), sigma)
+    expected = predictor(ring, 0.5)
+    assert torch.equal(copied(predictor)(copied(ring), 0.5), expected)
+    assert copied(predictor.config) == predictor.config
+    assert same(copied(predictor), predictor)
+    expected.sum().backward()  # with gradients too
+    assert torch.equal(copied(predictor)(copied(ring), 0.5), expected)
+
+
+# Any configuration
+
+
+def rising(values):
+    return values.map(lambda found: tuple(sorted(found)))
+
+
+@st.composite
+def configurations(draw):
+    bounds = draw(
+        st.lists(st.floats(0.01, 0.99), max_size=3, unique=True).map(lambda b: tuple(sorted(b, reverse=True)))
+    )
+    lengths = st.integers(1, 6)
+    stages = len(bounds) + 1
+    steps = draw(st.none() | rising(st.sets(st.integers(1, 11), max_size=5)).map(lambda s: (0, *s)))
+    of_steps = {}
+    if steps is not None:
+        levels = st.lists(st.floats(0.0, 1.0), min_size=len(steps), max_size=len(steps), unique=True)
+        errors = st.lists(st.floats(0.0, 2.0), min_size=len(steps), max_size=len(steps))
+        of_steps = {
+            "schedule": steps,
+            "schedule_sigmas": tuple(sorted(draw(levels), reverse=True)),
+            "schedule_errors": draw(st.none() | errors.map(tuple)),
+        }
+    return PredictorConfig(
+        feature_dim=draw(st.integers(1, 5)),
+        mixer=draw(st.sampled_from(["newton", "dense"])),
+        history=draw(st.sampled_from([None, "anchors", "steps"])),
+        history_length=draw(st.none() | lengths | st.tuples(*[lengths] * stages)),
+        stage_bounds=bounds,
+        rank=draw(st.integers(0, 3)),
+        hidden=draw(st.none() | st.integers(1, 3)),
+        grid_size=draw(st.integers(1, 9)),
+        spline_order=draw(st.integers(1, 4)),
+        family=draw(st.none() | st.sampled_from(["flux", "sd3"])),
+        num_inference_steps=draw(st.none() | st.integers(12, 50)),
+        **of_steps,
+    )
+
+
+@pytest.mark.slow
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@given(config=configurations())
+def test_any_configuration_is_saved_and_loaded(tmp_path_factory, config):
+    assert PredictorConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(config) == hash(PredictorConfig.from_dict(config.to_dict()))
+    folder, predictor = tmp_path_factory.mktemp("any"), filled(config)
+    predictor.save_pretrained(folder)
+    loaded = FusedKANPredictor.from_pretrained(folder)
+    assert same(loaded, predictor)
+    ring = loaded.make_ring(2, 3)
+    for sigma in (1.0, 0.6):
+        ring.push(torch.ones(2, 3, config.feature_dim), sigma)
+    assert loaded(ring, 0.3).isfinite().all()
