@@ -233,6 +233,8 @@ LOADED = [
     (f"{RECORD} --inputs {{}}/pooled.safetensors", "pooled.safetensors, row 0, 'pooled_prompt_embeds'"),
     (f"{RECORD} --inputs {{}}/rank.safetensors", "rank.safetensors, row 0, 'prompt_embeds'"),
     (f"{RECORD} --inputs {{}}/half.safetensors", "half.safetensors, row 0: FluxPipeline refuses it"),
+    (f"{EVALUATE} --device meta", "--device"),
+    (f"{GENERATE} --inputs {{}}/fine.safetensors --output x.png --device meta", "--device"),
     (f"{EVALUATE} --predictor {{}}/narrow", "`--predictor` (config.feature_dim)"),
     (f"{EVALUATE} --predictor {{}}/sd3", "`--predictor` (config.family)"),
     (f"{EVALUATE} --predictor {{}}/untrained", "--predictor"),
@@ -350,7 +352,8 @@ def test_a_malformed_line_is_refused_before_a_model_runs(
     folder, elsewhere, capsys, monkeypatch, digits_pipe, text, named
 ):
     def load(folder, **options):
-        return digits_pipe if str(folder) == MODEL else load_pipeline(folder, **options)
+        is_shared = str(folder) == MODEL and "meta" not in text
+        return digits_pipe if is_shared else load_pipeline(folder, **options)
 
     monkeypatch.setattr(lesa.cli.loading, "load_pipeline", load)
     assert named in refused(capsys, split(text, folder))

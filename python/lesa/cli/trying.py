@@ -67,8 +67,13 @@ def explained(pipe: Any, samples: Iterable[Sample], num_inference_steps: int) ->
     except Exception as error:
         if is_message(error):
             raise
-        frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        one_step = any(name.startswith("lesa.cache") for name in frames)  # it failed in a call of the transformer
+        if pipe.transformer.device.type == "meta":
+            raise UsageError("argument --device: nothing can run on meta, which holds no numbers. Use cpu.") from None
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        body = inspect.unwrap(type(pipe).__call__).__code__
+        start = max((number for number, frame in enumerate(frames) if frame.f_code is body), default=0)
+        names = [frame.f_globals.get("__name__", "") for frame in frames[start:]]
+        one_step = any(name.startswith("lesa.cache") for name in names)  # it failed in a call of the transformer
         for sample in samples:
             failure = _failure(pipe, sample.arguments, num_inference_steps, one_step)
             if failure is not None:
