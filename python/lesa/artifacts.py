@@ -170,9 +170,9 @@ def remove_partial(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file, in UTF-8."""
+    """Writes a whole text file, in UTF-8. Of a file's name that is no text, it writes the bytes."""
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def check_same_settings(work: str, kept: Mapping[str, Any], given: Mapping[str, Any]) -> None:

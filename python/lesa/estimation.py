@@ -289,6 +289,13 @@ def _family(config: Mapping[str, Any]) -> type[Adapter]:
     if kind not in kinds:
         must = f"be of a transformer of a supported family, {', '.join(kinds)}"
         raise argument_error("config._class_name", must, kind, "Use such a model.")
+    for name, usual in kinds[kind].costs.usual_config.items():
+        if isinstance(usual, (int, float)) and not isinstance(usual, bool) and config.get(name) is not None:
+            least = 1 if "size" in name else 0
+            value = config[name]
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 2**31:
+                must = f"have a number of at least {least} as {name} in its configuration"
+                raise argument_error("model", must, value, "Get the configuration again.")
     return kinds[kind]
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 
 import diffusers
 import numpy as np
@@ -15,6 +16,7 @@ import small_pipelines as small
 from lesa import cli
 from lesa.cache.forecasting import ForecastingHook
 from lesa.cli.fitting import check_widths, fit
+from lesa.cli.trying import check_by_pipeline
 from lesa.inputs import Sample, read_inputs
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
@@ -234,6 +236,34 @@ def test_a_bug_under_the_pipeline_keeps_its_traceback(painter, encoded, tmp_path
         run(capsys, GENERATE, painter=painter, tmp=tmp_path)
 
 
+class Unchecked:
+    """A pipeline without a check of its arguments. It must not run while inputs are checked."""
+
+    def __call__(self, **arguments):
+        raise AssertionError("it ran")
+
+
+class Checked(Unchecked):
+    def check_inputs(self, height):
+        if height % 16:
+            raise ValueError(f"{height} is odd")
+
+    def __call__(self, height=16, num_inference_steps=50):
+        logging.getLogger("diffusers.pipelines").warning("a warning")
+        self.check_inputs(height)
+        raise AssertionError("it ran on")
+
+
+def test_a_pipeline_checks_its_arguments_and_does_not_run():
+    samples = [Sample("x.jsonl, line 1", {"height": 32}), Sample("x.jsonl, line 2", {"height": 33})]
+    assert check_by_pipeline(Unchecked(), samples, 4) == []
+    pipe = Checked()
+    assert check_by_pipeline(pipe, samples[:1] * 2, 4) == ["a warning"]
+    with pytest.raises(cli.UsageError, match="x.jsonl, line 2: Checked refuses it: 33 is odd"):
+        check_by_pipeline(pipe, samples, 4)
+    assert vars(pipe) == {}
+
+
 # What a pipeline takes is let through
 
 
@@ -247,6 +277,7 @@ def fitted(pipeline, tmp_path, **arguments):
 PIPELINES = sorted({case.pipeline for case in small.ALL.values()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_arguments_of_the_small_pipelines_are_let_through(pipeline, tmp_path):
     for case in small.ALL.values():
@@ -255,6 +286,7 @@ def test_arguments_of_the_small_pipelines_are_let_through(pipeline, tmp_path):
             assert fitted(pipeline, tmp_path, **inputs).keys() == inputs.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_defaults_of_the_small_pipelines_are_let_through(pipeline, tmp_path):
     """And each image argument may be the path of an image, or a list of them."""

@@ -68,8 +68,15 @@ def folder(tmp_path_factory):
     }.items():
         (folder / name).mkdir()
         (folder / name / "model_index.json").write_text(index)
-    (folder / "unet").mkdir()
-    (folder / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    flux = '{"_class_name": "FluxTransformer2DModel", '
+    for name, contents in {
+        "unet": '{"_class_name": "UNet2DConditionModel"}',
+        "no-object": "[]",
+        "texts": flux + '"num_layers": "19"}',
+        "zero": flux + '"patch_size": 0}',
+    }.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(contents)
     (folder / "a-file").write_text("x")
     (folder / "manifest").mkdir()
     (folder / "manifest" / "manifest.json").write_text("{}")
@@ -181,6 +188,10 @@ LINES = [
     ("report --evaluation {}/nowhere", "--evaluation"),
     ("report --evaluation {}/empty", "--evaluation"),
     ("report --evaluation {}/summary", "--evaluation"),
+    ("report --evaluation {}/summary --out {}/empty", "--out"),
+    ("estimate --model {}/no-object", "--model"),
+    ("estimate --model {}/texts", "`--model` must have a number of at least 0 as num_layers"),
+    ("estimate --model {}/zero", "`--model` must have a number of at least 1 as patch_size"),
     ("record --model {}/nowhere --inputs i.jsonl --out new", "--model"),
     ("record --model nowhere --inputs i.jsonl --out new", "--model"),
     ("record --model ~/nowhere --inputs i.jsonl --out new", "--model"),
@@ -222,6 +233,8 @@ LOADED = [
     (f"{RECORD} --inputs {{}}/pooled.safetensors", "pooled.safetensors, row 0, 'pooled_prompt_embeds'"),
     (f"{RECORD} --inputs {{}}/rank.safetensors", "rank.safetensors, row 0, 'prompt_embeds'"),
     (f"{RECORD} --inputs {{}}/half.safetensors", "half.safetensors, row 0: FluxPipeline refuses it"),
+    (f"{EVALUATE} --device meta", "--device"),
+    (f"{GENERATE} --inputs {{}}/fine.safetensors --output x.png --device meta", "--device"),
     (f"{EVALUATE} --predictor {{}}/narrow", "`--predictor` (config.feature_dim)"),
     (f"{EVALUATE} --predictor {{}}/sd3", "`--predictor` (config.family)"),
     (f"{EVALUATE} --predictor {{}}/untrained", "--predictor"),
@@ -339,12 +352,14 @@ def test_a_malformed_line_is_refused_before_a_model_runs(
     folder, elsewhere, capsys, monkeypatch, digits_pipe, text, named
 ):
     def load(folder, **options):
-        return digits_pipe if str(folder) == MODEL else load_pipeline(folder, **options)
+        is_shared = str(folder) == MODEL and "meta" not in text
+        return digits_pipe if is_shared else load_pipeline(folder, **options)
 
     monkeypatch.setattr(lesa.cli.loading, "load_pipeline", load)
     assert named in refused(capsys, split(text, folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "named"), TEXTS, ids=[str(text)[:50] for text, _ in TEXTS])
 def test_malformed_inputs_are_named_by_line_and_key(folder, elsewhere, capsys, monkeypatch, text, named):
     monkeypatch.setattr(lesa.cli.loading, "load_pipeline", None)

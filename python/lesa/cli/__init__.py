@@ -72,9 +72,6 @@ def _run(arguments: list[str]) -> None:
         raise
     except Exception as error:
         if not is_message(error):
-            if str(getattr(options, "device", "")).startswith("meta"):
-                reason = "a meta device holds no numbers, so that nothing runs on it. Use cpu or cuda."
-                raise _exit(f"error: argument --device: {reason}", 2) from None
             raise
         raise _exit(f"error: {_with_options(str(error), getattr(command, 'OPTIONS', {}))}", 2) from None
 

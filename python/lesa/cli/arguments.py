@@ -97,6 +97,14 @@ def folder(text: str) -> Path:
     return path
 
 
+def page(text: str) -> Path:
+    """A file to write: not the name of a folder that exists."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file, but {text} is a folder")
+    return path
+
+
 def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise ValueError

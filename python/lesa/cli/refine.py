@@ -8,6 +8,7 @@ from lesa.cli import arguments
 OPTIONS = {
     **arguments.RUN_OPTIONS,
     "out_dir": "--out",
+    "device": "--device",
     "trajectories": "--trajectories",
     "folder": "--trajectories",
     "predictor": "--predictor",

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import lesa
+from lesa.cli import arguments
 
 OPTIONS = {"folder": "--evaluation", "out": "--out"}
 
@@ -12,7 +13,7 @@ def add_arguments(parser) -> None:
     text = "folder that `lesa evaluate` wrote"
     parser.add_argument("--evaluation", required=True, type=Path, metavar="DIR", help=text)
     text = "page to write (default: report.html in that folder)"
-    parser.add_argument("--out", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--out", type=arguments.page, metavar="FILE", help=text)
 
 
 def run(options) -> None:

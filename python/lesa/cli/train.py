@@ -17,6 +17,7 @@ OPTIONS = {
     "guided_epochs": "--epochs",
     "controlled": "--controlled",
     "seed": "--seed",
+    "device": "--device",
     **_CONFIG_OPTIONS,
     **{f"config.{name}": option for name, option in _CONFIG_OPTIONS.items()},
 }

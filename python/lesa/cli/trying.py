@@ -18,7 +18,7 @@ class _Reached(Exception):
 
 
 def check_by_pipeline(pipe: Any, samples: Iterable[Sample], num_inference_steps: int) -> list[str]:
-    """Runs the pipeline's own check of its arguments on each sample, and nothing after it.
+    """Runs the pipeline's own check of its arguments on each sample, and nothing after it; if there is one.
 
     Returns:
         What diffusers warns of, each text once.
@@ -26,9 +26,10 @@ def check_by_pipeline(pipe: Any, samples: Iterable[Sample], num_inference_steps:
     Raises:
         UsageError: the pipeline refuses a sample. The message has its place.
     """
-    if not hasattr(pipe, "check_inputs"):
+    run = inspect.unwrap(type(pipe).__call__)
+    if "check_inputs" not in run.__code__.co_names:  # it has no check of its own, and would run to its end
         return []
-    run, check = inspect.unwrap(type(pipe).__call__), pipe.check_inputs
+    check = pipe.check_inputs
 
     def check_and_stop(*args: Any, **kwargs: Any) -> None:
         check(*args, **kwargs)
@@ -67,8 +68,13 @@ def explained(pipe: Any, samples: Iterable[Sample], num_inference_steps: int) ->
     except Exception as error:
         if is_message(error):
             raise
-        frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        one_step = any(name.startswith("lesa.cache") for name in frames)  # it failed in a call of the transformer
+        if pipe.transformer.device.type == "meta":
+            raise UsageError("argument --device: nothing can run on meta, which holds no numbers. Use cpu.") from None
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        body = inspect.unwrap(type(pipe).__call__).__code__
+        start = max((number for number, frame in enumerate(frames) if frame.f_code is body), default=0)
+        names = [frame.f_globals.get("__name__", "") for frame in frames[start:]]
+        one_step = any(name.startswith("lesa.cache") for name in names)  # it failed in a call of the transformer
         for sample in samples:
             failure = _failure(pipe, sample.arguments, num_inference_steps, one_step)
             if failure is not None:

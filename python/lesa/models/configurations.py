@@ -62,10 +62,14 @@ def _cached(model: str, name: str) -> Path | None:
 
 def read_json(file: Path, argument: str = "model") -> dict:
     """The contents of a configuration file. Raises `ValueError`, which names the argument, if it cannot be read."""
+    must, remedy = f"have a readable {file}", "Get the file again."
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise argument_error(argument, f"have a readable {file}", Said(str(error)), "Get the file again.") from None
+        contents = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise argument_error(argument, must, Said(str(error)), remedy) from None
+    if not isinstance(contents, dict):
+        raise argument_error(argument, must, Said(f"a {type(contents).__name__} in it, and no object"), remedy)
+    return contents
 
 
 def _compression(vae: Mapping[str, Any]) -> tuple[int, int]:
