@@ -525,7 +525,7 @@ def test_training_in_a_thread(made, without_modes, tmp_path, mode):
 
 @pytest.mark.slow
 def test_trainings_in_several_threads_do_not_disturb_each_other(made):
-    """Nor does another thread that draws random numbers. The predictor is large, so that its initialisation takes long."""
+    """Nor does another thread that draws random numbers. The predictor is large, so its initialisation takes long."""
     config = replace(made.predictor.config, hidden=64, rank=128)
     trajectories, ended = lesa.Trajectories(made.recording), threading.Event()
 
