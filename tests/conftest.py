@@ -1,6 +1,7 @@
 """Fixtures of all tests, and their two tiers: `pytest` alone leaves out those with the marker `slow`."""
 
 import gc
+import importlib.util
 import os
 
 import pytest
@@ -13,6 +14,10 @@ if not torch.cuda.is_available():
     # Without a GPU, Triton's kernels run in its interpreter. They are decorated for it when they are imported, so this
     # comes first. Tests of compiled kernels start processes of their own.
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        import quick_interpreter
+
+        quick_interpreter.install()
 
 # The tensors of the tests are too small to share between threads. Where cores are busy, threads wait for each other.
 # Tests of code that uses several threads set their number themselves.

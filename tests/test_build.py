@@ -132,11 +132,11 @@ def sdist(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wheel(sdist, path_without_nvcc, tmp_path_factory):
+def wheel(sdist, path_without_nvcc, hasty_compiler, tmp_path_factory):
     """What the build of a wheel without nvcc and network said, and the wheel unpacked."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", ".", "-v", *NO_NETWORK, "-w", folder]
-    made = run(pip, sdist, path_without_nvcc, LESA_CUDA="", MAX_JOBS="2")
+    made = run(pip, sdist, path_without_nvcc, LESA_CUDA="", MAX_JOBS="2", CXX=hasty_compiler)
     assert made.returncode == 0, made.stdout
     (archive,) = folder.glob("*.whl")
     with zipfile.ZipFile(archive) as file:
@@ -359,7 +359,7 @@ def test_an_old_compiler_is_an_error_with_the_remedy(tmp_path):
 
 @pytest.mark.parametrize("which", [min, max], ids=["oldest", "newest"])
 @pytest.mark.slow
-def test_another_python_has_its_own_build(tmp_path, which):
+def test_another_python_has_its_own_build(tmp_path, hasty_compiler, which):
     pythons = other_pythons()
     if not pythons:
         pytest.skip("needs a second CPython, 3.10 or newer, with its headers")
@@ -368,7 +368,8 @@ def test_another_python_has_its_own_build(tmp_path, which):
     python = pythons[which(pythons)]
     package = shutil.copytree(ROOT / "lesa_kernels", tmp_path / "lesa_kernels", ignore=NOT_SOURCES)
     definitions = [f"-DPython_EXECUTABLE={python}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}"]
-    status, said = configure(tmp_path, *definitions, "-DLESA_CUDA=0", f"-DLESA_VERSION={lesa_kernels.__version__}")
+    definitions += ["-DLESA_CUDA=0", f"-DLESA_VERSION={lesa_kernels.__version__}"]
+    status, said = configure(tmp_path, *definitions, CXX=hasty_compiler)
     assert status == 0, said
     built = run([find("cmake"), "--build", tmp_path / "build"], tmp_path)
     assert built.returncode == 0, built.stdout

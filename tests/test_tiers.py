@@ -33,8 +33,9 @@ MESSAGE = "1 slow tests were left out. Run them with `pytest -m slow`"
 @pytest.fixture
 def ran(tmp_path):
     """`ran(*arguments)` runs pytest on a fast and a slow test; returns what ran and what was printed."""
-    (tmp_path / "tests").mkdir()
-    shutil.copy(HERE / "conftest.py", tmp_path / "tests")
+    (tmp_path / "tests" / "support").mkdir(parents=True)
+    for name in ("conftest.py", "support/quick_interpreter.py"):
+        shutil.copy(HERE / name, tmp_path / "tests" / name)
     shutil.copy(HERE.parent / "pyproject.toml", tmp_path)
     (tmp_path / "tests" / "test_both.py").write_text(TESTS)
 

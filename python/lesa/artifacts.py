@@ -1,13 +1,16 @@
 """What long work leaves on disk.
 
-Files are whole or absent. Work that was interrupted continues with the same settings, or there is a clear error. A
-digest identifies what was used.
+Files are whole or absent. One process at a time works in a folder. Work that was interrupted continues with the same
+settings, or there is a clear error. A digest identifies what was used.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,18 +20,148 @@ import torch
 from PIL.Image import Image
 
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels.checks import argument_error
+from lesa_kernels.checks import Said, argument_error
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lesa-lock"
+"""The file that says who works in a folder."""
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+"""What the system says of a file system without locks, such as Lustre by default."""
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write to, beside `path`. The file gets its own name when it is complete.
 
-    After an interruption, `path` is absent or has its earlier contents.
+    After an interruption, a full disk or a power cut, `path` is absent or has its earlier contents.
+
+    Raises:
+        OSError: the file cannot be written. The message names it.
     """
     temporary = path.with_name(f"{path.name}.tmp")
-    yield temporary
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())  # or a power cut could leave an empty file under the final name
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def owned(folder: Path, work: str) -> Iterator[None]:
+    """A context in which no other process works in the folder, and no other call of this process.
+
+    The operating system frees the lock of a process that was killed, and the next one takes it over. Where the file
+    system has no locks, the process number in the file decides. A lock that was left by another machine is not taken
+    over, because this machine cannot know whether that process still runs.
+
+    Args:
+        folder: an existing folder. It holds the file `.lesa-lock` during the context.
+        work: what is done in it, for the message of others: "recording".
+
+    Raises:
+        RuntimeError: another call works there. The message says which process it is.
+    """
+    path = folder / LOCK
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    lock = _locked(path)
+    try:
+        try:
+            os.ftruncate(lock, 0)
+            os.write(lock, json.dumps({**owner, "work": work}).encode())
+        except OSError as error:
+            error.filename = str(path)
+            raise
+        yield
+    finally:
+        if os.getpid() == owner["pid"]:  # not in a process that was forked meanwhile
+            path.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def remove_stale_lock(folder: Path) -> None:
+    """Removes what a process left that was killed when its work was done."""
+    if (folder / LOCK).exists():
+        with contextlib.suppress(OSError, RuntimeError), owned(folder, "looking"):
+            pass
+
+
+def _locked(path: Path) -> int:
+    """Opens and locks the file; returns its descriptor."""
+    while True:
+        try:
+            file, is_new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
+        except FileExistsError:
+            try:
+                file, is_new = os.open(path, os.O_RDWR), False
+            except FileNotFoundError:  # its owner removed it just now
+                continue
+        try:
+            _check_free(path, file, is_new)
+            if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)  # its owner removed it before it was locked here
+
+
+def _check_free(path: Path, file: int, is_new: bool) -> None:
+    """Locks the open file, or raises `RuntimeError` if another call has it."""
+    has_locks = fcntl is not None
+    try:
+        if has_locks:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(path, _owner(path), "Wait until it has ended, or choose another folder.") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        has_locks = False
+    owner = _owner(path)
+    is_elsewhere = bool(owner) and owner.get("host") != socket.gethostname()
+    if is_elsewhere or not (has_locks or is_new or _has_ended(owner)):
+        raise _in_use(path, owner, f"If that process has ended, delete {path}.")
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    """Who wrote the lock; empty if nobody finished writing it."""
+    try:
+        owner = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _has_ended(owner: Mapping[str, Any]) -> bool:
+    """Whether no process has the owner's number any more. Only for a process of this machine."""
+    if fcntl is None:  # Windows, where `os.kill` would interrupt it
+        return False
+    try:
+        os.kill(int(owner["pid"]), 0)
+    except (KeyError, ValueError, TypeError, PermissionError):  # not known, or of another user
+        return False
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def _in_use(path: Path, owner: Mapping[str, Any], remedy: str) -> Exception:
+    who = "another process"
+    if owner:
+        this = " (this one)" if owner.get("pid") == os.getpid() and owner.get("host") == socket.gethostname() else ""
+        who = f"process {owner.get('pid')}{this} on {owner.get('host')}, {owner.get('work')} since {owner.get('since')}"
+    got = Said(f"{path.parent}, in which {who} works")
+    return argument_error("out_dir", "be a folder in which nothing else works", got, remedy, RuntimeError)
 
 
 def remove_partial(path: Path) -> None:
@@ -84,13 +217,18 @@ def fingerprint(module: torch.nn.Module) -> str:
     model: Any = module  # a model of diffusers, where it has adapters
     adapters = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else []
     running = hashlib.sha256(f"{adapters}\n".encode())
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, parameter in sorted(module.named_parameters()):
         values = parameter.detach()
-        is_here = type(values) is torch.Tensor and not values.is_meta
-        total = int(values.view(integers[values.element_size()]).sum(dtype=torch.int64)) if is_here else None
-        running.update(f"{name} {values.dtype} {list(values.shape)} {total}\n".encode())
+        running.update(f"{name} {values.dtype} {list(values.shape)} {sum_of_bits(values)}\n".encode())
     return running.hexdigest()
+
+
+def sum_of_bits(values: torch.Tensor) -> int | None:
+    """The sum of the bits of the values as integers; None if the values are elsewhere, sharded or packed."""
+    if type(values) is not torch.Tensor or values.is_meta:
+        return None
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(values.view(integers[values.element_size()]).sum(dtype=torch.int64))
 
 
 def predictor_identity(predictor: FusedKANPredictor) -> dict[str, Any]:

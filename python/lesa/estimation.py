@@ -12,7 +12,7 @@ from lesa.models import ADAPTERS
 from lesa.models.adapter import Adapter
 from lesa.models.configurations import PRESETS, find_configuration, read_json
 from lesa.models.costs import Costs
-from lesa.schedule import Schedule, ScheduleLike, as_schedule
+from lesa.schedule import FEW_STEPS, Schedule, ScheduleLike, as_schedule
 from lesa_kernels import FusedKANPredictor, PredictorConfig, work
 from lesa_kernels.checks import Said, argument_error, check_choice, check_float, check_int, usage_error
 from lesa_kernels.feature_ring import ring_nbytes
@@ -165,8 +165,8 @@ def estimate(
         height, width, frames: size of a sample, in pixels and frames. Default: the size of the preset, else 1024 x 1024
             and one frame.
         num_inference_steps: steps of a run.
-        schedule: the computed steps, as in `enable_cache`. None: those that the predictor was trained for, or nine
-            evenly spread ones.
+        schedule: the computed steps, as in `enable_cache`; all must be below `num_inference_steps`. None: those that
+            the predictor was trained for, or nine evenly spread ones.
         predictor: its configuration, or the folder of one. None: what `lesa.train` makes by default.
         device: a name in `lesa_kernels.work.DATASHEETS`.
         bandwidth: bytes per second, instead of the datasheet's.
@@ -301,7 +301,11 @@ def _predictor(predictor, dim: int, family: str) -> PredictorConfig:
         if not file.is_file():
             remedy = "Pass a folder that `lesa train` wrote, or a PredictorConfig."
             raise argument_error("predictor", "hold a config.json", Said(str(predictor)), remedy, FileNotFoundError)
-        predictor = PredictorConfig.from_dict(read_json(file, "predictor"))
+        found = read_json(file, "predictor")
+        try:
+            predictor = PredictorConfig.from_dict(found)
+        except (TypeError, ValueError) as error:
+            raise usage_error(f"`predictor` has a {file} that cannot be used.", str(error), type(error)) from None
     for name, wanted in (("feature_dim", dim), ("family", family)):
         got = getattr(predictor, name)
         if got not in (None, wanted):
@@ -311,16 +315,25 @@ def _predictor(predictor, dim: int, family: str) -> PredictorConfig:
 
 
 def _computed(schedule, predictor: PredictorConfig, total: int) -> tuple[int, ...]:
-    if schedule is None and predictor.schedule is None:
+    """The steps that a run of `total` steps computes, as far as they are known without its noise levels."""
+    name, trained, follow = "schedule", predictor.num_inference_steps, "Pass an interval or a list of steps."
+    if schedule is None and predictor.schedule is not None:
+        if total < FEW_STEPS and trained is None:
+            return tuple(range(total))  # as in a run
+        if trained not in (None, total):
+            reason = f"the predictor was trained for {trained} steps"
+            raise usage_error(f"`schedule` is required for {total} steps: {reason}.", follow)
+        name, schedule = "predictor.config.schedule", Schedule(predictor.schedule)
+    if schedule is None:
         schedule = Schedule.spread(min(9, total), total)
-    elif schedule is None and predictor.schedule is not None:
-        if predictor.num_inference_steps not in (None, total):
-            trained = f"the predictor was trained for {predictor.num_inference_steps} steps"
-            raise usage_error(
-                f"`schedule` is required for {total} steps: {trained}.", "Pass an interval or a list of steps."
-            )
-        schedule = Schedule(predictor.schedule, total)
-    return tuple(step for step in as_schedule(schedule, total).steps if step < total)
+    chosen = as_schedule(schedule, total)
+    if chosen.sigmas is not None and chosen.num_inference_steps not in (None, total):
+        got = Said(f"noise levels of a run of {chosen.num_inference_steps} steps")
+        raise argument_error(name, f"be for a run of {total} steps", got, follow)
+    if chosen.steps[-1] >= total:
+        remedy = "Remove the larger steps, or change `num_inference_steps`."
+        raise argument_error(name, f"hold steps below {total}, the number of steps", chosen.steps, remedy)
+    return chosen.steps
 
 
 def _predicted_work(

@@ -1,8 +1,11 @@
 """Pipeline arguments of many samples: reading and writing them, and joining samples for one call."""
 
+import codecs
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,22 @@ _RESERVED = {
     "generator": "Pass `seed` instead: sample i uses seed + i.",
     "num_inference_steps": "Pass `num_inference_steps` instead.",
     "num_images_per_prompt": "Repeat the input: each input makes one sample.",
-    "output_type": "Leave it out: lesa needs the latents.",
+    "output_type": "Leave it out: lesa sets it.",
     "return_dict": "Leave it out.",
 }
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The input of one sample, as a file holds it.
+
+    Args:
+        place: where it is, such as "prompts.jsonl, line 3".
+        arguments: the pipeline arguments.
+    """
+
+    place: str
+    arguments: dict
 
 
 def read_inputs(file: str | os.PathLike) -> list[dict]:
@@ -38,15 +54,22 @@ def read_inputs(file: str | os.PathLike) -> list[dict]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the suffix is another one, or the contents are not inputs. The message names the line or argument.
+        ValueError: the suffix is another one, or the contents are not inputs. The message names the line or row, and
+            the argument.
     """
+    return [sample.arguments for sample in read_samples(file)]
+
+
+def read_samples(file: str | os.PathLike) -> list[Sample]:
+    """What `read_inputs` reads, with the place of each sample in the file."""
     path = _check_suffix(file)
     if not path.is_file():
-        raise argument_error("file", "exist", Said(str(path)), "Check the path.", FileNotFoundError)
-    inputs = _read_lines(path) if path.suffix == ".jsonl" else _read_tensors(path)
-    if not inputs:
+        got = Said(f"{path}, which is a folder" if path.is_dir() else str(path))
+        raise argument_error("file", "be an existing file", got, "Check the path.", FileNotFoundError)
+    samples = _read_lines(path) if path.suffix.lower() == ".jsonl" else _read_tensors(path)
+    if not samples:
         raise argument_error("file", "hold at least one input", Said(f"none in {path}"), "Write inputs to the file.")
-    return inputs
+    return samples
 
 
 def write_inputs(file: str | os.PathLike, inputs: list[dict]) -> None:
@@ -63,7 +86,7 @@ def write_inputs(file: str | os.PathLike, inputs: list[dict]) -> None:
     path = _check_suffix(file)
     if not inputs:
         raise argument_error("inputs", "hold at least one input", inputs, "Pass some.")
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         values = [item["prompt"] if [*item] == ["prompt"] else item for item in inputs]
         lines = [_to_json(f"inputs[{i}]", value, 'a ".safetensors" file') + "\n" for i, value in enumerate(values)]
         path.write_text("".join(lines), encoding="utf-8")
@@ -130,34 +153,95 @@ def can_share_a_call(first: dict, other: dict) -> bool:
 
 def _check_suffix(file) -> Path:
     path = Path(file)
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise argument_error("file", f"end in {' or '.join(SUFFIXES)}", Said(str(path)), "Use one of these formats.")
     return path
 
 
-def _read_lines(path):
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        got = Said(f"{path}, where byte {error.start} is not UTF-8")
-        raise argument_error("file", "be text in UTF-8", got, "Save the file in UTF-8.") from None
-    inputs = []
+def _read_lines(path: Path) -> list[Sample]:
+    text = _text_of(path)
+    must, remedy = "be a JSON string or a JSON object", 'Write a prompt in double quotes: "a cat".'
+    if _is_one_value(text):  # a list, or one object over several lines
+        remedy = "Write each sample on a line of its own, as a prompt or an object, without a list around them."
+    samples = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        name, must = f"{path.name}, line {number}", "be a JSON string or a JSON object"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            got = Said(f"{line[:60]!r}: {error.msg} at column {error.colno}")
-            raise argument_error(name, must, got, 'Write a prompt in double quotes: "a cat".') from None
+        place = f"{path.name}, line {number}"
+        value = _parse(place, must, line, remedy)
         if not isinstance(value, (str, dict)):
-            raise argument_error(name, must, value, "Write a prompt or an object of arguments.")
-        inputs.append({"prompt": value} if isinstance(value, str) else value)
-    return inputs
+            raise argument_error(place, must, value, remedy)
+        arguments = {"prompt": value} if isinstance(value, str) else value
+        for name, part in arguments.items():
+            _check_value(f"{place}, {name!r}", part)
+        samples.append(Sample(place, arguments))
+    return samples
 
 
-def _read_tensors(path):
+def _text_of(path: Path) -> str:
+    """The text of a file in UTF-8, without a byte order mark."""
+    data = path.read_bytes()
+    remedy = "Save the file in UTF-8."
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
+        raise argument_error("file", "be text in UTF-8", Said(f"{path}, which looks like UTF-16 or UTF-32"), remedy)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        got = Said(f"{path}, where byte {error.start}, in line {line}, is not UTF-8")
+        raise argument_error("file", "be text in UTF-8", got, remedy) from None
+
+
+def _is_one_value(text: str) -> bool:
+    """Whether the text as a whole is a list or an object of JSON."""
+    try:
+        return isinstance(json.loads(text), (list, dict))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _parse(name: str, must: str, text: str, remedy: str) -> Any:
+    """The value of a JSON text. The errors name `name`, and say what it must be and how to mend it."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in {key for key in keys if keys.count(key) > 1}:
+            must = f"have {key!r} once"
+            raise argument_error(name, must, Said(f"it {keys.count(key)} times"), "Remove all but one of them.")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at column {error.colno}"
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:
+        if hasattr(error, "lesa_message"):
+            raise
+        reason = str(error).partition(";")[0]  # an integer of thousands of digits
+    raise argument_error(name, must, Said(f"{text[:60]!r}: {reason}"), remedy)
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Raises `ValueError` if a JSON value, or a part of it, can be neither a number nor a text of a pipeline."""
+    remedy = "Correct this value in the file."
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            got = Said(f"half a surrogate pair, {value[error.start]!r}, at character {error.start}")
+            raise argument_error(name, "be text that UTF-8 can hold", got, remedy) from None
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise argument_error(name, "be a finite number", value, remedy)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise argument_error(name, "be an integer of at most 64 bits", value, remedy)
+    elif isinstance(value, (list, dict)):
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check_value(name, part)
+
+
+def _read_tensors(path: Path) -> list[Sample]:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a file is no mapping)
@@ -178,20 +262,21 @@ def _read_tensors(path):
     for name, text in metadata.items():
         if name == "format":  # many writers of safetensors set it to "pt"
             continue
-        try:
-            others[name] = json.loads(text)
-        except json.JSONDecodeError:
-            raise argument_error(
-                f"{path.name}, metadata {name!r}", "be a JSON value", text, "Encode it with `json.dumps`."
-            ) from None
-    count = next(iter(sizes.values()))
-    return [{**{name: t[i : i + 1] for name, t in tensors.items()}, **others} for i in range(count)]
+        place = f"{path.name}, metadata {name!r}"
+        others[name] = _parse(place, "be a JSON value", text, "Encode it with `json.dumps`.")
+        _check_value(place, others[name])
+    return [
+        Sample(f"{path.name}, row {i}", {**{name: t[i : i + 1] for name, t in tensors.items()}, **others})
+        for i in range(next(iter(sizes.values())) or 0)
+    ]
 
 
 def _to_json(name, value, alternative) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False)
-    except TypeError as error:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+        return text
+    except (TypeError, ValueError) as error:
         remedy = f"Use {alternative} for values that JSON can't hold."
         raise argument_error(name, "hold JSON values only", Said(str(error)), remedy, TypeError) from None
 
@@ -231,11 +316,16 @@ def _joinable(name, a, b) -> bool:
         return False
 
 
-def check_inputs(inputs: Any) -> list[dict]:
+def check_inputs(inputs: Any, names: Sequence[str] | None = None) -> list[dict]:
     """The inputs as dicts of pipeline arguments.
 
+    Args:
+        inputs: a list of prompts, or of dicts of pipeline arguments.
+        names: what the errors call each input. Default: "inputs[0]" and so on.
+
     Raises:
-        TypeError, ValueError: it is not a list of prompts or dicts, or an input has an argument that lesa sets itself.
+        TypeError, ValueError: it is not a list of prompts or dicts, an input has an argument that lesa sets itself, or
+            an input asks for several samples.
     """
     must = "be a list of prompts, or of dicts of pipeline arguments"
     if not isinstance(inputs, (list, tuple)):
@@ -243,12 +333,26 @@ def check_inputs(inputs: Any) -> list[dict]:
     if not inputs:
         raise argument_error("inputs", must, inputs, "Pass at least one.")
     for number, item in enumerate(inputs):
+        name = f"inputs[{number}]" if names is None else names[number]
         if not isinstance(item, (str, dict)):
-            raise argument_error(f"inputs[{number}]", "be a prompt or a dict", item, "Pass one of these.", TypeError)
+            raise argument_error(name, "be a prompt or a dict", item, "Pass one of these.", TypeError)
         if isinstance(item, dict):
-            for name in (name for name in _RESERVED if name in item):
-                raise argument_error(f"inputs[{number}]", f"leave {name!r} out", item[name], _RESERVED[name])
+            for key in (key for key in _RESERVED if key in item):
+                raise argument_error(name, f"leave {key!r} out", item[key], _RESERVED[key])
+            for key, must in _several_samples(item):
+                part = f"{name}[{key!r}]" if names is None else f"{name}, {key!r}"
+                raise argument_error(part, must, item[key], "Make an input of its own for each sample.")
     return [{"prompt": item} if isinstance(item, str) else item for item in inputs]
+
+
+def _several_samples(item: dict) -> Iterator[tuple[str, str]]:
+    """Yields the arguments that ask for more than one sample, and what they must be."""
+    for key, value in item.items():
+        is_list = "prompt" in key and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+        if is_list and len(value) != 1:
+            yield key, "be one prompt"
+        if key == "num_videos_per_prompt" and value not in (None, 1):
+            yield key, "be 1"
 
 
 def batches_of(inputs: list[dict], batch_size: int) -> Iterator[list[int]]:

@@ -1,10 +1,16 @@
-"""Loading pipelines by name, for the command line and the demo."""
+"""Loading pipelines by name, and running pipelines of either kind."""
 
 import contextlib
+import itertools
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import DiffusionPipeline, ModularPipeline
+
+from lesa_kernels.checks import Said, argument_error
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
@@ -17,23 +23,152 @@ def load_pipeline(folder_or_id: str | os.PathLike, **options: Any) -> DiffusionP
     Args:
         folder_or_id: a folder, or a repository on the Hugging Face hub.
         options: passed to `DiffusionPipeline.from_pretrained`.
+
+    Raises:
+        FileNotFoundError: it looks like a path, and there is no such folder. The hub is not asked.
     """
+    check_folder_or_id("folder_or_id", folder_or_id)
     hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
     index = DiffusionPipeline.load_config(folder_or_id, **hub)
     absent = {name: None for name, value in index.items() if isinstance(value, (list, tuple)) and value[0] is None}
     return DiffusionPipeline.from_pretrained(folder_or_id, **{**absent, **options})
 
 
+def check_folder_or_id(name: str, value: str | os.PathLike) -> None:
+    """Raises `FileNotFoundError` if `value` is no folder and cannot be meant as a hub id, which is "user/name".
+
+    It is meant as a path if it is absolute or begins with a dot or "~", if it does not have exactly one separator, or
+    if its parent folder exists.
+
+    Args:
+        name: the argument's name.
+        value: what was received.
+    """
+    text, path = os.fspath(value).rstrip("/"), Path(value)
+    if path.is_dir():
+        return
+    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or path.parent.is_dir():
+        given = repr(os.fspath(value))
+        got = Said(f"{given}, which is a file" if path.is_file() else f"{given}, and there is no folder {given}")
+        must = "be a folder or a hub id such as 'user/name'"
+        raise argument_error(name, must, got, "Check the path.", FileNotFoundError)
+
+
 @contextlib.contextmanager
-def quiet_progress(pipe):
-    """A context in which the pipeline's own progress bar is off."""
-    had_config = hasattr(pipe, "_progress_bar_config")
-    config = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(**{**config, "disable": True})
+def quiet_progress(pipe: Any) -> Iterator[None]:
+    """A context in which the pipeline's own progress bar is off. Of a modular pipeline, those of its blocks are off."""
+    blocks = blocks_of(pipe)
+    owners = [block for block in (blocks.values() or [pipe]) if hasattr(block, "set_progress_bar_config")]
+    before = [vars(owner).get("_progress_bar_config") for owner in owners]
+    for owner, config in zip(owners, before):
+        owner.set_progress_bar_config(**{**(config or {}), "disable": True})
     try:
         yield
     finally:
-        if had_config:
-            pipe._progress_bar_config = config
+        for owner, config in zip(owners, before):
+            if config is not None:
+                owner._progress_bar_config = config
+            else:
+                del owner._progress_bar_config
+
+
+def blocks_of(pipe: Any) -> dict[str, Any]:
+    """All blocks of a modular pipeline by path, such as "denoise.denoiser"; empty for an ordinary pipeline."""
+
+    def inside(path: str, block: Any) -> dict[str, Any]:
+        found = {path: block}
+        for name, part in getattr(block, "sub_blocks", {}).items():
+            found |= inside(f"{path}.{name}" if path else name, part)
+        return found
+
+    return inside("", pipe._blocks) if isinstance(pipe, ModularPipeline) else {}
+
+
+def run_pipeline(
+    pipe: Any,
+    arguments: dict[str, Any],
+    generators: list[torch.Generator],
+    num_inference_steps: int,
+    on_step_end: Callable[[Any, int, Any, dict], dict] | None = None,
+) -> Any:
+    """Runs a pipeline, modular or not, and returns its latents as they are before the VAE.
+
+    Args:
+        pipe: the pipeline.
+        arguments: of the call, without those below.
+        generators: one for each sample.
+        num_inference_steps: passed to the pipeline.
+        on_step_end: called after each step, as diffusers calls `callback_on_step_end`. A modular pipeline has no such
+            callback. There it is called with what the scheduler's step returns.
+
+    Returns:
+        What the pipeline returns with `output_type="latent"`; of a modular pipeline, the value `latents` of its state.
+
+    Raises:
+        ValueError: a modular pipeline has no input of that name. diffusers would ignore it with a warning.
+    """
+    call = {**arguments, "generator": generators, "num_inference_steps": num_inference_steps}
+    if not isinstance(pipe, ModularPipeline):
+        options = {} if on_step_end is None else {"callback_on_step_end": on_step_end}
+        return pipe(**call, **options, output_type="latent", return_dict=False)[0]
+    with _without_decoding(pipe), _after_steps(pipe, on_step_end):
+        known = {name for given in pipe._blocks.inputs for name in (given.name, given.kwargs_type) if name}
+        unknown = [name for name in arguments if name not in known]
+        if unknown:
+            raise argument_error(
+                "inputs",
+                f"have arguments that the blocks of the {type(pipe).__name__} read ({', '.join(sorted(known))})",
+                Said(f"{', '.join(map(repr, unknown))}"),
+                "Leave it out. Guidance is an option of the pipeline's guider.",
+            )
+        return pipe(**call, output="latents")
+
+
+def check_decodes(pipe: Any) -> None:
+    """Raises `TypeError` if a pipeline has no VAE to make pictures with."""
+    if getattr(pipe, "vae", None) is None:
+        remedy = "Load the pipeline with its VAE; a modular pipeline needs its block `decode` too."
+        raise argument_error(
+            "pipe",
+            "have a VAE, so that pictures can be compared",
+            Said(f"a {type(pipe).__name__} without one"),
+            remedy,
+            TypeError,
+        )
+
+
+@contextlib.contextmanager
+def _without_decoding(pipe: ModularPipeline) -> Iterator[None]:
+    """A context in which a modular pipeline leaves out its last block if that one decodes the latents."""
+    blocks = getattr(pipe._blocks, "sub_blocks", {})
+    last = next(reversed(blocks), None)
+    decoder = blocks.pop(last) if last == "decode" else None
+    try:
+        yield
+    finally:
+        if decoder is not None:
+            blocks[last] = decoder
+
+
+@contextlib.contextmanager
+def _after_steps(pipe: ModularPipeline, callback: Callable[[Any, int, Any, dict], dict] | None) -> Iterator[None]:
+    """A context in which `callback` is called after each step of the scheduler of a modular pipeline."""
+    if callback is None:
+        yield
+        return
+    scheduler, numbers = pipe.scheduler, itertools.count()
+    before, step = vars(scheduler).get("step"), scheduler.step
+
+    def noted(output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **options: Any) -> Any:
+        made = step(output, timestep, sample, *args, **options)
+        callback(pipe, next(numbers), timestep, {"latents": made[0]})
+        return made
+
+    scheduler.step = noted
+    try:
+        yield
+    finally:
+        if before is None:
+            del scheduler.step
         else:
-            del pipe._progress_bar_config
+            scheduler.step = before

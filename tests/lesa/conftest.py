@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import digits_pipelines
 import lesa
 from lesa.demo import digits
 
@@ -10,10 +11,29 @@ def _digits_pipeline():
     return digits.load_pipeline()
 
 
+@pytest.fixture(scope="session")
+def cut_pipeline():
+    """The digits pipeline with half of its blocks. A file whose tests need no more names it `_digits_pipeline`."""
+    return digits_pipelines.cut_pipeline()
+
+
+def parts_of(pipe):
+    """Name -> facts: all by which one test could change what another test gets from the same pipeline."""
+    transformer = pipe.transformer
+    facts = {name: (weight.data_ptr(), weight._version) for name, weight in transformer.state_dict().items()}
+    for name, module in transformer.named_modules():
+        # Attributes of the transformer itself are mended after a test.
+        attributes = [attribute for attribute in vars(module) if name or attribute == "training"]
+        hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
+        facts[name or "transformer"] = type(module), sorted(attributes), hooks, module.training
+    return {**facts, "scheduler": dict(pipe.scheduler.config)}
+
+
 @pytest.fixture
 def pipe(_digits_pipeline):
     """The digits pipeline, one for the whole session. Tests that change its weights or dtype take `fresh_pipe`."""
     pipe, scheduler = _digits_pipeline, _digits_pipeline.scheduler
+    before = parts_of(pipe)
     yield pipe
     lesa.disable_cache(pipe)
     if pipe.transformer.is_cache_enabled:
@@ -21,6 +41,9 @@ def pipe(_digits_pipeline):
     for attribute in ("forward", "_diffusers_hook"):  # whatever a failed test left
         pipe.transformer.__dict__.pop(attribute, None)
     pipe.scheduler = scheduler
+    after = parts_of(pipe)
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    assert not changed, "the test shares the pipeline with others, and leaves these parts of it changed"
 
 
 @pytest.fixture

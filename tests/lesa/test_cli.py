@@ -308,6 +308,24 @@ def test_bugs_keep_their_traceback(folder, monkeypatch, bug):
         cli.main(["train", "--trajectories", str(folder / "recording"), "--out", str(folder / "o")])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "meta"), "argument --device: a meta device holds no numbers"),
+        (("--rank", "1000000000", "--device", "cpu"), "can't allocate memory"),
+        (("--rank", "2147483647", "--device", "cpu"), "error: "),
+    ],
+)
+def test_what_no_machine_can_do_is_one_line(folder, tmp_path, capsys, options, message):
+    words = ("train", "--trajectories", folder / "recording", "--out", tmp_path / "o", "--epochs", "1", *options)
+    with pytest.raises(SystemExit) as exit:
+        cli.main([str(word) for word in words])
+    assert exit.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]  # above it, the bar of a training that began
+    assert line.startswith("lesa: error: ") and message in line
+
+
 @pytest.mark.parametrize(("command", "resumes"), [("train", True), ("env", False)])
 def test_an_interrupt_ends_with_130_and_says_how_to_resume(folder, monkeypatch, capsys, command, resumes):
     def interrupted(*arguments, **options):

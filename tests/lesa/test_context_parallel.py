@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 
+import digits_pipelines
 import lesa
 from driven_loops import SOME, STEPS
 from lesa.cache import device_values
@@ -26,7 +27,7 @@ TIME_LIMIT_S = 120  # all cases take about 15 s, most of it imports
 
 
 def flux_pipeline():
-    return digits.load_pipeline()
+    return digits_pipelines.cut_pipeline()
 
 
 def qwen_image_pipeline():

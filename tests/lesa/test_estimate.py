@@ -460,6 +460,10 @@ def test_the_command_prints_a_table_or_json(capsys, tmp_path):
     assert found["computed"] == [0, 1, 2, 9, 16, 23, 30, 37]
 
 
+OPEN = PredictorConfig(3072, schedule=(0, 40), schedule_sigmas=(1.0, 0.2))
+AT_60 = PredictorConfig(3072, schedule=(0, 40), schedule_sigmas=(1.0, 0.2), num_inference_steps=60)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -474,6 +478,24 @@ def test_the_command_prints_a_table_or_json(capsys, tmp_path):
         ({"predictor": PredictorConfig(64)}, "`predictor.config.feature_dim` must be the model's, 3072"),
         ({"predictor": PredictorConfig(3072, family="sd3")}, "`predictor.config.family` must be the model's, 'flux'"),
         ({"schedule": [1, 2]}, "`steps` must be rising step indices that start with 0"),
+        ({"schedule": [0, 1, 99]}, "`schedule` must hold steps below 50, the number of steps, but got (0, 1, 99)"),
+        ({"schedule": [0, 50]}, "`schedule` must hold steps below 50"),
+        ({"schedule": [0, 12], "num_inference_steps": 12}, "`schedule` must hold steps below 12"),
+        ({"schedule": range(60)}, "`schedule` must hold steps below 50"),
+        ({"schedule": lesa.Schedule((0, 59), 60)}, "`schedule` must hold steps below 50"),
+        (
+            {"schedule": lesa.Schedule((0, 9), 60, (1.0, 0.5))},
+            "`schedule` must be for a run of 50 steps, but got noise levels of a run of 60 steps",
+        ),
+        ({"schedule": [0, 1, 1]}, "`steps` must be rising step indices"),
+        ({"schedule": [0, -1]}, "`steps` must be an integer of at least 0"),
+        ({"schedule": []}, "`steps` must be rising step indices"),
+        ({"schedule": 0}, "`schedule` must be an integer of at least 1"),
+        ({"predictor": AT_60}, "`schedule` is required for 50 steps: the predictor was trained for 60 steps"),
+        (
+            {"predictor": OPEN, "num_inference_steps": 12},
+            "`predictor.config.schedule` must hold steps below 12, the number of steps, but got (0, 40)",
+        ),
         ({"images_per_day": 0}, "`images_per_day` must be above 0"),
     ],
 )
@@ -498,3 +520,18 @@ def test_a_schedule_for_other_steps_must_be_given():
     assert lesa.estimate("flux-1024", predictor=predictor).computed == (0, 2, 9)
     with pytest.raises(ValueError, match="`schedule` is required for 30 steps"):
         lesa.estimate("flux-1024", predictor=predictor, num_inference_steps=30)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "computed"),
+    [
+        ({"schedule": [0, 49]}, (0, 49)),
+        ({"schedule": 99}, (0, 1, 2)),  # as in a run: the interval begins at step 2
+        ({"schedule": lesa.Schedule((0, 9), 60)}, (0, 9)),  # as in a run: without noise levels, the numbers are used
+        ({"schedule": lesa.Schedule((0, 9), 50, (1.0, 0.5))}, (0, 9)),
+        ({"predictor": OPEN}, (0, 40)),
+        ({"predictor": OPEN, "num_inference_steps": 9}, tuple(range(9))),  # as in a run: too few to predict any
+    ],
+)
+def test_schedules_that_fit_the_run_are_used(arguments, computed):
+    assert lesa.estimate("flux-1024", **arguments).computed == computed

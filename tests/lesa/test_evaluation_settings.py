@@ -1,6 +1,8 @@
 """What `lesa.evaluate` keeps in its folder is used again only where every setting is the same."""
 
 import inspect
+import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -18,11 +20,15 @@ SIGMAS = (1.0, 0.8, 0.6)
 """Of steps 0, 1 and 2; those of the pipeline are near, which is enough here."""
 
 
+def save_summary(evaluation, folder):
+    (folder / "summary.json").write_text(json.dumps(evaluation.summary()))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _no_pictures():
-    """What is kept to go on with is in files of its own."""
+    """They take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Evaluation, "save", lambda self, folder: [])
+        patch.setattr(Evaluation, "save", lambda self, folder: save_summary(self, folder))
         yield
 
 
@@ -64,7 +70,6 @@ SETTINGS = {
     "batch_size": 2,
     "progress": False,
 }
-ALL = ["reference", "newton", "taylorseer", "steps"]
 
 
 def other_pipe(change):
@@ -72,6 +77,9 @@ def other_pipe(change):
     pipe = small.ALL["flux"].build()
     if change == "one weight":
         weight = pipe.transformer.proj_out.bias.data
+        weight[0] = torch.nextafter(weight[0], weight[0] + 1)
+    elif change == "decoder":
+        weight = next(pipe.vae.decoder.parameters()).data.view(-1)
         weight[0] = torch.nextafter(weight[0], weight[0] + 1)
     elif change == "scheduler":
         pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=2.0)
@@ -87,18 +95,19 @@ def halves(inputs):
     return [{k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in item.items()} for item in inputs]
 
 
-CHANGES = {  # what differs, and which contenders run again
+CHANGES = {  # what differs, and which contenders run again; or what the refusal names
     "nothing": ({}, []),
-    "one weight of the model": ({"pipe": "one weight"}, ALL),
-    "the noise levels of the scheduler": ({"pipe": "scheduler"}, ALL),
-    "the model's dtype": ({"pipe": "dtype", "inputs": halves(SETTINGS["inputs"])}, ALL),
-    "the pipeline's class": ({"pipe": "class"}, ALL),
-    "an input": ({"inputs": inputs_of(3, 9)}, ALL),
-    "the order of the inputs": ({"inputs": inputs_of(8, 3)}, ALL),
-    "the number of inputs": ({"inputs": inputs_of(3)}, ALL),
-    "the number of steps": ({"num_inference_steps": 7}, ALL),
-    "the seed": ({"seed": 2}, ALL),
-    "the batch size": ({"batch_size": 1}, ALL),
+    "one weight of the model": ({"pipe": "one weight"}, "pipe.transformer"),
+    "one weight of the decoder": ({"pipe": "decoder"}, "pipe.vae"),
+    "the noise levels of the scheduler": ({"pipe": "scheduler"}, "scheduler.shift"),
+    "the model's dtype": ({"pipe": "dtype", "inputs": halves(SETTINGS["inputs"])}, "dtype"),
+    "the pipeline's class": ({"pipe": "class"}, "model"),
+    "an input": ({"inputs": inputs_of(3, 9)}, "inputs[1]"),
+    "the order of the inputs": ({"inputs": inputs_of(8, 3)}, "inputs[0]"),
+    "the number of inputs": ({"inputs": inputs_of(3)}, "samples"),
+    "the number of steps": ({"num_inference_steps": 7}, "num_inference_steps"),
+    "the seed": ({"seed": 2}, "seed"),
+    "the batch size": ({"batch_size": 1}, "batch_size"),
     "one weight of a predictor": ({"predictors": {"mine": (nudged(), lesa.ErrorControl())}}, ["newton"]),
     "what a predictor was trained on": (
         {"predictors": {"mine": (predictor(schedule=(0, 2, 4)), lesa.ErrorControl())}},
@@ -133,41 +142,61 @@ def counting(monkeypatch, pipe):
 
 
 def figures(evaluation):
-    """All that was measured but times, and the pictures."""
-    runs = [replace(run, seconds=1, denoise_seconds=1, speedup=1) for run in evaluation.runs]
-    return runs, {name: images.tobytes() for name, images in evaluation.images.items()}
+    """By contender, predictor and setting, all that was measured but times, and the pictures."""
+    untimed = {"seconds": 1, "denoise_seconds": 1, "speedup": 1, "reference_seconds": 1, "name": ""}
+    return {
+        (run.contender, run.predictor, run.setting): (replace(run, **untimed), evaluation.images[run.name].tobytes())
+        for run in evaluation.runs
+    }
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
     """A folder with a finished evaluation."""
     folder = tmp_path_factory.mktemp("kept")
-    lesa.evaluate(small.ALL["flux"].build(), out_dir=folder, **SETTINGS)
-    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    before = lesa.evaluate(small.ALL["flux"].build(), out_dir=folder, **SETTINGS)
+    return before, {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def copy_of(kept, folder):
-    for name, contents in kept.items():
+    for name, contents in kept[1].items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(contents)
     return folder
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_what_a_setting_touches_is_run_again_and_nothing_else(kept, tmp_path, monkeypatch, change):
-    options, again = CHANGES[change]
+@pytest.mark.parametrize("change", [name for name, (_, result) in CHANGES.items() if isinstance(result, str)])
+def test_an_evaluation_of_something_else_is_refused_by_name(kept, tmp_path, monkeypatch, change):
+    options, name = CHANGES[change]
     settings = {**SETTINGS, **{key: value for key, value in options.items() if key != "pipe"}}
     pipe = other_pipe(options.get("pipe"))
-    fresh = lesa.evaluate(pipe, **settings)
+    calls = counting(monkeypatch, pipe)
+    folder = copy_of(kept, tmp_path)
+    with pytest.raises(ValueError, match=rf"`{re.escape(name)}` must .* in the evaluation in .*hoose another folder"):
+        lesa.evaluate(pipe, out_dir=folder, **settings)
+    assert not calls
+    _, files = kept
+    assert {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()} == files
+
+
+@pytest.mark.parametrize("change", [name for name, (_, result) in CHANGES.items() if isinstance(result, list)])
+def test_a_changed_contender_runs_again_and_nothing_else_does(kept, tmp_path, monkeypatch, change):
+    options, again = CHANGES[change]
+    settings = {**SETTINGS, **options}
+    pipe = other_pipe(None)
+    fresh = figures(lesa.evaluate(pipe, **settings))
     calls = counting(monkeypatch, pipe)
     resumed = lesa.evaluate(pipe, out_dir=copy_of(kept, tmp_path), **settings)
-    assert figures(resumed) == figures(fresh)
-    batches = -(-len(settings["inputs"]) // settings["batch_size"])
-    # The reference has one more, to warm up.
-    assert len(calls) == batches * len(again) + ("reference" in again)
+    made, before = figures(resumed), figures(kept[0])
+    assert made == {**{key: before[key] for key in made.keys() - fresh.keys()}, **fresh}
+    predictors = {run.predictor for run in resumed.runs} - {None}
+    assert predictors == {"mine", *settings["predictors"]}  # those of before are kept
+    assert len({run.name for run in resumed.runs}) == len(resumed.runs)
+    # The reference is timed again if anything runs, after one call to warm up.
+    assert len(calls) == len(again) + 2 * bool(again)
     calls.clear()
-    lesa.evaluate(pipe, out_dir=tmp_path, **settings)
-    assert not calls
+    once_more = lesa.evaluate(pipe, out_dir=tmp_path, **settings)
+    assert not calls and once_more.summary() == resumed.summary()
 
 
 def test_what_is_only_written_or_shown_runs_nothing_again(kept, tmp_path, monkeypatch):

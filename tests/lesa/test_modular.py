@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import lesa
 import small_pipelines as small
+from lesa.pipelines import blocks_of
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS = 10
@@ -87,3 +88,149 @@ def test_a_modular_pipeline_frees_its_rings(case):
                 assert stream.ring_device_bytes > 0
     assert torch.equal(*made) and not torch.equal(made[0], plain)
     assert torch.equal(generate(), plain)
+
+
+# Recording, refining and evaluating
+
+DECODERS = {
+    "flux": ("flux.decoders", "FluxDecodeStep"),
+    "qwen": ("qwenimage.modular_blocks_qwenimage", "QwenImageDecodeStep"),
+    "sd3": ("stable_diffusion_3.decoders", "StableDiffusion3DecodeStep"),
+}
+CORES = {
+    "flux": ("flux.modular_blocks_flux", "FluxCoreDenoiseStep"),
+    "qwen": ("qwenimage.modular_blocks_qwenimage", "QwenImageCoreDenoiseStep"),
+    "sd3": ("stable_diffusion_3.modular_blocks_stable_diffusion_3", "StableDiffusion3AutoCoreDenoiseStep"),
+}
+KINDS = [*CORES]
+
+
+def pair(kind, guidance=1.0, decodes=True):
+    """An ordinary and a modular pipeline of the same components, and two inputs for each."""
+    case = small.ALL[kind]
+    plain = case.build()
+    parts = {"denoise": blocks(*CORES[kind])} | ({"decode": blocks(*DECODERS[kind])} if decodes else {})
+    modular = importlib.import_module("diffusers.modular_pipelines")
+    pipe = modular.SequentialPipelineBlocks.from_blocks_dict(parts).init_pipeline()
+    components = {"transformer": plain.transformer, "scheduler": plain.scheduler}
+    components |= {"vae": plain.vae} if decodes else {}
+    if "guider" in pipe.components:
+        components["guider"] = importlib.import_module("diffusers").ClassifierFreeGuidance(guidance)
+    pipe.update_components(**components)
+    inputs, generator = [], torch.Generator().manual_seed(5)
+    for _ in range(2):
+        item = {**case.inputs(1), "height": SIDE, "width": SIDE}
+        for name in [name for name in item if name.endswith("prompt_embeds")]:
+            item[name] = torch.randn(item[name].shape, generator=generator)
+        inputs.append(item)
+    known = {given.name for given in pipe._blocks.inputs}
+    return plain, inputs, pipe, [{n: v for n, v in item.items() if n in known} for item in inputs]
+
+
+@pytest.fixture(scope="module")
+def paired():
+    """`paired(kind)` -> what `pair` makes, once."""
+    made = {}
+    return lambda kind: made.setdefault(kind, pair(kind))
+
+
+OPTIONS = {"num_inference_steps": STEPS, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def recordings(paired, tmp_path_factory):
+    """`recordings(kind)` -> the recordings of the ordinary and of the modular pipeline."""
+    made = {}
+
+    def of(kind):
+        if kind not in made:
+            plain, inputs, pipe, known = paired(kind)
+            folder = tmp_path_factory.mktemp(kind)
+            made[kind] = lesa.record(plain, inputs, folder / "plain", **OPTIONS)
+            made[kind] = made[kind], lesa.record(pipe, known, folder / "modular", **OPTIONS)
+        return made[kind]
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_modular_pipeline_records_what_the_ordinary_one_records(recordings, kind):
+    plain, modular = recordings(kind)
+    assert len(plain) == len(modular) == 2
+    for one, other in zip(plain, modular, strict=True):
+        assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in vars(one))
+    assert torch.equal(plain.head_weight, modular.head_weight) and plain.family == modular.family
+
+
+def bars_of(pipe):
+    return {path: vars(block).get("_progress_bar_config") for path, block in blocks_of(pipe).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", [None, {"leave": True}])
+def test_the_bars_of_a_modular_pipeline_are_off_only_while_it_records(tmp_path, capfd, kind, config):
+    _, _, pipe, inputs = pair(kind, decodes=False)
+    loop = next(block for block in blocks_of(pipe).values() if hasattr(block, "set_progress_bar_config"))
+    if config is not None:
+        loop.set_progress_bar_config(**config)
+    before, names = bars_of(pipe), [*blocks_of(pipe)]
+    lesa.record(pipe, inputs[:1], tmp_path, **OPTIONS)
+    assert "it/s" not in capfd.readouterr().err and bars_of(pipe) == before and [*blocks_of(pipe)] == names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen", "sd3"])
+def test_a_modular_recording_with_guidance_has_both_streams(tmp_path, kind):
+    _, _, pipe, inputs = pair(kind, guidance=3.0, decodes=False)
+    for item in inputs:
+        item |= {f"negative_{name}": -item[name] for name in [*item] if name.endswith("prompt_embeds")}
+        if "prompt_embeds_mask" in item:
+            item["negative_prompt_embeds_mask"] = item["prompt_embeds_mask"]
+    made = lesa.record(pipe, inputs, tmp_path / "a", **OPTIONS, batch_size=2)
+    assert made.names == [f"sample-0000{n}{stream}" for n in range(2) for stream in ("", "-main-2")]
+    assert not torch.equal(made[0].features, made[1].features)
+    pipe.update_components(guider=type(pipe.guider)(4.0))
+    with pytest.raises(ValueError, match=r"`pipeline_config\.guider\.guidance_scale` must be 3.0"):
+        lesa.record(pipe, inputs, tmp_path / "a", **OPTIONS)
+    pipe.guider.guidance_scale = 3.0
+    assert lesa.record(pipe, inputs, tmp_path / "a", **OPTIONS).recorded.kept == (0, 1)
+    pipe.guider.guidance_scale = 5.0
+    with pytest.raises(ValueError, match=r"`pipeline_config\.guider\.guidance_scale` must be 3.0"):
+        lesa.record(pipe, inputs, tmp_path / "a", **OPTIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_argument_that_a_modular_pipeline_would_ignore_is_named(paired, tmp_path, kind):
+    _, _, pipe, inputs = paired(kind)
+    with pytest.raises(ValueError, match="`inputs` must have arguments that the blocks.*got 'true_cfg_scael'"):
+        lesa.record(pipe, [{**inputs[0], "true_cfg_scael": 4.0}], tmp_path, **OPTIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_modular_pipeline_refines_and_evaluates_as_the_ordinary_one(paired, recordings, tmp_path, kind):
+    plain, inputs, pipe, known = paired(kind)
+    (of_plain, of_modular), quick = recordings(kind), {"epochs": 1, "progress": False}
+    config = PredictorConfig(small.DIM, rank=2, hidden=4)
+    predictor = lesa.train(of_modular, config=config, schedule=SOME, guided_epochs=1, **quick)
+    refined = lesa.refine(predictor, of_modular, pipe, known, rounds=1, out_dir=tmp_path / "a", **quick)
+    wanted = lesa.refine(predictor, of_plain, plain, inputs, rounds=1, **quick)
+    assert all(map(torch.equal, refined.state_dict().values(), wanted.state_dict().values()))
+
+    options = {"against": ["steps"], "num_inference_steps": STEPS, "progress": False, "batch_size": 1}
+    ours = lesa.evaluate(pipe, known, {"a": refined}, **options)
+    theirs = lesa.evaluate(plain, inputs, {"a": refined}, **options)
+    for one, other in zip(ours.runs, theirs.runs, strict=True):
+        for field in ("name", "steps", "psnr", "ssim", "step_equivalents", "step_errors", "per_sample"):
+            assert getattr(one, field) == getattr(other, field), field
+    assert [run.steps for run in ours.runs][:2] == [tuple(range(STEPS)), tuple(SOME)]
+
+
+@pytest.mark.slow
+def test_pictures_need_a_vae(paired):
+    _, _, pipe, inputs = pair("flux", decodes=False)
+    with pytest.raises(TypeError, match="`pipe` must have a VAE, so that pictures can be compared.*block `decode`"):
+        lesa.evaluate(pipe, inputs, [], num_inference_steps=STEPS, progress=False)

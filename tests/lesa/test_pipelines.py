@@ -1,7 +1,7 @@
 import pytest
 from diffusers import DiffusionPipeline
 
-from lesa.pipelines import load_pipeline
+from lesa.pipelines import check_folder_or_id, load_pipeline
 
 
 @pytest.fixture
@@ -31,3 +31,27 @@ def test_hub_options_reach_the_index_too(seen):
 def test_a_component_that_is_passed_is_not_absent(seen):
     load_pipeline("some/model", text_encoder="mine")
     assert seen["from_pretrained"] == {"text_encoder": "mine"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/no/where", "./nowhere", "../nowhere", "~/nowhere", "nowhere", "nowhere/", "a/b/c", "models/nowhere", "file"],
+)
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(monkeypatch, tmp_path, name):
+    def ask(*_, **__):
+        raise AssertionError("it was looked for")
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", ask)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "file").write_text("")
+    reason = "which is a file" if name == "file" else f"and there is no folder '{name}'"
+    with pytest.raises(FileNotFoundError, match=rf"`folder_or_id` must be a folder or a hub id .* '{name}', {reason}"):
+        load_pipeline(name)
+
+
+def test_a_folder_and_a_hub_id_are_let_through(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for value in ("some/model", "models", "./models", tmp_path / "models", tmp_path):
+        check_folder_or_id("model", value)

@@ -107,6 +107,16 @@ def test_intervals_worked_out_by_hand(differences, interval):
     assert quality.bootstrap_interval(differences) == interval
 
 
+def test_an_interval_does_not_depend_on_how_many_resamples_are_drawn_at_once(monkeypatch):
+    differences = np.random.default_rng(0).standard_normal(150)
+    generator = np.random.default_rng(3)
+    means = [differences[generator.integers(150, size=150)].mean() for _ in range(quality.RESAMPLES)]
+    expected = tuple(np.percentile(means, (2.5, 97.5)))
+    for most in (quality.LARGEST_DRAW, 1000, 1):
+        monkeypatch.setattr(quality, "LARGEST_DRAW", most)
+        assert quality.bootstrap_interval(differences, seed=3) == expected
+
+
 def test_an_interval_is_that_of_all_resamples():
     """Against all 5^5 of them."""
     differences = np.array([0.3, -0.2, 0.9, 1.7, 0.4])

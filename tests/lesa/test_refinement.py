@@ -530,3 +530,19 @@ def test_going_on_with_another_setting_is_refused(pipe, recorded, predictor, unf
     with pytest.raises(ValueError, match=rf"`{name}[\w.]*` must be .*, as in the unfinished refinement in .*, but got"):
         lesa.refine(predictor, trajectories, pipe, inputs, out_dir=unfinished, **options)
     assert bytes_in(unfinished) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda pipe: pipe.scheduler.set_shift(5.0), r"`scheduler\.shift` must be"),
+        (lambda pipe: setattr(pipe, "tokenizer_max_length", 5), r"`pipeline_config\.tokenizer_max_length` must be"),
+        (lambda pipe: pipe.vae.to(torch.bfloat16), r"`dtypes\.vae` must be"),
+    ],
+)
+def test_a_pipeline_that_is_not_as_it_was_recorded_is_refused(recorded, predictor, fresh_pipe, change, words):
+    """Its roll-outs would be those of other runs."""
+    change(fresh_pipe)
+    with pytest.raises(ValueError, match=words):
+        lesa.refine(predictor, recorded[0], fresh_pipe, recorded[1], **QUICK)

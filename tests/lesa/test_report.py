@@ -207,6 +207,26 @@ def test_every_run_of_the_page_has_its_own_figures(folder, page):
     assert (data["sigmas"], data["stage_bounds"]) == (summary["sigmas"], summary["stage_bounds"])
 
 
+def test_the_page_tells_predictors_and_commands_apart(folder, tmp_path, page):
+    def change(summary):
+        for run in summary["runs"]:
+            run["reference_seconds"] = 7.9
+        runs = runs_of(summary)
+        runs["newton-9"] |= {"name": "newton-9@mine", "predictor": "/a/mine"}
+        summary["images"]["newton-9@mine"] = summary["images"].pop("newton-9")
+        runs["fewer-steps-9"] |= {"reference_seconds": 15.8, "seconds": 4.0, "speedup": 3.95}
+
+    html = lesa.report(changed(folder, tmp_path / "e", change)).read_text()
+    runs = {run["name"]: run for run in data_of(html)["runs"]}
+    assert runs["newton-9@mine"]["label"] == "newton 9@mine" and runs["newton-8"]["label"] == "newton 8"
+    assert "/a/mine" in html and "Reference, seconds" in html and "timed in earlier commands" in html
+    assert data_of(html)["timed_apart"] and not data_of(page)["timed_apart"]
+    # Half as long as it took, because the reference took half as long the last time.
+    assert (runs["fewer-steps-9"]["seconds"], runs["fewer-steps-9"]["pace"]) == (4.0, 2.0)
+    assert all(run["pace"] == run["seconds"] for name, run in runs.items() if name != "fewer-steps-9")
+    assert "Reference, seconds" not in page and "timed in earlier commands" not in page and "Predictor" not in page
+
+
 def test_every_picture_of_the_page_is_its_runs_and_its_samples(folder, page):
     files, data = json.loads((folder / "summary.json").read_text())["images"], data_of(page)
     shown = {name for budget in data["budgets"] for name in (budget["ours"], *budget["peers"])}

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FluxImg2ImgPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import digits_pipelines
 import lesa
 from driven_loops import (
     FIRST,
@@ -40,6 +41,11 @@ from lesa.cache.run import Run
 from lesa.demo import digits
 from lesa.models.flux import FluxAdapter
 from predictors import DIM, make_predictor, untrained_predictor
+
+
+@pytest.fixture(scope="module")
+def _digits_pipeline(cut_pipeline):
+    return cut_pipeline
 
 
 def solo(pipe, calls_of_step, name):
@@ -346,7 +352,7 @@ def clean():
 
 def expected_of(clean, generate):
     if not clean:
-        pipe = digits.load_pipeline()
+        pipe = digits_pipelines.cut_pipeline()
         with lesa.enable_cache(pipe, make_predictor(), SOME):
             clean["options"], clean["defaults"] = generate(pipe, **OPTIONS), generate(pipe)
     return clean
@@ -649,7 +655,7 @@ def meet_twice(barrier):
 
 
 def test_two_pipelines_in_two_threads_equal_themselves_alone(generate):
-    pipes = [digits.load_pipeline() for _ in range(2)]
+    pipes = [digits_pipelines.cut_pipeline() for _ in range(2)]
     options = [{"labels": (3, 8), "seed": 1}, {"labels": (5,), "seed": 7, "steps": STEPS + 4}]
     schedules, alone, errors = [SOME, 3], [], []
     for pipe, option, schedule in zip(pipes, options, schedules):
@@ -1312,7 +1318,7 @@ def test_a_head_with_adapters_is_not_planned(fresh_pipe, conditions, monkeypatch
 
 def test_seconds_and_summary_say_what_happened(pipe, generate):
     nap = 0.02
-    guard = pipe.transformer.transformer_blocks[1].register_forward_pre_hook(lambda *_: time.sleep(nap))
+    guard = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: time.sleep(nap))
     begun = time.perf_counter()
     predictor = make_predictor(below=0.1)  # the last step's forecast is not finite
     with pytest.warns(RuntimeWarning, match="not finite"), lesa.enable_cache(pipe, predictor, SOME) as handle:

@@ -25,9 +25,9 @@ needs_extension = pytest.mark.skipif(extension_error() is not None, reason=f"no 
 
 
 @needs_extension
-@pytest.mark.parametrize("cases", [300, pytest.param(3000, marks=pytest.mark.slow)])
-def test_random_work_with_the_installed_extension(cases):
-    assert ring_fuzz.run(seed=0, cases=cases) == cases
+@pytest.mark.parametrize("first, cases", [(0, 300), pytest.param(300, 2700, marks=pytest.mark.slow)])
+def test_random_work_with_the_installed_extension(first, cases):
+    assert ring_fuzz.run(seed=first, cases=cases) == cases
 
 
 @needs_extension

@@ -5,9 +5,9 @@ import importlib
 import os
 import re
 import sys
-import traceback
 from collections.abc import Mapping
 
+from lesa.cli.quiet import discard_output, printing_everything, quiet_imports
 from lesa_kernels import __version__
 
 COMMANDS = {
@@ -36,22 +36,45 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command. If it cannot, it raises `SystemExit` with code 2 and prints one line to stderr.
 
+    If the reader of its output ends before it does, it raises `SystemExit` with code 141, and prints nothing.
+
     Args:
         arguments: those of the command line. Default: `sys.argv[1:]`.
     """
+    with printing_everything():
+        try:
+            try:
+                _run(sys.argv[1:] if arguments is None else arguments)
+            finally:
+                if sys.stdout is not None:  # it was closed before the start
+                    sys.stdout.flush()
+        except OSError as error:
+            discard_output()
+            if isinstance(error, BrokenPipeError):
+                raise SystemExit(141) from None
+            raise _exit(f"error: the output cannot be written: {error}", 2) from None
+
+
+def _run(arguments: list[str]) -> None:
     try:
-        options = parse(sys.argv[1:] if arguments is None else arguments)
+        options = parse(arguments)
     except UsageError as error:
         raise _exit(f"error: {error}", 2) from None
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its missing optional parts are of no interest here
+    quiet_imports()
     command = _module(options.command)
     try:
         command.run(options)
     except KeyboardInterrupt:
         resume = "; the same command continues where it stopped" if options.command in RESUMABLE else ""
         raise _exit(f"interrupted{resume}", 130) from None
+    except BrokenPipeError:
+        raise
     except Exception as error:
-        if not _is_message(error):
+        if not is_message(error):
+            if str(getattr(options, "device", "")).startswith("meta"):
+                reason = "a meta device holds no numbers, so that nothing runs on it. Use cpu or cuda."
+                raise _exit(f"error: argument --device: {reason}", 2) from None
             raise
         raise _exit(f"error: {_with_options(str(error), getattr(command, 'OPTIONS', {}))}", 2) from None
 
@@ -81,23 +104,23 @@ def _module(command: str):
     return importlib.import_module(f"lesa.cli.{command}")
 
 
-def _is_message(error: Exception) -> bool:
-    """Whether the error is meant for the user: a failing file or network, or a failed check. A bug is neither."""
-    if isinstance(error, (OSError, UsageError)) or hasattr(error, "lesa_message"):
+def is_message(error: Exception) -> bool:
+    """Whether the error is meant for the user: a failing file, network or memory, or a failed check. A bug is none."""
+    if isinstance(error, (OSError, MemoryError, UsageError)) or hasattr(error, "lesa_message"):
         return True
-    if type(error).__name__ == "SafetensorError":
-        return True
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return isinstance(error, ValueError) and frame.f_code.co_name == "check_inputs"  # where pipelines check arguments
+    is_memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: " in str(error)  # of torch
+    return is_memory or type(error).__name__ == "SafetensorError"
 
 
 def _with_options(message: str, options: Mapping[str, str]) -> str:
-    """The message with the names of command-line options instead of the library's arguments.
+    """The message with the names of options and commands instead of the library's arguments and functions.
 
     A part of an argument is named behind its option: "`predictor.config.rank`" becomes "`--predictor` (config.rank)".
     """
 
     def option(match: re.Match) -> str:
+        if match[1].removeprefix("lesa.") in COMMANDS:
+            return f"`{match[1].replace('.', ' ')}`"
         name, (first, _, rest), index = match[1], match[1].partition("."), match[2] or ""
         if name in options:
             return f"`{options[name]}{index}`"

@@ -1,29 +1,49 @@
 """Types of option values, and groups of options that several commands share. Nothing here needs torch."""
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 SCHEDULE = "computed steps such as 0,2,6,12, or an interval such as 7"
+RUN_OPTIONS = {
+    "num_inference_steps": "--steps",
+    "seed": "--seed",
+    "inputs": "--inputs",
+    "file": "--inputs",
+    "pipe": "--model",
+}
+"""The options of commands that run a pipeline, by the names that the library has for them."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def positive(text: str) -> int:
     """An integer of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, but got {text!r}")
-    return value
+    return _integer(text, 1, 2**31 - 1)
 
 
 def natural(text: str) -> int:
     """An integer of at least 0."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, but got {text!r}")
-    return int(text)
+    return _integer(text, 0, 2**31 - 1)
+
+
+def seed(text: str) -> int:
+    """An integer of at least 0, as random generators take it."""
+    return _integer(text, 0, 2**62)
+
+
+def _integer(text: str, minimum: int, maximum: int) -> int:
+    must = f"must be an integer of at least {minimum}"
+    try:
+        value = int(text)
+    except ValueError:
+        value = minimum - 1
+    if value > maximum:
+        must += f" and at most {maximum}"
+    if not minimum <= value <= maximum:
+        raise argparse.ArgumentTypeError(f"{must}, but got {text!r}")
+    return value
 
 
 def above_zero(text: str) -> float:
@@ -34,6 +54,17 @@ def above_zero(text: str) -> float:
         value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number above 0, but got {text!r}")
+    return value
+
+
+def frame_rate(text: str) -> float:
+    """Frames per second."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 240:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1 and at most 240, but got {text!r}")
     return value
 
 
@@ -55,10 +86,24 @@ def lengths(text: str) -> int | tuple[int, ...]:
 
 def stage_bounds(text: str) -> str | tuple[float, ...]:
     """Falling noise levels, or "auto"."""
-    return text if text == "auto" else _numbers(float, "falling noise levels such as 0.67,0.33, or auto")(text)
+    return text if text == "auto" else _numbers(_finite, "falling noise levels such as 0.67,0.33, or auto")(text)
 
 
-def _numbers(kind: type, name: str) -> Callable[[str], tuple]:
+def folder(text: str) -> Path:
+    """A folder to write to: not the name of a file that exists."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder, but {text} is a file")
+    return path
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError
+    return value
+
+
+def _numbers(kind: Callable[[str], Any], name: str) -> Callable[[str], tuple]:
     def parse(text: str) -> tuple:
         try:
             return tuple(kind(part) for part in text.split(","))
@@ -90,5 +135,5 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """`--steps` and `--seed` of a run of the pipeline."""
     parser.add_argument("--steps", type=positive, default=50, help="number of denoising steps (default: 50)")
     parser.add_argument(
-        "--seed", type=natural, default=0, help="seed of sample 0; sample i gets this seed + i (default: 0)"
+        "--seed", type=seed, default=0, help="seed of sample 0; sample i gets this seed + i (default: 0)"
     )

@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+from lesa.cli import arguments
+
 OPTIONS = {"out_dir": "--export"}
 
 
@@ -11,19 +13,21 @@ def add_arguments(parser) -> None:
     models = "digits: a FLUX model (default); photos: a Qwen-Image model with guidance"
     parser.add_argument("--model", choices=("digits", "photos"), default="digits", help=models)
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the results (default: demo-out)")
     choice.add_argument(
-        "--export", type=Path, metavar="DIR", help="write the model and its inputs to DIR, and draw nothing"
+        "--out", type=arguments.folder, default=Path("demo-out"), help="folder for the results (default: demo-out)"
+    )
+    choice.add_argument(
+        "--export", type=arguments.folder, metavar="DIR", help="write the model and its inputs to DIR, and draw nothing"
     )
 
 
 def run(options) -> None:
     """Runs the command."""
     from lesa.cli.evaluate import show
-    from lesa.cli.loading import quiet_diffusers
+    from lesa.cli.loading import quiet_libraries
     from lesa.demo.run import export, run_demo
 
-    quiet_diffusers()
+    quiet_libraries()
     if options.export is not None:
         commands = export(options.export, options.model)
         print(f"Wrote the model and its inputs to {options.export}. Run these commands one after the other:\n")

@@ -7,14 +7,17 @@ from pathlib import Path
 import lesa
 from lesa.cli import arguments
 
+_NAMES = (
+    *("model", "height", "width", "frames", "schedule", "predictor", "device", "bandwidth", "efficiency", "dtype"),
+    *("step_seconds", "text_tokens", "images_per_day", "streams", "price"),
+)
 OPTIONS = {
     "num_inference_steps": "--steps",
     "flops_rate": "--tflops",
     "batch": "--batch-size",
-    "bandwidth": "--bandwidth",
-    "text_tokens": "--text-tokens",
-    "images_per_day": "--images-per-day",
-    **{name: f"--{name}" for name in ("model", "height", "width", "schedule", "predictor", "device", "efficiency")},
+    "steps": "--schedule",
+    "config._class_name": "--model (_class_name)",
+    **{name: f"--{name.replace('_', '-')}" for name in _NAMES},
 }
 
 

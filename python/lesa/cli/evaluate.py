@@ -6,17 +6,15 @@ import lesa
 from lesa.cli import arguments
 
 OPTIONS = {
+    **arguments.RUN_OPTIONS,
     "out_dir": "--out",
     "against": "--against",
     "predictors": "--predictor",
     "predictor": "--predictor",
     "folder_or_id": "--predictor",
-    "num_inference_steps": "--steps",
     "batch_size": "--batch-size",
     "search_samples": "--search-samples",
-    "inputs": "--inputs",
-    "file": "--inputs",
-    "pipe": "--model",
+    "seed": "--seed",
 }
 
 
@@ -35,31 +33,43 @@ def add_arguments(parser) -> None:
     parser.add_argument("--batch-size", type=arguments.positive, help="samples per pipeline call (default: all)")
     text = "how many samples the search for the best settings of the other caches uses (default: 4)"
     parser.add_argument("--search-samples", type=arguments.positive, default=4, help=text)
-    parser.add_argument("--out", required=True, type=Path, help="folder for the results")
+    parser.add_argument("--out", required=True, type=arguments.folder, help="folder for the results")
 
 
 def run(options) -> None:
     """Runs the command."""
-    from lesa.cli.loading import inputs_of, pipeline_of
-    from lesa_kernels import FusedKANPredictor
+    from lesa.cli.loading import check_model, check_schedules, pipeline_of, predictor_of, prepare, read
+    from lesa.cli.trying import explained
+    from lesa.contenders import budget_of
 
+    for name in options.against:
+        budget_of(name)
+    kind = check_model(options)
     predictors = {}
     for source in options.predictor:
-        label = Path(source).name if Path(source).name not in predictors else source
-        predictors[label] = FusedKANPredictor.from_pretrained(source)
+        predictors[_label(source)] = predictor_of(source)
+    samples = read(options, kind)
     pipe = pipeline_of(options)
-    evaluation = lesa.evaluate(
-        pipe,
-        inputs_of(options, pipe),
-        {label: predictor.to(pipe.transformer.device) for label, predictor in predictors.items()},
-        against=options.against,
-        num_inference_steps=options.steps,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        out_dir=options.out,
-        search_samples=options.search_samples,
-    )
+    check_schedules(predictors, pipe)
+    samples = prepare(options, pipe, samples, options.steps)
+    with explained(pipe, samples, options.steps):
+        evaluation = lesa.evaluate(
+            pipe,
+            [sample.arguments for sample in samples],
+            {label: predictor.to(pipe.transformer.device) for label, predictor in predictors.items()},
+            against=options.against,
+            num_inference_steps=options.steps,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            out_dir=options.out,
+            search_samples=options.search_samples,
+        )
     show(evaluation, options.out)
+
+
+def _label(source: str) -> str:
+    """What the predictor is known by in the results: its folder, whatever the current one is, or its hub id."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
 def show(evaluation, folder: Path) -> None:

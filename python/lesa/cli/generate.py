@@ -1,20 +1,19 @@
 """`lesa generate`."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import lesa
 from lesa.cli import UsageError, arguments
 
 OPTIONS = {
+    **arguments.RUN_OPTIONS,
     "predictor": "--predictor",
     "schedule": "--schedule",
-    "inputs": "--inputs",
-    "file": "--inputs",
     "folder_or_id": "--predictor",
     "tolerance": "--tolerance",
     "ErrorControl": "--tolerance",
-    "pipe": "--model",
 }
 
 
@@ -39,8 +38,10 @@ def add_arguments(parser) -> None:
         required=True,
         type=Path,
         metavar="FILE",
-        help="file for the picture; if there are several, they get numbers",
+        help="file for the picture or video; its suffix is the format, and several files get numbers",
     )
+    text = "frames per second of a video in .mp4 or .gif (default: 24)"
+    parser.add_argument("--fps", type=arguments.frame_rate, help=text)
     parser.add_argument("--height", type=arguments.positive, help="height in pixels")
     parser.add_argument("--width", type=arguments.positive, help="width in pixels")
 
@@ -48,32 +49,42 @@ def add_arguments(parser) -> None:
 def run(options) -> None:
     """Runs the command."""
     import torch
-    from PIL import Image
 
-    from lesa.cli.loading import check_prompts, inputs_of, pipeline_of
-    from lesa_kernels import FusedKANPredictor
+    from lesa.cli.loading import check_model, pipeline_of, predictor_of, prepare, read
+    from lesa.cli.outputs import check_output, write
+    from lesa.cli.trying import explained
 
-    if options.output.suffix.lower() not in Image.registered_extensions():
-        raise UsageError(f"argument --output: {options.output} must end in the suffix of an image format. Use .png.")
+    check_output(options.output, None, options.fps)
     if isinstance(options.schedule, list) and options.schedule[-1] >= options.steps:
         last = options.schedule[-1]
         raise UsageError(f"argument --schedule: each step must be below --steps ({options.steps}), but got {last}")
-    predictor = FusedKANPredictor.from_pretrained(options.predictor)
+    kind = check_model(options)
+    predictor = predictor_of(options.predictor)
+    samples = read(options, kind)
     pipe = pipeline_of(options)
-    inputs = inputs_of(options, pipe) if options.inputs else check_prompts(pipe, [{"prompt": options.prompt}])
-    size = {name: getattr(options, name) for name in ("height", "width") if getattr(options, name) is not None}
+    check_output(options.output, type(pipe).__call__, options.fps)
+    samples = prepare(options, pipe, _sized(options, samples), options.steps)
     predictor.to(pipe.transformer.device)
     schedule = options.schedule if options.tolerance is None else lesa.ErrorControl(options.tolerance)
-    with lesa.enable_cache(pipe, predictor, schedule) as handle:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        for number, given in enumerate(inputs):
+    running: list = []  # the sample that is drawn
+    with explained(pipe, running, options.steps), lesa.enable_cache(pipe, predictor, schedule) as handle:
+        for number, sample in enumerate(samples):
+            running[:] = [sample]
             generator = torch.Generator("cpu").manual_seed(options.seed + number)
             start = time.perf_counter()
-            image = pipe(**{**given, **size}, num_inference_steps=options.steps, generator=generator).images[0]
+            result = pipe(**sample.arguments, num_inference_steps=options.steps, generator=generator)
             seconds = time.perf_counter() - start
             output = options.output
-            if len(inputs) > 1:
+            if len(samples) > 1:
                 output = output.with_name(f"{output.stem}-{number:05d}{output.suffix}")
-            image.save(output)
-            print(f"Wrote {output}: {handle.stats.computed_steps} of {options.steps} steps computed, {seconds:.2f} s")
+            files = write(result, output, options.fps)
+            names = f"{files[0]}" + (f" to {files[-1].name}" if len(files) > 1 else "")
+            print(f"Wrote {names}: {handle.stats.computed_steps} of {options.steps} steps computed, {seconds:.2f} s")
     print(handle.stats.summary())
+
+
+def _sized(options, samples: list) -> list:
+    """The samples with the size of --height and --width, which is named with their place."""
+    size = {name: getattr(options, name) for name in ("height", "width") if getattr(options, name) is not None}
+    given = " with" * bool(size) + "".join(f" --{name} {value}" for name, value in size.items())
+    return [replace(s, place=s.place + given, arguments={**s.arguments, **size}) for s in samples]

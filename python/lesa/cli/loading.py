@@ -1,22 +1,38 @@
-"""What commands load before they start: the device, the pipeline and its inputs."""
+"""What commands load before they start: the device, the inputs, the pipeline and predictors."""
 
-import inspect
+import json
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import diffusers
+import huggingface_hub
 import torch
+import transformers
 from diffusers.utils import logging
 
-from lesa.cli import UsageError
-from lesa.inputs import check_inputs, read_inputs
+from lesa.cli import UsageError, is_message
+from lesa.cli.fitting import check_widths, fit
+from lesa.cli.trying import check_by_pipeline
+from lesa.inputs import Sample, check_inputs, read_samples
 from lesa.models import adapter_for
-from lesa.pipelines import load_pipeline
+from lesa.pipelines import check_folder_or_id, load_pipeline
+from lesa_kernels import FusedKANPredictor
+
+_OPTIONAL_ENCODERS = ("text_encoder_3",)
+"""Text encoders without which pipelines encode prompts: Stable Diffusion 3 then takes zeros."""
 
 
-def quiet_diffusers() -> None:
-    """Only errors of diffusers are shown, and none of its progress bars."""
+def quiet_libraries() -> None:
+    """Only errors of diffusers are shown, and no bars of diffusers and transformers. Bars of downloads are kept."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    shows_downloads = not huggingface_hub.utils.are_progress_bars_disabled()
+    transformers.utils.logging.disable_progress_bar()  # also those of downloads
+    if shows_downloads:
+        huggingface_hub.utils.enable_progress_bars()
 
 
 def device_of(options) -> str:
@@ -31,53 +47,119 @@ def device_of(options) -> str:
     return options.device
 
 
-def pipeline_of(options):
+def check_model(options) -> type | None:
+    """The class of the pipeline of `--model`, if it can be known without loading it.
+
+    Raises:
+        FileNotFoundError: `--model` is a path, and there is no such folder.
+        UsageError: there is no such device.
+    """
+    check_folder_or_id("--model", options.model)
+    device_of(options)
+    try:
+        name = json.loads((Path(options.model) / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):  # on the hub, or damaged, which loading it reports
+        return None
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    return kind if isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline) else None
+
+
+def pipeline_of(options) -> Any:
     """The pipeline of `--model`, on its device and in its dtype."""
-    quiet_diffusers()
-    model = options.model
-    is_folder = Path(model).is_dir()
-    if not is_folder and (model.startswith((".", "/", "~")) or model.count("/") != 1):
-        raise UsageError(f"argument --model: there is no folder {model!r}, and a hub id has the form 'user/name'.")
-    device = device_of(options)
+    quiet_libraries()
+    model, device = options.model, device_of(options)
     dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer releases call it `dtype`; all know the older name
         try:
             pipe = load_pipeline(model, torch_dtype=getattr(torch, dtype))
-        except OSError as error:
-            if is_folder:
-                raise
-            raise UsageError(f"argument --model: there is no folder {model!r}. The hub says: {error}") from None
+        except Exception as error:
+            if isinstance(error, OSError) and not Path(model).is_dir():
+                raise UsageError(f"argument --model: there is no folder {model!r}. The hub says: {error}") from None
+            reason = str(error) if is_message(error) else f"{type(error).__name__}: {error}"  # of a file in the folder
+            raise UsageError(f"argument --model: diffusers can't load {model!r}: {reason}") from None
     adapter_for(pipe)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def inputs_of(options, pipe) -> list[dict]:
-    """The inputs in `--inputs`: tensors on the pipeline's device, floating ones in its dtype."""
-    inputs = check_prompts(pipe, check_inputs(read_inputs(options.inputs)))
-    known = inspect.signature(type(pipe).__call__).parameters
-    unknown = sorted({name for arguments in inputs for name in arguments} - set(known))
-    if unknown:
-        names = ", ".join(unknown)
-        raise UsageError(f"argument --inputs: {type(pipe).__name__} has no argument {names}. Remove it from the file.")
+def predictor_of(source: str) -> FusedKANPredictor:
+    """The predictor of `--predictor`, on the CPU."""
+    try:
+        return FusedKANPredictor.from_pretrained(source)
+    except Exception as error:
+        if not is_message(error) or "`folder_or_id`" in str(error):
+            raise
+        raise UsageError(f"argument --predictor: {source} can't be used: {error}") from None
+
+
+def check_schedules(predictors: Mapping[str, FusedKANPredictor], pipe: Any) -> None:
+    """Raises `UsageError` if a predictor that fits the pipeline was trained without a schedule.
+
+    For commands without `--schedule`. A predictor that does not fit has another error.
+    """
+    adapter = adapter_for(pipe)
+    for source, predictor in predictors.items():
+        config = predictor.config
+        fits = config.feature_dim == adapter.feature_dim and config.family in (None, adapter.family)
+        if fits and config.schedule is None:
+            remedy = "Train one with `lesa train`."
+            raise UsageError(f"argument --predictor: {source} was trained without a schedule. {remedy}")
+
+
+def read(options, kind: type | None) -> list[Sample]:
+    """The inputs in `--inputs`, or the prompt. They fit the pipeline, if its class is known.
+
+    Args:
+        options: of the command.
+        kind: what `check_model` returned.
+    """
+    prompt = getattr(options, "prompt", None)
+    if prompt is not None:
+        if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise UsageError("argument --prompt: it has bytes that are not text. Check the terminal's encoding.")
+        return [Sample("argument --prompt", {"prompt": prompt})]
+    samples = read_samples(options.inputs)
+    check_inputs([sample.arguments for sample in samples], [sample.place for sample in samples])
+    return samples if kind is None else _fitted(options, samples, kind)
+
+
+def prepare(options, pipe: Any, samples: list[Sample], num_inference_steps: int) -> list[Sample]:
+    """The samples as the pipeline takes them: checked, with tensors on its device, floating ones in its dtype.
+
+    Prints what diffusers warns of, such as a size that it rounds.
+
+    Raises:
+        TypeError, ValueError, UsageError: the pipeline refuses one of them. The message has its place.
+    """
+    if options.inputs is not None:  # else it is a prompt
+        samples = _fitted(options, samples, type(pipe))
+    _check_prompts(pipe, samples)
+    check_widths(samples, pipe.transformer.config)
     device, dtype = pipe.transformer.device, pipe.transformer.dtype
 
-    def placed(value):
+    def placed(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
-    return [{name: placed(value) for name, value in arguments.items()} for arguments in inputs]
+    for text in check_by_pipeline(pipe, samples, num_inference_steps):
+        print(f"Note: {' '.join(text.split())}", flush=True)
+    return [replace(s, arguments={name: placed(value) for name, value in s.arguments.items()}) for s in samples]
 
 
-def check_prompts(pipe, inputs: list[dict]) -> list[dict]:
-    """The inputs. Prompts are refused if the pipeline has no text encoder for them."""
-    absent = [name for name, part in pipe.components.items() if name.startswith("text_encoder") and part is None]
-    if absent and any(arguments.get("prompt") is not None for arguments in inputs):
-        raise UsageError(
-            f"this model has no text encoder ({', '.join(absent)}) for prompts. Pass their embeddings with --inputs, a "
-            "safetensors file that holds prompt_embeds and pooled_prompt_embeds."
-        )
-    return inputs
+def _fitted(options, samples: list[Sample], kind: type) -> list[Sample]:
+    return fit(samples, kind.__name__, kind.__call__, options.inputs.absolute().parent)
+
+
+def _check_prompts(pipe: Any, samples: list[Sample]) -> None:
+    """Raises `UsageError` if prompts are given and the pipeline lacks a text encoder that it needs for them."""
+    encoders = [name for name in pipe.components if name.startswith("text_encoder") and name not in _OPTIONAL_ENCODERS]
+    absent = [name for name in encoders if pipe.components[name] is None]
+    for sample in samples:
+        if absent and sample.arguments.get("prompt") is not None:
+            raise UsageError(
+                f"{sample.place}: this model has no text encoder ({', '.join(absent)}) for prompts. Pass their "
+                "embeddings with --inputs, a safetensors file that holds prompt_embeds and pooled_prompt_embeds."
+            )

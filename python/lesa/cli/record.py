@@ -1,22 +1,16 @@
 """`lesa record`."""
 
-from pathlib import Path
-
 import lesa
 from lesa.cli import arguments
 
 OPTIONS = {
+    **arguments.RUN_OPTIONS,
     "out_dir": "--out",
-    "num_inference_steps": "--steps",
     "requested_num_inference_steps": "--steps",
     "tokens_per_sample": "--tokens-per-sample",
     "batch_size": "--batch-size",
-    "seed": "--seed",
-    "inputs": "--inputs",
     "inputs_digest": "--inputs (digest)",
-    "file": "--inputs",
     "folder": "--out",
-    "pipe": "--model",
     "pipeline": "--model (pipeline)",
     "transformer": "--model (weights)",
     "family": "--model (family)",
@@ -24,6 +18,9 @@ OPTIONS = {
     "head_eps": "--model (head_eps)",
     "samples": "--inputs (samples)",
     "dtype": "--dtype",
+    "dtypes": "--dtype",
+    **{name: f"--model ({name})" for name in ("scheduler", "pipeline_config", "configs", "weights")},
+    **{name: f"--model ({name})" for name in ("adapters", "fused_loras", "quantisation", "autocast")},
 }
 
 
@@ -32,7 +29,7 @@ def add_arguments(parser) -> None:
     arguments.add_model(parser)
     arguments.add_inputs(parser)
     arguments.add_run(parser)
-    parser.add_argument("--out", required=True, type=Path, help="folder for the trajectories")
+    parser.add_argument("--out", required=True, type=arguments.folder, help="folder for the trajectories")
     parser.add_argument(
         "--tokens-per-sample", type=arguments.positive, help="image tokens to keep, chosen at random (default: all)"
     )
@@ -43,16 +40,24 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     """Runs the command."""
-    from lesa.cli.loading import inputs_of, pipeline_of
+    from lesa.cli.loading import check_model, pipeline_of, prepare, read
+    from lesa.cli.trying import explained
 
+    samples = read(options, check_model(options))
     pipe = pipeline_of(options)
-    trajectories = lesa.record(
-        pipe,
-        inputs_of(options, pipe),
-        options.out,
-        num_inference_steps=options.steps,
-        tokens_per_sample=options.tokens_per_sample,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
-    print(f"Wrote {len(trajectories)} trajectories of {trajectories.num_inference_steps} steps to {options.out}")
+    samples = prepare(options, pipe, samples, options.steps)
+    with explained(pipe, samples, options.steps):
+        trajectories = lesa.record(
+            pipe,
+            [sample.arguments for sample in samples],
+            options.out,
+            num_inference_steps=options.steps,
+            tokens_per_sample=options.tokens_per_sample,
+            seed=options.seed,
+            batch_size=options.batch_size,
+        )
+    done = trajectories.recorded
+    made = sum(number not in done.kept for number in trajectories.samples)
+    more = f"; samples that were there already: {len(done.kept)}" if done.kept else ""
+    more += f"; damaged samples that were recorded again: {len(done.again)}" if done.again else ""
+    print(f"Wrote {made} trajectories of {trajectories.num_inference_steps} steps to {options.out}{more}")

@@ -25,7 +25,7 @@ OPTIONS = {
 def add_arguments(parser) -> None:
     """The options of the command."""
     parser.add_argument("--trajectories", required=True, type=Path, help="folder that `lesa record` wrote")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the predictor")
+    parser.add_argument("--out", required=True, type=arguments.folder, help="folder for the predictor")
     text = f"{arguments.SCHEDULE} (default: nine spread steps)"
     parser.add_argument("--schedule", type=arguments.schedule, help=text)
     text = "number of computed steps, instead of --schedule; lesa searches for the best steps"
@@ -46,7 +46,7 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--epochs", type=arguments.positive, help=text)
     parser.add_argument("--controlled", action="store_true", help="train for `lesa generate --tolerance`")
-    parser.add_argument("--seed", type=arguments.natural, default=0, help="seed of the training (default: 0)")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="seed of the training (default: 0)")
     arguments.add_device(parser)
 
 

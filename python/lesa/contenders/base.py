@@ -117,7 +117,8 @@ class Contender(ABC):
     @classmethod
     def heading(cls, run: str) -> str:
         """The title in the picture of the run that has this name."""
-        return run.replace("-", " ")
+        name, *folder = run.partition("@")
+        return name.replace("-", " ") + "".join(folder)
 
     @classmethod
     def note(cls, runs: Sequence[str]) -> str | None:
@@ -222,6 +223,11 @@ class Peer(Contender, abstract=True):
     @classmethod
     def check_available(cls) -> None:
         """Raises `ImportError`, with the remedy, if something that it needs is not installed."""
+
+    @classmethod
+    def why_not_on(cls, pipe: Pipeline) -> str | None:
+        """Why no setting can be switched on for this pipeline, or None. Asked before anything runs."""
+        return None
 
     @classmethod
     def calibrate(cls, pipe: Pipeline, run: Callable[[], None], num_inference_steps: int) -> tuple[float, ...]:

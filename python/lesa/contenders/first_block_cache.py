@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from diffusers import FirstBlockCacheConfig
 
 from lesa.contenders.base import BISECTED, Color, Grid, Peer, Pipeline
-from lesa.contenders.switching import diffusers_cache
+from lesa.contenders.switching import diffusers_cache, why_no_diffusers_cache
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class FirstBlockCache(Peer):
     def on(self, pipe: Pipeline, num_inference_steps: int) -> AbstractContextManager[None]:
         """The context in which it is on."""
         return diffusers_cache(pipe, FirstBlockCacheConfig(threshold=self.threshold))
+
+    @classmethod
+    def why_not_on(cls, pipe: Pipeline) -> str | None:
+        """Why no setting can be switched on for this pipeline, or None."""
+        return why_no_diffusers_cache(pipe)
 
     @classmethod
     def grid(cls, num_inference_steps: int, budgets: Sequence[int], calibration: tuple[float, ...] = ()) -> Grid:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from diffusers.hooks import MagCacheConfig
 
 from lesa.contenders.base import BISECTED, Color, Grid, Peer, Pipeline
-from lesa.contenders.switching import diffusers_cache
+from lesa.contenders.switching import diffusers_cache, why_no_diffusers_cache
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class MagCache(Peer):
             mag_ratios=list(self.mag_ratios),
         )
         return diffusers_cache(pipe, config)
+
+    @classmethod
+    def why_not_on(cls, pipe: Pipeline) -> str | None:
+        """Why no setting can be switched on for this pipeline, or None."""
+        return why_no_diffusers_cache(pipe)
 
     @classmethod
     def grid(cls, num_inference_steps: int, budgets: Sequence[int], calibration: tuple[float, ...] = ()) -> Grid:

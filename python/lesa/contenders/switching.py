@@ -8,6 +8,13 @@ from typing import Any
 from lesa.contenders.base import Pipeline
 
 
+def why_no_diffusers_cache(pipe: Pipeline) -> str | None:
+    """Why no cache of diffusers can be switched on for the pipeline's transformer, or None."""
+    if hasattr(pipe.transformer, "enable_cache"):
+        return None
+    return f"the caches of diffusers do not support {type(pipe.transformer).__name__}"
+
+
 @contextmanager
 def diffusers_cache(pipe: Pipeline, config: Any) -> Iterator[None]:
     """A context in which a cache of diffusers is on.

@@ -8,7 +8,7 @@ import torch
 from diffusers import TaylorSeerCacheConfig
 
 from lesa.contenders.base import Color, Grid, Peer, Pipeline
-from lesa.contenders.switching import diffusers_cache
+from lesa.contenders.switching import diffusers_cache, why_no_diffusers_cache
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class TaylorSeer(Peer):
         return diffusers_cache(pipe, self.config(pipe.transformer.dtype))
 
     @classmethod
+    def why_not_on(cls, pipe: Pipeline) -> str | None:
+        """Why no setting can be switched on for this pipeline, or None."""
+        return why_no_diffusers_cache(pipe)
+
+    @classmethod
     def grid(cls, num_inference_steps: int, budgets: Sequence[int], calibration: tuple[float, ...] = ()) -> Grid:
         """Those of `taylorseer_grid`."""
         text = (
@@ -72,7 +77,7 @@ class TaylorSeer(Peer):
     @classmethod
     def heading(cls, run: str) -> str:
         """Title, mode and order."""
-        return " ".join([cls.title, *run.split("-")[1:3]]).replace("order", "order ")
+        return " ".join([cls.title, *run.partition("@")[0].split("-")[1:3]]).replace("order", "order ")
 
     @classmethod
     def note(cls, runs: Sequence[str]) -> str | None:

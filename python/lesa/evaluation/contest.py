@@ -11,14 +11,17 @@ import torch
 from tqdm import tqdm
 
 from lesa.artifacts import digest
-from lesa.contenders import Contender, Ours
+from lesa.contenders import Contender, Ours, Reference
 from lesa.contenders.base import Pipeline
 from lesa.evaluation.counting import Counter, synchronise
+from lesa.evaluation.earlier import Entry
+from lesa.evaluation.naming import SEPARATOR
 from lesa.evaluation.quality import learned_qualities, psnr, relative_error, ssim
 from lesa.evaluation.result import EvaluatedRun, Outcome
 from lesa.evaluation.store import Store
 from lesa.inputs import batches_of, collate
 from lesa.models.adapter import Adapter
+from lesa.pipelines import run_pipeline
 from lesa_kernels.checks import usage_error
 
 WARM_UP_STEPS = 12
@@ -62,13 +65,18 @@ class Contest:
         self.inputs = inputs
         self.batches = self.batches_of(inputs)
         self.prompts = [text if isinstance(text := i.get("prompt"), str) else None for i in inputs]
-        self.results: list[EvaluatedRun] = []
-        self.pictured: dict[str, np.ndarray] = {}
+        self.entries: list[Entry] = []
         self.sigmas: list[float] = []
         self.not_available: dict[str, str] = {}
         self._reference: Outcome | None = None
         self._learned: Mapping[str, Callable] = {}
         self._done: dict[Contender, EvaluatedRun] = {}
+        self._timed = False
+
+    @property
+    def results(self) -> list[EvaluatedRun]:
+        """The runs so far, the reference first. Several can have the same name."""
+        return [entry.run for entry in self.entries]
 
     @property
     def reference(self) -> Outcome:
@@ -85,49 +93,76 @@ class Contest:
         ]
 
     def run_ours(self, label: str, ours: Ours) -> EvaluatedRun:
-        """Runs a predictor. Its run's name ends in `label` if another run has the name without it."""
-        more = digest([ours.identity(), label, [*self.pictured]])
-        return self._run(ours, str(ours), more, suffix=f"-{label}")
+        """Runs a predictor, which is known by its label."""
+        return self._run(ours, [f"{ours.name}{SEPARATOR}{label}"], label)
 
     def run(self, contender: Contender) -> EvaluatedRun:
-        """Runs a setting, if that was not done. Different settings with the same text have numbered names."""
+        """Runs a setting, if that was not done."""
         if contender not in self._done:
-            self.bar.total += bool(self.results)  # the bar counts the reference already
-            number = 1 + sum(str(other) == str(contender) for other in self._done)
-            name = str(contender) if number == 1 else f"{contender}-{number}"
-            self._done[contender] = self._run(contender, name, contender.identity())
+            self.bar.total += bool(self.entries)  # the bar counts the reference already
+            name = str(contender)
+            mark = digest(contender.identity())[:8]  # different settings can have the same text
+            files = [name] if isinstance(contender, Reference) else [f"{name}{SEPARATOR}{mark}", name]
+            self._done[contender] = self._run(contender, files)
         return self._done[contender]
 
-    def _run(self, contender: Contender, name: str, more: str, suffix: str = "") -> EvaluatedRun:
+    def _run(self, contender: Contender, files: Sequence[str], label: str | None = None) -> EvaluatedRun:
         """Runs a contender on all inputs, or reads what is kept of its run.
 
         Args:
             contender: the setting.
-            name: of its run. "{whole}" in it is replaced by the number of whole steps.
-            more: what else distinguishes this run from others on disk.
-            suffix: added to the name if another run has it already.
+            files: where its run may be kept; it is written to the first. Older releases used the others.
+            label: of a predictor.
         """
-        steps = contender.steps_of(self.num_inference_steps)
-        file = name.replace("{whole}", str(steps)) + suffix
-        self.bar.set_postfix_str(file)
-        kept = self.store.read(file, more, with_outcome=not self.results)
-        if kept is None:
+        steps, identity, is_first = contender.steps_of(self.num_inference_steps), contender.identity(), not self.entries
+        self.bar.set_postfix_str(str(contender).replace("{whole}", str(steps)))
+        kept = self.store.read(files, identity, with_outcome=is_first)
+        if kept is not None:
+            run, images = kept.run, kept.images
+            if kept.outcome is not None:
+                self._set_reference(kept.outcome, kept.sigmas)
+        else:
+            self.check_reference()
             outcome = self.outcome(self.batches, contender, keep=True)
-            if not self.results:
-                _check_seen(outcome, steps)
+            if is_first:
+                self._timed = True
                 sigmas = self.pipe.scheduler.sigmas[: len(self.pipe.scheduler.timesteps)]
                 self._set_reference(outcome, sigmas.tolist())
-            run, images = self._judged(contender, name, steps, suffix, outcome)
-            self.store.write(file, more, run, images, self.sigmas, outcome)
-        else:
-            run, images, sigmas, reference = kept
-            if reference is not None:
-                self._set_reference(reference, sigmas)
-            run = replace(run, speedup=self.results[0].seconds / run.seconds if self.results else 1.0)
-        self.results.append(run)
-        self.pictured[run.name] = images
+            run, images = self._judged(contender, steps, label, outcome)
+            self.store.write(files[0], identity, run, images, self.sigmas, outcome)
+        self.entries.append(Entry(run, images, digest(identity)))
         self.bar.update()
         return run
+
+    def check_reference(self) -> None:
+        """Runs a reference that is kept from an earlier command once more, before anything is compared with it.
+
+        Its seconds are those that the runs of this command are compared with.
+
+        Raises:
+            RuntimeError: its samples are other ones now.
+        """
+        if self._timed or not self.entries:
+            return
+        self.bar.set_postfix_str("reference, timed again")
+        contender, (kept, *_) = Reference(), self.entries
+        made = self.outcome(self.batches, contender, keep=True)
+        pairs = zip((*made.latents, *made.images), (*self.reference.latents, *self.reference.images))
+        if not all(np.array_equal(*pair, equal_nan=True) for pair in pairs):
+            difference = np.mean([psnr(*pair, peak=1.0) for pair in sample_pairs(made.images, self.reference.images)])
+            raise usage_error(
+                f"The reference gives other samples than those that are kept in {self.store.folder}; the PSNR between "
+                f"them is {difference:.1f} dB. Something that lesa does not compare has changed, such as a replaced "
+                "forward or an attention backend.",
+                "Choose another folder.",
+                RuntimeError,
+            )
+        self._timed = True
+        seconds = {"seconds": made.seconds, "denoise_seconds": made.denoise_seconds}
+        run = replace(kept.run, **seconds, reference_seconds=made.seconds, peak_memory_bytes=made.peak_memory_bytes)
+        self.entries[0] = replace(kept, run=run)
+        self._done[contender] = run
+        self.store.write_figures(contender.name, contender.identity(), run, self.sigmas, len(made.latents))
 
     def outcome(self, batches: Sequence[Batch], contender: Contender, keep: bool = False, warm: bool = True) -> Outcome:
         """What a contender makes of `batches`.
@@ -147,10 +182,9 @@ class Contest:
         for_all, for_each = (nullcontext, self._on) if contender.each_call else (self._on, nullcontext)
         with for_all(contender):
             # On an accelerator each contender has kernels to load and to tune.
-            if warm and (not on_cpu or self._reference is None):
+            if warm and (not on_cpu or isinstance(contender, Reference)):
                 with for_each(contender):
-                    arguments, seeds = batches[0]
-                    self._decoded(self._call(arguments, seeds, min(steps, 2 if on_cpu else WARM_UP_STEPS)), arguments)
+                    self._warm_up(contender, batches[0], min(steps, 2 if on_cpu else WARM_UP_STEPS))
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             left = TRAJECTORY_SAMPLES if keep and steps == self.num_inference_steps else 0
@@ -160,7 +194,7 @@ class Contest:
                 with for_each(contender), counter.on():
                     synchronise(device)
                     start = time.perf_counter()
-                    made = self._call(arguments, seeds, steps, callback_on_step_end=counter.on_step_end)
+                    made = self._call(arguments, seeds, steps, counter.on_step_end)
                     synchronise(device)
                     denoised = time.perf_counter()
                 images.append(self._decoded(made, arguments))
@@ -178,6 +212,15 @@ class Contest:
             latents, images, trajectories, first_steps, (whole, equivalents, passes), seconds, denoise_seconds, peak
         )
 
+    def _warm_up(self, contender: Contender, batch: Batch, steps: int) -> None:
+        arguments, seeds = batch
+        counter = Counter(self.pipe, self.adapter)
+        with counter.on():
+            made = self._call(arguments, seeds, steps, counter.on_step_end)
+        if isinstance(contender, Reference):
+            _check_seen(*counter.seen())
+        self._decoded(made, arguments)
+
     def call_once(self, inputs: list[dict]) -> None:
         """Runs the pipeline on some inputs."""
         self._call(*self.batches_of(inputs)[0], self.num_inference_steps)
@@ -185,10 +228,9 @@ class Contest:
     def _on(self, contender: Contender) -> AbstractContextManager[Any]:
         return contender.on(self.pipe, self.num_inference_steps)
 
-    def _call(self, arguments, seeds, steps, **options):
+    def _call(self, arguments, seeds, steps, on_step_end=None):
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        call = {**arguments, "generator": generators, "num_inference_steps": steps, "output_type": "latent"}
-        latents = self.pipe(**call, **options, return_dict=False)[0]
+        latents = run_pipeline(self.pipe, arguments, generators, steps, on_step_end)
         return latents[-1] if isinstance(latents, list) else latents  # FramePack: after each section
 
     def _decoded(self, latents, arguments) -> np.ndarray:
@@ -200,7 +242,7 @@ class Contest:
         self._learned, self.not_available = learned_qualities(device, self.prompts, shape)
 
     def _judged(
-        self, contender: Contender, name: str, steps: int, suffix: str, outcome: Outcome
+        self, contender: Contender, steps: int, label: str | None, outcome: Outcome
     ) -> tuple[EvaluatedRun, np.ndarray]:
         latents = [*sample_pairs(outcome.latents, self.reference.latents)]
         images = [*sample_pairs(outcome.images, self.reference.images)]
@@ -213,10 +255,9 @@ class Contest:
         figures["latent_psnr"] = float(np.mean([psnr(*pair, peak=2.0) for pair in latents]))
         figures |= self._learned_figures(images)
         whole, equivalents, passes = outcome.counts
-        name = name.replace("{whole}", str(round(whole)))
-        name += suffix if name in self.pictured else ""
+        of_reference = self.entries[0].run.seconds if self.entries else outcome.seconds
         run = EvaluatedRun(
-            name=name,
+            name=str(contender).replace("{whole}", str(round(whole))),
             contender=contender.name,
             setting=contender.describe(),
             steps=outcome.steps,
@@ -226,10 +267,12 @@ class Contest:
             block_passes=passes,
             seconds=outcome.seconds,
             denoise_seconds=outcome.denoise_seconds,
-            speedup=(self.results[0].seconds if self.results else outcome.seconds) / outcome.seconds,
+            speedup=of_reference / outcome.seconds,
             peak_memory_bytes=outcome.peak_memory_bytes,
             per_sample=per_sample,
             step_errors=self._step_errors(outcome),
+            predictor=label,
+            reference_seconds=of_reference,
             **figures,
         )
         shape = images[0][0].shape
@@ -254,12 +297,11 @@ class Contest:
         return [float(np.mean(values)) if values else None for values in errors]
 
 
-def _check_seen(reference: Outcome, steps: int) -> None:
-    """Raises `RuntimeError` unless every block was seen to run in every step of the reference."""
-    whole = reference.counts[0]
-    if round(whole, 6) != steps:
+def _check_seen(whole: int, calls: int) -> None:
+    """Raises `RuntimeError` unless every block was seen to run in every call of the transformer."""
+    if whole != calls or not calls:
         raise usage_error(
-            f"`pipe` has a transformer whose blocks were seen to run in only {whole:g} of {steps} steps.",
+            f"`pipe` has a transformer whose blocks were seen to run in only {whole} of {calls} calls.",
             "Compiled graphs hide blocks: evaluate before `compile`, or compile the blocks one by one. Disable other "
             "caches.",
             RuntimeError,

@@ -57,6 +57,10 @@ class Counter:
             self.latents.append(tensors["latents"][: self._keep_latents].detach().clone())
         return {}
 
+    def seen(self) -> tuple[int, int]:
+        """Calls of the transformer in which every block was seen to run, and all its calls."""
+        return self._whole_calls, self._calls
+
     def counts(self) -> tuple[float, float, float]:
         """Whole steps, step equivalents and block passes. A pipeline that repeats its steps counts as if it did not."""
         scale = len(self._seen) / max(self._calls, 1)

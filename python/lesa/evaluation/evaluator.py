@@ -1,26 +1,30 @@
 """`evaluate`: predictors, other caches and plain runs of fewer steps, on the same inputs and seeds."""
 
+import inspect
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
+from lesa.artifacts import digest
 from lesa.cache import enable_cache
 from lesa.cache.error_control import ErrorControl
 from lesa.cache.hook import check_uncached
 from lesa.contenders import AGAINST, Ours, Peer, Plain, Reference, budget_of, opponents, ours_with
 from lesa.evaluation.contest import Contest
+from lesa.evaluation.earlier import Earlier, earlier_in, is_replaced, merged, merged_facts
 from lesa.evaluation.result import Evaluation
 from lesa.evaluation.search import NotAvailableError, SettingSearch
 from lesa.evaluation.store import Store, facts_of
 from lesa.inputs import check_inputs
 from lesa.models import adapter_for
-from lesa.pipelines import quiet_progress
+from lesa.pipelines import check_decodes, quiet_progress
 from lesa.schedule import ScheduleLike, as_schedule
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels.checks import argument_error, check_int
+from lesa_kernels.checks import Said, argument_error, check_int
 
 Contestant = FusedKANPredictor | tuple[FusedKANPredictor, ScheduleLike | ErrorControl | None]
 """A predictor, alone or with a schedule."""
@@ -54,9 +58,11 @@ def evaluate(
     Args:
         pipe: a diffusers pipeline of a supported family.
         inputs: prompts, or dicts of pipeline arguments.
-        predictors: on the pipeline's device; by name, or in order. Give a predictor alone, to compute the steps that it
-            was trained for, or in a tuple with what `lesa.enable_cache` takes as `schedule`, such as a
-            `lesa.ErrorControl`. The names distinguish runs with the same mixer and number of computed steps.
+        predictors: on the pipeline's device; by folder or another name, or in a list. Give a predictor alone, to
+            compute the steps that it was trained for, or in a tuple with what `lesa.enable_cache` takes as `schedule`,
+            such as a `lesa.ErrorControl`. A run's field `predictor` has the name. Where runs have the same mixer and
+            number of computed steps, "@" and the last part of it follow, as in "newton-9@mine". A predictor in a list
+            is known by the first digits of its digest.
         against: names from `lesa.contenders.against_names()`: "steps" for plain runs of as many steps as the predictors
             compute, and the names of caches, such as "taylorseer", for each cache at the predictors' budgets. "steps-N"
             or "taylorseer-N" sets a budget of N. Or a setting from `lesa.contenders`, such as `TaylorSeer(7)`, which is
@@ -66,47 +72,98 @@ def evaluate(
         batch_size: inputs per pipeline call. None: all in one. Inputs that cannot share a call, such as images of two
             sizes, get separate calls.
         out_dir: gets `summary.json`, `runs.csv`, `images/` and `comparison.png`; and `runs/` with the finished runs.
-            The same call continues from there after an interruption. None: nothing is written.
+            The same call continues from there after an interruption. Another call adds its runs to those of earlier
+            ones, if inputs, model and settings are the same; a run of the same predictor or setting is replaced. The
+            reference is timed again in each call that runs something. None: nothing is written.
         progress: whether to show a progress bar.
         search_samples: how many inputs the search uses.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or a predictor does not fit the pipeline.
+        TypeError, ValueError: an argument is not as above, a predictor does not fit the pipeline, or `out_dir` has an
+            evaluation that this one cannot be added to; the message names what differs.
         ImportError: a contender is not installed.
-        RuntimeError: a cache is on already, or the transformer's blocks can't be counted, as in a compiled graph.
+        RuntimeError: a cache is on already; another process evaluates into `out_dir`; the transformer's blocks can't be
+            counted, as in a compiled graph; or the reference gives other samples than the one that is kept in
+            `out_dir`.
     """
     adapter = adapter_for(pipe)
     check_uncached(adapter.transformer)
+    check_decodes(pipe)
     check_int("num_inference_steps", num_inference_steps)
     inputs = check_inputs(inputs)
+    _check_arguments(pipe, inputs)
     size = len(inputs) if batch_size is None else check_int("batch_size", batch_size)
-    settings, named = _opponents(against)
+    settings, named = _opponents(against, num_inference_steps)
     check_int("search_samples", search_samples)
     contestants = _contestants(predictors, num_inference_steps)
     for ours in contestants.values():
         enable_cache(pipe, ours.predictor, ours.schedule).disable()  # one that does not fit is refused at once
-
+    for kind in (type(setting) for setting in settings if isinstance(setting, Peer)):
+        if (why := kind.why_not_on(pipe)) is not None:
+            raise argument_error(
+                "against", "hold settings for this pipeline", Said(f"{kind.title}: {why}"), "Leave it out."
+            )
     seed = check_int("seed", seed, minimum=0)
     store = Store(out_dir, pipe, adapter, inputs, seed, size, num_inference_steps)
-    with (
-        quiet_progress(pipe),
-        tqdm(desc="evaluate", unit="run", disable=not progress, total=1 + len(contestants)) as bar,
-    ):
-        contest = Contest(pipe, adapter, inputs, seed, size, num_inference_steps, store, bar)
-        searched, not_available = _run_all(contest, contestants, settings, named, search_samples)
-
-    facts = {
-        **facts_of(pipe, inputs, seed, size),
-        "num_inference_steps": num_inference_steps,
-        "sigmas": contest.sigmas,
-        "stage_bounds": next((list(ours.predictor.config.stage_bounds) for ours in contestants.values()), []),
-        "not_available": {**contest.not_available, **not_available},
-        "searched": searched,
-    }
-    evaluation = Evaluation(tuple(contest.results), contest.pictured, facts)
-    if out_dir is not None:
-        evaluation.save(out_dir)
+    kinds = {contender.name for contender in (*contestants.values(), *settings, *named)}
+    with store.owned():
+        earlier = earlier_in(out_dir, store, contestants, kinds)
+        store.open()
+        with (
+            quiet_progress(pipe),
+            tqdm(desc="evaluate", unit="run", disable=not progress, total=1 + len(contestants)) as bar,
+        ):
+            if progress:
+                _tell(earlier, contestants, out_dir)
+            contest = Contest(pipe, adapter, inputs, seed, size, num_inference_steps, store, bar)
+            searched, not_available = _run_all(contest, contestants, settings, named, search_samples)
+        facts = {
+            **facts_of(pipe, inputs, seed, size),
+            "num_inference_steps": num_inference_steps,
+            "sigmas": contest.sigmas,
+            "stage_bounds": next((list(ours.predictor.config.stage_bounds) for ours in contestants.values()), []),
+            "not_available": {**contest.not_available, **not_available},
+            "searched": searched,
+        }
+        evaluation = _together(earlier, contest, facts)
+        if out_dir is not None:
+            evaluation.save(out_dir)
     return evaluation
+
+
+def _together(earlier: Earlier, contest: Contest, facts: dict[str, Any]) -> Evaluation:
+    """The runs and facts of this evaluation, with what is kept of the earlier one."""
+    every = merged(earlier, contest.entries)
+    names = {id(entry.run): run.name for entry, run in zip(contest.entries, every.runs)}
+    for row in (row for search in facts["searched"].values() for row in search["budgets"]):
+        row["run"] = None if row["run"] is None else names[id(row["run"])]
+    return Evaluation(tuple(every.runs), every.images, merged_facts(earlier.facts, facts, every.renamed), every.notes)
+
+
+def _tell(earlier: Earlier, contestants: Mapping[str, Ours], out_dir: Any) -> None:
+    """Shows what is in the folder already."""
+    if not earlier.entries:
+        return
+    tqdm.write(f"{out_dir} has runs of earlier commands, which are kept: {', '.join(earlier.entries)}", file=sys.stderr)
+    for name, entry in earlier.entries.items():
+        ours = contestants.get(entry.run.predictor or "")
+        if ours is not None and is_replaced(entry, digest(ours.identity())):
+            where = entry.run.predictor
+            tqdm.write(
+                f"{where} has another predictor or another schedule than before: {name} is replaced", file=sys.stderr
+            )
+
+
+def _check_arguments(pipe: DiffusionPipeline, inputs: Sequence[dict]) -> None:
+    """Raises `ValueError` if an input has an argument that the pipeline does not know."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for number, item in enumerate(inputs):
+        for name in item:
+            if name not in parameters:
+                must = f"have arguments of {type(pipe).__name__} only"
+                raise argument_error(f"inputs[{number}]", must, Said(repr(name)), "Remove it.")
 
 
 def _run_all(
@@ -136,6 +193,8 @@ def _run_all(
                 contest.run(kind.at(budget))
             continue
         try:
+            if (why := kind.why_not_on(contest.pipe)) is not None:
+                raise NotAvailableError(why)
             searched[kind.name] = SettingSearch(contest, contest.inputs[:search_samples], kind, budgets).run()
         except NotAvailableError as error:
             not_available[kind.name] = str(error)
@@ -145,10 +204,17 @@ def _run_all(
 def _contestants(
     predictors: Mapping[str, Contestant] | Sequence[Contestant], num_inference_steps: int
 ) -> dict[str, Ours]:
-    """The predictors with their schedules, by label."""
+    """The predictors with their schedules, by label. Of those without a label it is a part of their digest."""
     if not isinstance(predictors, Mapping):
-        predictors = {str(number): predictor for number, predictor in enumerate(predictors, start=1)}
-    return {label: _with_schedule(value, num_inference_steps) for label, value in predictors.items()}
+        unnamed = [_with_schedule(value, num_inference_steps) for value in predictors]
+        return {digest(ours.identity())[:8]: ours for ours in unnamed}
+    labels = [str(label) for label in predictors]
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise argument_error(
+            "predictors", "have different names", Said(f"{twice[0]!r} twice"), "Change one of the names."
+        )
+    return {str(label): _with_schedule(value, num_inference_steps) for label, value in predictors.items()}
 
 
 def _with_schedule(contestant: Contestant, num_inference_steps: int) -> Ours:
@@ -166,7 +232,7 @@ def _with_schedule(contestant: Contestant, num_inference_steps: int) -> Ours:
 
 
 def _opponents(
-    against: Sequence[str | Peer | Plain],
+    against: Sequence[str | Peer | Plain], num_inference_steps: int
 ) -> tuple[list[Peer | Plain], dict[Opponent, set[int | None]]]:
     """The settings, and the budgets of each kind of contender, None for those of the predictors."""
     settings: list[Peer | Plain] = []
@@ -178,6 +244,8 @@ def _opponents(
         else:
             kind, budget = budget_of(opponent)
             named.setdefault(kind, set()).add(budget)
+            if budget is not None:
+                check_int(f"against: the budget of {opponent!r}", budget, maximum=num_inference_steps)
         if issubclass(kind, Peer):
             kind.check_available()
     return settings, named

@@ -18,6 +18,7 @@ LEARNED = ("lpips", "clip_score", "image_reward")
 """Qualities that need weights, which are never downloaded."""
 
 RESAMPLES = 10_000
+LARGEST_DRAW = 1 << 20  # of indices, so that resampling takes little memory however many samples there are
 SMALLEST_IMAGE = 64  # pixels; the networks of LPIPS and CLIP can't judge smaller ones
 
 Measure = Callable[[np.ndarray, np.ndarray, str | None], float]
@@ -55,9 +56,13 @@ def bootstrap_interval(differences: Sequence[float], seed: int = 0) -> tuple[flo
     values = np.asarray(differences, dtype=np.float64)
     if not values.size or not np.isfinite(values).all():
         return math.nan, math.nan
-    generator = np.random.default_rng(seed)
-    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
-    low, high = np.percentile(means, (2.5, 97.5))
+    generator, size = np.random.default_rng(seed), len(values)
+    at_once = max(1, LARGEST_DRAW // size)
+    means = [
+        values[generator.integers(size, size=(min(at_once, RESAMPLES - begin), size))].mean(axis=1)
+        for begin in range(0, RESAMPLES, at_once)
+    ]
+    low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
     return float(low), float(high)
 
 

@@ -1,6 +1,5 @@
 """`report`: one self-contained page of HTML from what `lesa evaluate` wrote."""
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +13,9 @@ from lesa import contenders
 from lesa.artifacts import write_text
 from lesa.contenders import UNKNOWN_COLOR, Ours, Reference, order_of
 from lesa.evaluation.budgets import budgets_of, chosen, color_of, headline, label_of, rivals, title_of
+from lesa.evaluation.naming import SEPARATOR
 from lesa.evaluation.report_pictures import pictures_of
-from lesa.evaluation.result import FORMAT_VERSION
-from lesa_kernels.checks import Said, argument_error
+from lesa.evaluation.summaries import read_summary
 
 _PAGE = Path(__file__).with_name("page")
 
@@ -28,9 +27,6 @@ _METRICS = (  # key, short, name, digits, whether errors: the less the better, a
     ("clip_score", "CLIP", "CLIP score", 3, False),
     ("image_reward", "ImageReward", "ImageReward", 3, False),
 )
-
-_NEEDED = ("model", "samples", "seed", "num_inference_steps", "runs")
-_NEEDED_OF_RUN = ("name", "contender", "steps", "num_inference_steps", "step_equivalents", "seconds", "speedup", "psnr")
 
 
 def report(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> Path:
@@ -49,7 +45,7 @@ def report(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> P
     """
     folder = Path(folder)
     out = folder / "report.html" if out is None else Path(out)
-    summary = _read(folder)
+    summary = read_summary(folder, "folder", "Run `lesa evaluate` of this release again.")
     runs = summary["runs"][1:]
     evaluated = {run["contender"] for run in runs}
     ours = next((k.name for k in contenders.CONTENDERS if issubclass(k, Ours) and k.name in evaluated), None)
@@ -88,38 +84,9 @@ def report(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> P
     return out
 
 
-def _read(folder: Path) -> dict:
-    file = folder / "summary.json"
-    if not file.is_file():
-        remedy = "Pass the folder that `lesa evaluate` wrote."
-        raise argument_error("folder", "hold a summary.json", Said(str(folder)), remedy, FileNotFoundError)
-    remedy = "Run `lesa evaluate` of this release again."
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise argument_error(
-            "folder", "have a summary.json with valid JSON", Said(f"{file}: {error}"), remedy
-        ) from None
-    version = summary.get("format_version") if isinstance(summary, dict) else None
-    if version != FORMAT_VERSION:
-        raise argument_error("format_version", f"be {FORMAT_VERSION} in {file}", version, remedy)
-    _check_fields(str(file), summary, _NEEDED, remedy)
-    for number, run in enumerate(summary["runs"]):
-        _check_fields(f"{file}, run {number}", run, _NEEDED_OF_RUN, remedy)
-    if not summary["runs"] or summary["runs"][0]["contender"] != Reference.name:
-        raise argument_error("runs", f"begin with the reference in {file}", Said("another one, or none"), remedy)
-    return summary
-
-
-def _check_fields(place: str, values: Any, needed: Sequence[str], remedy: str) -> None:
-    absent = [name for name in needed if name not in values] if isinstance(values, dict) else list(needed)
-    if absent:
-        raise argument_error(absent[0], f"be given in {place}", Said("no such field"), remedy)
-
-
 def _page(summary: dict, ours: str | None, folder: Path) -> dict[str, Any]:
     """The data of the page's script."""
-    runs = summary["runs"][1:]
+    reference, *runs = summary["runs"]
     budgets = budgets_of(runs, ours)
     metrics: list[dict[str, Any]] = [
         {"key": key, "short": short, "name": name, "digits": digits, "log": log}
@@ -127,7 +94,8 @@ def _page(summary: dict, ours: str | None, folder: Path) -> dict[str, Any]:
         if any(run.get(key) is not None for run in runs)
     ]
     return {
-        "runs": [_run(run, key_names=[metric["key"] for metric in metrics]) for run in runs],
+        "runs": [_run(run, reference, key_names=[metric["key"] for metric in metrics]) for run in runs],
+        "timed_apart": any(_timed_apart(run, reference) for run in runs),
         "contenders": {
             name: {"label": title_of(name), "color": color_of(name), "shape": order_of(name), "ours": name == ours}
             for name in _names(runs, ours)
@@ -148,10 +116,24 @@ def _names(runs: Sequence[dict], ours: str | None) -> list[str]:
     return sorted(dict.fromkeys(run["contender"] for run in runs), key=lambda name: (name != ours, order_of(name)))
 
 
-def _run(run: dict, key_names: Sequence[str]) -> dict[str, Any]:
+def _folder(name: str) -> str:
+    """What distinguishes a run from others of its name, with the separator before it; empty if there is nothing."""
+    _, separator, folder = name.partition(SEPARATOR)
+    return separator + folder
+
+
+def _timed_apart(run: dict, reference: dict) -> bool:
+    """Whether the speed-up of a run refers to another timing of the reference than the latest one."""
+    latest = reference.get("reference_seconds")
+    return latest is not None and run.get("reference_seconds") != latest
+
+
+def _run(run: dict, reference: dict, key_names: Sequence[str]) -> dict[str, Any]:
     kept = ("name", "contender", "step_equivalents", "seconds", "speedup", "num_inference_steps", *key_names)
+    apart = _timed_apart(run, reference)
     return {name: run.get(name) for name in kept} | {
-        "label": f"{label_of(run['contender'])} {round(run['step_equivalents'], 1):g}",
+        "pace": reference["seconds"] / run["speedup"] if apart else run["seconds"],
+        "label": f"{label_of(run['contender'])} {round(run['step_equivalents'], 1):g}{_folder(run['name'])}",
         "short": label_of(run["contender"]),
         "setting": run.get("setting") or "",
         "is_best": run.get("is_best", True),
@@ -163,12 +145,17 @@ def _run(run: dict, key_names: Sequence[str]) -> dict[str, Any]:
 
 def _table(summary: dict, ours: str | None) -> tuple[list[dict], list[dict]]:
     """Columns, and rows of cells. A column without any figure is left out."""
+    apart = any(_timed_apart(run, summary["runs"][0]) for run in summary["runs"][1:])
 
     def plain(key: str, digits: int) -> Callable[[dict], tuple[Any, str]]:
         return lambda run: (run.get(key), "" if run.get(key) is None else f"{run[key]:.{digits}f}")
 
     def text(key: str) -> Callable[[dict], tuple[Any, str]]:
         return lambda run: (run.get(key), str(run.get(key) or ""))
+
+    def of_reference(run: dict) -> tuple[Any, str]:
+        """Only where they differ."""
+        return plain("reference_seconds", 2)(run) if apart else (None, "")
 
     def memory(run: dict) -> tuple[Any, str]:
         nbytes = run.get("peak_memory_bytes")
@@ -183,11 +170,13 @@ def _table(summary: dict, ours: str | None) -> tuple[list[dict], list[dict]]:
 
     every = [
         ("Run", "name of the run", text("name"), False),
+        ("Predictor", "where it came from", text("predictor"), True),
         ("Step equivalents", "block forwards over the number of blocks", plain("step_equivalents", 2), False),
         ("Whole steps", "steps in which every block ran", plain("whole_steps", 2), False),
         ("Seconds", "end to end, with decoding", plain("seconds", 2), False),
         ("Denoising", "seconds without decoding", plain("denoise_seconds", 2), False),
-        ("Speed-up", "of the seconds", plain("speedup", 2), False),
+        ("Speed-up", "of the seconds, to the reference in the same command", plain("speedup", 2), False),
+        ("Reference, seconds", "of the reference in the same command", of_reference, False),
         ("Memory, GB", "peak on the device", memory, False),
         *((name[0].upper() + name[1:], name, plain(key, digits), False) for key, _, name, digits, _ in _METRICS),
         ("Latent PSNR, dB", "of the latents for a peak of 2", plain("latent_psnr", 2), False),

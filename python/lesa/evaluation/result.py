@@ -45,13 +45,14 @@ class EvaluatedRun:
     classifier-free guidance has two streams. Figures are means over the streams, and over the calls of the pipeline.
 
     Args:
-        name: "reference", "newton-N", "dense-N", "fewer-steps-N", with N the whole steps, or of a peer's setting.
+        name: "reference", "newton-N", "dense-N", "fewer-steps-N", with N the whole steps, or of a peer's setting. Where
+            several runs of an evaluation share it, `@` and the last part of `predictor` follow, as "newton-9@mine".
         steps: the steps of the first call of the pipeline in which every block ran.
         num_inference_steps: steps of the run.
         whole_steps: number of steps in which every block ran.
         step_equivalents: how often a block ran, divided by the number of blocks.
         seconds: wall clock of the pipeline calls with decoding, after a warm-up.
-        speedup: the reference's seconds over these.
+        speedup: `reference_seconds` over `seconds`.
         psnr: of the decoded images in [0, 1], in dB; infinite if any image equals the reference's, NaN if any is NaN.
         ssim: structural similarity of the decoded images.
         latent_psnr: of the latents for a peak of 2, in dB. The latents of the bundled digits are the pixels before they
@@ -66,6 +67,10 @@ class EvaluatedRun:
         lpips, clip_score, image_reward: None where their weights are not on the machine.
         per_sample: lists of "psnr", "ssim" and "latent_error".
         step_errors: like `latent_error`, after each step, over the first 16 samples; None if the run has other steps.
+        predictor: where it came from: its folder, its hub id, or the name under which it was passed. Of one that was
+            passed without a name, the first digits of its digest. None for other contenders, and if it is not known.
+        reference_seconds: those of the reference in the same call of `evaluate`, to which `speedup` refers. None if
+            that is not known.
     """
 
     name: str
@@ -89,6 +94,8 @@ class EvaluatedRun:
     image_reward: float | None = None
     per_sample: Mapping[str, Sequence[float]] = field(default_factory=dict)
     step_errors: Sequence[float | None] = ()
+    predictor: str | None = None
+    reference_seconds: float | None = None
 
     @property
     def computed_steps(self) -> int:
@@ -120,14 +127,19 @@ class Evaluation:
         runs: the contenders, the reference first.
         images: by run, the first few images of one size, `[n, height, width, 3]` in [0, 1]; of a video the middle one.
         facts: on what it was measured, what was searched and what was not available; see `evaluate`.
+        notes: what `evaluate` kept, replaced and left out of an earlier evaluation in the same folder.
     """
 
     runs: tuple[EvaluatedRun, ...]
     images: Mapping[str, np.ndarray]
     facts: Mapping[str, Any]
+    notes: Sequence[str] = ()
 
     def __getitem__(self, name: str) -> EvaluatedRun:
-        return next(run for run in self.runs if run.name == name)
+        found = next((run for run in self.runs if run.name == name), None)
+        if found is None:
+            raise KeyError(f"no run is called {name!r}. The runs are {', '.join(run.name for run in self.runs)}.")
+        return found
 
     def is_best(self, run: EvaluatedRun) -> bool:
         """Whether no other run of its contender has a better PSNR at its rounded step equivalents."""
@@ -138,6 +150,12 @@ class Evaluation:
     def shown(self) -> list[EvaluatedRun]:
         """The runs for people: of each peer only the best at each rounded number of step equivalents."""
         return [run for run in self.runs if not run.is_peer or self.is_best(run)]
+
+    @property
+    def timed_apart(self) -> list[EvaluatedRun]:
+        """The runs whose speed-up refers to another timing of the reference than that of the first run."""
+        latest = self.runs[0].reference_seconds if self.runs else None
+        return [run for run in self.runs[1:] if latest is not None and run.reference_seconds != latest]
 
     def against_ours(self, run: EvaluatedRun, by: Count = "step_equivalents") -> dict[str, Any] | None:
         """How far a run of ours that costs no more is ahead of a run in PSNR.
@@ -206,8 +224,17 @@ class Evaluation:
                 f"{contender}: the best of {search['tried']} settings, searched with {search['samples']} samples."
             )
             notes += [f"{contender}: {row['why']}" for row in search["budgets"] if row["run"] is None and row["why"]]
+            failed = search.get("failed") or {}
+            notes += [f"{contender}: {len(failed)} settings fail. {n}: {why}" for n, why in [*failed.items()][:1]]
         absent = self.facts.get("not_available", {})
-        return notes + [f"{name} is not available: {why}" for name, why in absent.items() if name not in LEARNED]
+        notes += [f"{name} is not available: {why}" for name, why in absent.items() if name not in LEARNED]
+        apart = [run.name for run in self.timed_apart if run in self.shown]
+        if apart:
+            notes.append(
+                "Seconds are comparable within one command only. These runs were timed in earlier ones, and their "
+                f"speed-ups refer to the reference as it was timed there: {', '.join(apart)}."
+            )
+        return [*notes, *self.notes]
 
     def summary(self) -> dict[str, Any]:
         """All runs and what they were measured on, for JSON."""

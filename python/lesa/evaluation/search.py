@@ -1,5 +1,6 @@
 """Searches the best settings of a peer."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -35,16 +36,22 @@ class SettingSearch:
         self.contest, self.inputs, self.peer, self.budgets = contest, inputs, peer, sorted(budgets, reverse=True)
         self._batches = contest.batches_of(inputs)
         self._tried: dict[Peer, dict[str, float]] = {}  # "psnr" and both counts
+        self._failed: dict[Peer, NotAvailableError] = {}
         self._kept = contest.store.read_search(peer.name, len(inputs))
 
     def run(self) -> dict[str, Any]:
         """Searches, runs the best, and says what was searched.
+
+        Returns:
+            What is searched, for `summary.json`; the `run` of each of the `budgets` is the run itself, or None.
 
         Raises:
             NotAvailableError: the peer can't run on this model.
         """
         peer, calibration = self.peer, ()
         if peer.calibration is not None:
+            if peer.calibration not in self._kept:
+                self.contest.check_reference()
             calibration = tuple(self._kept.get(peer.calibration) or self._attempt(self._calibrate))
             self._kept[peer.calibration] = list(calibration)
         grid = peer.grid(self.contest.num_inference_steps, self.budgets, calibration)
@@ -55,8 +62,12 @@ class SettingSearch:
                 for budget in self.budgets:
                     for setting in bisected(axis, lambda s: self._figures(s)[count], budget + 1e-6):  # noqa: B023
                         self._figures(setting)
+        if self._failed and len(self._failed) == len(self._tried):
+            raise next(iter(self._failed.values()))
         budgets = [self._best(budget, count) for count in peer.counted_in for budget in self.budgets]
         result = {"grid": grid.text, "samples": len(self.inputs), "tried": len(self._tried), "budgets": budgets}
+        if self._failed:
+            result["failed"] = {str(setting): str(error) for setting, error in self._failed.items()}
         return result if peer.calibration is None else {**result, peer.calibration: list(calibration)}
 
     def _calibrate(self) -> tuple[float, ...]:
@@ -69,8 +80,14 @@ class SettingSearch:
         if setting not in self._tried:
             key = repr(setting)
             if key not in self._kept:
+                self.contest.check_reference()
                 self.contest.bar.set_postfix_str(f"search: {setting}, {len(self._tried)} tried")
-                self._kept[key] = self._attempt(lambda: self._measured(setting))
+                try:
+                    self._kept[key] = self._attempt(lambda: self._measured(setting))
+                except NotAvailableError as error:
+                    self._failed[setting] = error
+                    self._tried[setting] = {"psnr": math.nan, "whole_steps": math.inf, "step_equivalents": math.inf}
+                    return self._tried[setting]
                 self.contest.store.write_search(self.peer.name, len(self.inputs), self._kept)
             self._tried[setting] = dict(zip(("psnr", "whole_steps", "step_equivalents"), self._kept[key]))
         return self._tried[setting]
@@ -98,13 +115,13 @@ class SettingSearch:
             return {**row, "why": f"its grid has no setting of at most {budget} {words}"}
         within = [s for s, figures in self._tried.items() if figures[count] <= budget + 1e-6]
         if not within:
-            least = min(figures[count] for figures in self._tried.values())
+            least = min(figures[count] for figures in self._tried.values())  # those that fail need infinitely many
             return {**row, "why": f"no setting has at most {budget} {words}; the least is {least:.2f}"}
         ranked = sorted(within, key=lambda s: -sortable(self._tried[s]["psnr"]))
         for setting in ranked[:ATTEMPTS]:
             run = self.contest.run(setting)
             if getattr(run, count) <= budget + 1e-6:
-                return {**row, "run": run.name}
+                return {**row, "run": run}
         return {**row, "why": f"the best settings need more than {budget} {words} on all inputs"}
 
 

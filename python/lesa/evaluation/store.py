@@ -1,9 +1,12 @@
 """Finished parts of an evaluation on disk, to resume from."""
 
+import contextlib
 import json
 import os
 import platform
-from dataclasses import asdict
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,45 @@ import numpy as np
 import torch
 
 import lesa_kernels
-from lesa.artifacts import digest, fingerprint, whole_file, write_text
+from lesa.artifacts import check_same_settings, digest, fingerprint, owned, whole_file, write_text
 from lesa.contenders import Reference
 from lesa.contenders.base import Pipeline
 from lesa.evaluation.result import EvaluatedRun, Outcome, file_name
 from lesa.models.adapter import Adapter
+from lesa.training.conditions import common_conditions, conditions_of
+from lesa_kernels.checks import Said, argument_error
+
+SETTINGS_FILE = "settings.json"
+"""In `runs/`: what all runs of the folder were made from."""
+
+_DIGESTS = ("inputs", "transformer", "weights")
+"""Settings whose values say nothing to a reader."""
+
+REMEDY = "Choose another folder, or use the same inputs, model and settings."
+
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
+"""What reading a damaged file of a run raises."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A finished run as it is kept on disk.
+
+    Args:
+        run: its figures. Its name is the one before `lesa.evaluation.naming` makes it unique.
+        images: those that are shown.
+        sigmas: the noise levels of the reference.
+        outcome: what the reference made. None where it was not asked for.
+        identity: a digest of the contender's `identity()`. None if an older release wrote the file.
+        key: of the settings and the contender.
+    """
+
+    run: EvaluatedRun
+    images: np.ndarray
+    sigmas: list[float]
+    outcome: Outcome | None
+    identity: str | None
+    key: str
 
 
 class Store:
@@ -45,75 +82,190 @@ class Store:
         self.folder = None if out_dir is None else Path(out_dir) / "runs"
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        transformer = adapter.transformer
-        facts = {**facts_of(pipe, inputs, seed, batch_size), "steps": num_inference_steps}
-        scheduler = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=repr)
-        self._key = digest([facts, fingerprint(transformer), digest(inputs), scheduler, type(pipe).__name__])
+        facts = facts_of(pipe, inputs, seed, batch_size)
+        weights = fingerprint(adapter.transformer)
+        # A list in it has another order in every process.
+        scheduler = {name: value for name, value in pipe.scheduler.config.items() if name != "_use_default_values"}
+        as_text = json.dumps(scheduler, sort_keys=True, default=repr)
+        of_all = {**facts, "steps": num_inference_steps}
+        self._key = digest([of_all, weights, digest(inputs), as_text, type(pipe).__name__])
+        self.settings = {
+            "num_inference_steps": num_inference_steps,
+            **facts,
+            "inputs": [digest(item) for item in inputs],
+            "transformer": weights,
+            **conditions_of(pipe),
+        }
 
-    def read(
-        self, name: str, more: str, with_outcome: bool
-    ) -> tuple[EvaluatedRun, np.ndarray, list[float], Outcome | None] | None:
-        """The run, its images, the noise levels, and the outcome if it is needed. None if it is not kept."""
+    def check_settings(self) -> None:
+        """Raises `ValueError` if the runs in the folder were made from something else. The message names it."""
+        if self.folder is None or not (file := self.folder / SETTINGS_FILE).exists():
+            return
+        work = f"the evaluation in {self.folder.parent}"
+        try:
+            before = dict(json.loads(file.read_text(encoding="utf-8")))
+            inputs, transformer, weights = list(before["inputs"]), before["transformer"], dict(before["weights"])
+        except UNREADABLE as error:
+            got = Said(f"{file}, which is damaged: {error}")
+            raise argument_error("out_dir", "hold whole files", got, "Choose another folder, or remove it.") from None
+        given = common_conditions(before, self.settings)
+        check_same_settings(work, before, {n: v for n, v in given.items() if n not in _DIGESTS})
+        for number, (old, new) in enumerate(zip(inputs, self.settings["inputs"])):
+            if old != new:
+                raise argument_error(f"inputs[{number}]", f"be as in {work}", Said("another one"), REMEDY)
+        old, new = {**weights, "transformer": transformer}, {**given["weights"], "transformer": given["transformer"]}
+        for name in new:
+            if old[name] != new[name]:
+                must = f"have the weights and adapters that it had in {work}"
+                raise argument_error(f"pipe.{name}", must, Said("others"), REMEDY)
+
+    def has_settings(self) -> bool:
+        """Whether the folder says what its runs were made from."""
+        return self.folder is not None and (self.folder / SETTINGS_FILE).exists()
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """A context in which nobody else evaluates into the output folder. The folder is made if it is absent.
+
+        Raises:
+            ValueError: it is a file.
+            RuntimeError: someone else does; the message says which process.
+        """
+        if self.folder is None:
+            yield
+            return
+        out_dir = self.folder.parent
+        if out_dir.exists() and not out_dir.is_dir():
+            raise argument_error("out_dir", "be a folder", Said(f"{out_dir}, which is a file"), "Choose another path.")
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with owned(out_dir, "evaluating"):
+            yield
+
+    def open(self) -> None:
+        """Writes what the runs in the folder are made from."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(exist_ok=True)
+        file = self.folder / SETTINGS_FILE
+        if not file.exists():
+            write_text(file, json.dumps(self.settings, indent=2) + "\n")
+
+    def has_other_reference(self) -> bool:
+        """Whether the folder has a reference that is damaged, or was made from something else."""
+        if self.folder is None or not _files(self.folder, Reference.name)[0].exists():
+            return False
+        return self.read([Reference.name], Reference().identity(), with_outcome=False) is None
+
+    def read(self, names: Sequence[str], identity: str, with_outcome: bool) -> Kept | None:
+        """What is kept of a contender's run; None if there is nothing.
+
+        Args:
+            names: where it may be.
+            identity: the contender's.
+            with_outcome: whether the outcome is needed.
+        """
         if self.folder is None:
             return None
-        file, arrays = _files(self.folder, name)
-        if not file.exists() or not arrays.exists():
-            return None
-        contents = json.loads(file.read_text())
-        if contents["key"] != digest([self._key, more]):
-            return None
-        values = contents["run"]
-        run = EvaluatedRun(**{**values, "steps": tuple(values["steps"])})
-        with np.load(arrays) as stored:
-            images, outcome = stored["pictured"], None
-            if with_outcome:
-                batches = range(contents["batches"])
-                outcome = Outcome(
-                    [stored[f"latents-{i}"] for i in batches],
-                    [stored[f"images-{i}"] for i in batches],
-                    [list(stored[f"trajectory-{i}"]) for i in batches],
-                    run.steps,
-                    (run.whole_steps, run.step_equivalents, run.block_passes),
-                    run.seconds,
-                    run.denoise_seconds,
-                    run.peak_memory_bytes,
-                )
-        return run, images, contents["sigmas"], outcome
+        # An older release wrote the second of these keys.
+        keys = [self._key_of(digest(identity)), digest([self._key, identity])]
+        for name in names:
+            file, arrays = _files(self.folder, name)
+            try:
+                contents = json.loads(file.read_text(encoding="utf-8"))
+                if contents["key"] in keys:
+                    return read_run(file, arrays, with_outcome)
+            except UNREADABLE:
+                continue
+        return None
 
     def write(
-        self, name: str, more: str, run: EvaluatedRun, images: np.ndarray, sigmas: list[float], outcome: Outcome
+        self,
+        name: str,
+        identity: str,
+        run: EvaluatedRun,
+        images: np.ndarray,
+        sigmas: list[float],
+        outcome: Outcome,
     ) -> None:
         """Keeps a run. Of the reference it keeps everything that others are compared with."""
         if self.folder is None:
             return
-        file, arrays = _files(self.folder, name)
-        values: dict[str, np.ndarray] = {"pictured": images}
+        key = self._key_of(digest(identity))
+        values: dict[str, np.ndarray] = {"pictured": images, "key": np.array(key)}
         if run.contender == Reference.name:
             for number in range(len(outcome.latents)):
                 values[f"latents-{number}"] = outcome.latents[number]
                 values[f"images-{number}"] = outcome.images[number]
                 values[f"trajectory-{number}"] = np.array(outcome.trajectories[number])
-        with whole_file(arrays) as temporary, temporary.open("wb") as stream:
+        with whole_file(_files(self.folder, name)[1]) as temporary, temporary.open("wb") as stream:
             np.savez(stream, **values)  # type: ignore[arg-type]  # numpy declares its other keyword first
-        contents = {"key": digest([self._key, more]), "batches": len(outcome.latents), "sigmas": sigmas}
-        write_text(file, json.dumps({**contents, "run": asdict(run)}))  # Python's JSON knows Infinity and NaN
+        self.write_figures(name, identity, run, sigmas, len(outcome.latents))
+
+    def write_figures(self, name: str, identity: str, run: EvaluatedRun, sigmas: list[float], batches: int) -> None:
+        """Keeps the figures of a run whose images are kept already."""
+        if self.folder is None:
+            return
+        of_contender = digest(identity)
+        contents = {"key": self._key_of(of_contender), "identity": of_contender, "batches": batches, "sigmas": sigmas}
+        # Python's JSON knows Infinity and NaN.
+        write_text(_files(self.folder, name)[0], json.dumps({**contents, "run": asdict(run)}))
+
+    def made_from_other(self, kept: Kept) -> bool:
+        """Whether a run is known to be made from other inputs, another model or other settings."""
+        return kept.identity is not None and kept.key != self._key_of(kept.identity)
+
+    def _key_of(self, identity: str) -> str:
+        return digest([self._key, identity, "2"])
 
     def read_search(self, peer: str, samples: int) -> dict:
         """By setting, the figures of the search with this number of samples."""
         if self.folder is None:
             return {}
         file, _ = _files(self.folder, f"search {peer}")
-        if not file.exists():
+        try:
+            contents = json.loads(file.read_text(encoding="utf-8"))
+            is_same = contents["key"] == digest([self._key, samples])
+            return dict(contents["figures"]) if is_same else {}
+        except UNREADABLE:
             return {}
-        contents = json.loads(file.read_text())
-        return contents["figures"] if contents["key"] == digest([self._key, samples]) else {}
 
     def write_search(self, peer: str, samples: int, figures: dict) -> None:
         """Keeps the figures of the search so far."""
         if self.folder is not None:
             file, _ = _files(self.folder, f"search {peer}")
             write_text(file, json.dumps({"key": digest([self._key, samples]), "figures": figures}))
+
+
+def read_run(file: Path, arrays: Path, with_outcome: bool) -> Kept:
+    """A kept run.
+
+    Args:
+        file, arrays: its figures and its images.
+        with_outcome: whether the outcome is needed; only the reference's is kept.
+
+    Raises:
+        One of `UNREADABLE`: a file is missing or damaged, or both are not of the same run.
+    """
+    contents = json.loads(file.read_text(encoding="utf-8"))
+    values = contents["run"]
+    run = EvaluatedRun(**{**values, "steps": tuple(values["steps"])})
+    with np.load(arrays) as stored:
+        if "key" in stored and str(stored["key"]) != contents["key"]:
+            raise ValueError(f"{arrays} is not of the run in {file}")
+        images, outcome = stored["pictured"], None
+        if with_outcome:
+            batches = range(contents["batches"])
+            outcome = Outcome(
+                [stored[f"latents-{i}"] for i in batches],
+                [stored[f"images-{i}"] for i in batches],
+                [list(stored[f"trajectory-{i}"]) for i in batches],
+                run.steps,
+                (run.whole_steps, run.step_equivalents, run.block_passes),
+                run.seconds,
+                run.denoise_seconds,
+                run.peak_memory_bytes,
+            )
+    return Kept(run, images, contents["sigmas"], outcome, contents.get("identity"), contents["key"])
 
 
 def _files(folder: Path, name: str) -> tuple[Path, Path]:

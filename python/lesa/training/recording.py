@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable, Set
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,22 +12,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from lesa.artifacts import check_same_settings, digest, fingerprint, predictor_identity, write_text
+from lesa.artifacts import (
+    check_same_settings,
+    digest,
+    fingerprint,
+    owned,
+    predictor_identity,
+    remove_stale_lock,
+    write_text,
+)
 from lesa.cache import observed
-from lesa.cache.run import Call, Run
 from lesa.inputs import batches_of, check_inputs, collate
 from lesa.models import adapter_for
-from lesa.models.adapter import Adapter
-from lesa.pipelines import quiet_progress
+from lesa.pipelines import quiet_progress, run_pipeline
+from lesa.training.conditions import common_conditions, conditions_of, differing, of_transformer
+from lesa.training.recorder import Recorder
+from lesa.training.shards import DamagedError, identity_of, sample_files, save_sample, survey
 from lesa.training.trajectories import (
     FORMAT_VERSION,
+    HEAD,
     MANIFEST,
+    Recorded,
     Trajectories,
-    is_recorded,
+    read_head,
     read_manifest,
-    sample_files,
     save_head,
-    save_sample,
 )
 from lesa_kernels import FusedKANPredictor, OutputHead
 from lesa_kernels.checks import Said, argument_error, check_int
@@ -52,11 +62,12 @@ def record(
     and only the computed steps are recorded. Such a run is a roll-out: the computed steps see the sample that the
     forecasts lead to. `refine` learns from roll-outs.
 
-    If it is called again after an interruption, it keeps the finished samples and records the others. Sample i is drawn
-    with `torch.Generator("cpu").manual_seed(seed + i)` in any batch.
+    If it is called again after an interruption, it keeps the finished samples and records the others. Damaged files are
+    recorded again, with a warning that names them. Sample i is drawn with `torch.Generator("cpu")` and the seed
+    `seed + i` in any batch.
 
     Args:
-        pipe: a diffusers pipeline of a supported family.
+        pipe: a diffusers pipeline of a supported family, modular or not.
         inputs: prompts, or dicts of pipeline arguments whose tensors have a leading dimension of 1.
         out_dir: folder to write to; made if missing.
         num_inference_steps: passed to the pipeline.
@@ -70,14 +81,17 @@ def record(
         predictor: the predictor whose roll-outs are recorded; None for plain runs.
 
     Returns:
-        The recording.
+        The recording. Its attribute `recorded` says which samples this call made.
 
     Raises:
         TypeError: the family of `pipe` is not supported, its output projection is no plain `nn.Linear`, or an argument
             has another type.
         ValueError: an argument is out of range, an input has an argument that lesa sets itself, or `out_dir` contains
-            something other than this recording or a part of it. The message names the difference.
-        RuntimeError: features are not finite, a step was missed, or a cache is on for the transformer.
+            something other than this recording or a part of it. The message names the difference, such as
+            `scheduler.shift`, or the file.
+        RuntimeError: features are not finite, a step was missed, a cache is on for the transformer, or another process
+            records into `out_dir`. The message names the process.
+        OSError: a file cannot be written. The message names it.
         For the predictor, see also `lesa.enable_cache`.
     """
     options = (num_inference_steps, tokens_per_sample, seed, batch_size, predictor)
@@ -130,20 +144,51 @@ class Recording:
         """
         planned, folder = self._manifest(), Path(out_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        left = self._left_to_do(folder, planned)
+        if left.samples or not left.has_head:
+            with owned(folder, "recording"):
+                left = self._left_to_do(folder, planned)  # another process may have recorded meanwhile
+                left.warn()
+                self._record(folder, planned, left.samples or {0}, bar)
+        else:
+            remove_stale_lock(folder)
+        trajectories = Trajectories(folder)
+        numbers = range(len(self.inputs))
+        trajectories.recorded = Recorded(
+            kept=tuple(number for number in numbers if number not in left.samples),
+            new=tuple(number for number in numbers if number in left.samples - left.hurt),
+            again=tuple(sorted(left.hurt)),
+        )
+        return trajectories
+
+    def _left_to_do(self, folder: Path, planned: dict[str, Any]) -> "_Left":
+        """Compares the folder with what is planned; raises `ValueError` if it holds something else."""
+        every = set(range(len(self.inputs)))
         recorded = read_manifest(folder)
-        if recorded is not None:
-            check_same_settings(_work(folder), recorded, planned)
-        elif sample_files(folder):
-            got = Said(f"{folder} with samples and no {MANIFEST}")
-            raise argument_error("out_dir", "be empty or hold a recording", got, "Record into another folder.")
-        missing = {number for number in range(len(self.inputs)) if not is_recorded(folder, number)}
-        if missing:
-            self._record(folder, planned, missing, bar)
-        return Trajectories(folder)
+        if recorded is None:
+            if sample_files(folder):
+                got = Said(f"{folder} with samples and no {MANIFEST}")
+                remedy = f"Restore the {MANIFEST}, or record into another folder."
+                raise argument_error("out_dir", "be empty or hold a recording", got, remedy)
+            return _Left(every, set(), {}, False)
+        _check_same(folder, recorded, planned)
+        outputs = self._projection.out_features
+        found = survey(folder, recorded, outputs)
+        damaged = {**found.damaged, **_why_no_head(folder, recorded)}
+        folders = [path for path in damaged if path.is_dir()]
+        if folders:
+            got = Said("a folder")
+            raise argument_error(f"{folders[0]}", "be a file of the recording", got, "Move it away.")
+        return _Left(every - {*found.whole}, found.hurt, damaged, folder / HEAD not in damaged)
+
+    @property
+    def _projection(self) -> Any:
+        return adapter_for(self.pipe).projection
 
     def _manifest(self) -> dict[str, Any]:
         """The part of the manifest that is known before the pipeline runs."""
         adapter = adapter_for(self.pipe)
+        names = sorted({name for item in self.inputs for name in item})
         return {
             "format_version": FORMAT_VERSION,
             "family": adapter.family,
@@ -154,7 +199,9 @@ class Recording:
             "tokens_per_sample": self.tokens_per_sample,
             "samples": len(self.inputs),
             "inputs_digest": digest(self.inputs),
+            "arguments": {name: digest([item.get(name) for item in self.inputs]) for name in names},
             "transformer": fingerprint(adapter.transformer),
+            **conditions_of(self.pipe),
             "predictor": None if self.predictor is None else predictor_identity(self.predictor),
         }
 
@@ -173,17 +220,14 @@ class Recording:
                 if not wanted:
                     continue
                 recorder.begin(numbers, partial(_show, shown, finished, len(wanted)))
-                self.pipe(
-                    **collate([self.inputs[number] for number in numbers]),
-                    generator=[torch.Generator("cpu").manual_seed(self.seed + number) for number in numbers],
-                    num_inference_steps=self.num_inference_steps,
-                    output_type="latent",
-                )
+                arguments = collate([self.inputs[number] for number in numbers])
+                generators = [torch.Generator("cpu").manual_seed(self.seed + number) for number in numbers]
+                run_pipeline(self.pipe, arguments, generators, self.num_inference_steps)
                 recorder.check_complete()
-                _begin(folder, {**planned, **recorder.facts()}, recorder.head)
+                identity = identity_of(_begin(folder, {**planned, **recorder.facts()}, recorder.head))
                 for position, number in enumerate(numbers):
                     if number in wanted:
-                        save_sample(folder, number, recorder.trajectories_of(position))
+                        save_sample(folder, number, recorder.trajectories_of(position), identity)
                 _show(shown, finished, len(wanted), 1)
                 finished += len(wanted)
 
@@ -194,182 +238,74 @@ def _show(bar: tqdm, finished: int, samples: int, share: float) -> None:
     bar.update(0)
 
 
-@dataclass
-class _Stream:
-    """What is kept of one stream of calls in a batch, on the CPU."""
-
-    features: torch.Tensor  # [B, S, T, D]
-    latents: torch.Tensor  # [B, S, T, O]
-    scale: torch.Tensor  # [B, S, D]
-    shift: torch.Tensor  # [B, S, D]
-    token_index: torch.Tensor  # [B, T]
-    steps: set[int] = field(default_factory=set)
-
-
-class Recorder:
-    """A `StepObserver` that keeps what enters the output head in the computed steps of one call of the pipeline.
+@dataclass(frozen=True)
+class _Left:
+    """What is left to do in a folder.
 
     Args:
-        pipe, adapter: whose head it is.
-        tokens_per_sample, seed: see `record`.
-
-    Attributes:
-        head: the output head, as it was called last.
+        samples: the numbers of the samples to record.
+        hurt: those of them that are there and damaged.
+        damaged: by path, what is wrong with a file.
+        has_head: whether there is a head that is not damaged.
     """
 
-    head: OutputHead
+    samples: set[int]
+    hurt: set[int]
+    damaged: dict[Path, str]
+    has_head: bool
 
-    def __init__(self, pipe: Any, adapter: Adapter, tokens_per_sample: int | None, seed: int):
-        self.pipe, self.adapter = pipe, adapter
-        self.tokens_per_sample, self.seed = tokens_per_sample, seed
-
-    def begin(self, numbers: list[int], on_step: Callable[[float], None]) -> None:
-        """Prepares for a call of the pipeline on the samples `numbers`.
-
-        `on_step` is called after each computed step, with the share of the run that is done.
-        """
-        self.numbers, self.on_step = numbers, on_step
-        self.sigmas: list[float] = []
-        self.computed: Set[int] = frozenset()
-        self.streams: dict[str, _Stream] = {}
-
-    def on_run(self, run: Run, computed: Set[int]) -> None:
-        """Called at the first step of a run. The steps `computed` of this run are to be recorded."""
-        if any(stream.steps for stream in self.streams.values()):
-            raise argument_error(
-                "inputs",
-                "make the pipeline go through its steps once",
-                Said("a second run in one call, such as for the next section of a long video"),
-                "Ask for a shorter video, of one section.",
-                RuntimeError,
-            )
-        self.sigmas, self.computed = run.executed_sigmas, computed
-        self.streams = {}
-
-    def check_complete(self) -> None:
-        """Raises `RuntimeError` unless every stream has all steps that were to be computed."""
-        steps = self.computed
-        seen = {name: stream.steps for name, stream in self.streams.items()} or {"any": set()}
-        for name, had in seen.items():
-            if had != steps or not had:
-                raise argument_error(
-                    "pipe",
-                    "call its transformer once for each of its scheduler's steps",
-                    Said(f"{len(had)} of {len(steps)} steps in the stream {name!r}"),
-                    "Use a scheduler with one call per step, and let the pipeline run to its end.",
-                    RuntimeError,
-                )
-
-    def facts(self) -> dict[str, Any]:
-        """The part of the manifest that is known after a run."""
-        stream = next(iter(self.streams.values()))
-        return {
-            "num_inference_steps": len(self.sigmas),
-            "dtype": str(stream.features.dtype).removeprefix("torch."),
-            "head_eps": self.head.eps,
-        }
-
-    def trajectories_of(self, position: int) -> dict[str, dict[str, torch.Tensor]]:
-        """By stream, the tensors of one sample of the batch, over the steps that were computed."""
-        recorded = {}
-        for name, stream in self.streams.items():
-            steps = sorted(stream.steps)
-            recorded[name] = {
-                "features": stream.features[position, steps],
-                "latents": stream.latents[position, steps],
-                "sigmas": torch.tensor(self.sigmas, dtype=torch.float32)[steps],
-                "scale": stream.scale[position, steps],
-                "shift": stream.shift[position, steps],
-                "token_index": stream.token_index[position],
-            }
-        return recorded
-
-    def keep(self, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
-        """Keeps the inputs of the output head of a computed call."""
-        bad = (~features.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-        self.head = head = self.adapter.output_head(conditioning)
-        step = call.step
-        if bad:
-            raise argument_error(
-                "features",
-                "be finite",
-                Said(f"NaN or Inf in sample {self.numbers[bad[0] % len(self.numbers)]} at step {step}"),
-                "Record in bfloat16 or float32, and check the sample's input.",
-                RuntimeError,
-            )
-        halves = {call.stream: slice(None)}
-        if len(features) == 2 * len(self.numbers) and getattr(self.pipe, "do_classifier_free_guidance", False):
-            # Guidance in one batch: without the prompts, then with them. Each half is a stream of its own.
-            middle = len(self.numbers)
-            halves = {call.stream: slice(middle), f"{call.stream}-with-prompt": slice(middle, None)}
-        latents = self.adapter.latents(call.arguments)
-        for name, rows in halves.items():
-            self._keep_rows(name, step, features[rows], latents[rows], head.scale[rows], head.shift[rows])
-        self.on_step((step + 1) / len(self.sigmas))
-
-    def _keep_rows(
-        self,
-        name: str,
-        step: int,
-        features: torch.Tensor,
-        latents: torch.Tensor,
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-    ) -> None:
-        """Copies the chosen tokens of one stream at one step."""
-        stream = self.streams.get(name)
-        if stream is None:
-            stream = self.streams[name] = self._new_stream(features, latents, scale)
-        index = stream.token_index.to(features.device)[:, :, None]
-        stream.features[:, step] = features.gather(1, index.expand(-1, -1, features.shape[2]))
-        stream.latents[:, step] = latents.gather(1, index.expand(-1, -1, latents.shape[2]))
-        stream.scale[:, step] = scale
-        stream.shift[:, step] = shift
-        stream.steps.add(step)
-
-    def _new_stream(self, features: torch.Tensor, latents: torch.Tensor, scale: torch.Tensor) -> _Stream:
-        batch, tokens, width = features.shape
-        steps = len(self.sigmas)
-        if batch != len(self.numbers):
-            raise argument_error(
-                "inputs",
-                "make one sample each",
-                Said(f"features of {batch} samples from {len(self.numbers)} inputs"),
-                "Pass one prompt, and tensors with a leading dimension of 1, per input.",
-            )
-        kept = tokens if self.tokens_per_sample is None else self.tokens_per_sample
-        if kept > tokens:
-            raise argument_error(
-                "tokens_per_sample",
-                f"be at most the {tokens} image tokens of sample {self.numbers[0]}",
-                kept,
-                "Choose fewer, or None for all.",
-            )
-        return _Stream(
-            torch.empty(batch, steps, kept, width, dtype=features.dtype),
-            torch.empty(batch, steps, kept, latents.shape[2], dtype=latents.dtype),
-            torch.empty(batch, steps, width, dtype=scale.dtype),
-            torch.empty(batch, steps, width, dtype=scale.dtype),
-            torch.stack([_choose_tokens(tokens, kept, self.seed + number) for number in self.numbers]),
-        )
+    def warn(self) -> None:
+        """Names the damaged files."""
+        for path, why in self.damaged.items():
+            warnings.warn(f"lesa: {path} {why}. It is recorded again.", stacklevel=4)
 
 
-def _choose_tokens(tokens: int, kept: int, seed: int) -> torch.Tensor:
-    """The numbers of the kept tokens, rising."""
-    if kept == tokens:
-        return torch.arange(tokens)
-    return torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:kept].sort().values
-
-
-def _begin(folder: Path, manifest: dict[str, Any], head: OutputHead) -> None:
-    """Writes head and manifest. If there is a manifest already, it must be the same."""
+def _begin(folder: Path, manifest: dict[str, Any], head: OutputHead) -> dict[str, Any]:
+    """Writes head and manifest. If there is a manifest already, it must be the same. Returns the one of the folder."""
     recorded = read_manifest(folder)
+    if recorded is not None:
+        _check_same(folder, recorded, manifest)
+    kept = recorded or {name: value for name, value in manifest.items() if name != "unset"}
+    if recorded is None or _why_no_head(folder, recorded):
+        save_head(folder, head.weight, head.bias, identity_of(kept))
     if recorded is None:
-        save_head(folder, head.weight, head.bias)
-        write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    else:
-        check_same_settings(_work(folder), recorded, manifest)
+        write_text(folder / MANIFEST, json.dumps(kept, indent=2) + "\n")
+    return kept
 
 
-def _work(folder: Path) -> str:
-    return f"the recording that {folder} holds"
+def _why_no_head(folder: Path, manifest: Mapping[str, Any]) -> dict[Path, str]:
+    """What is wrong with the file of the head, by its path; empty if nothing is."""
+    try:
+        read_head(folder, manifest)
+    except DamagedError as error:
+        return {error.path: error.why}
+    return {}
+
+
+def check_same_conditions(trajectories: Trajectories, pipe: Any) -> None:
+    """Raises `ValueError` unless the pipeline is as it was when the trajectories were recorded.
+
+    The message names what differs, such as `scheduler.shift`. What the manifest does not say is not checked.
+    """
+    given = {"transformer": fingerprint(adapter_for(pipe).transformer), **conditions_of(pipe)}
+    _check_same(trajectories.folder, trajectories.manifest, given)
+
+
+def _check_same(folder: Path, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises `ValueError` unless the recording in the folder was made with the settings that are given."""
+    work = f"the recording that {folder} holds"
+    remedy = "Continue with the same arguments and model, or choose another folder."
+    known = common_conditions(recorded, given)
+    arguments = known.pop("arguments", {})
+    for name, value in known.items():
+        before = recorded[name]
+        if name == "inputs_digest" and value != before:
+            names = differing(recorded.get("arguments", arguments), arguments)
+            said = f"The inputs differ in {', '.join(map(repr, names))}. " if names else ""
+            raise argument_error(name, f"be {before!r}, as in {work}", value, f"{said}{remedy}")
+        if name == "transformer" and value != before:
+            then, now = (of_transformer(conditions) for conditions in (recorded, known))
+            for aspect in differing(then, now)[:1]:  # a fingerprint alone would not say what differs
+                got = Said(f"another one: `{aspect}` was {then.get(aspect)!r} and is {now.get(aspect)!r}")
+                raise argument_error(name, f"be as in {work}", got, remedy)
+        check_same_settings(work, {name: before}, {name: value})

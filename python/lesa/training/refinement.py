@@ -23,7 +23,7 @@ from lesa.inputs import check_inputs
 from lesa.models import adapter_for
 from lesa.training.batches import Batch, Plan, RollOut, check_finite, check_is_predictor
 from lesa.training.losses import roll_out_loss
-from lesa.training.recording import Recording
+from lesa.training.recording import Recording, check_same_conditions
 from lesa.training.searching import writable_folder
 from lesa.training.settings import TrainingSettings, usable_device
 from lesa.training.training_run import Training, is_finished
@@ -151,6 +151,7 @@ def _check_recorded(trajectories: Trajectories, pipe: "DiffusionPipeline", input
         if value != trajectories.manifest.get(key):
             remedy = "Pass what was recorded, or record again."
             raise argument_error(name, "be what the trajectories were recorded with", Said("something else"), remedy)
+    check_same_conditions(trajectories, pipe)
 
 
 def _all_settings(

@@ -8,9 +8,12 @@ A trajectory folder holds
   in the model's dtype, `sigmas` `[S]` float32 and `token_index` `[T]` int64, over S computed steps and T kept tokens.
   Where the transformer is called more than once a step, as for true classifier-free guidance, the other streams of
   calls are in `sample-00000-<stream>.safetensors`.
+
+Other files in the folder are ignored, unless they have the name of a sample that the recording does not have.
 """
 
 import json
+import math
 import operator
 import os
 from collections.abc import Iterator, Mapping
@@ -19,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from lesa.artifacts import whole_file
+from lesa.artifacts import digest
+from lesa.training.shards import DamagedError, identity_of, load_sample, said_in, save_tensors, survey
 from lesa_kernels.checks import Said, argument_error
 
 FORMAT_VERSION = 1
@@ -30,6 +35,26 @@ HEAD = "head.safetensors"
 
 _FACTS = {"samples": int, "family": str, "feature_dim": int, "num_inference_steps": int, "head_eps": float}
 """The entries that a manifest must have to be read."""
+_MORE_FACTS: dict[str, Any] = {
+    "seed": int,
+    "requested_num_inference_steps": int,
+    "tokens_per_sample": (int, type(None)),
+    "predictor": (dict, type(None)),
+    "dtype": str,
+}
+"""Entries that have these types if they are there."""
+_CONDITIONS = (
+    "arguments",
+    "scheduler",
+    "pipeline_config",
+    "configs",
+    "dtypes",
+    "adapters",
+    "quantisation",
+    "weights",
+    "autocast",
+)
+"""Entries that are objects if they are there."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +79,21 @@ class Trajectory:
     latents: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """Which samples a call of `lesa.record` made, by number.
+
+    Args:
+        kept: they were there already.
+        new: they were recorded.
+        again: they were there, but damaged, and were recorded again.
+    """
+
+    kept: tuple[int, ...]
+    new: tuple[int, ...]
+    again: tuple[int, ...]
+
+
 class Trajectories:
     """A finished recording, read from its folder one trajectory at a time.
 
@@ -72,10 +112,12 @@ class Trajectories:
         manifest: the manifest as a dict.
         names: for each trajectory, the name of its file without the suffix.
         samples: for each trajectory, the number of its input. The streams of one input have the same number.
+        recorded: which samples the call of `lesa.record` made that returned this. If it was read from a folder, none.
 
     Raises:
         FileNotFoundError: there is no such folder, or no manifest in it.
-        ValueError: the format has another version, the manifest lacks an entry, or the recording is not finished.
+        ValueError: the format has another version, the manifest lacks an entry, the recording is not finished, or a
+            file is damaged or belongs to another recording. The message names the file.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -92,13 +134,15 @@ class Trajectories:
                 "Pass the `out_dir` of `lesa.record`.",
                 FileNotFoundError,
             )
-        count = manifest["samples"]
-        finished = sum(is_recorded(self.folder, number) for number in range(count))
-        if finished < count:
+        head = read_head(self.folder, manifest)
+        found = survey(self.folder, manifest, len(head["weight"]))
+        for path, why in found.damaged.items():
+            raise DamagedError(path, why)
+        if len(found.whole) < manifest["samples"]:
             raise argument_error(
                 "folder",
                 "be a finished recording",
-                Said(f"{folder} with {finished} of {count} samples"),
+                Said(f"{folder} with {len(found.whole)} of {manifest['samples']} samples"),
                 "Run `lesa.record` again with the same arguments: it continues where it stopped.",
             )
         self.manifest = manifest
@@ -106,12 +150,13 @@ class Trajectories:
         self.feature_dim: int = manifest["feature_dim"]
         self.num_inference_steps: int = manifest["num_inference_steps"]
         self.head_eps: float = manifest["head_eps"]
-        head = load_file(self.folder / HEAD)
         self.head_weight: torch.Tensor = head["weight"]
         self.head_bias: torch.Tensor | None = head.get("bias")
-        self._files = sample_files(self.folder)
+        self._files = [path for paths in found.whole.values() for path in paths]
+        self._verified: set[Path] = set()
+        self.recorded = Recorded(tuple(found.whole), (), ())
         self.names = [path.stem for path in self._files]
-        self.samples = [int(name.split("-")[1]) for name in self.names]
+        self.samples = [number for number, paths in found.whole.items() for _ in paths]
 
     @property
     def by_sample(self) -> list[list[int]]:
@@ -125,7 +170,10 @@ class Trajectories:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Trajectory:
-        return Trajectory(**load_file(self._files[operator.index(index)]))
+        path = self._files[operator.index(index)]
+        tensors = load_sample(path, verify=path not in self._verified)
+        self._verified.add(path)
+        return Trajectory(**tensors)
 
     def __iter__(self) -> Iterator[Trajectory]:
         return (self[number] for number in range(len(self)))
@@ -157,42 +205,49 @@ def check_plain(trajectories: Trajectories) -> None:
         raise argument_error("trajectories", "be of plain runs", Said("roll-outs of a predictor"), remedy)
 
 
-def is_recorded(folder: Path, number: int) -> bool:
-    """Whether all streams of a sample are there."""
-    return _sample_file(folder, number).exists()
-
-
-def sample_files(folder: Path) -> list[Path]:
-    """The file of every trajectory: sorted by sample, the first stream before the others."""
-    return sorted(folder.glob("sample-*.safetensors"), key=lambda path: path.stem)
-
-
-def save_sample(folder: Path, number: int, streams: Mapping[str, dict[str, torch.Tensor]]) -> None:
-    """Writes the trajectories of one sample, by stream. The first is written last: its file says that all are there."""
-    first, *others = streams
-    path = _sample_file(folder, number)
-    for name in others:
-        _write_tensors(path.with_stem(f"{path.stem}-{name}"), streams[name])
-    _write_tensors(path, streams[first])
-
-
-def save_head(folder: Path, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Writes the output projection."""
+def save_head(folder: Path, weight: torch.Tensor, bias: torch.Tensor | None, recording: str | None) -> None:
+    """Writes the output projection. `recording` is the identity of the recording, from `identity_of`."""
     tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    _write_tensors(folder / HEAD, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_tensors(folder / HEAD, on_cpu, {"recording": recording})
+
+
+def read_head(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The output projection: `weight`, and `bias` if it has one; raises `ValueError` if the file is damaged."""
+    path = folder / HEAD
+    try:
+        head = load_file(path)
+    except FileNotFoundError:
+        raise DamagedError(path, "is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise DamagedError(path, f"is no whole safetensors file ({error})") from None
+    shapes = {name: list(tensor.shape) for name, tensor in head.items()}
+    outputs, width = (*shapes.get("weight", ()), 0, 0)[:2]
+    wanted = {"weight": [outputs, manifest["feature_dim"]], "bias": [outputs]}
+    if width == 0 or not shapes.items() <= wanted.items():
+        raise DamagedError(path, f"has {shapes} instead of a weight [O, {manifest['feature_dim']}] and a bias [O]")
+    said, recording = said_in(path), identity_of(manifest)
+    if None not in (recording, said.get("recording")) and said["recording"] != recording:
+        raise DamagedError(path, "belongs to another recording")
+    if said.get("tensors") not in (None, digest(head)):
+        raise DamagedError(path, "has other tensors than were written to it")
+    if not all(tensor.float().isfinite().all() for tensor in head.values()):
+        raise DamagedError(path, "has NaN or Inf")
+    return head
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a trajectory folder, or None; raises `ValueError` unless it has this version of the format."""
     path = folder / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
-    except (ValueError, TypeError, KeyError):
-        got = Said(f"{path}, which is no manifest of a recording")
-        raise argument_error("folder", "be a trajectory folder", got, "Choose another folder.") from None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        got = Said(f"{path}, which is no manifest of a recording ({type(error).__name__}: {error})")
+        remedy = "Restore the file, or choose another folder."
+        raise argument_error("folder", "be a trajectory folder", got, remedy) from None
     if version != FORMAT_VERSION:
         raise argument_error(
             f"format_version in {path}",
@@ -200,7 +255,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             version,
             "Record again with this version of lesa, or read it with the version that wrote it.",
         )
-    lacking = [name for name, kind in _FACTS.items() if not isinstance(manifest.get(name), kind)]
+    lacking = [name for name, kind in _FACTS.items() if not _is_a(manifest.get(name), kind)]
+    lacking += [name for name in ("samples", "feature_dim", "num_inference_steps") if manifest.get(name) == 0]
+    lacking += [name for name, kind in _MORE_FACTS.items() if name in manifest and not _is_a(manifest[name], kind)]
+    lacking += [name for name in _CONDITIONS if not isinstance(manifest.get(name, {}), dict)]
     if lacking:
         raise argument_error(
             f"{path}",
@@ -211,10 +269,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _sample_file(folder: Path, number: int) -> Path:
-    return folder / f"sample-{number:05d}.safetensors"
-
-
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary)
+def _is_a(value: Any, kind: type | tuple[type, ...]) -> bool:
+    """Whether the value has that type, and, if it is a number, is finite and not negative."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    return not isinstance(value, (int, float)) or (math.isfinite(value) and value >= 0)

@@ -265,7 +265,7 @@
   legend();
   pictures();
   curves("over-steps", (run) => run.step_equivalents, "step equivalents");
-  curves("over-seconds", (run) => run.seconds, "seconds");
+  curves("over-seconds", (run) => run.pace, page.timed_apart ? "seconds, at the latest pace" : "seconds");
   errors();
   schedule();
   table();

@@ -1,0 +1,160 @@
+"""Files of pictures and videos: which formats can be written, and under which names."""
+
+import importlib.util
+import inspect
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lesa.cli import UsageError
+
+FPS = 24
+"""Frames per second of a video, if no rate is given; HunyuanVideo is trained for it."""
+MOST_FPS = {".gif": 50}
+"""A gif stores the time of a frame in hundredths of a second, and readers show none shorter than two."""
+
+
+def makes_videos(call: Callable) -> bool:
+    """Whether this `__call__` of a pipeline makes videos."""
+    return "num_frames" in inspect.signature(call).parameters
+
+
+def makes_layers(call: Callable) -> bool:
+    """Whether this `__call__` of a pipeline makes several pictures that may be transparent."""
+    return "layers" in inspect.signature(call).parameters
+
+
+@cache
+def can_be_written(suffix: str, mode: str = "RGB") -> bool:
+    """Whether pictures of this mode can be saved with this suffix, and keep their size where they can be read again."""
+    kind, size = Image.registered_extensions().get(suffix), (258, 2)  # icons have at most 256
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of formats that Pillow will drop one day
+        try:
+            Image.new(mode, size).save(file := io.BytesIO(), kind or "")
+        except (KeyError, OSError, ValueError):  # no writer, or none for this mode
+            return False
+        try:
+            return Image.open(file).size == size
+        except OSError:  # no reader
+            return True
+
+
+def check_output(file: Path, call: Callable | None, fps: float | None = None) -> None:
+    """Raises `UsageError` if the results of a pipeline cannot be written to this file.
+
+    Args:
+        file: the value of `--output`.
+        call: the `__call__` of the pipeline, or None if it is not known yet.
+        fps: the value of `--fps`, if it was given.
+    """
+    suffix = file.suffix.lower()
+    pictures = makes_layers(call) if call is not None else False
+    mode = "RGBA" if pictures else "RGB"
+    if suffix != ".mp4" and not can_be_written(suffix, mode):
+        known = ", ".join(sorted(s for s in Image.registered_extensions() if can_be_written(s, mode)))
+        what = f"{suffix!r} cannot be written" if suffix else "it has no suffix"
+        raise UsageError(f"argument --output: {file} must end in the suffix of a format, but {what}. Use .mp4 for a "
+                         f"video, or one of {known}.")  # fmt: skip
+    if suffix == ".mp4":
+        _check_video_writer(file)
+    if call is not None and not makes_videos(call) and (suffix == ".mp4" or fps is not None):
+        option = "--output: an .mp4 file holds a video" if fps is None else "--fps: it is for videos"
+        raise UsageError(f"argument {option}, and this model makes pictures. Use .png, without --fps.")
+    if fps is not None and suffix not in (".mp4", ".gif"):
+        raise UsageError(f"argument --fps: {file} holds single pictures. Use it with .mp4 or .gif.")
+    if fps is not None and fps > MOST_FPS.get(suffix, fps):
+        raise UsageError(f"argument --fps: a {suffix} file has at most {MOST_FPS[suffix]}, but got {fps:g}. Use .mp4.")
+    _check_place(file)
+
+
+def _check_video_writer(file: Path) -> None:
+    if any(importlib.util.find_spec(name) is None for name in ("imageio", "imageio_ffmpeg")):
+        remedy = "Install it with `pip install lesa-kernels[video]`, or use .gif or .png."
+        raise UsageError(f"argument --output: {file} needs imageio with ffmpeg, which is not installed. {remedy}")
+    import imageio_ffmpeg
+
+    try:
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise UsageError(f"argument --output: {file} needs ffmpeg: {error} Or use .gif or .png.") from None
+
+
+def _check_place(file: Path) -> None:
+    if file.is_dir():
+        raise UsageError(f"argument --output: {file} is a folder. Give the name of a file in it.")
+    if file.exists() and not os.access(file, os.W_OK):
+        raise UsageError(f"argument --output: {file} exists and is write-protected. Choose another file.")
+    folder = next(parent for parent in file.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise UsageError(f"argument --output: {folder} is a file, so that {file} cannot be in it. Choose another file.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"argument --output: nothing can be written to the folder {folder}. Choose another one.")
+
+
+def write(result: Any, file: Path, fps: float | None) -> list[Path]:
+    """Writes what a pipeline returned, and returns the files.
+
+    A video is one file in `.mp4` and `.gif`. In other formats, each frame is a file: `v.png` becomes `v-0000.png` and
+    so on. If a call returns several pictures, such as layers, each is a file in the same way.
+
+    Args:
+        result: with `images` or `frames`.
+        file: its suffix is the format. The folder is made if missing.
+        fps: frames per second of a video. None: 24.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    suffix, rate = file.suffix.lower(), FPS if fps is None else fps
+    if hasattr(result, "frames") and suffix in (".mp4", ".gif"):
+        videos = [[*_pictures(video)] for video in result.frames]
+        files = _numbered(file, len(videos))
+        for video, name in zip(videos, files):
+            (_write_mp4 if suffix == ".mp4" else _write_gif)(video, name, rate)
+        return files
+    pictures = [*_pictures(result.frames if hasattr(result, "frames") else result.images)]
+    files = _numbered(file, len(pictures))
+    for picture, name in zip(pictures, files):
+        picture.save(name)
+    return files
+
+
+def _pictures(value: Any) -> Iterator[Image.Image]:
+    """The pictures in nested lists."""
+    if isinstance(value, Image.Image):
+        yield value
+    else:
+        for part in value:
+            yield from _pictures(part)
+
+
+def _numbered(file: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [file]
+    return [file.with_name(f"{file.stem}-{number:04d}{file.suffix}") for number in range(count)]
+
+
+def _write_mp4(pictures: Iterable[Image.Image], file: Path, fps: float) -> None:
+    """In H.264, which has even sizes only: an odd one gets its last row or column twice."""
+    import imageio.v2 as imageio
+
+    options: dict[str, Any] = {"fps": fps, "codec": "libx264", "macro_block_size": 1}
+    writer: Any = imageio.get_writer(file, format="FFMPEG", **options)
+    with writer:
+        for picture in pictures:
+            pixels = np.asarray(picture.convert("RGB"))
+            odd = [(0, side % 2) for side in pixels.shape[:2]]
+            writer.append_data(np.pad(pixels, (*odd, (0, 0)), mode="edge"))
+
+
+def _write_gif(pictures: list[Image.Image], file: Path, fps: float) -> None:
+    """In hundredths of a second, so that the times of frames differ by one: the whole has the length it must have."""
+    ends = [round(100 * number / fps) for number in range(len(pictures) + 1)]
+    durations = [10 * (end - start) for start, end in zip(ends, ends[1:])]
+    pictures[0].save(file, save_all=True, append_images=pictures[1:], duration=durations, loop=0)

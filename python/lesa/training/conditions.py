@@ -1,0 +1,212 @@
+"""What a pipeline's samples depend on beside its arguments and the weights of its transformer.
+
+A recording stores it in its manifest, so that it does not continue under other conditions.
+"""
+
+import inspect
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from diffusers import ModularPipeline
+from diffusers.configuration_utils import ConfigMixin
+
+from lesa.artifacts import digest, fingerprint, sum_of_bits
+from lesa.pipelines import blocks_of
+
+
+def conditions_of(pipe: Any) -> dict[str, Any]:
+    """The conditions of a pipeline by name, in types that JSON has.
+
+    Args:
+        pipe: a diffusers pipeline, modular or not.
+
+    Returns:
+        `scheduler`: its class and configuration. `pipeline_config`: the pipeline's own options, the components that
+        have a configuration and no weights, such as a guider, and the blocks of a modular pipeline. `dtypes`: of the
+        weights of each component. `adapters`: by component, the scale of each active adapter. `fused_loras`: their
+        names. `quantisation`: by component, how its weights are packed. `configs` and `weights`: by component, its
+        configuration, and a fingerprint where it is not the transformer. `autocast`: its dtype by kind of device.
+        `unset`: by the path of a configuration, the options in it that have their defaults. A manifest leaves it out.
+    """
+    components = _components(pipe)
+    modules = {name: part for name, part in components.items() if isinstance(part, torch.nn.Module)}
+    configured = {name: part for name, part in components.items() if isinstance(part, ConfigMixin)}
+    others = {name: part for name, part in configured.items() if name not in modules and part is not pipe.scheduler}
+    models = {name: part for name, part in configured.items() if name in modules}
+    own = {name: value for name, value in _options(pipe).items() if name not in components}
+    blocks = {path: _class_of(block) for path, block in blocks_of(pipe).items()}
+    configurations = {"scheduler": pipe.scheduler, "pipeline_config": pipe}
+    configurations |= {f"pipeline_config.{name}": part for name, part in others.items()}
+    configurations |= {f"configs.{name}": part for name, part in models.items()}
+    return {
+        "scheduler": _options(pipe.scheduler),
+        "pipeline_config": {**own, **{name: _options(part) for name, part in others.items()}, "blocks": blocks},
+        "configs": {name: _options(model) for name, model in models.items()},
+        "dtypes": {name: _dtypes(module) for name, module in modules.items()},
+        "adapters": {name: scales for name, module in modules.items() if (scales := _adapters(module))},
+        "fused_loras": sorted(getattr(pipe, "fused_loras", ())),
+        "quantisation": {name: packed for name, module in modules.items() if (packed := _quantisation(module))},
+        "weights": {name: fingerprint(module) for name, module in modules.items() if name != "transformer"},
+        "autocast": _autocast(),
+        "unset": {path: _unset(part) for path, part in configurations.items()},
+    }
+
+
+def common_conditions(kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The conditions `given` that `kept` knows too, to be compared.
+
+    Entries that an older version of lesa did not write are unknown. So are options that an older version of diffusers
+    did not have, unless somebody set them since. A component that only one of the two pipelines has makes no samples:
+    one without a text encoder gets embeddings, which are arguments.
+    """
+    common = {name: value for name, value in given.items() if name in kept and name != "unset"}
+    for name in {"configs", "dtypes", "weights"} & {*common}:
+        common[name] = {part: value for part, value in {**kept[name], **common[name]}.items() if part in kept[name]}
+    return _without_new(common, kept, given.get("unset", {}), "")
+
+
+def _without_new(given: Mapping[str, Any], kept: Mapping[str, Any], unset: Mapping[str, Any], path: str) -> dict:
+    """The nested values without the options that `kept` lacks and nobody set."""
+    left = {name: value for name, value in given.items() if name in kept or name not in unset.get(path, ())}
+    for name, value in left.items():
+        if isinstance(value, Mapping) and isinstance(kept.get(name), Mapping):
+            left[name] = _without_new(value, kept[name], unset, f"{path}.{name}" if path else name)
+    return left
+
+
+def of_transformer(conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """Those conditions that change the fingerprint of the transformer too, by name, such as "dtypes.transformer"."""
+    found = {name: conditions[name] for name in ("fused_loras",) if name in conditions}
+    for name in ("dtypes", "adapters", "quantisation"):
+        for aspect, value in _flat(name, conditions.get(name, {})).items():
+            if aspect.startswith(f"{name}.transformer"):
+                found[aspect] = value
+    return found
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """Nested values under one name each."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {path: leaf for key, part in value.items() for path, leaf in _flat(f"{name}.{key}", part).items()}
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The names whose values differ, or that only one of the two has."""
+    names = sorted({**one, **other})
+    return [name for name in names if name not in one or name not in other or one[name] != other[name]]
+
+
+def _components(pipe: Any) -> dict[str, Any]:
+    """The components by name, None where there is none."""
+    if isinstance(pipe, ModularPipeline):
+        parts = pipe.components
+    else:  # `pipe.components` would raise if an option was registered that is no argument of the pipeline's class
+        parts = {name: vars(pipe)[name] for name in pipe.config if name in vars(pipe) and not name.startswith("_")}
+    return {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}  # from `torch.compile(part)`
+
+
+def _options(thing: Any) -> dict[str, Any]:
+    """The class, the configuration and the public options of something that has a configuration."""
+    config = {name: value for name, value in thing.config.items() if not name.startswith("_")}
+    options = {name: _plain(value) for name, value in {**config, **_attributes(thing)}.items()}
+    return {"class": _class_of(thing), **options}
+
+
+def _unset(thing: Any) -> list[str]:
+    """The options that have the default values of the class, and those that are no part of the configuration."""
+    defaults = {name: given.default for name, given in inspect.signature(type(thing).__init__).parameters.items()}
+    config = {name: _plain(value) for name, value in thing.config.items() if name in defaults}
+    same = {name for name, value in config.items() if value == _plain(defaults[name])}
+    return sorted(same.union(name for name in _attributes(thing) if name not in thing.config))
+
+
+def _attributes(thing: Any) -> dict[str, Any]:
+    """Public attributes that hold options."""
+    if hasattr(thing, "timesteps"):  # a scheduler; its other attributes change from run to run
+        return {"shift": thing.shift} if hasattr(thing, "shift") else {}
+    if isinstance(thing, torch.nn.Module):  # its configuration says everything
+        return {}
+    kinds = (bool, int, float, str)
+    return {name: value for name, value in vars(thing).items() if not name.startswith("_") and isinstance(value, kinds)}
+
+
+def _class_of(thing: Any) -> str:
+    return type(thing).__qualname__
+
+
+def _autocast() -> dict[str, str]:
+    """The dtype of autocast by kind of device, where it is on."""
+    return {
+        kind: str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+        for kind in ("cpu", "cuda")
+        if torch.is_autocast_enabled(kind)
+    }
+
+
+def _plain(value: Any) -> Any:
+    """The value in types that JSON has, so that equal values stay equal when they are written and read."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if not math.isnan(value) else "nan"
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return digest(value)
+
+
+def _dtypes(module: torch.nn.Module) -> str:
+    """The dtypes of a module's floating-point weights, such as "bfloat16"."""
+    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in module.parameters() if weight.is_floating_point()}
+    return " and ".join(sorted(dtypes))
+
+
+def _adapters(module: torch.nn.Module) -> dict[str, Any]:
+    """The scale of each active adapter: a number, or a digest of the scales of the layers if they differ."""
+    scales: dict[str, list[Any]] = {}
+    for part in module.modules():
+        scaling = getattr(part, "scaling", None)
+        if isinstance(scaling, dict) and not getattr(part, "disable_adapters", False):  # a layer of peft
+            for name in getattr(part, "active_adapters", ()):
+                if name in scaling:
+                    scales.setdefault(name, []).append(scaling[name])
+        image_scale = getattr(getattr(part, "processor", None), "scale", None)
+        if image_scale is not None:
+            scales.setdefault("ip_adapter", []).append(image_scale)
+    return {name: _one_of(map(_plain, values)) for name, values in scales.items()}
+
+
+def _one_of(values: Iterable[Any]) -> Any:
+    """The value that all have, or a digest of them."""
+    first, *others = values
+    return first if all(other == first for other in others) else f"by layer: {digest([first, *others])}"
+
+
+def _quantisation(module: torch.nn.Module) -> dict[str, Any]:
+    """How weights are packed: the quantiser's configuration, and a digest of the weights that are no plain tensors."""
+    packed = {}
+    quantiser = getattr(getattr(module, "config", None), "quantization_config", None)
+    if quantiser is not None:
+        as_dict = quantiser.to_dict() if hasattr(quantiser, "to_dict") else quantiser
+        packed["config"] = json.loads(json.dumps(as_dict, default=str, sort_keys=True))
+    plain = (torch.Tensor, torch.nn.Parameter)
+    weights = {name: weight for name, weight in sorted(module.named_parameters()) if type(weight) not in plain}
+    weights |= {name: weight for name, weight in module.named_parameters() if type(weight.data) is not torch.Tensor}
+    if weights:
+        packed["types"] = sorted({type(weight.data).__qualname__ for weight in weights.values()})
+        packed["weights"] = digest({name: _parts_of(weight.data) for name, weight in weights.items()})
+    return packed
+
+
+def _parts_of(weight: torch.Tensor) -> Any:
+    """What distinguishes a packed weight from others, from the plain tensors of which it consists."""
+    if type(weight) is torch.Tensor or not hasattr(weight, "__tensor_flatten__"):
+        return str(weight.dtype), list(weight.shape), sum_of_bits(weight)
+    names, facts = weight.__tensor_flatten__()
+    parts = {name: getattr(weight, name) for name in names}
+    return repr(facts), {name: _parts_of(part) for name, part in parts.items() if isinstance(part, torch.Tensor)}

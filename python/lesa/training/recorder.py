@@ -1,0 +1,179 @@
+"""What watches a run of the pipeline, and keeps what enters the output head."""
+
+from collections.abc import Callable, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lesa.cache.run import Call, Run
+from lesa.models.adapter import Adapter
+from lesa_kernels import OutputHead
+from lesa_kernels.checks import Said, argument_error
+
+
+@dataclass
+class _Stream:
+    """What is kept of one stream of calls in a batch, on the CPU."""
+
+    features: torch.Tensor  # [B, S, T, D]
+    latents: torch.Tensor  # [B, S, T, O]
+    scale: torch.Tensor  # [B, S, D]
+    shift: torch.Tensor  # [B, S, D]
+    token_index: torch.Tensor  # [B, T]
+    steps: set[int] = field(default_factory=set)
+
+
+class Recorder:
+    """A `StepObserver` that keeps what enters the output head in the computed steps of one call of the pipeline.
+
+    Args:
+        pipe, adapter: whose head it is.
+        tokens_per_sample, seed: see `record`.
+
+    Attributes:
+        head: the output head, as it was called last.
+    """
+
+    head: OutputHead
+
+    def __init__(self, pipe: Any, adapter: Adapter, tokens_per_sample: int | None, seed: int):
+        self.pipe, self.adapter = pipe, adapter
+        self.tokens_per_sample, self.seed = tokens_per_sample, seed
+
+    def begin(self, numbers: list[int], on_step: Callable[[float], None]) -> None:
+        """Prepares for a call of the pipeline on the samples `numbers`.
+
+        `on_step` is called after each computed step, with the share of the run that is done.
+        """
+        self.numbers, self.on_step = numbers, on_step
+        self.sigmas: list[float] = []
+        self.computed: Set[int] = frozenset()
+        self.streams: dict[str, _Stream] = {}
+
+    def on_run(self, run: Run, computed: Set[int]) -> None:
+        """Called at the first step of a run. The steps `computed` of this run are to be recorded."""
+        if any(stream.steps for stream in self.streams.values()):
+            raise argument_error(
+                "inputs",
+                "make the pipeline go through its steps once",
+                Said("a second run in one call, such as for the next section of a long video"),
+                "Ask for a shorter video, of one section.",
+                RuntimeError,
+            )
+        self.sigmas, self.computed = run.executed_sigmas, computed
+        self.streams = {}
+
+    def check_complete(self) -> None:
+        """Raises `RuntimeError` unless every stream has all steps that were to be computed."""
+        steps = self.computed
+        seen = {name: stream.steps for name, stream in self.streams.items()} or {"any": set()}
+        for name, had in seen.items():
+            if had != steps or not had:
+                raise argument_error(
+                    "pipe",
+                    "call its transformer once for each of its scheduler's steps",
+                    Said(f"{len(had)} of {len(steps)} steps in the stream {name!r}"),
+                    "Use a scheduler with one call per step, and let the pipeline run to its end.",
+                    RuntimeError,
+                )
+
+    def facts(self) -> dict[str, Any]:
+        """The part of the manifest that is known after a run."""
+        stream = next(iter(self.streams.values()))
+        return {
+            "num_inference_steps": len(self.sigmas),
+            "dtype": str(stream.features.dtype).removeprefix("torch."),
+            "head_eps": self.head.eps,
+        }
+
+    def trajectories_of(self, position: int) -> dict[str, dict[str, torch.Tensor]]:
+        """By stream, the tensors of one sample of the batch, over the steps that were computed."""
+        recorded = {}
+        for name, stream in self.streams.items():
+            steps = sorted(stream.steps)
+            recorded[name] = {
+                "features": stream.features[position, steps],
+                "latents": stream.latents[position, steps],
+                "sigmas": torch.tensor(self.sigmas, dtype=torch.float32)[steps],
+                "scale": stream.scale[position, steps],
+                "shift": stream.shift[position, steps],
+                "token_index": stream.token_index[position],
+            }
+        return recorded
+
+    def keep(self, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
+        """Keeps the inputs of the output head of a computed call."""
+        bad = (~features.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+        self.head = head = self.adapter.output_head(conditioning)
+        step = call.step
+        if bad:
+            raise argument_error(
+                "features",
+                "be finite",
+                Said(f"NaN or Inf in sample {self.numbers[bad[0] % len(self.numbers)]} at step {step}"),
+                "Record in bfloat16 or float32, and check the sample's input.",
+                RuntimeError,
+            )
+        halves = {call.stream: slice(None)}
+        if len(features) == 2 * len(self.numbers) and getattr(self.pipe, "do_classifier_free_guidance", False):
+            # Guidance in one batch: without the prompts, then with them. Each half is a stream of its own.
+            middle = len(self.numbers)
+            halves = {call.stream: slice(middle), f"{call.stream}-with-prompt": slice(middle, None)}
+        latents = self.adapter.latents(call.arguments)
+        for name, rows in halves.items():
+            self._keep_rows(name, step, features[rows], latents[rows], head.scale[rows], head.shift[rows])
+        self.on_step((step + 1) / len(self.sigmas))
+
+    def _keep_rows(
+        self,
+        name: str,
+        step: int,
+        features: torch.Tensor,
+        latents: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+    ) -> None:
+        """Copies the chosen tokens of one stream at one step."""
+        stream = self.streams.get(name)
+        if stream is None:
+            stream = self.streams[name] = self._new_stream(features, latents, scale)
+        index = stream.token_index.to(features.device)[:, :, None]
+        stream.features[:, step] = features.gather(1, index.expand(-1, -1, features.shape[2]))
+        stream.latents[:, step] = latents.gather(1, index.expand(-1, -1, latents.shape[2]))
+        stream.scale[:, step] = scale
+        stream.shift[:, step] = shift
+        stream.steps.add(step)
+
+    def _new_stream(self, features: torch.Tensor, latents: torch.Tensor, scale: torch.Tensor) -> _Stream:
+        batch, tokens, width = features.shape
+        steps = len(self.sigmas)
+        if batch != len(self.numbers):
+            raise argument_error(
+                "inputs",
+                "make one sample each",
+                Said(f"features of {batch} samples from {len(self.numbers)} inputs"),
+                "Pass one prompt, and tensors with a leading dimension of 1, per input.",
+            )
+        kept = tokens if self.tokens_per_sample is None else self.tokens_per_sample
+        if kept > tokens:
+            raise argument_error(
+                "tokens_per_sample",
+                f"be at most the {tokens} image tokens of sample {self.numbers[0]}",
+                kept,
+                "Choose fewer, or None for all.",
+            )
+        return _Stream(
+            torch.empty(batch, steps, kept, width, dtype=features.dtype),
+            torch.empty(batch, steps, kept, latents.shape[2], dtype=latents.dtype),
+            torch.empty(batch, steps, width, dtype=scale.dtype),
+            torch.empty(batch, steps, width, dtype=scale.dtype),
+            torch.stack([_choose_tokens(tokens, kept, self.seed + number) for number in self.numbers]),
+        )
+
+
+def _choose_tokens(tokens: int, kept: int, seed: int) -> torch.Tensor:
+    """The numbers of the kept tokens, rising."""
+    if kept == tokens:
+        return torch.arange(tokens)
+    return torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:kept].sort().values
