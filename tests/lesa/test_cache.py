@@ -23,7 +23,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 
 import lesa
 from driven_loops import SOME, STEPS, call_arguments, drive, guided, ours
-from lesa.cache.hook import installed_hook
+from lesa.cache.placement import installed_hook
 from lesa.cache.run import Run
 from lesa.demo import digits
 from lesa.models import adapter_for
@@ -445,7 +445,7 @@ def test_pipelines_of_other_families_are_refused():
 
 def test_enabling_twice_is_refused(pipe, generate):
     handle = lesa.enable_cache(pipe, make_predictor(), SOME)
-    with pytest.raises(RuntimeError, match=r"on already for this transformer. Call `lesa\.disable_cache\(pipe\)`"):
+    with pytest.raises(RuntimeError, match=r"on already. Call `lesa\.disable_cache\(pipe\)`"):
         lesa.enable_cache(pipe, make_predictor(), 3)
     generate(pipe)
     assert handle.stats.streams["cond"].computed == SOME  # the first one is still on

@@ -665,3 +665,38 @@ def test_a_head_that_is_replaced_while_the_cache_is_on_is_computed_or_an_error(f
     stream = handle.stats.streams["main"]
     assert stream.computed == [*range(STEPS)] and {stream.reasons[step] for step in REST} == {"no history"}
     assert all(torch.equal(outputs[step], plain[step]) for step in range(STEPS))
+
+
+# Loops that do not step the scheduler
+
+
+@pytest.mark.parametrize("begins", [None, 0, 3], ids=["no begin index", "begins at 0", "begins at 3"])
+@pytest.mark.parametrize("streams", [1, 2])
+def test_a_loop_that_never_steps_the_scheduler(pipe, begins, streams):
+    """As the community pipelines for inversion do: they set the begin index, and move the latents by themselves."""
+    scheduler = pipe.scheduler
+
+    @torch.no_grad()
+    def drive_by_hand():
+        scheduler.set_timesteps(STEPS)
+        if begins is not None:
+            scheduler.set_begin_index(begins)
+        outputs = []
+        for step, t in enumerate(scheduler.timesteps[begins or 0 :]):
+            for call in (FIRST, SECOND)[:streams]:
+                latents = call["hidden_states"] * (1 - 0.5 * step / STEPS)
+                arguments = {**call, "hidden_states": latents, "timestep": (t / 1000).expand(len(latents))}
+                outputs.append(pipe.transformer(**arguments)[0])
+        return torch.stack(outputs)
+
+    plain, steps = drive_by_hand(), STEPS - (begins or 0)
+    with lesa.enable_cache(pipe, make_predictor(), range(STEPS), strict=True):
+        assert torch.equal(drive_by_hand(), plain)
+    with lesa.enable_cache(pipe, make_predictor(), [0, 1, 4], strict=True) as handle:
+        for _ in range(2):
+            forecast = drive_by_hand()
+            assert [*handle.stats.streams] == ["main", "main-2"][:streams]
+            for stream in handle.stats.streams.values():
+                assert stream.computed == [0, 1, 4] and len(stream.predicted) == steps - 3
+    computed = [step * streams + i for step in (0, 1, 4) for i in range(streams)]
+    assert torch.equal(forecast[computed], plain[computed]) and not torch.equal(forecast, plain)

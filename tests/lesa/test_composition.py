@@ -14,7 +14,7 @@ from diffusers.hooks.group_offloading import ModuleGroup
 
 import lesa
 from driven_loops import SOME, STEPS, ours
-from lesa.cache.hook import installed_hook
+from lesa.cache.placement import installed_hook
 from lesa.demo import digits
 from predictors import DIM, make_predictor
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import lesa
 import small_pipelines as small
-from lesa.cache.hook import installed_hook
+from lesa.cache.placement import installed_hook
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lesa
 from lesa.artifacts import predictor_identity
+from lesa.cache.placement import installed_hook
 from lesa.demo import digits
 from lesa.training import recording, refinement
 from lesa.training.batches import Batch, Head, Plan
@@ -77,7 +78,7 @@ def test_a_roll_out_has_what_the_model_computed_on_the_way(pipe, recorded, predi
         assert torch.equal(one.scale, plain.scale[SCHEDULE])
         torch.testing.assert_close(one.features[0], plain.features[0], rtol=1e-5, atol=1e-5)
         assert not torch.allclose(one.features[-1], plain.features[-1], rtol=1e-5, atol=1e-5)
-    assert lesa.cache.installed_hook(pipe.transformer) is None
+    assert installed_hook(pipe.transformer) is None
 
 
 def test_the_drift_is_how_far_the_latents_are_off(pipe, recorded, predictor, tmp_path):

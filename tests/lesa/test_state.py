@@ -479,7 +479,10 @@ def test_no_features_are_kept_by_a_cache_that_is_turned_off_after_a_failure(pipe
     handle = lesa.enable_cache(pipe, make_predictor(), SOME)
     with pytest.raises(Stop):
         generate(pipe, callback_on_step_end=fail)
-    assert features_alive() != before
+    assert features_alive() == before
+    with pytest.raises(Stop):
+        drive(pipe, lambda number: fail(pipe, number - 1, None, None) or [("call", FIRST, "cond")])
+    assert features_alive() != before  # nobody says that a loop of the user's own has failed
     handle.disable()
     assert features_alive() == before
     assert handle.stats.streams["cond"].ring_device_bytes > 0
@@ -1120,7 +1123,7 @@ def test_another_pipelines_scheduler_is_found_late(pipe, generate, clean, as_on_
         assert torch.equal(generate(pipe), expected["defaults"])
 
 
-def test_another_scheduler_that_is_found_in_a_predicted_call_is_computed(pipe, generate, as_on_a_gpu, monkeypatch):
+def test_another_scheduler_that_is_found_in_a_predicted_call_is_computed(pipe, as_on_a_gpu, monkeypatch):
     """The value of its timestep comes while the forecast is made, as it may on an idle GPU."""
     arrives, seen = [True], []
     as_on_a_gpu(lambda: arrives[0])
@@ -1134,10 +1137,10 @@ def test_another_scheduler_that_is_found_in_a_predicted_call_is_computed(pipe, g
         arrives[0] = True
         return predict(self, *args)
 
-    def fail(pipe, index, timestep, tensors):
-        if index == 3:
+    def calls_until_it_fails(step):
+        if step == 4:
             raise Stop
-        return {}
+        return [("call", FIRST, "cond")]
 
     def keep(module, args, kwargs):
         seen.append(kwargs)
@@ -1146,7 +1149,7 @@ def test_another_scheduler_that_is_found_in_a_predicted_call_is_computed(pipe, g
     with lesa.enable_cache(pipe, predictor, SOME) as handle:
         watch = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
         with pytest.raises(Stop):
-            generate(pipe, callback_on_step_end=fail)  # this leaves its scheduler at step 4, which is to be predicted
+            drive(pipe, calls_until_it_fails)  # this leaves its scheduler at step 4, which is to be predicted
         watch.remove()
         call = {**seen[-1], "timestep": torch.full((2,), 0.123)}  # the same text: it looks like the same stream
         monkeypatch.setattr(StepHook, "_begin", begin_before_it)

@@ -9,8 +9,8 @@ import torch
 
 from lesa.cache.error_control import ErrorControl, check_controllable
 from lesa.cache.forecasting import ForecastingHook
-from lesa.cache.hook import installed_hook
 from lesa.cache.observing import ComputingHook
+from lesa.cache.placement import hook_of
 from lesa.cache.run import StepObserver
 from lesa.cache.stats import CacheStats
 from lesa.models import Adapter, adapter_for
@@ -87,8 +87,10 @@ def enable_cache(
 
 def disable_cache(pipe: "DiffusionPipeline | ModularPipeline") -> None:
     """Turns the cache of `pipe` off and restores its transformer. Does nothing if it is off already."""
-    hook = installed_hook(adapter_for(pipe).transformer)
-    if hook is not None:
+    hook = hook_of(pipe)
+    if hook is None:
+        adapter_for(pipe)  # refuses what no cache can be on for
+    else:
         hook.uninstall()
 
 

@@ -33,21 +33,23 @@ class Conditioner:
         self._heads: tuple[OutputHead, ...] = ()
         self._begin = 0
 
-    def conditioning(self, run: Run, arguments: dict, dtype: torch.dtype) -> torch.Tensor:
+    def conditioning(self, run: Run, arguments: dict, dtype: torch.dtype, is_passed: bool) -> torch.Tensor:
         """The conditioning `[B, D]` of the run's current step.
 
         Args:
             run: the current run.
-            arguments: the transformer's arguments by name.
+            arguments: the arguments of the transformer's forward by name.
             dtype: the dtype of the features.
+            is_passed: whether the timestep is the one that was passed to the transformer. What wraps the forward may
+                have made another one.
         """
-        if not self._is_planned(run, arguments, dtype):
+        if not (is_passed and self._is_planned(run, arguments, dtype)):
             return self.adapter.conditioning(arguments, dtype)
         return self._conditioning[run.index - self._begin]
 
-    def head(self, run: Run, arguments: dict, dtype: torch.dtype) -> OutputHead:
+    def head(self, run: Run, arguments: dict, dtype: torch.dtype, is_passed: bool) -> OutputHead:
         """The plain output head as tensors, modulated for the run's current step; arguments as in `conditioning`."""
-        if not self._is_planned(run, arguments, dtype):
+        if not (is_passed and self._is_planned(run, arguments, dtype)):
             return self.adapter.output_head(self.adapter.conditioning(arguments, dtype))
         if not self._heads:
             head, batch = self.adapter.output_head(torch.cat(self._conditioning)), len(self._conditioning[0])

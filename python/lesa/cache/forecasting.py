@@ -12,7 +12,7 @@ from lesa.cache.conditioning import Conditioner
 from lesa.cache.controlnet import DeferredControl, computed
 from lesa.cache.device_values import DeviceValues
 from lesa.cache.error_control import ControlledSteps, ErrorControl, forecast_error
-from lesa.cache.hook import UNLOCATED, StepHook
+from lesa.cache.hook import REPEATED, UNLOCATED, StepHook
 from lesa.cache.run import Call, Run, RunState, StepObserver
 from lesa.cache.stats import CacheStats, StreamStats
 from lesa.models import Adapter
@@ -184,6 +184,23 @@ class ForecastingHook(StepHook[ForecastState]):
             self.state.streams = {}  # another run has the transformer: what was computed before it is no history
         self._fall_back(*UNLOCATED)
 
+    def on_bypassed(self, reason: str, remedy: str) -> None:
+        if self.state is None and reason not in self.stats.notes:  # what the stats tell of is over
+            self.stats.begin_run()
+        self.stats.note(reason)
+        self._fall_back(reason, remedy)
+
+    def on_no_call(self) -> None:
+        self.stats.begin_run()
+
+    def on_not_forecast(self, state: ForecastState, call: Call, reason: str, remedy: str) -> None:
+        state.streams[call.stream].stats.reasons[call.step] = reason
+        self._fall_back(reason, remedy)
+
+    def can_predict(self, state: ForecastState, call: Call, arguments: dict[str, Any]) -> bool:
+        ring = cast(FeatureRing, state.streams[call.stream].ring)
+        return self.adapter.shape(arguments) in ((ring.batch, ring.tokens), self.adapter.shape(call.arguments))
+
     def wants_prediction(self, state: ForecastState, call: Call) -> bool:
         stream = state.streams.get(call.stream)
         if stream is None:
@@ -226,10 +243,11 @@ class ForecastingHook(StepHook[ForecastState]):
         stream, predictor = state.streams[call.stream], self.predictor
         ring, conditioner = cast(FeatureRing, stream.ring), stream.conditioner
         needs_forecast = self._keeps_forecasts or torch.is_grad_enabled()
+        is_passed = arguments["timestep"] is call.arguments["timestep"]
         if stream.fuses and not needs_forecast:
-            why = self.adapter.why_head_not_plain(self._capture.id, ring.device)
+            why = self.adapter.why_head_not_plain(self.placement.capture_id, ring.device)
             if why is None:
-                head = conditioner.head(state.run, arguments, ring.dtype)
+                head = conditioner.head(state.run, arguments, ring.dtype, is_passed)
                 if predictor.fuses_velocity(ring, head):
                     stream.stats.fused.append(call.step)
                 return self.adapter.output(arguments, predictor.predict_velocity(ring, call.sigma, head))
@@ -237,7 +255,7 @@ class ForecastingHook(StepHook[ForecastState]):
         features = predictor(ring, call.sigma)
         if self._keeps_forecasts:
             ring.push(features, call.sigma)  # before the head, which may overwrite them
-        conditioning = conditioner.conditioning(state.run, arguments, ring.dtype)
+        conditioning = conditioner.conditioning(state.run, arguments, ring.dtype, is_passed)
         return self.adapter.output(arguments, self.adapter.head(features, conditioning, arguments))
 
     def on_predicted(self, state: ForecastState, call: Call, output: Any) -> None:
@@ -288,7 +306,7 @@ class ForecastingHook(StepHook[ForecastState]):
         """Under `lesa.ErrorControl`, asks for the error of the forecast for a step that was computed."""
         if state.controlled is None:
             return
-        why = self.adapter.why_head_not_plain(self._capture.id, features.device)
+        why = self.adapter.why_head_not_plain(self.placement.capture_id, features.device)
         if why is not None:
             self.stats.note(f"errors are not measured, so the trained gaps are used: {why}")
             return
@@ -310,7 +328,10 @@ class ForecastingHook(StepHook[ForecastState]):
         stats = state.streams[call.stream].stats
         stats.computed.append(call.step)
         stats.end(call.step, call.arguments["hidden_states"].device)
-        if not call.kept:
+        if call.heads > 1:
+            state.streams[call.stream].ring = None
+            self._fall_back(*REPEATED)
+        elif not call.heads:
             self._fall_back(
                 "the output head did not run where lesa sees it",
                 "Compile with `pipe.transformer.compile(...)`, and don't replace the transformer's forward.",

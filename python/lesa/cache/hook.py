@@ -1,23 +1,21 @@
-"""The hook on a transformer: the only file that meets the wrappers of diffusers, accelerate and torch.compile on it."""
+"""The hook on a transformer: finds the step of each call, and lets it be computed or predicted."""
 
-import functools
+import contextlib
 import threading
-import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import HookFunctionReference, StateManager
+from diffusers.hooks import ModelHook
+from diffusers.hooks.hooks import StateManager
 
 from lesa.cache.device_values import DeviceValues
+from lesa.cache.placement import Placement, check_no_layer_cache, check_no_other_cache, refusal_to_copy
 from lesa.cache.run import Call, Run, RunState
 from lesa.models import Adapter
-from lesa_kernels.checks import Said, argument_error, usage_error
+from lesa_kernels.checks import usage_error
 from lesa_kernels.dispatch import users_level
-
-HOOK_NAME = "lesa"
 
 COMPILE_FIRST = (
     "lesa decides outside of the compiled graph: compile with `pipe.transformer.compile(...)`, or call "
@@ -30,38 +28,16 @@ UNLOCATED = (
 )
 """Why a call cannot be placed in a run, and what the user should know."""
 
+REPLACED = (
+    "the transformer's forward was replaced",
+    "Wrap the forward instead of replacing it, or replace it before the cache is enabled.",
+)
+REPEATED = (
+    "the transformer's forward was called more than once in a step",
+    "Let what wraps the forward call it once.",
+)
+
 State = TypeVar("State", bound=RunState)
-
-
-def installed_hook(transformer: torch.nn.Module) -> "StepHook | None":
-    """The hook that is on `transformer`, or None."""
-    registry = getattr(transformer, "_diffusers_hook", None)
-    return None if registry is None else registry.get_hook(HOOK_NAME)
-
-
-def check_uncached(transformer: torch.nn.Module) -> None:
-    """Raises `RuntimeError` if lesa or a cache of diffusers is on for `transformer`."""
-    if installed_hook(transformer) is not None:
-        raise argument_error(
-            "pipe",
-            "have no cache on",
-            Said("one with lesa on already for this transformer"),
-            "Call `lesa.disable_cache(pipe)` first, or wait until the recording has ended.",
-            RuntimeError,
-        )
-    check_no_other_cache(transformer)
-
-
-def check_no_other_cache(transformer: torch.nn.Module) -> None:
-    """Raises `RuntimeError` if a cache of diffusers is on for `transformer`."""
-    if getattr(transformer, "is_cache_enabled", False):
-        raise argument_error(
-            "pipe",
-            "have no other cache on",
-            Said(f"one with a {type(transformer._cache_config).__name__}"),
-            "Call `pipe.transformer.disable_cache()` first.",
-            RuntimeError,
-        )
 
 
 class _ContextTracker(StateManager):
@@ -78,32 +54,13 @@ class _ContextTracker(StateManager):
         self.name = None
 
 
-class _InnerGate:
-    """Replaces `forward`, a bound method of the transformer. Without a hook it lets all calls through."""
-
-    __slots__ = ("hook", "forward", "__dict__")  # wrappers copy the `__dict__` of what they wrap, and keep it
-
-    def __init__(self, hook: "StepHook", forward: Callable):
-        functools.update_wrapper(self, forward)  # for `inspect.signature`
-        self.hook: StepHook | None = hook
-        self.forward = forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        hook = self.hook
-        if hook is None or hook.inside == "compute":
-            return self.forward(*args, **kwargs)
-        if hook.inside == "predict":
-            return hook.predict_inside(args, kwargs)
-        return hook.enter(self.forward, args, kwargs)  # a call that did not pass the outer gate
-
-
 class StepHook(ModelHook, Generic[State]):
-    """Base of the hooks on a transformer, which have two gates there.
+    """Base of the hooks on a transformer.
 
-    The outer gate comes before everything that a call of the transformer runs, compiled or not. It finds the run, the
-    step and the stream, and decides whether the transformer is computed. The inner gate replaces the class's `forward`,
-    inside everything that wraps it, such as offloading, context parallelism and hooks. In a step that is not computed
-    it calls the subclass's `predict` instead. So the wrappers see every step, whether they or the cache came first.
+    A gate comes before everything that a call of the transformer runs, compiled or not. It finds the run, the step and
+    the stream, and decides whether the transformer is computed. In a step that is not computed, the forward of the
+    transformer's class is exchanged for the subclass's `predict`, inside everything that wraps it, such as offloading,
+    autocast, context parallelism and hooks. So the wrappers see every step, whether they or the cache came first.
 
     What belongs to one run is in `state`. When the run fails, or another run replaces it, the state is dropped. Values
     that have not come from the device yet belong to the state, so the values of a run that is over are never read.
@@ -113,8 +70,9 @@ class StepHook(ModelHook, Generic[State]):
         adapter: the adapter of the pipeline's transformer.
 
     Attributes:
+        placement: what is on the transformer and the pipeline.
         state: the state of the current run, or None between runs.
-        inside: what the inner gate does in the current call: "compute" or "predict"; None between calls.
+        inside: what happens in the current call: "compute" or "predict"; None between calls.
     """
 
     _is_stateful = True
@@ -124,13 +82,15 @@ class StepHook(ModelHook, Generic[State]):
         self.pipe, self.adapter = pipe, adapter
         self.context = _ContextTracker()
         self.state: State | None = None
+        self.placement = Placement(self)
         self._entered = threading.Lock()  # held during a call
         self._located: tuple[State, Call] | None = None  # the current call, if its place in a run is known
         self.inside: str | None = None
         self._captured: tuple | None = None  # the inputs of the output head in the current call, from a compiled graph
         self._warned: set[str] = set()
+        self._calls = 0
 
-    # Install and uninstall
+    # On and off
 
     def install(self) -> None:
         """Puts the hook on the transformer.
@@ -138,51 +98,18 @@ class StepHook(ModelHook, Generic[State]):
         Raises:
             RuntimeError: it or another cache is on already.
         """
-        transformer = self.adapter.transformer
-        check_uncached(transformer)
-        self._had_registry = hasattr(transformer, "_diffusers_hook")
-        _join(HookRegistry.check_if_exists_or_initialize(transformer), self)
-        self._forward: Callable = types.MethodType(type(transformer).forward, transformer)
-        self._gate = _InnerGate(self, self._forward)
-        if not _replace_forward(transformer, self._forward, self._gate):  # a wrapper that does not show what it wraps
-            self._forward = transformer.forward
-            transformer.forward = self._gate = _InnerGate(self, self._forward)
-        # A module that `torch.compile` returned is called instead of the transformer.
-        self._called_module = self.pipe.transformer
-        attributes = vars(self._called_module)
-        self._compiled = attributes.get("_compiled_call_impl")
-        attributes["_compiled_call_impl"] = self._outer_gate
-        attributes["compile"] = self._compile
-        self._capture = self.adapter.head_entry.register_forward_pre_hook(self._on_head_entry, prepend=True)
+        self.placement.put()
 
     def uninstall(self) -> None:
-        """Restores the transformer. Does nothing if the hook is off already.
-
-        A wrapper that was put around `forward` in the meantime, for example by offloading, stays and works.
-        """
-        transformer = self.adapter.transformer
-        if installed_hook(transformer) is not self:
-            return
-        self._gate.hook = None  # the gate stays open: a wrapper may hold it where lesa does not see it
-        self._capture.remove()
-        attributes = vars(self._called_module)
-        del attributes["compile"], attributes["_compiled_call_impl"]
-        if self._compiled is not None:
-            attributes["_compiled_call_impl"] = self._compiled
-        _replace_forward(transformer, self._gate, self._forward)
-        registry = vars(transformer)["_diffusers_hook"]
-        _leave(registry)
-        if not registry.hooks and not self._had_registry:
-            del transformer._diffusers_hook
+        """Restores transformer and pipeline. Does nothing if the hook is off already."""
+        self.placement.remove()
         self.state = None
 
-    def _compile(self, *args: Any, **kwargs: Any) -> None:
-        """Replaces the module's own `compile`: what is compiled is behind the outer gate."""
-        self._compiled = torch.compile(self._called_module._call_impl, *args, **kwargs)
-
     def __deepcopy__(self, memo: dict) -> "StepHook":
-        sentence = "`transformer` cannot be copied while a cache of lesa is on."
-        raise usage_error(sentence, "Call `lesa.disable_cache(pipe)` first.", RuntimeError)
+        raise refusal_to_copy()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise refusal_to_copy()
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         """Called by diffusers when a run has ended: drops what was kept for it."""
@@ -221,6 +148,21 @@ class StepHook(ModelHook, Generic[State]):
         """
         raise NotImplementedError
 
+    def can_predict(self, state: State, call: Call, arguments: dict[str, Any]) -> bool:
+        """Whether `predict` can be called with these arguments, which wrappers may have changed."""
+        return True
+
+    def on_not_forecast(self, state: State, call: Call, reason: str, remedy: str) -> None:
+        """Called when a call that was to be predicted is computed, because its forward could not be exchanged."""
+        self.warn(f"{reason}: computing. {remedy}")
+
+    def on_bypassed(self, reason: str, remedy: str) -> None:
+        """Called when the pipeline computes, and the hook does not see it."""
+        raise usage_error(f"lesa cannot see what is computed: {reason}.", remedy, RuntimeError)
+
+    def on_no_call(self) -> None:
+        """Called when the pipeline has run and has not called the transformer."""
+
     def on_predicted(self, state: State, call: Call, output: Any) -> None:
         """Called with what `predict` gave, to ask the device whether it is good."""
 
@@ -237,16 +179,45 @@ class StepHook(ModelHook, Generic[State]):
         raise NotImplementedError
 
     def finish(self, state: State, call: Call) -> None:
-        """Called after a call that was computed. `call.kept` is False if the head ran where lesa does not see it."""
+        """Called after a call that was computed. `call.heads` says how often lesa has seen the head run in it."""
 
-    # The gates. They are not compiled; what they run may be.
+    # A run of the pipeline. A loop of the user's own has none.
 
-    def _outer_gate(self, *args: Any, **kwargs: Any) -> Any:
-        return self.enter(self._compiled or self._called_module._call_impl, args, kwargs)
+    @contextlib.contextmanager
+    def pipeline_run(self) -> Iterator[None]:
+        """Entered while the pipeline runs. When it has ended, nothing is kept for it."""
+        calls, is_driven = self._calls, self._check_driven()
+        try:
+            yield
+            if is_driven and self._check_driven() and self._calls == calls:
+                self.on_no_call()
+        except BaseException:
+            self.state = None  # the run has failed
+            raise
+        self.reset_state(self.adapter.transformer)
+
+    def _check_driven(self) -> bool:
+        """Whether the pipeline still has the transformer with the hook. Tells `on_bypassed` if not."""
+        module = getattr(self.pipe, "transformer", None)
+        if not self.placement.is_on or not isinstance(module, torch.nn.Module):
+            return True
+        if any(part is self.adapter.transformer for part in module.modules()):
+            return True
+        self.on_bypassed(
+            "`pipe.transformer` was replaced while the cache was on",
+            "Call `handle.disable()` first, and enable a cache for the new transformer.",
+        )
+        return False
+
+    # The gate of the transformer's calls. It is not compiled; what it runs may be.
+
+    def gate(self, *args: Any, **kwargs: Any) -> Any:
+        """A call of the transformer."""
+        return self.enter(args, kwargs)
 
     @torch.compiler.disable(recursive=False, reason=COMPILE_FIRST)
-    def enter(self, run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Computes a call by `run(*args, **kwargs)`, or predicts it."""
+    def enter(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Computes a call, or predicts it."""
         if not self._entered.acquire(blocking=False):
             raise usage_error(
                 "`pipe` called its transformer from two threads at the same time, while a cache of lesa was on.",
@@ -261,7 +232,7 @@ class StepHook(ModelHook, Generic[State]):
                     return output
             kwargs = self.needed(kwargs)
             self.inside = "compute"
-            output = run(*args, **kwargs)
+            output = self.placement.call(*args, **kwargs)
             self._computed()
             return output
         except BaseException:
@@ -274,18 +245,22 @@ class StepHook(ModelHook, Generic[State]):
     @torch.compiler.disable
     def _begin(self, args: tuple, kwargs: dict[str, Any]) -> tuple[State, Call] | None:
         """Finds the place of a call in a run, and decides whether to predict it; None if the place is not known."""
+        self._calls += 1
+        self.placement.keep_forward()
         check_no_other_cache(self.adapter.transformer)
         arguments = self.adapter.bind(args, kwargs)
+        timestep = arguments.get("timestep")
         if self.state is not None and not self.state.run.covers(self.pipe.scheduler):
             self.state = None
-        state = self._locate(arguments["timestep"])
+        state = self._locate(timestep)
         if state is not None and not self._read(wait=state.needs_values):
-            state = self._locate(arguments["timestep"])
+            state = self._locate(timestep)
         if state is None:
             self.on_unlocated()
             return None
         run = state.run
         if run.begin is None:
+            check_no_layer_cache(self.adapter.transformer)
             run.begin = run.index
             self.on_run(state)
         stream = state.stream_of(self.context.name or "main", arguments.get("encoder_hidden_states"))
@@ -296,8 +271,18 @@ class StepHook(ModelHook, Generic[State]):
     @torch.compiler.disable
     def _predicted(self, state: State, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of a call that is to be predicted, or None if it must be computed after all."""
-        self.inside = "predict"
-        output = self.adapter.transformer._call_impl(*args, **kwargs)
+        self.inside, is_replaced = "predict", self.placement.is_forward_replaced()
+        with self.adapter.own_forward.exchanged(self._forecast) as is_found:
+            if is_replaced or not is_found:
+                self.on_not_forecast(state, call, *REPLACED)
+                return None
+            output = self.adapter.transformer._call_impl(*args, **kwargs)
+        if call.forecasts != 1:
+            self.on_not_forecast(state, call, *(REPEATED if call.forecasts else REPLACED))
+            if call.forecasts:
+                return None
+            self._computed()  # whatever stands in place of the forward has computed the call
+            return output
         self.on_predicted(state, call, output)
         self._read()
         if not self.accepts(state, call, output):
@@ -305,10 +290,16 @@ class StepHook(ModelHook, Generic[State]):
         state.end_call()
         return output
 
-    def predict_inside(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """`predict`, for the inner gate."""
-        state, call = self._located  # type: ignore[misc]  # the outer gate has set it
-        return self.predict(state, call, self.adapter.bind(args, kwargs))
+    def _forecast(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What runs in place of the transformer's own forward in a call that is to be predicted."""
+        if self._located is None:
+            return forward(*args, **self.needed(kwargs))
+        state, call = self._located
+        arguments = self.adapter.bind(args, kwargs)
+        if not self.can_predict(state, call, arguments):
+            return forward(*args, **self.needed(kwargs))
+        call.forecasts += 1
+        return self.predict(state, call, arguments)
 
     @torch.compiler.disable
     def _computed(self) -> None:
@@ -319,20 +310,34 @@ class StepHook(ModelHook, Generic[State]):
             self.finish(state, call)
             state.end_call()
 
-    def _on_head_entry(self, module: torch.nn.Module, args: tuple) -> None:
+    def on_head_entry(self, module: torch.nn.Module, args: tuple) -> None:
         """Keeps the inputs of the head at once, because later steps may overwrite them; a graph copies them out."""
         if self.inside == "compute":
             if torch.compiler.is_compiling():
                 self._captured = tuple(arg.detach().clone() for arg in args[:2])
             else:
                 self._keep(*args[:2])
+        else:
+            self._on_other_head_entry(args)
+
+    @torch.compiler.disable
+    def _on_other_head_entry(self, args: tuple) -> None:
+        """The head ran in a call that is not computed: to make the output of a forecast, or because it was computed."""
+        if self.inside is None:
+            self.on_bypassed(
+                "the forward of the transformer was called directly, so lesa did not see the call",
+                "Call the transformer itself: `transformer(...)` instead of `transformer.forward(...)`.",
+            )
+        elif self._located is not None and not self._located[1].forecasts:
+            self._keep(*args[:2])
 
     @torch.compiler.disable
     def _keep(self, features: torch.Tensor, conditioning: torch.Tensor) -> None:
         if self._located is not None:
             state, call = self._located
-            call.kept = True
-            self.keep(state, call, features, conditioning)
+            call.heads += 1
+            if call.heads == 1:
+                self.keep(state, call, features, conditioning)
 
     # Finding out which step a call is
 
@@ -360,10 +365,12 @@ class StepHook(ModelHook, Generic[State]):
         """Whether the pipeline is in the middle of a run, so that the next call of its transformer comes here."""
         return self.state is not None and self.state.run.is_at_a_step_of(self.pipe.scheduler)
 
-    def _locate(self, timestep: torch.Tensor) -> State | None:
+    def _locate(self, timestep: Any) -> State | None:
         """The state of the run that a call with this timestep belongs to, at its step; None if that is not known."""
         scheduler = self.pipe.scheduler
-        if not isinstance(getattr(scheduler, "timesteps", None), torch.Tensor):
+        if not isinstance(getattr(scheduler, "timesteps", None), torch.Tensor) or not isinstance(
+            timestep, torch.Tensor
+        ):
             return None
         state = self.state = self.state or self._begin_state()
         value = state.run.value_of(timestep, state.values.waits)
@@ -379,34 +386,3 @@ class StepHook(ModelHook, Generic[State]):
     def _begin_state(self) -> State:
         is_shared = getattr(self.adapter.transformer, "_parallel_config", None) is not None  # by several processes
         return self.new_state(Run(self.pipe.scheduler, self.adapter.timestep_scale), DeviceValues(waits=is_shared))
-
-
-def _join(registry: HookRegistry, hook: StepHook) -> None:
-    """Lets the hook hear of contexts and resets, without wrapping `forward`.
-
-    It comes first in the order, where the removal of another hook never looks for the wrapper of a neighbour.
-    """
-    registry.hooks[HOOK_NAME] = hook
-    registry._hook_order.insert(0, HOOK_NAME)
-    registry._fn_refs.insert(0, HookFunctionReference())
-
-
-def _leave(registry: HookRegistry) -> None:
-    index = registry._hook_order.index(HOOK_NAME)
-    del registry.hooks[HOOK_NAME], registry._hook_order[index], registry._fn_refs[index]
-
-
-def _replace_forward(transformer: torch.nn.Module, old: Callable, new: Callable) -> bool:
-    """Puts `new` wherever the module, accelerate or diffusers hold `old` as its forward; says whether any did."""
-    registry = getattr(transformer, "_diffusers_hook", None)
-    holders = [(transformer, "_old_forward")]
-    holders += [(ref, name) for ref in getattr(registry, "_fn_refs", ()) for name in ("forward", "original_forward")]
-    found = [(holder, name) for holder, name in holders if vars(holder).get(name) == old]
-    for holder, name in found:
-        setattr(holder, name, new)
-    if transformer.forward == old:
-        found.append((transformer, "forward"))
-        transformer.forward = new
-        if new == types.MethodType(type(transformer).forward, transformer):
-            del transformer.forward  # the class's own
-    return bool(found)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from lesa.cache.device_values import DeviceValues
-from lesa.cache.hook import StepHook
+from lesa.cache.hook import REPEATED, StepHook
 from lesa.cache.run import Call, Run, RunState, StepObserver
 from lesa.models import Adapter
 
@@ -30,3 +30,7 @@ class ComputingHook(StepHook[RunState]):
 
     def keep(self, state: RunState, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
         self.observer.keep(call, features, conditioning)
+
+    def finish(self, state: RunState, call: Call) -> None:
+        if call.heads > 1:
+            self.on_bypassed(*REPEATED)

@@ -56,21 +56,25 @@ class Run:
 
     @property
     def position(self) -> int | None:
-        """The index at which the scheduler says that it is, or None if the scheduler does not say it."""
-        index = getattr(self.scheduler, "step_index", None)
-        return getattr(self.scheduler, "begin_index", None) if index is None else index
+        """The index at which the scheduler says that it is, or None if the scheduler does not say it.
+
+        Before the first `scheduler.step`, most schedulers know at most where the run begins.
+        """
+        index = getattr(self.scheduler, "step_index", getattr(self.scheduler, "counter", None))  # `counter`: PNDM
+        return getattr(self.scheduler, "begin_index", None) if index is None and self.begin is None else index
 
     def passed(self, dtype: torch.dtype) -> list[float]:
         """The timesteps as a pipeline passes them to the transformer in `dtype`: rounded, then divided."""
         if dtype not in self._passed:
-            timesteps = torch.tensor(self.timesteps).to(dtype)
+            timesteps = torch.tensor(self.timesteps, dtype=self.identity.dtype, device="cpu").to(dtype)
             self._passed[dtype] = (timesteps / self.timestep_scale if self.timestep_scale != 1 else timesteps).tolist()
         return self._passed[dtype]
 
     def is_near(self, index: int, value: float, dtype: torch.dtype) -> bool:
         """Whether the passed `value` is the timestep of a step, within the precision of `dtype`."""
         value *= self.timestep_scale
-        tolerance = max(torch.finfo(dtype).eps, 1e-6) * abs(value) + 1e-3
+        precision = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+        tolerance = max(precision, 1e-6) * abs(value) + 1e-3
         return 0 <= index < len(self.timesteps) and abs(self.timesteps[index] - value) <= tolerance
 
     def value_of(self, timestep: torch.Tensor, waits: bool) -> float | None:
@@ -124,7 +128,8 @@ class Call:
         sigma: the noise level of the step.
         arguments: the transformer's arguments by name, as the caller passed them.
         predicted: whether the call is to be predicted.
-        kept: whether the inputs of the output head were seen in this call.
+        heads: how often the inputs of the output head were seen in this call while it was computed.
+        forecasts: how often the forward was exchanged for a forecast in this call.
     """
 
     step: int
@@ -132,7 +137,8 @@ class Call:
     sigma: float
     arguments: dict[str, Any]
     predicted: bool = False
-    kept: bool = False
+    heads: int = 0
+    forecasts: int = 0
 
 
 class StepObserver(Protocol):

@@ -14,7 +14,6 @@ OPTIONS = {
     "folder_or_id": "--predictor",
     "batch_size": "--batch-size",
     "search_samples": "--search-samples",
-    "seed": "--seed",
 }
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from lesa.artifacts import digest
 from lesa.cache import enable_cache
 from lesa.cache.error_control import ErrorControl
-from lesa.cache.hook import check_uncached
+from lesa.cache.placement import check_uncached
 from lesa.contenders import AGAINST, Ours, Peer, Plain, Reference, budget_of, opponents, ours_with
 from lesa.evaluation.contest import Contest
 from lesa.evaluation.earlier import Earlier, earlier_in, is_replaced, merged, merged_facts
@@ -87,7 +87,7 @@ def evaluate(
             `out_dir`.
     """
     adapter = adapter_for(pipe)
-    check_uncached(adapter.transformer)
+    check_uncached(pipe)
     check_decodes(pipe)
     check_int("num_inference_steps", num_inference_steps)
     inputs = check_inputs(inputs)

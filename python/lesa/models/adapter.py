@@ -1,6 +1,5 @@
 """What lesa needs to know of a transformer whose output head is an AdaLN and a linear projection."""
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils.peft_utils import apply_lora_scale
 
 from lesa.models.costs import Costs
+from lesa.models.own_forward import OwnForward
 from lesa.models.plain_head import why_not_plain
 from lesa_kernels import OutputHead
 from lesa_kernels.checks import usage_error
@@ -37,6 +37,7 @@ class Adapter:
         conditioned_on: names of the arguments, other than `timestep`, that `condition` reads. Each is None or has a
             leading dimension of B.
         feature_dim: D, the width of the features.
+        own_forward: the forward of the transformer's class.
     """
 
     family: str
@@ -59,9 +60,7 @@ class Adapter:
         self.transformer = transformer
         config = transformer.config
         self.feature_dim: int = config.num_attention_heads * config.attention_head_dim
-        parameters = [*inspect.signature(type(transformer).forward).parameters.values()][1:]
-        self._names = [p.name for p in parameters]
-        self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        self.own_forward = OwnForward(transformer, self.transformer_classes)
         self._head_modules = torch.nn.ModuleList()
 
     # What a family must define, or may override
@@ -172,7 +171,7 @@ class Adapter:
 
     def bind(self, args: tuple, kwargs: dict) -> dict:
         """The transformer's arguments by name. Unknown ones stay, and the transformer refuses them."""
-        return {**self._defaults, **dict(zip(self._names, args)), **kwargs}
+        return self.own_forward.bind(args, kwargs)
 
     def conditioning(self, call: dict, dtype: torch.dtype) -> torch.Tensor:
         """`condition` for one call `[B, D]`, under the call's LoRA scale."""

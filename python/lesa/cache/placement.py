@@ -1,0 +1,262 @@
+"""What a cache puts on a transformer and its pipeline, and how it takes that away again."""
+
+import functools
+import types
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import HookFunctionReference
+
+from lesa.models import Adapter
+from lesa_kernels.checks import Said, argument_error, usage_error
+
+HOOK_NAME = "lesa"
+
+_LAYER_CACHES = ("fbc", "faster_cache", "mag_cache", "pyramid_attention", "taylorseer", "sea_cache")
+"""The names of the hooks of diffusers' caches begin with these."""
+
+
+class PlacedHook(Protocol):
+    """What is placed: it gets the calls of the transformer, the inputs of its head, and the runs of the pipeline."""
+
+    pipe: Any
+    adapter: Adapter
+
+    def gate(self, *args: Any, **kwargs: Any) -> Any:
+        """A call of the transformer."""
+
+    def on_head_entry(self, module: torch.nn.Module, args: tuple) -> None:
+        """A call of the output head's first module."""
+
+    def pipeline_run(self) -> AbstractContextManager[None]:
+        """A context that is entered while the pipeline runs."""
+
+
+def installed_hook(transformer: Any) -> Any:
+    """The hook of lesa that is on `transformer`, or None."""
+    registry = getattr(transformer, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(HOOK_NAME)
+
+
+def hook_of(pipe: Any) -> Any:
+    """The hook of lesa that is on the pipeline, also if its transformer was replaced in the meantime; or None."""
+    watching, transformer = getattr(type(pipe), "_lesa_hook", None), getattr(pipe, "transformer", None)
+    if watching is not None and watching.pipe is pipe:
+        return watching
+    return installed_hook(getattr(transformer, "_orig_mod", transformer))
+
+
+def check_uncached(pipe: Any) -> None:
+    """Raises `RuntimeError` if lesa or a cache of diffusers is on for the pipeline or its transformer."""
+    if hook_of(pipe) is not None:
+        raise argument_error(
+            "pipe",
+            "have no cache on",
+            Said("one with lesa on already"),
+            "Call `lesa.disable_cache(pipe)` first, or wait until the recording has ended.",
+            RuntimeError,
+        )
+    transformer = getattr(pipe.transformer, "_orig_mod", pipe.transformer)
+    check_no_other_cache(transformer)
+    check_no_layer_cache(transformer)
+
+
+def check_no_other_cache(transformer: Any) -> None:
+    """Raises `RuntimeError` if a cache of diffusers was enabled for `transformer`."""
+    if getattr(transformer, "is_cache_enabled", False):
+        raise argument_error(
+            "pipe",
+            "have no other cache on",
+            Said(f"one with a {type(transformer._cache_config).__name__}"),
+            "Call `pipe.transformer.disable_cache()` first.",
+            RuntimeError,
+        )
+
+
+def check_no_layer_cache(transformer: torch.nn.Module) -> None:
+    """Raises `RuntimeError` if a cache of diffusers has hooks on the layers of `transformer`."""
+    for module in transformer.modules():
+        for name in getattr(vars(module).get("_diffusers_hook"), "hooks", ()):
+            if name.startswith(_LAYER_CACHES):
+                raise argument_error(
+                    "pipe", "have no other cache on", Said(f"one with the hook {name!r}"), "Turn it off.", RuntimeError
+                )
+
+
+def refusal_to_copy() -> Exception:
+    """The error for those who copy or pickle what has a cache on."""
+    sentence = "`transformer` cannot be copied while a cache of lesa is on."
+    return usage_error(sentence, "Call `lesa.disable_cache(pipe)` first.", RuntimeError)
+
+
+class Placement:
+    """Puts a hook on the transformer of a pipeline, and takes it away.
+
+    The hook gets every call first, whether the transformer is compiled or not: where torch keeps what `compile` made.
+    It hears of contexts and resets as a hook in diffusers' registry. It learns that the pipeline runs, because the
+    pipeline's class is replaced by a subclass with the same name.
+
+    The transformer gets a copy of its class's forward as an attribute of its own. It does the same, and is another
+    object. So a graph that was compiled before, which does not have the hook, is not used. And it can be seen whether
+    someone has set the class's forward in the meantime.
+
+    Args:
+        hook: the hook.
+
+    Attributes:
+        compiled: what `torch.compile` made of the transformer's calls, or None.
+    """
+
+    def __init__(self, hook: Any):
+        self._hook = hook
+        self._transformer: torch.nn.Module = hook.adapter.transformer
+        self.is_on = False
+
+    def put(self) -> None:
+        """Puts the hook on.
+
+        Raises:
+            RuntimeError: it or another cache is on already.
+        """
+        hook, transformer = self._hook, self._transformer
+        check_uncached(hook.pipe)
+        self._had_registry = "_diffusers_hook" in vars(transformer)
+        _join(HookRegistry.check_if_exists_or_initialize(transformer), hook)
+        # A module that `torch.compile` returned is called instead of the transformer.
+        self._called_module = hook.pipe.transformer
+        attributes = vars(self._called_module)
+        self.compiled: Callable | None = attributes.get("_compiled_call_impl")
+        attributes["_compiled_call_impl"] = self._gate = hook.gate
+        attributes["compile"] = self._own_compile = self._compile
+        self._capture = hook.adapter.head_entry.register_forward_pre_hook(hook.on_head_entry, prepend=True)
+        self._forwards = hook.adapter.own_forward.held()
+        self._forward: types.MethodType | None = None
+        self._function: Callable | None = None  # of the class, which `_forward` copies
+        self.keep_forward()
+        self._watch()
+        self.is_on = True
+
+    def remove(self) -> None:
+        """Takes the hook away. Does nothing if it is off already. What others have put on in the meantime stays."""
+        if not self.is_on:
+            return
+        self.is_on = False
+        self._capture.remove()
+        attributes = vars(self._called_module)
+        if attributes.get("compile") is self._own_compile:
+            del attributes["compile"]
+        if attributes.get("_compiled_call_impl") is self._gate:
+            del attributes["_compiled_call_impl"]
+            if self.compiled is not None:
+                attributes["_compiled_call_impl"] = self.compiled
+        attributes = vars(self._transformer)
+        if self._forward is not None:
+            if attributes.get("forward") is self._forward:
+                del attributes["forward"]
+            self._hook.adapter.own_forward.replace(self._forward, self._plain_forward)  # where others have kept it
+        registry = attributes.get("_diffusers_hook")
+        if registry is not None and registry.get_hook(HOOK_NAME) is self._hook:
+            _leave(registry)
+            if not registry.hooks and not self._had_registry:
+                del attributes["_diffusers_hook"]
+        if type(self._hook.pipe) is self._watching_class:
+            self._hook.pipe.__class__ = self._pipe_class
+
+    @property
+    def call(self) -> Callable:
+        """What a call of the transformer runs without the hook."""
+        return self.compiled or self._called_module._call_impl
+
+    @property
+    def capture_id(self) -> int:
+        """The id of the forward pre-hook on the output head."""
+        return self._capture.id
+
+    def keep_forward(self) -> None:
+        """Gives the transformer its copy of the class's forward, and another one when the class got another forward."""
+        attributes, function = vars(self._transformer), type(self._transformer).forward
+        present = attributes.get("forward")
+        if present is None or (present is self._forward and self._function is not function):
+            self._function = function
+            attributes["forward"] = self._forward = types.MethodType(_copy_of(function), self._transformer)
+
+    def is_forward_replaced(self) -> bool:
+        """Whether someone has set the transformer's forward to that of its class since the hook was put on."""
+        forward = vars(self._transformer).get("forward")
+        return forward == self._plain_forward and not any(forward is held for held in self._forwards)
+
+    @property
+    def _plain_forward(self) -> types.MethodType:
+        return types.MethodType(type(self._transformer).forward, self._transformer)
+
+    def _compile(self, *args: Any, **kwargs: Any) -> None:
+        """Replaces the module's own `compile`: what is compiled is behind the gate."""
+        self.compiled = torch.compile(self._called_module._call_impl, *args, **kwargs)
+
+    def _watch(self) -> None:
+        pipe, hook = self._hook.pipe, self._hook
+        cls = self._pipe_class = type(pipe)
+        self._watching_class: type | None = None
+        if not callable(pipe):  # a loop of the user's own calls the transformer
+            return
+
+        @functools.wraps(cls.__call__)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with hook.pipeline_run():
+                return cls.__call__(self, *args, **kwargs)
+
+        def new(_: type, *args: Any, **kwargs: Any) -> Any:
+            return cls(*args, **kwargs)  # only this pipeline has the subclass
+
+        def copy(self: Any) -> Any:
+            other: Any = object.__new__(cls)
+            vars(other).update(vars(self))
+            return other
+
+        def refuse(self: Any, protocol: Any) -> Any:
+            raise refusal_to_copy()
+
+        members = {"__slots__": (), "__module__": cls.__module__, "__qualname__": cls.__qualname__, "_lesa_hook": hook}
+        members |= {"__new__": new, "__call__": call, "__copy__": copy, "__reduce_ex__": refuse, "__doc__": cls.__doc__}
+        self._watching_class = types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(members))
+        pipe.__class__ = self._watching_class
+
+
+_copies: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()  # of functions
+
+
+def _copy_of(function: Any) -> Any:
+    """The same function as another object with its own code, by which torch.compile distinguishes functions.
+
+    It is always the same copy, so that what was compiled with it can be used again.
+    """
+    if not isinstance(function, types.FunctionType):
+        return function
+    if function not in _copies:
+        code, names, closure = function.__code__.replace(), function.__globals__, function.__closure__
+        copy = types.FunctionType(code, names, function.__name__, function.__defaults__, closure)
+        copy.__kwdefaults__ = function.__kwdefaults__
+        for name in functools.WRAPPER_ASSIGNMENTS:
+            setattr(copy, name, getattr(function, name))
+        vars(copy).update(vars(function))
+        _copies[function] = copy
+    return _copies[function]
+
+
+def _join(registry: HookRegistry, hook: ModelHook) -> None:
+    """Lets the hook hear of contexts and resets, without wrapping `forward`.
+
+    It comes first in the order, where the removal of another hook never looks for the wrapper of a neighbour.
+    """
+    registry.hooks[HOOK_NAME] = hook
+    registry._hook_order.insert(0, HOOK_NAME)
+    registry._fn_refs.insert(0, HookFunctionReference())
+
+
+def _leave(registry: HookRegistry) -> None:
+    index = registry._hook_order.index(HOOK_NAME)
+    del registry.hooks[HOOK_NAME], registry._hook_order[index], registry._fn_refs[index]
