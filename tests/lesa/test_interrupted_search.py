@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import re
 import shutil
 import tempfile
@@ -32,6 +33,8 @@ PLACES = {
     "a part": (searching, "write_text"),
     "cleaning up": (shutil, "rmtree"),
     "the end": (training_run.Training, "finish"),
+    "a rename": (os, "replace"),
+    "a removal": (os, "unlink"),
 }
 
 
@@ -79,7 +82,7 @@ def points(total, count=3):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [place for place in PLACES if place not in ("a rename", "a removal")])
 def test_an_interrupted_search_continues_to_the_same_bytes(recording, whole, tmp_path, place):
     expected, counts = whole
     assert counts[place]
@@ -90,6 +93,22 @@ def test_an_interrupted_search_continues_to_the_same_bytes(recording, whole, tmp
         lesa.train(recording, out_dir=out, **OPTIONS)
         assert files(out) == expected
         assert not (out / SEARCH_NAME).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["a rename", "a removal"])
+def test_a_training_is_interrupted_between_any_two_changes_of_its_folder(recording, tmp_path, place):
+    options = {"config": CONFIG, "schedule": [0, 2, 5], "epochs": 1, "progress": False}
+    with interrupted(place, None) as counted:
+        lesa.train(recording, out_dir=tmp_path / "whole", **options)
+    assert counted
+    for number in range(1, len(counted) + 1):
+        out = tmp_path / str(number)
+        with interrupted(place, number), contextlib.suppress(KeyboardInterrupt):
+            lesa.train(recording, out_dir=out, **options)
+        if (out / CHECKPOINT_NAME).exists() or not (out / "config.json").exists():
+            lesa.train(recording, out_dir=out, **options)
+        assert files(out) == files(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -292,7 +311,7 @@ def test_trajectories_that_are_not_finite_are_named_before_the_work(tmp_path, no
     tensors = load_file(file)
     tensors[part].view(-1)[-1] = value
     save_file(tensors, file)
-    message = f"`trajectories` must be finite, but got NaN or Inf in the {part} of sample-00004. Delete its file"
+    message = f"sample-00004.safetensors` must be .*, but got one that has NaN or Inf in '{part}'"
     for work in (
         lambda: lesa.train(trajectories, schedule=[0, 2, 5], progress=False),
         lambda: lesa.train(trajectories, budget=4, find_stages=True, out_dir=tmp_path / "out", progress=False),

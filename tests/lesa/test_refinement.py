@@ -248,7 +248,7 @@ REFUSED = {
     "epochs": (TypeError, "`epochs` must be an integer"),
     "samples_per_call": (ValueError, "`samples_per_call` must be an integer of at least 1"),
     "learning_rate": (ValueError, "`learning_rate` must be a finite number"),
-    "not finite": (ValueError, "`trajectories` must be finite, but got NaN or Inf in the features of sample-00007"),
+    "not finite": (ValueError, "sample-00007.safetensors` must be .*, but got one that has NaN or Inf in 'features'"),
 }
 
 

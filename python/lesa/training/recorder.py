@@ -95,7 +95,7 @@ class Recorder:
             recorded[name] = {
                 "features": stream.features[position, steps],
                 "latents": stream.latents[position, steps],
-                "sigmas": torch.tensor(self.sigmas, dtype=torch.float32)[steps],
+                "sigmas": torch.tensor(self.sigmas, dtype=torch.float32, device="cpu")[steps],
                 "scale": stream.scale[position, steps],
                 "shift": stream.shift[position, steps],
                 "token_index": stream.token_index[position],
@@ -164,10 +164,10 @@ class Recorder:
                 "Choose fewer, or None for all.",
             )
         return _Stream(
-            torch.empty(batch, steps, kept, width, dtype=features.dtype),
-            torch.empty(batch, steps, kept, latents.shape[2], dtype=latents.dtype),
-            torch.empty(batch, steps, width, dtype=scale.dtype),
-            torch.empty(batch, steps, width, dtype=scale.dtype),
+            torch.empty(batch, steps, kept, width, dtype=features.dtype, device="cpu"),
+            torch.empty(batch, steps, kept, latents.shape[2], dtype=latents.dtype, device="cpu"),
+            torch.empty(batch, steps, width, dtype=scale.dtype, device="cpu"),
+            torch.empty(batch, steps, width, dtype=scale.dtype, device="cpu"),
             torch.stack([_choose_tokens(tokens, kept, self.seed + number) for number in self.numbers]),
         )
 
@@ -175,5 +175,5 @@ class Recorder:
 def _choose_tokens(tokens: int, kept: int, seed: int) -> torch.Tensor:
     """The numbers of the kept tokens, rising."""
     if kept == tokens:
-        return torch.arange(tokens)
-    return torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:kept].sort().values
+        return torch.arange(tokens, device="cpu")
+    return torch.randperm(tokens, generator=torch.Generator().manual_seed(seed), device="cpu")[:kept].sort().values

@@ -21,7 +21,7 @@ import torch
 from lesa.artifacts import check_same_settings, digest, fingerprint, predictor_identity, remove_partial, write_text
 from lesa.inputs import check_inputs
 from lesa.models import adapter_for
-from lesa.training.batches import Batch, Plan, RollOut, check_finite, check_is_predictor
+from lesa.training.batches import Batch, Plan, RollOut, check_is_predictor, check_whole
 from lesa.training.losses import roll_out_loss
 from lesa.training.recording import Recording, check_same_conditions
 from lesa.training.searching import writable_folder
@@ -82,8 +82,8 @@ def refine(
 
     Raises:
         TypeError, ValueError: the predictor uses its own forecasts as history or was trained for something else, an
-            argument is out of range, the trajectories have NaN or Inf, or the pipeline, the inputs or `out_dir` are not
-            those of the recording. The message names it.
+            argument is out of range, a file of the recording is damaged or has NaN or Inf, or the pipeline, the inputs
+            or `out_dir` are not those of the recording. The message names it.
         RuntimeError: see `lesa.record` and `train`.
 
     Source: DAgger, arXiv 1011.0686. The loss measures the drift at the end of each gap. This is the drift at the start
@@ -104,7 +104,7 @@ def refine(
         seed=seed,
     )
     samples_per_call, device = check_int("samples_per_call", samples_per_call), usable_device(device)
-    check_finite(trajectories)
+    check_whole(trajectories)
     with _working_folder(out_dir, _all_settings(predictor, trajectories, rounds, settings)) as folder:
         roll_outs: list[RollOuts] = []
         for number in range(1, rounds + 1):

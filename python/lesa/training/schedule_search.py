@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from lesa.schedule import Schedule
-from lesa.training.batches import Batch, Head, check_finite, check_is_predictor
+from lesa.training.batches import Batch, Head, check_is_predictor, check_whole
 from lesa.training.searching import Search
 from lesa.training.settings import TrainingSettings, check_config, check_seed, complete_config, usable_device
 from lesa.training.training_run import Training
@@ -58,15 +58,15 @@ def find_schedule(
         The schedule.
 
     Raises:
-        ValueError: `config` or `budget` does not fit the trajectories, these have NaN or Inf, or the predictor is not a
-            newton one.
+        TypeError, ValueError: an argument is out of range, `config` or `budget` does not fit the trajectories, a file
+            of the recording is damaged or has NaN or Inf, or the predictor is not a newton one.
     """
     check_plain(trajectories)
     check_searchable(config)
     budget, seed = check_budget(trajectories, budget), check_seed(seed)
     complete_config(trajectories, config, Schedule.spread(budget, trajectories.num_inference_steps))
     usable_device(device)
-    check_finite(trajectories)
+    check_whole(trajectories)
     return found_schedule(trajectories, budget, config, seed, device, progress, Search())
 
 
@@ -144,8 +144,8 @@ def search_schedule(
 
     Raises:
         TypeError, ValueError: the predictor is none, or uses its own forecasts as history; an argument is out of range,
-            such as more steps than there are; or the trajectories have NaN or Inf, or several streams but no latents,
-            which show how guidance combines the streams.
+            such as more steps than there are; a file of the recording is damaged or has NaN or Inf; or the trajectories
+            have several streams but no latents, which show how guidance combines the streams.
     """
     check_is_predictor(predictor)
     if predictor.config.history != "anchors":
@@ -159,7 +159,7 @@ def search_schedule(
     count = check_int("num_computed", num_computed, minimum=2, maximum=total - 1)
     samples, tokens_per_sample = check_int("samples", samples), check_int("tokens_per_sample", tokens_per_sample)
     seed = check_seed(seed)
-    check_finite(trajectories)
+    check_whole(trajectories)
     errors = ScheduleErrors(trajectories, predictor, samples, tokens_per_sample, seed)
     return _with_levels(trajectories, _cheapest_steps(errors, count, progress, Search(), ""))
 

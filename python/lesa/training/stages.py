@@ -6,7 +6,7 @@ import torch
 from tqdm import tqdm
 
 from lesa.schedule import ScheduleLike
-from lesa.training.batches import Split, check_finite, split
+from lesa.training.batches import Split, check_whole, split
 from lesa.training.searching import Search
 from lesa.training.settings import TrainingSettings, check_seed, complete_config, usable_device, with_stages
 from lesa.training.training_run import MOST_TOKENS, Training
@@ -60,16 +60,16 @@ def find_stages(
         The falling `stage_bounds` for a `PredictorConfig`; none for one stage.
 
     Raises:
-        ValueError: `config` or `schedule` does not fit the trajectories, these have NaN or Inf, the predictor is not a
-            newton one or has other history lengths in other stages, or an argument is out of range. The message names
-            it.
+        TypeError, ValueError: `config` or `schedule` does not fit the trajectories, a file of the recording is damaged
+            or has NaN or Inf, the predictor is not a newton one or has other history lengths in other stages, or an
+            argument is out of range. The message names it.
     """
     check_plain(trajectories)
     most, seed = check_int("most", most), check_seed(seed)
     complete = complete_config(trajectories, config, schedule)
     check_divisible(trajectories, complete)
     usable_device(device)
-    check_finite(trajectories)
+    check_whole(trajectories)
     return found_stages(trajectories, complete, most, seed, device, progress, Search())
 
 

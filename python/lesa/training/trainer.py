@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from lesa.schedule import Schedule, ScheduleLike
-from lesa.training.batches import check_finite
+from lesa.training.batches import check_whole
 from lesa.training.schedule_search import check_budget, found_schedule
 from lesa.training.searching import Search, has_search
 from lesa.training.settings import (
@@ -85,9 +85,9 @@ def train(
 
     Raises:
         TypeError, ValueError: an argument is out of range; `config` does not fit the trajectories, `controlled` or
-            `find_stages`; the schedule does not fit the steps; the trajectories have NaN or Inf; or `out_dir` is no
-            folder, or contains something other than an unfinished training with these arguments. The message names the
-            field.
+            `find_stages`; the schedule does not fit the steps; a file of the recording is damaged or has NaN or Inf; or
+            `out_dir` is no folder, or contains something other than an unfinished training with these arguments. The
+            message names the field.
         OSError: nothing can be written to `out_dir`.
         RuntimeError: the loss became NaN or Inf. A lower learning rate helps.
 
@@ -123,7 +123,7 @@ def train(
         check_divisible(trajectories, config)
     device = usable_device(device)
     folder = None if out_dir is None else check_folder(out_dir)
-    check_finite(trajectories)
+    check_whole(trajectories)
     config = _searched(trajectories, config, settings, budget, find_stages, folder, device, progress)
     bar = "train" if progress else None
     run = Training(trajectories, config, settings, out_dir=folder, device=device, bar=bar)
