@@ -151,11 +151,12 @@ def test_a_replaced_forward_is_evaluated_as_it_is_and_stays(name, wrapper):
         assert thing.keys() == values.keys()
         assert all(value is values[key] or value == values[key] for key, value in thing.items())
     assert made.keys() == own_figures.keys()
+    is_precision = wrapper in ("autocast", "accelerate")
     for run, (steps, equivalents, passes, _, psnr) in made.items():
         wanted = own_figures[run]
-        assert (steps, equivalents, passes) == wanted[:3]
-        # A precision costs something; otherwise nothing changes.
-        assert psnr > 30 if wrapper in ("autocast", "accelerate") else psnr == wanted[4]
+        if run == "reference" or run.startswith(("newton", "taylorseer")):  # others decide by what they see
+            assert (steps, equivalents, passes) == wanted[:3], run
+        assert psnr > 30 if is_precision else (steps, equivalents, passes, psnr) == (*wanted[:3], wanted[4]), run
 
 
 # What cannot be used
