@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from diffusers import ModularPipeline
+
 from lesa.contenders.base import BISECTED, Color, Grid, Peer, Pipeline
 from lesa.contenders.switching import quiet, restored
 from lesa_kernels.checks import Said, argument_error
@@ -65,6 +67,11 @@ class CacheDiT(Peer):
         axes = [cls(0.08, order, warm_up) for order in (0, 1, 2) for warm_up in (1, 2, 4)]
         text = "F1B0; no calibrator, or TaylorSeer of order 1 or 2; warm-up of 1, 2 or 4 steps"
         return Grid(f"{text}; {BISECTED}", axes=axes)
+
+    @classmethod
+    def why_not_on(cls, pipe: Pipeline) -> str | None:
+        """Why no setting can be switched on for this pipeline, or None."""
+        return "cache-dit does not support modular pipelines" if isinstance(pipe, ModularPipeline) else None
 
     @classmethod
     def check_available(cls) -> None:

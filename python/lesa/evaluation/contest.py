@@ -158,8 +158,13 @@ class Contest:
                 RuntimeError,
             )
         self._timed = True
-        seconds = {"seconds": made.seconds, "denoise_seconds": made.denoise_seconds}
-        run = replace(kept.run, **seconds, reference_seconds=made.seconds, peak_memory_bytes=made.peak_memory_bytes)
+        run = replace(
+            kept.run,
+            seconds=made.seconds,
+            denoise_seconds=made.denoise_seconds,
+            reference_seconds=made.seconds,
+            peak_memory_bytes=made.peak_memory_bytes,
+        )
         self.entries[0] = replace(kept, run=run)
         self._done[contender] = run
         self.store.write_figures(contender.name, contender.identity(), run, self.sigmas, len(made.latents))

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ from lesa.models import adapter_for
 from lesa.pipelines import check_decodes, quiet_progress
 from lesa.schedule import ScheduleLike, as_schedule
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels.checks import Said, argument_error, check_int
+from lesa_kernels.checks import Said, argument_error, check_int, usage_error
 
 Contestant = FusedKANPredictor | tuple[FusedKANPredictor, ScheduleLike | ErrorControl | None]
 """A predictor, alone or with a schedule."""
@@ -183,7 +184,7 @@ def _run_all(
         contest.run_ours(label, ours)
     counts = {round(run.step_equivalents) for run in contest.results[1:]}
     for setting in settings:
-        contest.run(setting)
+        _run_setting(contest, setting)
     searched, not_available = {}, {}
     kinds = sorted((kind for kind in opponents() if kind in named), key=lambda kind: issubclass(kind, Plain))
     for kind in kinds:
@@ -201,10 +202,25 @@ def _run_all(
     return searched, not_available
 
 
+def _run_setting(contest: Contest, setting: Peer | Plain) -> None:
+    """Runs a setting. A failure of a cache's own code names the setting."""
+    try:
+        contest.run(setting)
+    except Exception as error:
+        if isinstance(error, (OSError, torch.OutOfMemoryError)) or hasattr(error, "lesa_message"):
+            raise
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        sentence = f"`against` has the setting {setting}, which fails on this pipeline: {why}"
+        raise usage_error(sentence, "Leave it out.", RuntimeError) from error
+
+
 def _contestants(
     predictors: Mapping[str, Contestant] | Sequence[Contestant], num_inference_steps: int
 ) -> dict[str, Ours]:
     """The predictors with their schedules, by label. Of those without a label it is a part of their digest."""
+    if not isinstance(predictors, (Mapping, list, tuple)):
+        must = "be a dict of predictors by name, or a list of them"
+        raise argument_error("predictors", must, predictors, "Put it in a list.", TypeError)
     if not isinstance(predictors, Mapping):
         unnamed = [_with_schedule(value, num_inference_steps) for value in predictors]
         return {digest(ours.identity())[:8]: ours for ours in unnamed}
@@ -218,14 +234,15 @@ def _contestants(
 
 
 def _with_schedule(contestant: Contestant, num_inference_steps: int) -> Ours:
-    if not isinstance(contestant, tuple):
-        return ours_with(contestant, None)
-    if len(contestant) != 2:
-        remedy = "Pass `(predictor, schedule)`."
+    pair = contestant if isinstance(contestant, tuple) else (contestant, None)
+    if len(pair) != 2 or not isinstance(pair[0], FusedKANPredictor):
         raise argument_error(
-            "predictors", "have predictors, or pairs of a predictor and a schedule", contestant, remedy
+            "predictors",
+            "have predictors, or pairs of a predictor and a schedule",
+            contestant,
+            "Pass predictors, or `(predictor, schedule)`. `FusedKANPredictor.from_pretrained` loads a folder.",
         )
-    predictor, schedule = contestant
+    predictor, schedule = pair
     if schedule is None or isinstance(schedule, ErrorControl):
         return ours_with(predictor, schedule)
     return ours_with(predictor, as_schedule(schedule, num_inference_steps))
@@ -235,12 +252,16 @@ def _opponents(
     against: Sequence[str | Peer | Plain], num_inference_steps: int
 ) -> tuple[list[Peer | Plain], dict[Opponent, set[int | None]]]:
     """The settings, and the budgets of each kind of contender, None for those of the predictors."""
+    if not isinstance(against, (list, tuple)):
+        raise argument_error("against", "be a list of names and settings", against, "Put it in a list.", TypeError)
     settings: list[Peer | Plain] = []
     named: dict[Opponent, set[int | None]] = {}
     for opponent in against:
         if isinstance(opponent, (Peer, Plain)):
             settings.append(opponent)
             kind = type(opponent)
+            steps = opponent.steps_of(num_inference_steps)
+            check_int(f"against: the steps of {opponent}", steps, maximum=num_inference_steps)
         else:
             kind, budget = budget_of(opponent)
             named.setdefault(kind, set()).add(budget)

@@ -135,8 +135,9 @@ class Store:
             yield
             return
         out_dir = self.folder.parent
-        if out_dir.exists() and not out_dir.is_dir():
-            raise argument_error("out_dir", "be a folder", Said(f"{out_dir}, which is a file"), "Choose another path.")
+        file = next((path for path in (out_dir, *out_dir.parents) if path.is_file()), None)
+        if file is not None:
+            raise argument_error("out_dir", "be a folder", Said(f"{file}, which is a file"), "Choose another path.")
         out_dir.mkdir(parents=True, exist_ok=True)
         with owned(out_dir, "evaluating"):
             yield
