@@ -226,8 +226,11 @@ def pipes():
     return {name: small.ALL[name].build() for name in ("flux cfg", "qwen cfg", "hunyuan cfg", "sd3 cfg")}
 
 
-@pytest.mark.parametrize("levels", SIGMAS)
-@pytest.mark.parametrize("name", ["flux cfg", "qwen cfg", "hunyuan cfg", "sd3 cfg"])
+@pytest.mark.parametrize(
+    "name, levels",
+    [(name, levels) for name in ("flux cfg", "sd3 cfg") for levels in SIGMAS]
+    + [(name, levels) for name in ("qwen cfg", "hunyuan cfg") for levels in ("repeated", "the first ones equal")],
+)
 def test_noise_levels_of_the_callers_own(pipes, name, levels):
     pipe, case = pipes[name], small.ALL[name]
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()  # neither shifts nor sorts them
