@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +60,15 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def very_brief():
+    """The trainings within a search have a few epochs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "BRIEF", replace(stages.BRIEF, epochs=3))
+        patch.setattr(schedule_search, "BRIEF", replace(schedule_search.BRIEF, guided_epochs=4))
+        yield
+
+
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory):
     return write_recording(tmp_path_factory.mktemp("recording") / "t")
@@ -76,7 +86,7 @@ def whole(recording, tmp_path_factory):
     return files(folder), {place: len(counted) for place, counted in counts.items()}
 
 
-def points(total, count=3):
+def points(total, count=5):
     """A few of the numbers from 1 to `total`, with both ends."""
     return sorted({1 + round(n * (total - 1) / (count - 1)) for n in range(count)})
 
@@ -117,15 +127,15 @@ def test_a_search_that_is_interrupted_again_and_again(recording, whole, tmp_path
     expected, counts = whole
     out, steps, interruptions = tmp_path / "out", 0, 0
     while True:
-        with interrupted("a step of the optimiser", 21) as counted, contextlib.suppress(KeyboardInterrupt):
+        with interrupted("a step of the optimiser", 7) as counted, contextlib.suppress(KeyboardInterrupt):
             lesa.train(recording, out_dir=out, **OPTIONS)
         steps, interruptions = steps + len(counted), interruptions + 1
-        if len(counted) < 21:
+        if len(counted) < 7:
             break
     assert interruptions > 3
     assert files(out) == expected
-    # An unfinished training for stages begins again; it has 10 epochs. Others continue after their last whole epoch.
-    assert steps <= counts["a step of the optimiser"] + 11 * interruptions
+    # An unfinished training for stages begins again; it has 3 epochs. Others continue after their last whole epoch.
+    assert steps <= counts["a step of the optimiser"] + 4 * interruptions
 
 
 @pytest.fixture
@@ -263,6 +273,7 @@ def test_a_folder_that_cannot_be_used_is_refused_before_the_work(
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_missing_parent_is_made(recording, tmp_path):
     out = tmp_path / "a" / "b" / "c"
     lesa.train(recording, CONFIG, [0, 2, 5], out_dir=out, epochs=1, progress=False)
