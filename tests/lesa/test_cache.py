@@ -454,12 +454,12 @@ def test_enabling_twice_is_refused(pipe, generate):
 
 
 @pytest.mark.parametrize("config", [FirstBlockCacheConfig(), TaylorSeerCacheConfig()], ids=lambda c: type(c).__name__)
-def test_another_cache_is_refused(pipe, config):
-    pipe.transformer.enable_cache(config)
+def test_another_cache_is_refused(fresh_pipe, config):
+    fresh_pipe.transformer.enable_cache(config)
     with pytest.raises(RuntimeError, match=rf"{type(config).__name__}\. Call `pipe\.transformer\.disable_cache\(\)`"):
-        lesa.enable_cache(pipe, make_predictor(), 3)
-    pipe.transformer.disable_cache()
-    lesa.enable_cache(pipe, make_predictor(), 3)
+        lesa.enable_cache(fresh_pipe, make_predictor(), 3)
+    fresh_pipe.transformer.disable_cache()
+    lesa.enable_cache(fresh_pipe, make_predictor(), 3)
 
 
 @pytest.mark.parametrize("config", [FirstBlockCacheConfig(), TaylorSeerCacheConfig()], ids=lambda c: type(c).__name__)

@@ -359,7 +359,6 @@ def test_a_predictor_that_was_made_in_a_mode_is_an_ordinary_one(made, without_mo
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the weights are checked with gradients enabled", strict=True)
 def test_a_predictor_whose_weights_belong_to_an_inference_mode_is_enabled(made, without_modes, tmp_path):
     with torch.inference_mode():
         predictor = assigned(copy.deepcopy(made.predictor))

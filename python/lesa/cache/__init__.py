@@ -180,7 +180,8 @@ def _check_predictor(pipe: Any, adapter: Adapter, predictor: FusedKANPredictor) 
             Said(f"one on {device}"),
             f"Move it with `predictor.to('{head_device}')`.",
         )
-    bad = [name for name, weight in predictor.named_parameters() if not torch.isfinite(weight).all()]
+    with torch.no_grad():  # the weights may belong to an inference mode
+        bad = [name for name, weight in predictor.named_parameters() if not torch.isfinite(weight).all()]
     if bad:
         raise argument_error(
             "predictor", "have finite weights", Said(f"NaN or Inf in {', '.join(bad)}"), "Load or train it again."

@@ -19,7 +19,7 @@ def copy_to_host(value: torch.Tensor) -> tuple[torch.Tensor, "torch.cuda.Event |
     """
     if not value.is_cuda:
         return value.detach().reshape(1), None
-    copy = torch.empty(1, dtype=torch.float32, pin_memory=True)
+    copy = torch.empty(1, dtype=torch.float32, device="cpu", pin_memory=True)
     copy.copy_(value.detach().reshape(1), non_blocking=True)
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(value.device))
