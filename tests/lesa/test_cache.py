@@ -463,14 +463,14 @@ def test_another_cache_is_refused(fresh_pipe, config):
 
 
 @pytest.mark.parametrize("config", [FirstBlockCacheConfig(), TaylorSeerCacheConfig()], ids=lambda c: type(c).__name__)
-def test_another_cache_that_comes_later_is_refused_by_the_run(pipe, generate, config):
-    handle = lesa.enable_cache(pipe, make_predictor(), SOME)
-    cached = generate(pipe)
-    pipe.transformer.enable_cache(config)
+def test_another_cache_that_comes_later_is_refused_by_the_run(fresh_pipe, generate, config):
+    handle = lesa.enable_cache(fresh_pipe, make_predictor(), SOME)
+    cached = generate(fresh_pipe)
+    fresh_pipe.transformer.enable_cache(config)
     with pytest.raises(RuntimeError, match=rf"{type(config).__name__}\. Call `pipe\.transformer\.disable_cache\(\)`"):
-        generate(pipe)
-    pipe.transformer.disable_cache()
-    assert torch.equal(generate(pipe), cached)
+        generate(fresh_pipe)
+    fresh_pipe.transformer.disable_cache()
+    assert torch.equal(generate(fresh_pipe), cached)
     assert handle.stats.streams["cond"].computed == SOME
 
 

@@ -326,3 +326,9 @@ def test_arguments_are_checked(trajectories):
         lesa.train(trajectories, learning_rate=0.0)
     with pytest.raises(ValueError, match="`config.num_inference_steps` must be that of the trajectories, 12"):
         lesa.train(trajectories, PredictorConfig(WIDTH, num_inference_steps=50))
+
+
+@pytest.mark.parametrize("wrong", [None, 3, ["recording"]])
+def test_what_is_no_recording_is_refused(wrong):
+    with pytest.raises(TypeError, match="`trajectories` must be the folder of a recording, or what `lesa.record`"):
+        lesa.train(wrong)

@@ -186,8 +186,13 @@ class Trajectories:
 
 
 def as_trajectories(trajectories: Trajectories | str | os.PathLike) -> Trajectories:
-    """Returns the trajectories, which are read if a folder is given."""
-    return trajectories if isinstance(trajectories, Trajectories) else Trajectories(trajectories)
+    """Returns the trajectories, which are read if a folder is given. Raises `TypeError` if it is neither."""
+    if isinstance(trajectories, Trajectories):
+        return trajectories
+    if not isinstance(trajectories, (str, os.PathLike)):
+        must = "be the folder of a recording, or what `lesa.record` returned"
+        raise argument_error("trajectories", must, trajectories, "Pass one of these.", TypeError)
+    return Trajectories(trajectories)
 
 
 def latents_of(trajectory: Trajectory) -> torch.Tensor:
