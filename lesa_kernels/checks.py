@@ -6,7 +6,9 @@ sentence, `usage_error` takes a sentence of your own and the remedy.
 
 import math
 import numbers
+import os
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +46,31 @@ def usage_error(sentence: str, remedy: str, kind: type[Exception] = ValueError) 
     error: Any = kind(f"{sentence} {remedy}")
     error.lesa_message = True  # an error of usage, not a bug: the command line shows it without a traceback
     return error
+
+
+def check_folder_or_id(name: str, value: Any) -> None:
+    """Checks that `value` is a folder or may be the id of a repository on a hub, which is "user/name".
+
+    What looks like a path is never asked of the hub: an absolute path, one that begins with a dot or "~", one that does
+    not have exactly one separator, and one whose parent folder exists.
+
+    Args:
+        name: the argument's name.
+        value: what was received.
+
+    Raises:
+        TypeError: it is no path.
+        FileNotFoundError: it looks like a path, and there is no such folder.
+    """
+    must = "be a folder or a hub id such as 'user/name'"
+    if not isinstance(value, (str, os.PathLike)):
+        raise argument_error(name, must, value, "Pass a string.", TypeError)
+    given, path = os.fspath(value), Path(value)
+    if path.is_dir():
+        return
+    if path.is_absolute() or given.startswith((".", "~")) or given.count("/") != 1 or path.parent.is_dir():
+        what = "which is a file" if path.is_file() else f"and there is no folder {given!r}"
+        raise argument_error(name, must, Said(f"{given!r}, {what}"), "Check the path.", FileNotFoundError)
 
 
 class Said:

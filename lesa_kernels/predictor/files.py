@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from lesa_kernels.checks import Said, argument_error, usage_error
+from lesa_kernels.checks import Said, argument_error, check_folder_or_id, usage_error
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -57,8 +57,7 @@ def check_hub_options(given: Collection[str]) -> None:
 def find_files(folder_or_id: str | os.PathLike, hub: Mapping[str, Any]) -> tuple[Path, Path]:
     """Configuration and weights in a folder; they are downloaded if it is the id of a repository.
 
-    What looks like a path is never asked of the hub: an absolute path, one that starts with "." or "~", one of more
-    than two parts, and one whose parent folder exists.
+    What looks like a path is never asked of the hub; see `check_folder_or_id`.
 
     Args:
         folder_or_id: a folder, or the id of a repository on the hub.
@@ -69,20 +68,11 @@ def find_files(folder_or_id: str | os.PathLike, hub: Mapping[str, Any]) -> tuple
         ValueError: it is neither a path nor a possible id.
         FileNotFoundError: it looks like a path and is no folder, or one of its files is missing.
     """
-    if not isinstance(folder_or_id, (str, os.PathLike)):
-        raise argument_error("folder_or_id", "be a path or a hub id", folder_or_id, "Pass a string.", TypeError)
+    check_folder_or_id("folder_or_id", folder_or_id)
     check_hub_options(hub)
     name, folder = os.fspath(folder_or_id), Path(folder_or_id)
     if folder.is_dir():
         return _files_in(folder / (hub.get("subfolder") or ""))
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or folder.parent.is_dir():
-        raise argument_error(
-            "folder_or_id",
-            "be a folder or a hub id such as 'user/name'",
-            Said(f"{name!r}, and there is no folder {name!r}"),
-            "Check the path.",
-            FileNotFoundError,
-        )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 

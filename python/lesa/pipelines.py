@@ -4,13 +4,12 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 
-from lesa_kernels.checks import Said, argument_error
+from lesa_kernels.checks import Said, argument_error, check_folder_or_id
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
@@ -32,26 +31,6 @@ def load_pipeline(folder_or_id: str | os.PathLike, **options: Any) -> DiffusionP
     index = DiffusionPipeline.load_config(folder_or_id, **hub)
     absent = {name: None for name, value in index.items() if isinstance(value, (list, tuple)) and value[0] is None}
     return DiffusionPipeline.from_pretrained(folder_or_id, **{**absent, **options})
-
-
-def check_folder_or_id(name: str, value: str | os.PathLike) -> None:
-    """Raises `FileNotFoundError` if `value` is no folder and cannot be meant as a hub id, which is "user/name".
-
-    It is meant as a path if it is absolute or begins with a dot or "~", if it does not have exactly one separator, or
-    if its parent folder exists.
-
-    Args:
-        name: the argument's name.
-        value: what was received.
-    """
-    text, path = os.fspath(value).rstrip("/"), Path(value)
-    if path.is_dir():
-        return
-    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or path.parent.is_dir():
-        given = repr(os.fspath(value))
-        got = Said(f"{given}, which is a file" if path.is_file() else f"{given}, and there is no folder {given}")
-        must = "be a folder or a hub id such as 'user/name'"
-        raise argument_error(name, must, got, "Check the path.", FileNotFoundError)
 
 
 @contextlib.contextmanager

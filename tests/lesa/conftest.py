@@ -1,5 +1,6 @@
 import pytest
 import torch
+from diffusers.utils import logging as diffusers_logging
 
 import digits_pipelines
 import lesa
@@ -67,3 +68,13 @@ def generate():
         return pipe(**{**arguments, "num_inference_steps": steps, **options}).images
 
     return run
+
+
+@pytest.fixture
+def settings_of_the_command(monkeypatch):
+    """What `lesa.cli.main` sets for its process ends with the test."""
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    before = diffusers_logging.get_verbosity()
+    yield
+    diffusers_logging.set_verbosity(before)
+    diffusers_logging.enable_progress_bar()

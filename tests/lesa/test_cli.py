@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 import lesa
@@ -16,18 +15,10 @@ from lesa.inputs import write_inputs
 from lesa.training.training_run import Training
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
+pytestmark = pytest.mark.usefixtures("settings_of_the_command")
+
 MODEL = str(digits.PIPELINE_DIR)
 STEPS = 12
-
-
-@pytest.fixture(autouse=True)
-def verbosity(monkeypatch):
-    """So that the command's settings end with the test."""
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    before = diffusers_logging.get_verbosity()
-    yield
-    diffusers_logging.set_verbosity(before)
-    diffusers_logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 import lesa
@@ -20,15 +19,7 @@ from lesa.cli.trying import check_by_pipeline
 from lesa.inputs import Sample, read_inputs
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
-
-@pytest.fixture(autouse=True)
-def verbosity(monkeypatch):
-    """So that the command's settings end with the test."""
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    before = diffusers_logging.get_verbosity()
-    yield
-    diffusers_logging.set_verbosity(before)
-    diffusers_logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("settings_of_the_command")
 
 
 def run(capsys, words, **named) -> str:

@@ -8,7 +8,6 @@ import struct
 import numpy as np
 import pytest
 import torch
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -20,6 +19,8 @@ from lesa.demo.run import export
 from lesa.pipelines import load_pipeline
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
+pytestmark = pytest.mark.usefixtures("settings_of_the_command")
+
 MODEL = str(digits.PIPELINE_DIR)
 
 CALLED = (lesa.record, lesa.train, lesa.refine, lesa.evaluate, lesa.estimate, lesa.report, load_pipeline, export)
@@ -29,16 +30,6 @@ PYTHON_ONLY = {
     "requested_num_inference_steps",
 }
 """Names that mean nothing to someone who uses the commands."""
-
-
-@pytest.fixture(autouse=True)
-def verbosity(monkeypatch):
-    """So that the command's settings end with the test."""
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    before = diffusers_logging.get_verbosity()
-    yield
-    diffusers_logging.set_verbosity(before)
-    diffusers_logging.enable_progress_bar()
 
 
 def embeddings(rows=1, width=64, pooled=64):

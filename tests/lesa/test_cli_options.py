@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 import lesa
@@ -105,7 +104,7 @@ def digits_pipe():
 
 
 @pytest.fixture
-def calls_of(monkeypatch, tmp_path, folder, digits_pipe):
+def calls_of(monkeypatch, settings_of_the_command, tmp_path, folder, digits_pipe):
     """`calls_of("record ...")` -> every call that the command makes of the library, its arguments by name.
 
     Each is "function.argument", defaults included, or "function 2.argument" for a second call. The library itself does
@@ -163,18 +162,14 @@ def calls_of(monkeypatch, tmp_path, folder, digits_pipe):
     replace_everywhere(monkeypatch, {name: spy(name) for name in LIBRARY})
     monkeypatch.setattr(FluxPipeline, "__call__", draw)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # which the command would leave set
     monkeypatch.chdir(tmp_path)
-    verbosity = diffusers_logging.get_verbosity()
 
     def calls(words, interrupted=None):
         state.update(words=words, interrupted=interrupted)
         cli.main(words)
         return seen
 
-    yield calls
-    diffusers_logging.set_verbosity(verbosity)
-    diffusers_logging.enable_progress_bar()
+    return calls
 
 
 # What is expected. `{}` in a word stands for the folder of the fixture.

@@ -8,7 +8,6 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 import lesa.cli.loading
@@ -19,17 +18,9 @@ from lesa.cli.outputs import can_be_written, check_output, write
 from lesa.inputs import write_inputs
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
+pytestmark = pytest.mark.usefixtures("settings_of_the_command")
+
 FRAMES = small.FRAMES
-
-
-@pytest.fixture(autouse=True)
-def verbosity(monkeypatch):
-    """So that the command's settings end with the test."""
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    before = diffusers_logging.get_verbosity()
-    yield
-    diffusers_logging.set_verbosity(before)
-    diffusers_logging.enable_progress_bar()
 
 
 def picture(value=0, height=33, width=47, mode="RGB"):

@@ -1,7 +1,8 @@
 import pytest
 from diffusers import DiffusionPipeline
 
-from lesa.pipelines import check_folder_or_id, load_pipeline
+from lesa.pipelines import load_pipeline
+from lesa_kernels.checks import check_folder_or_id
 
 
 @pytest.fixture

@@ -17,57 +17,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lesa
 from lesa_kernels import FusedKANPredictor, PredictorConfig
+from made_recordings import STEPS, TOKENS, WIDTH, write_recording
 
-STEPS, TOKENS, WIDTH, OUT = 12, 5, 6, 3
 SCHEDULE = (0, 2, 5, 8)
 STILL = 1e-8
 NEWTON = PredictorConfig(WIDTH, hidden=4, rank=0)
 DENSE = PredictorConfig(WIDTH, mixer="dense", hidden=4)
 QUIET = {"progress": False, "tokens_per_batch": None}
-
-
-def write_recording(folder, samples=6, streams=1, shifts=(1.0,), bias=True, seed=0):
-    """A recording in which every sample, stream, token and step has a head modulation and a curve of its own."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    folder.mkdir()
-    head = {"weight": normal(OUT, WIDTH), "bias": normal(OUT)}
-    save_file(head if bias else {"weight": head["weight"]}, folder / "head.safetensors")
-    for number in range(samples):
-        shift = shifts[number % len(shifts)]
-        sigmas = torch.linspace(1, 1 / STEPS, STEPS)
-        sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
-        powers = torch.stack([sigmas**p for p in range(4)])
-        for stream in range(streams):
-            curve = torch.einsum("ps,ptd->std", powers, normal(4, TOKENS, WIDTH))
-            tensors = {
-                "features": curve + 0.05 * normal(STEPS, TOKENS, WIDTH),
-                "latents": normal(STEPS, TOKENS, OUT),
-                "sigmas": sigmas,
-                "scale": 0.3 * normal(STEPS, WIDTH),
-                "shift": 0.3 * normal(STEPS, WIDTH),
-                "token_index": torch.arange(TOKENS),
-            }
-            save_file(tensors, folder / f"sample-{number:05d}{'-uncond' if stream else ''}.safetensors")
-    manifest = {
-        "format_version": 1,
-        "family": "flux",
-        "feature_dim": WIDTH,
-        "num_inference_steps": STEPS,
-        "samples": samples,
-        "seed": seed,
-        "head_eps": 1e-3,
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return lesa.Trajectories(folder)
 
 
 def alike(folder, samples=2):

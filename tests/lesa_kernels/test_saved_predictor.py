@@ -181,7 +181,7 @@ def test_what_can_be_no_id_is_named(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("value", [None, 3, b"folder", CONFIG])
 def test_what_is_no_path_at_all_is_named(value):
-    with pytest.raises(TypeError, match="`folder_or_id` must be a path or a hub id, but got"):
+    with pytest.raises(TypeError, match="`folder_or_id` must be a folder or a hub id such as 'user/name', but got"):
         FusedKANPredictor.from_pretrained(value)
 
 

@@ -18,8 +18,9 @@ from lesa.cli.fitting import check_widths, fit
 from lesa.cli.trying import check_by_pipeline
 from lesa.inputs import Sample, check_inputs, read_samples
 from lesa.models import adapter_for
-from lesa.pipelines import check_folder_or_id, load_pipeline
+from lesa.pipelines import load_pipeline
 from lesa_kernels import FusedKANPredictor
+from lesa_kernels.checks import check_folder_or_id
 
 _OPTIONAL_ENCODERS = ("text_encoder_3",)
 """Text encoders without which pipelines encode prompts: Stable Diffusion 3 then takes zeros."""
