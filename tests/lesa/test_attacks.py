@@ -336,20 +336,67 @@ def test_disabling_in_a_callback_computes_the_rest_of_the_run(name):
     assert torch.equal(run(pipe, name, callback_on_step_end=at_step(5, handle.disable)), plain)
 
 
+def replace_scheduler(pipe):
+    pipe.scheduler = copy.deepcopy(pipe.scheduler)
+
+
+def copy_timesteps(pipe):
+    pipe.scheduler.timesteps = pipe.scheduler.timesteps.clone()
+
+
+def timesteps_in_float64(pipe):
+    pipe.scheduler.timesteps = pipe.scheduler.timesteps.double()
+
+
+def shift_timesteps(pipe):
+    pipe.scheduler.timesteps = pipe.scheduler.timesteps * 0.99
+
+
+def free_hooks(pipe):
+    pipe.maybe_free_model_hooks()
+
+
+def reset_hooks(pipe):
+    pipe.transformer._diffusers_hook.reset_stateful_hooks()
+
+
 @slow
-def test_a_scheduler_that_is_replaced_in_a_callback_begins_a_run():
+@pytest.mark.parametrize("change", [replace_scheduler, copy_timesteps, timesteps_in_float64], ids=lambda f: f.__name__)
+def test_a_copy_of_the_scheduler_goes_on_with_the_run(change):
     pipe = small.ALL["flux"].build()
-
-    def replace():
-        pipe.scheduler = copy.deepcopy(pipe.scheduler)
-
-    plain, calls = run(pipe, callback_on_step_end=at_step(5, replace)), counter(pipe)
-    with enable(pipe, range(STEPS)) as handle:
-        assert torch.equal(run(pipe, callback_on_step_end=at_step(5, replace)), plain)
+    arguments = {"callback_on_step_end": at_step(5, lambda: change(pipe))}
+    plain, calls = run(pipe, **arguments), counter(pipe)
+    with enable(pipe, range(STEPS)):
+        assert torch.equal(run(pipe, **arguments), plain)
     calls.clear()
     with enable(pipe) as handle:
-        run(pipe, callback_on_step_end=at_step(5, replace))
+        run(pipe, **arguments)
+        assert handle.stats.runs == 1 and computed(handle) == len(calls) == len(SOME)
+
+
+@slow
+@pytest.mark.parametrize("change", [free_hooks, reset_hooks], ids=lambda f: f.__name__)
+def test_a_run_that_is_begun_again_in_the_middle_is_noticed(change):
+    pipe = small.ALL["flux"].build()
+    arguments = {"callback_on_step_end": at_step(5, lambda: change(pipe))}
+    plain, calls = run(pipe, **arguments), counter(pipe)
+    with enable(pipe, range(STEPS)):
+        assert torch.equal(run(pipe, **arguments), plain)
+    calls.clear()
+    with enable(pipe, strict=False) as handle, pytest.warns(RuntimeWarning, match="in the middle of a run"):
+        run(pipe, **arguments)
         assert handle.stats.runs == 2 and computed(handle) == 3 and len(calls) == 6  # of steps 0-5, and of 6-11
+        assert "in the middle of a run" in handle.stats.summary()
+    with enable(pipe), pytest.raises(RuntimeError, match="in the middle of a run"):
+        run(pipe, **arguments)
+
+
+@slow
+def test_timesteps_that_are_changed_in_a_run_are_noticed():
+    pipe = small.ALL["flux"].build()
+    arguments = {"callback_on_step_end": at_step(5, lambda: shift_timesteps(pipe))}
+    with enable(pipe), pytest.raises(RuntimeError, match="the timestep is not one of the scheduler's"):
+        run(pipe, **arguments)
 
 
 # Pipelines that share parts

@@ -190,6 +190,10 @@ class ForecastingHook(StepHook[ForecastState]):
         self.stats.note(reason)
         self._fall_back(reason, remedy)
 
+    def on_restart(self, state: ForecastState) -> None:
+        if len(state.computed) < len(state.run.executed_sigmas):
+            super().on_restart(state)
+
     def on_no_call(self) -> None:
         self.stats.begin_run()
 

@@ -32,6 +32,14 @@ REPLACED = (
     "the transformer's forward was replaced",
     "Wrap the forward instead of replacing it, or replace it before the cache is enabled.",
 )
+RESTARTED = (
+    "the scheduler, its timesteps or what was kept for the run were replaced in the middle of a run",
+    "The rest of it is a run of its own, which begins with computed steps. Keep the scheduler as it is in a run.",
+)
+CHANGED = (
+    "what wraps the transformer's forward changed the shape of its inputs",
+    "Give the forward the inputs that the transformer gets.",
+)
 REPEATED = (
     "the transformer's forward was called more than once in a step",
     "Let what wraps the forward call it once.",
@@ -89,6 +97,7 @@ class StepHook(ModelHook, Generic[State]):
         self._captured: tuple | None = None  # the inputs of the output head in the current call, from a compiled graph
         self._warned: set[str] = set()
         self._calls = 0
+        self._begun: int | None = None  # how many runs have begun while the pipeline runs; None if it does not run
 
     # On and off
 
@@ -160,6 +169,10 @@ class StepHook(ModelHook, Generic[State]):
         """Called when the pipeline computes, and the hook does not see it."""
         raise usage_error(f"lesa cannot see what is computed: {reason}.", remedy, RuntimeError)
 
+    def on_restart(self, state: State) -> None:
+        """Called when a run begins in the middle of another one."""
+        self.on_bypassed(*RESTARTED)
+
     def on_no_call(self) -> None:
         """Called when the pipeline has run and has not called the transformer."""
 
@@ -187,6 +200,7 @@ class StepHook(ModelHook, Generic[State]):
     def pipeline_run(self) -> Iterator[None]:
         """Entered while the pipeline runs. When it has ended, nothing is kept for it."""
         calls, is_driven = self._calls, self._check_driven()
+        self._begun = 0
         try:
             yield
             if is_driven and self._check_driven() and self._calls == calls:
@@ -194,6 +208,8 @@ class StepHook(ModelHook, Generic[State]):
         except BaseException:
             self.state = None  # the run has failed
             raise
+        finally:
+            self._begun = None
         self.reset_state(self.adapter.transformer)
 
     def _check_driven(self) -> bool:
@@ -263,10 +279,20 @@ class StepHook(ModelHook, Generic[State]):
             check_no_layer_cache(self.adapter.transformer)
             run.begin = run.index
             self.on_run(state)
+            self._count_run(state)
         stream = state.stream_of(self.context.name or "main", arguments.get("encoder_hidden_states"))
         call = Call(run.step, stream, run.sigmas[run.index], arguments)
         call.predicted = self.wants_prediction(state, call)
         return state, call
+
+    def _count_run(self, state: State) -> None:
+        """Tells `on_restart` if a run begins where the pipeline is in the middle of another one."""
+        if self._begun is None:  # a loop of the user's own
+            return
+        self._begun += 1
+        run = state.run
+        if self._begun > 1 and run.index > 0 and getattr(run.scheduler, "step_index", None) is not None:
+            self.on_restart(state)
 
     @torch.compiler.disable
     def _predicted(self, state: State, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -278,7 +304,7 @@ class StepHook(ModelHook, Generic[State]):
                 return None
             output = self.adapter.transformer._call_impl(*args, **kwargs)
         if call.forecasts != 1:
-            self.on_not_forecast(state, call, *(REPEATED if call.forecasts else REPLACED))
+            self.on_not_forecast(state, call, *(REPEATED if call.forecasts else CHANGED if call.changed else REPLACED))
             if call.forecasts:
                 return None
             self._computed()  # whatever stands in place of the forward has computed the call
@@ -297,6 +323,7 @@ class StepHook(ModelHook, Generic[State]):
         state, call = self._located
         arguments = self.adapter.bind(args, kwargs)
         if not self.can_predict(state, call, arguments):
+            call.changed = True
             return forward(*args, **self.needed(kwargs))
         call.forecasts += 1
         return self.predict(state, call, arguments)

@@ -21,7 +21,7 @@ _LAYER_CACHES = ("fbc", "faster_cache", "mag_cache", "pyramid_attention", "taylo
 
 
 class PlacedHook(Protocol):
-    """What is placed: it gets the calls of the transformer, the inputs of its head, and the runs of the pipeline."""
+    """The interface of a hook: it gets the transformer's calls, the inputs of its head, and the pipeline's runs."""
 
     pipe: Any
     adapter: Adapter
@@ -96,13 +96,12 @@ def refusal_to_copy() -> Exception:
 class Placement:
     """Puts a hook on the transformer of a pipeline, and takes it away.
 
-    The hook gets every call first, whether the transformer is compiled or not: where torch keeps what `compile` made.
-    It hears of contexts and resets as a hook in diffusers' registry. It learns that the pipeline runs, because the
-    pipeline's class is replaced by a subclass with the same name.
+    The hook replaces `_compiled_call_impl`, which torch calls first, whether the transformer is compiled or not. It is
+    told of contexts and resets as a hook in diffusers' registry. It is told of the runs of the pipeline by a subclass of
+    the pipeline's class, which has the same name and replaces it.
 
-    The transformer gets a copy of its class's forward as an attribute of its own. It does the same, and is another
-    object. So a graph that was compiled before, which does not have the hook, is not used. And it can be seen whether
-    someone has set the class's forward in the meantime.
+    The transformer gets a copy of its class's forward as an attribute. The copy is a different object. So torch does
+    not use a graph that was compiled without the hook, and lesa can see whether someone has replaced the forward.
 
     Args:
         hook: the hook.

@@ -37,8 +37,21 @@ class Run:
         self._passed: dict[torch.dtype, list[float]] = {}
 
     def covers(self, scheduler: Any) -> bool:
-        """Whether the scheduler is still in this run. A new run sets new timesteps."""
-        return self.scheduler is scheduler and self.identity is scheduler.timesteps
+        """Whether the scheduler is still in this run. A new run sets new timesteps, and no step has begun yet.
+
+        A copy of the scheduler or of its timesteps, such as in another dtype, goes on with the run.
+        """
+        timesteps = getattr(scheduler, "timesteps", None)
+        if self.scheduler is scheduler and self.identity is timesteps:
+            return True
+        index = getattr(scheduler, "step_index", None)
+        if index is None or index < self.index or not isinstance(timesteps, torch.Tensor):
+            return False
+        values = timesteps.tolist()
+        if values != self.timesteps or _sigmas_of(scheduler, values) != self.sigmas:
+            return False
+        self.scheduler, self.identity = scheduler, timesteps
+        return True
 
     def is_at_a_step_of(self, scheduler: Any) -> bool:
         """Whether the scheduler is in this run, and says that it is at one of its steps."""
@@ -130,6 +143,7 @@ class Call:
         predicted: whether the call is to be predicted.
         heads: how often the inputs of the output head were seen in this call while it was computed.
         forecasts: how often the forward was exchanged for a forecast in this call.
+        changed: whether a wrapper gave the forward inputs that no forecast fits.
     """
 
     step: int
@@ -139,6 +153,7 @@ class Call:
     predicted: bool = False
     heads: int = 0
     forecasts: int = 0
+    changed: bool = False
 
 
 class StepObserver(Protocol):

@@ -1,9 +1,9 @@
-"""The forward that a transformer's class was written with, below all that others put around it.
+"""Finds the forward method in the source of a transformer's class, below everything that wraps it.
 
 Others wrap or replace `forward`: autocast decorators, `Accelerator.prepare`, the hooks of accelerate and diffusers,
-patches of the class, subclasses. A step that is not computed must run inside all of them, because each may change the
-dtype, the inputs or the output. So for the time of such a step, the class's own forward is exchanged in every place
-that holds it. Nothing stays in these places after the step.
+patches of the class, subclasses. A predicted step must run inside all of them, because each may change the dtype, the
+inputs or the output. During such a step, lesa replaces the class's forward wherever it is stored, and restores it
+afterwards.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _OURS = ("forward", "compile", "_compiled_call_impl")
 """Attributes of a transformer that are not searched for what others have kept."""
 
 _MOST_HOLDERS = 1000
-"""A search that looks into more objects than this has left the wrappers of a forward."""
+"""The search stops after this many objects."""
 
 _exchanging = threading.RLock()  # held while a function is exchanged that several transformers may share
 
@@ -57,7 +57,10 @@ class OwnForward:
         return {**self._defaults, **dict(zip(self._names, args)), **kwargs}
 
     def _is_written(self, value: Any) -> bool:
-        """Whether `value` is the function in the source of the class. Decorators copy names, but not these."""
+        """Whether `value` is the function in the source of the class.
+
+        Decorators copy `__name__`, but not the code object and its globals.
+        """
         if not isinstance(value, types.FunctionType) or value.__code__.co_name != "forward":
             return False
         qualified = getattr(value.__code__, "co_qualname", None)  # Python 3.11 and newer
@@ -203,7 +206,7 @@ class _Place:
 
 
 def _search(places: list[_Place], wanted: Callable[[Any], bool]) -> Iterator[_Place]:
-    """The first places on every way down from `places` whose contents are wanted."""
+    """Searches `places` and everything inside them. On each path, it yields the first place with a wanted object."""
     seen: set[int] = set()
     waiting = places[::-1]
     while waiting and len(seen) < _MOST_HOLDERS:
