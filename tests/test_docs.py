@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lesa.cache import reasons
 from lesa.cli import parse, parser_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,7 +164,11 @@ def reasons_and_notes():
             yield text_of(node.args[0])
         elif isinstance(node, ast.FunctionDef) and node.name == "_why_not":
             for returned in (n.value for n in ast.walk(node) if isinstance(n, ast.Return)):
-                yield text_of(returned.elts[0])
+                if isinstance(returned, ast.Tuple):
+                    yield text_of(returned.elts[0])
+    for name, pair in vars(reasons).items():
+        if name.isupper():
+            yield pair[0]
 
 
 def keys_of_the_table():

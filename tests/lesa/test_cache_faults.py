@@ -700,3 +700,40 @@ def test_a_loop_that_never_steps_the_scheduler(pipe, begins, streams):
                 assert stream.computed == [0, 1, 4] and len(stream.predicted) == steps - 3
     computed = [step * streams + i for step in (0, 1, 4) for i in range(streams)]
     assert torch.equal(forecast[computed], plain[computed]) and not torch.equal(forecast, plain)
+
+
+@pytest.mark.parametrize("begin", [None, STEPS - 1])
+def test_a_loop_whose_timesteps_rise_is_noticed(pipe, begin):
+    """As inversion runs: from the picture to the noise. Each call looks like a run of its own."""
+    scheduler = pipe.scheduler
+    with lesa.enable_cache(pipe, make_predictor(), SOME, strict=True):
+        scheduler.set_timesteps(STEPS)
+        if begin is not None:
+            scheduler.set_begin_index(begin)
+        with pytest.raises(RuntimeError, match="not one of the scheduler's, or not its current one"), torch.no_grad():
+            for t in scheduler.timesteps.flip(0):
+                pipe.transformer(**{**FIRST, "timestep": (t / 1000).expand(len(FIRST["hidden_states"]))})
+
+
+def test_a_call_for_warm_up_in_the_first_step_is_noticed(pipe):
+    other = call_arguments((3, 8), seed=9)
+    other["encoder_hidden_states"] = FIRST["encoder_hidden_states"]
+
+    def loop(warm_up):
+        calls = [("warm-up", other)] if warm_up else []
+        return drive(pipe, lambda step: [*(calls if step == 0 else []), ("call", FIRST)])["call"]
+
+    plain = loop(warm_up=False)
+    with (
+        lesa.enable_cache(pipe, make_predictor(), SOME, strict=True),
+        pytest.raises(RuntimeError, match="called twice"),
+    ):
+        loop(warm_up=True)
+    with lesa.enable_cache(pipe, make_predictor(), [0, 1, 5]) as handle:
+        with pytest.warns(RuntimeWarning, match="called twice with the same text"):
+            cached = loop(warm_up=True)
+        assert handle.stats.streams["main"].computed == [0, 1, 2, 5]
+    assert torch.equal(cached[2], plain[2])
+    with lesa.enable_cache(pipe, make_predictor(), SOME, strict=True) as handle:  # two samples of one prompt
+        drive(pipe, lambda step: [("one", other), ("two", FIRST)])
+        assert [*handle.stats.streams] == ["main", "main-2"] and handle.stats.predicted_steps == len(REST)

@@ -12,6 +12,7 @@ import sys
 import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import accelerate
 import pytest
@@ -671,3 +672,134 @@ def test_a_shallow_copy_of_a_pipeline_is_a_pipeline(pipe, generate):
     assert type(another) is cls
     with lesa.enable_cache(another, predictor(), SOME, strict=True):
         generate(another)
+
+
+# Runs that lesa does not see in part
+
+
+def test_a_bypass_is_noted_in_the_stats(pipe, generate):
+    """Something between the pipeline and the transformer calls its forward."""
+    with lesa.enable_cache(pipe, predictor(), SOME) as handle, pytest.warns(RuntimeWarning, match="called directly"):
+        vars(pipe.transformer)["_compiled_call_impl"] = pipe.transformer._call_impl
+        generate(pipe)
+    assert "called directly" in handle.stats.summary()
+    vars(pipe.transformer).pop("_compiled_call_impl")
+    with lesa.enable_cache(pipe, predictor(), SOME, strict=True):
+        vars(pipe.transformer)["_compiled_call_impl"] = pipe.transformer._call_impl
+        with pytest.raises(RuntimeError, match="called directly"):
+            generate(pipe)
+
+
+def test_a_transformer_that_is_swapped_and_back_in_one_run_is_noticed(pipe, family):
+    transformer, other, case = pipe.transformer, other_transformer(family), small.ALL[FAMILIES[family]]
+
+    def swap(pipe, step, timestep, tensors):
+        pipe.transformer = {3: other, 6: transformer}.get(step, pipe.transformer)
+        return {}
+
+    noticed = pytest.warns(RuntimeWarning, match="steps were done without the transformer")
+    with lesa.enable_cache(pipe, predictor(), SOME) as handle, noticed:
+        case.latents(pipe, steps=STEPS, callback_on_step_end=swap)
+    assert "steps were done without" in handle.stats.summary()
+    noticed = pytest.raises(RuntimeError, match="steps were done without the transformer")
+    with lesa.enable_cache(pipe, predictor(), SOME, strict=True), noticed:
+        case.latents(pipe, steps=STEPS, callback_on_step_end=swap)
+
+
+def test_an_object_in_the_place_of_the_transformer_is_noticed(pipe, generate, family):
+    transformer, other = pipe.transformer, other_transformer(family)
+
+    class Proxy:
+        def __getattr__(self, name):
+            return getattr(other, name)
+
+        def __call__(self, *args, **kwargs):
+            return other(*args, **kwargs)
+
+    with lesa.enable_cache(pipe, predictor(), SOME, strict=True):
+        vars(pipe)["transformer"] = Proxy()
+        with pytest.raises(RuntimeError, match="`pipe.transformer` was replaced"):
+            generate(pipe)
+        vars(pipe)["transformer"] = transformer
+
+
+# A forward of the class that is no function
+
+
+class Descriptor:
+    """Gives each instance a forward of its own."""
+
+    def __init__(self, base):
+        self.base = base
+
+    def __get__(self, instance, owner=None):
+        if instance is None:
+            return self.base.forward
+        return lambda *args, **kwargs: stronger(self.base.forward(instance, *args, **kwargs))
+
+
+def as_descriptor(base):
+    return Descriptor(base)
+
+
+def as_property(base):
+    return property(lambda self: lambda *args, **kwargs: stronger(base.forward(self, *args, **kwargs)))
+
+
+def as_partial_method(base):
+    def forward(self, change, *args, **kwargs):
+        return change(base.forward(self, *args, **kwargs))
+
+    return functools.partialmethod(forward, stronger)
+
+
+@pytest.mark.parametrize("make", [as_descriptor, as_property, as_partial_method], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("cache_first", [False, True], ids=["change-cache", "cache-change"])
+@slow
+def test_a_forward_of_the_class_that_is_no_function(pipe, generate, make, cache_first):
+    t, cls = pipe.transformer, type(pipe.transformer)
+    changed = type("Changed", (cls,), {"forward": make(cls)})
+    if not cache_first:
+        t.__class__ = changed
+    with lesa.enable_cache(pipe, predictor(), SOME) as handle, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        t.__class__ = changed
+        with blocks_of(pipe) as seen:
+            cached = generate(pipe)
+        assert len(seen) == handle.stats.computed_steps
+    plain = generate(pipe)
+    assert distance(cached, plain) < 0.03
+    with lesa.enable_cache(pipe, predictor(), range(STEPS), strict=True):
+        assert torch.equal(generate(pipe), plain)
+
+
+# Off means off
+
+
+@pytest.mark.parametrize("undo", ["patch", "restore or delete", "restore"])
+def test_what_others_undo_after_the_cache_is_off_is_as_without_a_cache(pipe, generate, undo):
+    t = pipe.transformer
+    before = dict(vars(t))
+
+    def wrapped_and_undone(disable):
+        if undo == "patch":
+            patch = mock.patch.object(t, "forward", side_effect=t.forward)
+            patch.start()
+            disable()
+            patch.stop()
+        else:
+            had, old = "forward" in vars(t), t.forward
+            t.forward = lambda *args, **kwargs: old(*args, **kwargs)
+            disable()
+            if undo == "restore" or had:
+                t.forward = old
+            else:
+                del t.forward
+
+    wrapped_and_undone(lambda: None)
+    wanted = dict(vars(t))
+    vars(t).clear(), vars(t).update(before)
+    handle = lesa.enable_cache(pipe, predictor(), SOME, strict=True)
+    generate(pipe)
+    wrapped_and_undone(handle.disable)
+    assert vars(t) == wanted

@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import torch
 
+from lesa.cache import reasons
 from lesa.cache.conditioning import Conditioner
 from lesa.cache.controlnet import DeferredControl, computed
 from lesa.cache.device_values import DeviceValues
 from lesa.cache.error_control import ControlledSteps, ErrorControl, forecast_error
-from lesa.cache.hook import REPEATED, UNLOCATED, StepHook
+from lesa.cache.hook import StepHook
 from lesa.cache.run import Call, Run, RunState, StepObserver
 from lesa.cache.stats import CacheStats, StreamStats
 from lesa.models import Adapter
@@ -30,11 +31,14 @@ class Stream:
     shape: tuple[int, int] | None = None  # batch and tokens of the call whose features are the newest in the ring
     fuses: bool = False  # whether the predictor has one kernel for forecast and output head
     is_other_text: bool = False  # whether the text has differed since that call
+    is_unclear: bool = False  # whether a feature of another stream may be in the ring
 
     def fits(self, features: torch.Tensor) -> bool:
         """Whether the stream has a history that these features belong to."""
         ring = self.ring
-        if ring is None or self.is_other_text or (ring.batch, ring.tokens, ring.dim) != features.shape:
+        if ring is None or self.is_other_text or self.is_unclear:
+            return False
+        if (ring.batch, ring.tokens, ring.dim) != features.shape:
             return False
         return (ring.dtype, ring.device) == (features.dtype, features.device)
 
@@ -68,6 +72,10 @@ class ForecastState(RunState):
     def on_other_text(self, stream: str) -> None:
         if stream in self.streams:
             self.streams[stream].is_other_text = True
+
+    def on_unclear(self, stream: str) -> None:
+        if stream in self.streams:
+            self.streams[stream].is_unclear = True
 
     def release(self) -> None:
         super().release()
@@ -182,7 +190,7 @@ class ForecastingHook(StepHook[ForecastState]):
         self.stats.unlocated += 1
         if self.state is not None:
             self.state.streams = {}  # another run has the transformer: what was computed before it is no history
-        self._fall_back(*UNLOCATED)
+        self._fall_back(*reasons.UNLOCATED)
 
     def on_bypassed(self, reason: str, remedy: str) -> None:
         if self.state is None and reason not in self.stats.notes:  # what the stats tell of is over
@@ -233,6 +241,8 @@ class ForecastingHook(StepHook[ForecastState]):
             return "the shape changed", "Keep batch and size the same in a run."
         if stream.is_other_text:
             return "the text changed", "Keep the texts the same in a run, and the order of their calls."
+        if stream.is_unclear:
+            return reasons.UNCLEAR
         device = next(self.predictor.parameters()).device
         if device != stream.ring.device:
             return (
@@ -302,7 +312,8 @@ class ForecastingHook(StepHook[ForecastState]):
         if len(stream.stats.computed) > 1 and stream.fits(features):
             self._measure(state, stream, call, features, conditioning)
         self._push(stream, features, call.sigma)
-        stream.shape, stream.is_other_text = self.adapter.shape(call.arguments), False
+        stream.shape = self.adapter.shape(call.arguments)
+        stream.is_other_text = stream.is_unclear = False
 
     def _measure(
         self, state: ForecastState, stream: Stream, call: Call, features: torch.Tensor, conditioning: torch.Tensor
@@ -334,12 +345,9 @@ class ForecastingHook(StepHook[ForecastState]):
         stats.end(call.step, call.arguments["hidden_states"].device)
         if call.heads > 1:
             state.streams[call.stream].ring = None
-            self._fall_back(*REPEATED)
+            self._fall_back(*reasons.REPEATED)
         elif not call.heads:
-            self._fall_back(
-                "the output head did not run where lesa sees it",
-                "Compile with `pipe.transformer.compile(...)`, and don't replace the transformer's forward.",
-            )
+            self._fall_back(*reasons.UNSEEN)
 
 
 def _on_error(controlled: ControlledSteps, stats: StreamStats, step: int, error: float) -> None:

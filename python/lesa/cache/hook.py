@@ -10,6 +10,7 @@ import torch
 from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import StateManager
 
+from lesa.cache import reasons
 from lesa.cache.device_values import DeviceValues
 from lesa.cache.placement import Placement, check_no_layer_cache, check_no_other_cache, refusal_to_copy
 from lesa.cache.run import Call, Run, RunState
@@ -20,29 +21,6 @@ from lesa_kernels.dispatch import users_level
 COMPILE_FIRST = (
     "lesa decides outside of the compiled graph: compile with `pipe.transformer.compile(...)`, or call "
     "`torch.compile(pipe.transformer, fullgraph=True)` before `lesa.enable_cache`"
-)
-
-UNLOCATED = (
-    "the timestep is not one of the scheduler's, or not its current one",
-    "A cached transformer works only with the scheduler of the pipeline for which the cache was enabled.",
-)
-"""Why a call cannot be placed in a run, and what the user should know."""
-
-REPLACED = (
-    "the transformer's forward was replaced",
-    "Wrap the forward instead of replacing it, or replace it before the cache is enabled.",
-)
-RESTARTED = (
-    "the scheduler, its timesteps or what was kept for the run were replaced in the middle of a run",
-    "The rest of it is a run of its own, which begins with computed steps. Keep the scheduler as it is in a run.",
-)
-CHANGED = (
-    "what wraps the transformer's forward changed the shape of its inputs",
-    "Give the forward the inputs that the transformer gets.",
-)
-REPEATED = (
-    "the transformer's forward was called more than once in a step",
-    "Let what wraps the forward call it once.",
 )
 
 State = TypeVar("State", bound=RunState)
@@ -97,6 +75,7 @@ class StepHook(ModelHook, Generic[State]):
         self._captured: tuple | None = None  # the inputs of the output head in the current call, from a compiled graph
         self._warned: set[str] = set()
         self._calls = 0
+        self._bypassed = False  # in the run of the pipeline
         self._begun: int | None = None  # how many runs have begun while the pipeline runs; None if it does not run
 
     # On and off
@@ -141,7 +120,7 @@ class StepHook(ModelHook, Generic[State]):
 
     def on_unlocated(self) -> None:
         """Called when a call's timestep is not one of the scheduler's, or when that turns out later."""
-        self.warn("{}: computing. {}".format(*UNLOCATED))
+        self.warn("{}: computing. {}".format(*reasons.UNLOCATED))
 
     def wants_prediction(self, state: State, call: Call) -> bool:
         """Whether this call is not to be computed."""
@@ -171,7 +150,7 @@ class StepHook(ModelHook, Generic[State]):
 
     def on_restart(self, state: State) -> None:
         """Called when a run begins in the middle of another one."""
-        self.on_bypassed(*RESTARTED)
+        self.bypass(*reasons.RESTARTED)
 
     def on_no_call(self) -> None:
         """Called when the pipeline has run and has not called the transformer."""
@@ -199,11 +178,13 @@ class StepHook(ModelHook, Generic[State]):
     @contextlib.contextmanager
     def pipeline_run(self) -> Iterator[None]:
         """Entered while the pipeline runs. When it has ended, nothing is kept for it."""
-        calls, is_driven = self._calls, self._check_driven()
-        self._begun = 0
+        calls, self._begun, self._bypassed = self._calls, 0, False
+        self._check_driven(False)
         try:
             yield
-            if is_driven and self._check_driven() and self._calls == calls:
+            if not self._bypassed:
+                self._check_driven(self._calls == calls)
+            if self._calls == calls and not self._bypassed:
                 self.on_no_call()
         except BaseException:
             self.state = None  # the run has failed
@@ -212,18 +193,25 @@ class StepHook(ModelHook, Generic[State]):
             self._begun = None
         self.reset_state(self.adapter.transformer)
 
-    def _check_driven(self) -> bool:
-        """Whether the pipeline still has the transformer with the hook. Tells `on_bypassed` if not."""
+    def _check_driven(self, is_unused: bool) -> None:
+        """Tells `on_bypassed` if the pipeline has another transformer than the one with the hook.
+
+        Args:
+            is_unused: whether a run has ended in which the hook got no call. Then the transformer must be the
+                pipeline's own; otherwise a module around it will do.
+        """
         module = getattr(self.pipe, "transformer", None)
-        if not self.placement.is_on or not isinstance(module, torch.nn.Module):
-            return True
-        if any(part is self.adapter.transformer for part in module.modules()):
-            return True
-        self.on_bypassed(
-            "`pipe.transformer` was replaced while the cache was on",
-            "Call `handle.disable()` first, and enable a cache for the new transformer.",
-        )
-        return False
+        own, parts = self.adapter.transformer, [getattr(module, "_orig_mod", module)]
+        if not is_unused and isinstance(module, torch.nn.Module):
+            parts += module.modules()
+        might_call = not is_unused and not isinstance(module, torch.nn.Module)  # an object that may hold it
+        if self.placement.is_on and not might_call and not any(part is own for part in parts):
+            self.bypass(*reasons.SWAPPED)
+
+    def bypass(self, reason: str, remedy: str) -> None:
+        """Tells `on_bypassed`, and remembers it for the end of the run."""
+        self._bypassed = True
+        self.on_bypassed(reason, remedy)
 
     # The gate of the transformer's calls. It is not compiled; what it runs may be.
 
@@ -262,7 +250,7 @@ class StepHook(ModelHook, Generic[State]):
     def _begin(self, args: tuple, kwargs: dict[str, Any]) -> tuple[State, Call] | None:
         """Finds the place of a call in a run, and decides whether to predict it; None if the place is not known."""
         self._calls += 1
-        self.placement.keep_forward()
+        self.placement.look_at_forward()
         check_no_other_cache(self.adapter.transformer)
         arguments = self.adapter.bind(args, kwargs)
         timestep = arguments.get("timestep")
@@ -300,11 +288,12 @@ class StepHook(ModelHook, Generic[State]):
         self.inside, is_replaced = "predict", self.placement.is_forward_replaced()
         with self.adapter.own_forward.exchanged(self._forecast) as is_found:
             if is_replaced or not is_found:
-                self.on_not_forecast(state, call, *REPLACED)
+                self.on_not_forecast(state, call, *reasons.REPLACED)
                 return None
             output = self.adapter.transformer._call_impl(*args, **kwargs)
         if call.forecasts != 1:
-            self.on_not_forecast(state, call, *(REPEATED if call.forecasts else CHANGED if call.changed else REPLACED))
+            why = reasons.CHANGED if call.changed else reasons.REPLACED
+            self.on_not_forecast(state, call, *(reasons.REPEATED if call.forecasts else why))
             if call.forecasts:
                 return None
             self._computed()  # whatever stands in place of the forward has computed the call
@@ -351,10 +340,8 @@ class StepHook(ModelHook, Generic[State]):
     def _on_other_head_entry(self, args: tuple) -> None:
         """The head ran in a call that is not computed: to make the output of a forecast, or because it was computed."""
         if self.inside is None:
-            self.on_bypassed(
-                "the forward of the transformer was called directly, so lesa did not see the call",
-                "Call the transformer itself: `transformer(...)` instead of `transformer.forward(...)`.",
-            )
+            if self.adapter.own_forward.is_running():  # otherwise the user calls the head alone
+                self.bypass(*reasons.DIRECT)
         elif self._located is not None and not self._located[1].forecasts:
             self._keep(*args[:2])
 
@@ -405,7 +392,13 @@ class StepHook(ModelHook, Generic[State]):
         if index is None:
             return None
         if index < state.run.index:  # the same timesteps from the start again
+            falls = state.falls + 1 if state.run.begin == state.run.index else 0
+            if falls > 1:  # one step each, and each before the last one
+                return None
             state = self.state = self._begin_state()
+            state.falls = falls
+        elif self._begun and index > state.run.index + 1 and state.run.begin is not None:
+            self.bypass(*reasons.SKIPPED)
         state.enter(index)
         state.check_timestep(timestep, value)
         return state

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
+from lesa.cache import reasons
 from lesa.cache.device_values import DeviceValues
-from lesa.cache.hook import REPEATED, StepHook
+from lesa.cache.hook import StepHook
 from lesa.cache.run import Call, Run, RunState, StepObserver
 from lesa.models import Adapter
 
@@ -33,4 +34,4 @@ class ComputingHook(StepHook[RunState]):
 
     def finish(self, state: RunState, call: Call) -> None:
         if call.heads > 1:
-            self.on_bypassed(*REPEATED)
+            self.bypass(*reasons.REPEATED)

@@ -1,6 +1,7 @@
 """What a cache puts on a transformer and its pipeline, and how it takes that away again."""
 
 import functools
+import inspect
 import types
 import weakref
 from collections.abc import Callable
@@ -97,11 +98,11 @@ class Placement:
     """Puts a hook on the transformer of a pipeline, and takes it away.
 
     The hook replaces `_compiled_call_impl`, which torch calls first, whether the transformer is compiled or not. It is
-    told of contexts and resets as a hook in diffusers' registry. It is told of the runs of the pipeline by a subclass of
-    the pipeline's class, which has the same name and replaces it.
+    told of contexts and resets as a hook in diffusers' registry. A subclass of the pipeline's class, which has the same
+    name and replaces it, tells the hook when the pipeline runs.
 
-    The transformer gets a copy of its class's forward as an attribute. The copy is a different object. So torch does
-    not use a graph that was compiled without the hook, and lesa can see whether someone has replaced the forward.
+    A transformer that is compiled gets a copy of its class's forward as an attribute. The copy is a different object,
+    so torch does not use a graph that was compiled without the hook.
 
     Args:
         hook: the hook.
@@ -132,10 +133,11 @@ class Placement:
         attributes["_compiled_call_impl"] = self._gate = hook.gate
         attributes["compile"] = self._own_compile = self._compile
         self._capture = hook.adapter.head_entry.register_forward_pre_hook(hook.on_head_entry, prepend=True)
-        self._forwards = hook.adapter.own_forward.held()
+        self._known: list[Any] = []  # bound forwards that belong to wrappers, which set them when they are removed
         self._forward: types.MethodType | None = None
         self._function: Callable | None = None  # of the class, which `_forward` copies
-        self.keep_forward()
+        self._remember_forwards()
+        self.look_at_forward()
         self._watch()
         self.is_on = True
 
@@ -156,7 +158,8 @@ class Placement:
         if self._forward is not None:
             if attributes.get("forward") is self._forward:
                 del attributes["forward"]
-            self._hook.adapter.own_forward.replace(self._forward, self._plain_forward)  # where others have kept it
+            plain = types.MethodType(type(self._transformer).forward, self._transformer)
+            self._hook.adapter.own_forward.replace(self._forward, plain)  # where others have kept it
         registry = attributes.get("_diffusers_hook")
         if registry is not None and registry.get_hook(HOOK_NAME) is self._hook:
             _leave(registry)
@@ -175,22 +178,32 @@ class Placement:
         """The id of the forward pre-hook on the output head."""
         return self._capture.id
 
-    def keep_forward(self) -> None:
-        """Gives the transformer its copy of the class's forward, and another one when the class got another forward."""
-        attributes, function = vars(self._transformer), type(self._transformer).forward
+    def look_at_forward(self) -> None:
+        """Remembers what wraps the forward now. Gives a compiled transformer its copy of the class's forward."""
+        attributes, function = vars(self._transformer), inspect.getattr_static(type(self._transformer), "forward")
         present = attributes.get("forward")
-        if present is None or (present is self._forward and self._function is not function):
-            self._function = function
-            attributes["forward"] = self._forward = types.MethodType(_copy_of(function), self._transformer)
+        is_ours = present is not None and present is self._forward
+        if present is None or is_ours:
+            is_compiled = self.compiled is not None or self._called_module is not self._transformer
+            if is_compiled and isinstance(function, types.FunctionType) and self._function is not function:
+                self._function = function
+                attributes["forward"] = self._forward = types.MethodType(_copy_of(function), self._transformer)
+        elif not self._is_plain(present):
+            self._remember_forwards()
+
+    def _remember_forwards(self) -> None:
+        held = self._hook.adapter.own_forward.held()
+        self._known += [forward for forward in held if not any(forward is known for known in self._known)]
 
     def is_forward_replaced(self) -> bool:
         """Whether someone has set the transformer's forward to that of its class since the hook was put on."""
         forward = vars(self._transformer).get("forward")
-        return forward == self._plain_forward and not any(forward is held for held in self._forwards)
+        return self._is_plain(forward) and not any(forward is known for known in self._known)
 
-    @property
-    def _plain_forward(self) -> types.MethodType:
-        return types.MethodType(type(self._transformer).forward, self._transformer)
+    def _is_plain(self, forward: Any) -> bool:
+        """Whether `forward` is what the transformer has if nobody sets it."""
+        is_method = isinstance(forward, types.MethodType) and forward.__self__ is self._transformer
+        return is_method and forward.__func__ is inspect.getattr_static(type(self._transformer), "forward")
 
     def _compile(self, *args: Any, **kwargs: Any) -> None:
         """Replaces the module's own `compile`: what is compiled is behind the gate."""

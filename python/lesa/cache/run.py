@@ -199,19 +199,35 @@ class RunState:
 
     Attributes:
         is_foreign: whether a value from the device says that another scheduler drives the transformer.
+        falls: how many runs of a single step came before this one, each with an earlier step than the last.
     """
 
     run: Run
     values: DeviceValues
     is_foreign: bool = False
+    falls: int = 0
     _sources: dict[str, _Source] = field(default_factory=dict)  # by stream
     _called: set[str] = field(default_factory=set)  # the streams that were called in the current step
 
     def enter(self, index: int) -> None:
         """Goes to the step with this index."""
         if index != self.run.index:
+            if self.run.begin is not None and self.run.index == self.run.begin + 1:
+                self._check_first_step()
             self._called = set()
             self.run.index = index
+
+    def _check_first_step(self) -> None:
+        """Called after the second step. A text that came twice in the first step, and once in this, is unclear.
+
+        One of the two calls then was not of the loop: for example, it warmed the model up.
+        """
+        for name in self._called:
+            source = self._sources[name]
+            for other in self._sources.values():
+                same = other.context == source.context and other.text is source.text is not None
+                if same and other is not source and other.index == self.run.begin:
+                    self.on_unclear(name)
 
     def check_timestep(self, timestep: torch.Tensor, value: float | None) -> None:
         """Compares the timestep that was passed with the scheduler's: now, or once it is on the host.
@@ -246,6 +262,9 @@ class RunState:
 
     def on_other_text(self, stream: str) -> None:
         """Called when the text of a stream that has kept one differs, so that its history may not be the call's."""
+
+    def on_unclear(self, stream: str) -> None:
+        """Called when a stream may have the first step of another one in its history."""
 
     def stream_of(self, context: str, text: torch.Tensor | None) -> str:
         """The name of the stream that a call in the current step belongs to.

@@ -9,6 +9,7 @@ afterwards.
 import contextlib
 import functools
 import inspect
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -86,6 +87,15 @@ class OwnForward:
     def _is_wanted(self, value: Any) -> bool:
         return self._is_own(value) or self._is_bound(value)
 
+    def is_running(self) -> bool:
+        """Whether this thread is inside the forward. A compiled forward is not seen."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code == self._code and frame.f_locals.get("self") is self.transformer:
+                return True
+            frame = frame.f_back
+        return False
+
     def held(self) -> list[Any]:
         """What holds the forward now: bound methods and functions."""
         return [place.contents for place in self._places()]
@@ -123,15 +133,18 @@ class OwnForward:
 
     def _places(self) -> list["_Place"]:
         """Where the forward is held: by the transformer or its wrappers, or by the classes."""
-        attributes, function = vars(self.transformer), type(self.transformer).forward
+        attributes, cls = vars(self.transformer), type(self.transformer)
+        function = inspect.getattr_static(cls, "forward")
         if self._is_bound(attributes.get("forward")):  # nobody has wrapped it
             return [_Place.entry(attributes, "forward")]
+        if "forward" not in attributes and self._is_own(function):
+            return [_Place.absent(attributes, "forward", types.MethodType(function, self.transformer))]
         called = [_Place.entry(attributes, "forward")] if "forward" in attributes else []
         places = [*_search(called, self._is_wanted)]
         kept = [n for n, v in attributes.items() if _may_hold(v) and not isinstance(v, (list, dict)) and n not in _OURS]
         places += _search([_Place.entry(attributes, name) for name in kept], self._is_wanted)
         if not places or not self._is_own(function):
-            classes = [c for c in type(self.transformer).__mro__ if "forward" in vars(c)]
+            classes = [c for c in cls.__mro__ if "forward" in vars(c)]
             places += _search([_Place.attribute(c, "forward") for c in classes], self._is_wanted)
         return places
 
@@ -170,6 +183,18 @@ class _Place:
         """Of a dict or a list."""
         get = container.get if isinstance(container, dict) else container.__getitem__
         return cls(container[key], functools.partial(get, key), functools.partial(container.__setitem__, key))
+
+    @classmethod
+    def absent(cls, container: dict, key: str, contents: Any) -> "_Place":
+        """Of a dict that does not have the key; `contents` stands for that."""
+
+        def put(value: Any) -> None:
+            if value is contents:
+                del container[key]
+            else:
+                container[key] = value
+
+        return cls(contents, functools.partial(container.get, key), put)
 
     @classmethod
     def attribute(cls, owner: Any, name: str) -> "_Place":

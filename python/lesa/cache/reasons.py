@@ -1,0 +1,42 @@
+"""Why a call is computed that was to be predicted, and what helps: pairs of a reason and a remedy."""
+
+UNLOCATED = (
+    "the timestep is not one of the scheduler's, or not its current one",
+    "A cached transformer works only with the scheduler of the pipeline for which the cache was enabled.",
+)
+REPLACED = (
+    "the transformer's forward was replaced",
+    "Wrap the forward instead of replacing it, or replace it before the cache is enabled.",
+)
+SWAPPED = (
+    "`pipe.transformer` was replaced while the cache was on",
+    "Call `handle.disable()` first, and enable a cache for the new transformer.",
+)
+SKIPPED = (
+    "steps were done without the transformer that has the cache",
+    "Do not replace `pipe.transformer` in a run, and call it in each step.",
+)
+RESTARTED = (
+    "the scheduler, its timesteps or what was kept for the run were replaced in the middle of a run",
+    "The rest of it is a run of its own, which begins with computed steps. Keep the scheduler as it is in a run.",
+)
+CHANGED = (
+    "what wraps the transformer's forward changed the shape of its inputs",
+    "Give the forward the inputs that the transformer gets.",
+)
+REPEATED = (
+    "the transformer's forward was called more than once in a step",
+    "Let what wraps the forward call it once.",
+)
+DIRECT = (
+    "the forward of the transformer was called directly, so lesa did not see the call",
+    "Call the transformer itself: `transformer(...)` instead of `transformer.forward(...)`.",
+)
+UNSEEN = (
+    "the output head did not run where lesa sees it",
+    "Compile with `pipe.transformer.compile(...)`, and don't replace the transformer's forward.",
+)
+UNCLEAR = (
+    "the transformer was called twice with the same text in the first step of the run, and once in the second",
+    "Call `scheduler.set_timesteps` again after a call that does not belong to the loop, such as one for warm-up.",
+)
