@@ -724,10 +724,8 @@ def test_a_call_for_warm_up_in_the_first_step_is_noticed(pipe):
         return drive(pipe, lambda step: [*(calls if step == 0 else []), ("call", FIRST)])["call"]
 
     plain = loop(warm_up=False)
-    with (
-        lesa.enable_cache(pipe, make_predictor(), SOME, strict=True),
-        pytest.raises(RuntimeError, match="called twice"),
-    ):
+    noticed = pytest.raises(RuntimeError, match="called twice")
+    with lesa.enable_cache(pipe, make_predictor(), [0, 1, 5], strict=True), noticed:
         loop(warm_up=True)
     with lesa.enable_cache(pipe, make_predictor(), [0, 1, 5]) as handle:
         with pytest.warns(RuntimeWarning, match="called twice with the same text"):

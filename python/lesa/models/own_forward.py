@@ -89,7 +89,7 @@ class OwnForward:
 
     def is_running(self) -> bool:
         """Whether this thread is inside the forward. A compiled forward is not seen."""
-        frame = sys._getframe(1)
+        frame: types.FrameType | None = sys._getframe(1)
         while frame is not None:
             if frame.f_code == self._code and frame.f_locals.get("self") is self.transformer:
                 return True
