@@ -12,7 +12,7 @@ import interrupted_recordings as trials
 import small_pipelines as small
 from lesa import record
 from lesa.training import recording
-from lesa.training.conditions import conditions_of
+from lesa.conditions import conditions_of
 
 INPUTS = trials.inputs()
 

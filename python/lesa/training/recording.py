@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from lesa.artifacts import (
+    CONTINUE,
     check_same_settings,
     digest,
     fingerprint,
@@ -22,10 +23,10 @@ from lesa.artifacts import (
     write_text,
 )
 from lesa.cache import observed
+from lesa.conditions import common_conditions, conditions_of, differing, of_transformer
 from lesa.inputs import batches_of, check_inputs, collate
 from lesa.models import adapter_for
 from lesa.pipelines import quiet_progress, run_pipeline
-from lesa.training.conditions import common_conditions, conditions_of, differing, of_transformer
 from lesa.training.recorder import Recorder
 from lesa.training.shards import DamagedError, identity_of, sample_files, save_sample, survey
 from lesa.training.trajectories import (
@@ -294,7 +295,6 @@ def check_same_conditions(trajectories: Trajectories, pipe: Any) -> None:
 def _check_same(folder: Path, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raises `ValueError` unless the recording in the folder was made with the settings that are given."""
     work = f"the recording that {folder} holds"
-    remedy = "Continue with the same arguments and model, or choose another folder."
     known = common_conditions(recorded, given)
     arguments = known.pop("arguments", {})
     for name, value in known.items():
@@ -302,10 +302,10 @@ def _check_same(folder: Path, recorded: Mapping[str, Any], given: Mapping[str, A
         if name == "inputs_digest" and value != before:
             names = differing(recorded.get("arguments", arguments), arguments)
             said = f"The inputs differ in {', '.join(map(repr, names))}. " if names else ""
-            raise argument_error(name, f"be {before!r}, as in {work}", value, f"{said}{remedy}")
+            raise argument_error(name, f"be {before!r}, as in {work}", value, f"{said}{CONTINUE}")
         if name == "transformer" and value != before:
             then, now = (of_transformer(conditions) for conditions in (recorded, known))
             for aspect in differing(then, now)[:1]:  # a fingerprint alone would not say what differs
                 got = Said(f"another one: `{aspect}` was {then.get(aspect)!r} and is {now.get(aspect)!r}")
-                raise argument_error(name, f"be as in {work}", got, remedy)
+                raise argument_error(name, f"be as in {work}", got, CONTINUE)
         check_same_settings(work, {name: before}, {name: value})

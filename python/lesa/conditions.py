@@ -1,6 +1,7 @@
 """What a pipeline's samples depend on beside its arguments and the weights of its transformer.
 
-A recording stores it in its manifest, so that it does not continue under other conditions.
+A recording stores it in its manifest, and an evaluation in its settings, so that neither continues under other
+conditions.
 """
 
 import inspect
@@ -59,8 +60,8 @@ def common_conditions(kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict
     """The conditions `given` that `kept` knows too, to be compared.
 
     Entries that an older version of lesa did not write are unknown. So are options that an older version of diffusers
-    did not have, unless somebody set them since. A component that only one of the two pipelines has makes no samples:
-    one without a text encoder gets embeddings, which are arguments.
+    did not have, unless they were changed from the default. A component that only one pipeline has is not compared. A
+    pipeline without a text encoder gets embeddings, which are compared as arguments.
     """
     common = {name: value for name, value in given.items() if name in kept and name != "unset"}
     for name in {"configs", "dtypes", "weights"} & {*common}:
@@ -69,7 +70,7 @@ def common_conditions(kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict
 
 
 def _without_new(given: Mapping[str, Any], kept: Mapping[str, Any], unset: Mapping[str, Any], path: str) -> dict:
-    """The nested values without the options that `kept` lacks and nobody set."""
+    """The nested values without the options that `kept` lacks and that have their defaults."""
     left = {name: value for name, value in given.items() if name in kept or name not in unset.get(path, ())}
     for name, value in left.items():
         if isinstance(value, Mapping) and isinstance(kept.get(name), Mapping):
