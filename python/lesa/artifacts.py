@@ -5,6 +5,7 @@ settings, or there is a clear error. A digest identifies what was used.
 """
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -13,7 +14,8 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from enum import Enum
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -67,10 +69,10 @@ def writable_folder(out_dir: str | os.PathLike) -> Path:
     """The folder, which is made if it is missing.
 
     Raises:
-        TypeError, ValueError: it is no path; or it, or a folder above it, is a file.
+        TypeError, ValueError: it is no path, or an empty one; or it, or a folder above it, is a file.
         OSError: nothing can be written there.
     """
-    if not isinstance(out_dir, (str, os.PathLike)) or "\0" in os.fspath(out_dir):
+    if not isinstance(out_dir, (str, os.PathLike)) or not (name := os.fspath(out_dir)) or "\0" in os.fsdecode(name):
         kind = ValueError if isinstance(out_dir, str) else TypeError
         raise argument_error("out_dir", "be a path", out_dir, "Pass the path of a folder.", kind)
     folder = Path(out_dir)
@@ -262,8 +264,9 @@ def digest(value: Any) -> str:
     """SHA-256, in hexadecimal, of a nested value: of all its names, values, shapes and dtypes.
 
     Args:
-        value: dicts, lists, tuples, tensors, arrays, images, strings, numbers and None, nested in any way. Of anything
-            else, such as a function, the qualified name is used.
+        value: dicts, lists, tuples, sets, dataclasses, tensors, arrays, images, random generators, dtypes, devices,
+            enums, paths, bytes, strings, numbers and None, nested in any way. Of anything else, such as a function, the
+            qualified name is used.
     """
     running = hashlib.sha256()
     _update(running, value)
@@ -302,8 +305,20 @@ def _update(running: "hashlib._Hash", value: Any) -> None:
     if isinstance(value, Image):
         value = np.asarray(value)
     parts: Sequence[Any] = ()
-    if isinstance(value, dict):
-        head, parts = f"dict {len(value)}", [part for key in sorted(value) for part in (key, value[key])]
+    if isinstance(value, Mapping):
+        keys = sorted(value, key=None if all(isinstance(key, str) for key in value) else digest)
+        head, parts = f"dict {len(value)}", [part for key in keys for part in (key, value[key])]
+    elif isinstance(value, (set, frozenset)):
+        head, parts = f"set {len(value)}", sorted(map(digest, value))
+    elif isinstance(value, Enum):  # before numbers and strings: some are both
+        head = f"{type(value).__qualname__} {value.name}"
+    elif isinstance(value, torch.Generator):
+        head, parts = "generator", [str(value.device), value.get_state()]
+    elif isinstance(value, (torch.dtype, torch.device, PurePath, complex, bytes, bytearray)):
+        head = f"{type(value).__name__} {value!r}"
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        named = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+        head, parts = type(value).__qualname__, [named]
     elif isinstance(value, (list, tuple)):
         head, parts = f"list {len(value)}", value
     elif isinstance(value, torch.Tensor):

@@ -30,6 +30,7 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
         weights of each component. `adapters`: by component, the scale of each active adapter. `fused_loras`: their
         names. `quantisation`: by component, how its weights are packed. `configs` and `weights`: by component, its
         configuration, and a fingerprint where it is not the transformer. `autocast`: its dtype by kind of device.
+        `tokenizers`: by component, how it cuts text into tokens.
         `unset`: by the path of a configuration, the options in it that have their defaults. A manifest leaves it out.
     """
     components = _components(pipe)
@@ -50,6 +51,7 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
         "adapters": {name: scales for name, module in modules.items() if (scales := _adapters(module))},
         "fused_loras": sorted(getattr(pipe, "fused_loras", ())),
         "quantisation": {name: packed for name, module in modules.items() if (packed := _quantisation(module))},
+        "tokenizers": {name: _tokenizer(part) for name, part in components.items() if hasattr(part, "all_special_ids")},
         "weights": {name: fingerprint(module) for name, module in modules.items() if name != "transformer"},
         "autocast": _autocast(),
         "unset": {path: _unset(part) for path, part in configurations.items()},
@@ -64,7 +66,7 @@ def common_conditions(kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict
     pipeline without a text encoder gets embeddings, which are compared as arguments.
     """
     common = {name: value for name, value in given.items() if name in kept and name != "unset"}
-    for name in {"configs", "dtypes", "weights"} & {*common}:
+    for name in {"configs", "dtypes", "tokenizers", "weights"} & {*common}:
         common[name] = {part: value for part, value in {**kept[name], **common[name]}.items() if part in kept[name]}
     return _without_new(common, kept, given.get("unset", {}), "")
 
@@ -131,8 +133,14 @@ def _attributes(thing: Any) -> dict[str, Any]:
         return {"shift": thing.shift} if hasattr(thing, "shift") else {}
     if isinstance(thing, torch.nn.Module):  # its configuration says everything
         return {}
-    kinds = (bool, int, float, str)
+    kinds = (bool, int, float, str, list, tuple, set, dict)
     return {name: value for name, value in vars(thing).items() if not name.startswith("_") and isinstance(value, kinds)}
+
+
+def _tokenizer(tokenizer: Any) -> dict[str, Any]:
+    names = ("model_max_length", "padding_side", "truncation_side", "chat_template")
+    options = {name: _plain(getattr(tokenizer, name, None)) for name in names}
+    return {"size": len(tokenizer), "special": sorted(set(tokenizer.all_special_ids)), **options}
 
 
 def _class_of(thing: Any) -> str:

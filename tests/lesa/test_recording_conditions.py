@@ -11,8 +11,8 @@ import torch
 import interrupted_recordings as trials
 import small_pipelines as small
 from lesa import record
-from lesa.training import recording
 from lesa.conditions import conditions_of
+from lesa.training import recording
 
 INPUTS = trials.inputs()
 
