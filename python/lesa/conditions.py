@@ -30,7 +30,7 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
         weights of each component. `adapters`: by component, the scale of each active adapter. `fused_loras`: their
         names. `quantisation`: by component, how its weights are packed. `configs` and `weights`: by component, its
         configuration, and a fingerprint where it is not the transformer. `autocast`: its dtype by kind of device.
-        `tokenizers`: by component, how it cuts text into tokens.
+        XX
         `unset`: by the path of a configuration, the options in it that have their defaults. A manifest leaves it out.
     """
     components = _components(pipe)

@@ -213,6 +213,50 @@ def test_recordings_of_older_versions_are_read_and_continued(pipe, whole, folder
         read_all(folder)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", ["copy", "Kopie", "uncond-copy", "old", "backup"])
+@pytest.mark.parametrize("source", [FIRST, OTHER])
+@pytest.mark.parametrize("samples", [(1,), (0, 1)])
+def test_copies_in_old_recordings_are_named(pipe, folder, stream, source, samples):
+    """Else they would be trained on like streams."""
+    without_metadata(folder)
+    old = read_all(folder)
+    for number in samples:
+        path = folder / source.replace("00001", f"0000{number}")
+        shutil.copy(path, folder / f"sample-0000{number}-{stream}.safetensors")
+    before = contents(folder)
+    words = rf"-{stream}.safetensors` must be a stream of the recording, but got .* probably a copy.* Move it away"
+    for use in (Trajectories, lambda folder: record(pipe, INPUTS, folder, **trials.OPTIONS)):
+        with pytest.raises(ValueError, match=words):
+            use(folder)
+    assert contents(folder) == before
+    for path in folder.glob(f"sample-*-{stream}.safetensors"):
+        path.unlink()
+    assert all(map(torch.equal, read_all(folder), old))
+
+
+@pytest.mark.slow
+def test_a_changed_copy_in_an_old_recording_is_named(folder):
+    without_metadata(folder)
+    shutil.copy(folder / FIRST, folder / "sample-00001-copy.safetensors")
+    rewritten(folder / "sample-00001-copy.safetensors", lambda t: t["latents"].add_(1), metadata=False)
+    with pytest.raises(ValueError, match="a stream 'copy' that not all samples have"):
+        Trajectories(folder)
+
+
+@pytest.mark.slow
+def test_old_recordings_with_streams_of_their_own_are_read(folder):
+    """Some samples may have no guidance. A pipeline may have other names for its streams."""
+    without_metadata(folder)
+    for number in range(2):
+        (folder / f"sample-0000{number}-uncond.safetensors").rename(folder / f"sample-0000{number}-mine.safetensors")
+    assert Trajectories(folder).names[1::2] == ["sample-00000-mine", "sample-00001-mine"]
+    for number in range(2):
+        (folder / f"sample-0000{number}-mine.safetensors").rename(folder / f"sample-0000{number}-uncond.safetensors")
+    (folder / OTHER).unlink()
+    assert Trajectories(folder).samples == [0, 0, 1]
+
+
 def other_scheduler(pipe):
     return type(pipe.scheduler).from_config(pipe.scheduler.config, shift=5.0)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import interrupted_recordings as trials
 import small_pipelines as small
 from lesa import record
-from lesa.conditions import conditions_of
+from lesa.conditions import common_conditions, conditions_of
 from lesa.training import recording
 
 INPUTS = trials.inputs()
@@ -291,6 +292,72 @@ def test_options_of_any_type_are_compared_after_they_were_read(pipe):
     assert one == json.loads(json.dumps(conditions_of(pipe))) and one["scheduler"]["tuple"] == [1, 2.5, "a"]
     pipe.scheduler.register_to_config(array=np.arange(3)[::-1])
     assert one["scheduler"]["array"] != conditions_of(pipe)["scheduler"]["array"]
+
+
+def applied_layers(*layers):
+    return lambda pipe: setattr(pipe, "pag_applied_layers", list(layers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (applied_layers("blocks.1"), applied_layers("blocks.2")),
+        (lambda pipe: setattr(pipe, "sizes", {"a": 1}), lambda pipe: setattr(pipe, "sizes", {"a": 2})),
+        (lambda pipe: setattr(pipe, "parts", {1, 2}), lambda pipe: setattr(pipe, "parts", {1, 3})),
+        (lambda pipe: setattr(pipe, "pair", (1, 2)), lambda pipe: setattr(pipe, "pair", (2, 1))),
+    ],
+)
+def test_lists_and_dicts_that_are_set_on_a_pipeline_are_compared(pipe, one, other):
+    one(pipe)
+    first = stored(pipe)
+    one(pipe)
+    assert stored(pipe) == first
+    other(pipe)
+    assert stored(pipe)["pipeline_config"] != first["pipeline_config"]
+
+
+@pytest.mark.slow
+def test_options_that_cannot_be_written_as_json_are_compared(pipe):
+    for one, other in ((torch.float16, torch.bfloat16), ({1}, {2}), (Path("a"), Path("b")), (1j, 2j)):
+        pipe.scheduler.register_to_config(option=one)
+        first = stored(pipe)
+        pipe.scheduler.register_to_config(option=other)
+        assert stored(pipe)["scheduler"]["option"] != first["scheduler"]["option"]
+
+
+@pytest.mark.slow
+def test_tokenizers_are_compared():
+    with small.small_areas():
+        pipe = small.ALL["sd3 cfg"].build()
+    pipe.tokenizer = Tokenizer()
+    first = stored(pipe)
+    assert stored(pipe) == first and first["tokenizers"]["tokenizer"]["special"] == [1, 3]
+    for name, value in (("padding_side", "left"), ("model_max_length", 9), ("size", 5), ("chat_template", "{{x}}")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipe.tokenizer, name, value)
+            assert stored(pipe)["tokenizers"] != first["tokenizers"]
+    given = conditions_of(pipe)
+    assert "tokenizers" not in common_conditions({n: v for n, v in first.items() if n != "tokenizers"}, given)
+    pipe.tokenizer = None
+    assert common_conditions(first, conditions_of(pipe))["tokenizers"] == first["tokenizers"]
+
+
+class Tokenizer:
+    all_special_ids, padding_side, truncation_side, chat_template = [3, 1], "right", "right", None
+    model_max_length, size = 8, 4
+
+    def __len__(self):
+        return self.size
+
+
+@pytest.mark.slow
+def test_another_dtype_is_named_also_if_the_inputs_were_cast(pipe, whole):
+    """As the command does, which casts them to the dtype of the model."""
+    pipe.transformer.to(torch.bfloat16)
+    cast = [{n: v.bfloat16() if isinstance(v, torch.Tensor) else v for n, v in item.items()} for item in INPUTS]
+    with pytest.raises(ValueError, match=r"`dtypes\.transformer` was 'float32' and is 'bfloat16'"):
+        record(pipe, cast, whole, **trials.OPTIONS)
 
 
 # What is set globally
