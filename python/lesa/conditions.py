@@ -4,10 +4,11 @@ A recording stores it in its manifest, and an evaluation in its settings, so tha
 conditions.
 """
 
+import functools
 import inspect
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from diffusers.configuration_utils import ConfigMixin
 
 from lesa.artifacts import digest, fingerprint, sum_of_bits
 from lesa.pipelines import blocks_of
+
+_PACKAGES = {"torch", "diffusers", "transformers", "accelerate", "peft", "torchao", "lesa"}
+"""Packages whose functions around a model make no other samples, or are seen by the other conditions."""
 
 
 def conditions_of(pipe: Any) -> dict[str, Any]:
@@ -30,7 +34,8 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
         weights of each component. `adapters`: by component, the scale of each active adapter. `fused_loras`: their
         names. `quantisation`: by component, how its weights are packed. `configs` and `weights`: by component, its
         configuration, and a fingerprint where it is not the transformer. `autocast`: its dtype by kind of device.
-        XX
+        `tokenizers`: by component, its size and options. `replaced`: by component and path, the functions of other
+        packages that run when it is called, such as hooks.
         `unset`: by the path of a configuration, the options in it that have their defaults. A manifest leaves it out.
     """
     components = _components(pipe)
@@ -53,6 +58,7 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
         "quantisation": {name: packed for name, module in modules.items() if (packed := _quantisation(module))},
         "tokenizers": {name: _tokenizer(part) for name, part in components.items() if hasattr(part, "all_special_ids")},
         "weights": {name: fingerprint(module) for name, module in modules.items() if name != "transformer"},
+        "replaced": {name: functions for name, module in modules.items() if (functions := _replaced(module))},
         "autocast": _autocast(),
         "unset": {path: _unset(part) for path, part in configurations.items()},
     }
@@ -141,6 +147,31 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any]:
     names = ("model_max_length", "padding_side", "truncation_side", "chat_template")
     options = {name: _plain(getattr(tokenizer, name, None)) for name in names}
     return {"size": len(tokenizer), "special": sorted(set(tokenizer.all_special_ids)), **options}
+
+
+def _replaced(module: torch.nn.Module) -> dict[str, list[str]]:
+    """By the path of a part, the names of functions from other packages that run when the part is called."""
+    found: dict[str, list[str]] = {}
+    for path, part in module.named_modules():
+        functions = [part.forward, *part._forward_pre_hooks.values(), *part._forward_hooks.values()]
+        functions += [getattr(part, name, None) for name in ("_old_forward", "processor")]  # the first is accelerate's
+        names = [name for function in functions for name in _other_functions(function)]
+        if names:
+            found[path or "itself"] = names
+    return found
+
+
+def _other_functions(function: Any) -> Iterator[str]:
+    """The names of a function and of those that it wraps, without those of the packages that pipelines consist of."""
+    while function is not None:
+        while isinstance(function, functools.partial):
+            function = function.func
+        function = getattr(function, "__func__", function)
+        code = getattr(function, "__code__", None)  # its own, also if it has the name of what it wraps
+        module = type(function).__module__ if code is None else function.__globals__.get("__name__", "")
+        if module.partition(".")[0] not in _PACKAGES:
+            yield f"{module}.{type(function).__qualname__ if code is None else code.co_name}"
+        function = getattr(function, "__wrapped__", None)
 
 
 def _class_of(thing: Any) -> str:

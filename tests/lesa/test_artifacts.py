@@ -81,6 +81,7 @@ DIFFERENT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", DIFFERENT.values(), ids=DIFFERENT)
 def test_different_values_have_different_digests(values):
     digests = [digest({"option": [value]}) for value in values]

@@ -287,9 +287,9 @@ def test_the_lock_of_a_container_that_started_again_is_taken_over(tmp_path, monk
     monkeypatch.setattr(Path, "read_text", text)
     noted(tmp_path, host="container-1", pid=7, **({} if boot is None else {"boot": boots if boot == "this" else boot}))
     if is_free:
-        with artifacts.owned(tmp_path, "recording"), pytest.raises(RuntimeError, match="this one"):
-            with artifacts.owned(tmp_path, "recording"):
-                pytest.fail("it is not free")
+        again = artifacts.owned(tmp_path, "recording")
+        with artifacts.owned(tmp_path, "recording"), pytest.raises(RuntimeError, match="this one"), again:
+            pytest.fail("it is not free")
         assert [*tmp_path.iterdir()] == []
     else:
         with pytest.raises(RuntimeError, match="process 7 on container-1"), artifacts.owned(tmp_path, "recording"):

@@ -1,7 +1,9 @@
 """A recording does not continue under other conditions, and says which one differs."""
 
+import functools
 import json
 import shutil
+import types
 from pathlib import Path
 
 import diffusers
@@ -292,6 +294,78 @@ def test_options_of_any_type_are_compared_after_they_were_read(pipe):
     assert one == json.loads(json.dumps(conditions_of(pipe))) and one["scheduler"]["tuple"] == [1, 2.5, "a"]
     pipe.scheduler.register_to_config(array=np.arange(3)[::-1])
     assert one["scheduler"]["array"] != conditions_of(pipe)["scheduler"]["array"]
+
+
+def louder(module, *arguments, **options):
+    return module.original(*arguments, **options)
+
+
+def wrapped_forward(pipe):
+    forward = pipe.transformer.forward
+    pipe.transformer.forward = functools.wraps(forward)(lambda *args, **options: forward(*args, **options))
+
+
+def wrapped_under_torch(pipe):
+    forward = pipe.transformer.forward
+    pipe.transformer.forward = torch.no_grad()(lambda *args, **options: forward(*args, **options))
+
+
+def another_processor(pipe):
+    attention = pipe.transformer.transformer_blocks[0].attn
+    attention.processor = type("Mine", (type(attention.processor),), {"__module__": "mine"})()
+
+
+def of_a_block(pipe):
+    pipe.transformer.transformer_blocks[0].forward = types.MethodType(louder, pipe.transformer)
+
+
+REPLACED = {
+    "a wrapped forward": wrapped_forward,
+    "a wrapper without gradients": wrapped_under_torch,
+    "a bound function": lambda pipe: setattr(pipe.transformer, "forward", functools.partial(louder, pipe.transformer)),
+    "the forward of a block": of_a_block,
+    "a hook on a block": lambda pipe: pipe.transformer.transformer_blocks[0].register_forward_hook(lambda *args: None),
+    "a hook before a block": lambda pipe: pipe.transformer.transformer_blocks[0].register_forward_pre_hook(louder),
+    "a hook on the model": lambda pipe: pipe.transformer.register_forward_hook(lambda *args: None),
+    "an attention processor": another_processor,
+    "a hook on the VAE": lambda pipe: pipe.vae.register_forward_hook(lambda *args: None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", REPLACED.values(), ids=REPLACED)
+def test_nothing_goes_on_under_functions_that_are_put_around_the_model(pipe, whole, tmp_path, monkeypatch, change):
+    """And what began under them does not go on without them."""
+    folder = unfinished(whole, tmp_path / "unfinished")
+    plain = stored(pipe)
+    change(pipe)
+    changed = stored(pipe)
+    assert stored(pipe) == changed and plain["replaced"] == {}
+    monkeypatch.setattr(recording, "run_pipeline", lambda *args: pytest.fail("nothing is drawn"))
+    for place in (whole, folder):
+        with pytest.raises(ValueError, match=r"`replaced\.(transformer|vae)` must be None, as in the recording that"):
+            record(pipe, INPUTS, place, **trials.OPTIONS)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "replaced": changed["replaced"]}))
+    with pytest.raises(ValueError, match=r"`replaced.*` must be {.*}, as in the recording"):
+        record(trials.CASE.build(), INPUTS, folder, **trials.OPTIONS)
+
+
+@pytest.mark.slow
+def test_a_forward_of_the_class_that_was_replaced_is_seen(pipe, monkeypatch):
+    forward = type(pipe.transformer).forward
+    monkeypatch.setattr(type(pipe.transformer), "forward", functools.wraps(forward)(lambda *args: forward(*args)))
+    assert [*stored(pipe)["replaced"]["transformer"]] == ["itself"]
+
+
+@pytest.mark.slow
+def test_offloading_and_compiling_are_no_functions_around_the_model(pipe):
+    accelerate = pytest.importorskip("accelerate", reason="offloading needs accelerate")
+    plain = stored(pipe)
+    for part in (pipe.transformer, pipe.transformer.transformer_blocks[0], pipe.vae):
+        accelerate.hooks.add_hook_to_module(part, accelerate.hooks.ModelHook())
+        part.compile()
+    assert stored(pipe) == plain
 
 
 def applied_layers(*layers):

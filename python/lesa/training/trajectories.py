@@ -61,6 +61,7 @@ _CONDITIONS = (
     "dtypes",
     "adapters",
     "quantisation",
+    "replaced",
     "tokenizers",
     "weights",
     "autocast",
