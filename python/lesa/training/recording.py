@@ -65,8 +65,9 @@ def record(
     and only the computed steps are recorded. Such a run is a roll-out: the computed steps see the sample that the
     forecasts lead to. `refine` learns from roll-outs.
 
-    If it is called again after an interruption, it keeps the finished samples and records the others. Damaged files are
-    recorded again, with a warning that names them. Sample i is drawn with `torch.Generator("cpu")` and the seed
+    If it is called again after an interruption, it keeps the finished samples and records the others. For that, it
+    reads all files and compares the tensors with their digests. Damaged files are recorded again, with a warning that
+    names them. Sample i is drawn with `torch.Generator("cpu")` and the seed
     `seed + i` in any batch.
 
     Args:

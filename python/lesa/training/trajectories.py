@@ -9,7 +9,8 @@ A trajectory folder holds
   Where the transformer is called more than once a step, as for true classifier-free guidance, the other streams of
   calls are in `sample-00000-<stream>.safetensors`.
 
-Other files in the folder are ignored, unless they have the name of a sample that the recording does not have.
+The metadata of `head.safetensors` repeats the entries of the manifest that no other file confirms. Other files in the
+folder are ignored, unless they have the name of a sample that the recording does not have.
 """
 
 import json
