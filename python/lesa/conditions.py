@@ -35,7 +35,7 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
         names. `quantisation`: by component, how its weights are packed. `configs` and `weights`: by component, its
         configuration, and a fingerprint where it is not the transformer. `autocast`: its dtype by kind of device.
         `tokenizers`: by component, its size and options. `replaced`: by component and path, the functions of other
-        packages that run when it is called, such as hooks.
+        packages that wrap or replace a forward, and attention processors of other packages.
         `unset`: by the path of a configuration, the options in it that have their defaults. A manifest leaves it out.
     """
     components = _components(pipe)
@@ -150,11 +150,11 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any]:
 
 
 def _replaced(module: torch.nn.Module) -> dict[str, list[str]]:
-    """By the path of a part, the names of functions from other packages that run when the part is called."""
+    """By the path of a part, the functions of other packages that wrap or replace its forward or process attention."""
     found: dict[str, list[str]] = {}
     for path, part in module.named_modules():
-        functions = [part.forward, *part._forward_pre_hooks.values(), *part._forward_hooks.values()]
-        functions += [getattr(part, name, None) for name in ("_old_forward", "processor")]  # the first is accelerate's
+        # The second is what hooks of accelerate call. Other hooks are left out: many of them only watch a run.
+        functions = [getattr(part, name, None) for name in ("forward", "_old_forward", "processor")]
         names = [name for function in functions for name in _other_functions(function)]
         if names:
             found[path or "itself"] = names

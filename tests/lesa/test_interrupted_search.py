@@ -325,7 +325,7 @@ def test_trajectories_that_are_not_finite_are_named_before_the_work(tmp_path, no
     tensors = load_file(file)
     tensors[part].view(-1)[-1] = value
     save_file(tensors, file)
-    message = f"sample-00004.safetensors` must be .*, but got one that has NaN or Inf in '{part}'"
+    message = f"sample-00004.safetensors` is damaged: it has NaN or Inf in '{part}'"
     for work in (
         lambda: lesa.train(trajectories, schedule=[0, 2, 5], progress=False),
         lambda: lesa.train(trajectories, budget=4, find_stages=True, out_dir=tmp_path / "out", progress=False),

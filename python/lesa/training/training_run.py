@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import zipfile
 from collections.abc import Sequence, Set
 from dataclasses import replace
 from pathlib import Path
@@ -323,8 +324,11 @@ def _read_checkpoint(out_dir: Path) -> dict[str, Any] | None:
     parts = {"settings", "predictor", "optimizer", "generator", "losses", "epoch"}
     contents = io.BytesIO(file.read_bytes())
     try:
+        with zipfile.ZipFile(contents) as archive:  # torch does not compare the checksums
+            is_whole = archive.testzip() is None
+        contents.seek(0)
         checkpoint = torch.load(contents, map_location="cpu", weights_only=True)
-        if parts <= checkpoint.keys() and "config" in checkpoint["settings"]:
+        if is_whole and parts <= checkpoint.keys() and "config" in checkpoint["settings"]:
             return checkpoint
     except (MemoryError, torch.OutOfMemoryError):
         raise
