@@ -65,8 +65,12 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise
 
 
-def writable_folder(out_dir: str | os.PathLike) -> Path:
+def output_folder(out_dir: str | os.PathLike, to_write: bool = True) -> Path:
     """The folder, which is made if it is missing.
+
+    Args:
+        out_dir: its path.
+        to_write: whether something will certainly be written there.
 
     Raises:
         TypeError, ValueError: it is no path, or an empty one; or it, or a folder above it, is a file.
@@ -78,8 +82,9 @@ def writable_folder(out_dir: str | os.PathLike) -> Path:
     folder = Path(out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        if to_write:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
     except (FileExistsError, NotADirectoryError):
         got = Said(f"{folder}, where there is a file")
         raise argument_error("out_dir", "be a folder", got, "Choose another folder.") from None

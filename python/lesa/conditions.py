@@ -162,14 +162,17 @@ def _replaced(module: torch.nn.Module) -> dict[str, list[str]]:
 
 
 def _other_functions(function: Any) -> Iterator[str]:
-    """The names of a function and of those that it wraps, without those of the packages that pipelines consist of."""
+    """The names of a function and of those that it wraps, without those of the packages that pipelines consist of.
+
+    Autocast counts, because it changes what a forward computes.
+    """
     while function is not None:
         while isinstance(function, functools.partial):
             function = function.func
         function = getattr(function, "__func__", function)
         code = getattr(function, "__code__", None)  # its own, also if it has the name of what it wraps
         module = type(function).__module__ if code is None else function.__globals__.get("__name__", "")
-        if module.partition(".")[0] not in _PACKAGES:
+        if module.partition(".")[0] not in _PACKAGES or module.startswith("torch.amp"):
             yield f"{module}.{type(function).__qualname__ if code is None else code.co_name}"
         function = getattr(function, "__wrapped__", None)
 

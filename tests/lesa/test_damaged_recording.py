@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 import warnings
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import interrupted_recordings as trials
 import lesa
-from lesa import Trajectories, record
+from lesa import Trajectories, artifacts, record
 from lesa.cli import main
 from lesa.training.shards import survey
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -419,7 +420,9 @@ def test_an_entry_that_no_sample_confirms_is_compared_with_the_head(pipe, folder
     (folder / "manifest.json").write_text(json.dumps({**manifest, name: value}))
     (folder / FIRST).unlink()
     before = contents(folder)
-    with pytest.raises(ValueError, match=rf"`{name} in .*manifest.json` must be .*, as head.safetensors says, but got"):
+    with pytest.raises(
+        ValueError, match=rf"`{name} in .*manifest.json` must be .*, as the file of the head says, but got"
+    ):
         Trajectories(folder)
     with pytest.raises(ValueError, match=f"`{name}"):
         record(pipe, INPUTS, folder, **trials.OPTIONS)
@@ -470,6 +473,19 @@ def test_a_file_is_no_folder_for_a_recording(pipe, tmp_path):
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match="`out_dir` must be a folder"):
             record(pipe, INPUTS, out, **trials.OPTIONS)
+
+
+@pytest.mark.slow
+def test_a_finished_recording_need_not_be_writable(pipe, folder, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    for owner, name in ((tempfile, "TemporaryFile"), (artifacts, "_locked"), (artifacts, "whole_file")):
+        monkeypatch.setattr(owner, name, refuse)
+    assert record(pipe, INPUTS, folder, **trials.OPTIONS).recorded.kept == (0, 1)
+    (folder / FIRST).unlink()
+    with pytest.raises(PermissionError):
+        record(pipe, INPUTS, folder, **trials.OPTIONS)
 
 
 @pytest.mark.slow

@@ -305,6 +305,10 @@ def wrapped_forward(pipe):
     pipe.transformer.forward = functools.wraps(forward)(lambda *args, **options: forward(*args, **options))
 
 
+def under_autocast(pipe):
+    pipe.transformer.forward = torch.autocast("cpu", torch.bfloat16)(pipe.transformer.forward)
+
+
 def wrapped_under_torch(pipe):
     forward = pipe.transformer.forward
     pipe.transformer.forward = torch.no_grad()(lambda *args, **options: forward(*args, **options))
@@ -321,6 +325,7 @@ def of_a_block(pipe):
 
 REPLACED = {
     "a wrapped forward": wrapped_forward,
+    "autocast around the forward": under_autocast,
     "a wrapper without gradients": wrapped_under_torch,
     "a bound function": lambda pipe: setattr(pipe.transformer, "forward", functools.partial(louder, pipe.transformer)),
     "the forward of a block": of_a_block,

@@ -18,10 +18,10 @@ from lesa.artifacts import (
     digest,
     files_in,
     fingerprint,
+    output_folder,
     owned,
     predictor_identity,
     remove_stale_lock,
-    writable_folder,
     write_text,
 )
 from lesa.cache import observed
@@ -67,8 +67,7 @@ def record(
 
     If it is called again after an interruption, it keeps the finished samples and records the others. For that, it
     reads all files and compares the tensors with their digests. Damaged files are recorded again, with a warning that
-    names them. Sample i is drawn with `torch.Generator("cpu")` and the seed
-    `seed + i` in any batch.
+    names them. Sample i is drawn with `torch.Generator("cpu")` and the seed `seed + i` in any batch.
 
     Args:
         pipe: a diffusers pipeline of a supported family, modular or not.
@@ -146,7 +145,7 @@ class Recording:
             out_dir: the folder; made if missing.
             bar: what the progress bar is called, or None for no bar.
         """
-        planned, folder = self._manifest(), writable_folder(out_dir)
+        planned, folder = self._manifest(), output_folder(out_dir, to_write=False)
         sound: set[Path] = set()
         left = self._left_to_do(folder, planned, sound)
         if left.samples or not left.has_head:

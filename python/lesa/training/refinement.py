@@ -23,10 +23,10 @@ from lesa.artifacts import (
     digest,
     files_in,
     fingerprint,
+    output_folder,
     owned,
     predictor_identity,
     remove_partial,
-    writable_folder,
     write_text,
 )
 from lesa.inputs import check_inputs
@@ -184,7 +184,7 @@ def _working_folder(out_dir: str | os.PathLike | None, settings: dict[str, Any])
         with tempfile.TemporaryDirectory() as temporary:
             yield Path(temporary)
         return
-    folder = writable_folder(out_dir)
+    folder = output_folder(out_dir)
     with owned(folder, "refining"):
         file = folder / SETTINGS_NAME
         remove_partial(file)

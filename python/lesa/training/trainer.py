@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lesa.artifacts import CONTINUE, owned, writable_folder
+from lesa.artifacts import CONTINUE, output_folder, owned
 from lesa.schedule import Schedule, ScheduleLike
 from lesa.training.batches import check_whole
 from lesa.training.schedule_search import check_budget, found_schedule
@@ -141,7 +141,7 @@ def _own_folder(out_dir: str | os.PathLike | None) -> Iterator[Path | None]:
     if out_dir is None:
         yield None
         return
-    folder = writable_folder(out_dir)
+    folder = output_folder(out_dir)
     with owned(folder, "training"):  # before the check, which removes what an interruption left
         yield check_folder(folder)
 

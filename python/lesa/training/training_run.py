@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lesa.artifacts import check_same_settings, files_in, remove_partial, whole_file, writable_folder, write_text
+from lesa.artifacts import check_same_settings, files_in, output_folder, remove_partial, whole_file, write_text
 from lesa.schedule import Schedule, schedule_of
 from lesa.training.batches import Batch, Head, Plan, RollOut, Split, predict, roll_out, split
 from lesa.training.guided_schedules import moved_steps, stretched_steps
@@ -295,7 +295,7 @@ class Training:
 
 def check_folder(out_dir: str | os.PathLike) -> Path:
     """Makes the folder; raises `ValueError` unless it is empty or holds an unfinished training or search."""
-    folder = writable_folder(out_dir)
+    folder = output_folder(out_dir)
     file = folder / CHECKPOINT_NAME
     remove_partial(file)
     file.with_name(f"{file.name}.new").unlink(missing_ok=True)  # the same, of earlier versions

@@ -259,7 +259,7 @@ def read_head(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tens
     facts = said.get("facts")
     for name, written in facts.items() if isinstance(facts, dict) else ():
         if manifest.get(name) != written:
-            must, got = f"be {written!r}, as {HEAD} says", Said(f"{manifest.get(name)!r}")
+            must, got = f"be {written!r}, as the file of the head says", Said(f"{manifest.get(name)!r}")
             remedy = "Restore the file, or record into another folder."
             raise argument_error(f"{name} in {folder / MANIFEST}", must, got, remedy)
     return head
