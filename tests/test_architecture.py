@@ -19,7 +19,7 @@ ROOMS = (
     ("training",),
     ("cache", "estimation"),
     ("models",),
-    ("schedule", "inputs", "pipelines", "artifacts"),
+    ("schedule", "inputs", "pipelines", "artifacts", "conditions"),
 )
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 MOST_LINES = {"lesa": 420, "lesa_kernels": 560}

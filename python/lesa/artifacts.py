@@ -5,14 +5,17 @@ settings, or there is a clear error. A digest identifies what was used.
 """
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from enum import Enum
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -30,8 +33,14 @@ except ImportError:  # Windows
 LOCK = ".lesa-lock"
 """The file that says who works in a folder."""
 
+CONTINUE = "Continue with the same arguments and model, or choose another folder."
+"""The remedy if unfinished work was begun with other settings."""
+
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 """What the system says of a file system without locks, such as Lustre by default."""
+
+_LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs"}
+"""File systems of one machine."""
 
 
 @contextlib.contextmanager
@@ -56,13 +65,48 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise
 
 
+def output_folder(out_dir: str | os.PathLike, to_write: bool = True) -> Path:
+    """The folder, which is made if it is missing.
+
+    Args:
+        out_dir: its path.
+        to_write: whether something will certainly be written there.
+
+    Raises:
+        TypeError, ValueError: it is no path, or an empty one; or it, or a folder above it, is a file.
+        OSError: nothing can be written there.
+    """
+    if not isinstance(out_dir, (str, os.PathLike)) or not (name := os.fspath(out_dir)) or "\0" in os.fsdecode(name):
+        kind = ValueError if isinstance(out_dir, str) else TypeError
+        raise argument_error("out_dir", "be a path", out_dir, "Pass the path of a folder.", kind)
+    folder = Path(out_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if to_write:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except (FileExistsError, NotADirectoryError):
+        got = Said(f"{folder}, where there is a file")
+        raise argument_error("out_dir", "be a folder", got, "Choose another folder.") from None
+    except OSError as error:
+        must, got = "be a folder to write to", Said(f"{folder} ({error.strerror})")
+        raise argument_error("out_dir", must, got, "Choose another folder.", type(error)) from None
+    return folder
+
+
+def files_in(folder: Path) -> list[Path]:
+    """What a folder holds, without files whose names begin with a dot, such as a lock or `.DS_Store`."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
 @contextlib.contextmanager
 def owned(folder: Path, work: str) -> Iterator[None]:
     """A context in which no other process works in the folder, and no other call of this process.
 
     The operating system frees the lock of a process that was killed, and the next one takes it over. Where the file
     system has no locks, the process number in the file decides. A lock that was left by another machine is not taken
-    over, because this machine cannot know whether that process still runs.
+    over, because this machine cannot know whether that process still runs. A container that is restarted has another
+    host name on the same machine: its lock is taken over on a local file system.
 
     Args:
         folder: an existing folder. It holds the file `.lesa-lock` during the context.
@@ -72,7 +116,12 @@ def owned(folder: Path, work: str) -> Iterator[None]:
         RuntimeError: another call works there. The message says which process it is.
     """
     path = folder / LOCK
-    owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    owner = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "boot": _boot(),
+    }
     lock = _locked(path)
     try:
         try:
@@ -129,8 +178,29 @@ def _check_free(path: Path, file: int, is_new: bool) -> None:
         has_locks = False
     owner = _owner(path)
     is_elsewhere = bool(owner) and owner.get("host") != socket.gethostname()
+    if is_elsewhere and has_locks and _boot() is not None and owner.get("boot") == _boot():
+        is_elsewhere = not _is_local(path)  # the lock was granted, so no process of this machine has it
     if is_elsewhere or not (has_locks or is_new or _has_ended(owner)):
         raise _in_use(path, owner, f"If that process has ended, delete {path}.")
+
+
+def _boot() -> str | None:
+    """What distinguishes this start of this machine from others; None if the system does not say it."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() or None
+    except OSError:
+        return None
+
+
+def _is_local(path: Path) -> bool:
+    """Whether the path is known to be on a file system of this machine alone."""
+    kinds = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mounts").read_text(errors="surrogateescape").splitlines():
+            _, place, kind, *_ = line.split(" ")
+            kinds[place.replace("\\040", " ")] = kind  # of several in one place, the last one is seen
+    above = [str(place) for place in path.resolve().parents]
+    return next((kinds[place] for place in above if place in kinds), None) in _LOCAL
 
 
 def _owner(path: Path) -> dict[str, Any]:
@@ -161,7 +231,7 @@ def _in_use(path: Path, owner: Mapping[str, Any], remedy: str) -> Exception:
         this = " (this one)" if owner.get("pid") == os.getpid() and owner.get("host") == socket.gethostname() else ""
         who = f"process {owner.get('pid')}{this} on {owner.get('host')}, {owner.get('work')} since {owner.get('since')}"
     got = Said(f"{path.parent}, in which {who} works")
-    return argument_error("out_dir", "be a folder in which nothing else works", got, remedy, RuntimeError)
+    return argument_error("out_dir", "be a folder that no other process is using", got, remedy, RuntimeError)
 
 
 def remove_partial(path: Path) -> None:
@@ -192,16 +262,16 @@ def check_same_settings(work: str, kept: Mapping[str, Any], given: Mapping[str, 
             keys = {**value, **before}
             nested = {f"{name}.{key}": value.get(key) for key in keys}
             check_same_settings(work, {f"{name}.{key}": before.get(key) for key in keys}, nested)
-        remedy = "Continue with the same arguments and model, or choose another folder."
-        raise argument_error(name, f"be {before!r}, as in {work}", value, remedy)
+        raise argument_error(name, f"be {before!r}, as in {work}", value, CONTINUE)
 
 
 def digest(value: Any) -> str:
     """SHA-256, in hexadecimal, of a nested value: of all its names, values, shapes and dtypes.
 
     Args:
-        value: dicts, lists, tuples, tensors, arrays, images, strings, numbers and None, nested in any way. Of anything
-            else, such as a function, the qualified name is used.
+        value: dicts, lists, tuples, sets, dataclasses, tensors, arrays, images, random generators, dtypes, devices,
+            enums, paths, bytes, strings, numbers and None, nested in any way. Of anything else, such as a function, the
+            qualified name is used.
     """
     running = hashlib.sha256()
     _update(running, value)
@@ -240,8 +310,20 @@ def _update(running: "hashlib._Hash", value: Any) -> None:
     if isinstance(value, Image):
         value = np.asarray(value)
     parts: Sequence[Any] = ()
-    if isinstance(value, dict):
-        head, parts = f"dict {len(value)}", [part for key in sorted(value) for part in (key, value[key])]
+    if isinstance(value, Mapping):
+        keys = sorted(value, key=None if all(isinstance(key, str) for key in value) else digest)
+        head, parts = f"dict {len(value)}", [part for key in keys for part in (key, value[key])]
+    elif isinstance(value, (set, frozenset)):
+        head, parts = f"set {len(value)}", sorted(map(digest, value))
+    elif isinstance(value, Enum):  # before numbers and strings: some are both
+        head = f"{type(value).__qualname__} {value.name}"
+    elif isinstance(value, torch.Generator):
+        head, parts = "generator", [str(value.device), value.get_state()]
+    elif isinstance(value, (torch.dtype, torch.device, PurePath, complex, bytes, bytearray)):
+        head = f"{type(value).__name__} {value!r}"
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        named = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+        head, parts = type(value).__qualname__, [named]
     elif isinstance(value, (list, tuple)):
         head, parts = f"list {len(value)}", value
     elif isinstance(value, torch.Tensor):

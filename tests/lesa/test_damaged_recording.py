@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 import warnings
 
 import pytest
@@ -14,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import interrupted_recordings as trials
 import lesa
-from lesa import Trajectories, record
+from lesa import Trajectories, artifacts, record
 from lesa.cli import main
 from lesa.training.shards import survey
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+from made_recordings import write_recording
 
 INPUTS = trials.inputs()
 FIRST, OTHER, HEAD = "sample-00001.safetensors", "sample-00001-uncond.safetensors", "head.safetensors"
@@ -147,7 +150,7 @@ CASES = [
 def test_a_damaged_file_is_named_and_recorded_again(pipe, whole, folder, name, damage):
     damage(folder / name)
     unfinished = name == FIRST and not os.path.lexists(folder / name)  # as if it had been interrupted
-    words = "1 of 2 samples" if unfinished else f"{name}` must be a whole file of the recording"
+    words = "1 of 2 samples" if unfinished else f"{name}` is (missing|damaged: .*)\\. Run `lesa.record` again"
     with pytest.raises(ValueError, match=words):
         read_all(folder)
     with warnings.catch_warnings(record=True) as said:
@@ -172,16 +175,14 @@ def test_a_damaged_file_is_named_and_recorded_again(pipe, whole, folder, name, d
     ],
 )
 def test_other_numbers_are_found_when_they_are_read(pipe, whole, folder, name, change, why):
-    """`record` looks at names and headers only, so the remedy is to delete the file."""
+    """And `record` reads them too: it records this sample again, also if no other sample is left to record."""
     rewritten(folder / name, change)
     for read in (read_all, lambda folder: lesa.train(folder, schedule=[0], epochs=1, progress=False)):
-        with pytest.raises(
-            ValueError, match=f"{name}` must be .* {why}.* Delete the file, and run `lesa.record` again"
-        ):
+        with pytest.raises(ValueError, match=f"{name}` is damaged: it {why}.* Run `lesa.record` again"):
             read(folder)
-    (folder / name).unlink()
-    record(pipe, INPUTS, folder, **trials.OPTIONS)
-    assert contents(folder) == contents(whole)
+    with pytest.warns(UserWarning, match=f"{name} {why}.* It is recorded again"):
+        made = record(pipe, INPUTS, folder, **trials.OPTIONS)
+    assert (made.recorded.kept, made.recorded.again) == ((0,), (1,)) and contents(folder) == contents(whole)
 
 
 def without_metadata(folder):
@@ -209,8 +210,52 @@ def test_recordings_of_older_versions_are_read_and_continued(pipe, whole, folder
         record(pipe, INPUTS, folder, **{**trials.OPTIONS, "seed": 1})
     record(pipe.__class__(**{**pipe.components, "scheduler": other_scheduler(pipe)}), INPUTS, folder, **trials.OPTIONS)
     rewritten(folder / "sample-00000.safetensors", lambda t: t["latents"].view(-1)[:1].fill_(float("inf")))
-    with pytest.raises(ValueError, match=r"sample-00000.safetensors` must be .*NaN or Inf in 'latents'"):
+    with pytest.raises(ValueError, match=r"sample-00000.safetensors` is damaged: .*NaN or Inf in 'latents'"):
         read_all(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", ["copy", "Kopie", "uncond-copy", "old", "backup"])
+@pytest.mark.parametrize("source", [FIRST, OTHER])
+@pytest.mark.parametrize("samples", [(1,), (0, 1)])
+def test_copies_in_old_recordings_are_named(pipe, folder, stream, source, samples):
+    """Else they would be trained on like streams."""
+    without_metadata(folder)
+    old = read_all(folder)
+    for number in samples:
+        path = folder / source.replace("00001", f"0000{number}")
+        shutil.copy(path, folder / f"sample-0000{number}-{stream}.safetensors")
+    before = contents(folder)
+    words = rf"-{stream}.safetensors` must be a stream of the recording, but got .* probably a copy.* Move it away"
+    for use in (Trajectories, lambda folder: record(pipe, INPUTS, folder, **trials.OPTIONS)):
+        with pytest.raises(ValueError, match=words):
+            use(folder)
+    assert contents(folder) == before
+    for path in folder.glob(f"sample-*-{stream}.safetensors"):
+        path.unlink()
+    assert all(map(torch.equal, read_all(folder), old))
+
+
+@pytest.mark.slow
+def test_a_changed_copy_in_an_old_recording_is_named(folder):
+    without_metadata(folder)
+    shutil.copy(folder / FIRST, folder / "sample-00001-copy.safetensors")
+    rewritten(folder / "sample-00001-copy.safetensors", lambda t: t["latents"].add_(1), metadata=False)
+    with pytest.raises(ValueError, match="a stream 'copy' that not all samples have"):
+        Trajectories(folder)
+
+
+@pytest.mark.slow
+def test_old_recordings_with_streams_of_their_own_are_read(folder):
+    """Some samples may have no guidance. A pipeline may have other names for its streams."""
+    without_metadata(folder)
+    for number in range(2):
+        (folder / f"sample-0000{number}-uncond.safetensors").rename(folder / f"sample-0000{number}-mine.safetensors")
+    assert Trajectories(folder).names[1::2] == ["sample-00000-mine", "sample-00001-mine"]
+    for number in range(2):
+        (folder / f"sample-0000{number}-mine.safetensors").rename(folder / f"sample-0000{number}-uncond.safetensors")
+    (folder / OTHER).unlink()
+    assert Trajectories(folder).samples == [0, 0, 1]
 
 
 def other_scheduler(pipe):
@@ -308,7 +353,7 @@ def test_a_sample_of_another_recording_is_named(pipe, whole, folder, tmp_path):
             use(folder)
     (folder / OTHER).unlink()
     shutil.copy(tmp_path / "other" / HEAD, folder / HEAD)
-    with pytest.raises(ValueError, match=f"{HEAD}` must be .* belongs to another recording"):
+    with pytest.raises(ValueError, match=f"{HEAD}` is damaged: it belongs to another recording"):
         Trajectories(folder)
     with pytest.warns(UserWarning, match="uncond.safetensors is missing. It is recorded again"):
         record(pipe, INPUTS, folder, **trials.OPTIONS)
@@ -367,6 +412,92 @@ def test_a_manifest_that_cannot_be_read_is_named(folder):
         assert any(word in str(error.value) for word in ("Restore the file", "Record again")), text[:80]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name, value", [("head_eps", 1e-2), ("family", "fluy"), ("head_eps", 0.0)])
+def test_an_entry_that_no_sample_confirms_is_compared_with_the_head(pipe, folder, name, value):
+    """Another one would train another predictor."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, name: value}))
+    (folder / FIRST).unlink()
+    before = contents(folder)
+    with pytest.raises(
+        ValueError, match=rf"`{name} in .*manifest.json` must be .*, as the file of the head says, but got"
+    ):
+        Trajectories(folder)
+    with pytest.raises(ValueError, match=f"`{name}"):
+        record(pipe, INPUTS, folder, **trials.OPTIONS)
+    assert contents(folder) == before
+    rewritten(folder / HEAD, lambda tensors: None, metadata=False)  # as older versions wrote it
+    with pytest.raises(ValueError, match="1 of 2 samples"):
+        Trajectories(folder)
+
+
+# Folders that hold something else
+
+
+def a_predictor(folder):
+    FusedKANPredictor(PredictorConfig(8)).save_pretrained(folder)
+
+
+FOREIGN = {
+    "a predictor": a_predictor,
+    "a text": lambda folder: (folder / "notes.txt").write_text("mine"),
+    "a folder": lambda folder: (folder / "runs").mkdir(),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fill", FOREIGN.values(), ids=FOREIGN)
+def test_no_recording_begins_in_a_folder_of_something_else(pipe, tmp_path, fill):
+    fill(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="`out_dir` must be empty or hold a recording, but got .*Choose another"):
+        record(pipe, INPUTS, tmp_path, **trials.OPTIONS)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, error", [("", ValueError), ("a\0b", ValueError), (None, TypeError), (3, TypeError)])
+def test_what_is_no_path_is_refused(pipe, tmp_path, monkeypatch, name, error):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match="`out_dir` must be a path"):
+        record(pipe, INPUTS, name, **trials.OPTIONS)
+    if name is not None:
+        with pytest.raises(error, match="`out_dir` must be a path"):
+            lesa.train(write_recording(tmp_path / "t"), schedule=[0, 2], out_dir=name, progress=False)
+
+
+@pytest.mark.slow
+def test_a_file_is_no_folder_for_a_recording(pipe, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="`out_dir` must be a folder"):
+            record(pipe, INPUTS, out, **trials.OPTIONS)
+
+
+@pytest.mark.slow
+def test_a_finished_recording_need_not_be_writable(pipe, folder, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    for owner, name in ((tempfile, "TemporaryFile"), (artifacts, "_locked"), (artifacts, "whole_file")):
+        monkeypatch.setattr(owner, name, refuse)
+    assert record(pipe, INPUTS, folder, **trials.OPTIONS).recorded.kept == (0, 1)
+    (folder / FIRST).unlink()
+    with pytest.raises(PermissionError):
+        record(pipe, INPUTS, folder, **trials.OPTIONS)
+
+
+@pytest.mark.slow
+def test_hidden_files_and_remnants_do_not_hinder_a_recording(pipe, whole, tmp_path):
+    for name in (".DS_Store", "manifest.json.tmp", HEAD):
+        (tmp_path / name).write_bytes(b"half")
+    record(pipe, INPUTS, tmp_path, **trials.OPTIONS)
+    left = contents(tmp_path)
+    assert left.pop(".DS_Store") == b"half" and left.pop("manifest.json.tmp", b"half") == b"half"
+    assert left == contents(whole)
+
+
 def test_a_manifest_of_many_samples_takes_no_time(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "samples": 10**15}))
@@ -394,7 +525,7 @@ def test_the_command_says_what_it_did(tmp_path, capsys):
     with pytest.raises(SystemExit) as exited:
         main(["train", "--trajectories", str(tmp_path / "out"), "--schedule", "3", "--out", str(tmp_path / "trained")])
     said = capsys.readouterr().err
-    assert exited.value.code == 2 and said.count("\n") == 1 and f"{FIRST}` must be a whole file of the rec" in said
+    assert exited.value.code == 2 and said.count("\n") == 1 and f"{FIRST}` is damaged: " in said
     with pytest.warns(UserWarning, match=f"{FIRST} is no whole safetensors file"):
         main(command)
     said = f"Wrote 2 {end}; samples that were there already: {count - 2}; damaged samples that were recorded again: 1\n"
@@ -447,4 +578,6 @@ def test_whatever_happens_to_the_files_the_data_are_right_or_the_file_is_named(w
     for one, other in zip(got, wanted, strict=True):
         assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in vars(other))
     assert torch.equal(read.head_weight, wanted.head_weight) and torch.equal(read.head_bias, wanted.head_bias)
+    for name in ("head_eps", "family", "num_inference_steps", "feature_dim", "samples"):
+        assert getattr(read, name) == getattr(wanted, name)
     assert survey(folder, read.manifest, None).damaged == {}

@@ -279,7 +279,7 @@ def test_the_order_of_a_schedulers_default_settings_changes_nothing(tmp_path, no
 def test_a_second_evaluation_at_the_same_time_is_refused(pipe, tmp_path, no_picture):
     with (
         owned(tmp_path, "evaluating"),
-        pytest.raises(RuntimeError, match="`out_dir` must be a folder in which"),
+        pytest.raises(RuntimeError, match="`out_dir` must be a folder that no other process"),
     ):
         evaluate(pipe, tmp_path, {"a": A})
     evaluate(pipe, tmp_path, {"a": A})

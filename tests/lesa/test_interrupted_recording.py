@@ -264,6 +264,46 @@ def test_a_lock_of_another_machine_is_refused(tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, boot, is_free",
+    [
+        ("ext4", "this", True),
+        ("overlay", "this", True),
+        ("tmpfs", "this", True),
+        ("ext4", "another", False),  # another machine, or a start of this one that is over
+        ("ext4", None, False),  # of an older version
+        *((kind, "this", False) for kind in ("nfs4", "lustre", "cifs", "fuse.sshfs", "9p", "virtiofs", "ceph")),
+    ],
+)
+def test_the_lock_of_a_container_that_started_again_is_taken_over(tmp_path, monkeypatch, kind, boot, is_free):
+    """It has another host name on the same machine. The file system must be one that no other machine has."""
+    read, boots = Path.read_text, artifacts._boot()
+    mounts = f"root / {'nfs4' if is_free else 'ext4'} rw 0 0\nx {tmp_path} nfs rw 0 0\nx {tmp_path} {kind} rw 0 0\n"
+
+    def text(path, *args, **options):
+        return mounts if str(path) == "/proc/self/mounts" else read(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", text)
+    noted(tmp_path, host="container-1", pid=7, **({} if boot is None else {"boot": boots if boot == "this" else boot}))
+    if is_free:
+        again = artifacts.owned(tmp_path, "recording")
+        with artifacts.owned(tmp_path, "recording"), pytest.raises(RuntimeError, match="this one"), again:
+            pytest.fail("it is not free")
+        assert [*tmp_path.iterdir()] == []
+    else:
+        with pytest.raises(RuntimeError, match="process 7 on container-1"), artifacts.owned(tmp_path, "recording"):
+            pytest.fail("it is not free")
+
+
+@pytest.mark.slow
+def test_the_lock_of_another_container_that_still_works_is_refused(tmp_path, monkeypatch):
+    with artifacts.owned(tmp_path, "recording"):
+        monkeypatch.setattr(artifacts.socket, "gethostname", lambda: "container-2")
+        with pytest.raises(RuntimeError, match="Wait until it has ended"), artifacts.owned(tmp_path, "recording"):
+            pytest.fail("it is not free")
+
+
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_without_locks_of_the_file_system_the_process_number_decides(tmp_path, monkeypatch, number):
     def no_locks(*args):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lesa
+from lesa.artifacts import LOCK
 from lesa.cli import main
 from lesa.training import refinement, schedule_search, searching, stages, training_run
 from lesa.training.searching import PARTS_NAME, SEARCH_NAME
@@ -118,7 +119,9 @@ def test_a_training_is_interrupted_between_any_two_changes_of_its_folder(recordi
             lesa.train(recording, out_dir=out, **options)
         if (out / CHECKPOINT_NAME).exists() or not (out / "config.json").exists():
             lesa.train(recording, out_dir=out, **options)
-        assert files(out) == files(tmp_path / "whole")
+        left = files(out)
+        left.pop(LOCK, None)  # it was interrupted before it removed its lock, which nobody holds
+        assert left == files(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -322,7 +325,7 @@ def test_trajectories_that_are_not_finite_are_named_before_the_work(tmp_path, no
     tensors = load_file(file)
     tensors[part].view(-1)[-1] = value
     save_file(tensors, file)
-    message = f"sample-00004.safetensors` must be .*, but got one that has NaN or Inf in '{part}'"
+    message = f"sample-00004.safetensors` is damaged: it has NaN or Inf in '{part}'"
     for work in (
         lambda: lesa.train(trajectories, schedule=[0, 2, 5], progress=False),
         lambda: lesa.train(trajectories, budget=4, find_stages=True, out_dir=tmp_path / "out", progress=False),

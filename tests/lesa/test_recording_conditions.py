@@ -1,7 +1,10 @@
 """A recording does not continue under other conditions, and says which one differs."""
 
+import functools
 import json
 import shutil
+import types
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -11,8 +14,8 @@ import torch
 import interrupted_recordings as trials
 import small_pipelines as small
 from lesa import record
+from lesa.conditions import common_conditions, conditions_of
 from lesa.training import recording
-from lesa.training.conditions import conditions_of
 
 INPUTS = trials.inputs()
 
@@ -291,6 +294,147 @@ def test_options_of_any_type_are_compared_after_they_were_read(pipe):
     assert one == json.loads(json.dumps(conditions_of(pipe))) and one["scheduler"]["tuple"] == [1, 2.5, "a"]
     pipe.scheduler.register_to_config(array=np.arange(3)[::-1])
     assert one["scheduler"]["array"] != conditions_of(pipe)["scheduler"]["array"]
+
+
+def louder(module, *arguments, **options):
+    return module.original(*arguments, **options)
+
+
+def wrapped_forward(pipe):
+    forward = pipe.transformer.forward
+    pipe.transformer.forward = functools.wraps(forward)(lambda *args, **options: forward(*args, **options))
+
+
+def under_autocast(pipe):
+    pipe.transformer.forward = torch.autocast("cpu", torch.bfloat16)(pipe.transformer.forward)
+
+
+def wrapped_under_torch(pipe):
+    forward = pipe.transformer.forward
+    pipe.transformer.forward = torch.no_grad()(lambda *args, **options: forward(*args, **options))
+
+
+def another_processor(pipe):
+    attention = pipe.transformer.transformer_blocks[0].attn
+    attention.processor = type("Mine", (type(attention.processor),), {"__module__": "mine"})()
+
+
+def of_a_block(pipe):
+    pipe.transformer.transformer_blocks[0].forward = types.MethodType(louder, pipe.transformer)
+
+
+REPLACED = {
+    "a wrapped forward": wrapped_forward,
+    "autocast around the forward": under_autocast,
+    "a wrapper without gradients": wrapped_under_torch,
+    "a bound function": lambda pipe: setattr(pipe.transformer, "forward", functools.partial(louder, pipe.transformer)),
+    "the forward of a block": of_a_block,
+    "an attention processor": another_processor,
+    "the forward of the VAE": lambda pipe: setattr(pipe.vae, "forward", functools.partial(louder, pipe.vae)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", REPLACED.values(), ids=REPLACED)
+def test_nothing_goes_on_under_functions_that_are_put_around_the_model(pipe, whole, tmp_path, monkeypatch, change):
+    """And what began under them does not go on without them."""
+    folder = unfinished(whole, tmp_path / "unfinished")
+    plain = stored(pipe)
+    change(pipe)
+    changed = stored(pipe)
+    assert stored(pipe) == changed and plain["replaced"] == {}
+    monkeypatch.setattr(recording, "run_pipeline", lambda *args: pytest.fail("nothing is drawn"))
+    for place in (whole, folder):
+        with pytest.raises(ValueError, match=r"`replaced\.(transformer|vae)` must be None, as in the recording that"):
+            record(pipe, INPUTS, place, **trials.OPTIONS)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "replaced": changed["replaced"]}))
+    with pytest.raises(ValueError, match=r"`replaced.*` must be {.*}, as in the recording"):
+        record(trials.CASE.build(), INPUTS, folder, **trials.OPTIONS)
+
+
+@pytest.mark.slow
+def test_a_forward_of_the_class_that_was_replaced_is_seen(pipe, monkeypatch):
+    forward = type(pipe.transformer).forward
+    monkeypatch.setattr(type(pipe.transformer), "forward", functools.wraps(forward)(lambda *args: forward(*args)))
+    assert [*stored(pipe)["replaced"]["transformer"]] == ["itself"]
+
+
+@pytest.mark.slow
+def test_offloading_compiling_and_hooks_are_no_functions_around_the_model(pipe):
+    accelerate = pytest.importorskip("accelerate", reason="offloading needs accelerate")
+    plain = stored(pipe)
+    for part in (pipe.transformer, pipe.transformer.transformer_blocks[0], pipe.vae):
+        accelerate.hooks.add_hook_to_module(part, accelerate.hooks.ModelHook())
+        part.compile()
+        part.register_forward_hook(lambda *arguments: None)  # many hooks only watch a run
+    assert stored(pipe) == plain
+
+
+def applied_layers(*layers):
+    return lambda pipe: setattr(pipe, "pag_applied_layers", list(layers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (applied_layers("blocks.1"), applied_layers("blocks.2")),
+        (lambda pipe: setattr(pipe, "sizes", {"a": 1}), lambda pipe: setattr(pipe, "sizes", {"a": 2})),
+        (lambda pipe: setattr(pipe, "parts", {1, 2}), lambda pipe: setattr(pipe, "parts", {1, 3})),
+        (lambda pipe: setattr(pipe, "pair", (1, 2)), lambda pipe: setattr(pipe, "pair", (2, 1))),
+    ],
+)
+def test_lists_and_dicts_that_are_set_on_a_pipeline_are_compared(pipe, one, other):
+    one(pipe)
+    first = stored(pipe)
+    one(pipe)
+    assert stored(pipe) == first
+    other(pipe)
+    assert stored(pipe)["pipeline_config"] != first["pipeline_config"]
+
+
+@pytest.mark.slow
+def test_options_that_cannot_be_written_as_json_are_compared(pipe):
+    for one, other in ((torch.float16, torch.bfloat16), ({1}, {2}), (Path("a"), Path("b")), (1j, 2j)):
+        pipe.scheduler.register_to_config(option=one)
+        first = stored(pipe)
+        pipe.scheduler.register_to_config(option=other)
+        assert stored(pipe)["scheduler"]["option"] != first["scheduler"]["option"]
+
+
+@pytest.mark.slow
+def test_tokenizers_are_compared():
+    with small.small_areas():
+        pipe = small.ALL["sd3 cfg"].build()
+    pipe.tokenizer = Tokenizer()
+    first = stored(pipe)
+    assert stored(pipe) == first and first["tokenizers"]["tokenizer"]["special"] == [1, 3]
+    for name, value in (("padding_side", "left"), ("model_max_length", 9), ("size", 5), ("chat_template", "{{x}}")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipe.tokenizer, name, value)
+            assert stored(pipe)["tokenizers"] != first["tokenizers"]
+    given = conditions_of(pipe)
+    assert "tokenizers" not in common_conditions({n: v for n, v in first.items() if n != "tokenizers"}, given)
+    pipe.tokenizer = None
+    assert common_conditions(first, conditions_of(pipe))["tokenizers"] == first["tokenizers"]
+
+
+class Tokenizer:
+    all_special_ids, padding_side, truncation_side, chat_template = [3, 1], "right", "right", None
+    model_max_length, size = 8, 4
+
+    def __len__(self):
+        return self.size
+
+
+@pytest.mark.slow
+def test_another_dtype_is_named_also_if_the_inputs_were_cast(pipe, whole):
+    """As the command does, which casts them to the dtype of the model."""
+    pipe.transformer.to(torch.bfloat16)
+    cast = [{n: v.bfloat16() if isinstance(v, torch.Tensor) else v for n, v in item.items()} for item in INPUTS]
+    with pytest.raises(ValueError, match=r"`dtypes\.transformer` was 'float32' and is 'bfloat16'"):
+        record(pipe, cast, whole, **trials.OPTIONS)
 
 
 # What is set globally

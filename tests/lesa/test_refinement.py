@@ -248,7 +248,7 @@ REFUSED = {
     "epochs": (TypeError, "`epochs` must be an integer"),
     "samples_per_call": (ValueError, "`samples_per_call` must be an integer of at least 1"),
     "learning_rate": (ValueError, "`learning_rate` must be a finite number"),
-    "not finite": (ValueError, "sample-00007.safetensors` must be .*, but got one that has NaN or Inf in 'features'"),
+    "not finite": (ValueError, "sample-00007.safetensors` is damaged: it has NaN or Inf in 'features'"),
 }
 
 

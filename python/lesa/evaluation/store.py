@@ -16,11 +16,11 @@ import torch
 
 import lesa_kernels
 from lesa.artifacts import check_same_settings, digest, fingerprint, owned, whole_file, write_text
+from lesa.conditions import common_conditions, conditions_of
 from lesa.contenders import Reference
 from lesa.contenders.base import Pipeline
 from lesa.evaluation.result import EvaluatedRun, Outcome, file_name
 from lesa.models.adapter import Adapter
-from lesa.training.conditions import common_conditions, conditions_of
 from lesa_kernels.checks import Said, argument_error
 
 SETTINGS_FILE = "settings.json"

@@ -13,21 +13,24 @@ import torch
 from tqdm import tqdm
 
 from lesa.artifacts import (
+    CONTINUE,
     check_same_settings,
     digest,
+    files_in,
     fingerprint,
+    output_folder,
     owned,
     predictor_identity,
     remove_stale_lock,
     write_text,
 )
 from lesa.cache import observed
+from lesa.conditions import common_conditions, conditions_of, differing, of_transformer
 from lesa.inputs import batches_of, check_inputs, collate
 from lesa.models import adapter_for
 from lesa.pipelines import quiet_progress, run_pipeline
-from lesa.training.conditions import common_conditions, conditions_of, differing, of_transformer
 from lesa.training.recorder import Recorder
-from lesa.training.shards import DamagedError, identity_of, sample_files, save_sample, survey
+from lesa.training.shards import DamagedError, check_tensors, identity_of, sample_files, save_sample, survey
 from lesa.training.trajectories import (
     FORMAT_VERSION,
     HEAD,
@@ -62,9 +65,9 @@ def record(
     and only the computed steps are recorded. Such a run is a roll-out: the computed steps see the sample that the
     forecasts lead to. `refine` learns from roll-outs.
 
-    If it is called again after an interruption, it keeps the finished samples and records the others. Damaged files are
-    recorded again, with a warning that names them. Sample i is drawn with `torch.Generator("cpu")` and the seed
-    `seed + i` in any batch.
+    If it is called again after an interruption, it keeps the finished samples and records the others. For that, it
+    reads all files and compares the tensors with their digests. Damaged files are recorded again, with a warning that
+    names them. Sample i is drawn with `torch.Generator("cpu")` and the seed `seed + i` in any batch.
 
     Args:
         pipe: a diffusers pipeline of a supported family, modular or not.
@@ -84,8 +87,8 @@ def record(
         The recording. Its attribute `recorded` says which samples this call made.
 
     Raises:
-        TypeError: the family of `pipe` is not supported, its output projection is no plain `nn.Linear`, or an argument
-            has another type.
+        TypeError: the family of `pipe` is not supported, its output projection is no plain `nn.Linear`, `out_dir` is
+            no path, or an argument has another type.
         ValueError: an argument is out of range, an input has an argument that lesa sets itself, or `out_dir` contains
             something other than this recording or a part of it. The message names the difference, such as
             `scheduler.shift`, or the file.
@@ -142,12 +145,12 @@ class Recording:
             out_dir: the folder; made if missing.
             bar: what the progress bar is called, or None for no bar.
         """
-        planned, folder = self._manifest(), Path(out_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        left = self._left_to_do(folder, planned)
+        planned, folder = self._manifest(), output_folder(out_dir, to_write=False)
+        sound: set[Path] = set()
+        left = self._left_to_do(folder, planned, sound)
         if left.samples or not left.has_head:
             with owned(folder, "recording"):
-                left = self._left_to_do(folder, planned)  # another process may have recorded meanwhile
+                left = self._left_to_do(folder, planned, sound)  # another process may have recorded meanwhile
                 left.warn()
                 self._record(folder, planned, left.samples or {0}, bar)
         else:
@@ -161,19 +164,20 @@ class Recording:
         )
         return trajectories
 
-    def _left_to_do(self, folder: Path, planned: dict[str, Any]) -> "_Left":
-        """Compares the folder with what is planned; raises `ValueError` if it holds something else."""
+    def _left_to_do(self, folder: Path, planned: dict[str, Any], sound: set[Path]) -> "_Left":
+        """Compares the folder with what is planned; raises `ValueError` if it holds something else.
+
+        For `sound`, see `check_tensors`.
+        """
         every = set(range(len(self.inputs)))
         recorded = read_manifest(folder)
         if recorded is None:
-            if sample_files(folder):
-                got = Said(f"{folder} with samples and no {MANIFEST}")
-                remedy = f"Restore the {MANIFEST}, or record into another folder."
-                raise argument_error("out_dir", "be empty or hold a recording", got, remedy)
+            _check_empty(folder)
             return _Left(every, set(), {}, False)
         _check_same(folder, recorded, planned)
         outputs = self._projection.out_features
         found = survey(folder, recorded, outputs)
+        check_tensors(found, sound)
         damaged = {**found.damaged, **_why_no_head(folder, recorded)}
         folders = [path for path in damaged if path.is_dir()]
         if folders:
@@ -260,6 +264,18 @@ class _Left:
             warnings.warn(f"lesa: {path} {why}. It is recorded again.", stacklevel=4)
 
 
+def _check_empty(folder: Path) -> None:
+    """Raises `ValueError` if a folder without a manifest holds more than an interruption before it leaves."""
+    remnants = {HEAD, f"{HEAD}.tmp", f"{MANIFEST}.tmp"}
+    others = [path.name for path in files_in(folder) if path.name not in remnants]
+    if others:
+        got, remedy = f"{folder} with {others[0]}", "Choose another folder."
+        if sample_files(folder):
+            got = f"{folder} with samples and no {MANIFEST}"
+            remedy = f"Restore the {MANIFEST}, or record into another folder."
+        raise argument_error("out_dir", "be empty or hold a recording", Said(got), remedy)
+
+
 def _begin(folder: Path, manifest: dict[str, Any], head: OutputHead) -> dict[str, Any]:
     """Writes head and manifest. If there is a manifest already, it must be the same. Returns the one of the folder."""
     recorded = read_manifest(folder)
@@ -267,7 +283,7 @@ def _begin(folder: Path, manifest: dict[str, Any], head: OutputHead) -> dict[str
         _check_same(folder, recorded, manifest)
     kept = recorded or {name: value for name, value in manifest.items() if name != "unset"}
     if recorded is None or _why_no_head(folder, recorded):
-        save_head(folder, head.weight, head.bias, identity_of(kept))
+        save_head(folder, head.weight, head.bias, kept)
     if recorded is None:
         write_text(folder / MANIFEST, json.dumps(kept, indent=2) + "\n")
     return kept
@@ -294,18 +310,17 @@ def check_same_conditions(trajectories: Trajectories, pipe: Any) -> None:
 def _check_same(folder: Path, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raises `ValueError` unless the recording in the folder was made with the settings that are given."""
     work = f"the recording that {folder} holds"
-    remedy = "Continue with the same arguments and model, or choose another folder."
     known = common_conditions(recorded, given)
     arguments = known.pop("arguments", {})
-    for name, value in known.items():
-        before = recorded[name]
+    for name in sorted(known, key=lambda name: name == "inputs_digest"):  # last: they are cast to the model's dtype
+        value, before = known[name], recorded[name]
         if name == "inputs_digest" and value != before:
             names = differing(recorded.get("arguments", arguments), arguments)
             said = f"The inputs differ in {', '.join(map(repr, names))}. " if names else ""
-            raise argument_error(name, f"be {before!r}, as in {work}", value, f"{said}{remedy}")
+            raise argument_error(name, f"be {before!r}, as in {work}", value, f"{said}{CONTINUE}")
         if name == "transformer" and value != before:
             then, now = (of_transformer(conditions) for conditions in (recorded, known))
             for aspect in differing(then, now)[:1]:  # a fingerprint alone would not say what differs
                 got = Said(f"another one: `{aspect}` was {then.get(aspect)!r} and is {now.get(aspect)!r}")
-                raise argument_error(name, f"be as in {work}", got, remedy)
+                raise argument_error(name, f"be as in {work}", got, CONTINUE)
         check_same_settings(work, {name: before}, {name: value})

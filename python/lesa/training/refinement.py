@@ -18,13 +18,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lesa.artifacts import check_same_settings, digest, fingerprint, predictor_identity, remove_partial, write_text
+from lesa.artifacts import (
+    check_same_settings,
+    digest,
+    files_in,
+    fingerprint,
+    output_folder,
+    owned,
+    predictor_identity,
+    remove_partial,
+    write_text,
+)
 from lesa.inputs import check_inputs
 from lesa.models import adapter_for
 from lesa.training.batches import Batch, Plan, RollOut, check_is_predictor, check_whole
 from lesa.training.losses import roll_out_loss
 from lesa.training.recording import Recording, check_same_conditions
-from lesa.training.searching import writable_folder
 from lesa.training.settings import TrainingSettings, usable_device
 from lesa.training.training_run import Training, is_finished
 from lesa.training.trajectories import Trajectories, as_trajectories, check_plain, latents_of
@@ -84,7 +93,7 @@ def refine(
         TypeError, ValueError: the predictor uses its own forecasts as history or was trained for something else, an
             argument is out of range, a file of the recording is damaged or has NaN or Inf, or the pipeline, the inputs
             or `out_dir` are not those of the recording. The message names it.
-        RuntimeError: see `lesa.record` and `train`.
+        RuntimeError: another process works in `out_dir`, or see `lesa.record` and `train`.
 
     Source: DAgger, arXiv 1011.0686. The loss measures the drift at the end of each gap. This is the drift at the start
     of the gap, plus what the velocities of the gap add to it in Euler steps. Flow-matching schedulers make such steps.
@@ -175,20 +184,21 @@ def _working_folder(out_dir: str | os.PathLike | None, settings: dict[str, Any])
         with tempfile.TemporaryDirectory() as temporary:
             yield Path(temporary)
         return
-    folder = writable_folder(out_dir)
-    file = folder / SETTINGS_NAME
-    remove_partial(file)
-    if file.exists():
-        check_same_settings(f"the unfinished refinement in {folder}", _read_settings(file), settings)
-    elif any(folder.iterdir()):
-        must = "be empty or hold an unfinished refinement"
-        raise argument_error("out_dir", must, Said(f"files in {folder}"), "Choose another folder.")
-    else:
-        write_text(file, json.dumps(settings) + "\n")
-    yield folder
-    file.unlink()  # first: rounds that are left behind do no harm
-    for number in range(settings["rounds"]):
-        shutil.rmtree(folder / f"round-{number + 1}")
+    folder = output_folder(out_dir)
+    with owned(folder, "refining"):
+        file = folder / SETTINGS_NAME
+        remove_partial(file)
+        if file.exists():
+            check_same_settings(f"the unfinished refinement in {folder}", _read_settings(file), settings)
+        elif files_in(folder):
+            must = "be empty or hold an unfinished refinement"
+            raise argument_error("out_dir", must, Said(f"files in {folder}"), "Choose another folder.")
+        else:
+            write_text(file, json.dumps(settings) + "\n")
+        yield folder
+        file.unlink()  # first: rounds that are left behind do no harm
+        for number in range(settings["rounds"]):
+            shutil.rmtree(folder / f"round-{number + 1}")
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """The folder of a training, and what an interrupted search has left there."""
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,30 +70,6 @@ def discard_search(out_dir: Path) -> None:
     """Removes what a search has left in the folder, if anything."""
     if (out_dir / SEARCH_NAME).exists():
         shutil.rmtree(out_dir / SEARCH_NAME)
-
-
-def writable_folder(out_dir: str | os.PathLike) -> Path:
-    """The folder, which is made if it is missing.
-
-    Raises:
-        TypeError, ValueError: it is no path; or it, or a folder above it, is a file.
-        OSError: nothing can be written there.
-    """
-    if not isinstance(out_dir, (str, os.PathLike)) or "\0" in os.fspath(out_dir):
-        kind = ValueError if isinstance(out_dir, str) else TypeError
-        raise argument_error("out_dir", "be a path", out_dir, "Pass the path of a folder.", kind)
-    folder = Path(out_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (FileExistsError, NotADirectoryError):
-        got = Said(f"{folder}, where there is a file")
-        raise argument_error("out_dir", "be a folder", got, "Choose another folder.") from None
-    except OSError as error:
-        must, got = "be a folder to write to", Said(f"{folder} ({error.strerror})")
-        raise argument_error("out_dir", must, got, "Choose another folder.", type(error)) from None
-    return folder
 
 
 def _as_json(value: Any) -> Any:

@@ -7,6 +7,7 @@ unknown and are not checked.
 """
 
 import contextlib
+import filecmp
 import json
 import re
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from lesa_kernels.checks import Said, argument_error
 _NAME = re.compile(r"sample-(\d{5,})(?:-(.+))?\.safetensors")
 _OLD_STREAM = re.compile(r"\w+(-\w+)*")
 """Streams of files without metadata. Names such as "uncond (1)" are those of copies."""
+_USUAL_STREAM = re.compile(r"(main|(pred_)?(un)?cond)(-\d+)?(-with-prompt)?")
+"""Streams that pipelines of diffusers have."""
 _METADATA, _BAD_METADATA = "lesa", "has metadata that are damaged"
 _AXES = {
     "features": ("steps", "tokens", "width"),
@@ -38,6 +41,7 @@ _FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float
 _IDENTITY = ("seed", "inputs_digest", "transformer", "requested_num_inference_steps", "tokens_per_sample", "predictor")
 """The entries of the manifest that distinguish a recording from others. Every release wrote them."""
 
+MISSING = "is missing"
 REMEDY = "Run `lesa.record` again with the same arguments: it records damaged samples again."
 
 
@@ -47,15 +51,12 @@ class DamagedError(ValueError):
     Args:
         path: the file.
         why: what is wrong with it, as in "is missing".
-        remedy: what the caller can do.
     """
 
     lesa_message = True
 
-    def __init__(self, path: Path, why: str, remedy: str = REMEDY):
-        super().__init__(
-            str(argument_error(f"{path}", "be a whole file of the recording", Said(f"one that {why}"), remedy))
-        )
+    def __init__(self, path: Path, why: str):
+        super().__init__(f"`{path}` {why if why == MISSING else f'is damaged: it {why}'}. {REMEDY}")
         self.path, self.why = path, why
 
 
@@ -144,9 +145,9 @@ def survey(folder: Path, manifest: Mapping[str, Any], outputs: int | None) -> Su
         outputs: O, the width of the head's output; None if it is not known.
 
     Raises:
-        ValueError: a file belongs to another recording. The message names it.
+        ValueError: a file belongs to another recording, or is a copy of one. The message names it.
     """
-    found = Survey()
+    found, older, files_of_older = Survey(), object(), {}
     for number, files in sample_files(folder).items():
         if number >= manifest["samples"]:
             path = next(iter(files.values()))
@@ -156,7 +157,9 @@ def survey(folder: Path, manifest: Mapping[str, Any], outputs: int | None) -> Su
             continue  # it was interrupted before all streams were written
         streams = None
         with contextlib.suppress(DamagedError):
-            streams = metadata_of(first).get("other_streams")
+            streams = metadata_of(first).get("other_streams", older)
+        if streams is older:
+            files_of_older[number] = files
         if not isinstance(streams, list):  # of an older version, or damaged
             streams = [name for name in files if name is not None and _OLD_STREAM.fullmatch(name)]
         paths = {name: sample_file(folder, number, name) for name in [None, *sorted(map(str, streams))]}
@@ -167,7 +170,48 @@ def survey(folder: Path, manifest: Mapping[str, Any], outputs: int | None) -> Su
             found.hurt.add(number)
         else:
             found.whole[number] = [*paths.values()]
+    _check_no_copies(files_of_older)
     return found
+
+
+def _check_no_copies(samples: Mapping[int, Mapping[str | None, Path]]) -> None:
+    """Raises `ValueError` if a file is probably a copy, and not a stream that an older version recorded.
+
+    A stream with a name that diffusers does not use is one if all samples have it, and if its bytes are its own.
+
+    Args:
+        samples: the files without metadata, by sample and stream.
+    """
+    for files in samples.values():
+        for stream, path in files.items():
+            if stream is None or _USUAL_STREAM.fullmatch(stream) or not _OLD_STREAM.fullmatch(stream):
+                continue
+            others = [other for other in files.values() if other != path and other.is_file() and path.is_file()]
+            same = [other.name for other in others if filecmp.cmp(path, other, shallow=False)]
+            if same or not all(stream in streams for streams in samples.values()):
+                why = f"the bytes of {same[0]}" if same else f"a stream {stream!r} that not all samples have"
+                must, got = "be a stream of the recording", Said(f"a file with {why}, so it is probably a copy")
+                raise argument_error(f"{path}", must, got, "Move it away.")
+
+
+def check_tensors(found: Survey, sound: set[Path]) -> None:
+    """Reads the tensors of whole samples. Samples with other tensors than were written become damaged ones.
+
+    Args:
+        found: what `survey` found. It is changed.
+        sound: files that need not be read. Those that were read and are not damaged are added.
+    """
+    for number, paths in [*found.whole.items()]:
+        for path in paths:
+            if path in sound:
+                continue
+            try:
+                load_sample(path, verify=True)
+                sound.add(path)
+            except DamagedError as error:
+                found.damaged[path] = error.why
+                found.hurt.add(number)
+                found.whole.pop(number, None)
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
@@ -201,7 +245,7 @@ def why_damaged(
     try:
         header, said = _opened(path)
     except FileNotFoundError:
-        return "is missing"
+        return MISSING
     except IsADirectoryError:
         return "is a folder"
     except (SafetensorError, OSError) as error:
@@ -233,14 +277,12 @@ def load_sample(path: Path, verify: bool) -> dict[str, torch.Tensor]:
     except (SafetensorError, OSError) as error:
         raise DamagedError(path, f"is no whole safetensors file ({error})") from None
     if verify:
-        # `record` sees names and headers only, so it would keep this file.
-        remedy = "Delete the file, and run `lesa.record` again with the same arguments."
         written = metadata_of(path).get("tensors")
         if written is not None and written != digest(tensors):
-            raise DamagedError(path, "has other tensors than were written to it", remedy)
+            raise DamagedError(path, "has other tensors than were written to it")
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise DamagedError(path, f"has NaN or Inf in {name!r}", remedy)
+                raise DamagedError(path, f"has NaN or Inf in {name!r}")
     return tensors
 
 

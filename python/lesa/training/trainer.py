@@ -1,10 +1,13 @@
 """`train`: fits a predictor to recorded trajectories."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from lesa.artifacts import CONTINUE, output_folder, owned
 from lesa.schedule import Schedule, ScheduleLike
 from lesa.training.batches import check_whole
 from lesa.training.schedule_search import check_budget, found_schedule
@@ -89,7 +92,8 @@ def train(
             `out_dir` is no folder, or contains something other than an unfinished training with these arguments. The
             message names the field.
         OSError: nothing can be written to `out_dir`.
-        RuntimeError: the loss became NaN or Inf. A lower learning rate helps.
+        RuntimeError: the loss became NaN or Inf, and a lower learning rate helps; or another process works in
+            `out_dir`. The message names the process.
 
     Source: LESA, arXiv 2602.20497, for the two phases. The loss and the training of the newton mixer were developed in
     this project.
@@ -122,13 +126,24 @@ def train(
     if find_stages:
         check_divisible(trajectories, config)
     device = usable_device(device)
-    folder = None if out_dir is None else check_folder(out_dir)
-    check_whole(trajectories)
-    config = _searched(trajectories, config, settings, budget, find_stages, folder, device, progress)
-    bar = "train" if progress else None
-    run = Training(trajectories, config, settings, out_dir=folder, device=device, bar=bar)
-    run.fit()
-    return run.finish()
+    with _own_folder(out_dir) as folder:
+        check_whole(trajectories)
+        config = _searched(trajectories, config, settings, budget, find_stages, folder, device, progress)
+        bar = "train" if progress else None
+        run = Training(trajectories, config, settings, out_dir=folder, device=device, bar=bar)
+        run.fit()
+        return run.finish()
+
+
+@contextlib.contextmanager
+def _own_folder(out_dir: str | os.PathLike | None) -> Iterator[Path | None]:
+    """The folder of a training, in which no other call works meanwhile; None if there is none."""
+    if out_dir is None:
+        yield None
+        return
+    folder = output_folder(out_dir)
+    with owned(folder, "training"):  # before the check, which removes what an interruption left
+        yield check_folder(folder)
 
 
 def _check_choices(
@@ -162,8 +177,7 @@ def _searched(
         steps = tuple(unfinished["schedule"])
         if budget not in (None, len(steps)):
             must = f"be {len(steps)}, as in the unfinished training in {folder}"
-            remedy = "Continue with the same arguments, or choose another folder."
-            raise argument_error("budget", must, budget, remedy)
+            raise argument_error("budget", must, budget, CONTINUE)
         if budget is not None:
             config = complete_config(trajectories, config, steps)
         return with_stages(config, tuple(unfinished["stage_bounds"])) if find_stages else config

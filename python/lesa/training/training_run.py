@@ -5,10 +5,11 @@ Closed loop: the history is as at inference. A newton predictor trains on the sc
 that holds its own forecasts.
 """
 
-import contextlib
+import io
 import json
 import math
 import os
+import zipfile
 from collections.abc import Sequence, Set
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lesa.artifacts import check_same_settings, remove_partial, whole_file, write_text
+from lesa.artifacts import check_same_settings, files_in, output_folder, remove_partial, whole_file, write_text
 from lesa.schedule import Schedule, schedule_of
 from lesa.training.batches import Batch, Head, Plan, RollOut, Split, predict, roll_out, split
 from lesa.training.guided_schedules import moved_steps, stretched_steps
 from lesa.training.losses import feature_loss, head_aware_loss
-from lesa.training.searching import SEARCH_NAME, discard_search, writable_folder
+from lesa.training.searching import SEARCH_NAME, discard_search
 from lesa.training.settings import TrainingSettings, config_settings
 from lesa.training.trajectories import Trajectories
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -262,7 +263,7 @@ class Training:
         if self.out_dir is None:
             return 0
         check_folder(self.out_dir)
-        checkpoint = _read_checkpoint(self.out_dir, self.device)
+        checkpoint = _read_checkpoint(self.out_dir)
         if checkpoint is None:
             self._save_checkpoint(optimizer, 0)
         else:
@@ -286,17 +287,19 @@ class Training:
             "losses": self.losses,
             "epoch": epoch,
         }
+        contents = io.BytesIO()  # torch's own writer has no `OSError` for a full disk
+        torch.save(checkpoint, contents)
         with whole_file(self.out_dir / CHECKPOINT_NAME) as temporary:
-            torch.save(checkpoint, temporary)
+            temporary.write_bytes(contents.getbuffer())
 
 
 def check_folder(out_dir: str | os.PathLike) -> Path:
     """Makes the folder; raises `ValueError` unless it is empty or holds an unfinished training or search."""
-    folder = writable_folder(out_dir)
+    folder = output_folder(out_dir)
     file = folder / CHECKPOINT_NAME
     remove_partial(file)
     file.with_name(f"{file.name}.new").unlink(missing_ok=True)  # the same, of earlier versions
-    if not file.exists() and any(path.name != SEARCH_NAME for path in folder.iterdir()):
+    if not file.exists() and any(path.name != SEARCH_NAME for path in files_in(folder)):
         got = Said(f"a predictor in {folder}" if is_finished(folder) else f"files in {folder}")
         raise argument_error("out_dir", "be empty or hold an unfinished training", got, "Choose another folder.")
     return folder
@@ -304,20 +307,34 @@ def check_folder(out_dir: str | os.PathLike) -> Path:
 
 def unfinished_config(out_dir: Path) -> dict[str, Any] | None:
     """The predictor's configuration in the checkpoint of an unfinished training, or None if there is none."""
-    checkpoint = _read_checkpoint(out_dir, "cpu")
+    checkpoint = _read_checkpoint(out_dir)
     return None if checkpoint is None else checkpoint["settings"]["config"]
 
 
-def _read_checkpoint(out_dir: Path, device: torch.device | str) -> dict[str, Any] | None:
-    """The checkpoint in the folder, or None if there is none; raises `ValueError` if it is damaged."""
+def _read_checkpoint(out_dir: Path) -> dict[str, Any] | None:
+    """The checkpoint in the folder, on the CPU, or None if there is none.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError, MemoryError, RuntimeError: it cannot be read, or memory is too small for it.
+    """
     file = out_dir / CHECKPOINT_NAME
     if not file.exists():
         return None
     parts = {"settings", "predictor", "optimizer", "generator", "losses", "epoch"}
-    with file.open("rb") as stream, contextlib.suppress(Exception):  # damaged bytes lead to many kinds of errors
-        checkpoint = torch.load(stream, map_location=device, weights_only=True)
-        if parts <= checkpoint.keys() and "config" in checkpoint["settings"]:
+    contents = io.BytesIO(file.read_bytes())
+    try:
+        with zipfile.ZipFile(contents) as archive:  # torch does not compare the checksums
+            is_whole = archive.testzip() is None
+        contents.seek(0)
+        checkpoint = torch.load(contents, map_location="cpu", weights_only=True)
+        if is_whole and parts <= checkpoint.keys() and "config" in checkpoint["settings"]:
             return checkpoint
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # damaged bytes lead to many kinds of errors
+        if "DefaultCPUAllocator: " in str(error):  # torch has no type for it
+            raise
     must, got = "hold a checkpoint that can be read", Said(f"{file}, which is damaged or of another version")
     raise argument_error("out_dir", must, got, "Delete it to train from the start.")
 

@@ -9,7 +9,8 @@ A trajectory folder holds
   Where the transformer is called more than once a step, as for true classifier-free guidance, the other streams of
   calls are in `sample-00000-<stream>.safetensors`.
 
-Other files in the folder are ignored, unless they have the name of a sample that the recording does not have.
+The metadata of `head.safetensors` repeats the entries of the manifest that no other file confirms. Other files in the
+folder are ignored, unless they have the name of a sample that the recording does not have.
 """
 
 import json
@@ -26,7 +27,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lesa.artifacts import digest
-from lesa.training.shards import DamagedError, identity_of, load_sample, metadata_of, save_tensors, survey
+from lesa.training.shards import (
+    MISSING,
+    DamagedError,
+    identity_of,
+    load_sample,
+    metadata_of,
+    save_tensors,
+    survey,
+)
 from lesa_kernels.checks import Said, argument_error
 
 FORMAT_VERSION = 1
@@ -35,6 +44,8 @@ HEAD = "head.safetensors"
 
 _FACTS = {"samples": int, "family": str, "feature_dim": int, "num_inference_steps": int, "head_eps": float}
 """The entries that a manifest must have to be read."""
+_CONFIRMED = ("family", "num_inference_steps", "head_eps")
+"""Entries that the file of the head has too, so that a damaged manifest is noticed."""
 _MORE_FACTS: dict[str, Any] = {
     "seed": int,
     "requested_num_inference_steps": int,
@@ -51,6 +62,8 @@ _CONDITIONS = (
     "dtypes",
     "adapters",
     "quantisation",
+    "replaced",
+    "tokenizers",
     "weights",
     "autocast",
 )
@@ -210,20 +223,25 @@ def check_plain(trajectories: Trajectories) -> None:
         raise argument_error("trajectories", "be of plain runs", Said("roll-outs of a predictor"), remedy)
 
 
-def save_head(folder: Path, weight: torch.Tensor, bias: torch.Tensor | None, recording: str | None) -> None:
-    """Writes the output projection. `recording` is the identity of the recording, from `identity_of`."""
+def save_head(folder: Path, weight: torch.Tensor, bias: torch.Tensor | None, manifest: Mapping[str, Any]) -> None:
+    """Writes the output projection, and with it those entries of the manifest that no sample's file confirms."""
     tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_tensors(folder / HEAD, on_cpu, {"recording": recording})
+    facts = {name: manifest[name] for name in _CONFIRMED}
+    save_tensors(folder / HEAD, on_cpu, {"recording": identity_of(manifest), "facts": facts})
 
 
 def read_head(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The output projection: `weight`, and `bias` if it has one; raises `ValueError` if the file is damaged."""
+    """The output projection: `weight`, and `bias` if it has one.
+
+    Raises:
+        ValueError: the file is damaged, or the manifest has other entries than it had when the head was written.
+    """
     path = folder / HEAD
     try:
         head = load_file(path)
     except FileNotFoundError:
-        raise DamagedError(path, "is missing") from None
+        raise DamagedError(path, MISSING) from None
     except (SafetensorError, OSError) as error:
         raise DamagedError(path, f"is no whole safetensors file ({error})") from None
     shapes = {name: list(tensor.shape) for name, tensor in head.items()}
@@ -238,6 +256,12 @@ def read_head(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tens
         raise DamagedError(path, "has other tensors than were written to it")
     if not all(tensor.float().isfinite().all() for tensor in head.values()):
         raise DamagedError(path, "has NaN or Inf")
+    facts = said.get("facts")
+    for name, written in facts.items() if isinstance(facts, dict) else ():
+        if manifest.get(name) != written:
+            must, got = f"be {written!r}, as the file of the head says", Said(f"{manifest.get(name)!r}")
+            remedy = "Restore the file, or record into another folder."
+            raise argument_error(f"{name} in {folder / MANIFEST}", must, got, remedy)
     return head
 
 

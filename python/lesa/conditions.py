@@ -1,12 +1,14 @@
 """What a pipeline's samples depend on beside its arguments and the weights of its transformer.
 
-A recording stores it in its manifest, so that it does not continue under other conditions.
+A recording stores it in its manifest, and an evaluation in its settings, so that neither continues under other
+conditions.
 """
 
+import functools
 import inspect
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from diffusers.configuration_utils import ConfigMixin
 
 from lesa.artifacts import digest, fingerprint, sum_of_bits
 from lesa.pipelines import blocks_of
+
+_PACKAGES = {"torch", "diffusers", "transformers", "accelerate", "peft", "torchao", "lesa"}
+"""Packages whose functions around a model make no other samples, or are seen by the other conditions."""
 
 
 def conditions_of(pipe: Any) -> dict[str, Any]:
@@ -29,6 +34,8 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
         weights of each component. `adapters`: by component, the scale of each active adapter. `fused_loras`: their
         names. `quantisation`: by component, how its weights are packed. `configs` and `weights`: by component, its
         configuration, and a fingerprint where it is not the transformer. `autocast`: its dtype by kind of device.
+        `tokenizers`: by component, its size and options. `replaced`: by component and path, the functions of other
+        packages that wrap or replace a forward, and attention processors of other packages.
         `unset`: by the path of a configuration, the options in it that have their defaults. A manifest leaves it out.
     """
     components = _components(pipe)
@@ -49,7 +56,9 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
         "adapters": {name: scales for name, module in modules.items() if (scales := _adapters(module))},
         "fused_loras": sorted(getattr(pipe, "fused_loras", ())),
         "quantisation": {name: packed for name, module in modules.items() if (packed := _quantisation(module))},
+        "tokenizers": {name: _tokenizer(part) for name, part in components.items() if hasattr(part, "all_special_ids")},
         "weights": {name: fingerprint(module) for name, module in modules.items() if name != "transformer"},
+        "replaced": {name: functions for name, module in modules.items() if (functions := _replaced(module))},
         "autocast": _autocast(),
         "unset": {path: _unset(part) for path, part in configurations.items()},
     }
@@ -59,17 +68,17 @@ def common_conditions(kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict
     """The conditions `given` that `kept` knows too, to be compared.
 
     Entries that an older version of lesa did not write are unknown. So are options that an older version of diffusers
-    did not have, unless somebody set them since. A component that only one of the two pipelines has makes no samples:
-    one without a text encoder gets embeddings, which are arguments.
+    did not have, unless they were changed from the default. A component that only one pipeline has is not compared. A
+    pipeline without a text encoder gets embeddings, which are compared as arguments.
     """
     common = {name: value for name, value in given.items() if name in kept and name != "unset"}
-    for name in {"configs", "dtypes", "weights"} & {*common}:
+    for name in {"configs", "dtypes", "tokenizers", "weights"} & {*common}:
         common[name] = {part: value for part, value in {**kept[name], **common[name]}.items() if part in kept[name]}
     return _without_new(common, kept, given.get("unset", {}), "")
 
 
 def _without_new(given: Mapping[str, Any], kept: Mapping[str, Any], unset: Mapping[str, Any], path: str) -> dict:
-    """The nested values without the options that `kept` lacks and nobody set."""
+    """The nested values without the options that `kept` lacks and that have their defaults."""
     left = {name: value for name, value in given.items() if name in kept or name not in unset.get(path, ())}
     for name, value in left.items():
         if isinstance(value, Mapping) and isinstance(kept.get(name), Mapping):
@@ -130,8 +139,42 @@ def _attributes(thing: Any) -> dict[str, Any]:
         return {"shift": thing.shift} if hasattr(thing, "shift") else {}
     if isinstance(thing, torch.nn.Module):  # its configuration says everything
         return {}
-    kinds = (bool, int, float, str)
+    kinds = (bool, int, float, str, list, tuple, set, dict)
     return {name: value for name, value in vars(thing).items() if not name.startswith("_") and isinstance(value, kinds)}
+
+
+def _tokenizer(tokenizer: Any) -> dict[str, Any]:
+    names = ("model_max_length", "padding_side", "truncation_side", "chat_template")
+    options = {name: _plain(getattr(tokenizer, name, None)) for name in names}
+    return {"size": len(tokenizer), "special": sorted(set(tokenizer.all_special_ids)), **options}
+
+
+def _replaced(module: torch.nn.Module) -> dict[str, list[str]]:
+    """By the path of a part, the functions of other packages that wrap or replace its forward or process attention."""
+    found: dict[str, list[str]] = {}
+    for path, part in module.named_modules():
+        # The second is what hooks of accelerate call. Other hooks are left out: many of them only watch a run.
+        functions = [getattr(part, name, None) for name in ("forward", "_old_forward", "processor")]
+        names = [name for function in functions for name in _other_functions(function)]
+        if names:
+            found[path or "itself"] = names
+    return found
+
+
+def _other_functions(function: Any) -> Iterator[str]:
+    """The names of a function and of those that it wraps, without those of the packages that pipelines consist of.
+
+    Autocast counts, because it changes what a forward computes.
+    """
+    while function is not None:
+        while isinstance(function, functools.partial):
+            function = function.func
+        function = getattr(function, "__func__", function)
+        code = getattr(function, "__code__", None)  # its own, also if it has the name of what it wraps
+        module = type(function).__module__ if code is None else function.__globals__.get("__name__", "")
+        if module.partition(".")[0] not in _PACKAGES or module.startswith("torch.amp"):
+            yield f"{module}.{type(function).__qualname__ if code is None else code.co_name}"
+        function = getattr(function, "__wrapped__", None)
 
 
 def _class_of(thing: Any) -> str:
