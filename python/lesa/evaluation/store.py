@@ -27,7 +27,7 @@ SETTINGS_FILE = "settings.json"
 """In `runs/`: what all runs of the folder were made from."""
 
 _DIGESTS = ("inputs", "transformer", "weights")
-"""Settings whose values say nothing to a reader."""
+"""Settings that are digests; error messages do not show them."""
 
 REMEDY = "Choose another folder, or use the same inputs, model and settings."
 
@@ -80,6 +80,8 @@ class Store:
         num_inference_steps: int,
     ):
         self.folder = None if out_dir is None else Path(out_dir) / "runs"
+        self.settings: dict[str, Any] = {}
+        self._key = ""
         if self.folder is None:
             return
         facts = facts_of(pipe, inputs, seed, batch_size)
@@ -89,7 +91,7 @@ class Store:
         as_text = json.dumps(scheduler, sort_keys=True, default=repr)
         of_all = {**facts, "steps": num_inference_steps}
         self._key = digest([of_all, weights, digest(inputs), as_text, type(pipe).__name__])
-        self.settings = {
+        self.settings |= {
             "num_inference_steps": num_inference_steps,
             **facts,
             "inputs": [digest(item) for item in inputs],
@@ -188,7 +190,10 @@ class Store:
         sigmas: list[float],
         outcome: Outcome,
     ) -> None:
-        """Keeps a run. Of the reference it keeps everything that others are compared with."""
+        """Stores a run.
+
+        For the reference, it also stores latents, images and trajectories, which the other runs are compared with.
+        """
         if self.folder is None:
             return
         key = self._key_of(digest(identity))
