@@ -230,7 +230,10 @@ PROMPT = (*GENERATE, "--predictor", "p", "--prompt", "a")
         ((*GENERATE[:-1], "x.txt", "--predictor", "p", "--prompt", "a"), "--output: x.txt must end in"),
         (("record", "--model", "./nowhere", "--inputs", "i.jsonl", "--out", "o"), "no folder './nowhere'"),
         (("record", "--model", MODEL, "--inputs", "no.jsonl", "--out", "o", "--device", "cpu"), "no.jsonl"),
-        (("record", "--model", MODEL, "--inputs", "i", "--out", "o", "--device", "abacus"), "torch can't use 'abacus'"),
+        (
+            ("record", "--model", MODEL, "--inputs", "i", "--out", "o", "--device", "abacus"),
+            "`--device` must be one on which",
+        ),
     ],
 )
 def test_bad_options_and_missing_files_are_one_clear_line(arguments, message, capsys, tmp_path, monkeypatch):

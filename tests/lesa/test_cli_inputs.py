@@ -212,7 +212,7 @@ def test_what_only_the_pipeline_itself_finds_is_named_by_line(painter, encoded, 
     with (painter / "i.jsonl").open("a") as file:
         file.write('{"prompt": "a", "mask_image": "images/mask.png"}\n')
     assert "i.jsonl, line 2 with --height 16 --width 24: " in refused(capsys, GENERATE, painter=painter, tmp=tmp_path)
-    image_lines(painter, "images/cat.png", sigmas=[])
+    image_lines(painter, "images/cat.png", strength=0.0)
     assert "i.jsonl, line 1 with" in refused(capsys, GENERATE, painter=painter, tmp=tmp_path)
 
 
