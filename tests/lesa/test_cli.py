@@ -129,6 +129,18 @@ def test_generate_writes_numbered_pictures_and_says_what_was_computed(folder, tm
     assert "computed 4 (0,1,4,8), predicted 8 steps" in out
 
 
+@pytest.mark.slow
+def test_generate_says_how_many_steps_the_run_had(folder, tmp_path, capsys):
+    sigmas = [1.0, 0.6, 0.3]
+    write_inputs(tmp_path / "own.safetensors", [{**digits.inputs_for([3])[0], "sigmas": sigmas}])
+    words = f"generate --model {MODEL} --predictor {folder}/mine --device cpu --output {tmp_path}/x.png --steps {STEPS}"
+    inputs = ["--inputs", f"{tmp_path}/own.safetensors"]
+    cli.main([*words.split(), *inputs, "--schedule", "0,2"])
+    assert "x.png: 2 of 3 steps computed" in capsys.readouterr().out
+    cli.main([*words.split(), *inputs, "--steps", "2", "--schedule", "0,2"])  # --steps does not count here
+    assert "x.png: 2 of 3 steps computed" in capsys.readouterr().out
+
+
 def test_generate_chooses_steps_by_a_tolerance(folder, tmp_path, monkeypatch, capsys):
     seen, enable_cache = [], lesa.enable_cache
 
