@@ -146,12 +146,12 @@ def prepare(options, pipe: Any, samples: list[Sample], num_inference_steps: int)
     def placed(place: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value.to(device) if isinstance(value, torch.Tensor) else value
-        converted = value.to(device, dtype)
-        if not torch.equal(converted.isinf(), value.isinf().to(device)):
+        converted = value.to(dtype)
+        if not torch.equal(converted.isinf(), value.isinf()):
             limit = f"be at most {torch.finfo(dtype).max:g}, the largest {str(dtype).removeprefix('torch.')} number"
             got = Said(f"{value.abs().max().item():g}")
             raise argument_error(place, limit, got, "Use another --dtype.")
-        return converted
+        return converted.to(device)
 
     for text in check_by_pipeline(pipe, samples, num_inference_steps):
         print(f"Note: {' '.join(text.split())}", flush=True)
@@ -174,8 +174,8 @@ def _check_prompts(pipe: Any, samples: list[Sample]) -> None:
         for key, value in sample.arguments.items():
             if "prompt" not in key or not _has_text(value):
                 continue
-            own = f"text_encoder_{key[-1]}" if key[-1].isdigit() else None
-            lacking = [own] if own in absent else needed
+            own = [name for name in absent if key[-1].isdigit() and name == f"text_encoder_{key[-1]}"]
+            lacking = own or needed
             if lacking:
                 place = sample.place if key == "prompt" else f"{sample.place}, {key!r}"
                 sentence = f"{place}: this model has no text encoder ({', '.join(lacking)}) for prompts."
