@@ -374,9 +374,10 @@ def _unusable_values(item: dict) -> Iterator[tuple[str, str, str]]:
         if key in _NOISE_LEVELS and _count(value) == 0:
             yield key, "have at least one noise level", "Leave it out to use the scheduler's."
         if isinstance(value, torch.Tensor) and not value.is_meta and value.is_floating_point():
-            if value.isnan().any():
+            found = value.float() if value.element_size() == 1 else value  # torch cannot ask 8-bit numbers
+            if found.isnan().any():
                 yield key, "hold no NaN", "Compute the tensor again."
-            elif key.endswith(("_embeds", "latents", "image")) and value.isinf().any():
+            elif key.endswith(("_embeds", "latents", "image")) and found.isinf().any():
                 yield key, "hold finite numbers", "Compute the tensor again."
 
 

@@ -146,10 +146,11 @@ def prepare(options, pipe: Any, samples: list[Sample], num_inference_steps: int)
     def placed(place: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value.to(device) if isinstance(value, torch.Tensor) else value
-        converted = value.to(dtype)
-        if not torch.equal(converted.isinf(), value.isinf()):
+        exact = value.double()  # 8-bit numbers cannot be asked
+        converted = exact.to(dtype)
+        if not torch.equal(converted.isinf(), exact.isinf()):
             limit = f"be at most {torch.finfo(dtype).max:g}, the largest {str(dtype).removeprefix('torch.')} number"
-            got = Said(f"{value.abs().max().item():g}")
+            got = Said(f"{exact.abs().max().item():g}")
             raise argument_error(place, limit, got, "Use another --dtype.")
         return converted.to(device)
 

@@ -29,6 +29,9 @@ SETTINGS_FILE = "settings.json"
 _DIGESTS = ("inputs", "transformer", "weights")
 """Settings that are digests; error messages do not show them."""
 
+_WRITTEN = {"summary.json": False, "runs.csv": False, "comparison.png": False, "images": True, "runs": True}
+"""What an evaluation writes into its folder, and whether it is a folder."""
+
 REMEDY = "Choose another folder, or use the same inputs, model and settings."
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
@@ -130,7 +133,7 @@ class Store:
         """A context in which nobody else evaluates into the output folder. The folder is made if it is absent.
 
         Raises:
-            ValueError: it is a file.
+            ValueError: it is a file, or something else has the name of a file or folder of an evaluation.
             RuntimeError: someone else does; the message says which process.
         """
         if self.folder is None:
@@ -141,6 +144,13 @@ class Store:
         if file is not None:
             raise argument_error("out_dir", "be a folder", Said(f"{file}, which is a file"), "Choose another path.")
         out_dir.mkdir(parents=True, exist_ok=True)
+        for name, is_folder in _WRITTEN.items():
+            path = out_dir / name
+            if path.exists() and path.is_dir() != is_folder:
+                kinds = ("a folder", "a file") if is_folder else ("a file", "a folder")
+                got = Said(f"{path}, which is {kinds[1]}")
+                remedy = "Choose another folder, or remove it."
+                raise argument_error("out_dir", f"have {kinds[0]} as {name}, or nothing", got, remedy)
         with owned(out_dir, "evaluating"):
             yield
 

@@ -1,4 +1,4 @@
-"""Evaluations of inputs that set the steps of a run themselves, and budgets that a run does not have."""
+"""What an evaluation refuses before it runs, and inputs that set the steps of a run themselves."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ import lesa
 import small_pipelines as small
 from lesa.contenders import FewerSteps
 from lesa.contenders.taylorseer import TaylorSeer
+from lesa.evaluation.contest import Contest
 from lesa.evaluation.store import Store
 from lesa.models import adapter_for
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -72,3 +73,20 @@ def test_a_store_without_a_folder_keeps_nothing(pipe):
     store = Store(None, pipe, adapter_for(pipe), inputs, 0, 1, STEPS)
     assert store.settings == {} and not store.has_settings() and store.read_search("steps", 1) == {}
     store.check_settings()
+
+
+@pytest.mark.parametrize("name", ["summary.json", "runs.csv", "comparison.png", "images", "runs"])
+def test_a_name_that_is_taken_is_refused_before_anything_runs(pipe, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(Contest, "run", None)
+    path = tmp_path / name
+    path.mkdir() if "." in name else path.write_text("")
+    inputs = [small.ALL["flux"].inputs(1)]
+    with pytest.raises(ValueError, match=f"`out_dir` must have a (file|folder) as {name}, or nothing, but got "):
+        lesa.evaluate(pipe, inputs, {"mine": predictor()}, (), STEPS, out_dir=tmp_path, progress=False)
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_the_same_predictor_twice_in_a_list_is_refused(pipe):
+    inputs, one = [small.ALL["flux"].inputs(1)], predictor()
+    with pytest.raises(ValueError, match="`predictors` must differ from each other"):
+        lesa.evaluate(pipe, inputs, [one, (one, None)], (), STEPS, progress=False)
