@@ -84,9 +84,3 @@ def test_a_name_that_is_taken_is_refused_before_anything_runs(pipe, tmp_path, mo
     with pytest.raises(ValueError, match=f"`out_dir` must have a (file|folder) as {name}, or nothing, but got "):
         lesa.evaluate(pipe, inputs, {"mine": predictor()}, (), STEPS, out_dir=tmp_path, progress=False)
     assert [*tmp_path.iterdir()] == [path]
-
-
-def test_the_same_predictor_twice_in_a_list_is_refused(pipe):
-    inputs, one = [small.ALL["flux"].inputs(1)], predictor()
-    with pytest.raises(ValueError, match="`predictors` must differ from each other"):
-        lesa.evaluate(pipe, inputs, [one, (one, None)], (), STEPS, progress=False)
