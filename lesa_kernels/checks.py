@@ -60,12 +60,15 @@ def check_folder_or_id(name: str, value: Any) -> None:
 
     Raises:
         TypeError: it is no path.
+        ValueError: it is empty.
         FileNotFoundError: it looks like a path, and there is no such folder.
     """
     must = "be a folder or a hub id such as 'user/name'"
     if not isinstance(value, (str, os.PathLike)):
         raise argument_error(name, must, value, "Pass a string.", TypeError)
     given, path = os.fspath(value), Path(value)
+    if not given:  # as a path, it would be the current folder
+        raise argument_error(name, must, value, "Pass a name.")
     if path.is_dir():
         return
     if path.is_absolute() or given.startswith((".", "~")) or given.count("/") != 1 or path.parent.is_dir():

@@ -20,6 +20,7 @@ ROOMS = (
     ("cache", "estimation"),
     ("models",),
     ("schedule", "inputs", "pipelines", "artifacts", "conditions"),
+    ("messages",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 MOST_LINES = {"lesa": 420, "lesa_kernels": 560}

@@ -3,12 +3,14 @@
 import codecs
 import json
 import math
+import numbers
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from safetensors import SafetensorError, safe_open
@@ -26,6 +28,13 @@ _RESERVED = {
     "output_type": "Leave it out: lesa sets it.",
     "return_dict": "Leave it out.",
 }
+
+
+_SIZES = ("height", "width", "num_frames", "layers", "max_sequence_length")
+"""Arguments for which a pipeline takes its default, or fails late, if they are 0."""
+
+_NOISE_LEVELS = ("sigmas", "timesteps")
+"""Arguments that set the steps of a run, instead of their number."""
 
 
 @dataclass(frozen=True)
@@ -324,8 +333,8 @@ def check_inputs(inputs: Any, names: Sequence[str] | None = None) -> list[dict]:
         names: what the errors call each input. Default: "inputs[0]" and so on.
 
     Raises:
-        TypeError, ValueError: it is not a list of prompts or dicts, an input has an argument that lesa sets itself, or
-            an input asks for several samples.
+        TypeError, ValueError: it is not a list of prompts or dicts, or an input has an argument that lesa sets itself,
+            asks for several samples, has a size below 1, no noise levels, or numbers that are not finite.
     """
     must = "be a list of prompts, or of dicts of pipeline arguments"
     if not isinstance(inputs, (list, tuple)):
@@ -339,20 +348,50 @@ def check_inputs(inputs: Any, names: Sequence[str] | None = None) -> list[dict]:
         if isinstance(item, dict):
             for key in (key for key in _RESERVED if key in item):
                 raise argument_error(name, f"leave {key!r} out", item[key], _RESERVED[key])
-            for key, must in _several_samples(item):
+            for key, must, remedy in (*_several_samples(item), *_unusable_values(item)):
                 part = f"{name}[{key!r}]" if names is None else f"{name}, {key!r}"
-                raise argument_error(part, must, item[key], "Make an input of its own for each sample.")
+                raise argument_error(part, must, item[key], remedy)
     return [{"prompt": item} if isinstance(item, str) else item for item in inputs]
 
 
-def _several_samples(item: dict) -> Iterator[tuple[str, str]]:
-    """Yields the arguments that ask for more than one sample, and what they must be."""
+def _several_samples(item: dict) -> Iterator[tuple[str, str, str]]:
+    """Yields the arguments that ask for more than one sample, what they must be, and the remedy."""
+    remedy = "Make an input of its own for each sample."
     for key, value in item.items():
         is_list = "prompt" in key and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
         if is_list and len(value) != 1:
-            yield key, "be one prompt"
+            yield key, "be one prompt", remedy
         if key == "num_videos_per_prompt" and value not in (None, 1):
-            yield key, "be 1"
+            yield key, "be 1", remedy
+
+
+def _unusable_values(item: dict) -> Iterator[tuple[str, str, str]]:
+    """Yields the arguments with which a pipeline makes nothing of use, what they must be, and the remedy."""
+    for key, value in item.items():
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if key in _SIZES and is_number and value < 1:
+            yield key, "be at least 1", "Leave it out to use the default."
+        if key in _NOISE_LEVELS and _count(value) == 0:
+            yield key, "have at least one noise level", "Leave it out to use the scheduler's."
+        if isinstance(value, torch.Tensor) and not value.is_meta and value.is_floating_point():
+            found = value.float() if value.element_size() == 1 else value  # torch cannot ask 8-bit numbers
+            if found.isnan().any():
+                yield key, "hold no NaN", "Compute the tensor again."
+            elif key.endswith(("_embeds", "latents", "image")) and found.isinf().any():
+                yield key, "hold finite numbers", "Compute the tensor again."
+
+
+def steps_of(arguments: dict, num_inference_steps: int) -> int:
+    """How many noise levels the arguments of a call set. `num_inference_steps` if they set none."""
+    counts = [count for key in _NOISE_LEVELS if (count := _count(arguments.get(key))) is not None]
+    return counts[0] if counts else num_inference_steps
+
+
+def _count(value: Any) -> int | None:
+    """The number of values in a list, an array or a tensor; None for anything else."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return int(np.prod(value.shape))
+    return len(value) if isinstance(value, (list, tuple)) else None
 
 
 def batches_of(inputs: list[dict], batch_size: int) -> Iterator[list[int]]:

@@ -129,6 +129,18 @@ def test_generate_writes_numbered_pictures_and_says_what_was_computed(folder, tm
     assert "computed 4 (0,1,4,8), predicted 8 steps" in out
 
 
+@pytest.mark.slow
+def test_generate_says_how_many_steps_the_run_had(folder, tmp_path, capsys):
+    sigmas = [1.0, 0.6, 0.3]
+    write_inputs(tmp_path / "own.safetensors", [{**digits.inputs_for([3])[0], "sigmas": sigmas}])
+    words = f"generate --model {MODEL} --predictor {folder}/mine --device cpu --output {tmp_path}/x.png --steps {STEPS}"
+    inputs = ["--inputs", f"{tmp_path}/own.safetensors"]
+    cli.main([*words.split(), *inputs, "--schedule", "0,2"])
+    assert "x.png: 2 of 3 steps computed" in capsys.readouterr().out
+    cli.main([*words.split(), *inputs, "--steps", "2", "--schedule", "0,2"])  # --steps does not count here
+    assert "x.png: 2 of 3 steps computed" in capsys.readouterr().out
+
+
 def test_generate_chooses_steps_by_a_tolerance(folder, tmp_path, monkeypatch, capsys):
     seen, enable_cache = [], lesa.enable_cache
 
@@ -230,7 +242,10 @@ PROMPT = (*GENERATE, "--predictor", "p", "--prompt", "a")
         ((*GENERATE[:-1], "x.txt", "--predictor", "p", "--prompt", "a"), "--output: x.txt must end in"),
         (("record", "--model", "./nowhere", "--inputs", "i.jsonl", "--out", "o"), "no folder './nowhere'"),
         (("record", "--model", MODEL, "--inputs", "no.jsonl", "--out", "o", "--device", "cpu"), "no.jsonl"),
-        (("record", "--model", MODEL, "--inputs", "i", "--out", "o", "--device", "abacus"), "torch can't use 'abacus'"),
+        (
+            ("record", "--model", MODEL, "--inputs", "i", "--out", "o", "--device", "abacus"),
+            "`--device` must be one on which",
+        ),
     ],
 )
 def test_bad_options_and_missing_files_are_one_clear_line(arguments, message, capsys, tmp_path, monkeypatch):

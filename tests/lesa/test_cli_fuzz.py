@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lesa import cli
-from lesa.cli import UsageError, arguments, is_message
+from lesa.cli import UsageError, arguments
 from lesa.cli.fitting import fit
 from lesa.contenders import budget_of
 from lesa.inputs import SUFFIXES, check_inputs, read_inputs, read_samples, write_inputs
+from lesa.messages import is_message
 
 TRIES = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TEXT = st.text(st.characters(), max_size=8)  # half surrogate pairs too

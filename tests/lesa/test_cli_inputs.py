@@ -16,7 +16,7 @@ from lesa import cli
 from lesa.cache.forecasting import ForecastingHook
 from lesa.cli.fitting import check_widths, fit
 from lesa.cli.trying import check_by_pipeline
-from lesa.inputs import Sample, read_inputs
+from lesa.inputs import Sample, check_inputs, read_inputs, write_inputs
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 pytestmark = pytest.mark.usefixtures("settings_of_the_command")
@@ -127,6 +127,57 @@ def test_prompts_are_refused_where_the_pipeline_needs_the_text_encoder_that_is_a
     assert "argument --prompt with --height 16 --width 24: this model has no text encoder (text_encoder_2)" in line
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("negative_prompt", "blurry", "'negative_prompt': this model has no text encoder (text_encoder_2)"),
+        ("negative_prompt_2", ["blurry"], "'negative_prompt_2': this model has no text encoder (text_encoder_2)"),
+        ("prompt_2", "cat", "'prompt_2': this model has no text encoder (text_encoder_2)"),
+        ("prompt_3", "cat", "'prompt_3': this model has no text encoder (text_encoder_3)"),
+    ],
+)
+def test_every_text_for_an_absent_text_encoder_is_refused(sd3, tmp_path, capsys, key, value, message):
+    write_inputs(tmp_path / "i.safetensors", [{**small.embeddings(1), key: value}])
+    words = "record --model {sd3}/less --inputs {tmp}/i.safetensors --out {tmp}/o --device cpu"
+    line = refused(capsys, words, sd3=sd3, tmp=tmp_path)
+    assert f"i.safetensors, row 0, {message} for prompts. Pass embeddings with --inputs" in line
+    names = "negative_prompt_embeds and negative_pooled_prompt_embeds"
+    assert (names in line) == key.startswith("negative")
+
+
+@pytest.mark.slow
+def test_a_prompt_for_the_optional_text_encoder_is_not_ignored(sd3, tmp_path, capsys):
+    (tmp_path / "i.jsonl").write_text('"cat"\n{"prompt": "cat", "prompt_3": "a cat on a mat"}\n')
+    words = "record --model {sd3}/model --inputs {tmp}/i.jsonl --out {tmp}/o --device cpu"
+    line = refused(capsys, words, sd3=sd3, tmp=tmp_path)
+    assert "i.jsonl, line 2, 'prompt_3': this model has no text encoder (text_encoder_3) for prompts. Leave it" in line
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float64])
+def test_numbers_that_are_not_finite_are_found_in_every_dtype(dtype):
+    value = torch.ones(1, 2, 3)
+    assert check_inputs([{"prompt_embeds": value.to(dtype)}])
+    value[0, 1, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"`inputs\[0\]\['prompt_embeds'\]` must hold no NaN"):
+        check_inputs([{"prompt_embeds": value.to(dtype)}])
+    mask = {"mask_of_attention": torch.tensor([[0.0, -torch.inf]])}
+    assert check_inputs([mask]) == [mask]
+
+
+@pytest.mark.parametrize("empty", [[], (), torch.zeros(0), np.zeros(0)], ids=["list", "tuple", "tensor", "array"])
+@pytest.mark.parametrize("key", ["sigmas", "timesteps"])
+def test_no_noise_levels_are_refused_in_python_too(key, empty):
+    with pytest.raises(ValueError, match=rf"`inputs\[0\]\['{key}'\]` must have at least one noise level"):
+        check_inputs([{"prompt": "a", key: empty}])
+
+
+@pytest.mark.parametrize(("key", "value"), [("height", 0), ("width", -1), ("num_frames", 0), ("layers", 0.5)])
+def test_sizes_below_one_are_refused_in_python_too(key, value):
+    with pytest.raises(ValueError, match=rf"`inputs\[0\]\['{key}'\]` must be at least 1"):
+        check_inputs([{"prompt": "a", key: value}])
+
+
 # Images
 
 
@@ -212,7 +263,7 @@ def test_what_only_the_pipeline_itself_finds_is_named_by_line(painter, encoded, 
     with (painter / "i.jsonl").open("a") as file:
         file.write('{"prompt": "a", "mask_image": "images/mask.png"}\n')
     assert "i.jsonl, line 2 with --height 16 --width 24: " in refused(capsys, GENERATE, painter=painter, tmp=tmp_path)
-    image_lines(painter, "images/cat.png", sigmas=[])
+    image_lines(painter, "images/cat.png", strength=0.0)
     assert "i.jsonl, line 1 with" in refused(capsys, GENERATE, painter=painter, tmp=tmp_path)
 
 

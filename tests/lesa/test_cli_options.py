@@ -150,7 +150,9 @@ def calls_of(monkeypatch, settings_of_the_command, tmp_path, folder, digits_pipe
     @contextlib.contextmanager
     def cached():
         state["cached"] = True
-        yield SimpleNamespace(stats=SimpleNamespace(computed_steps=2, summary=lambda: "the summary"))
+        yield SimpleNamespace(
+            stats=SimpleNamespace(computed_steps=2, predicted_steps=48, summary=lambda: "the summary")
+        )
         state["cached"] = False
 
     @functools.wraps(FluxPipeline.__call__)
@@ -162,6 +164,8 @@ def calls_of(monkeypatch, settings_of_the_command, tmp_path, folder, digits_pipe
     replace_everywhere(monkeypatch, {name: spy(name) for name in LIBRARY})
     monkeypatch.setattr(FluxPipeline, "__call__", draw)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    # Nothing computes here, so that `meta` stands for another device.
+    monkeypatch.setattr("lesa.cli.loading.usable_device", torch.device)
     monkeypatch.chdir(tmp_path)
 
     def calls(words, interrupted=None):

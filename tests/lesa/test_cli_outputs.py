@@ -14,8 +14,8 @@ import lesa.cli.loading
 import small_pipelines as small
 from lesa import cli
 from lesa.cli import UsageError
-from lesa.cli.outputs import can_be_written, check_output, write
-from lesa.inputs import write_inputs
+from lesa.cli.outputs import can_be_written, check_files, check_output, write
+from lesa.inputs import Sample, write_inputs
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 pytestmark = pytest.mark.usefixtures("settings_of_the_command")
@@ -144,6 +144,35 @@ def test_a_protected_place_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(UsageError, match="nothing can be written to the folder"):
         check_output(tmp_path / "new" / "x.png", None)
+
+
+@pytest.mark.parametrize(
+    ("taken", "name", "call", "arguments"),
+    [
+        ("x-00002.png", "x.png", None, [{}, {}, {}]),
+        ("x-00001.png", "x.png", FakeImages, [{}, {}]),
+        ("x-0008.png", "x.png", FakeVideos, [{}]),
+        ("x-0019.png", "x.png", FakeVideos, [{"num_frames": 20}]),
+        ("x-00001-0003.png", "x.png", FakeLayers, [{}, {}]),
+        ("x-00001.mp4", "x.mp4", FakeVideos, [{}, {}]),
+    ],
+)
+def test_every_numbered_file_is_checked(tmp_path, taken, name, call, arguments):
+    samples = [Sample("x.jsonl", values) for values in arguments]
+    check_files(tmp_path / name, samples, call and call.__call__)
+    (tmp_path / taken).mkdir()
+    with pytest.raises(UsageError, match=f"argument --output: .*{taken} is a folder"):
+        check_files(tmp_path / name, samples, call and call.__call__)
+
+
+@pytest.mark.parametrize(
+    ("free", "name", "call"),
+    [("x-00002.png", "x.png", FakeImages), ("x-0009.png", "x.png", FakeVideos), ("x-0000.gif", "x.gif", FakeVideos)],
+)
+def test_files_that_are_not_written_may_be_folders(tmp_path, free, name, call):
+    (tmp_path / free).mkdir()
+    check_files(tmp_path / name, [Sample("x.jsonl", {})] * 2, call.__call__)
+    check_files(tmp_path / name, [Sample("x.jsonl", {})], call.__call__)
 
 
 def test_without_the_extra_a_video_is_refused_before_anything_is_loaded(monkeypatch, capsys):

@@ -56,3 +56,9 @@ def test_a_folder_and_a_hub_id_are_let_through(monkeypatch, tmp_path):
     (tmp_path / "models").mkdir()
     for value in ("some/model", "models", "./models", tmp_path / "models", tmp_path):
         check_folder_or_id("model", value)
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="`model` must be a folder or a hub id such as 'user/name', but got ''"):
+        check_folder_or_id("model", "")

@@ -1,13 +1,15 @@
 """Triton's interpreter without work whose result is not used. What it computes stays the same.
 
+It replaces private functions of Triton. Where these are not as known here, nothing is replaced, and tests take longer.
+
 More than half of its time goes into two things. Each call of a device function replaces Triton's builtins, although the
 launch has replaced them already. And each operation on integers is repeated in 64 bits to find an overflow, and the
 answer is used only if Triton debugs.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
-from inspect import getmembers
+from inspect import getmembers, signature
 
 from triton.language.core import is_builtin
 from triton.runtime import interpreter
@@ -45,11 +47,33 @@ def _once_for_each_launch():
     interpreter._patch_lang = patch
 
 
-def install():
-    """Changes the interpreter of this process."""
+def fits() -> bool:
+    """Whether Triton's interpreter has the private parts that are replaced here, in a form that is known."""
+    try:
+        replaced = (interpreter._patch_attr, interpreter._patch_builtin, interpreter._patch_lang)
+        arguments = [[*signature(function).parameters] for function in replaced]
+        options = {field.name for field in fields(interpreter.interpreter_builder.options)}
+        has_call = "__call__" in vars(interpreter.GridExecutor)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    known = [
+        [["obj", "name", "member", "builder", *scope], ["pkg", "builder", *scope], ["fn"]] for scope in ([], ["scope"])
+    ]
+    return has_call and arguments in known and {"sanitize_overflow", "debug"} <= options
+
+
+def install() -> bool:
+    """Changes the interpreter of this process. Of a release of Triton that is not known, it changes nothing.
+
+    Returns:
+        Whether it is changed.
+    """
+    if not fits():
+        return False
     for package in (interpreter.tl, interpreter.tl.core, interpreter.tl.tensor, interpreter.tl.math):
         _builtins_of(package)  # while all of them are Triton's own
     interpreter._patch_builtin = _patch_builtin
     _once_for_each_launch()
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
+    return True

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 
 from lesa.cli.quiet import discard_output, printing_everything, quiet_imports
+from lesa.messages import is_message
 from lesa_kernels import __version__
 
 COMMANDS = {
@@ -26,6 +27,8 @@ RESUMABLE = ("record", "train", "refine", "evaluate")
 
 class UsageError(Exception):
     """What the user can correct; the message is shown on one line."""
+
+    lesa_message = True
 
 
 class _Parser(argparse.ArgumentParser):
@@ -99,14 +102,6 @@ def parser_of(command: str | None) -> argparse.ArgumentParser:
 
 def _module(command: str):
     return importlib.import_module(f"lesa.cli.{command}")
-
-
-def is_message(error: Exception) -> bool:
-    """Whether the error is meant for the user: a failing file, network or memory, or a failed check. A bug is none."""
-    if isinstance(error, (OSError, MemoryError, UsageError)) or hasattr(error, "lesa_message"):
-        return True
-    is_memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: " in str(error)  # of torch
-    return is_memory or type(error).__name__ == "SafetensorError"
 
 
 def _with_options(message: str, options: Mapping[str, str]) -> str:

@@ -13,6 +13,7 @@ RUN_OPTIONS = {
     "inputs": "--inputs",
     "file": "--inputs",
     "pipe": "--model",
+    "device": "--device",
 }
 """The options of commands that run a pipeline, by the names that the library has for them."""
 DTYPES = ("float32", "bfloat16", "float16")
@@ -91,15 +92,31 @@ def stage_bounds(text: str) -> str | tuple[float, ...]:
 
 def folder(text: str) -> Path:
     """A folder to write to: not the name of a file that exists."""
-    path = Path(text)
+    path = Path(_filled(text))
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"must be a folder, but {text} is a file")
     return path
 
 
+def existing(text: str) -> Path:
+    """A file or folder to read."""
+    return Path(_filled(text))
+
+
+def model(text: str) -> str:
+    """A folder or a hub id."""
+    return _filled(text)
+
+
+def _filled(text: str) -> str:
+    if not text:  # it would be the current folder
+        raise argparse.ArgumentTypeError("must be a name, but got an empty text")
+    return text
+
+
 def page(text: str) -> Path:
     """A file to write: not the name of a folder that exists."""
-    path = Path(text)
+    path = Path(_filled(text))
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"must be a file, but {text} is a folder")
     return path
@@ -128,7 +145,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """`--model`, and where and in which dtype it runs."""
-    parser.add_argument("--model", required=True, help="folder or hub id of a diffusers pipeline")
+    parser.add_argument("--model", required=True, type=model, help="folder or hub id of a diffusers pipeline")
     add_device(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: float32 on a CPU, else bfloat16)")
 
@@ -136,7 +153,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_inputs(parser, required: bool = True) -> None:
     """`--inputs`."""
     text = "prompts in a .jsonl file, or pipeline arguments in a .safetensors file"
-    parser.add_argument("--inputs", required=required, type=Path, metavar="FILE", help=text)
+    parser.add_argument("--inputs", required=required, type=existing, metavar="FILE", help=text)
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:

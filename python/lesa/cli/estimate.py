@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import lesa
 from lesa.cli import arguments
@@ -28,14 +27,14 @@ def add_arguments(parser) -> None:
         parser.add_argument(option, help=text, **more)
 
     text = "a well-known model such as flux-1024, the folder of a pipeline, or a hub id in the local cache"
-    add("--model", text, required=True)
+    add("--model", text, required=True, type=arguments.model)
     add("--height", "height of a sample, in pixels", type=arguments.positive)
     add("--width", "width of a sample, in pixels", type=arguments.positive)
     add("--frames", "number of frames of a sample", type=arguments.positive)
     steps = {"dest": "num_inference_steps", "metavar": "STEPS", "type": arguments.positive, "default": 50}
     add("--steps", "number of denoising steps (default: 50)", **steps)
     add("--schedule", f"{arguments.SCHEDULE} (default: nine spread steps)", type=arguments.schedule)
-    add("--predictor", "folder of a predictor (default: what `lesa train` makes)", type=Path)
+    add("--predictor", "folder of a predictor (default: what `lesa train` makes)", type=arguments.existing)
     text = "A100, H100, H200, B200 or RTX4090 (default: H100); for another GPU, use --bandwidth and --tflops"
     add("--device", text, default="H100")
     add("--bandwidth", "memory bandwidth of another device, in GB/s", type=_times(1e9))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import lesa
-from lesa.cli import arguments
+from lesa.cli import UsageError, arguments
 
 OPTIONS = {
     **arguments.RUN_OPTIONS,
@@ -25,7 +25,7 @@ def add_arguments(parser) -> None:
     arguments.add_inputs(parser)
     arguments.add_run(parser)
     text = "folder or hub id of a predictor; can be given several times"
-    parser.add_argument("--predictor", required=True, action="append", help=text)
+    parser.add_argument("--predictor", required=True, action="append", type=arguments.model, help=text)
     names = f"{', '.join(against_names())}, separated by commas"
     text = f"what to compare with: {names}; NAME-N sets a budget of N computed steps (default: {','.join(AGAINST)})"
     parser.add_argument("--against", type=lambda value: value.split(","), default=[*AGAINST], help=text)
@@ -39,15 +39,18 @@ def run(options) -> None:
     """Runs the command."""
     from lesa.cli.loading import check_model, check_schedules, pipeline_of, predictor_of, prepare, read
     from lesa.cli.trying import explained
-    from lesa.contenders import budget_of
+    from lesa.evaluation.evaluator import budget_within, check_own_steps
 
     for name in options.against:
-        budget_of(name)
+        budget_within(name, options.steps)
     kind = check_model(options)
-    predictors = {}
-    for source in options.predictor:
-        predictors[_label(source)] = predictor_of(source)
+    labels = [_label(source) for source in options.predictor]
+    for number, label in enumerate(labels):
+        if label in labels[:number]:
+            raise UsageError(f"argument --predictor: {options.predictor[number]} is given twice. Give it once.")
+    predictors = {label: predictor_of(source) for label, source in zip(labels, options.predictor)}
     samples = read(options, kind)
+    check_own_steps([sample.arguments for sample in samples], options.steps, [sample.place for sample in samples])
     pipe = pipeline_of(options)
     check_schedules(predictors, pipe)
     samples = prepare(options, pipe, samples, options.steps)

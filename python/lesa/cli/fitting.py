@@ -1,4 +1,4 @@
-"""Holds the inputs of a file to what a pipeline's `__call__` takes, before it runs."""
+"""Checks the inputs of a file against the signature of the pipeline's `__call__`."""
 
 import difflib
 import inspect

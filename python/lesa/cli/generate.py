@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import lesa
 from lesa.cli import UsageError, arguments
@@ -24,7 +23,7 @@ def add_arguments(parser) -> None:
     arguments.add_inputs(source, required=False)
     source.add_argument("--prompt", help="what to draw")
     arguments.add_run(parser)
-    parser.add_argument("--predictor", required=True, help="folder or hub id of a predictor")
+    parser.add_argument("--predictor", required=True, type=arguments.model, help="folder or hub id of a predictor")
     which = parser.add_mutually_exclusive_group()
     text = f"{arguments.SCHEDULE} (default: those that the predictor was trained for)"
     which.add_argument("--schedule", type=arguments.schedule, help=text)
@@ -36,7 +35,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--output",
         required=True,
-        type=Path,
+        type=arguments.existing,
         metavar="FILE",
         help="file for the picture or video; its suffix is the format, and several files get numbers",
     )
@@ -51,18 +50,18 @@ def run(options) -> None:
     import torch
 
     from lesa.cli.loading import check_model, pipeline_of, predictor_of, prepare, read
-    from lesa.cli.outputs import check_output, write
+    from lesa.cli.outputs import check_files, check_output, file_of, write
     from lesa.cli.trying import explained
 
     check_output(options.output, None, options.fps)
-    if isinstance(options.schedule, list) and options.schedule[-1] >= options.steps:
-        last = options.schedule[-1]
-        raise UsageError(f"argument --schedule: each step must be below --steps ({options.steps}), but got {last}")
     kind = check_model(options)
-    predictor = predictor_of(options.predictor)
     samples = read(options, kind)
+    _check_schedule(options, samples)
+    check_files(options.output, samples, kind and kind.__call__)
+    predictor = predictor_of(options.predictor)
     pipe = pipeline_of(options)
     check_output(options.output, type(pipe).__call__, options.fps)
+    check_files(options.output, samples, type(pipe).__call__)
     samples = prepare(options, pipe, _sized(options, samples), options.steps)
     predictor.to(pipe.transformer.device)
     schedule = options.schedule if options.tolerance is None else lesa.ErrorControl(options.tolerance)
@@ -74,13 +73,25 @@ def run(options) -> None:
             start = time.perf_counter()
             result = pipe(**sample.arguments, num_inference_steps=options.steps, generator=generator)
             seconds = time.perf_counter() - start
-            output = options.output
-            if len(samples) > 1:
-                output = output.with_name(f"{output.stem}-{number:05d}{output.suffix}")
-            files = write(result, output, options.fps)
+            files = write(result, file_of(options.output, number, len(samples)), options.fps)
             names = f"{files[0]}" + (f" to {files[-1].name}" if len(files) > 1 else "")
-            print(f"Wrote {names}: {handle.stats.computed_steps} of {options.steps} steps computed, {seconds:.2f} s")
+            computed = handle.stats.computed_steps
+            steps = computed + handle.stats.predicted_steps  # --steps, if nothing in the inputs changes their number
+            print(f"Wrote {names}: {computed} of {steps} steps computed, {seconds:.2f} s")
     print(handle.stats.summary())
+
+
+def _check_schedule(options, samples: list) -> None:
+    """Raises `UsageError` if a sample has fewer steps than --schedule needs."""
+    from lesa.inputs import steps_of
+
+    if not isinstance(options.schedule, list):
+        return
+    last = options.schedule[-1]
+    for sample in samples:
+        if last >= (steps := steps_of(sample.arguments, options.steps)):
+            bound = f"--steps ({steps})" if steps == options.steps else f"the {steps} steps of {sample.place}"
+            raise UsageError(f"argument --schedule: each step must be below {bound}, but got {last}")
 
 
 def _sized(options, samples: list) -> list:

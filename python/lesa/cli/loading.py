@@ -1,8 +1,9 @@
 """What commands load before they start: the device, the inputs, the pipeline and predictors."""
 
+import inspect
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ import torch
 import transformers
 from diffusers.utils import logging
 
-from lesa.cli import UsageError, is_message
+from lesa.cli import UsageError
 from lesa.cli.fitting import check_widths, fit
 from lesa.cli.trying import check_by_pipeline
 from lesa.inputs import Sample, check_inputs, read_samples
+from lesa.messages import is_message
 from lesa.models import adapter_for
 from lesa.pipelines import load_pipeline
+from lesa.training.settings import usable_device
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels.checks import check_folder_or_id
+from lesa_kernels.checks import Said, argument_error, check_folder_or_id
 
 _OPTIONAL_ENCODERS = ("text_encoder_3",)
 """Text encoders without which pipelines encode prompts: Stable Diffusion 3 then takes zeros."""
@@ -37,14 +40,14 @@ def quiet_libraries() -> None:
 
 
 def device_of(options) -> str:
-    """The device that was asked for, or the default one."""
+    """The device that was asked for, or the default one.
+
+    Raises:
+        ValueError: torch cannot compute on it.
+    """
     if options.device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=options.device)
-    except (AssertionError, RuntimeError) as error:  # the first line is torch's own explanation
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"argument --device: torch can't use {options.device!r}: {reason}") from None
+    usable_device(options.device)
     return options.device
 
 
@@ -53,7 +56,7 @@ def check_model(options) -> type | None:
 
     Raises:
         FileNotFoundError: `--model` is a path, and there is no such folder.
-        UsageError: there is no such device.
+        ValueError: there is no such device.
     """
     check_folder_or_id("--model", options.model)
     device_of(options)
@@ -140,14 +143,23 @@ def prepare(options, pipe: Any, samples: list[Sample], num_inference_steps: int)
     check_widths(samples, pipe.transformer.config)
     device, dtype = pipe.transformer.device, pipe.transformer.dtype
 
-    def placed(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+    def placed(place: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value.to(device) if isinstance(value, torch.Tensor) else value
+        exact = value.double()  # 8-bit numbers cannot be asked
+        converted = exact.to(dtype)
+        if not torch.equal(converted.isinf(), exact.isinf()):
+            limit = f"be at most {torch.finfo(dtype).max:g}, the largest {str(dtype).removeprefix('torch.')} number"
+            got = Said(f"{exact.abs().max().item():g}")
+            raise argument_error(place, limit, got, "Use another --dtype.")
+        return converted.to(device)
 
     for text in check_by_pipeline(pipe, samples, num_inference_steps):
         print(f"Note: {' '.join(text.split())}", flush=True)
-    return [replace(s, arguments={name: placed(value) for name, value in s.arguments.items()}) for s in samples]
+    return [
+        replace(s, arguments={key: placed(f"{s.place}, {key!r}", value) for key, value in s.arguments.items()})
+        for s in samples
+    ]
 
 
 def _fitted(options, samples: list[Sample], kind: type) -> list[Sample]:
@@ -155,12 +167,31 @@ def _fitted(options, samples: list[Sample], kind: type) -> list[Sample]:
 
 
 def _check_prompts(pipe: Any, samples: list[Sample]) -> None:
-    """Raises `UsageError` if prompts are given and the pipeline lacks a text encoder that it needs for them."""
-    encoders = [name for name in pipe.components if name.startswith("text_encoder") and name not in _OPTIONAL_ENCODERS]
+    """Raises `UsageError` if there is a text for which the pipeline lacks the text encoder."""
+    encoders = [name for name in pipe.components if name.startswith("text_encoder")]
     absent = [name for name in encoders if pipe.components[name] is None]
+    needed = [name for name in absent if name not in _OPTIONAL_ENCODERS]
     for sample in samples:
-        if absent and sample.arguments.get("prompt") is not None:
-            raise UsageError(
-                f"{sample.place}: this model has no text encoder ({', '.join(absent)}) for prompts. Pass their "
-                "embeddings with --inputs, a safetensors file that holds prompt_embeds and pooled_prompt_embeds."
-            )
+        for key, value in sample.arguments.items():
+            if "prompt" not in key or not _has_text(value):
+                continue
+            own = [name for name in absent if key[-1].isdigit() and name == f"text_encoder_{key[-1]}"]
+            lacking = own or needed
+            if lacking:
+                place = sample.place if key == "prompt" else f"{sample.place}, {key!r}"
+                sentence = f"{place}: this model has no text encoder ({', '.join(lacking)}) for prompts."
+                raise UsageError(f"{sentence} {_remedy_for_prompts(type(pipe).__call__, key, needed)}")
+
+
+def _has_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and any(isinstance(part, str) for part in value))
+
+
+def _remedy_for_prompts(call: Callable, key: str, needed: list[str]) -> str:
+    """What to pass instead of the text in the argument `key`."""
+    if not needed:
+        return "Leave it out."
+    is_negative = key.startswith("negative_")
+    names = [name for name in inspect.signature(call).parameters if "prompt_embeds" in name]
+    names = [name for name in names if name.startswith("negative_") == is_negative]
+    return f"Pass embeddings with --inputs, a safetensors file that holds {' and '.join(names)}."

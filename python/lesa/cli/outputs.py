@@ -5,7 +5,7 @@ import inspect
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,16 @@ import numpy as np
 from PIL import Image
 
 from lesa.cli import UsageError
+from lesa.inputs import Sample
 
 FPS = 24
 """Frames per second of a video, if no rate is given; HunyuanVideo is trained for it."""
+_USUAL = (".png", ".jpg", ".webp", ".gif", ".tif", ".bmp")
+"""The suffixes that a message names."""
+
+_MOST_CHECKED = 10_000
+"""Frames of a video whose files are checked before the run."""
+
 MOST_FPS = {".gif": 50}
 """A gif stores the time of a frame in hundredths of a second, and readers show none shorter than two."""
 
@@ -33,7 +40,7 @@ def makes_layers(call: Callable) -> bool:
 
 @cache
 def can_be_written(suffix: str, mode: str = "RGB") -> bool:
-    """Whether pictures of this mode can be saved with this suffix, and keep their size where they can be read again."""
+    """Whether pictures of this mode can be saved with this suffix, and have the same size when they are read."""
     kind, size = Image.registered_extensions().get(suffix), (258, 2)  # icons have at most 256
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of formats that Pillow will drop one day
@@ -59,10 +66,10 @@ def check_output(file: Path, call: Callable | None, fps: float | None = None) ->
     pictures = makes_layers(call) if call is not None else False
     mode = "RGBA" if pictures else "RGB"
     if suffix != ".mp4" and not can_be_written(suffix, mode):
-        known = ", ".join(sorted(s for s in Image.registered_extensions() if can_be_written(s, mode)))
+        known = ", ".join(usual for usual in _USUAL if can_be_written(usual, mode))
         what = f"{suffix!r} cannot be written" if suffix else "it has no suffix"
         raise UsageError(f"argument --output: {file} must end in the suffix of a format, but {what}. Use .mp4 for a "
-                         f"video, or one of {known}.")  # fmt: skip
+                         f"video, or {known} or another format that Pillow can write.")  # fmt: skip
     if suffix == ".mp4":
         _check_video_writer(file)
     if call is not None and not makes_videos(call) and (suffix == ".mp4" or fps is not None):
@@ -72,7 +79,35 @@ def check_output(file: Path, call: Callable | None, fps: float | None = None) ->
         raise UsageError(f"argument --fps: {file} holds single pictures. Use it with .mp4 or .gif.")
     if fps is not None and fps > MOST_FPS.get(suffix, fps):
         raise UsageError(f"argument --fps: a {suffix} file has at most {MOST_FPS[suffix]}, but got {fps:g}. Use .mp4.")
-    _check_place(file)
+    _check_file(file)
+    folder = next(parent for parent in file.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise UsageError(f"argument --output: {folder} is a file, so that {file} cannot be in it. Choose another file.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"argument --output: nothing can be written to the folder {folder}. Choose another one.")
+
+
+def file_of(output: Path, number: int, count: int) -> Path:
+    """The file of one of `count` samples: `x.png` is `x-00000.png` and so on, unless there is one sample."""
+    return output if count == 1 else output.with_name(f"{output.stem}-{number:05d}{output.suffix}")
+
+
+def check_files(output: Path, samples: Sequence[Sample], call: Callable | None) -> None:
+    """Raises `UsageError` if one of the files that `write` will make cannot be written.
+
+    Args:
+        output: the value of `--output`.
+        samples: one for each call of the pipeline.
+        call: its `__call__`, or None if it is not known yet.
+    """
+    defaults = {} if call is None else {n: p.default for n, p in inspect.signature(call).parameters.items()}
+    if output.suffix.lower() in (".mp4", ".gif"):
+        defaults.pop("num_frames", None)
+    counted = next((name for name in ("num_frames", "layers") if name in defaults), None)
+    for number, sample in enumerate(samples):
+        count = 1 if counted is None else sample.arguments.get(counted, defaults[counted])
+        for file in _numbered(file_of(output, number, len(samples)), min(count, _MOST_CHECKED)):
+            _check_file(file)
 
 
 def _check_video_writer(file: Path) -> None:
@@ -87,16 +122,11 @@ def _check_video_writer(file: Path) -> None:
         raise UsageError(f"argument --output: {file} needs ffmpeg: {error} Or use .gif or .png.") from None
 
 
-def _check_place(file: Path) -> None:
+def _check_file(file: Path) -> None:
     if file.is_dir():
         raise UsageError(f"argument --output: {file} is a folder. Give the name of a file in it.")
     if file.exists() and not os.access(file, os.W_OK):
         raise UsageError(f"argument --output: {file} exists and is write-protected. Choose another file.")
-    folder = next(parent for parent in file.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        raise UsageError(f"argument --output: {folder} is a file, so that {file} cannot be in it. Choose another file.")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"argument --output: nothing can be written to the folder {folder}. Choose another one.")
 
 
 def write(result: Any, file: Path, fps: float | None) -> list[Path]:
@@ -141,7 +171,7 @@ def _numbered(file: Path, count: int) -> list[Path]:
 
 
 def _write_mp4(pictures: Iterable[Image.Image], file: Path, fps: float) -> None:
-    """In H.264, which has even sizes only: an odd one gets its last row or column twice."""
+    """H.264 needs an even height and width. If one is odd, the last row or column is repeated."""
     import imageio.v2 as imageio
 
     options: dict[str, Any] = {"fps": fps, "codec": "libx264", "macro_block_size": 1}
@@ -154,7 +184,7 @@ def _write_mp4(pictures: Iterable[Image.Image], file: Path, fps: float) -> None:
 
 
 def _write_gif(pictures: list[Image.Image], file: Path, fps: float) -> None:
-    """In hundredths of a second, so that the times of frames differ by one: the whole has the length it must have."""
+    """Frame times are rounded to hundredths of a second so that the total length is right."""
     ends = [round(100 * number / fps) for number in range(len(pictures) + 1)]
     durations = [10 * (end - start) for start, end in zip(ends, ends[1:])]
     pictures[0].save(file, save_all=True, append_images=pictures[1:], duration=durations, loop=0)

@@ -1,4 +1,4 @@
-"""What the commands print where: without messages of other libraries, and in any encoding."""
+"""Controls what the commands print: hides messages of other libraries, and works in any encoding."""
 
 import codecs
 import contextlib

@@ -1,14 +1,11 @@
 """`lesa refine`."""
 
-from pathlib import Path
-
 import lesa
 from lesa.cli import arguments
 
 OPTIONS = {
     **arguments.RUN_OPTIONS,
     "out_dir": "--out",
-    "device": "--device",
     "trajectories": "--trajectories",
     "folder": "--trajectories",
     "predictor": "--predictor",
@@ -23,9 +20,9 @@ def add_arguments(parser) -> None:
     """The options of the command."""
     arguments.add_model(parser)
     arguments.add_inputs(parser)
-    parser.add_argument("--predictor", required=True, help="folder that `lesa train` wrote")
+    parser.add_argument("--predictor", required=True, type=arguments.model, help="folder that `lesa train` wrote")
     text = "folder that `lesa record` wrote for this model"
-    parser.add_argument("--trajectories", required=True, type=Path, help=text)
+    parser.add_argument("--trajectories", required=True, type=arguments.existing, help=text)
     parser.add_argument("--out", required=True, type=arguments.folder, help="folder for the refined predictor")
     text = "how often to run the pipeline and train (default: 2)"
     parser.add_argument("--rounds", type=arguments.positive, default=2, help=text)

@@ -1,7 +1,5 @@
 """`lesa report`."""
 
-from pathlib import Path
-
 import lesa
 from lesa.cli import arguments
 
@@ -11,7 +9,7 @@ OPTIONS = {"folder": "--evaluation", "out": "--out"}
 def add_arguments(parser) -> None:
     """The options of the command."""
     text = "folder that `lesa evaluate` wrote"
-    parser.add_argument("--evaluation", required=True, type=Path, metavar="DIR", help=text)
+    parser.add_argument("--evaluation", required=True, type=arguments.existing, metavar="DIR", help=text)
     text = "page to write (default: report.html in that folder)"
     parser.add_argument("--out", type=arguments.page, metavar="FILE", help=text)
 

@@ -1,7 +1,5 @@
 """`lesa train`."""
 
-from pathlib import Path
-
 import lesa
 from lesa.cli import arguments
 
@@ -25,7 +23,8 @@ OPTIONS = {
 
 def add_arguments(parser) -> None:
     """The options of the command."""
-    parser.add_argument("--trajectories", required=True, type=Path, help="folder that `lesa record` wrote")
+    text = "folder that `lesa record` wrote"
+    parser.add_argument("--trajectories", required=True, type=arguments.existing, help=text)
     parser.add_argument("--out", required=True, type=arguments.folder, help="folder for the predictor")
     text = f"{arguments.SCHEDULE} (default: nine spread steps)"
     parser.add_argument("--schedule", type=arguments.schedule, help=text)

@@ -4,13 +4,16 @@ import contextlib
 import inspect
 import logging
 import traceback
+import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-from lesa.cli import UsageError, is_message
+from lesa.cli import UsageError
 from lesa.inputs import Sample
+from lesa.messages import is_message
+from lesa.pipelines import run_pipeline
 
 
 class _Reached(Exception):
@@ -18,7 +21,7 @@ class _Reached(Exception):
 
 
 def check_by_pipeline(pipe: Any, samples: Iterable[Sample], num_inference_steps: int) -> list[str]:
-    """Runs the pipeline's own check of its arguments on each sample, and nothing after it; if there is one.
+    """Runs only the pipeline's `check_inputs` on each sample. Does nothing if the pipeline has none.
 
     Returns:
         What diffusers warns of, each text once.
@@ -55,12 +58,12 @@ def check_by_pipeline(pipe: Any, samples: Iterable[Sample], num_inference_steps:
 def explained(pipe: Any, samples: Iterable[Sample], num_inference_steps: int) -> Iterator[None]:
     """Raises `UsageError` for an error inside, if the pipeline alone fails on one of the samples too.
 
-    Only after an error, the pipeline runs without a cache on each sample. If it can do that, the error is a bug and is
-    raised as it is.
+    Only after an error in a call of the pipeline, it runs without a cache on the samples of that call, for one step if
+    the error came from a step. If it can do that, the error is a bug and is raised as it is.
 
     Args:
         pipe: the pipeline, whose cache is off after the context.
-        samples: what it was to run on.
+        samples: what it was to run on. Where the library itself calls the pipeline, those of the call are found.
         num_inference_steps: of the runs.
     """
     try:
@@ -68,18 +71,36 @@ def explained(pipe: Any, samples: Iterable[Sample], num_inference_steps: int) ->
     except Exception as error:
         if is_message(error):
             raise
-        if pipe.transformer.device.type == "meta":
-            raise UsageError("argument --device: nothing can run on meta, which holds no numbers. Use cpu.") from None
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         body = inspect.unwrap(type(pipe).__call__).__code__
-        start = max((number for number, frame in enumerate(frames) if frame.f_code is body), default=0)
+        start = next((number for number, frame in enumerate(frames) if frame.f_code is body), None)
+        if start is None:  # it is not an error of the pipeline
+            raise
         names = [frame.f_globals.get("__name__", "") for frame in frames[start:]]
-        one_step = any(name.startswith("lesa.cache") for name in names)  # it failed in a call of the transformer
-        for sample in samples:
+        one_step = any(name.startswith("lesa.") for name in names)  # it failed in a step
+        for sample in _in_call(samples, frames[:start]):
             failure = _failure(pipe, sample.arguments, num_inference_steps, one_step)
             if failure is not None:
                 raise _refused(sample, f"{type(pipe).__name__} fails on it, also without lesa", failure) from None
         raise
+
+
+def _in_call(samples: Iterable[Sample], frames: Iterable[types.FrameType]) -> list[Sample]:
+    """The samples whose arguments were joined for the call that is under way in these frames; all if it has none."""
+    joined = next((frame.f_locals["arguments"] for frame in frames if frame.f_code is run_pipeline.__code__), None)
+    if joined is None:
+        return [*samples]
+    return [s for s in samples if all(_holds(joined.get(name), value) for name, value in s.arguments.items())]
+
+
+def _holds(joined: Any, value: Any) -> bool:
+    """Whether the value of one sample is in the joined one."""
+    if isinstance(value, torch.Tensor) and value.ndim > 0:
+        rows = joined if isinstance(joined, torch.Tensor) and joined.shape[1:] == value.shape[1:] else ()
+        return any(torch.equal(row, value[0]) for row in rows)
+    if isinstance(joined, list) and not isinstance(value, list):
+        return any(part is value or part == value for part in joined)
+    return joined is value or joined == value
 
 
 def _failure(pipe: Any, arguments: dict[str, Any], num_inference_steps: int, one_step: bool) -> Exception | None:
@@ -90,9 +111,12 @@ def _failure(pipe: Any, arguments: dict[str, Any], num_inference_steps: int, one
             raise _Reached
         return {}
 
-    generator = torch.Generator("cpu").manual_seed(0)
+    call = {**arguments, "num_inference_steps": num_inference_steps}
+    call["generator"] = torch.Generator("cpu").manual_seed(0)
+    if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
+        call["callback_on_step_end"] = stop
     try:
-        pipe(**arguments, num_inference_steps=num_inference_steps, generator=generator, callback_on_step_end=stop)
+        pipe(**call)
     except _Reached:
         return None
     except Exception as error:

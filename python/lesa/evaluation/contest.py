@@ -25,7 +25,7 @@ from lesa.pipelines import run_pipeline
 from lesa_kernels.checks import usage_error
 
 WARM_UP_STEPS = 12
-"""Of the run before the first timed one, so that a cache predicts some. It predicts none in fewer than 10 steps."""
+"""Steps of the warm-up run. With fewer than 10 steps, a cache predicts none."""
 
 PICTURED_SAMPLES = 8
 TRAJECTORY_SAMPLES = 16

@@ -18,7 +18,7 @@ from lesa.evaluation.summaries import SUMMARY, read_summary
 from lesa_kernels.checks import Said, argument_error
 
 _NOT_COMPARED = ("name", "speedup", "is_best", "against_ours", "against_ours_by_whole_steps")
-"""What the summary has of a run beside its own figures. Older releases changed a kept run's speed-up there."""
+"""Fields of a run in the summary that depend on other runs."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Entry:
 
     @property
     def mark(self) -> str | None:
-        """What follows the name where others share it."""
+        """The suffix of the name if other runs have the same name."""
         if kind_is_ours(self.run.contender):
             return self.run.predictor
         return None if self.identity is None else self.identity[:8]

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
@@ -20,7 +19,8 @@ from lesa.evaluation.earlier import Earlier, earlier_in, is_replaced, merged, me
 from lesa.evaluation.result import Evaluation
 from lesa.evaluation.search import NotAvailableError, SettingSearch
 from lesa.evaluation.store import Store, facts_of
-from lesa.inputs import check_inputs
+from lesa.inputs import check_inputs, steps_of
+from lesa.messages import is_message
 from lesa.models import adapter_for
 from lesa.pipelines import check_decodes, quiet_progress
 from lesa.schedule import ScheduleLike, as_schedule
@@ -93,6 +93,7 @@ def evaluate(
     check_int("num_inference_steps", num_inference_steps)
     inputs = check_inputs(inputs)
     _check_arguments(pipe, inputs)
+    check_own_steps(inputs, num_inference_steps)
     size = len(inputs) if batch_size is None else check_int("batch_size", batch_size)
     settings, named = _opponents(against, num_inference_steps)
     check_int("search_samples", search_samples)
@@ -167,6 +168,21 @@ def _check_arguments(pipe: DiffusionPipeline, inputs: Sequence[dict]) -> None:
                 raise argument_error(f"inputs[{number}]", must, Said(repr(name)), "Remove it.")
 
 
+def check_own_steps(inputs: Sequence[dict], num_inference_steps: int, names: Sequence[str] | None = None) -> None:
+    """Raises `ValueError` if an input sets another number of steps than the reference has.
+
+    Args:
+        inputs: dicts of pipeline arguments.
+        num_inference_steps: of the reference.
+        names: what the errors call each input. Default: "inputs[0]" and so on.
+    """
+    for number, item in enumerate(inputs):
+        if (steps := steps_of(item, num_inference_steps)) != num_inference_steps:
+            name = f"inputs[{number}]" if names is None else names[number]
+            must = f"have as many noise levels as `num_inference_steps`, {num_inference_steps}"
+            raise argument_error(name, must, Said(str(steps)), f"Pass {steps} as `num_inference_steps`.")
+
+
 def _run_all(
     contest: Contest,
     contestants: Mapping[str, Ours],
@@ -190,8 +206,12 @@ def _run_all(
     for kind in kinds:
         budgets = {budget for asked in named[kind] for budget in (counts if asked is None else {asked})}
         if issubclass(kind, Plain):
-            for budget in sorted(budgets, reverse=True):
-                contest.run(kind.at(budget))
+            plain = [kind.at(budget) for budget in sorted(budgets, reverse=True)]
+            if any(_changes_steps(setting, contest) for setting in plain):
+                not_available[kind.name] = "the inputs set the steps themselves"
+                continue
+            for setting in plain:
+                contest.run(setting)
             continue
         try:
             if (why := kind.why_not_on(contest.pipe)) is not None:
@@ -202,12 +222,21 @@ def _run_all(
     return searched, not_available
 
 
+def _changes_steps(setting: Peer | Plain, contest: Contest) -> bool:
+    """Whether the setting needs another number of steps, and the inputs do not allow that."""
+    steps = setting.steps_of(contest.num_inference_steps)
+    return any(steps_of(item, steps) != steps for item in contest.inputs)
+
+
 def _run_setting(contest: Contest, setting: Peer | Plain) -> None:
     """Runs a setting. A failure of a cache's own code names the setting."""
+    if _changes_steps(setting, contest):
+        sentence = f"`against` has the setting {setting}, but the inputs set the steps themselves."
+        raise usage_error(sentence, "Leave it out.")
     try:
         contest.run(setting)
     except Exception as error:
-        if isinstance(error, (OSError, torch.OutOfMemoryError)) or hasattr(error, "lesa_message"):
+        if is_message(error):
             raise
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         sentence = f"`against` has the setting {setting}, which fails on this pipeline: {why}"
@@ -260,13 +289,32 @@ def _opponents(
         if isinstance(opponent, (Peer, Plain)):
             settings.append(opponent)
             kind = type(opponent)
-            steps = opponent.steps_of(num_inference_steps)
-            check_int(f"against: the steps of {opponent}", steps, maximum=num_inference_steps)
+            _check_number(opponent, opponent.steps_of(num_inference_steps), num_inference_steps)
         else:
-            kind, budget = budget_of(opponent)
+            kind, budget = budget_within(opponent, num_inference_steps)
             named.setdefault(kind, set()).add(budget)
-            if budget is not None:
-                check_int(f"against: the budget of {opponent!r}", budget, maximum=num_inference_steps)
         if issubclass(kind, Peer):
             kind.check_available()
     return settings, named
+
+
+def budget_within(name: object, num_inference_steps: int) -> tuple[Opponent, int | None]:
+    """The contender and the budget that a name in `against` has.
+
+    Args:
+        name: such as "steps" or "taylorseer-9".
+        num_inference_steps: of the reference.
+
+    Raises:
+        ValueError: there is no such contender, or its budget is more than the steps of the reference.
+    """
+    kind, budget = budget_of(name)
+    if budget is not None:
+        _check_number(name, budget, num_inference_steps)
+    return kind, budget
+
+
+def _check_number(opponent: object, number: int, num_inference_steps: int) -> None:
+    if not 1 <= number <= num_inference_steps:
+        sentence = f"`against` has {opponent!r}, but the run has {num_inference_steps} steps (`num_inference_steps`)."
+        raise usage_error(sentence, "Choose a number of at least 1 and at most that.")

@@ -27,7 +27,10 @@ SETTINGS_FILE = "settings.json"
 """In `runs/`: what all runs of the folder were made from."""
 
 _DIGESTS = ("inputs", "transformer", "weights")
-"""Settings whose values say nothing to a reader."""
+"""Settings that are digests; error messages do not show them."""
+
+_WRITTEN = {"summary.json": False, "runs.csv": False, "comparison.png": False, "images": True, "runs": True}
+"""What an evaluation writes into its folder, and whether it is a folder."""
 
 REMEDY = "Choose another folder, or use the same inputs, model and settings."
 
@@ -80,6 +83,8 @@ class Store:
         num_inference_steps: int,
     ):
         self.folder = None if out_dir is None else Path(out_dir) / "runs"
+        self.settings: dict[str, Any] = {}
+        self._key = ""
         if self.folder is None:
             return
         facts = facts_of(pipe, inputs, seed, batch_size)
@@ -89,7 +94,7 @@ class Store:
         as_text = json.dumps(scheduler, sort_keys=True, default=repr)
         of_all = {**facts, "steps": num_inference_steps}
         self._key = digest([of_all, weights, digest(inputs), as_text, type(pipe).__name__])
-        self.settings = {
+        self.settings |= {
             "num_inference_steps": num_inference_steps,
             **facts,
             "inputs": [digest(item) for item in inputs],
@@ -128,7 +133,7 @@ class Store:
         """A context in which nobody else evaluates into the output folder. The folder is made if it is absent.
 
         Raises:
-            ValueError: it is a file.
+            ValueError: it is a file, or something else has the name of a file or folder of an evaluation.
             RuntimeError: someone else does; the message says which process.
         """
         if self.folder is None:
@@ -139,6 +144,13 @@ class Store:
         if file is not None:
             raise argument_error("out_dir", "be a folder", Said(f"{file}, which is a file"), "Choose another path.")
         out_dir.mkdir(parents=True, exist_ok=True)
+        for name, is_folder in _WRITTEN.items():
+            path = out_dir / name
+            if path.exists() and path.is_dir() != is_folder:
+                kinds = ("a folder", "a file") if is_folder else ("a file", "a folder")
+                got = Said(f"{path}, which is {kinds[1]}")
+                remedy = "Choose another folder, or remove it."
+                raise argument_error("out_dir", f"have {kinds[0]} as {name}, or nothing", got, remedy)
         with owned(out_dir, "evaluating"):
             yield
 
@@ -188,7 +200,10 @@ class Store:
         sigmas: list[float],
         outcome: Outcome,
     ) -> None:
-        """Keeps a run. Of the reference it keeps everything that others are compared with."""
+        """Stores a run.
+
+        For the reference, it also stores latents, images and trajectories, which the other runs are compared with.
+        """
         if self.folder is None:
             return
         key = self._key_of(digest(identity))

@@ -9,7 +9,7 @@ import torch
 from lesa.cache.run import Call, Run
 from lesa.models.adapter import Adapter
 from lesa_kernels import OutputHead
-from lesa_kernels.checks import Said, argument_error
+from lesa_kernels.checks import Said, argument_error, usage_error
 
 
 @dataclass
@@ -149,6 +149,9 @@ class Recorder:
         batch, tokens, width = features.shape
         steps = len(self.sigmas)
         if batch != len(self.numbers):
+            if getattr(self.pipe, "do_perturbed_attention_guidance", False):
+                sentence = "`pipe` has perturbed-attention guidance (PAG) on, whose passes `lesa.record` cannot store."
+                raise usage_error(sentence, "Pass 0 as `pag_scale` in each input.")
             raise argument_error(
                 "inputs",
                 "make one sample each",
