@@ -33,9 +33,10 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
         have a configuration and no weights, such as a guider, and the blocks of a modular pipeline. `dtypes`: of the
         weights of each component. `adapters`: by component, the scale of each active adapter. `fused_loras`: their
         names. `quantisation`: by component, how its weights are packed. `configs` and `weights`: by component, its
-        configuration, and a fingerprint where it is not the transformer. `autocast`: its dtype by kind of device.
-        `tokenizers`: by component, its size and options. `replaced`: by component and path, the functions of other
-        packages that wrap or replace a forward, and attention processors of other packages.
+        configuration, and a fingerprint where it is not the transformer. `buffers`: by component, a digest of those that
+        are saved with the weights. `autocast`: its dtype by kind of device. `tokenizers`: by component, its size and
+        options. `replaced`: by component and path, the functions of other packages that wrap or replace a forward, and
+        attention processors of other packages.
         `unset`: by the path of a configuration, the options in it that have their defaults. A manifest leaves it out.
     """
     components = _components(pipe)
@@ -58,6 +59,7 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
         "quantisation": {name: packed for name, module in modules.items() if (packed := _quantisation(module))},
         "tokenizers": {name: _tokenizer(part) for name, part in components.items() if hasattr(part, "all_special_ids")},
         "weights": {name: fingerprint(module) for name, module in modules.items() if name != "transformer"},
+        "buffers": {name: made for name, module in modules.items() if (made := _buffers(module)) is not None},
         "replaced": {name: functions for name, module in modules.items() if (functions := _replaced(module))},
         "autocast": _autocast(),
         "unset": {path: _unset(part) for path, part in configurations.items()},
@@ -72,7 +74,7 @@ def common_conditions(kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict
     pipeline without a text encoder gets embeddings, which are compared as arguments.
     """
     common = {name: value for name, value in given.items() if name in kept and name != "unset"}
-    for name in {"configs", "dtypes", "tokenizers", "weights"} & {*common}:
+    for name in {"buffers", "configs", "dtypes", "tokenizers", "weights"} & {*common}:
         common[name] = {part: value for part, value in {**kept[name], **common[name]}.items() if part in kept[name]}
     return _without_new(common, kept, given.get("unset", {}), "")
 
@@ -107,6 +109,15 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The names whose values differ, or that only one of the two has."""
     names = sorted({**one, **other})
     return [name for name in names if name not in one or name not in other or one[name] != other[name]]
+
+
+def _buffers(module: torch.nn.Module) -> str | None:
+    """A digest of the sums of the buffers that a model saves with its weights; None if it has none."""
+    weights = {name for name, _ in module.named_parameters()}
+    saved = {name: value for name, value in module.state_dict().items() if name not in weights}
+    tensors = {name: value for name, value in saved.items() if isinstance(value, torch.Tensor)}
+    facts = {name: [str(t.dtype), list(t.shape), sum_of_bits(t.detach())] for name, t in tensors.items()}
+    return digest(facts) if facts else None
 
 
 def _components(pipe: Any) -> dict[str, Any]:

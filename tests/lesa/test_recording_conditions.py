@@ -493,3 +493,14 @@ def test_what_is_set_globally_changes_no_byte(tmp_path, name, around):
     for one, other in zip(read, plain, strict=True):
         assert all(torch.equal(getattr(one, field), getattr(other, field)) for field in vars(one))
         assert one.features.dtype == torch.float32 and one.sigmas.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_a_buffer_that_is_saved_with_the_weights_is_compared(tmp_path):
+    """The positions of Stable Diffusion 3 are one."""
+    case = small.ALL["sd3"]
+    pipe, inputs = case.build(), [{**case.inputs()}]
+    record(pipe, inputs, tmp_path / "a", num_inference_steps=3, progress=False)
+    pipe.transformer.pos_embed.pos_embed.mul_(2)
+    with pytest.raises(ValueError, match=r"`buffers\.transformer` must be"):
+        record(pipe, inputs, tmp_path / "a", num_inference_steps=3, progress=False)
