@@ -274,10 +274,24 @@ def _read_tensors(path: Path) -> list[Sample]:
         place = f"{path.name}, metadata {name!r}"
         others[name] = _parse(place, "be a JSON value", text, "Encode it with `json.dumps`.")
         _check_value(place, others[name])
-    return [
+    samples = [
         Sample(f"{path.name}, row {i}", {**{name: t[i : i + 1] for name, t in tensors.items()}, **others})
         for i in range(next(iter(sizes.values())) or 0)
     ]
+    for sample in samples:
+        for name in tensors:
+            _check_finite(f"{sample.place}, {name!r}", name, sample.arguments[name])
+    return samples
+
+
+def _check_finite(place: str, key: str, value: torch.Tensor) -> None:
+    """Raises `ValueError` if a tensor has NaN, or embeddings, latents or an image have Inf, which a mask may have."""
+    if value.is_floating_point():
+        found = value.float() if value.element_size() == 1 else value  # torch cannot ask 8-bit numbers
+        if found.isnan().any():
+            raise argument_error(place, "hold no NaN", value, "Compute the tensor again.")
+        if key.endswith(("_embeds", "latents", "image")) and found.isinf().any():
+            raise argument_error(place, "hold finite numbers", value, "Compute the tensor again.")
 
 
 def _to_json(name, value, alternative) -> str:
@@ -334,7 +348,7 @@ def check_inputs(inputs: Any, names: Sequence[str] | None = None) -> list[dict]:
 
     Raises:
         TypeError, ValueError: it is not a list of prompts or dicts, or an input has an argument that lesa sets itself,
-            asks for several samples, has a size below 1, no noise levels, or numbers that are not finite.
+            asks for several samples, has a size below 1, or has an empty list of noise levels.
     """
     must = "be a list of prompts, or of dicts of pipeline arguments"
     if not isinstance(inputs, (list, tuple)):
@@ -373,12 +387,6 @@ def _unusable_values(item: dict) -> Iterator[tuple[str, str, str]]:
             yield key, "be at least 1", "Leave it out to use the default."
         if key in _NOISE_LEVELS and _count(value) == 0:
             yield key, "have at least one noise level", "Leave it out to use the scheduler's."
-        if isinstance(value, torch.Tensor) and not value.is_meta and value.is_floating_point():
-            found = value.float() if value.element_size() == 1 else value  # torch cannot ask 8-bit numbers
-            if found.isnan().any():
-                yield key, "hold no NaN", "Compute the tensor again."
-            elif key.endswith(("_embeds", "latents", "image")) and found.isinf().any():
-                yield key, "hold finite numbers", "Compute the tensor again."
 
 
 def steps_of(arguments: dict, num_inference_steps: int) -> int:

@@ -212,9 +212,9 @@ def test_what_can_be_known_is_refused_before_any_run(tmp_path, monkeypatch):
     no_run(monkeypatch, pipe)
     (tmp_path / "file").write_text("")
     cases = [
-        ({"against": ["steps-7"]}, "`against: the budget of 'steps-7'` must be an integer of at least 1 and at most 6"),
-        ({"against": ["taylorseer-99"]}, "`against: the budget of 'taylorseer-99'` must"),
-        ({"against": [FewerSteps(7)]}, "`against: the steps of fewer-steps-7` must be .* at most 6"),
+        ({"against": ["steps-7"]}, "`against` has 'steps-7', but the run has 6 steps"),
+        ({"against": ["taylorseer-99"]}, "`against` has 'taylorseer-99', but"),
+        ({"against": [FewerSteps(7)]}, "`against` has fewer-steps-7, but the run has 6 steps"),
         ({"against": ["teacache"]}, "`against` must hold"),
         ({"against": "steps"}, "`against` must be a list"),
         (

@@ -289,7 +289,7 @@ def _opponents(
         if isinstance(opponent, (Peer, Plain)):
             settings.append(opponent)
             kind = type(opponent)
-            _check_number(opponent, opponent.steps_of(num_inference_steps), num_inference_steps)
+            _check_number(str(opponent), opponent.steps_of(num_inference_steps), num_inference_steps)
         else:
             kind, budget = budget_within(opponent, num_inference_steps)
             named.setdefault(kind, set()).add(budget)
@@ -310,11 +310,11 @@ def budget_within(name: object, num_inference_steps: int) -> tuple[Opponent, int
     """
     kind, budget = budget_of(name)
     if budget is not None:
-        _check_number(name, budget, num_inference_steps)
+        _check_number(repr(name), budget, num_inference_steps)
     return kind, budget
 
 
-def _check_number(opponent: object, number: int, num_inference_steps: int) -> None:
+def _check_number(opponent: str, number: int, num_inference_steps: int) -> None:
     if not 1 <= number <= num_inference_steps:
-        sentence = f"`against` has {opponent!r}, but the run has {num_inference_steps} steps (`num_inference_steps`)."
+        sentence = f"`against` has {opponent}, but the run has {num_inference_steps} steps (`num_inference_steps`)."
         raise usage_error(sentence, "Choose a number of at least 1 and at most that.")
