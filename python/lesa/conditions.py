@@ -34,9 +34,9 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
         weights of each component. `adapters`: by component, the scale of each active adapter. `fused_loras`: their
         names. `quantisation`: by component, how its weights are packed. `configs` and `weights`: by component, its
         configuration, and a fingerprint where it is not the transformer. `buffers`: by component, a digest of those
-        that are saved with the weights. `autocast`: its dtype by kind of device. `tokenizers`: by component, its size and
-        options. `replaced`: by component and path, the functions of other packages that wrap or replace a forward, and
-        attention processors of other packages.
+        that are saved with the weights. `autocast`: its dtype by kind of device. `tokenizers`: by component, its size
+        and options. `replaced`: by component and path, the functions of other packages that wrap or replace a forward,
+        and attention processors of other packages.
         `unset`: by the path of a configuration, the options in it that have their defaults. A manifest leaves it out.
     """
     components = _components(pipe)
