@@ -12,7 +12,6 @@ import sys
 import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from unittest import mock
 
 import accelerate
 import pytest
@@ -776,25 +775,19 @@ def test_a_forward_of_the_class_that_is_no_function(pipe, generate, make, cache_
 # Off means off
 
 
-@pytest.mark.parametrize("undo", ["patch", "restore or delete", "restore"])
+@pytest.mark.parametrize("undo", ["delete", "restore"])
 def test_what_others_undo_after_the_cache_is_off_is_as_without_a_cache(pipe, generate, undo):
     t = pipe.transformer
     before = dict(vars(t))
 
     def wrapped_and_undone(disable):
-        if undo == "patch":
-            patch = mock.patch.object(t, "forward", side_effect=t.forward)
-            patch.start()
-            disable()
-            patch.stop()
+        old = t.forward
+        t.forward = lambda *args, **kwargs: old(*args, **kwargs)
+        disable()
+        if undo == "restore":
+            t.forward = old
         else:
-            had, old = "forward" in vars(t), t.forward
-            t.forward = lambda *args, **kwargs: old(*args, **kwargs)
-            disable()
-            if undo == "restore" or had:
-                t.forward = old
-            else:
-                del t.forward
+            del t.forward
 
     wrapped_and_undone(lambda: None)
     wanted = dict(vars(t))
@@ -803,3 +796,32 @@ def test_what_others_undo_after_the_cache_is_off_is_as_without_a_cache(pipe, gen
     generate(pipe)
     wrapped_and_undone(handle.disable)
     assert vars(t) == wanted
+
+
+@pytest.mark.parametrize("order", ["patch, enable, undo, disable", "enable, patch, disable, undo"])
+def test_a_class_that_is_patched_and_restored_around_the_cache(pipe, generate, order):
+    """Each run is as without a cache at that moment, but for the forecasts, and nothing stays."""
+    t, cls, before = pipe.transformer, type(pipe.transformer), dict(vars(pipe.transformer))
+    own, handle, calls = cls.forward, None, []
+
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        return own(self, *args, **kwargs)
+
+    for action in order.split(", "):
+        if action == "patch":
+            cls.forward = counted
+        elif action == "undo":
+            cls.forward = own
+        elif action == "enable":
+            handle = lesa.enable_cache(pipe, predictor(), SOME, strict=True)
+        else:
+            handle.disable()
+            handle = None
+            assert vars(t) == before
+        calls.clear()
+        with blocks_of(pipe) as seen:
+            generate(pipe)
+        assert len(seen) == (STEPS if handle is None else len(SOME))
+        assert len(calls) == (STEPS if cls.forward is counted else 0)
+    assert vars(t) == before and cls.forward is own

@@ -867,9 +867,10 @@ def test_a_missing_file_is_named(saved, name):
 def test_a_folder_that_is_not_there(tmp_path, monkeypatch, where):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("no folder")
-    with pytest.raises(FileNotFoundError, match=f"there is no folder '{where}'"):
+    why = "'file', which is a file" if where == "file" else f"there is no folder '{where}'"
+    with pytest.raises(FileNotFoundError, match=why):
         FusedKANPredictor.from_pretrained(where)
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
+    with pytest.raises(FileNotFoundError, match="which is a file" if where == "file" else "there is no folder"):
         FusedKANPredictor.from_pretrained(tmp_path / where)
 
 

@@ -131,8 +131,8 @@ class StepHook(ModelHook, Generic[State]):
 
         Args:
             state: of the current run.
-            call: as it came to the outer gate.
-            arguments: the transformer's arguments by name, as they came to the inner gate.
+            call: with the arguments that were passed to the transformer.
+            arguments: those of the forward by name, which wrappers may have changed.
         """
         raise NotImplementedError
 
@@ -200,12 +200,12 @@ class StepHook(ModelHook, Generic[State]):
             is_unused: whether a run has ended in which the hook got no call. Then the transformer must be the
                 pipeline's own; otherwise a module around it will do.
         """
-        module = getattr(self.pipe, "transformer", None)
-        own, parts = self.adapter.transformer, [getattr(module, "_orig_mod", module)]
-        if not is_unused and isinstance(module, torch.nn.Module):
-            parts += module.modules()
-        might_call = not is_unused and not isinstance(module, torch.nn.Module)  # an object that may hold it
-        if self.placement.is_on and not might_call and not any(part is own for part in parts):
+        module: Any = getattr(self.pipe, "transformer", None)
+        own, is_module = self.adapter.transformer, isinstance(module, torch.nn.Module)
+        if not self.placement.is_on or getattr(module, "_orig_mod", module) is own:
+            return
+        may_call = not is_module or any(part is own for part in module.modules())  # another object may hold it
+        if is_unused or not may_call:
             self.bypass(*reasons.SWAPPED)
 
     def bypass(self, reason: str, remedy: str) -> None:

@@ -101,8 +101,9 @@ class Placement:
     told of contexts and resets as a hook in diffusers' registry. A subclass of the pipeline's class, which has the same
     name and replaces it, tells the hook when the pipeline runs.
 
-    A transformer that is compiled gets a copy of its class's forward as an attribute. The copy is a different object,
-    so torch does not use a graph that was compiled without the hook.
+    The transformer gets its class's forward as an attribute. By the identity of this method, lesa can see whether
+    someone has set the class's forward since then. If the transformer is compiled, it is the method of a copy of the
+    function, so torch does not use a graph that was compiled without the hook.
 
     Args:
         hook: the hook.
@@ -135,7 +136,6 @@ class Placement:
         self._capture = hook.adapter.head_entry.register_forward_pre_hook(hook.on_head_entry, prepend=True)
         self._known: list[Any] = []  # bound forwards that belong to wrappers, which set them when they are removed
         self._forward: types.MethodType | None = None
-        self._function: Callable | None = None  # of the class, which `_forward` copies
         self._remember_forwards()
         self.look_at_forward()
         self._watch()
@@ -158,8 +158,10 @@ class Placement:
         if self._forward is not None:
             if attributes.get("forward") is self._forward:
                 del attributes["forward"]
-            plain = types.MethodType(type(self._transformer).forward, self._transformer)
-            self._hook.adapter.own_forward.replace(self._forward, plain)  # where others have kept it
+            function = inspect.getattr_static(type(self._transformer), "forward")
+            if isinstance(function, types.FunctionType):  # gives others the class's own, where they have kept the copy
+                plain = types.MethodType(function, self._transformer)
+                self._hook.adapter.own_forward.replace(self._forward, plain)
         registry = attributes.get("_diffusers_hook")
         if registry is not None and registry.get_hook(HOOK_NAME) is self._hook:
             _leave(registry)
@@ -179,15 +181,18 @@ class Placement:
         return self._capture.id
 
     def look_at_forward(self) -> None:
-        """Remembers what wraps the forward now. Gives a compiled transformer its copy of the class's forward."""
+        """Sets the class's forward as an attribute, unless another one is there. Remembers what wraps it now."""
         attributes, function = vars(self._transformer), inspect.getattr_static(type(self._transformer), "forward")
         present = attributes.get("forward")
-        is_ours = present is not None and present is self._forward
-        if present is None or is_ours:
-            is_compiled = self.compiled is not None or self._called_module is not self._transformer
-            if is_compiled and isinstance(function, types.FunctionType) and self._function is not function:
-                self._function = function
-                attributes["forward"] = self._forward = types.MethodType(_copy_of(function), self._transformer)
+        if present is None or present is self._forward:
+            if not isinstance(function, types.FunctionType):  # a descriptor makes the forward at each access
+                attributes.pop("forward", None)
+                return
+            is_compiled = self.compiled is not None or self._hook.pipe.transformer is not self._transformer
+            function = _copy_of(function) if is_compiled else function
+            if present is None or present.__func__ is not function:
+                attributes["forward"] = self._forward = types.MethodType(function, self._transformer)
+                self._known.append(self._forward)
         elif not self._is_plain(present):
             self._remember_forwards()
 
