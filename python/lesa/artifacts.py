@@ -297,8 +297,9 @@ def sum_of_bits(values: torch.Tensor) -> int | None:
     """The sum of the bits of the values as integers; None if the values are elsewhere, sharded or packed."""
     if type(values) is not torch.Tensor or values.is_meta:
         return None
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return int(values.view(integers[values.element_size()]).sum(dtype=torch.int64))
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+    values = values.contiguous() if values.element_size() > 8 else values  # complex numbers of two parts
+    return int(values.view(integers.get(values.element_size(), torch.int64)).sum(dtype=torch.int64))
 
 
 def predictor_identity(predictor: FusedKANPredictor) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from diffusers.configuration_utils import ConfigMixin
 from lesa.artifacts import digest, fingerprint, sum_of_bits
 from lesa.pipelines import blocks_of
 
-_PACKAGES = {"torch", "diffusers", "transformers", "accelerate", "peft", "torchao", "lesa"}
+_PACKAGES = {"torch", "diffusers", "transformers", "accelerate", "peft", "torchao", "bitsandbytes", "optimum", "lesa"}
 """Packages whose functions around a model make no other samples, or are seen by the other conditions."""
 
 
@@ -76,6 +76,10 @@ def common_conditions(kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict
     common = {name: value for name, value in given.items() if name in kept and name != "unset"}
     for name in {"buffers", "configs", "dtypes", "tokenizers", "weights"} & {*common}:
         common[name] = {part: value for part, value in {**kept[name], **common[name]}.items() if part in kept[name]}
+    shared = {*kept.get("dtypes", given["dtypes"])} & {*given["dtypes"]}
+    for name in {"quantisation", "replaced"} & {*common}:
+        others = {part: value for part, value in kept[name].items() if part not in shared}
+        common[name] = others | {part: value for part, value in common[name].items() if part in shared}
     return _without_new(common, kept, given.get("unset", {}), "")
 
 
@@ -157,7 +161,7 @@ def _attributes(thing: Any) -> dict[str, Any]:
 def _tokenizer(tokenizer: Any) -> dict[str, Any]:
     names = ("model_max_length", "padding_side", "truncation_side", "chat_template")
     options = {name: _plain(getattr(tokenizer, name, None)) for name in names}
-    return {"size": len(tokenizer), "special": sorted(set(tokenizer.all_special_ids)), **options}
+    return {"size": len(tokenizer), "special": sorted({*tokenizer.all_special_ids}, key=str), **options}
 
 
 def _replaced(module: torch.nn.Module) -> dict[str, list[str]]:

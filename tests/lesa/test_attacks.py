@@ -831,3 +831,43 @@ def test_any_loop_is_exact_counted_and_undone(loop_pipe, loop):
     assert vars(pipe.transformer) == attributes
     pipe.prepare(loop)
     assert same(pipe(loop))
+
+
+# Steps that the cached transformer does not do
+
+
+@slow
+@pytest.mark.parametrize("back", [7, STEPS - 2, STEPS - 1])
+def test_a_swap_until_the_end_of_a_run_is_noticed(back):
+    pipe, other = small.ALL["flux"].build(), small.ALL["flux"].build().transformer
+    transformer = pipe.transformer
+
+    def swap(pipe, step, timestep, tensors):
+        pipe.transformer = {5: other, back: transformer}.get(step, pipe.transformer)
+        return {}
+
+    with enable(pipe), pytest.raises(RuntimeError, match="steps were done without the transformer"):
+        run(pipe, callback_on_step_end=swap)
+
+
+@slow
+def test_a_run_that_begins_again_where_nothing_is_left_to_predict_is_noticed():
+    pipe = small.ALL["flux"].build()
+    arguments = {"callback_on_step_end": at_step(8, lambda: free_hooks(pipe))}
+    with enable(pipe, 3), pytest.raises(RuntimeError, match="in the middle of a run"):
+        run(pipe, **arguments)
+
+
+@slow
+def test_a_loop_after_a_run_that_was_refused_is_a_loop():
+    """A run with another transformer is refused before it begins. Nothing of it stays."""
+    pipe, other = small.ALL["flux"].build(), small.ALL["flux"].build().transformer
+    transformer = pipe.transformer
+    with enable(pipe) as handle:
+        wanted = run(pipe)
+        pipe.transformer = other
+        with pytest.raises(RuntimeError, match="was replaced"):
+            run(pipe)
+        assert handle._hook._begun is None
+        pipe.transformer = transformer
+        assert torch.equal(run(pipe), wanted)

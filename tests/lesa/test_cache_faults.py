@@ -713,6 +713,13 @@ def test_a_loop_whose_timesteps_rise_is_noticed(pipe, begin):
         with pytest.raises(RuntimeError, match="not one of the scheduler's, or not its current one"), torch.no_grad():
             for t in scheduler.timesteps.flip(0):
                 pipe.transformer(**{**FIRST, "timestep": (t / 1000).expand(len(FIRST["hidden_states"]))})
+    with lesa.enable_cache(pipe, make_predictor(), SOME) as handle, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for t in [*scheduler.timesteps.flip(0), *scheduler.timesteps]:  # there and back
+            pipe.transformer(**{**FIRST, "timestep": (t / 1000).expand(len(FIRST["hidden_states"]))})
+        if begin is None:
+            assert handle.stats.streams["main"].computed[-len(SOME) :] == SOME
+            assert handle.stats.streams["main"].predicted == REST
 
 
 def test_a_call_for_warm_up_in_the_first_step_is_noticed(pipe):

@@ -52,12 +52,14 @@ class ForecastState(RunState):
         computed: the executed steps that are computed; with `controlled`, those that have been chosen so far.
         controlled: chooses the computed steps, in a run under `lesa.ErrorControl`.
         forecasts_are_finite: whether no forecast of this run is known to hold NaN or Inf.
+        was_predicting: whether the schedule of the run before left out steps.
     """
 
     streams: dict[str, Stream] = field(default_factory=dict)
     computed: Set[int] = frozenset()
     controlled: ControlledSteps | None = None
     forecasts_are_finite: bool = True
+    was_predicting: bool = False
 
     @property
     def needs_values(self) -> bool:
@@ -111,6 +113,7 @@ class ForecastingHook(StepHook[ForecastState]):
         controlnet = getattr(pipe, "controlnet", None)
         self._control = None if controlnet is None else DeferredControl.of(controlnet, adapter.control_outputs)
         self._keeps_forecasts = predictor.config.history == "steps"
+        self._is_predicting = False  # whether the schedule of the latest run leaves out steps
         self.stats = CacheStats()
 
     def install(self) -> None:
@@ -143,6 +146,7 @@ class ForecastingHook(StepHook[ForecastState]):
             state.computed = state.controlled.chosen
         else:
             state.computed = self._scheduled(self.schedule, sigmas)
+        state.was_predicting, self._is_predicting = self._is_predicting, len(state.computed) < len(sigmas)
         if self.observer is not None:
             self.observer.on_run(state.run, state.computed)
 
@@ -199,7 +203,7 @@ class ForecastingHook(StepHook[ForecastState]):
         self._fall_back(reason, remedy)
 
     def on_restart(self, state: ForecastState) -> None:
-        if len(state.computed) < len(state.run.executed_sigmas):
+        if state.was_predicting or self._is_predicting:
             super().on_restart(state)
 
     def on_no_call(self) -> None:

@@ -8,9 +8,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from diffusers.hooks import ModelHook
-from diffusers.hooks.hooks import StateManager
 
 from lesa.cache import reasons
+from lesa.cache.context import ContextTracker
 from lesa.cache.device_values import DeviceValues
 from lesa.cache.placement import Placement, check_no_layer_cache, check_no_other_cache, refusal_to_copy
 from lesa.cache.run import Call, Run, RunState
@@ -24,20 +24,6 @@ COMPILE_FIRST = (
 )
 
 State = TypeVar("State", bound=RunState)
-
-
-class _ContextTracker(StateManager):
-    """Keeps the name of the current `cache_context`. Diffusers tells it to every attribute of this type."""
-
-    def __init__(self) -> None:
-        super().__init__(None)  # the class of the states, of which there are none here
-        self.name: str | None = None
-
-    def set_context(self, context: Any) -> None:
-        self.name = getattr(context, "name", context)  # diffusers before 0.41 passes the bare name
-
-    def reset(self) -> None:
-        self.name = None
 
 
 class StepHook(ModelHook, Generic[State]):
@@ -66,7 +52,7 @@ class StepHook(ModelHook, Generic[State]):
     def __init__(self, pipe: Any, adapter: Adapter):
         super().__init__()
         self.pipe, self.adapter = pipe, adapter
-        self.context = _ContextTracker()
+        self.context = ContextTracker()
         self.state: State | None = None
         self.placement = Placement(self)
         self._entered = threading.Lock()  # held during a call
@@ -76,6 +62,7 @@ class StepHook(ModelHook, Generic[State]):
         self._warned: set[str] = set()
         self._calls = 0
         self._bypassed = False  # in the run of the pipeline
+        self._last_index: int | None = None  # of the latest call in it whose place was known
         self._begun: int | None = None  # how many runs have begun while the pipeline runs; None if it does not run
 
     # On and off
@@ -178,20 +165,33 @@ class StepHook(ModelHook, Generic[State]):
     @contextlib.contextmanager
     def pipeline_run(self) -> Iterator[None]:
         """Entered while the pipeline runs. When it has ended, nothing is kept for it."""
-        calls, self._begun, self._bypassed = self._calls, 0, False
-        self._check_driven(False)
+        outer = self._begun, self._bypassed, self._last_index  # of a run in whose callback this one runs
+        calls, self._begun, self._bypassed, self._last_index = self._calls, 0, False, None
         try:
+            self._check_driven(False)
             yield
             if not self._bypassed:
                 self._check_driven(self._calls == calls)
-            if self._calls == calls and not self._bypassed:
-                self.on_no_call()
+            if not self._bypassed:
+                self._check_steps(self._calls == calls)
         except BaseException:
             self.state = None  # the run has failed
             raise
         finally:
-            self._begun = None
+            self._begun, self._bypassed, self._last_index = outer
         self.reset_state(self.adapter.transformer)
+
+    def _check_steps(self, is_unused: bool) -> None:
+        """Tells `on_bypassed` if the scheduler has gone on after the last call, or tells `on_no_call`.
+
+        Args:
+            is_unused: whether a run has ended in which the hook got no call.
+        """
+        stepped, last = getattr(self.pipe.scheduler, "step_index", None), self._last_index
+        if stepped is not None and (is_unused or (last is not None and stepped > last + 1)):
+            self.bypass(*reasons.SKIPPED)
+        elif is_unused:
+            self.on_no_call()
 
     def _check_driven(self, is_unused: bool) -> None:
         """Tells `on_bypassed` if the pipeline has another transformer than the one with the hook.
@@ -260,6 +260,7 @@ class StepHook(ModelHook, Generic[State]):
         if state is not None and not self._read(wait=state.needs_values):
             state = self._locate(timestep)
         if state is None:
+            self._last_index = None
             self.on_unlocated()
             return None
         run = state.run
@@ -381,10 +382,8 @@ class StepHook(ModelHook, Generic[State]):
 
     def _locate(self, timestep: Any) -> State | None:
         """The state of the run that a call with this timestep belongs to, at its step; None if that is not known."""
-        scheduler = self.pipe.scheduler
-        if not isinstance(getattr(scheduler, "timesteps", None), torch.Tensor) or not isinstance(
-            timestep, torch.Tensor
-        ):
+        timesteps = getattr(self.pipe.scheduler, "timesteps", None)
+        if not isinstance(timesteps, torch.Tensor) or not isinstance(timestep, torch.Tensor):
             return None
         state = self.state = self.state or self._begin_state()
         value = state.run.value_of(timestep, state.values.waits)
@@ -392,13 +391,15 @@ class StepHook(ModelHook, Generic[State]):
         if index is None:
             return None
         if index < state.run.index:  # the same timesteps from the start again
-            falls = state.falls + 1 if state.run.begin == state.run.index else 0
-            if falls > 1:  # one step each, and each before the last one
-                return None
+            falls = state.falls + 1 if state.run.begin in (None, state.run.index) else 0
             state = self.state = self._begin_state()
             state.falls = falls
-        elif self._begun and index > state.run.index + 1 and state.run.begin is not None:
+            if falls > 1:  # one step each, and each before the last one
+                state.run.index = index
+                return None
+        elif self._begun and self._last_index is not None and index > self._last_index + 1:
             self.bypass(*reasons.SKIPPED)
+        self._last_index = index
         state.enter(index)
         state.check_timestep(timestep, value)
         return state

@@ -136,6 +136,7 @@ class Placement:
         self._capture = hook.adapter.head_entry.register_forward_pre_hook(hook.on_head_entry, prepend=True)
         self._known: list[Any] = []  # bound forwards that belong to wrappers, which set them when they are removed
         self._forward: types.MethodType | None = None
+        self._seen: Any = None  # the wrapper whose forwards are known
         self._remember_forwards()
         self.look_at_forward()
         self._watch()
@@ -193,7 +194,8 @@ class Placement:
             if present is None or present.__func__ is not function:
                 attributes["forward"] = self._forward = types.MethodType(function, self._transformer)
                 self._known.append(self._forward)
-        elif not self._is_plain(present):
+        elif present is not self._seen and not self._is_plain(present):
+            self._seen = present
             self._remember_forwards()
 
     def _remember_forwards(self) -> None:

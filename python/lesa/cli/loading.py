@@ -148,7 +148,7 @@ def prepare(options, pipe: Any, samples: list[Sample], num_inference_steps: int)
             return value.to(device) if isinstance(value, torch.Tensor) else value
         exact = value.double()  # 8-bit numbers cannot be asked
         converted = exact.to(dtype)
-        if not torch.equal(converted.isinf(), exact.isinf()):
+        if "mask" not in place and not torch.equal(converted.isinf(), exact.isinf()):  # a mask may be -inf
             limit = f"be at most {torch.finfo(dtype).max:g}, the largest {str(dtype).removeprefix('torch.')} number"
             got = Said(f"{exact.abs().max().item():g}")
             raise argument_error(place, limit, got, "Use another --dtype.")

@@ -106,7 +106,8 @@ def check_files(output: Path, samples: Sequence[Sample], call: Callable | None) 
     counted = next((name for name in ("num_frames", "layers") if name in defaults), None)
     for number, sample in enumerate(samples):
         count = 1 if counted is None else sample.arguments.get(counted, defaults[counted])
-        for file in _numbered(file_of(output, number, len(samples)), min(count, _MOST_CHECKED)):
+        is_count = isinstance(count, int) and not isinstance(count, bool)  # another value is refused later, or fitted
+        for file in _numbered(file_of(output, number, len(samples)), min(count, _MOST_CHECKED) if is_count else 1):
             _check_file(file)
 
 

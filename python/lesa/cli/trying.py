@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lesa.artifacts import digest
 from lesa.cli import UsageError
 from lesa.inputs import Sample
 from lesa.messages import is_message
@@ -99,8 +100,8 @@ def _holds(joined: Any, value: Any) -> bool:
         rows = joined if isinstance(joined, torch.Tensor) and joined.shape[1:] == value.shape[1:] else ()
         return any(torch.equal(row, value[0]) for row in rows)
     if isinstance(joined, list) and not isinstance(value, list):
-        return any(part is value or part == value for part in joined)
-    return joined is value or joined == value
+        return any(part is value or digest(part) == digest(value) for part in joined)
+    return joined is value or digest(joined) == digest(value)
 
 
 def _failure(pipe: Any, arguments: dict[str, Any], num_inference_steps: int, one_step: bool) -> Exception | None:

@@ -62,6 +62,7 @@ _CONDITIONS = (
     "dtypes",
     "adapters",
     "quantisation",
+    "buffers",
     "replaced",
     "tokenizers",
     "weights",
