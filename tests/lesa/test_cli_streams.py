@@ -135,7 +135,8 @@ def test_every_command_in_an_ascii_locale_and_without_messages_of_others(tmp_pat
     left_out = ("TRANSFORMERS_VERBOSITY", "TRITON_INTERPRET", "PYTHONUNBUFFERED")
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
     words = [sys.executable, "-c", SCRIPT, str(folder), str(digits.PIPELINE_DIR)]
-    result = subprocess.run(words, capture_output=True, env={**environment, **locale}, timeout=300)
+    # Not in the checkout, whose package would come before the installed one.
+    result = subprocess.run(words, capture_output=True, cwd=tmp_path, env={**environment, **locale}, timeout=300)
     assert result.returncode == 0, result.stderr.decode()
     out = result.stdout.decode("ascii")
     assert "us." in out and r"gr\udcc3\udcb6" in out  # such a locale knows no letters in the names of files

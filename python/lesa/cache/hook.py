@@ -170,9 +170,9 @@ class StepHook(ModelHook, Generic[State]):
         try:
             self._check_driven(False)
             yield
-            if not self._bypassed:
+            if self.placement.is_on and not self._bypassed:
                 self._check_driven(self._calls == calls)
-            if not self._bypassed:
+            if self.placement.is_on and not self._bypassed:
                 self._check_steps(self._calls == calls)
         except BaseException:
             self.state = None  # the run has failed
