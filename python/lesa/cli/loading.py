@@ -30,8 +30,9 @@ _OPTIONAL_ENCODERS = ("text_encoder_3",)
 
 
 def quiet_libraries() -> None:
-    """Only errors of diffusers are shown, and no bars of diffusers and transformers. Bars of downloads are kept."""
+    """Only errors of diffusers and of the hub are shown, and no bars but those of downloads."""
     logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()  # it announces each retry
     logging.disable_progress_bar()
     shows_downloads = not huggingface_hub.utils.are_progress_bars_disabled()
     transformers.utils.logging.disable_progress_bar()  # also those of downloads
