@@ -69,7 +69,8 @@ def test_the_two_commands_are_there():
 
 @pytest.mark.parametrize("command", [c for c in commands() if len(c.split()) > 2])
 def test_commands_parse(command):
-    parse(shlex.split(command)[1:])
+    _, name, *_ = words = shlex.split(command)
+    assert parse(words[1:]).command == name
 
 
 def test_every_command_is_shown():

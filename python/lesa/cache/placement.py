@@ -5,36 +5,18 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import HookFunctionReference
 
-from lesa.models import Adapter
 from lesa_kernels.checks import Said, argument_error, usage_error
 
 HOOK_NAME = "lesa"
 
 _LAYER_CACHES = ("fbc", "faster_cache", "mag_cache", "pyramid_attention", "taylorseer", "sea_cache")
 """The names of the hooks of diffusers' caches begin with these."""
-
-
-class PlacedHook(Protocol):
-    """The interface of a hook: it gets the transformer's calls, the inputs of its head, and the pipeline's runs."""
-
-    pipe: Any
-    adapter: Adapter
-
-    def gate(self, *args: Any, **kwargs: Any) -> Any:
-        """A call of the transformer."""
-
-    def on_head_entry(self, module: torch.nn.Module, args: tuple) -> None:
-        """A call of the output head's first module."""
-
-    def pipeline_run(self) -> AbstractContextManager[None]:
-        """A context that is entered while the pipeline runs."""
 
 
 def installed_hook(transformer: Any) -> Any:
@@ -83,9 +65,9 @@ def check_no_layer_cache(transformer: torch.nn.Module) -> None:
     for module in transformer.modules():
         for name in getattr(vars(module).get("_diffusers_hook"), "hooks", ()):
             if name.startswith(_LAYER_CACHES):
-                raise argument_error(
-                    "pipe", "have no other cache on", Said(f"one with the hook {name!r}"), "Turn it off.", RuntimeError
-                )
+                remedy = "Make the pipeline again without it."
+                got = Said(f"one with the hook {name!r} on a layer")
+                raise argument_error("pipe", "have no other cache on", got, remedy, RuntimeError)
 
 
 def refusal_to_copy() -> Exception:
@@ -106,7 +88,8 @@ class Placement:
     function, so torch does not use a graph that was compiled without the hook.
 
     Args:
-        hook: the hook.
+        hook: the hook. Its `gate` gets the transformer's calls, its `on_head_entry` the calls of the output head, and
+            its `pipeline_run` is a context that is entered while the pipeline runs.
 
     Attributes:
         compiled: what `torch.compile` made of the transformer's calls, or None.
