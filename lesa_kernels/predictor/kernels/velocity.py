@@ -36,7 +36,7 @@ from lesa_kernels.predictor.kernels.shared import (
     stored_bits,
     widen_history,
 )
-from lesa_kernels.predictor.reference import OutputHead
+from lesa_kernels.stream.arguments import OutputHead
 
 
 @triton.jit(do_not_specialize=["capacity", "batch", "tokens", "splits", "eps"])
