@@ -411,11 +411,11 @@ def known_to_nvcc():
 @needs_nvcc
 @pytest.mark.slow
 def test_the_default_architectures_are_those_of_this_nvcc(tmp_path):
-    if "sm_120" not in known_to_nvcc():
-        pytest.skip("needs an nvcc that knows sm_120")
+    if not {"sm_110", "sm_120"} <= set(known_to_nvcc()):
+        pytest.skip("needs an nvcc that knows sm_110 and sm_120")
     status, said = configure(tmp_path, "-DLESA_CUDA=1")
     assert status == 0, said
-    assert "for the architectures 80-real;86-real;89-real;90-real;100-real;120-real;120-virtual." in said
+    assert "for the architectures 80-real;86-real;89-real;90-real;100-real;110-real;120-real;120-virtual." in said
 
 
 @needs_nvcc
