@@ -185,7 +185,7 @@ class ForecastingHook(StepHook[ForecastState]):
             return "the text changed", "Keep the texts the same in a run, and the order of their calls."
         if stream.is_unclear:
             return reasons.UNCLEAR
-        device = next(self.predictor.parameters()).device
+        device = self.predictor.in_weight.device
         if device != stream.ring.device:
             return (
                 f"the predictor is on {device}, and the features on {stream.ring.device}",

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from lesa.cache.run import version_of
 from lesa_kernels import FeatureRing, FusedKANPredictor, TieredRing
 from lesa_kernels.stream import LowRank, Weights
 
@@ -55,7 +54,7 @@ class Planner:
         self._capacity, self._batch, self._dtype = ring.capacity, ring.batch, ring.dtype
         self._levels: tuple[float, ...] = ()  # in the ring, newest first
         self._plan = Plan({}, {}, LowRank())
-        self._made_from: list[tuple] = []  # the state of the parameters
+        self._made_from: tuple = ()  # the state of the parameters
         self._held: list[torch.Tensor] = []  # so that no other memory gets the address of a parameter
 
     def push(self, sigma: float) -> None:
@@ -88,10 +87,10 @@ class Planner:
         self._made_from = self._parameters()
         self._held = [parameter.detach() for parameter in self.predictor.parameters()]
 
-    def _parameters(self) -> list[tuple]:
+    def _parameters(self) -> tuple:
         """What changes when a parameter is changed, replaced or moved."""
-        parameters = self.predictor._parameters.values()
-        return [(p.data_ptr(), version_of(p)) for p in parameters if p is not None]
+        parameters = [p for p in self.predictor._parameters.values() if p is not None]
+        return [p.data_ptr() for p in parameters], [0 if p.is_inference() else p._version for p in parameters]
 
 
 def _pushed(levels: tuple[float, ...], sigma: float, capacity: int) -> tuple[float, ...]:
