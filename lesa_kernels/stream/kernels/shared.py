@@ -13,6 +13,37 @@ NO_FLOAT8, FLOAT8, FLOAT8_BITS = 0, 1, 2
 
 
 @triton.jit
+def load_rows(
+    features,
+    slot,
+    row,
+    start,
+    end,
+    channels,
+    inside,
+    BLOCK_T: tl.constexpr,
+    FLOAT8: tl.constexpr,
+):
+    """A tile of one feature in its stored dtype, `[BLOCK_T, channels]`, from token `start` on, and the tokens' scales.
+
+    It is zero, and memory is not read, from token `end` on and for channels that are not `inside`. The offset of the
+    tile's first token has 64 bits, so features may have more than 2^31 elements.
+
+    `features` are the storage, its scales, the samples B, the tokens T, and the strides of slots, samples and tokens.
+    """
+    storage, scales, batch, tokens, stride_c, stride_b, stride_t = features
+    inner = tl.arange(0, BLOCK_T)
+    base = storage + tl.cast(slot, tl.int64) * stride_c + tl.cast(row, tl.int64) * stride_b
+    tile = base + tl.cast(start, tl.int64) * stride_t + inner[:, None] * stride_t + channels[None, :]
+    stored = tl.load(tile, (start + inner < end)[:, None] & inside[None, :], 0.0)
+    scale = tl.full([BLOCK_T], 1.0, tl.float32)
+    if FLOAT8 != 0:
+        first = (tl.cast(slot, tl.int64) * batch + row) * tokens + start
+        scale = tl.load(scales + first + inner, start + inner < end, 0.0)
+    return stored, scale
+
+
+@triton.jit
 def load_stored(
     features,
     slot,
@@ -24,25 +55,9 @@ def load_stored(
     BLOCK_T: tl.constexpr,
     FLOAT8: tl.constexpr,
 ):
-    """A tile of one feature in its stored dtype, `[BLOCK_T, channels]`, from token `start` on, and the tokens' scales.
-
-    It is zero, and memory is not read, beyond the last token, for channels that are not `inside`, and everywhere if the
-    anchor is not `there`. The offset of the tile's first token has 64 bits, so features may have more than 2^31
-    elements.
-
-    `features` are the storage, its scales, the samples B, the tokens T, and the strides of slots, samples and tokens.
-    """
-    storage, scales, batch, tokens, stride_c, stride_b, stride_t = features
-    inner = tl.arange(0, BLOCK_T)
-    limit = tl.where(there, tokens, 0)  # a scalar in a mask would break the interpreter
-    base = storage + tl.cast(slot, tl.int64) * stride_c + tl.cast(row, tl.int64) * stride_b
-    tile = base + tl.cast(start, tl.int64) * stride_t + inner[:, None] * stride_t + channels[None, :]
-    stored = tl.load(tile, (start + inner < limit)[:, None] & inside[None, :], 0.0)
-    scale = tl.full([BLOCK_T], 1.0, tl.float32)
-    if FLOAT8 != 0:
-        first = (tl.cast(slot, tl.int64) * batch + row) * tokens + start
-        scale = tl.load(scales + first + inner, start + inner < limit, 0.0)
-    return stored, scale
+    """A tile of one feature up to its last token, as `load_rows` returns it; zero if the anchor is not `there`."""
+    end = tl.where(there, features[3], 0)  # a scalar in a mask would break the interpreter
+    return load_rows(features, slot, row, start, end, channels, inside, BLOCK_T, FLOAT8)
 
 
 @triton.jit
