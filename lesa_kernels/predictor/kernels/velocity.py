@@ -30,7 +30,7 @@ from lesa_kernels.predictor.kernels.shared import (
     sample_of,
     stage_constants,
 )
-from lesa_kernels.predictor.reference import OutputHead
+from lesa_kernels.stream.arguments import OutputHead
 from lesa_kernels.stream.kernels.shared import (
     load_history,
     next_power_of_2,
