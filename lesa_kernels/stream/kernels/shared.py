@@ -6,6 +6,7 @@ import triton.language as tl
 
 from lesa_kernels import launch
 from lesa_kernels.bspline_kan.kernels import interpretable_dot, rounded
+from lesa_kernels.stream.geometry import Device
 
 # A kernel's constant FLOAT8 says how it reads stored features: they are not float8, Triton converts them, or the kernel
 # decodes their bits, on GPUs for which Triton has no such type.
@@ -142,6 +143,11 @@ _OPERANDS = {torch.float16: tl.float16, torch.float32: tl.float32}
 def operand_dtype(dtype: torch.dtype) -> tl.dtype:
     """The dtype in which matrix products of features in `dtype` run; bfloat16 for float8."""
     return _OPERANDS.get(dtype, tl.bfloat16)
+
+
+def device_of(device: torch.device) -> Device:
+    """What a launch must know of the current GPU; in the interpreter, a small one."""
+    return Device(launch.architecture(), launch.multiprocessors(device))
 
 
 def stored_bits(storage: torch.Tensor) -> tuple[torch.Tensor, int]:
