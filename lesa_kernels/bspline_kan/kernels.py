@@ -1,5 +1,7 @@
 """Triton kernels of the B-spline KAN layer, and the spline functions that the predictors' kernels share."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -7,6 +9,7 @@ import triton.language as tl
 from lesa_kernels.launch import INTERPRETED, LAUNCH_OPTIONS, architecture, launch_config, multiprocessors
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(degree) for degree in range(6)))
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -26,19 +29,18 @@ def spline_position(x, LO: tl.constexpr, HI: tl.constexpr, GRID: tl.constexpr, D
 @triton.jit
 def spline_weights(fraction, DEGREE: tl.constexpr):
     """The values of the DEGREE + 1 bases at a position in an interval, by the Cox-de Boor recursion, as a tuple."""
-    weights = (fraction * 0.0 + 1.0,)  # NaN stays
-    for d in tl.static_range(1, DEGREE + 1):
-        lower = weights
-        weights = ()
-        for k in tl.static_range(d + 1):
-            if k == 0:
-                value = (1.0 - fraction) * lower[0]
-            elif k == d:
-                value = fraction * lower[d - 1]
-            else:
-                value = (fraction + (d - k)) * lower[k - 1] + (k + 1 - fraction) * lower[k]
-            weights = weights + (value * (1.0 / d),)
-    return weights
+    if DEGREE == 0:
+        return (fraction * 0.0 + 1.0,)  # NaN stays
+    else:
+        scale: tl.constexpr = _INVERSE_FACTORIALS[DEGREE]
+        weights = ((1.0 - fraction) * scale, fraction * scale)
+        for d in tl.static_range(2, DEGREE + 1):
+            lower = weights
+            weights = ((1.0 - fraction) * lower[0],)
+            for k in tl.static_range(1, d):
+                weights = weights + ((fraction + (d - k)) * lower[k - 1] + (k + 1 - fraction) * lower[k],)
+            weights = weights + (fraction * lower[d - 1],)
+        return weights
 
 
 @triton.jit
@@ -97,6 +99,112 @@ def interpretable_dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _pair(low, high, dtype: tl.constexpr):
+    """Two float32 values, rounded to a dtype of 16 bits, in one uint32."""
+    if _INTERPRETED:
+        low = rounded(low, dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
+        return low | (rounded(high, dtype).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+    # The compiler by itself would round one value at a time, which takes much longer.
+    name: tl.constexpr = "bf16x2" if dtype == tl.bfloat16 else "f16x2"
+    return tl.inline_asm_elementwise(
+        "cvt.rn." + name + ".f32 $0, $2, $1;", "=r,f,f", [low, high], tl.uint32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _factors(x, LO: tl.constexpr, HI: tl.constexpr, GRID: tl.constexpr, DEGREE: tl.constexpr, dtype: tl.constexpr):
+    """What `_factors_of` needs of the inputs: silu(x), the matrix where the bases begin, and the bases.
+
+    Basis g belongs to matrix g + 1 of the packed weight. Matrices are multiplied by in groups of four, which begin at
+    multiples of four. So the bases are kept as they lie in such groups. In 16 bits they are shifted in words of 64
+    bits, as many as there may be groups. In float32 each is in the slot of its matrix, and there is one more tuple of
+    four slots for degrees above 3.
+    """
+    first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
+    silu = x * tl.sigmoid(x)
+    matrix = first + 1
+    padded = spline_weights(fraction, DEGREE) + (tl.zeros(x.shape, tl.float32),) * (3 - DEGREE % 4)
+    bases = ()
+    if dtype == tl.float32:
+        for k in tl.static_range(0, DEGREE + 1, 4):
+            odd, two = (matrix & 1) != 0, (matrix & 2) != 0
+            turned = ()
+            for u in tl.static_range(4):
+                turned = turned + (tl.where(odd, padded[k + (u + 3) % 4], padded[k + u]),)
+            for u in tl.static_range(4):
+                bases = bases + (tl.where(two, turned[(u + 2) % 4], turned[u]),)
+    else:
+        silu = _pair(silu, silu, dtype)
+        turn = ((matrix & 3) * 16).to(tl.uint64)
+        carried = tl.zeros(x.shape, tl.uint64)
+        for k in tl.static_range(0, DEGREE + 1, 4):
+            word = _pair(padded[k], padded[k + 1], dtype).to(tl.uint64)
+            if k + 2 <= DEGREE:
+                word |= _pair(padded[k + 2], padded[k + 3], dtype).to(tl.uint64) << 32
+            bases = bases + (carried | (word << turn),)
+            carried = (word >> 16) >> (48 - turn)  # a shift by all 64 bits is not defined
+        bases = bases + (carried,)
+    return silu, matrix, bases
+
+
+@triton.jit
+def _spread_nan(x, bases, dtype: tl.constexpr):
+    """A background for `_factors_of`, and the bases, with which a NaN reaches all matrices. `bases` as in `_factors`."""
+    if dtype == tl.float32:
+        return tl.where(x == x, 0.0, float("nan")), bases
+    else:
+        background = tl.where(x == x, 0, -1).to(tl.int64).to(tl.uint64)  # four NaNs
+        spread = ()
+        for k in tl.static_range(len(bases)):
+            spread = spread + (bases[k] | background,)
+        return background, spread
+
+
+@triton.jit
+def _factors_of(group, silu, matrix, bases, background, has_base, SLOTS: tl.constexpr, DEGREE: tl.constexpr, dtype: tl.constexpr):
+    """The factors of the matrices from 4 `group` on, `[..., SLOTS]`.
+
+    `has_base`: whether these are the first matrices of all. Matrix 0 is that of the base branch, which replaces a basis
+    that would be there, since that does not exist. `background`: what the other factors are: zeros, as one value or as a
+    word, or what `_spread_nan` returns.
+    """
+    if dtype == tl.float32:
+        slots = ()
+        for u in tl.static_range(SLOTS):
+            value = background
+            for k in tl.static_range(DEGREE // 4 + 1):
+                value = tl.where((matrix + (3 - u)) >> 2 == group - k, bases[4 * k + u], value)
+            slots = slots + (value,)
+        even, odd = tl.where(has_base, silu, slots[0]), slots[1]
+        if SLOTS == 4:
+            even, odd = tl.join(even, slots[2]), tl.join(odd, slots[3])
+        return tl.join(even, odd)
+    else:
+        word = background
+        for k in tl.static_range(DEGREE // 4 + 2):
+            word = tl.where(matrix >> 2 == group - k, bases[k], word)
+        low, high = word.to(tl.uint32), (word >> 32).to(tl.uint32)
+        replaced = tl.where(has_base, 0xFFFF, 0).to(tl.uint32)
+        low = (low & ~replaced) | (silu & replaced)
+        even, odd = low.to(tl.uint16), (low >> 16).to(tl.uint16)
+        if SLOTS == 4:
+            even, odd = tl.join(even, high.to(tl.uint16)), tl.join(odd, (high >> 16).to(tl.uint16))
+        return tl.join(even, odd).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _load_group(
+    weight_ptr, m, i, o, in_features, out_features, matrices, BLOCK_I: tl.constexpr, SLOTS: tl.constexpr
+):
+    """A tile of SLOTS matrices from `m` on, `[BLOCK_I * SLOTS, o]`: of all of them for input `i`, then for the next."""
+    row = tl.arange(0, BLOCK_I * SLOTS)
+    m, i = m + row % SLOTS, i + row // SLOTS
+    mask = ((m < matrices) & (i < in_features))[:, None] & (o < out_features)[None, :]
+    matrix = tl.cast(in_features, tl.int64) * out_features
+    return tl.load(weight_ptr + (m * matrix + i * out_features)[:, None] + o[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def _bspline_kan_fwd_kernel(
     x_ptr,  # [rows, in]
     weight_ptr,  # [1 + GRID + DEGREE, in, out]
@@ -105,11 +213,13 @@ def _bspline_kan_fwd_kernel(
     in_features,
     out_features,
     stride_x,
-    matrices,  # not a constant: the compiler would unroll the loop, which takes too many registers
     LO: tl.constexpr,
     HI: tl.constexpr,
     GRID: tl.constexpr,
     DEGREE: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LAST_SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -120,26 +230,35 @@ def _bspline_kan_fwd_kernel(
     start_n = tl.cast(pid // blocks_o, tl.int64) * BLOCK_N
     n, left = tl.arange(0, BLOCK_N), tl.minimum(rows - start_n, BLOCK_N).to(tl.int32)
     o = (pid % blocks_o) * BLOCK_O + tl.arange(0, BLOCK_O)
-    matrix = tl.cast(in_features, tl.int64) * out_features
 
+    # Zeros are enough where a NaN need not reach all matrices: it reaches its row through its own.
+    zeros = tl.zeros([BLOCK_N, BLOCK_I], tl.float32 if dtype == tl.float32 else tl.uint64)
     acc = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
-    for start in range(0, in_features, BLOCK_I):
+    # The groups of a part are in one step, so that the loads of the next step start before this one is done.
+    for step in tl.range(0, tl.cdiv(in_features, BLOCK_I) * PARTS):
+        start, part = step // PARTS * BLOCK_I, step % PARTS
         i = start + tl.arange(0, BLOCK_I)
         # Masked inputs are finite, so their product with the masked weights, zeros, is zero.
         inside = (n[:, None] < left) & (i[None, :] < in_features)
-        x = tl.load(x_ptr + start_n * stride_x + n[:, None] * stride_x + i[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
-        first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
-        weights, silu = _operands(fraction, x, DEGREE, dtype)
-        background = tl.zeros([BLOCK_N, BLOCK_I], dtype)  # a NaN reaches its row through the other matrices
-
-        tile = weight_ptr + tl.cast(start, tl.int64) * out_features
-        within = tl.arange(0, BLOCK_I)[:, None] * out_features + o[None, :]
-        mask = (i[:, None] < in_features) & (o[None, :] < out_features)
-        for m in tl.range(0, matrices):
-            w = tl.load(tile + m * matrix + within, mask=mask, other=0.0)
-            acc = interpretable_dot(_select(m, silu, first, weights, background, DEGREE), w, acc, "ieee")
+        x = tl.load(x_ptr + start_n * stride_x + n[:, None] * stride_x + i[None, :], mask=inside, other=0.0)
+        silu, matrix, bases = _factors(x.to(tl.float32), LO, HI, GRID, DEGREE, dtype)
+        for g in tl.static_range(GROUPS):
+            group = part * GROUPS + g
+            w = _load_group(
+                weight_ptr,
+                4 * group,
+                start,
+                o,
+                in_features,
+                out_features,
+                1 + GRID + DEGREE,
+                BLOCK_I,
+                4 if g < GROUPS - 1 else LAST_SLOTS,
+            )
+            a = _factors_of(
+                group, silu, matrix, bases, zeros, group == 0, 4 if g < GROUPS - 1 else LAST_SLOTS, DEGREE, dtype
+            ).reshape(BLOCK_N, w.shape[0])
+            acc = interpretable_dot(a, w, acc, "tf32x3")
 
     inside = (n[:, None] < left) & (o[None, :] < out_features)
     tl.store(
@@ -353,22 +472,32 @@ def _bspline_kan_bwd_weight_kernel(
     for start in tl.range(0, count, BLOCK_N):
         n = tl.arange(0, BLOCK_N)
         left = count - start
-        inside = (n[None, :] < left) & (i[:, None] < in_features)
-        x = tl.load(x_block + n[None, :] * stride_x + i[:, None], mask=inside, other=0.0).to(tl.float32)
-        x = x[None, :, :]
-        first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
-        weights, silu = _operands(fraction, x, DEGREE, DTYPE)
-        background = (fraction * 0.0).to(DTYPE)  # NaN goes to all bases
-        a = _select(m, silu, first, weights, background, DEGREE)  # [BLOCK_M, BLOCK_I, BLOCK_N]
-        a = tl.reshape(a, [BLOCK_M * BLOCK_I, BLOCK_N])
         mask = (n[:, None] < left) & (o[None, :] < out_features)
         grad = tl.load(grad_block + n[:, None] * stride_grad + o[None, :], mask=mask, other=0.0).to(DTYPE)
-        acc = interpretable_dot(a, grad, acc, "ieee")
+        if BLOCK_M == 4:
+            inside = (n[:, None] < left) & (i[None, :] < in_features)
+            x = tl.load(x_block + n[:, None] * stride_x + i[None, :], mask=inside, other=0.0).to(tl.float32)
+            silu, matrix, bases = _factors(x, LO, HI, GRID, DEGREE, DTYPE)
+            background, bases = _spread_nan(x, bases, DTYPE)
+            a = _factors_of(start_m // 4, silu, matrix, bases, background, start_m == 0, 4, DEGREE, DTYPE)
+            acc = interpretable_dot(tl.trans(a.reshape(BLOCK_N, BLOCK_I * 4)), grad, acc, "ieee")
+        else:
+            inside = (n[None, :] < left) & (i[:, None] < in_features)
+            x = tl.load(x_block + n[None, :] * stride_x + i[:, None], mask=inside, other=0.0).to(tl.float32)
+            x = x[None, :, :]
+            first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
+            weights, silu = _operands(fraction, x, DEGREE, DTYPE)
+            background = (fraction * 0.0).to(DTYPE)  # NaN goes to all bases
+            a = _select(m, silu, first, weights, background, DEGREE)  # [BLOCK_M, BLOCK_I, BLOCK_N]
+            acc = interpretable_dot(tl.reshape(a, [BLOCK_M * BLOCK_I, BLOCK_N]), grad, acc, "ieee")
         x_block += BLOCK_N * tl.cast(stride_x, tl.int64)
         grad_block += BLOCK_N * tl.cast(stride_grad, tl.int64)
 
     j = tl.arange(0, BLOCK_M * BLOCK_I)
-    rows_m, rows_i = start_m + j // BLOCK_I, start_i + j % BLOCK_I
+    if BLOCK_M == 4:
+        rows_m, rows_i = start_m + j % 4, start_i + j // 4
+    else:
+        rows_m, rows_i = start_m + j // BLOCK_I, start_i + j % BLOCK_I
     row = ((split * MATRICES + rows_m) * in_features + rows_i) * out_features  # int64 [BLOCK_M * BLOCK_I]
     mask = (rows_m < MATRICES) & (rows_i < in_features)
     acc = rounded(acc, grad_weight_ptr.dtype.element_ty)
@@ -414,6 +543,17 @@ def _spline(grid_size: int, spline_order: int, lo: float, hi: float) -> dict:
     return {"LO": lo, "HI": hi, "GRID": grid_size, "DEGREE": spline_order}
 
 
+def _parts(matrices: int, block_i: int) -> dict[str, int]:
+    """How the forward divides the matrices: into parts of at most four groups, each of four matrices.
+
+    Inputs are located on the grid once for each part. If there is only one, its last group may have two matrices.
+    """
+    groups = triton.cdiv(matrices, 4)
+    parts = triton.cdiv(groups, 4)
+    two = parts == 1 and matrices % 4 in (1, 2) and block_i >= 8  # a matrix product sums over 16 numbers at least
+    return {"PARTS": parts, "GROUPS": triton.cdiv(groups, parts), "LAST_SLOTS": 2 if two else 4}
+
+
 def bspline_kan_fwd(
     x: torch.Tensor, weight: torch.Tensor, grid_size: int, spline_order: int, lo: float, hi: float
 ) -> torch.Tensor:
@@ -433,8 +573,8 @@ def bspline_kan_fwd(
     if gather:
         _bspline_kan_fwd_gather_kernel[grid](*tensors, **spline, **config, **LAUNCH_OPTIONS)
     else:
-        config = config | {"BLOCK_I": _fit(config["BLOCK_I"], in_features)}
-        _bspline_kan_fwd_kernel[grid](*tensors, matrices, **spline, **config, **LAUNCH_OPTIONS)
+        config = config | {"BLOCK_I": _fit(config["BLOCK_I"], in_features, least=4)}
+        _bspline_kan_fwd_kernel[grid](*tensors, **_parts(matrices, config["BLOCK_I"]), **spline, **config, **LAUNCH_OPTIONS)
     return y
 
 
@@ -464,7 +604,7 @@ def bspline_kan_bwd_x(
     one_block = out_features <= config["BLOCK_O"]
     if not one_block:
         config = launch_config("bspline_kan_bwd_x_wide", weight.dtype, x.device)
-    config = config | {"BLOCK_N": _fit(config["BLOCK_N"], rows), "BLOCK_I": _fit(config["BLOCK_I"], in_features)}
+    config = config | {"BLOCK_N": _fit(config["BLOCK_N"], rows), "BLOCK_I": _fit(config["BLOCK_I"], in_features, least=4)}
     config = config | {"BLOCK_O": _fit(config["BLOCK_O"], out_features), "ONE_BLOCK": one_block}
     grid = (triton.cdiv(rows, config["BLOCK_N"]) * triton.cdiv(in_features, config["BLOCK_I"]),)
     _bspline_kan_bwd_x_kernel[grid](*tensors, matrices, **spline, **config, **LAUNCH_OPTIONS)
