@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from lesa_kernels.feature_ring import FeatureRing, TieredRing, make_ring, ring_gather, ring_push
     from lesa_kernels.predictor import (
         FusedKANPredictor,
-        OutputHead,
         PredictorConfig,
         dense_predict,
+        newton_coefficients,
         newton_predict,
         newton_velocity,
-        output_head,
     )
+    from lesa_kernels.stream import OutputHead, output_head, stream_forecast, stream_velocity
 
 # None of these is the name of a submodule: an imported submodule would replace it. So the function `bspline_kan` is
 # imported from the package of the same name.
@@ -32,12 +32,15 @@ _SOURCES = {
     "ring_gather": "lesa_kernels.feature_ring",
     "ring_push": "lesa_kernels.feature_ring",
     "FusedKANPredictor": "lesa_kernels.predictor",
-    "OutputHead": "lesa_kernels.predictor",
+    "OutputHead": "lesa_kernels.stream",
     "PredictorConfig": "lesa_kernels.predictor",
     "dense_predict": "lesa_kernels.predictor",
+    "newton_coefficients": "lesa_kernels.predictor",
     "newton_predict": "lesa_kernels.predictor",
     "newton_velocity": "lesa_kernels.predictor",
-    "output_head": "lesa_kernels.predictor",
+    "output_head": "lesa_kernels.stream",
+    "stream_forecast": "lesa_kernels.stream",
+    "stream_velocity": "lesa_kernels.stream",
 }
 
 __version__ = "0.1.0"
@@ -52,11 +55,14 @@ __all__ = [  # written out, since type checkers read it; the same names as in _S
     "bspline_evaluate",
     "dense_predict",
     "make_ring",
+    "newton_coefficients",
     "newton_predict",
     "newton_velocity",
     "output_head",
     "ring_gather",
     "ring_push",
+    "stream_forecast",
+    "stream_velocity",
 ]
 
 

@@ -2,15 +2,13 @@
 
 from lesa_kernels.predictor.config import PredictorConfig
 from lesa_kernels.predictor.module import FusedKANPredictor
-from lesa_kernels.predictor.ops import dense_predict, newton_predict, newton_velocity, output_head
-from lesa_kernels.predictor.reference import OutputHead
+from lesa_kernels.predictor.ops import dense_predict, newton_coefficients, newton_predict, newton_velocity
 
 __all__ = [
     "FusedKANPredictor",
-    "OutputHead",
     "PredictorConfig",
     "dense_predict",
+    "newton_coefficients",
     "newton_predict",
     "newton_velocity",
-    "output_head",
 ]

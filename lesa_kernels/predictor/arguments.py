@@ -12,8 +12,7 @@ import torch
 from lesa_kernels.bspline_kan.op import TRITON_ORDERS
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
 from lesa_kernels.checks import Said, argument_error, check_int, check_tensor
-
-STORED_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)
+from lesa_kernels.stream.arguments import NO_RESIDUAL, STORED_DTYPES, LowRank
 
 
 class RingState(NamedTuple):
@@ -148,6 +147,11 @@ class NewtonExperts(NamedTuple):
     def rank(self) -> int:
         """R, the rank of the residual; zero if there is none, or if there are no taps for it to read."""
         return 0 if self.down is None or self.down.shape[2] == 0 else self.down.shape[1]
+
+    @property
+    def low_rank(self) -> LowRank:
+        """The residual as the stream operations take it."""
+        return LowRank(self.down, self.up) if self.rank else NO_RESIDUAL
 
     def check(self, ring: RingState, shape: Shape) -> None:
         """Raises `TypeError` or `ValueError` unless the parameters fit the ring and the shape, which are checked."""

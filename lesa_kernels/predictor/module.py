@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,11 +17,12 @@ from lesa_kernels.feature_ring.reference import RingBuffers
 from lesa_kernels.predictor.arguments import DenseExperts, Experts, NewtonExperts, RingState, Shape
 from lesa_kernels.predictor.config import PredictorConfig
 from lesa_kernels.predictor.files import CONFIG_NAME, WEIGHTS_NAME, find_files
+from lesa_kernels.predictor.ops.coefficients import run_newton_coefficients
 from lesa_kernels.predictor.ops.dense import run_dense_predict
-from lesa_kernels.predictor.ops.head import output_head
 from lesa_kernels.predictor.ops.newton import newton_backend, run_newton_predict
 from lesa_kernels.predictor.ops.velocity import newton_velocity_is_fused, run_newton_velocity
-from lesa_kernels.predictor.reference import OutputHead
+from lesa_kernels.stream.arguments import NO_RESIDUAL, NO_SUMS, HeadSums, LowRank, OutputHead, StoredFeatures, Weights
+from lesa_kernels.stream.op import output_head, stream_forecast, stream_velocity
 from lesa_kernels.torch_modes import default_modes
 
 
@@ -214,6 +215,80 @@ class FusedKANPredictor(nn.Module):
         if newton_backend(state, experts, self.shape(), self.backend, "newton_velocity") != "triton":
             return False
         return head is None or newton_velocity_is_fused(state.storage, experts.down, head)
+
+    def plan(self, levels: Sequence[Sequence[float]], sigmas: Sequence[float], batch: int) -> list[Weights]:
+        """The weights of the forecasts of several steps of a run, for `forecast_with` and `velocity_with`.
+
+        They depend on noise levels only. So they can be computed in one launch when a run begins.
+
+        Args:
+            levels: for each step, the noise levels of the computed steps before it, newest first. Only the newest
+                `config.max_history` are used.
+            sigmas: for each step, its noise level.
+            batch: samples of the run, which all have the same noise levels.
+
+        Returns:
+            One `Weights` for each step, on the device of the parameters.
+
+        Raises:
+            RuntimeError: the predictor is a dense one, which has no such weights.
+        """
+        experts, shape = self.experts(), self.shape()
+        if isinstance(experts, DenseExperts):
+            raise argument_error(
+                "config.mixer", 'be "newton" for a plan', self.config.mixer, "Call the predictor itself.", RuntimeError
+            )
+        longest = shape.longest
+        history = [list(each[:longest]) for each in levels]
+        padded = [each + each[-1:] * (longest - len(each)) if each else [0.0] * longest for each in history]
+        host = [
+            torch.tensor(padded, dtype=torch.float32).view(-1, 1, longest),
+            torch.tensor([len(each) for each in history], dtype=torch.int32).view(-1, 1),
+            torch.tensor(sigmas, dtype=torch.float32).view(-1, 1),
+        ]
+        state = [tensor.to(self.in_weight.device) for tensor in host]
+        weights = run_newton_coefficients(state[0], state[1], state[2], experts, shape, self.backend)
+        steps = [
+            [None] * len(sigmas) if value is None else value.expand(-1, batch, *value.shape[2:]).unbind()
+            for value in weights
+        ]
+        return [Weights(*step) for step in zip(*steps)]
+
+    def low_rank(self, dtype: torch.dtype) -> LowRank:
+        """The residual for `forecast_with` and `velocity_with`, from features of `dtype`: prepared once for a run."""
+        experts = self.experts()
+        if isinstance(experts, DenseExperts) or experts.residual is None or not experts.rank:
+            return NO_RESIDUAL
+        down, up, _ = experts.residual
+        wide = up.float()
+        return LowRank(down.to(dtype), up.to(dtype), wide.mT @ wide, wide.sum(1))
+
+    def forecast_with(
+        self, ring: FeatureRing | TieredRing, weights: Weights, low_rank: LowRank = NO_RESIDUAL
+    ) -> torch.Tensor:
+        """`forward` with weights from `plan`, and the residual from `low_rank`."""
+
+        def forecast(storage, scales, sigmas, cursor, count):
+            features = StoredFeatures(storage, scales, cursor, count)
+            return stream_forecast(features, weights, low_rank, self.backend)
+
+        return self._over(ring, forecast)
+
+    def velocity_with(
+        self,
+        ring: FeatureRing | TieredRing,
+        weights: Weights,
+        head: OutputHead,
+        low_rank: LowRank = NO_RESIDUAL,
+        sums: HeadSums = NO_SUMS,
+    ) -> torch.Tensor:
+        """`predict_velocity` with weights from `plan`, the residual from `low_rank` and sums from `head_sums`."""
+
+        def velocity(storage, scales, sigmas, cursor, count):
+            features = StoredFeatures(storage, scales, cursor, count)
+            return stream_velocity(features, weights, head, low_rank, sums, self.backend)
+
+        return self._over(ring, velocity)
 
     def _over(self, ring: FeatureRing | TieredRing, function: Callable[..., torch.Tensor]) -> torch.Tensor:
         """`function` of the ring's state, piece by piece if a part of it is in host memory."""

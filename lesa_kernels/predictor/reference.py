@@ -4,9 +4,7 @@ The forecasts read the buffers of a `FeatureRing`. All functions compute in floa
 also under autocast. They return the dtype of the features, or bfloat16 for float8 features.
 """
 
-import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,28 +13,17 @@ import torch.nn.functional as F
 from lesa_kernels.bspline_kan.reference import bspline_evaluate
 from lesa_kernels.feature_ring.reference import dequantise_float8, newest_slots
 from lesa_kernels.predictor.arguments import DenseExperts, Experts, NewtonExperts, RingState, Shape
+from lesa_kernels.stream.arguments import OutputHead, StoredFeatures, Weights
+from lesa_kernels.stream.reference import (
+    compute_dtype,
+    forecast_dtype,
+    output_head_ref,
+    stream_forecast_ref,
+    without_autocast,
+)
 
 # Offsets between noise levels are multiplied by five for the KAN, so that usual gaps use most of the grid.
 OFFSET_SCALE = 5.0
-
-
-@dataclass(frozen=True)
-class OutputHead:
-    """A transformer's output head: an AdaLN without affine weights, then a linear projection.
-
-    Args:
-        weight: `[O, D]` of the projection.
-        bias: `[O]` or None.
-        scale: `[B, D]`; the modulation is `(1 + scale) * LN(h) + shift`.
-        shift: `[B, D]`.
-        eps: of the layer norm.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    scale: torch.Tensor
-    shift: torch.Tensor
-    eps: float = 1e-6
 
 
 def stage_index(sigma: torch.Tensor, stage_bounds: tuple[float, ...]) -> torch.Tensor:
@@ -53,15 +40,6 @@ def of_stage(stage: torch.Tensor, values: tuple[int, ...]) -> torch.Tensor:
     for number, value in enumerate(values):
         found += (stage == number) * value
     return found
-
-
-def forecast_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a forecast of features stored in `dtype`: the same, but bfloat16 for float8."""
-    return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
-
-
-def _compute_dtype(storage: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(forecast_dtype(storage.dtype), torch.float32)
 
 
 def newton_weights(anchor_sigmas: torch.Tensor, count: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -140,7 +118,7 @@ class _Stage(NamedTuple):
 def _stages(ring: RingState, shape: Shape) -> Iterator[_Stage]:
     """Divides the batch by stage; yields each stage that occurs."""
     storage, scales, sigmas, cursor, count, sigma = ring
-    dtype = _compute_dtype(storage)
+    dtype = compute_dtype(storage)
     sigma = sigma.float()
     slots = newest_slots(cursor, count, storage.shape[0])  # [capacity, B]
     stage = stage_index(sigma, shape.stage_bounds)
@@ -154,17 +132,6 @@ def _stages(ring: RingState, shape: Shape) -> Iterator[_Stage]:
             features = dequantise_float8(features, scales[newest, here])
         features = features.to(dtype)
         yield _Stage(number, rows, features, levels, count[rows], sigma[rows].to(dtype))
-
-
-def _without_autocast(function):
-    """Switches autocast off in `function`, whose first argument has a device."""
-
-    @functools.wraps(function)
-    def wrapper(first, *args):
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *args)
-
-    return wrapper
 
 
 def _offsets(stage: _Stage, width: int) -> torch.Tensor:
@@ -185,46 +152,67 @@ def _hidden(inputs: torch.Tensor, experts: Experts, shape: Shape, stage: int) ->
     return kan_hidden(inputs, weight, bias, experts.spline[stage].to(inputs.dtype), shape.grid_size, shape.spline_order)
 
 
-@_without_autocast
+def newton_coefficients_ref(
+    sigmas: torch.Tensor,
+    count: torch.Tensor,
+    sigma: torch.Tensor,
+    experts: NewtonExperts,
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+) -> Weights:
+    """Plain torch form of `newton_coefficients`; see there. It computes in `dtype`."""
+    with torch.autocast(sigmas.device.type, enabled=False):
+        steps, history = sigma.shape, sigmas.shape[-1]
+        target, levels = sigma.flatten().float(), sigmas.flatten(0, -2).to(dtype)  # [N], [N, K] with N = P B
+        stage = stage_index(target, shape.stage_bounds)
+        target = target.to(dtype)
+        there = torch.minimum(count.flatten(), of_stage(stage, shape.history_length))
+        order = torch.arange(history, device=levels.device)
+        offsets = ((target[:, None] - levels) * OFFSET_SCALE).masked_fill(order >= there[:, None], 0.0)
+        inputs = torch.cat([offsets, 2 * target[:, None] - 1], 1)
+        taps = newton_weights(levels.T, there, target)  # [N, K - 1, K]
+        anchors = (order == 0).to(dtype)[:, None].expand(len(target), history, experts.out_bias.shape[2])
+        for number in range(shape.stages):  # all of them: to find out which occur would wait for the device
+            hidden = _hidden(inputs, experts, shape, number)
+            weight, bias = experts.out_weight[number].to(dtype), experts.out_bias[number].to(dtype)
+            coefficients = torch.einsum("nm,jdm->njd", hidden, weight) + bias
+            here = (stage == number)[:, None, None]
+            anchors = anchors + torch.einsum("njd,njk->nkd", coefficients, taps).masked_fill(~here, 0.0)
+        has_residual = experts.rank > 0
+        constant = None if experts.up_bias is None else experts.up_bias.to(dtype)[stage].unflatten(0, steps)
+        return Weights(
+            anchors.unflatten(0, steps),
+            there.to(torch.int32).unflatten(0, steps),
+            constant,
+            taps.unflatten(0, steps) if has_residual else None,
+            stage.to(torch.int32).unflatten(0, steps) if has_residual else None,
+        )
+
+
+@without_autocast
 def newton_predict_ref(
     ring: RingState,
     experts: NewtonExperts,
     shape: Shape,
 ) -> torch.Tensor:
     """Plain torch form of `newton_predict`; see there."""
-    dtype = _compute_dtype(ring.storage)
-    output = torch.empty(ring.storage.shape[1:], dtype=dtype, device=ring.device)
-    for stage in _stages(ring, shape):
-        number, g, s = stage.number, stage.features, stage.sigmas
-        inputs = _offsets(stage, experts.in_weight.shape[2])
-        inputs[:, -1] = 2 * stage.target - 1
-        hidden = _hidden(inputs, experts, shape, number)
-        taps = len(s) - 1
-        weight, bias = experts.out_weight[number, :taps].to(dtype), experts.out_bias[number, :taps].to(dtype)
-        coefficients = torch.einsum("bm,jdm->bjd", hidden, weight) + bias  # [B, K-1, D]
-        weights = newton_weights(s, stage.there, stage.target)  # [B, K-1, K]
-        anchor_weights = torch.einsum("bjd,bjk->kbd", coefficients, weights)
-        forecast = g[0]
-        for anchor_weight, feature in zip(anchor_weights, g):
-            forecast = torch.addcmul(forecast, anchor_weight[:, None], feature)
-        if (residual := experts.residual) is not None:
-            # The residual's input is linear in the anchors too: one small matrix per anchor, none per tap.
-            projections = torch.einsum("rjd,bjk->kbdr", residual.down[number, :, :taps].to(dtype), weights)
-            read = sum(feature @ projection for feature, projection in zip(g, projections))
-            up, up_bias = residual.up[number].to(dtype), residual.up_bias[number].to(dtype)
-            forecast = forecast + F.linear(read, up, up_bias)
-        output[stage.rows] = _without_history(forecast, stage.there)
-    return output.to(forecast_dtype(ring.storage.dtype))
+    storage, scales, sigmas, cursor, count, sigma = ring
+    slots = newest_slots(cursor, count, storage.shape[0])[: shape.longest]
+    levels = sigmas.gather(0, slots.long()).T[None]  # [1, B, K]
+    dtype = compute_dtype(storage)
+    weights = newton_coefficients_ref(levels, count[None], sigma[None], experts, shape, dtype)
+    step = Weights(*(None if value is None else value[0] for value in weights))
+    return stream_forecast_ref(StoredFeatures(storage, scales, cursor, count), step, experts.low_rank)
 
 
-@_without_autocast
+@without_autocast
 def dense_predict_ref(
     ring: RingState,
     experts: DenseExperts,
     shape: Shape,
 ) -> torch.Tensor:
     """Plain torch form of `dense_predict`; see there."""
-    dtype = _compute_dtype(ring.storage)
+    dtype = compute_dtype(ring.storage)
     output = torch.empty(ring.storage.shape[1:], dtype=dtype, device=ring.device)
     for stage in _stages(ring, shape):
         number, g = stage.number, stage.features
@@ -236,16 +224,6 @@ def dense_predict_ref(
         mixed = experts.mix_bias[number].to(dtype) + sum(F.linear(feature, weight) for feature, weight in zip(g, maps))
         output[stage.rows] = _without_history(g[0] + alpha[:, None, None] * mixed, stage.there)
     return output.to(forecast_dtype(ring.storage.dtype))
-
-
-@_without_autocast
-def output_head_ref(features: torch.Tensor, head: OutputHead) -> torch.Tensor:
-    """Plain torch form of `output_head`; see there."""
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    normed = F.layer_norm(features.to(dtype), features.shape[-1:], eps=head.eps)
-    modulated = normed * (1 + head.scale.to(dtype))[:, None] + head.shift.to(dtype)[:, None]
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return F.linear(modulated, head.weight.to(dtype), bias).to(features.dtype)
 
 
 def newton_velocity_ref(

@@ -21,7 +21,7 @@ from lesa.demo import digits
 from lesa.inputs import collate
 from lesa.training import recording as recording_module
 from lesa_kernels import FusedKANPredictor, OutputHead, PredictorConfig
-from lesa_kernels.predictor import output_head
+from lesa_kernels.stream import output_head
 
 STEPS = 4
 TOKENS = 64

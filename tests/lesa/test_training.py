@@ -284,7 +284,7 @@ def test_the_loss_of_the_true_features_is_zero_and_has_a_gradient(trajectories):
 
 def test_velocities_of_a_batch_are_those_of_the_output_head(trajectories):
     from lesa_kernels import OutputHead
-    from lesa_kernels.predictor import output_head
+    from lesa_kernels.stream import output_head
 
     run = Training(trajectories, complete_config(trajectories, None, 4), TrainingSettings())
     batch = Batch([trajectories[0], trajectories[1]], run.head, run.generator, None, "cpu")

@@ -12,7 +12,8 @@ from lesa_kernels import dense_predict, launch
 from lesa_kernels.feature_ring.reference import dequantise_float8, newest_slots, quantise_float8
 from lesa_kernels.predictor.arguments import DenseExperts, RingState, Shape
 from lesa_kernels.predictor.kernels import dense
-from lesa_kernels.predictor.reference import dense_predict_ref, forecast_dtype, stage_index
+from lesa_kernels.predictor.reference import dense_predict_ref, stage_index
+from lesa_kernels.stream.reference import forecast_dtype
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

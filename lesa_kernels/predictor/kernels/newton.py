@@ -15,17 +15,19 @@ from lesa_kernels.predictor.arguments import NewtonExperts, RingState, Shape
 from lesa_kernels.predictor.gradients import HiddenUnits, History, coefficients_backward, read_history
 from lesa_kernels.predictor.kernels.shared import (
     anchor_weights,
-    load_history,
     newton_weight,
+    sample_of,
+    stage_constants,
+)
+from lesa_kernels.predictor.reference import newton_weights
+from lesa_kernels.stream.kernels.shared import (
+    load_history,
     next_power_of_2,
     operand_dtype,
     rounded_dot,
-    sample_of,
-    stage_constants,
     stored_bits,
     widen_history,
 )
-from lesa_kernels.predictor.reference import newton_weights
 
 
 @triton.jit

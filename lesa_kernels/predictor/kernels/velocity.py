@@ -27,16 +27,18 @@ from lesa_kernels.predictor.arguments import NewtonExperts, RingState, Shape
 from lesa_kernels.predictor.kernels.newton import load_maps, newton_grid, read_residual
 from lesa_kernels.predictor.kernels.shared import (
     anchor_weights,
+    sample_of,
+    stage_constants,
+)
+from lesa_kernels.stream.arguments import OutputHead
+from lesa_kernels.stream.kernels.shared import (
     load_history,
     next_power_of_2,
     operand_dtype,
     rounded_dot,
-    sample_of,
-    stage_constants,
     stored_bits,
     widen_history,
 )
-from lesa_kernels.predictor.reference import OutputHead
 
 
 @triton.jit(do_not_specialize=["capacity", "batch", "tokens", "splits", "eps"])

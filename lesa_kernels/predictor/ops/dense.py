@@ -13,15 +13,10 @@ from lesa_kernels.predictor.arguments import (
     has_kernels,
 )
 from lesa_kernels.predictor.gradients import HiddenUnits, coefficients_backward, read_history
-from lesa_kernels.predictor.ops.register import (
-    as_declared,
-    fake_forecast,
-    fake_gradients,
-    refuse_gradient,
-    register,
-    register_gradient,
-)
-from lesa_kernels.predictor.reference import dense_predict_ref, forecast_dtype
+from lesa_kernels.predictor.ops.gradient import as_declared, fake_forecast, fake_gradients, register_gradient
+from lesa_kernels.predictor.reference import dense_predict_ref
+from lesa_kernels.register import refuse_gradient, register
+from lesa_kernels.stream.reference import forecast_dtype
 
 
 def dense_predict(

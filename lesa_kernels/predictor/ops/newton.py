@@ -14,15 +14,10 @@ from lesa_kernels.predictor.arguments import (
     has_kernels,
     needs_gradient,
 )
-from lesa_kernels.predictor.ops.register import (
-    as_declared,
-    fake_forecast,
-    fake_gradients,
-    refuse_gradient,
-    register,
-    register_gradient,
-)
-from lesa_kernels.predictor.reference import forecast_dtype, newton_predict_ref
+from lesa_kernels.predictor.ops.gradient import as_declared, fake_forecast, fake_gradients, register_gradient
+from lesa_kernels.predictor.reference import newton_predict_ref
+from lesa_kernels.register import refuse_gradient, register
+from lesa_kernels.stream.reference import forecast_dtype
 
 
 def newton_predict(

@@ -12,10 +12,12 @@ from lesa_kernels.predictor.arguments import (
     contiguous,
     needs_gradient,
 )
-from lesa_kernels.predictor.ops.head import check_head, output_head
 from lesa_kernels.predictor.ops.newton import newton_backend, run_newton_predict
-from lesa_kernels.predictor.ops.register import refuse_gradient, register
-from lesa_kernels.predictor.reference import OutputHead, forecast_dtype, newton_velocity_ref, output_head_ref
+from lesa_kernels.predictor.reference import newton_velocity_ref
+from lesa_kernels.register import refuse_gradient, register
+from lesa_kernels.stream.arguments import OutputHead
+from lesa_kernels.stream.op import output_head
+from lesa_kernels.stream.reference import forecast_dtype, output_head_ref
 
 # The kernel is written for up to this many outputs and bytes of scratch memory. Larger sizes run in two steps.
 KERNEL_HEAD_OUTPUTS = 256
@@ -86,7 +88,7 @@ def run_newton_velocity(
     chosen = newton_backend(ring, experts, shape, backend, "newton_velocity")
     if chosen == "torch":
         check_all(ring, experts, shape)
-        check_head(ring.storage, head)
+        head.check(ring.storage)
         return newton_velocity_ref(ring, experts, head, shape)
     parts = (head.weight, head.bias, head.scale, head.shift)
     if chosen == "triton" and not needs_gradient(ring.storage, *experts, *parts):
@@ -109,7 +111,7 @@ def _newton_velocity(ring: RingState, experts: NewtonExperts, head: OutputHead, 
     # The checks are here too, since the operator can be called without `newton_velocity`.
     check_all(ring, experts, shape)
     ring.check_channels()
-    check_head(ring.storage, head)
+    head.check(ring.storage)
     out_dtype = forecast_dtype(ring.storage.dtype)
     if not newton_velocity_is_fused(ring.storage, experts.down, head):
         from lesa_kernels.predictor.kernels.newton import newton_predict_fwd

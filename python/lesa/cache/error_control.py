@@ -10,7 +10,7 @@ from lesa.models import Adapter
 from lesa.schedule import Schedule
 from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig, TieredRing
 from lesa_kernels.checks import check_float, check_int, usage_error
-from lesa_kernels.predictor import output_head
+from lesa_kernels.stream import output_head
 
 MOST_STRETCH = 2.0
 """The most by which error control makes a gap longer or shorter than the trained one, as a factor."""

@@ -1,0 +1,69 @@
+"""The weights of newton's forecasts: the public function, and the choice of the backend."""
+
+import torch
+
+from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
+from lesa_kernels.checks import check_tensor
+from lesa_kernels.dispatch import resolve_backend
+from lesa_kernels.predictor.arguments import NewtonExperts, Shape
+from lesa_kernels.predictor.reference import newton_coefficients_ref
+from lesa_kernels.stream.arguments import Weights
+
+
+def newton_coefficients(
+    sigmas: torch.Tensor,
+    count: torch.Tensor,
+    sigma: torch.Tensor,
+    in_weight: torch.Tensor,
+    in_bias: torch.Tensor,
+    spline: torch.Tensor,
+    out_weight: torch.Tensor,
+    out_bias: torch.Tensor,
+    down: torch.Tensor | None,
+    up: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    stage_bounds: tuple[float, ...],
+    history_length: tuple[int, ...],
+    grid_size: int,
+    spline_order: int,
+    backend: str = "auto",
+) -> Weights:
+    """The weights of newton's forecasts of P steps at once; they depend on noise levels and parameters only.
+
+    `stream_forecast` with the weights of a step gives what `newton_predict` gives.
+
+    Args:
+        sigmas: `[P, B, K]` float32, for each step the noise levels of the newest features, newest first. Beyond
+            `count` they are not used.
+        count: `[P, B]` int32, how many of them there are.
+        sigma: `[P, B]` float32, the noise levels to forecast.
+        in_weight ... spline_order: as in `newton_predict`.
+        backend: "auto" or "torch".
+
+    Returns:
+        `Weights` with a leading dimension P: `anchors` `[P, B, K, D]`, `count` `[P, B]`, which is at most the history
+        length of the stage, and with a residual also `constant` `[P, B, D]`, `taps` `[P, B, K - 1, K]` and `stage`
+        `[P, B]`.
+
+    Raises:
+        ValueError, TypeError: a tensor has another shape, dtype or device than above; the message names it.
+        RuntimeError: the backend can't run here.
+
+    Source: as `newton_predict`.
+    """
+    experts = NewtonExperts(in_weight, in_bias, spline, out_weight, out_bias, down, up, up_bias)
+    shape = Shape(tuple(stage_bounds), tuple(history_length), grid_size, spline_order)
+    return run_newton_coefficients(sigmas, count, sigma, experts, shape, backend)
+
+
+def run_newton_coefficients(
+    sigmas: torch.Tensor, count: torch.Tensor, sigma: torch.Tensor, experts: NewtonExperts, shape: Shape, backend: str
+) -> Weights:
+    """`newton_coefficients` with its arguments in named tuples."""
+    check_tensor("out_bias", experts.out_bias, ("S", "K - 1", "D"), FLOAT_DTYPES)
+    device = experts.out_bias.device
+    check_tensor("sigmas", sigmas, ("P", "B", shape.longest), (torch.float32,), device)
+    check_tensor("count", count, tuple(sigmas.shape[:2]), (torch.int32,), device)
+    check_tensor("sigma", sigma, tuple(sigmas.shape[:2]), (torch.float32,), device)
+    resolve_backend(backend, sigmas, ("torch",), "newton_coefficients")
+    return newton_coefficients_ref(sigmas, count, sigma, experts, shape)

@@ -1,0 +1,185 @@
+"""The arguments of the stream operations as named tuples, and their checks.
+
+A forecast is `h = sum_{k<n} A_k g_k + constant + V_s sum_j U_sj t_j` with the taps `t_j = sum_k w_jk g_k`. Here g_k are
+the newest features of a ring, and s is the stage of the sample. Whoever forecasts makes A, the constant and w.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
+from lesa_kernels.checks import Said, argument_error, check_tensor
+
+STORED_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)
+WEIGHT_DTYPES = (torch.float32, torch.float64)
+MOST_ANCHORS = 16
+
+
+class StoredFeatures(NamedTuple):
+    """The buffers of a `FeatureRing` that a forecast reads.
+
+    Args:
+        storage: `[C, B, T, D]`, the stored features.
+        scales: `[C, B, T]` float32 for float8, else None.
+        cursor: `[B]` int32.
+        count: `[B]` int32.
+    """
+
+    storage: torch.Tensor
+    scales: torch.Tensor | None
+    cursor: torch.Tensor
+    count: torch.Tensor  # type: ignore[assignment]  # replaces tuple.count, which is not used
+
+    @property
+    def device(self) -> torch.device:
+        """Where the ring is."""
+        return self.storage.device
+
+    def check(self) -> None:
+        """Raises `TypeError` or `ValueError` unless the buffers fit together."""
+        check_tensor("storage", self.storage, ("capacity", "B", "T", "D"), STORED_DTYPES)
+        capacity, batch, tokens, _ = self.storage.shape
+        if self.storage.dtype == torch.float8_e4m3fn:
+            remedy = "Pass the `scales` of the ring."
+            check_tensor("scales", self.scales, (capacity, batch, tokens), (torch.float32,), self.device, remedy)
+        elif self.scales is not None:
+            remedy = "Scales belong to a ring of float8_e4m3fn."
+            raise argument_error("scales", "be None for this dtype of `storage`", self.scales, remedy)
+        check_tensor("cursor", self.cursor, (batch,), (torch.int32,), self.device)
+        check_tensor("count", self.count, (batch,), (torch.int32,), self.device)
+
+    def check_channels(self) -> None:
+        """Raises `ValueError` unless the channels of a token are adjacent in memory, as compiled code reads them."""
+        if self.storage.stride(3) != 1 and self.storage.shape[3] > 1:
+            got = Said(f"strides {list(self.storage.stride())}")
+            raise argument_error("storage", "have a last stride of 1", got, "Pass `storage.contiguous()`.")
+
+
+class Weights(NamedTuple):
+    """What a forecaster gives for one step. With a leading dimension P in each of them, it is for P steps.
+
+    Args:
+        anchors: `[B, K]` or `[B, K, D]` float32, the weight A of each of the K newest features, newest first; one
+            number, or one for each channel. K is at most 16.
+        count: `[B]` int32, n, how many of them are read. A row is NaN if it is 0, or more than the ring has.
+        constant: `[B]` or `[B, D]` float32, added to the sum, or None.
+        taps: `[B, K - 1, K]` float32, the weights w of the features in each tap, or None without a residual.
+        stage: `[B]` int32, the row s of the residual, or None without a residual.
+    """
+
+    anchors: torch.Tensor
+    count: torch.Tensor  # type: ignore[assignment]
+    constant: torch.Tensor | None
+    taps: torch.Tensor | None
+    stage: torch.Tensor | None
+
+    def check(self, features: StoredFeatures) -> None:
+        """Raises `TypeError` or `ValueError` unless the weights fit the features, which are checked."""
+        capacity, batch, _, width = features.storage.shape
+        device = features.device
+        per_channel = isinstance(self.anchors, torch.Tensor) and self.anchors.ndim == 3
+        shape = (batch, "K", width) if per_channel else (batch, "K")
+        check_tensor("weights.anchors", self.anchors, shape, WEIGHT_DTYPES, device)
+        most, history = min(capacity, MOST_ANCHORS), self.anchors.shape[1]
+        if not 1 <= history <= most:
+            must = f"have at least 1 and at most {most} weights for a ring of capacity {capacity}"
+            raise argument_error("weights.anchors", must, self.anchors, "Make the ring as large as the history.")
+        check_tensor("weights.count", self.count, (batch,), (torch.int32,), device)
+        if self.constant is not None:
+            wide = isinstance(self.constant, torch.Tensor) and self.constant.ndim == 2
+            check_tensor("weights.constant", self.constant, (batch, width)[: 1 + wide], WEIGHT_DTYPES, device)
+        if self.taps is not None:
+            check_tensor("weights.taps", self.taps, (batch, history - 1, history), WEIGHT_DTYPES, device)
+        if self.stage is not None:
+            check_tensor("weights.stage", self.stage, (batch,), (torch.int32,), device)
+
+
+class LowRank(NamedTuple):
+    """The low-rank residual of all S stages; all None if there is none. J is the number of taps.
+
+    Args:
+        down, up: `[S, R, J, D]` and `[S, D, R]`, the maps U and V.
+        square, total: `[S, R, R]` and `[S, R]` float32, `V^T V` and the sum of V over the channels. The fused output
+            head needs them. If they are None, they are computed then.
+    """
+
+    down: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    square: torch.Tensor | None = None
+    total: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """R; zero if there is no residual, or if there are no taps for it to read."""
+        return 0 if self.down is None or self.up is None or self.down.shape[2] == 0 else self.down.shape[1]
+
+    def check(self, features: StoredFeatures, weights: Weights) -> None:
+        """Raises `TypeError` or `ValueError` unless the maps fit the features and weights, which are checked."""
+        if self.down is None and self.up is None:
+            return
+        width, device, taps = features.storage.shape[3], features.device, weights.anchors.shape[1] - 1
+        down = check_tensor("low_rank.down", self.down, ("S", "R", taps, width), FLOAT_DTYPES, device)
+        stages, rank = down.shape[:2]
+        check_tensor("low_rank.up", self.up, (stages, width, rank), FLOAT_DTYPES, device)
+        if self.square is not None:
+            check_tensor("low_rank.square", self.square, (stages, rank, rank), WEIGHT_DTYPES, device)
+        if self.total is not None:
+            check_tensor("low_rank.total", self.total, (stages, rank), WEIGHT_DTYPES, device)
+        if self.rank and (weights.taps is None or weights.stage is None):
+            must = "come with `taps` and `stage` if there is a residual"
+            got = Said("taps or stage None")
+            raise argument_error("weights", must, got, "Pass `low_rank=NO_RESIDUAL`, or weights that were made for it.")
+
+
+NO_RESIDUAL = LowRank()
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """A transformer's output head: an AdaLN without affine weights, then a linear projection.
+
+    Args:
+        weight: `[O, D]` of the projection.
+        bias: `[O]` or None.
+        scale: `[B, D]`, or `[B, T, D]` for one of each token; the modulation is `(1 + scale) * LN(h) + shift`.
+        shift: like `scale`, or None for a head that only scales.
+        eps: of the layer norm.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: torch.Tensor
+    shift: torch.Tensor | None
+    eps: float = 1e-6
+
+    def check(self, features: torch.Tensor) -> None:
+        """Raises `TypeError` or `ValueError` unless the head fits features `[..., B, T, D]`."""
+        batch, tokens, width = features.shape[-3:]
+        device = features.device
+        check_tensor("head.weight", self.weight, ("O", width), FLOAT_DTYPES, device)
+        per_token = isinstance(self.scale, torch.Tensor) and self.scale.ndim == 3
+        modulation = (batch, tokens, width) if per_token else (batch, width)
+        check_tensor("head.scale", self.scale, modulation, FLOAT_DTYPES, device)
+        if self.shift is not None:
+            check_tensor("head.shift", self.shift, modulation, FLOAT_DTYPES, device)
+        if self.bias is not None:
+            check_tensor("head.bias", self.bias, (self.weight.shape[0],), FLOAT_DTYPES, device)
+
+
+class HeadSums(NamedTuple):
+    """What the result of a fused head needs once for each sample, see `head_sums`; all None: computed when needed.
+
+    Args:
+        ones: `[B, O]` float32, `weight @ (1 + scale)`.
+        constant: `[B, O]` float32, `weight @ shift + bias`.
+        through: `[B, R, O]` float32, `V^T diag(1 + scale) weight^T`, or None without a residual.
+    """
+
+    ones: torch.Tensor | None = None
+    constant: torch.Tensor | None = None
+    through: torch.Tensor | None = None
+
+
+NO_SUMS = HeadSums()

@@ -1,0 +1,131 @@
+"""The stream operations: public functions, checks, and the choice of the backend."""
+
+import torch
+
+from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
+from lesa_kernels.checks import check_tensor
+from lesa_kernels.dispatch import resolve_backend
+from lesa_kernels.stream.arguments import (
+    NO_RESIDUAL,
+    NO_SUMS,
+    HeadSums,
+    LowRank,
+    OutputHead,
+    StoredFeatures,
+    Weights,
+)
+from lesa_kernels.stream.reference import head_sums_ref, output_head_ref, stream_forecast_ref, stream_velocity_ref
+
+
+def stream_forecast(
+    features: StoredFeatures, weights: Weights, low_rank: LowRank = NO_RESIDUAL, backend: str = "auto"
+) -> torch.Tensor:
+    """Adds up stored features with given weights: the forecast of one step.
+
+        h = sum_{k<n} A_k * g_k + constant (+ up[s] @ sum_j down[s, :, j] @ t_j,  t_j = sum_k w_jk g_k)
+
+    Here g_k is the k-th newest feature of the sample, and A, n, the constant, w and s are in `weights`.
+
+    Args:
+        features: the buffers of a `FeatureRing`, with features `[B, T, D]`.
+        weights: of this step.
+        low_rank: the residual, or `NO_RESIDUAL`.
+        backend: "auto" or "torch".
+
+    Returns:
+        `[B, T, D]` in the dtype of the stored features, bfloat16 for float8. It is computed in float32.
+
+    Raises:
+        ValueError, TypeError: a tensor has another shape, dtype or device than above; the message names it.
+        RuntimeError: the backend can't run here.
+
+    Equivalent to `stream_forecast_ref`.
+
+    Source: this project. The published forecasters differ only in how they make the weights.
+    """
+    check_stream(features, weights, low_rank)
+    resolve_backend(backend, features.storage, ("torch",), "stream_forecast")
+    return stream_forecast_ref(features, weights, low_rank)
+
+
+def stream_velocity(
+    features: StoredFeatures,
+    weights: Weights,
+    head: OutputHead,
+    low_rank: LowRank = NO_RESIDUAL,
+    sums: HeadSums = NO_SUMS,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """A whole predicted step: the forecast of `stream_forecast`, and the output head applied to it.
+
+    Args:
+        features, weights, low_rank, backend: as in `stream_forecast`.
+        head: the head's weights and this step's modulation.
+        sums: what `head_sums` gives for this head, or `NO_SUMS`: then it is computed in this call, if it is needed.
+
+    Returns:
+        `[B, T, O]` in the dtype of the stored features, bfloat16 for float8. It is computed in float32.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as in `stream_forecast`.
+
+    Equivalent to::
+
+        velocity = output_head(stream_forecast(features, weights, low_rank), head)
+
+    Source: this project; it rearranges LayerNorm and projection around a low-rank sum.
+    """
+    check_stream(features, weights, low_rank)
+    head.check(features.storage)
+    resolve_backend(backend, features.storage, ("torch",), "stream_velocity")
+    return stream_velocity_ref(features, weights, head, low_rank)
+
+
+def check_stream(features: StoredFeatures, weights: Weights, low_rank: LowRank) -> None:
+    """Raises `TypeError` or `ValueError` unless all arguments of a forecast fit together."""
+    features.check()
+    weights.check(features)
+    low_rank.check(features, weights)
+
+
+def head_sums(head: OutputHead, low_rank: LowRank = NO_RESIDUAL, stage: torch.Tensor | None = None) -> HeadSums:
+    """What a fused head needs once for each sample of a step, so that `stream_velocity` need not compute it.
+
+    It can be computed for all steps of a run at once: pass a head whose modulation has the rows of all steps.
+
+    Args:
+        head: with one modulation for each sample, `[B, D]`.
+        low_rank: the residual, or `NO_RESIDUAL`.
+        stage: `[B]`, the rows of the residual, as in `Weights`; None without a residual.
+
+    Returns:
+        `weight @ (1 + scale)`, `weight @ shift + bias` and, with a residual, `V^T diag(1 + scale) weight^T`.
+    """
+    check_tensor("head.scale", head.scale, ("B", "D"), FLOAT_DTYPES)
+    return head_sums_ref(head, low_rank, stage)
+
+
+def output_head(features: torch.Tensor, head: OutputHead, backend: str = "auto") -> torch.Tensor:
+    """Applies a transformer's output head to features: AdaLN, then the projection.
+
+    Args:
+        features: `[B, T, D]`.
+        head: the weights, and the modulation of this step.
+        backend: "auto" or "torch".
+
+    Returns:
+        `[B, T, O]` in the dtype of `features`. It is computed in float32.
+
+    Raises:
+        ValueError, TypeError: a tensor has the wrong shape, device or dtype; the message names it.
+        RuntimeError: the backend can't run here.
+
+    Equivalent to::
+
+        normed = F.layer_norm(features, features.shape[-1:], eps=head.eps)
+        velocity = F.linear(normed * (1 + head.scale[:, None]) + head.shift[:, None], head.weight, head.bias)
+    """
+    check_tensor("features", features, ("B", "T", "D"), FLOAT_DTYPES)
+    resolve_backend(backend, features, ("torch",), "output_head")
+    head.check(features)
+    return output_head_ref(features, head)
