@@ -1,201 +1,29 @@
-"""Triton kernels of the B-spline KAN layer, and the spline functions that the predictors' kernels share."""
-
-import math
+"""Triton kernels of the B-spline KAN layer."""
 
 import torch
 import triton
 import triton.language as tl
 
-from lesa_kernels.launch import INTERPRETED, LAUNCH_OPTIONS, architecture, launch_config, multiprocessors
+from lesa_kernels.bspline_kan.splines import (
+    factors,
+    factors_of,
+    interpretable_dot,
+    operands,
+    rounded,
+    select,
+    silu_slope,
+    spline_position,
+    spline_slopes,
+    spline_weights,
+    spread_nan,
+)
+from lesa_kernels.launch import LAUNCH_OPTIONS, architecture, launch_config, multiprocessors
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
-_INVERSE_FACTORIALS = tl.constexpr(tuple(1 / math.factorial(degree) for degree in range(6)))
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
-def spline_position(x, LO: tl.constexpr, HI: tl.constexpr, GRID: tl.constexpr, DEGREE: tl.constexpr):
-    """The index of the first basis that is not zero at `x`, from -DEGREE - 1 to GRID + DEGREE, and the position of `x`
-    in its interval. NaN gives a NaN position at some index in that range."""
-    position = (x - LO) * (GRID / (HI - LO))
-    position = tl.minimum(
-        tl.maximum(position, -DEGREE - 1.0, tl.PropagateNan.ALL), GRID + DEGREE + 0.0, tl.PropagateNan.ALL
-    )
-    interval = tl.floor(position)
-    first = tl.where(interval == interval, interval, 0.0).to(tl.int32)
-    return first, position - interval
-
-
-@triton.jit
-def spline_weights(fraction, DEGREE: tl.constexpr):
-    """The values of the DEGREE + 1 bases at a position in an interval, by the Cox-de Boor recursion, as a tuple."""
-    if DEGREE == 0:
-        return (fraction * 0.0 + 1.0,)  # NaN stays
-    else:
-        scale: tl.constexpr = _INVERSE_FACTORIALS[DEGREE]
-        weights = ((1.0 - fraction) * scale, fraction * scale)
-        for d in tl.static_range(2, DEGREE + 1):
-            lower = weights
-            weights = ((1.0 - fraction) * lower[0],)
-            for k in tl.static_range(1, d):
-                weights = weights + ((fraction + (d - k)) * lower[k - 1] + (k + 1 - fraction) * lower[k],)
-            weights = weights + (fraction * lower[d - 1],)
-        return weights
-
-
-@triton.jit
-def _spline_slopes(fraction, LO: tl.constexpr, HI: tl.constexpr, GRID: tl.constexpr, DEGREE: tl.constexpr):
-    """The derivatives of the DEGREE + 1 bases by x, as a tuple."""
-    lower = spline_weights(fraction, DEGREE - 1)
-    slopes = (lower[0] * (-GRID / (HI - LO)),)
-    for k in tl.static_range(1, DEGREE):
-        slopes = slopes + ((lower[k - 1] - lower[k]) * (GRID / (HI - LO)),)
-    return slopes + (lower[DEGREE - 1] * (GRID / (HI - LO)),)
-
-
-@triton.jit
-def rounded(value, dtype: tl.constexpr):
-    """A float32 value in `dtype`, rounded to nearest even. The interpreter by itself would truncate to bfloat16."""
-    if _INTERPRETED and dtype == tl.bfloat16:
-        bits = value.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
-    return value.to(dtype)
-
-
-@triton.jit
-def _operands(fraction, x, DEGREE: tl.constexpr, dtype: tl.constexpr):
-    """The DEGREE + 1 bases and silu(x), as the matrix product takes them."""
-    weights = ()
-    exact = spline_weights(fraction, DEGREE)
-    for k in tl.static_range(DEGREE + 1):
-        weights = weights + (rounded(exact[k], dtype),)
-    return weights, rounded(x * tl.sigmoid(x), dtype)
-
-
-@triton.jit
-def _silu_slope(x):
-    gate = tl.sigmoid(x)
-    return gate * (1.0 + x * (1.0 - gate))
-
-
-@triton.jit
-def _select(m, base, first, values, background, DEGREE: tl.constexpr):
-    """The factor of matrix m of the packed weight. For m = 0 it is the value of the base branch. Otherwise it is the
-    value of basis m - 1: one of the DEGREE + 1 `values` if that basis is among them, else the background."""
-    value = background
-    for k in tl.static_range(DEGREE + 1):
-        value = tl.where(first == m - (k + 1), values[k], value)
-    return tl.where(m == 0, base, value)
-
-
-@triton.jit
-def interpretable_dot(a, b, acc, PRECISION: tl.constexpr):
-    """`acc + a @ b`. The interpreter would multiply the bits of bfloat16 as integers, so there it gets float32."""
-    if _INTERPRETED and a.dtype == tl.bfloat16:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _pair(low, high, dtype: tl.constexpr):
-    """Two float32 values, rounded to a dtype of 16 bits, in one uint32."""
-    if _INTERPRETED:
-        low = rounded(low, dtype).to(tl.uint16, bitcast=True).to(tl.uint32)
-        return low | (rounded(high, dtype).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
-    # The compiler by itself would round one value at a time, which takes much longer.
-    name: tl.constexpr = "bf16x2" if dtype == tl.bfloat16 else "f16x2"
-    return tl.inline_asm_elementwise(
-        "cvt.rn." + name + ".f32 $0, $2, $1;", "=r,f,f", [low, high], tl.uint32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _factors(x, LO: tl.constexpr, HI: tl.constexpr, GRID: tl.constexpr, DEGREE: tl.constexpr, dtype: tl.constexpr):
-    """What `_factors_of` needs of the inputs: silu(x), the matrix where the bases begin, and the bases.
-
-    Basis g belongs to matrix g + 1 of the packed weight. Matrices are multiplied by in groups of four, which begin at
-    multiples of four. So the bases are kept as they lie in such groups. In 16 bits they are shifted in words of 64
-    bits, as many as there may be groups. In float32 each is in the slot of its matrix, and there is one more tuple of
-    four slots for degrees above 3.
-    """
-    first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
-    silu = x * tl.sigmoid(x)
-    matrix = first + 1
-    padded = spline_weights(fraction, DEGREE) + (tl.zeros(x.shape, tl.float32),) * (3 - DEGREE % 4)
-    bases = ()
-    if dtype == tl.float32:
-        for k in tl.static_range(0, DEGREE + 1, 4):
-            odd, two = (matrix & 1) != 0, (matrix & 2) != 0
-            turned = ()
-            for u in tl.static_range(4):
-                turned = turned + (tl.where(odd, padded[k + (u + 3) % 4], padded[k + u]),)
-            for u in tl.static_range(4):
-                bases = bases + (tl.where(two, turned[(u + 2) % 4], turned[u]),)
-    else:
-        silu = _pair(silu, silu, dtype)
-        turn = ((matrix & 3) * 16).to(tl.uint64)
-        carried = tl.zeros(x.shape, tl.uint64)
-        for k in tl.static_range(0, DEGREE + 1, 4):
-            word = _pair(padded[k], padded[k + 1], dtype).to(tl.uint64)
-            if k + 2 <= DEGREE:
-                word |= _pair(padded[k + 2], padded[k + 3], dtype).to(tl.uint64) << 32
-            bases = bases + (carried | (word << turn),)
-            carried = (word >> 16) >> (48 - turn)  # a shift by all 64 bits is not defined
-        bases = bases + (carried,)
-    return silu, matrix, bases
-
-
-@triton.jit
-def _spread_nan(x, bases, dtype: tl.constexpr):
-    """A background for `_factors_of`, and the bases, with which a NaN reaches all matrices. `bases` as in `_factors`."""
-    if dtype == tl.float32:
-        return tl.where(x == x, 0.0, float("nan")), bases
-    else:
-        background = tl.where(x == x, 0, -1).to(tl.int64).to(tl.uint64)  # four NaNs
-        spread = ()
-        for k in tl.static_range(len(bases)):
-            spread = spread + (bases[k] | background,)
-        return background, spread
-
-
-@triton.jit
-def _factors_of(group, silu, matrix, bases, background, has_base, SLOTS: tl.constexpr, DEGREE: tl.constexpr, dtype: tl.constexpr):
-    """The factors of the matrices from 4 `group` on, `[..., SLOTS]`.
-
-    `has_base`: whether these are the first matrices of all. Matrix 0 is that of the base branch, which replaces a basis
-    that would be there, since that does not exist. `background`: what the other factors are: zeros, as one value or as a
-    word, or what `_spread_nan` returns.
-    """
-    if dtype == tl.float32:
-        slots = ()
-        for u in tl.static_range(SLOTS):
-            value = background
-            for k in tl.static_range(DEGREE // 4 + 1):
-                value = tl.where((matrix + (3 - u)) >> 2 == group - k, bases[4 * k + u], value)
-            slots = slots + (value,)
-        even, odd = tl.where(has_base, silu, slots[0]), slots[1]
-        if SLOTS == 4:
-            even, odd = tl.join(even, slots[2]), tl.join(odd, slots[3])
-        return tl.join(even, odd)
-    else:
-        word = background
-        for k in tl.static_range(DEGREE // 4 + 2):
-            word = tl.where(matrix >> 2 == group - k, bases[k], word)
-        low, high = word.to(tl.uint32), (word >> 32).to(tl.uint32)
-        replaced = tl.where(has_base, 0xFFFF, 0).to(tl.uint32)
-        low = (low & ~replaced) | (silu & replaced)
-        even, odd = low.to(tl.uint16), (low >> 16).to(tl.uint16)
-        if SLOTS == 4:
-            even, odd = tl.join(even, high.to(tl.uint16)), tl.join(odd, (high >> 16).to(tl.uint16))
-        return tl.join(even, odd).to(dtype, bitcast=True)
-
-
-@triton.jit
-def _load_group(
-    weight_ptr, m, i, o, in_features, out_features, matrices, BLOCK_I: tl.constexpr, SLOTS: tl.constexpr
-):
+def _load_group(weight_ptr, m, i, o, in_features, out_features, matrices, BLOCK_I: tl.constexpr, SLOTS: tl.constexpr):
     """A tile of SLOTS matrices from `m` on, `[BLOCK_I * SLOTS, o]`: of all of them for input `i`, then for the next."""
     row = tl.arange(0, BLOCK_I * SLOTS)
     m, i = m + row % SLOTS, i + row // SLOTS
@@ -241,7 +69,7 @@ def _bspline_kan_fwd_kernel(
         # Masked inputs are finite, so their product with the masked weights, zeros, is zero.
         inside = (n[:, None] < left) & (i[None, :] < in_features)
         x = tl.load(x_ptr + start_n * stride_x + n[:, None] * stride_x + i[None, :], mask=inside, other=0.0)
-        silu, matrix, bases = _factors(x.to(tl.float32), LO, HI, GRID, DEGREE, dtype)
+        silu, matrix, bases = factors(x.to(tl.float32), LO, HI, GRID, DEGREE, dtype)
         for g in tl.static_range(GROUPS):
             group = part * GROUPS + g
             w = _load_group(
@@ -255,7 +83,7 @@ def _bspline_kan_fwd_kernel(
                 BLOCK_I,
                 4 if g < GROUPS - 1 else LAST_SLOTS,
             )
-            a = _factors_of(
+            a = factors_of(
                 group, silu, matrix, bases, zeros, group == 0, 4 if g < GROUPS - 1 else LAST_SLOTS, DEGREE, dtype
             ).reshape(BLOCK_N, w.shape[0])
             acc = interpretable_dot(a, w, acc, "tf32x3")
@@ -348,8 +176,8 @@ def _bspline_kan_bwd_x_kernel(
     inside = (n[:, None] < left) & (i[None, :] < in_features)
     x = tl.load(x_ptr + start_n * stride_x + n[:, None] * stride_x + i[None, :], mask=inside, other=0.0).to(tl.float32)
     first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
-    slopes = _spline_slopes(fraction, LO, HI, GRID, DEGREE)
-    silu_slope = _silu_slope(x)
+    slopes = spline_slopes(fraction, LO, HI, GRID, DEGREE)
+    slope_of_base = silu_slope(x)
     background = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
 
     grad_rows = grad_ptr + start_n * stride_grad + n[:, None] * stride_grad  # [BLOCK_N, 1]
@@ -372,7 +200,7 @@ def _bspline_kan_bwd_x_kernel(
                 within = (i[:, None] < in_features) & (columns < out_features)
                 w = tl.load(tile + m * matrix + columns, mask=within, other=0.0)
                 product = interpretable_dot(grad, tl.trans(w), product, "ieee")
-        grad_x += _select(m, silu_slope, first, slopes, background, DEGREE) * product
+        grad_x += select(m, slope_of_base, first, slopes, background, DEGREE) * product
 
     tl.store(
         grad_x_ptr + start_n * in_features + n[:, None] * in_features + i[None, :],
@@ -407,7 +235,7 @@ def _bspline_kan_bwd_x_gather_kernel(
 
     x = tl.load(x_ptr + start_n * stride_x + n * stride_x + i, mask=n < left, other=0.0).to(tl.float32)
     first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
-    slopes, silu_slope = _spline_slopes(fraction, LO, HI, GRID, DEGREE), _silu_slope(x)
+    slopes, slope_of_base = spline_slopes(fraction, LO, HI, GRID, DEGREE), silu_slope(x)
     row = weight_ptr + tl.cast(i, tl.int64) * out_features
     acc = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
     for start_o in range(0, out_features, BLOCK_O):
@@ -417,7 +245,7 @@ def _bspline_kan_bwd_x_gather_kernel(
             grad_ptr + start_n * stride_grad + n[:, None] * stride_grad + o[None, :], mask=mask, other=0.0
         ).to(tl.float32)
         base = tl.load(row + o, mask=o < out_features, other=0.0).to(tl.float32)
-        slope = silu_slope[:, None] * base[None, :]  # of each output by this input
+        slope = slope_of_base[:, None] * base[None, :]  # of each output by this input
         for k in tl.static_range(DEGREE + 1):
             g = first + k
             exists = (g >= 0) & (g < GRID + DEGREE)
@@ -477,18 +305,18 @@ def _bspline_kan_bwd_weight_kernel(
         if BLOCK_M == 4:
             inside = (n[:, None] < left) & (i[None, :] < in_features)
             x = tl.load(x_block + n[:, None] * stride_x + i[None, :], mask=inside, other=0.0).to(tl.float32)
-            silu, matrix, bases = _factors(x, LO, HI, GRID, DEGREE, DTYPE)
-            background, bases = _spread_nan(x, bases, DTYPE)
-            a = _factors_of(start_m // 4, silu, matrix, bases, background, start_m == 0, 4, DEGREE, DTYPE)
+            silu, matrix, bases = factors(x, LO, HI, GRID, DEGREE, DTYPE)
+            background, bases = spread_nan(x, bases, DTYPE)
+            a = factors_of(start_m // 4, silu, matrix, bases, background, start_m == 0, 4, DEGREE, DTYPE)
             acc = interpretable_dot(tl.trans(a.reshape(BLOCK_N, BLOCK_I * 4)), grad, acc, "ieee")
         else:
             inside = (n[None, :] < left) & (i[:, None] < in_features)
             x = tl.load(x_block + n[None, :] * stride_x + i[:, None], mask=inside, other=0.0).to(tl.float32)
             x = x[None, :, :]
             first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
-            weights, silu = _operands(fraction, x, DEGREE, DTYPE)
+            weights, silu = operands(fraction, x, DEGREE, DTYPE)
             background = (fraction * 0.0).to(DTYPE)  # NaN goes to all bases
-            a = _select(m, silu, first, weights, background, DEGREE)  # [BLOCK_M, BLOCK_I, BLOCK_N]
+            a = select(m, silu, first, weights, background, DEGREE)  # [BLOCK_M, BLOCK_I, BLOCK_N]
             acc = interpretable_dot(tl.reshape(a, [BLOCK_M * BLOCK_I, BLOCK_N]), grad, acc, "ieee")
         x_block += BLOCK_N * tl.cast(stride_x, tl.int64)
         grad_block += BLOCK_N * tl.cast(stride_grad, tl.int64)
@@ -574,7 +402,9 @@ def bspline_kan_fwd(
         _bspline_kan_fwd_gather_kernel[grid](*tensors, **spline, **config, **LAUNCH_OPTIONS)
     else:
         config = config | {"BLOCK_I": _fit(config["BLOCK_I"], in_features, least=4)}
-        _bspline_kan_fwd_kernel[grid](*tensors, **_parts(matrices, config["BLOCK_I"]), **spline, **config, **LAUNCH_OPTIONS)
+        _bspline_kan_fwd_kernel[grid](
+            *tensors, **_parts(matrices, config["BLOCK_I"]), **spline, **config, **LAUNCH_OPTIONS
+        )
     return y
 
 
@@ -604,7 +434,10 @@ def bspline_kan_bwd_x(
     one_block = out_features <= config["BLOCK_O"]
     if not one_block:
         config = launch_config("bspline_kan_bwd_x_wide", weight.dtype, x.device)
-    config = config | {"BLOCK_N": _fit(config["BLOCK_N"], rows), "BLOCK_I": _fit(config["BLOCK_I"], in_features, least=4)}
+    config = config | {
+        "BLOCK_N": _fit(config["BLOCK_N"], rows),
+        "BLOCK_I": _fit(config["BLOCK_I"], in_features, least=4),
+    }
     config = config | {"BLOCK_O": _fit(config["BLOCK_O"], out_features), "ONE_BLOCK": one_block}
     grid = (triton.cdiv(rows, config["BLOCK_N"]) * triton.cdiv(in_features, config["BLOCK_I"]),)
     _bspline_kan_bwd_x_kernel[grid](*tensors, matrices, **spline, **config, **LAUNCH_OPTIONS)
