@@ -278,15 +278,8 @@ def all_parts(lines: Path, work: Path, capability: str, device: str) -> list[Par
         arguments = [f"benchmarks/bench_{suite}.py", "--benchmark-only", "--device", device, "-v"]
         arguments += ["--benchmark-max-time", "0.3", "--benchmark-json", str(logs / f"bench-{suite}.json")]
         parts.append(pytest_part(f"bench-{suite}", arguments, 30, 240, module=module))
-    end_to_end = [
-        sys.executable,
-        "benchmarks/end_to_end.py",
-        "--device",
-        device,
-        "--out",
-        str(logs / "end_to_end.json"),
-    ]
-    parts.append(Part("end-to-end", end_to_end, 60, 240, module="diffusers"))
+    end_to_end = ["benchmarks/end_to_end.py", "--device", device, "--out", str(logs / "end_to_end.json")]
+    parts.append(Part("end-to-end", [sys.executable, *end_to_end], 60, 240, module="diffusers"))
     kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/lesa_kernels").glob("test_*_kernels.py"))
     parts += [
         tests,
@@ -295,15 +288,8 @@ def all_parts(lines: Path, work: Path, capability: str, device: str) -> list[Par
         pytest_part("tests-training", ["-v", "-m", "gpu", "tests/lesa"], 20, 200, module="diffusers"),
     ]
     for tool in ("memcheck", "racecheck", "initcheck"):
-        command = [
-            sys.executable,
-            "benchmarks/sanitize.py",
-            "--tool",
-            tool,
-            "--log",
-            str(logs / f"sanitizer-{tool}.log"),
-        ]
-        parts.append(Part(tool, command, 60, 300, program="compute-sanitizer"))
+        command = ["benchmarks/sanitize.py", "--tool", tool, "--log", str(logs / f"{tool}-reports.txt")]
+        parts.append(Part(tool, [sys.executable, *command], 60, 300, program="compute-sanitizer"))
     return parts
 
 
@@ -324,11 +310,10 @@ def first_gpu() -> tuple[str, str]:
 
 
 def copy_packages(site: Path, builds: bool) -> None:
-    """Copies the packages. Unless the extension is about to be built, an older one is taken along."""
-    compiled = [] if builds else [*site.glob("lesa_kernels/*.so")] or [*ROOT.glob("lesa_kernels/*.so")]
-    kept = {file.name: file.read_bytes() for file in compiled}
+    """Copies the packages, and the extension if the checkout has it; what an earlier call has built stays."""
+    kept = {} if builds else {file.name: file.read_bytes() for file in site.glob("lesa_kernels/*.so")}
     shutil.rmtree(site, ignore_errors=True)
-    leave = shutil.ignore_patterns("*.so", "__pycache__")
+    leave = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "lesa_kernels", site / "lesa_kernels", ignore=leave)
     shutil.copytree(ROOT / "python" / "lesa", site / "lesa", ignore=leave)
     for name, content in kept.items():
@@ -351,7 +336,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the results; default: benchmarks/results/NAME OF THE GPU")
     parser.add_argument("--work", type=Path, help="folder of builds and logs; default: build/gpu-day")
     parser.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="for everything together; default: 240 for quick"
+        "--budget", type=float, metavar="SECONDS", help="for everything; default: 240 for quick, else none"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run with small sizes")
     options = parser.parse_intermixed_args(argv)  # names of parts may come last
@@ -361,11 +346,11 @@ def main(argv: list[str] | None = None) -> int:
     out = (options.out or ROOT / "benchmarks" / "results" / folder).resolve()
     work = (options.work or ROOT / "build" / "gpu-day").resolve()
     budget = options.budget or (QUICK_SECONDS if options.set == "quick" else None)
+    known = [part.name for part in SETS[options.set](out, work, capability, options.device)]
+    if unknown := set(options.only) - set(known):
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     day = Day(f"{options.set}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}", out, work, budget)
     parts = SETS[options.set](day.lines, work, capability, options.device)
-    unknown = set(options.only) - {part.name for part in parts}
-    if unknown:
-        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(part.name for part in parts)}")
     chosen = [part for part in parts if not options.only or part.name in options.only]
     copy_packages(work / "site", builds="build" in (part.name for part in chosen))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(work / "site"), os.environ.get("PYTHONPATH"))))

@@ -23,6 +23,7 @@ from gpu_cases import SCALES, SHAPES, Case, Named, cases_of, random_features
 from lines import append
 
 from lesa_kernels.env_report import env_report
+from lesa_kernels.extension import extension, extension_error
 from lesa_kernels.tune import device_seconds, graph_seconds
 
 REPEATS = {"cuda": 200, "cpu": 3}
@@ -159,6 +160,7 @@ def part_machine(lines: Lines, floors: Floors) -> None:
 
 def part_roofs(lines: Lines, floors: Floors) -> None:
     device, shape = floors.device, SHAPES[floors.device.type]["flux"]
+    lines.add(case="extension", extension=extension_error() or extension().build_info())
     lines.add(case="copy", bytes_per_s=floors.copy_bandwidth())
     for dtype in (torch.bfloat16, torch.float32):
         rate = lines.attempt(f"product, {dtype}", lambda d=dtype: {"flops_per_s": floors.matmul_rate(d)})
