@@ -23,8 +23,8 @@ test-all:  ## the slow ones too
 bench:
 	$(PYTEST) benchmarks/ --benchmark-only
 
-# Both need what `pip install ".[dev]"` brings, but no network and no installed package: they run a copy of the checkout in
-# build/gpu-day. ARGS goes to benchmarks/gpu_day.py: names of parts, --out DIR, --budget SECONDS, or --help.
+# Both need what `pip install ".[dev]"` brings, but no network and no installed package: they run a copy of the checkout
+# in build/gpu-day. ARGS goes to benchmarks/gpu_day.py: names of parts, --out DIR, --budget SECONDS, or --help.
 gpu-quick:  ## on this machine's NVIDIA GPU, what matters most, in four minutes; benchmarks/gpu-day.md says more
 	$(PYTHON) benchmarks/gpu_day.py quick $(ARGS)
 
