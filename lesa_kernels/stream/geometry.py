@@ -108,30 +108,30 @@ class ForecastLaunch:
     warps: int
     resident: int
 
-    @classmethod
-    @functools.lru_cache(maxsize=256)
-    def of(cls, device: Device, problem: Problem) -> "ForecastLaunch":
-        """The launch for a problem; there always is one."""
-        resident, history, stored = 2, problem.history, problem.stored_bytes
-        block_d = min(512 // stored if stored > 1 else 256, power_of_2(problem.width, 16))
-        if device.architecture == 0:
-            block_d = min(block_d, 32)
-        stage = (32 if device.shared_bytes > 150 * KIB else 16) * KIB
-        warps = 8 if history <= 6 else 4
-        block_t = stage // (history * block_d * stored)
-        # The weights of all anchors stay in registers: not more than eight channels of each for a thread.
-        block_t = max(min(block_t, 4 if device.architecture == 0 else 64), 1)
-        block_t = 1 << (block_t.bit_length() - 1)
-        blocks = _ceil(problem.width, block_d)
-        places, units = resident * device.multiprocessors, problem.batch * blocks
-        share = history * block_d * stored
 
-        def cost(groups: int) -> int:
-            waves = _ceil(units * groups, places)
-            return waves * (_START_BYTES + _ceil(problem.tokens, groups) * share)
+@functools.lru_cache(maxsize=256)
+def forecast_launch(device: Device, problem: Problem) -> ForecastLaunch:
+    """The launch for a problem; there always is one."""
+    resident, history, stored = 2, problem.history, problem.stored_bytes
+    block_d = min(512 // stored if stored > 1 else 256, power_of_2(problem.width, 16))
+    if device.architecture == 0:
+        block_d = min(block_d, 32)
+    stage = (32 if device.shared_bytes > 150 * KIB else 16) * KIB
+    warps = 8 if history <= 6 else 4
+    block_t = stage // (history * block_d * stored)
+    # The weights of all anchors stay in registers: not more than eight channels of each for a thread.
+    block_t = max(min(block_t, 4 if device.architecture == 0 else 64), 1)
+    block_t = 1 << (block_t.bit_length() - 1)
+    blocks = _ceil(problem.width, block_d)
+    places, units = resident * device.multiprocessors, problem.batch * blocks
+    share = history * block_d * stored
 
-        groups = min(_group_choices(places, units, problem.tokens), key=cost)
-        return cls(units * groups, groups, block_t, block_d, 3, warps, resident)
+    def cost(groups: int) -> int:
+        waves = _ceil(units * groups, places)
+        return waves * (_START_BYTES + _ceil(problem.tokens, groups) * share)
+
+    groups = min(_group_choices(places, units, problem.tokens), key=cost)
+    return ForecastLaunch(units * groups, groups, block_t, block_d, 3, warps, resident)
 
 
 def _group_choices(places: int, units: int, tokens: int) -> list[int]:
@@ -218,7 +218,13 @@ def tiling(device: Device, problem: Problem) -> Tiling | str:
                 if resident:
                     ahead = resident * (stages - 1) * problem.history * t * d * problem.stored_bytes
                     fitting.append(
-                        (min(ahead, ENOUGH_BYTES), resident, d, -stages, Tiling(t, d, o, r, stages, warps, shared, resident))
+                        (
+                            min(ahead, ENOUGH_BYTES),
+                            resident,
+                            d,
+                            -stages,
+                            Tiling(t, d, o, r, stages, warps, shared, resident),
+                        )
                     )
         if fitting:
             return max(fitting, key=lambda each: each[:4])[4]
@@ -250,35 +256,35 @@ class SumsLaunch:
     together: int
     scratch: int
 
-    @classmethod
-    @functools.lru_cache(maxsize=256)
-    def of(cls, device: Device, problem: Problem) -> "SumsLaunch | str":
-        """The launch for a problem, or why it does not fit: a sentence that names what is too large."""
-        chosen = tiling(device, problem)
-        if isinstance(chosen, str):
-            return chosen
-        places = chosen.resident * device.multiprocessors
-        blocks = _ceil(problem.width, chosen.block_d)
-        busy = 0.8 if problem.rank else 0.6  # of a full tile's time, its instructions take this part
-        best: tuple[float, SumsLaunch] | None = None
-        for splits in (1, 2, 4, 8):
-            if splits > blocks:
-                break
-            units = problem.batch * splits
-            for groups in _group_choices(places, units, problem.tokens):
-                rows = _ceil(problem.tokens, groups)
-                tiles = _ceil(rows, chosen.block_t)
-                rounds, together = (tiles, 1) if splits == 1 else (1, tiles)
-                scratch = units * groups * together * chosen.part
-                if 4 * scratch > MOST_SCRATCH_BYTES and not (splits == 1 and best is None):
-                    continue
-                moved = max(rows, busy * tiles * chosen.block_t) * problem.token_bytes * _ceil(blocks, splits) / blocks
-                cost = _ceil(units * groups, places) * (_START_BYTES + tiles * _TILE_BYTES + moved)
-                if splits > 1:
-                    cost += _MEETING_BYTES + splits * tiles * chosen.part * 2
-                launch = cls(chosen, units * groups, groups, splits, rounds, together, scratch)
-                if best is None or cost < best[0]:
-                    best = cost, launch
-        if best is None or 4 * best[1].scratch > MOST_SCRATCH_BYTES:
-            return f"the batch of {problem.batch} needs more than {MOST_SCRATCH_BYTES >> 20} MiB of scratch memory"
-        return best[1]
+
+@functools.lru_cache(maxsize=256)
+def sums_launch(device: Device, problem: Problem) -> SumsLaunch | str:
+    """The launch for a problem, or why it does not fit: a sentence that names what is too large."""
+    chosen = tiling(device, problem)
+    if isinstance(chosen, str):
+        return chosen
+    places = chosen.resident * device.multiprocessors
+    blocks = _ceil(problem.width, chosen.block_d)
+    busy = 0.8 if problem.rank else 0.6  # of a full tile's time, its instructions take this part
+    best: tuple[float, SumsLaunch] | None = None
+    for splits in (1, 2, 4, 8):
+        if splits > blocks:
+            break
+        units = problem.batch * splits
+        for groups in _group_choices(places, units, problem.tokens):
+            rows = _ceil(problem.tokens, groups)
+            tiles = _ceil(rows, chosen.block_t)
+            rounds, together = (tiles, 1) if splits == 1 else (1, tiles)
+            scratch = units * groups * together * chosen.part
+            if 4 * scratch > MOST_SCRATCH_BYTES and not (splits == 1 and best is None):
+                continue
+            moved = max(rows, busy * tiles * chosen.block_t) * problem.token_bytes * _ceil(blocks, splits) / blocks
+            cost = _ceil(units * groups, places) * (_START_BYTES + tiles * _TILE_BYTES + moved)
+            if splits > 1:
+                cost += _MEETING_BYTES + splits * tiles * chosen.part * 2
+            launch = SumsLaunch(chosen, units * groups, groups, splits, rounds, together, scratch)
+            if best is None or cost < best[0]:
+                best = cost, launch
+    if best is None or 4 * best[1].scratch > MOST_SCRATCH_BYTES:
+        return f"the batch of {problem.batch} needs more than {MOST_SCRATCH_BYTES >> 20} MiB of scratch memory"
+    return best[1]

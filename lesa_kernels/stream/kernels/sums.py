@@ -24,6 +24,7 @@ import triton.language as tl
 
 from lesa_kernels.bspline_kan.kernels import rounded
 from lesa_kernels.launch import LAUNCH_OPTIONS, arrival_counters
+from lesa_kernels.stream import geometry
 from lesa_kernels.stream.arguments import HeadSums, LowRank, OutputHead, StoredFeatures, Weights
 from lesa_kernels.stream.geometry import SumsLaunch
 from lesa_kernels.stream.kernels.forecast import (
@@ -392,7 +393,7 @@ def _stream_sums_fwd_kernel(
 
 def sums_launch(features: StoredFeatures, weights: Weights, outputs: int, rank: int) -> SumsLaunch | str:
     """How the kernel is launched for a head with `outputs`, or 0 without one; or why it does not fit."""
-    return SumsLaunch.of(device_of(features.device), problem_of(features, weights, outputs, rank))
+    return geometry.sums_launch(device_of(features.device), problem_of(features, weights, outputs, rank))
 
 
 def _launch(
