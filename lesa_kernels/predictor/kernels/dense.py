@@ -22,17 +22,19 @@ from lesa_kernels.predictor.arguments import DenseExperts, RingState, Shape
 from lesa_kernels.predictor.kernels.shared import (
     hidden_units,
     history_of,
-    load_anchor,
-    next_power_of_2,
     of_stage,
-    operand_dtype,
-    rounded_dot,
     sample_of,
     stage_constants,
     stage_of,
-    stored_bits,
 )
 from lesa_kernels.predictor.reference import stage_index
+from lesa_kernels.stream.kernels.shared import (
+    load_anchor,
+    next_power_of_2,
+    operand_dtype,
+    rounded_dot,
+    stored_bits,
+)
 
 
 @triton.jit

@@ -1,0 +1,505 @@
+"""A forecast with residual, or a whole predicted step with the output head, in one launch.
+
+A program owns a range of the tokens of one sample, its group, and a share of the channels. It reads every feature there
+once. For each tile of tokens it loops over the channels and keeps these sums in registers, of `x = base - c`, where c
+is a number of each token that is near the mean of its channels:
+
+    sum x,   sum x^2,   P = W diag(1 + scale) x,   X = V^T x,   q = U taps
+
+The programs of a group have different channels. Each leaves its sums in scratch memory and counts its arrival, once.
+The last one adds up the parts of all, in a fixed order, and finishes the group. Nobody waits. With `mean = sum x / D`,
+`W' = W diag(1 + scale)` and the forecast `h = base + V q`:
+
+    D var = sum x^2 - D mean^2 + 2 (X - mean V^T 1) . q + q^T (V^T V - V^T 1 1^T V / D) q
+    v     = rstd * (P - mean W' 1 + (V^T W'^T - V^T 1 (W' 1)^T / D)^T q) + W shift + b
+
+A layer norm does not change if a number is added to all channels, so c does not appear. Since x is small where the
+features are large compared with their spread, no digits cancel. Without a head the programs write the base, and the
+last one adds `V q` to it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from lesa_kernels.bspline_kan.kernels import rounded
+from lesa_kernels.launch import LAUNCH_OPTIONS, arrival_counters
+from lesa_kernels.stream.arguments import HeadSums, LowRank, OutputHead, StoredFeatures, Weights
+from lesa_kernels.stream.geometry import SumsLaunch
+from lesa_kernels.stream.kernels.forecast import (
+    anchor_weight,
+    anchors_of,
+    constant_kind,
+    constant_of,
+    stream_forecast_sum,
+    tokens_of,
+)
+from lesa_kernels.stream.kernels.shared import device_of, load_rows, operand_dtype, rounded_dot, stored_bits, widen
+
+@triton.jit
+def shift_of(
+    features, slot, row, start, end, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, FLOAT8: tl.constexpr
+):
+    """A number of each token that is near the mean of its channels: `[BLOCK_T]`.
+
+    It is the mean of the newest feature's first channels. A channel that is far from the others counts little.
+    """
+    sampled: tl.constexpr = min(BLOCK_D, D)
+    channels = tl.arange(0, BLOCK_D)
+    stored, scale = load_rows(features, slot, row, start, end, channels, channels < D, BLOCK_T, FLOAT8)
+    values = widen(stored, scale, FLOAT8)
+    most = (tl.sum(tl.abs(values), axis=1) / sampled)[:, None]
+    return tl.sum(tl.where(values > most, most, tl.where(values < -most, -most, values)), axis=1) / sampled
+
+
+@triton.jit
+def products(map, features, accumulator, OPERAND: tl.constexpr):
+    """`accumulator + map @ features^T`, rounded to OPERAND: `[rows of the map, tokens]`.
+
+    Features are the second operand, which tensor cores of sm_90 and newer read from shared memory. As the first one,
+    they would be computed a second time, in the layout in which the tensor cores take registers.
+    """
+    return rounded_dot(map, tl.trans(rounded(features, OPERAND)), accumulator, OPERAND)
+
+
+@triton.jit
+def tap_weights(taps, row, n, stride_b, j: tl.constexpr, K: tl.constexpr, OPERAND: tl.constexpr):
+    """The size of tap j, and the weights of its j + 2 anchors over this size, zero for anchors that are not read.
+
+    The size is one, except in float16, where a tap that is far from its anchors might be out of range: there it says
+    how many times larger than the anchors the tap can be.
+    """
+    weights = ()
+    size = 0.0
+    for k in tl.static_range(j + 2):
+        weight = tl.where(k < n, tl.load(taps + row * stride_b + (j * K + k)), 0.0)
+        weights = weights + (weight,)
+        size += tl.abs(weight)
+    if tl.float16 != OPERAND:
+        return 1.0, weights
+    size = tl.where(size > 0, size, 1.0)
+    scaled = ()
+    for k in tl.static_range(j + 2):
+        scaled = scaled + (weights[k] / size,)
+    return size, scaled
+
+
+@triton.jit
+def part_sum(parts, offsets, mask, splits, stride_split):
+    """The sum of the parts that all splits left at `offsets`, in a fixed order.
+
+    Loads bypass the first-level cache, which does not see the writes of other multiprocessors.
+    """
+    total = tl.zeros(offsets.shape, tl.float32)
+    for first in tl.range(0, splits, 4):
+        for i in tl.static_range(4):  # loads of several parts are under way at once
+            there = mask < tl.where(first + i < splits, 1, 0)
+            total += tl.load(parts + (first + i) * stride_split + offsets, there, 0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def finish_velocity(
+    output, parts, splits, stride_split, row, stage, start, end, tokens, eps,
+    square, total, ones, constant, through, stride_ones, stride_constant, stride_through,
+    D: tl.constexpr, OUTS: tl.constexpr, RANK: tl.constexpr, SHRINK: tl.constexpr,
+    BY_RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Writes the velocities of a tile from the sums that all splits left in `parts`."""
+    inner = tl.arange(0, BLOCK_T)
+    mean = part_sum(parts, inner, inner * 0, splits, stride_split) / D
+    squares = part_sum(parts, BLOCK_T + inner, inner * 0, splits, stride_split) - D * mean * mean
+    if RANK > 0:
+        rank_chunk: tl.constexpr = min(BLOCK_R, CHUNK)
+        total += stage * RANK
+        square += stage * (RANK * RANK)
+        for first_rank in tl.range(0, BLOCK_R, rank_chunk):
+            ranks = first_rank + tl.arange(0, rank_chunk)
+            sums = tl.load(total + ranks, ranks < RANK, 0.0)
+            rank_at = BY_RANK + ranks[None, :] * BLOCK_T + inner[:, None]
+            read = part_sum(parts, rank_at, rank_at * 0, splits, stride_split)
+            raised = part_sum(parts, rank_at + BLOCK_T * BLOCK_R, rank_at * 0, splits, stride_split)
+            turned = 2 * (raised - mean[:, None] * sums[None, :])
+            for first_other in tl.range(0, BLOCK_R, rank_chunk):
+                others = first_other + tl.arange(0, rank_chunk)
+                other_at = BY_RANK + others[None, :] * BLOCK_T + inner[:, None]
+                other_read = part_sum(parts, other_at, other_at * 0, splits, stride_split)
+                exist = (others < RANK)[:, None] & (ranks < RANK)[None, :]
+                map = tl.load(square + others[:, None] * RANK + ranks[None, :], exist, 0.0)
+                map -= tl.load(total + others, others < RANK, 0.0)[:, None] * (sums / D)[None, :]
+                turned = tl.dot(other_read, map, turned, input_precision="tf32x3")
+            squares += tl.sum(turned * read, axis=1)
+    deviation = tl.sqrt(tl.maximum(squares, 0.0, tl.PropagateNan.ALL) / D + eps)
+
+    out_chunk: tl.constexpr = min(BLOCK_O, CHUNK)
+    for first_out in tl.range(0, BLOCK_O, out_chunk):
+        outs = first_out + tl.arange(0, out_chunk)
+        exist = outs < OUTS
+        at = 2 * BLOCK_T + outs[None, :] * BLOCK_T + inner[:, None]
+        one = tl.load(ones + row * stride_ones + outs, exist, 0.0)
+        product = part_sum(parts, at, at * 0, splits, stride_split) * (1 / SHRINK) - mean[:, None] * one[None, :]
+        if RANK > 0:
+            for first_rank in tl.range(0, BLOCK_R, rank_chunk):
+                ranks = first_rank + tl.arange(0, rank_chunk)
+                rank_at = BY_RANK + ranks[None, :] * BLOCK_T + inner[:, None]
+                read = part_sum(parts, rank_at, rank_at * 0, splits, stride_split)
+                there = (ranks < RANK)[:, None] & exist[None, :]
+                of_row = through + tl.cast(row, tl.int64) * stride_through
+                map = tl.load(of_row + ranks[:, None] * OUTS + outs[None, :], there, 0.0)
+                map -= tl.load(total + ranks, ranks < RANK, 0.0)[:, None] * (one / D)[None, :]
+                product = tl.dot(read, map, product, input_precision="tf32x3")
+        result = product / deviation[:, None] + tl.load(constant + row * stride_constant + outs, exist, 0.0)[None, :]
+        token = tl.cast(row, tl.int64) * tokens + start
+        written = output + token * OUTS + inner[:, None] * OUTS + outs[None, :]
+        tl.store(written, rounded(result, output.dtype.element_ty), (start + inner < end)[:, None] & exist[None, :])
+
+
+@triton.jit
+def finish_forecast(
+    output, read_output, parts, splits, stride_split, row, stage, start, end, tokens, up,
+    D: tl.constexpr, RANK: tl.constexpr, KEEPS_READ: tl.constexpr, OPERAND: tl.constexpr,
+    BY_RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Adds the residual of a tile to the base that the programs wrote.
+
+    With taps far from their anchors, `read` may exceed the range of float16 even if the residual does not.
+    """
+    if tl.float16 == OPERAND:
+        operand: tl.constexpr = tl.float32
+    else:
+        operand: tl.constexpr = OPERAND
+    inner = tl.arange(0, BLOCK_T)
+    ranks = tl.arange(0, BLOCK_R)
+    there = start + inner < end
+    token = tl.cast(row, tl.int64) * tokens + start
+    at = BY_RANK + ranks[None, :] * BLOCK_T + inner[:, None]
+    read = part_sum(parts, at, at * 0, splits, stride_split)
+    if KEEPS_READ:
+        kept = read_output + token * RANK + inner[:, None] * RANK + ranks[None, :]
+        tl.store(kept, read, there[:, None] & (ranks < RANK)[None, :])
+    for first in tl.range(0, D, BLOCK_D, num_stages=3):
+        channels = first + tl.arange(0, BLOCK_D)
+        exist = (channels < D)[None, :] & (ranks < RANK)[:, None]
+        map = tl.load(up + (stage * D + channels)[None, :] * RANK + ranks[:, None], exist, 0.0)
+        finished = output + token * D + inner[:, None] * D + channels[None, :]
+        mask = there[:, None] & (channels < D)[None, :]
+        base = tl.load(finished, mask, 0.0, cache_modifier=".cg").to(tl.float32)
+        forecast = rounded_dot(read, map, base, operand)
+        tl.store(finished, rounded(forecast, output.dtype.element_ty), mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "capacity", "batch", "tokens", "groups", "splits", "rounds", "together", "eps",
+        "stride_count", "stride_taps", "stride_stage", "stride_ones", "stride_head_constant", "stride_through",
+    ]
+)  # fmt: skip
+def _stream_sums_fwd_kernel(
+    output,
+    read_output,
+    parts,
+    arrivals,
+    storage,
+    scales,
+    cursor,
+    ring_count,
+    anchors,
+    count,
+    constant,
+    taps,
+    stages,
+    down,
+    up,
+    square,
+    total,
+    weight,
+    scale,
+    ones,
+    head_constant,
+    through,
+    capacity,
+    batch,
+    tokens,
+    groups,
+    splits,
+    rounds,
+    together,
+    eps,
+    stride_c,
+    stride_b,
+    stride_t,
+    stride_anchors,
+    stride_count,
+    stride_constant,
+    stride_taps,
+    stride_stage,
+    stride_scale,
+    stride_ones,
+    stride_head_constant,
+    stride_through,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    WIDE: tl.constexpr,
+    CONSTANT: tl.constexpr,
+    OUTS: tl.constexpr,
+    RANK: tl.constexpr,
+    KEEPS_READ: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    OPERAND: tl.constexpr,
+    SHRINK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BY_RANK: tl.constexpr,
+    PART: tl.constexpr,
+    CHUNK: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    program = tl.program_id(0)
+    split = program % splits  # neighbours read other channels of the same tokens
+    group = (program // splits) % groups
+    row = program // (splits * groups)
+    inner = tl.arange(0, BLOCK_T)
+    outs = tl.arange(0, BLOCK_O)
+    ranks = tl.arange(0, BLOCK_R)
+    first_block = split * blocks // splits
+    last_block = (split + 1) * blocks // splits
+
+    slots, n, poison = anchors_of(cursor, ring_count, count, row, capacity, stride_count, K)
+    features = (storage, scales, batch, tokens, stride_c, stride_b, stride_t)
+    stage = 0
+    if RANK > 0:
+        stage = tl.load(stages + row * stride_stage)
+        weights = ()
+        tap_sizes = ()
+        for j in tl.static_range(K - 1):
+            tap_size, of_tap = tap_weights(taps, row, n, stride_taps, j, K, OPERAND)
+            weights = weights + (of_tap,)
+            tap_sizes = tap_sizes + (tap_size,)
+    first, end = tokens_of(group, groups, tokens)
+    meeting = tl.cast(row, tl.int64) * groups + group
+    tiles = rounds * together
+    stride_split = together * PART
+    group_parts = parts + meeting * splits * stride_split
+
+    for round in tl.range(0, rounds):
+        for i in tl.range(0, together):
+            tile = round * together + i
+            start = first + tile * (end - first) // tiles
+            stop = first + (tile + 1) * (end - first) // tiles
+            shift = tl.zeros([BLOCK_T], tl.float32)
+            if OUTS > 0:
+                limit = tl.where(n > 0, stop, 0)
+                shift = shift_of(features, slots[0], row, start, limit, D, BLOCK_T, BLOCK_D, FLOAT8)
+            plain_sum = tl.zeros([BLOCK_T, BLOCK_D // 8], tl.float32)
+            square_sum = tl.zeros([BLOCK_T, BLOCK_D // 8], tl.float32)
+            projected = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
+            raised = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
+            read = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
+            for block in tl.range(first_block, last_block, num_stages=NUM_STAGES):
+                channels = block * BLOCK_D + tl.arange(0, BLOCK_D)
+                inside = channels < D
+                stored = ()
+                for k in tl.static_range(K):
+                    limit = tl.where(k < n, stop, 0)
+                    stored_k = load_rows(features, slots[k], row, start, limit, channels, inside, BLOCK_T, FLOAT8)
+                    stored = stored + (stored_k,)
+                features_k = ()
+                for k in tl.static_range(K):
+                    features_k = features_k + (widen(stored[k][0], stored[k][1], FLOAT8),)
+                x = constant_of(constant, poison, row, channels, inside, stride_constant, CONSTANT) - shift[:, None]
+                for k in tl.static_range(K):
+                    x += anchor_weight(anchors, row, k, n, channels, inside, stride_anchors, D, K, WIDE) * features_k[k]
+                if OUTS > 0:
+                    if D % BLOCK_D != 0:
+                        x = tl.where(inside[None, :], x, 0.0)
+                    octets = tl.reshape(x, [BLOCK_T, BLOCK_D // 8, 8])  # those of a thread: the loop needs no shuffles
+                    plain_sum += tl.sum(octets, axis=2)
+                    square_sum += tl.sum(octets * octets, axis=2)
+                    exist = inside[None, :] & (outs < OUTS)[:, None]
+                    plain = tl.load(weight + outs[:, None] * D + channels[None, :], exist, 0.0)
+                    modulation = tl.load(scale + tl.cast(row, tl.int64) * stride_scale + channels, inside, 0.0)
+                    modulation = SHRINK + SHRINK * modulation.to(tl.float32)
+                    projected = products(plain, x * modulation[None, :], projected, OPERAND)
+                    if RANK > 0:
+                        exist = inside[None, :] & (ranks < RANK)[:, None]
+                        map = tl.load(up + (stage * D + channels)[None, :] * RANK + ranks[:, None], exist, 0.0)
+                        raised = products(map, x, raised, OPERAND)
+                else:
+                    token = tl.cast(row, tl.int64) * tokens + start
+                    written = output + token * D + inner[:, None] * D + channels[None, :]
+                    mask = (start + inner < stop)[:, None] & inside[None, :]
+                    tl.store(written, rounded(x, output.dtype.element_ty), mask)
+                if RANK > 0:
+                    exist = inside[None, :] & (ranks < RANK)[:, None]
+                    for j in tl.static_range(K - 1):
+                        rows = (stage * RANK + ranks) * (K - 1) + j
+                        map = tl.load(down + rows[:, None] * D + channels[None, :], exist, 0.0)
+                        tap = weights[j][0] * features_k[0]
+                        for k in tl.static_range(1, j + 2):
+                            tap += weights[j][k] * features_k[k]
+                        if tl.float16 == OPERAND:
+                            zero = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
+                            read += tap_sizes[j] * products(map, tap, zero, OPERAND)
+                        else:
+                            read = products(map, tap, read, OPERAND)
+
+            own_part = group_parts + split * stride_split + i * PART
+            if OUTS > 0:
+                tl.store(own_part + inner, tl.sum(plain_sum, axis=1))
+                tl.store(own_part + BLOCK_T + inner, tl.sum(square_sum, axis=1))
+                tl.store(own_part + 2 * BLOCK_T + outs[:, None] * BLOCK_T + inner[None, :], projected)
+            if RANK > 0:
+                of_rank = own_part + BY_RANK + ranks[:, None] * BLOCK_T + inner[None, :]
+                tl.store(of_rank, read)
+                if OUTS > 0:
+                    tl.store(of_rank + BLOCK_T * BLOCK_R, raised)
+
+        tl.debug_barrier()  # all threads must have written before one of them counts the arrival
+        if tl.atomic_add(arrivals + meeting, 1, sem="acq_rel") == splits - 1:
+            tl.store(arrivals + meeting, 0)
+            for i in tl.range(0, together):
+                tile = round * together + i
+                start = first + tile * (end - first) // tiles
+                stop = first + (tile + 1) * (end - first) // tiles
+                if OUTS > 0:
+                    finish_velocity(
+                        output, group_parts + i * PART, splits, stride_split, row, stage, start, stop, tokens, eps,
+                        square, total, ones, head_constant, through, stride_ones, stride_head_constant, stride_through,
+                        D, OUTS, RANK, SHRINK, BY_RANK, BLOCK_T, BLOCK_O, BLOCK_R, CHUNK,
+                    )  # fmt: skip
+                else:
+                    finish_forecast(
+                        output, read_output, group_parts + i * PART, splits, stride_split,
+                        row, stage, start, stop, tokens, up,
+                        D, RANK, KEEPS_READ, OPERAND, BY_RANK, BLOCK_T, BLOCK_D, BLOCK_R,
+                    )  # fmt: skip
+        tl.debug_barrier()  # a program of its own group writes its next sums where it has just read these
+
+
+def _launch(
+    output: torch.Tensor,
+    features: StoredFeatures,
+    weights: Weights,
+    low_rank: LowRank,
+    head: OutputHead | None,
+    sums: HeadSums,
+    read: torch.Tensor | None,
+) -> torch.Tensor:
+    """Launches the kernel with or without a head; see `stream_forecast_fwd` and `stream_velocity_fwd`."""
+    storage, rank = features.storage, low_rank.rank
+    capacity, batch, tokens, width = storage.shape
+    outs = 0 if head is None else head.weight.shape[0]
+    launch = SumsLaunch.of(
+        device_of(storage.device), batch, tokens, width, weights.anchors.shape[1], outs, rank, storage.dtype
+    )
+    if isinstance(launch, str):
+        raise RuntimeError(launch)
+    parts = torch.empty(launch.scratch, dtype=torch.float32, device=storage.device)
+    stored, float8 = stored_bits(storage)
+
+    def given(tensor):
+        return output if tensor is None else tensor
+
+    def step(tensor):
+        return 0 if tensor is None else tensor.stride(0)
+
+    _stream_sums_fwd_kernel[(launch.programs,)](
+        output,
+        given(read),
+        parts,
+        arrival_counters(storage.device, batch * launch.groups),
+        stored,
+        given(features.scales),
+        features.cursor,
+        features.count,
+        weights.anchors,
+        weights.count,
+        given(weights.constant),
+        given(weights.taps),
+        given(weights.stage),
+        *(given(part if rank else None) for part in low_rank),
+        output if head is None else head.weight,
+        output if head is None else head.scale,
+        *(given(part) for part in sums),
+        capacity,
+        batch,
+        tokens,
+        launch.groups,
+        launch.splits,
+        launch.rounds,
+        launch.together,
+        0.0 if head is None else head.eps,
+        *storage.stride()[:3],
+        step(weights.anchors),
+        step(weights.count),
+        step(weights.constant),
+        step(weights.taps),
+        step(weights.stage),
+        0 if head is None else head.scale.stride(0),
+        *(step(part) for part in sums),
+        D=width,
+        K=weights.anchors.shape[1],
+        WIDE=weights.anchors.ndim == 3,
+        CONSTANT=constant_kind(weights),
+        OUTS=outs,
+        RANK=rank,
+        KEEPS_READ=read is not None,
+        FLOAT8=float8,
+        OPERAND=operand_dtype(storage.dtype),
+        # The product of a large feature and a large scale might be out of the range of float16.
+        SHRINK=0.0625 if storage.dtype == torch.float16 else 1.0,
+        BLOCK_T=launch.block_t,
+        BLOCK_D=launch.block_d,
+        BLOCK_O=launch.block_o,
+        BLOCK_R=launch.block_r,
+        BY_RANK=launch.by_rank,
+        PART=launch.part,
+        CHUNK=launch.chunk,
+        NUM_STAGES=launch.stages,
+        num_warps=launch.warps,
+        num_stages=1,
+        **LAUNCH_OPTIONS,
+    )
+    return output
+
+
+def stream_forecast_fwd(
+    features: StoredFeatures,
+    weights: Weights,
+    low_rank: LowRank,
+    out_dtype: torch.dtype,
+    read: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Launches a forecast once; arguments as in `stream_forecast`, checked there.
+
+    If `read` is given, `[B, T, R]` float32, `sum_j U_sj t_j` is written to it for a backward.
+    """
+    if not low_rank.rank:
+        return stream_forecast_sum(features, weights, out_dtype)
+    output = torch.empty(features.storage.shape[1:], dtype=out_dtype, device=features.device)
+    if output.numel() == 0:
+        return output
+    return _launch(output, features, weights, low_rank, None, HeadSums(), read)
+
+
+def stream_velocity_fwd(
+    features: StoredFeatures,
+    weights: Weights,
+    low_rank: LowRank,
+    head: OutputHead,
+    sums: HeadSums,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Launches a whole predicted step once; arguments as in `stream_velocity`, checked there.
+
+    With a residual, `low_rank` has all its parts. `sums` has all its parts too. The scratch memory comes from torch's
+    allocator and is returned at the end of the call.
+    """
+    _, batch, tokens, _ = features.storage.shape
+    output = torch.empty((batch, tokens, head.weight.shape[0]), dtype=out_dtype, device=features.device)
+    if output.numel() == 0:
+        return output
+    return _launch(output, features, weights, low_rank, head, sums, None)
