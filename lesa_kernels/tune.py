@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lesa_kernels import FusedKANPredictor, OutputHead, PredictorConfig
+from lesa_kernels import FusedKANPredictor, OutputHead, PredictorConfig, newton_coefficients
 from lesa_kernels.bspline_kan import bspline_kan
 
 FEATURES = (1, 4096, 3072)  # FLUX at 1024 x 1024: batch, tokens, width
@@ -82,6 +82,17 @@ def forecast(mixer: str, rank: int = 0, head: bool = False, backward: str = "", 
     return prepare
 
 
+def coefficients(dtype: torch.dtype, device: torch.device):
+    """Prepares the weights of the 40 predicted steps of a run."""
+    steps, (batch, _, width) = 40, FEATURES
+    predictor = FusedKANPredictor(PredictorConfig(width, rank=32), backend="triton").to(device).requires_grad_(False)
+    sigma = torch.linspace(0.9, 0.05, steps, device=device)[:, None].expand(steps, batch).contiguous()
+    levels = sigma[..., None] + torch.linspace(0.02, 0.1, predictor.config.max_history, device=device)
+    count = torch.full(sigma.shape, predictor.config.max_history, dtype=torch.int32, device=device)
+    arguments = (levels, count, sigma, *predictor.experts(), *predictor.shape(), "triton")
+    return lambda: tuple(weight for weight in newton_coefficients(*arguments) if weight is not None)
+
+
 def layer(rows: int, features: tuple[int, int], grid_size: int, backward: str = ""):
     """Prepares a KAN layer of cubic splines, or its gradient with respect to "x" or "weight"."""
 
@@ -110,10 +121,10 @@ _DENSE = {"BLOCK_R": (64, 128, 256), "BLOCK_C": (64, 128, 256), **PRODUCT}
 _LAYER = {"BLOCK_I": (16, 32, 64), **LAYER}
 OPERATIONS = {
     "newton_predict": Operation(forecast("newton"), _NEWTON, STORED),
-    "newton_predict_residual": Operation(forecast("newton", 32), _NEWTON, STORED),
     "newton_predict_bwd": Operation(forecast("newton", 32, backward="weight"), _NEWTON),
-    "newton_velocity": Operation(forecast("newton", head=True), _NEWTON, STORED),
-    "newton_velocity_residual": Operation(forecast("newton", 32, head=True), _NEWTON, STORED),
+    "newton_coefficients": Operation(
+        coefficients, {"BLOCK_D": (16, 32, 64, 128), "BLOCK_M": (32, 64), "num_warps": (2, 4, 8)}, (torch.float32,)
+    ),
     "dense_predict": Operation(forecast("dense"), _DENSE),
     "dense_predict_cast": Operation(
         forecast("dense", cast=True), _DENSE, (torch.bfloat16, torch.float16, torch.float8_e4m3fn)

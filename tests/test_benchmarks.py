@@ -219,26 +219,6 @@ def test_end_to_end_has_the_size_it_says():
 
 
 @pytest.mark.slow
-def test_roofline_writes_a_page(tmp_path):
-    out = tmp_path / "pages" / "roofline.md"
-    printed = run(tmp_path, BENCHMARKS / "roofline.py", "--bandwidth", "1000", "--tflops", "100", "--out", out)
-    page = out.read_text()
-    assert "No time on this page is a measurement" in page and "1.00 TB/s" in page
-    assert (out.parent / "roofline.png").stat().st_size > 10_000
-    # Four anchors and a forecast of 4096 x 3072 bfloat16, and 3 x 3072 x 65 float32: 128.2 MB, 128.2 us at 1 TB/s.
-    row = "| flux-1024px | newton predict, rank 0 | 128.2 | 0.10 | 0.8 | 128.2 | bandwidth |"
-    assert row in page and row in printed
-    # 6 maps of 3072 x 3072 for each of 4096 tokens: 463.9 GFLOP, 4.6 ms at 100 TFLOPS.
-    assert "| flux-1024px | dense predict, K = 6 | 402.7 | 463.86 | 1152.0 | 4638.6 | products |" in page
-
-
-@pytest.mark.slow
-def test_the_committed_roofline_is_that_of_the_code(tmp_path):
-    run(tmp_path, BENCHMARKS / "roofline.py", "--preset", "H200", "--out", tmp_path / "roofline.md")
-    assert (tmp_path / "roofline.md").read_text() == (ROOT / "docs" / "roofline.md").read_text()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "calls, dtype", [("layers", torch.float32), ("forecasts", torch.bfloat16), ("forecast_gradients", torch.float32)]
 )

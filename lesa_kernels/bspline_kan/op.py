@@ -9,20 +9,20 @@ from lesa_kernels.bspline_kan.packing import pack_weight
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES, bspline_kan_ref, check_grid
 from lesa_kernels.checks import Said, argument_error, check_int, check_tensor
 from lesa_kernels.dispatch import resolve_backend
+from lesa_kernels.register import OPERATOR_TAGS
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_ORDERS = (1, 5)  # least and largest degree
 
 _LIBRARY = torch.library.Library("lesa_kernels", "FRAGMENT")
-# The operators can be compiled. They demand a contiguous weight, so a compiler may not change the strides.
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _LIBRARY.define(
-    "bspline_kan(Tensor x, Tensor weight, int grid_size, int spline_order, float lo, float hi) -> Tensor", tags=_TAGS
+    "bspline_kan(Tensor x, Tensor weight, int grid_size, int spline_order, float lo, float hi) -> Tensor",
+    tags=OPERATOR_TAGS,
 )
 _LIBRARY.define(
     "bspline_kan_bwd(Tensor grad, Tensor x, Tensor weight, int grid_size, int spline_order, float lo, float hi, "
     "bool needs_x, bool needs_weight) -> (Tensor, Tensor)",
-    tags=_TAGS,
+    tags=OPERATOR_TAGS,
 )
 
 
