@@ -67,6 +67,12 @@ def test_launches_as_many_kernels_as_it_says(case, found):
             assert name.startswith(f"_{case.name.partition('-')[0]}_fwd"), (size, name)
 
 
+def test_one_kernel_serves_many_predictors(case, found):
+    if case.kernels is None:
+        pytest.skip("it is called for one predictor")
+    assert len(found["kernels"]) == case.kernels
+
+
 def test_shared_memory_is_within_the_limit(unit, found):
     for kernel in found["kernels"].values():
         assert kernel["shared"] <= ahead_of_time.SHARED_MEMORY_LIMITS[unit[0]], kernel
@@ -83,13 +89,22 @@ def test_multiplies_on_tensor_cores(unit, case, found):
     architecture, _, dtype = unit
     if case.products is None:
         pytest.skip("it has no matrix products")
-    if dtype == torch.float32:
-        pytest.skip("in float32 that is demanded of none")
+    if dtype == torch.float32 and not case.float32_products:
+        pytest.skip("in float32 that is not demanded of it")
     large = case.products == "large"
     wanted = {TENSOR_CORES[architecture]} if large else {*TENSOR_CORES.values()}
     for kernel in found["kernels"].values():
         if "_sum_kernel" not in kernel["name"]:
             assert any(kernel["instructions"][name] for name in wanted), kernel
+
+
+def test_selects_little_in_the_loop_of_its_products(unit, case, found):
+    architecture, _, dtype = unit
+    if not case.most_selects or dtype.itemsize != 2:
+        pytest.skip("it has no selections to speak of")
+    for kernel in found["kernels"].values():
+        loop = kernel["loop"]
+        assert 0 < loop["ISETP"] + loop["SEL"] <= dict(case.most_selects)[architecture], loop
 
 
 def test_reads_16_bytes_at_a_time(case, found):

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -63,6 +64,10 @@ class Case:
             tcgen05), "small" if any tensor-core instruction will do, None if it has none.
         vectorised: whether it must read global memory 16 bytes at a time.
         may_spill: dtypes in which it is run too seldom for its registers to matter.
+        float32_products: whether it must use tensor cores in float32 too.
+        most_selects: for each architecture, how many comparisons and selections of integers (ISETP, SEL) the innermost
+            loop of its matrix products may have in dtypes of 16 bits.
+        kernels: how many different kernels all launches may compile; any number if None.
     """
 
     name: str
@@ -73,6 +78,9 @@ class Case:
     products: str | None = None
     vectorised: bool = False
     may_spill: tuple[torch.dtype, ...] = ()
+    float32_products: bool = False
+    most_selects: tuple[tuple[int, int], ...] = ()
+    kernels: int | None = None
 
 
 def empty_ring(predictor: FusedKANPredictor, size: FeatureShape) -> FeatureRing:
@@ -100,6 +108,19 @@ def predict(mixer: str, **options) -> Callable[[FeatureShape], object]:
     def call(size):
         predictor = empty_predictor(size, mixer, **options)
         return predictor(empty_ring(predictor, size), 0.5)
+
+    return call
+
+
+def predict_by_many(mixer: str, **options) -> Callable[[FeatureShape], object]:
+    """Calls of ten predictors with other stages: bounds, numbers of them, and windows of which the longest is 8."""
+
+    def call(size):
+        for i in range(10):
+            bounds = (0.6 + 0.03 * i, 0.3, 0.1)[: 1 + i % 3]
+            lengths = (8, 1 + i % 7, 4 + i % 4, 6)[: len(bounds) + 1]
+            predictor = empty_predictor(size, mixer, stage_bounds=bounds, history_length=lengths, **options)
+            predictor(empty_ring(predictor, size), 0.5)
 
     return call
 
@@ -165,10 +186,28 @@ CASES = [
     Case("newton_velocity-rank32", velocity(32), products="small", vectorised=True, may_spill=(torch.float32,)),
     Case("dense_predict", predict("dense", cast=True), products="large", vectorised=True),
     Case("dense_predict-cast", predict("dense"), dtypes=(torch.bfloat16,), products="large", vectorised=True),
+    Case(
+        "dense_predict-ten",
+        predict_by_many("dense", cast=True),
+        (FLUX,),
+        (torch.bfloat16,),
+        launches=10,
+        products="large",
+        kernels=1,
+    ),
     gradient("newton_predict-rank0-backward", predict_backward("newton", rank=0), TRAINING),
     gradient("newton_predict-rank32-backward", predict_backward("newton", rank=32), TRAINING, products="small"),
     gradient("dense_predict-backward", predict_backward("dense", cast=True), TRAINING, products="large"),
-    Case("bspline_kan", layer(8, 3), (WIDE,), FLOATS, products="large"),
+    # With a comparison and a selection for each basis of each input, they were 115 in a quarter of such a loop.
+    Case(
+        "bspline_kan",
+        layer(8, 3),
+        (WIDE,),
+        FLOATS,
+        products="large",
+        float32_products=True,
+        most_selects=((80, 55), (90, 90), (100, 55)),
+    ),
     gradient("bspline_kan-backward", layer(8, 3, backward=True), WIDE, WIDER, products="large"),
     gradient("bspline_kan-narrow", layer(100, 3, backward=True), NARROW),
 ]
@@ -206,6 +245,9 @@ def compile_unit(architecture: int, case: str, dtype: torch.dtype) -> dict:
             found.call(replace(size, dtype=dtype))
             launches[str(size)] = [kernel.hash for kernel in launched]
             kernels.update({k.hash: resources(k) for k in launched if k.hash not in kernels})
+            if found.most_selects and dtype.itemsize == 2:
+                for kernel in launched:
+                    kernels[kernel.hash]["loop"] = loop_of_products(kernel.asm["cubin"])
     except Exception:
         error = traceback.format_exc()
     return {
@@ -287,6 +329,28 @@ def resources(kernel) -> dict:
         "shared": max(kernel.metadata.shared, numbers["SHARED"]),
         "instructions": {name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in INSTRUCTIONS.items()},
     }
+
+
+def loop_of_products(cubin: bytes) -> dict[str, int]:
+    """The machine instructions of the innermost loop that has matrix products, counted by name, such as "SEL"."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names, labels, loops = [], {}, []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(names)
+        elif instruction := re.match(r"\s+/\*\w+\*/\s+(?:@!?U?P\w+ )?(\w+)(.*)", line):
+            names.append(instruction[1])
+            target = re.search(r"\.L_\w+", instruction[2]) if instruction[1] == "BRA" else None
+            if target and target[0] in labels:  # a jump back
+                loops.append(names[labels[target[0]] :])
+    products = {"HMMA", "HGMMA", "UTCHMMA"}
+    return dict(Counter(min((loop for loop in loops if products & set(loop)), key=len)))
 
 
 def main(argv: list[str] | None = None) -> None:
