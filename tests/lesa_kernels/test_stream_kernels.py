@@ -214,7 +214,7 @@ def test_each_constant(constant, kernel_device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [0, 1, 16, 17, 47])
-@pytest.mark.parametrize("width", [1, 5, 33])
+@pytest.mark.parametrize("width", [2, 5, 33])
 def test_sizes_that_fit_no_block(tokens, width, kernel_device):
     case = Case(kernel_device, tokens=tokens, width=width, rank=min(2, width), outputs=1)
     check_forecast(case)
@@ -459,7 +459,7 @@ def test_there_is_a_launch_for_every_problem(architecture):
                         assert chosen.shared <= PROGRAM_SHARED[architecture] << 10, chosen
                     elif outputs + rank:
                         assert "shared memory or registers than sm_" in chosen
-                        assert history == 16 or rank == 256 or outputs == 512
+                        assert stored == 4 or history > 4 or (rank, outputs) == (256, 512)
 
 
 def test_scratch_memory_stays_within_its_limit():
