@@ -18,7 +18,17 @@ if TYPE_CHECKING:
         newton_predict,
         newton_velocity,
     )
-    from lesa_kernels.stream import OutputHead, output_head, stream_forecast, stream_velocity
+    from lesa_kernels.stream import (
+        HeadSums,
+        LowRank,
+        OutputHead,
+        StoredFeatures,
+        Weights,
+        head_sums,
+        output_head,
+        stream_forecast,
+        stream_velocity,
+    )
 
 # None of these is the name of a submodule: an imported submodule would replace it. So the function `bspline_kan` is
 # imported from the package of the same name.
@@ -32,9 +42,14 @@ _SOURCES = {
     "ring_gather": "lesa_kernels.feature_ring",
     "ring_push": "lesa_kernels.feature_ring",
     "FusedKANPredictor": "lesa_kernels.predictor",
+    "HeadSums": "lesa_kernels.stream",
+    "LowRank": "lesa_kernels.stream",
     "OutputHead": "lesa_kernels.stream",
     "PredictorConfig": "lesa_kernels.predictor",
+    "StoredFeatures": "lesa_kernels.stream",
+    "Weights": "lesa_kernels.stream",
     "dense_predict": "lesa_kernels.predictor",
+    "head_sums": "lesa_kernels.stream",
     "newton_coefficients": "lesa_kernels.predictor",
     "newton_predict": "lesa_kernels.predictor",
     "newton_velocity": "lesa_kernels.predictor",
@@ -48,12 +63,17 @@ __all__ = [  # written out, since type checkers read it; the same names as in _S
     "BSplineKAN",
     "FeatureRing",
     "FusedKANPredictor",
+    "HeadSums",
+    "LowRank",
     "OutputHead",
     "PredictorConfig",
+    "StoredFeatures",
     "TieredRing",
+    "Weights",
     "bspline_basis",
     "bspline_evaluate",
     "dense_predict",
+    "head_sums",
     "make_ring",
     "newton_coefficients",
     "newton_predict",

@@ -14,6 +14,10 @@ import torch
 
 LIBRARY = torch.library.Library("lesa_kernels", "FRAGMENT")
 
+# An operator can be compiled. Its kernels rely on strides, such as those of adjacent channels, so a compiler may not
+# change them.
+OPERATOR_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
 _SCHEMA_TYPES = {
     torch.Tensor: "Tensor",
     torch.Tensor | None: "Tensor?",
@@ -65,13 +69,14 @@ def _schema(name: str, kernel: Callable, groups: list[_Group]) -> str:
     return f"{name}({', '.join(parts)}) -> {_SCHEMA_TYPES[typing.get_type_hints(kernel)['return']]}"
 
 
-def register(name: str, kernel: Callable, fake: Callable) -> Callable:
-    """Registers an operator of torch that runs `kernel`, on the CPU and on CUDA.
+def register(name: str, kernel: Callable, fake: Callable, devices: tuple[str, ...] = ("CPU", "CUDA")) -> Callable:
+    """Registers an operator of torch that runs `kernel`.
 
     Args:
         name: of the operator.
         kernel: takes named tuples, dataclasses and single values; all parameters and the result are annotated.
         fake: takes the same, and returns empty tensors like the result.
+        devices: on which it runs. For tensors on others, the operator raises torch's own error.
 
     Returns:
         A function that takes what `kernel` takes, and calls the operator.
@@ -97,9 +102,9 @@ def register(name: str, kernel: Callable, fake: Callable) -> Callable:
         with torch.cuda.device(flat[0].device), _without_autocast("cuda"):
             return kernel(*grouped(flat))
 
-    LIBRARY.define(_schema(name, kernel, groups))
-    LIBRARY.impl(name, on_cpu, "CPU")
-    LIBRARY.impl(name, on_gpu, "CUDA")
+    LIBRARY.define(_schema(name, kernel, groups), tags=OPERATOR_TAGS)
+    for device in devices:
+        LIBRARY.impl(name, {"CPU": on_cpu, "CUDA": on_gpu}[device], device)
     torch.library.register_fake(f"lesa_kernels::{name}", lambda *flat: fake(*grouped(flat)), lib=LIBRARY)
     operator = getattr(torch.ops.lesa_kernels, name).default
 
@@ -128,10 +133,10 @@ def _flattened(arguments: Sequence) -> list:
     return flat
 
 
-def refuse_gradient(name: str, why: str) -> None:
-    """Makes the gradient of the operator `name` a `RuntimeError`, which begins "<name> on Triton <why>."."""
+def refuse_gradient(name: str, why: str, where: str = "on Triton") -> None:
+    """Makes the gradient of the operator `name` a `RuntimeError`, which begins "<name> <where> <why>."."""
 
     def run(ctx, *grads):
-        raise RuntimeError(f'{name} on Triton {why}. Choose backend="torch" for them.')
+        raise RuntimeError(f'{name} {where} {why}. Choose backend="torch" for them.')
 
     torch.library.register_autograd(f"lesa_kernels::{name}", run, lib=LIBRARY)

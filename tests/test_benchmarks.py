@@ -219,26 +219,6 @@ def test_end_to_end_has_the_size_it_says():
 
 
 @pytest.mark.slow
-def test_roofline_writes_a_page(tmp_path):
-    out = tmp_path / "pages" / "roofline.md"
-    printed = run(tmp_path, BENCHMARKS / "roofline.py", "--bandwidth", "1000", "--tflops", "100", "--out", out)
-    page = out.read_text()
-    assert "No time on this page is a measurement" in page and "1.00 TB/s" in page
-    assert (out.parent / "roofline.png").stat().st_size > 10_000
-    # Four anchors and a forecast of 4096 x 3072 bfloat16, and 3 x 3072 x 65 float32: 128.2 MB, 128.2 us at 1 TB/s.
-    row = "| flux-1024px | newton predict, rank 0 | 128.2 | 0.10 | 0.8 | 128.2 | bandwidth |"
-    assert row in page and row in printed
-    # 6 maps of 3072 x 3072 for each of 4096 tokens: 463.9 GFLOP, 4.6 ms at 100 TFLOPS.
-    assert "| flux-1024px | dense predict, K = 6 | 402.7 | 463.86 | 1152.0 | 4638.6 | products |" in page
-
-
-@pytest.mark.slow
-def test_the_committed_roofline_is_that_of_the_code(tmp_path):
-    run(tmp_path, BENCHMARKS / "roofline.py", "--preset", "H200", "--out", tmp_path / "roofline.md")
-    assert (tmp_path / "roofline.md").read_text() == (ROOT / "docs" / "roofline.md").read_text()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "calls, dtype", [("layers", torch.float32), ("forecasts", torch.bfloat16), ("forecast_gradients", torch.float32)]
 )
@@ -301,6 +281,29 @@ def test_sanitizer_tells_our_reports_from_those_of_torch(report, tmp_path, capsy
     first, *named = capsys.readouterr().out.splitlines()
     assert first == f"{len(reports) - 1} of {len(reports)} reports are of kernels of lesa_kernels"
     assert named == reports[1:]
+
+
+TOOLS = {  # what the tool does, by whether it is asked to check this package; the exit status that follows
+    "refuses the GPU": ("echo 'Device not supported'; exit 1", 77),
+    "says so and goes on": ("echo '========= Error: Device not supported'", 77),
+    "finds nothing": ('test -z "$log" || echo "========= ERROR SUMMARY: 0 errors" > "$log"', 0),
+    "finds something": ('test -z "$log" && exit 0; echo "========= Invalid write" > "$log"; exit 1', 1),
+}
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "initcheck"])
+@pytest.mark.parametrize("case", TOOLS)
+def test_sanitizer_tells_a_tool_that_is_refused_from_one_that_finds_errors(case, tool, tmp_path, monkeypatch, capsys):
+    does, status = TOOLS[case]
+    program, log = tmp_path / "compute-sanitizer", tmp_path / "log.txt"
+    find_log = 'while [ $# -gt 0 ]; do test "$1" = --log-file && log=$2; shift; done'
+    program.write_text(f"#!/bin/sh\n{find_log}\n{does}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(SystemExit) as exited:
+        load("sanitize.py")["main"](["--tool", tool, "--log", str(log)])
+    assert exited.value.code == status
+    assert (f"--tool {tool} can't check" in capsys.readouterr().out) == (status == 77)
 
 
 def test_sanitizer_takes_no_log_that_breaks_off(tmp_path):

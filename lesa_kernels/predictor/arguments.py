@@ -1,7 +1,7 @@
 """The arguments of the predictors' operations as named tuples, and their checks.
 
-The fields are the arguments of the public functions, in the same order. `ops/register.py` makes the schemas of the
-operators from the fields and their types, and is the only place where the tuples are flattened.
+The fields are the arguments of the public functions, in the same order. `lesa_kernels/register.py` makes the schemas of
+the operators from the fields and their types, and is the only place where the tuples are flattened.
 """
 
 import functools
@@ -12,6 +12,7 @@ import torch
 from lesa_kernels.bspline_kan.op import TRITON_ORDERS
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
 from lesa_kernels.checks import Said, argument_error, check_int, check_tensor
+from lesa_kernels.dispatch import needs_gradient
 from lesa_kernels.stream.arguments import NO_RESIDUAL, STORED_DTYPES, LowRank
 
 
@@ -24,7 +25,8 @@ class RingState(NamedTuple):
         sigmas: `[C, B]` float32.
         cursor: `[B]` int32.
         count: `[B]` int32.
-        sigma: `[B]` float32 or float64, the noise level to forecast.
+        sigma: `[B]` float32 or float64, the noise level to forecast. For newton also a tensor without dimensions on
+            the CPU: one number for all samples, which a kernel takes as it is.
     """
 
     storage: torch.Tensor
@@ -39,7 +41,21 @@ class RingState(NamedTuple):
         """Where the ring is."""
         return self.storage.device
 
-    def check(self) -> None:
+    @property
+    def has_one_sigma(self) -> bool:
+        """Whether `sigma` is one number for all samples, which the host knows."""
+        return self.sigma.ndim == 0 and self.sigma.is_cpu
+
+    def with_sigma_of_each(self) -> "RingState":
+        """The same, with a `sigma` for each sample."""
+        if not self.has_one_sigma:
+            return self
+        batch = (self.storage.shape[1],)
+        if self.device.type == "cpu":
+            return self._replace(sigma=self.sigma.expand(batch))
+        return self._replace(sigma=torch.full(batch, self.sigma.item(), dtype=self.sigma.dtype, device=self.device))
+
+    def check(self, allows_one_sigma: bool = False) -> None:
         """Raises `TypeError` or `ValueError` unless the buffers fit together."""
         check_tensor("storage", self.storage, ("capacity", "B", "T", "D"), STORED_DTYPES)
         capacity, batch, tokens, _ = self.storage.shape
@@ -52,7 +68,9 @@ class RingState(NamedTuple):
         check_tensor("sigmas", self.sigmas, (capacity, batch), (torch.float32,), self.device)
         check_tensor("cursor", self.cursor, (batch,), (torch.int32,), self.device)
         check_tensor("count", self.count, (batch,), (torch.int32,), self.device)
-        check_tensor("sigma", self.sigma, (batch,), (torch.float32, torch.float64), self.device)
+        one = allows_one_sigma and self.has_one_sigma
+        device = self.sigma.device if one else self.device
+        check_tensor("sigma", self.sigma, () if one else (batch,), (torch.float32, torch.float64), device)
 
     def check_channels(self) -> None:
         """Raises `ValueError` unless the channels of a token are adjacent in memory, as compiled code reads them."""
@@ -155,7 +173,11 @@ class NewtonExperts(NamedTuple):
 
     def check(self, ring: RingState, shape: Shape) -> None:
         """Raises `TypeError` or `ValueError` unless the parameters fit the ring and the shape, which are checked."""
-        stages, taps, width = shape.stages, shape.longest - 1, ring.storage.shape[3]
+        self.check_sizes(ring.storage.shape[3], ring.device, shape)
+
+    def check_sizes(self, width: int, device: torch.device, shape: Shape) -> None:
+        """Raises `TypeError` or `ValueError` unless the parameters are for features of a width, and on a device."""
+        stages, taps = shape.stages, shape.longest - 1
         sizes: dict[str, tuple[int | str, ...]] = {
             "in_weight": (stages, "M", taps + 2),
             "in_bias": (stages, "M"),
@@ -165,7 +187,7 @@ class NewtonExperts(NamedTuple):
         }
         if self.down is not None:
             sizes |= {"down": (stages, "R", taps, width), "up": (stages, width, "R"), "up_bias": (stages, width)}
-        _check_sizes(self, sizes, ring.device)
+        _check_sizes(self, sizes, device)
 
 
 class DenseExperts(NamedTuple):
@@ -218,7 +240,7 @@ def check_all(ring: RingState, experts: Experts, shape: Shape) -> None:
     """Raises `TypeError` or `ValueError` unless all arguments of a forecast fit together."""
     if isinstance(experts, NewtonExperts) and _newton_fits(ring, experts, shape):
         return
-    ring.check()
+    ring.check(allows_one_sigma=isinstance(experts, NewtonExperts))
     shape.check(ring.storage.shape[0])
     experts.check(ring, shape)
 
@@ -243,7 +265,8 @@ def _newton_fits(ring: RingState, experts: NewtonExperts, shape: Shape) -> bool:
     capacity, batch, _, width = storage.shape
     state = (ring.sigmas, ring.cursor, ring.count, ring.sigma)
     parameters = [parameter for parameter in experts if parameter is not None]
-    tensors, device = (*state, *parameters), storage.device
+    each = ring.count if ring.has_one_sigma else ring.sigma  # both have one entry for each sample
+    tensors, device = (*state[:3], each, *parameters), storage.device
     rank = None if down is None else down.shape[1]
     return (
         tuple([tensor.shape for tensor in tensors])
@@ -274,18 +297,20 @@ def _newton_sizes(
     return tuple(sizes)
 
 
-def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd records operations on these tensors."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def has_kernels_for(experts: Experts, shape: Shape) -> bool:
+    """Whether Triton has kernels for such parameters: it has none for float64 and high degrees."""
+    return (
+        all([parameter is None or parameter.dtype != torch.float64 for parameter in experts])
+        and TRITON_ORDERS[0] <= shape.spline_order <= TRITON_ORDERS[1]
+    )
 
 
 def has_kernels(ring: RingState, experts: Experts, shape: Shape) -> bool:
-    """Whether Triton has kernels for such arguments: it has none for float64, high degrees and gradients of sigmas."""
+    """Whether Triton has kernels for such arguments; it has none for gradients of sigmas."""
     storage = ring.storage
     return (
         storage.dtype != torch.float64
-        and all([parameter is None or parameter.dtype != torch.float64 for parameter in experts])
-        and TRITON_ORDERS[0] <= shape.spline_order <= TRITON_ORDERS[1]
+        and has_kernels_for(experts, shape)
         and (storage.stride(3) == 1 or storage.shape[3] == 1)
         and not needs_gradient(ring.sigmas, ring.sigma)
     )

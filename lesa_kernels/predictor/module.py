@@ -20,9 +20,10 @@ from lesa_kernels.predictor.files import CONFIG_NAME, WEIGHTS_NAME, find_files
 from lesa_kernels.predictor.ops.coefficients import run_newton_coefficients
 from lesa_kernels.predictor.ops.dense import run_dense_predict
 from lesa_kernels.predictor.ops.newton import newton_backend, run_newton_predict
-from lesa_kernels.predictor.ops.velocity import newton_velocity_is_fused, run_newton_velocity
+from lesa_kernels.predictor.ops.velocity import run_newton_velocity
 from lesa_kernels.stream.arguments import NO_RESIDUAL, NO_SUMS, HeadSums, LowRank, OutputHead, StoredFeatures, Weights
 from lesa_kernels.stream.op import output_head, stream_forecast, stream_velocity
+from lesa_kernels.stream.reference import forecast_dtype
 from lesa_kernels.torch_modes import default_modes
 
 
@@ -211,10 +212,7 @@ class FusedKANPredictor(nn.Module):
         experts = self.experts()
         if isinstance(experts, DenseExperts):
             return False
-        state = RingState(*self._state(ring), ring.sigmas[0])
-        if newton_backend(state, experts, self.shape(), self.backend, "newton_velocity") != "triton":
-            return False
-        return head is None or newton_velocity_is_fused(state.storage, experts.down, head)
+        return False
 
     def plan(self, levels: Sequence[Sequence[float]], sigmas: Sequence[float], batch: int) -> list[Weights]:
         """The weights of the forecasts of several steps of a run, for `forecast_with` and `velocity_with`.
@@ -228,31 +226,53 @@ class FusedKANPredictor(nn.Module):
             batch: samples of the run, which all have the same noise levels.
 
         Returns:
-            One `Weights` for each step, on the device of the parameters.
+            One `Weights` for each step, on the device of the parameters. The host does not wait for the device.
 
         Raises:
-            RuntimeError: the predictor is a dense one, which has no such weights.
+            ValueError: `levels` and `sigmas` have different lengths.
+            RuntimeError: the predictor is a dense one, which has no such weights; or `backend` can't run here, such as
+                Triton where a gradient is recorded.
         """
         experts, shape = self.experts(), self.shape()
         if isinstance(experts, DenseExperts):
             raise argument_error(
                 "config.mixer", 'be "newton" for a plan', self.config.mixer, "Call the predictor itself.", RuntimeError
             )
-        longest = shape.longest
-        history = [list(each[:longest]) for each in levels]
-        padded = [each + each[-1:] * (longest - len(each)) if each else [0.0] * longest for each in history]
-        host = [
-            torch.tensor(padded, dtype=torch.float32).view(-1, 1, longest),
-            torch.tensor([len(each) for each in history], dtype=torch.int32).view(-1, 1),
-            torch.tensor(sigmas, dtype=torch.float32).view(-1, 1),
+        steps, longest = len(sigmas), shape.longest
+        if len(levels) != steps:
+            must = f"have one entry for each of the {steps} steps in `sigmas`"
+            raise argument_error("levels", must, Said(f"{len(levels)}"), "Pass the computed steps before each of them.")
+        if not steps:
+            return []
+        numbers: list[float] = []
+        for each in levels:
+            numbers += each[:longest]
+            numbers += [0.0] * (longest - len(each))  # not read
+        numbers += sigmas
+        values = self._uploaded(numbers, [min(len(each), longest) for each in levels])
+        near, target, count = values.split([steps * longest, steps, steps])
+        weights = run_newton_coefficients(
+            near.view(steps, 1, longest),
+            count.view(torch.int32).view(steps, 1),
+            target.view(steps, 1),
+            experts,
+            shape,
+            self.backend,
+        )
+        each_step = [
+            [None] * steps if value is None else value.expand(-1, batch, *value.shape[2:]).unbind() for value in weights
         ]
-        state = [tensor.to(self.in_weight.device) for tensor in host]
-        weights = run_newton_coefficients(state[0], state[1], state[2], experts, shape, self.backend)
-        steps = [
-            [None] * len(sigmas) if value is None else value.expand(-1, batch, *value.shape[2:]).unbind()
-            for value in weights
-        ]
-        return [Weights(*step) for step in zip(*steps)]
+        return [Weights(*step) for step in zip(*each_step)]
+
+    def _uploaded(self, numbers: Sequence[float], counts: Sequence[int]) -> torch.Tensor:
+        """The numbers as float32, then the bits of the counts as int32, in one copy to the device of the parameters."""
+        device = self.in_weight.device
+        host = torch.empty(
+            len(numbers) + len(counts), dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda"
+        )
+        host[: len(numbers)] = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+        host[len(numbers) :].view(torch.int32).copy_(torch.tensor(counts, dtype=torch.int32, device="cpu"))
+        return host.to(device, non_blocking=True)
 
     def low_rank(self, dtype: torch.dtype) -> LowRank:
         """The residual for `forecast_with` and `velocity_with`, from features of `dtype`: prepared once for a run."""
@@ -260,8 +280,9 @@ class FusedKANPredictor(nn.Module):
         if isinstance(experts, DenseExperts) or experts.residual is None or not experts.rank:
             return NO_RESIDUAL
         down, up, _ = experts.residual
-        wide = up.float()
-        return LowRank(down.to(dtype), up.to(dtype), wide.mT @ wide, wide.sum(1))
+        with torch.autocast(up.device.type, enabled=False):
+            wide, dtype = up.float(), forecast_dtype(dtype)
+            return LowRank(down.to(dtype), up.to(dtype), wide.mT @ wide, wide.sum(1))
 
     def forecast_with(
         self, ring: FeatureRing | TieredRing, weights: Weights, low_rank: LowRank = NO_RESIDUAL
@@ -269,8 +290,7 @@ class FusedKANPredictor(nn.Module):
         """`forward` with weights from `plan`, and the residual from `low_rank`."""
 
         def forecast(storage, scales, sigmas, cursor, count):
-            features = StoredFeatures(storage, scales, cursor, count)
-            return stream_forecast(features, weights, low_rank, self.backend)
+            return stream_forecast(StoredFeatures(storage, scales, cursor, count), weights, low_rank, self.backend)
 
         return self._over(ring, forecast)
 
@@ -308,7 +328,10 @@ class FusedKANPredictor(nn.Module):
     def _target(self, ring: FeatureRing | TieredRing, sigma: float | torch.Tensor) -> torch.Tensor:
         if isinstance(sigma, torch.Tensor):
             return sigma.to(torch.float32).expand(ring.batch) if sigma.ndim == 0 else sigma
-        return torch.full((ring.batch,), check_float("sigma", sigma), dtype=torch.float32, device=ring.device)
+        number = check_float("sigma", sigma)
+        if self.config.mixer == "newton" and not torch.compiler.is_compiling():
+            return torch.tensor(number, dtype=torch.float32, device="cpu")  # a kernel takes it as it is
+        return torch.full((ring.batch,), number, dtype=torch.float32, device=ring.device)
 
     def experts(self) -> Experts:
         """The parameters of all stages, as `newton_predict` or `dense_predict` takes them."""

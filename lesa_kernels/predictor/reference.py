@@ -196,12 +196,13 @@ def newton_predict_ref(
     shape: Shape,
 ) -> torch.Tensor:
     """Plain torch form of `newton_predict`; see there."""
-    storage, scales, sigmas, cursor, count, sigma = ring
+    storage, scales, sigmas, cursor, count, sigma = ring.with_sigma_of_each()
     slots = newest_slots(cursor, count, storage.shape[0])[: shape.longest]
     levels = sigmas.gather(0, slots.long()).T[None]  # [1, B, K]
     dtype = compute_dtype(storage)
     weights = newton_coefficients_ref(levels, count[None], sigma[None], experts, shape, dtype)
-    step = Weights(*(None if value is None else value[0] for value in weights))
+    rest = [None if value is None else value[0] for value in weights[2:]]
+    step = Weights(weights.anchors[0], weights.count[0], *rest)
     return stream_forecast_ref(StoredFeatures(storage, scales, cursor, count), step, experts.low_rank)
 
 

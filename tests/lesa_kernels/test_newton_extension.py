@@ -115,9 +115,9 @@ def relaid(tensor, layout):
 @pytest.fixture(params=["avx512", "avx2", "plain"])
 def instructions(request, monkeypatch):
     """Forecasts with no wider instructions than these. A processor without the widest uses what it has."""
-    compiled = extension()
-    limited = functools.partial(compiled.newton_predict, instructions=request.param)
-    monkeypatch.setattr(extension_module, "extension", lambda: SimpleNamespace(newton_predict=limited))
+    names = ("newton_predict", "newton_coefficients")
+    limited = {name: functools.partial(getattr(extension(), name), instructions=request.param) for name in names}
+    monkeypatch.setattr(extension_module, "extension", lambda: SimpleNamespace(**limited))
     return request.param
 
 
@@ -258,22 +258,30 @@ def test_any_number_of_threads_gives_the_same_bytes(dtype, rank):
     assert all(torch.equal(forecast, forecasts[0]) for forecast in forecasts)
 
 
+PARAMETERS = NewtonExperts._fields
+SIZES = ("dim", "hidden", "rank", "grid_size", "spline_order")
+
+
 def raw_predict(**changes):
     """Calls the compiled function as `newton_predict_extension` does, with `changes`, on 2 samples of 3 x 5."""
     arguments = case(8, count=(4, 2), tokens=3, dim=5, rank=2, history=(4, 3), bounds=(0.2,))
     for name in ("cursor", "count"):
         if (value := changes.pop(f"{name}_value", None)) is not None:
             getattr(arguments, name).fill_(value)
-    output = torch.zeros(2, 3, 5)
-    tensors = {name: value for name, value in vars(arguments).items() if isinstance(value, torch.Tensor)}
+    output, changed = torch.zeros(2, 3, 5), bool(changes)
+    tensors = {name: getattr(arguments, name) for name in ("storage", "sigmas", "cursor", "count", "sigma")}
     call = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    call |= dict(storage_dtype="float32", storage_sizes=(4, 2, 3, 5), storage_strides=(30, 15, 5), hidden=7, rank=2)
-    call |= dict(stage_bounds=(0.2,), history_length=(4, 3), grid_size=8, spline_order=3)
-    call |= dict(output=output.data_ptr(), threads=1)
+    sizes = dict(dim=5, hidden=7, rank=2, grid_size=8, spline_order=3)
+    call |= dict(
+        parameters=[changes.pop(name, getattr(arguments, name).data_ptr()) for name in PARAMETERS],
+        sizes=[changes.pop(name, sizes[name]) for name in SIZES],
+    )
+    call |= dict(storage_dtype="float32", storage_sizes=(4, 2, 3), storage_strides=(30, 15, 5))
+    call |= dict(stage_bounds=(0.2,), history_length=(4, 3), output=output.data_ptr(), threads=1)
     try:
         extension().newton_predict(**call | changes)
     finally:
-        if changes:
+        if changed:
             assert not output.any()
     return output, arguments
 
@@ -287,8 +295,8 @@ BAD_CALLS = {
         f"null {name}": ({name: 0}, f"`{name}` must not be a null pointer, but got 0")
         for name in ("out_bias", "down", "up", "up_bias", "output")
     },
-    "negative size": (dict(storage_sizes=(4, 2, -3, 5)), "`tokens` must be at least 0, but got -3"),
-    "no slot": (dict(storage_sizes=(0, 2, 3, 5)), "`capacity` must be at least 1, but got 0"),
+    "negative size": (dict(storage_sizes=(4, 2, -3)), "`tokens` must be at least 0, but got -3"),
+    "no slot": (dict(storage_sizes=(0, 2, 3)), "`capacity` must be at least 1, but got 0"),
     "negative stride": (dict(storage_strides=(30, -15, 5)), "`storage_strides` must be at least 0, but got -15"),
     "unknown instructions": (dict(instructions="mmx"), "`instructions` must be one of avx512, avx2, plain"),
     "negative hidden": (dict(hidden=-1), "`hidden` must be at least 0, but got -1"),
@@ -296,7 +304,10 @@ BAD_CALLS = {
     "no grid": (dict(grid_size=0), "`grid_size` must be at least 1, but got 0"),
     "negative order": (dict(spline_order=-1), "`spline_order` must be at least 0, but got -1"),
     "huge order": (dict(spline_order=2**63 - 1), r"`spline` must address at most 2\^63 - 1 bytes"),
-    "huge output": (dict(storage_sizes=(4, 2, 2**31, 2**31)), r"`out(put|_weight|_bias)` must address at most 2\^63"),
+    "huge output": (
+        dict(storage_sizes=(4, 2, 2**31), dim=2**31),
+        r"`out(put|_weight|_bias)` must address at most 2\^63",
+    ),
     "huge stride": (dict(storage_strides=(2**62, 15, 5)), r"`storage` must address at most 2\^63 - 1 bytes"),
     "huge hidden": (dict(hidden=2**62), r"`hidden` must address at most 2\^63 - 1 bytes"),
     "huge rank": (dict(rank=2**62), r"`down` must address at most 2\^63 - 1 bytes"),

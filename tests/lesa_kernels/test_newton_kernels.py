@@ -14,16 +14,16 @@ from lesa_kernels import (
     OutputHead,
     PredictorConfig,
     dense_predict,
+    newton_coefficients,
     newton_predict,
     newton_velocity,
     output_head,
 )
 from lesa_kernels.predictor.arguments import DenseExperts, NewtonExperts, RingState, Shape
-from lesa_kernels.predictor.ops import velocity as velocity_op
 from lesa_kernels.predictor.reference import kan_hidden
 
 pytest.importorskip("triton")
-from lesa_kernels.predictor.kernels import newton, velocity  # noqa: E402
+from lesa_kernels.predictor.kernels import newton  # noqa: E402
 
 FLOAT8 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, FLOAT8]
@@ -175,7 +175,7 @@ def test_float8_is_decoded_by_its_bits_where_triton_has_no_such_type(kernel_devi
     ring.storage[:, :, 0] = torch.arange(24, device=kernel_device).sub(12).mul(37.3).to(FLOAT8)  # all sizes of exponent
     ring.storage[0, 0, 1] = torch.tensor(2.0**-9, device=kernel_device).to(FLOAT8)  # subnormal
     native = predictor(ring, sigma)
-    for module in (newton, velocity):
+    for module in (newton,):
         monkeypatch.setattr(module, "stored_bits", lambda storage: (storage.view(torch.uint8), 2))
     assert torch.equal(predictor(ring, sigma), native)
 
@@ -288,7 +288,7 @@ def test_what_is_not_finite_stays_where_it_is(bad, kernel_device):
     predictor, ring, sigma = make("blocks", kernel_device, pushes=[4, 4])
     ring.storage[(ring.cursor[0] - 2) % 4, 0, 1, 2] = bad
     forecast = predictor(ring, sigma)  # the residual mixes the channels of a token
-    assert forecast[0, 1].isnan().all() and (~forecast.isfinite()).sum() == 140
+    assert (~forecast[0, 1].isfinite()).all() and (~forecast.isfinite()).sum() == 140
     result = predictor.predict_velocity(ring, sigma, make_head(ring, 3))
     assert result[0, 1].isnan().all() and (~result.isfinite()).sum() == 3
 
@@ -503,13 +503,18 @@ def test_opcheck(name, kernel_device):
     ring.storage.nan_to_num_()
     state, experts, shape = functional(predictor, ring, sigma)
     ops = torch.ops.lesa_kernels
-    torch.library.opcheck(ops.newton_predict.default, (*state, *experts, *shape, "triton"))
+    torch.library.opcheck(ops.newton_predict.default, (*state, *experts, *shape))
+    one_level = (*state[:-1], torch.tensor(0.5))
+    torch.library.opcheck(ops.newton_predict.default, (*one_level, *experts, *shape))
     head = make_head(ring, 4)
     parts = (head.weight, head.bias, head.scale, head.shift, head.eps)
     detached = [None if e is None else e.detach() for e in experts]
     torch.library.opcheck(ops.newton_velocity.default, (*state, *detached, *parts, *shape))
     grad = torch.randn(2, 3, 24, device=kernel_device)
     torch.library.opcheck(ops.newton_predict_bwd.default, (grad, *state, *detached, *shape, True))
+    levels = torch.tensor([[[0.6, 0.7, 0.8, 0.9]]], device=kernel_device)
+    count, target = torch.tensor([[3]], dtype=torch.int32, device=kernel_device), levels[..., 0] - 0.1
+    torch.library.opcheck(ops.newton_coefficients.default, (levels, count, target, *detached, *shape))
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
@@ -595,11 +600,11 @@ def test_the_operators_check_their_arguments(kernel_device):
     state, experts, shape = functional(predictor, ring, sigma)
     with pytest.raises(ValueError, match=r"`storage` must have a last stride of 1, but got strides"):
         apart = ring.storage.mT.contiguous().mT
-        torch.ops.lesa_kernels.newton_predict(apart, *state[1:], *experts, *shape, "triton")
-    with pytest.raises(ValueError, match=r"`backend` must be one of 'triton', 'extension', but got 'nonsense'"):
-        torch.ops.lesa_kernels.newton_predict(*state, *experts, *shape, "nonsense")
+        torch.ops.lesa_kernels.newton_predict(apart, *state[1:], *experts, *shape)
     with pytest.raises(ValueError, match=r"`sigmas` must have shape \[4, 2\]"):
-        torch.ops.lesa_kernels.newton_predict(state[0], None, ring.sigmas[:1], *state[3:], *experts, *shape, "triton")
+        torch.ops.lesa_kernels.newton_predict(state[0], None, ring.sigmas[:1], *state[3:], *experts, *shape)
+    with pytest.raises(ValueError, match=r"`sigma` must have shape \[2\]"):
+        torch.ops.lesa_kernels.newton_predict(*state[:-1], torch.tensor([0.5]), *experts, *shape)
     head = make_head(ring, 4)
     parts = (head.weight, head.bias, head.scale[:1], head.shift, head.eps)
     with pytest.raises(ValueError, match=r"`head.scale` must have shape \[2, 24\]"):
@@ -618,7 +623,11 @@ def test_names_and_order_of_arguments_are_those_of_the_public_functions():
     newton, dense = (
         [*RingState._fields, *experts._fields, *Shape._fields] for experts in (NewtonExperts, DenseExperts)
     )
-    assert names(newton_predict) == schema("newton_predict") == [*newton, "backend"]
+    assert names(newton_predict) == [*newton, "backend"]
+    assert schema("newton_predict") == schema("newton_predict_extension") == newton
+    levels = ["sigmas", "count", "sigma", *newton[len(RingState._fields) :]]
+    assert names(newton_coefficients) == [*levels, "backend"]
+    assert schema("newton_coefficients") == levels
     assert schema("newton_predict_bwd") == ["grad", *newton, "needs_storage"]
     assert names(dense_predict) == [*dense, "backend"]
     assert schema("dense_predict") == dense
@@ -634,10 +643,13 @@ def test_the_schemas_of_the_operators():
     kan = "Tensor in_weight, Tensor in_bias, Tensor spline, Tensor out_weight, Tensor out_bias"
     newton = f"{ring}, {kan}, Tensor? down, Tensor? up, Tensor? up_bias"
     dense = f"{ring}, {kan}, Tensor mix_weight, Tensor mix_bias"
-    head = "Tensor weight, Tensor? bias, Tensor scale, Tensor shift, float eps"
+    head = "Tensor weight, Tensor? bias, Tensor scale, Tensor? shift, float eps"
+    levels = newton.replace(ring, "Tensor sigmas, Tensor count, Tensor sigma")
     shape = "float[] stage_bounds, int[] history_length, int grid_size, int spline_order"
     wanted = {
-        "newton_predict": f"{newton}, {shape}, str backend) -> Tensor",
+        "newton_predict": f"{newton}, {shape}) -> Tensor",
+        "newton_predict_extension": f"{newton}, {shape}) -> Tensor",
+        "newton_coefficients": f"{levels}, {shape}) -> Tensor[]",
         "newton_predict_bwd": f"Tensor grad, {newton}, {shape}, bool needs_storage) -> Tensor[]",
         "newton_velocity": f"{newton}, {head}, {shape}) -> Tensor",
         "dense_predict": f"{dense}, {shape}) -> Tensor",
@@ -645,3 +657,34 @@ def test_the_schemas_of_the_operators():
     }
     for name, schema in wanted.items():
         assert str(getattr(torch.ops.lesa_kernels, name).default._schema) == f"lesa_kernels::{name}({schema}"
+
+
+def test_the_tags_of_the_operators():
+    """Compilers must neither refuse an operator nor change the strides of what it reads."""
+    names = [name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "lesa_kernels::" in name]
+    found = {}
+    for name in names:
+        packet, _, overload = name.partition(".")
+        found[name] = getattr(getattr(torch.ops.lesa_kernels, packet), overload or "default")
+    assert {"newton_predict", "newton_predict_bwd", "newton_coefficients", "dense_predict", "bspline_kan"} <= {*found}
+    wanted = {torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides}
+    assert {name: {*operator.tags} & wanted for name, operator in found.items()} == dict.fromkeys(found, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["rank0", "windows", "k1"])
+def test_one_level_for_all_samples_is_a_number(name, kernel_device):
+    """The kernel takes it as it is; on a GPU there is no tensor to fill."""
+    predictor, ring, _ = make(name, kernel_device, pushes=[4, 3, 0])
+    head = make_head(ring, 3)
+    each = torch.full((3,), 0.4, device=kernel_device)
+    assert torch.equal(predictor(ring, 0.4)[:2], predictor(ring, each)[:2])
+    one = predictor.predict_velocity(ring, 0.4, head)
+    assert torch.equal(one[:2], predictor.predict_velocity(ring, each, head)[:2]) and one[2].isnan().all()
+
+
+def test_gradients_at_one_level_for_all_samples(kernel_device):
+    predictor, ring, _ = make("windows", kernel_device, pushes=[4, 3])
+    each = torch.full((2,), 0.4, device=kernel_device)
+    one, many = ([*torch.autograd.grad(predictor(ring, s).sum(), [*predictor.parameters()])] for s in (0.4, each))
+    assert all(torch.equal(a, b) for a, b in zip(one, many))

@@ -200,7 +200,7 @@ def compile_unit(architecture: int, case: str, dtype: torch.dtype) -> dict:
     (found,) = [each for each in CASES if each.name == case]
     launches, kernels, error = {}, {}, None
     try:
-        launched = _pretend(architecture)
+        launched = pretend(architecture)
         for size in found.sizes:
             launched.clear()
             found.call(replace(size, dtype=dtype))
@@ -217,7 +217,7 @@ def compile_unit(architecture: int, case: str, dtype: torch.dtype) -> dict:
     }
 
 
-def _pretend(architecture: int) -> list:
+def pretend(architecture: int) -> list:
     """Makes Triton compile for `architecture`, and returns the list that gets every kernel that is launched."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver

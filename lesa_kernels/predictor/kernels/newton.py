@@ -1,33 +1,34 @@
-"""Newton's forecast in one launch.
+"""Newton's forecast, and its gradient.
 
-A program owns a block of channels of one sample. It computes their anchor weights once, then loops over its share of
-the tokens: it loads K feature tiles and writes one forecast tile. The low-rank residual needs all channels of a token.
-So each program writes the unfinished forecast, and its part of `down @ taps` to scratch memory. The last program that
-arrives at a tile of tokens adds these parts in a fixed order and finishes the tile.
+Without a residual the forecast is one launch. A program owns a block of channels of one sample, and a share of the
+tokens. It loads the K tiles of its first tokens. While they are on their way, it computes the weights of the anchors.
+Then it goes through its share: it loads the next tiles, and writes the forecast of the present ones.
+
+With a residual there are two launches, because the residual needs all channels of a token: one makes the weights, one
+adds up the features.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from lesa_kernels.launch import LAUNCH_OPTIONS, arrival_counters, launch_config, multiprocessors
+from lesa_kernels.launch import LAUNCH_OPTIONS, launch_config, multiprocessors
 from lesa_kernels.predictor.arguments import NewtonExperts, RingState, Shape
 from lesa_kernels.predictor.gradients import HiddenUnits, History, coefficients_backward, read_history
-from lesa_kernels.predictor.kernels.shared import (
-    anchor_weights,
-    newton_weight,
-    sample_of,
-    stage_constants,
-)
+from lesa_kernels.predictor.kernels.coefficients import newton_ring_coefficients
+from lesa_kernels.predictor.kernels.shared import anchor_weights, newton_weight, sample_of, sigma_argument, stage_values
 from lesa_kernels.predictor.reference import newton_weights
+from lesa_kernels.stream.arguments import StoredFeatures
 from lesa_kernels.stream.kernels.shared import (
     load_history,
+    load_rows,
     next_power_of_2,
     operand_dtype,
     rounded_dot,
     stored_bits,
     widen_history,
 )
+from lesa_kernels.stream.kernels.sums import stream_forecast_fwd
 
 
 @triton.jit
@@ -41,19 +42,12 @@ def tap_of(anchors, levels, n, sigma, j: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def load_maps(down, stage, channels, ranks, D: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr):
-    """The residual's maps of a block of channels: K - 1 tensors `[channels, ranks]`."""
-    exist = (channels < D)[:, None] & (ranks < RANK)[None, :]
-    maps = ()
-    for j in tl.static_range(K - 1):
-        rows = (stage * RANK + ranks) * (K - 1) + j
-        maps = maps + (tl.load(down + rows[None, :] * D + channels[:, None], exist, 0.0),)
-    return maps
-
-
-@triton.jit
 def tap_scale(levels, n, sigma, j: tl.constexpr):
-    """How many times larger than the anchors tap j can be; one if the tap is zero or does not exist."""
+    """How many times larger than the anchors tap j can be; one if the tap is zero or does not exist.
+
+    Taps far from their anchors are large. Divided by this they are as small as the anchors, so that a product of
+    matrices in a narrow dtype can take them.
+    """
     scale = 0.0
     for k in tl.static_range(j + 1):
         scale += tl.abs(newton_weight(sigma, levels, n, j, k))
@@ -61,40 +55,71 @@ def tap_scale(levels, n, sigma, j: tl.constexpr):
 
 
 @triton.jit
-def read_residual(anchors, maps, levels, n, sigma, zero, K: tl.constexpr, OPERAND: tl.constexpr):
-    """This block's part of `down @ taps`: `[BLOCK_T, BLOCK_R]`, the shape of `zero`.
-
-    Taps far from their anchors are large. They are divided by a scale before the product, so that they are as small as
-    the anchors and fit into float16 if the features do.
-    """
-    part = zero
-    for j in tl.static_range(1, K):
-        scale = tap_scale(levels, n, sigma, j)
-        tap = tap_of(anchors, levels, n, sigma, j, K) * (1 / scale)
-        part += scale * rounded_dot(tap, maps[j - 1], zero, OPERAND)
-    return part
+def load_tiles(
+    features,
+    slots,
+    row,
+    start,
+    end,
+    channels,
+    inside,
+    n,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    FLOAT8: tl.constexpr,
+):
+    """As `load_history`, up to token `end`."""
+    tiles = ()
+    for k in tl.static_range(K):
+        there = tl.where(k < n, end, 0)
+        tiles = tiles + (load_rows(features, slots[k], row, start, there, channels, inside, BLOCK_T, FLOAT8),)
+    return tiles
 
 
 @triton.jit
-def residual_of(read, up, stage, channels, D: tl.constexpr, RANK: tl.constexpr, OPERAND: tl.constexpr):
-    """`up @ read` for a block of channels: `[BLOCK_T, channels]`.
+def zeros(channels, COUNT: tl.constexpr):
+    """COUNT tensors `[channels]` of zeros."""
+    tensors = ()
+    for _ in tl.static_range(COUNT):
+        tensors = tensors + (tl.zeros(channels.shape, tl.float32),)
+    return tensors
 
-    With taps far from their anchors, `read` may exceed the range of float16 even if the residual does not.
-    """
-    if tl.float16 == OPERAND:
-        operand: tl.constexpr = tl.float32
-    else:
-        operand: tl.constexpr = OPERAND
-    ranks = tl.arange(0, read.shape[1])
-    exist = (channels < D)[None, :] & (ranks < RANK)[:, None]
-    map = tl.load(up + (stage * D + channels)[None, :] * RANK + ranks[:, None], exist, 0.0)
-    return rounded_dot(read, map, tl.zeros([read.shape[0], channels.shape[0]], tl.float32), operand)
+
+@triton.jit
+def weights_and_constant(
+    in_weight,
+    in_bias,
+    spline,
+    out_weight,
+    out_bias,
+    up_bias,
+    stage,
+    sigma,
+    levels,
+    n,
+    channels,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    GRID: tl.constexpr,
+    DEGREE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The K weights of the anchors, and what is added to the sum: NaN if there is no anchor."""
+    constant = tl.where(n > 0, tl.zeros(channels.shape, tl.float32), float("nan"))
+    if HAS_BIAS:
+        constant += tl.load(up_bias + stage * D + channels, channels < D, 0.0).to(tl.float32)
+    weights = anchor_weights(
+        in_weight, in_bias, spline, out_weight, out_bias, stage, sigma, levels, n, channels,
+        D, M, K, GRID, DEGREE, BLOCK_M,
+    )  # fmt: skip
+    return weights + (constant,)
 
 
 @triton.jit(do_not_specialize=["capacity", "batch", "tokens", "splits"])
 def _newton_predict_fwd_kernel(
     output,
-    read_output,
     storage,
     scales,
     sigmas,
@@ -106,11 +131,7 @@ def _newton_predict_fwd_kernel(
     spline,
     out_weight,
     out_bias,
-    down,
-    up,
     up_bias,
-    parts,
-    arrivals,
     capacity,
     batch,
     tokens,
@@ -118,22 +139,19 @@ def _newton_predict_fwd_kernel(
     stride_b,
     stride_t,
     splits,
-    BOUNDS: tl.constexpr,
-    LENGTHS: tl.constexpr,
+    bounds,
+    lengths,
     GRID: tl.constexpr,
     DEGREE: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
     K: tl.constexpr,
-    RANK: tl.constexpr,
+    IS_NUMBER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    KEEPS_READ: tl.constexpr,
     FLOAT8: tl.constexpr,
-    OPERAND: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -144,82 +162,30 @@ def _newton_predict_fwd_kernel(
     channels = block * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = channels < D
     inner = tl.arange(0, BLOCK_T)
+    first = tokens * split // splits  # the shares are equal within one token
+    last = tokens * (split + 1) // splits
 
-    target, stage, slots, levels, n = sample_of(row, sigma, sigmas, cursor, count, batch, capacity, BOUNDS, LENGTHS, K)
+    target, stage, slots, levels, n = sample_of(
+        row, sigma, sigmas, cursor, count, batch, capacity, bounds, lengths, K, IS_NUMBER
+    )
     features = (storage, scales, batch, tokens, stride_c, stride_b, stride_t)
-    weights = anchor_weights(
-        in_weight, in_bias, spline, out_weight, out_bias, stage, target, levels, n, channels,
-        D, M, K, GRID, DEGREE, BLOCK_M,
-    )  # fmt: skip
-    if HAS_BIAS:
-        bias = tl.load(up_bias + stage * D + channels, inside, 0.0).to(tl.float32)
-    if RANK > 0:
-        ranks = tl.arange(0, BLOCK_R)
-        maps = load_maps(down, stage, channels, ranks, D, K, RANK)
-
-    tiles = tl.cdiv(tokens, BLOCK_T)
-    share = tl.cdiv(tiles, splits)
-    last = tl.minimum((split + 1) * share, tiles)
-    if RANK > 0:
-        # Tiles are loaded one ahead, so that the next one is loading while the programs wait for each other. Without a
-        # residual they do not wait, and the compiler's own pipeline of NUM_STAGES stages is used.
-        stored = load_history(features, slots, row, split * share * BLOCK_T, channels, inside, n, K, BLOCK_T, FLOAT8)
-    for tile in tl.range(split * share, last, num_stages=NUM_STAGES):
-        start = tile * BLOCK_T
-        mask = (start + inner < tokens)[:, None] & inside[None, :]
-        if RANK == 0:
-            stored = load_history(features, slots, row, start, channels, inside, n, K, BLOCK_T, FLOAT8)
-            anchors = widen_history(stored, K, FLOAT8)
-        else:
-            anchors = widen_history(stored, K, FLOAT8)
-            stored = load_history(
-                features,
-                slots,
-                row,
-                start + BLOCK_T,
-                channels,
-                inside,
-                tl.where(tile + 1 < last, n, 0),
-                K,
-                BLOCK_T,
-                FLOAT8,
-            )
-        forecast = weights[0][None, :] * anchors[0]
+    weights = zeros(channels, K + 1)
+    for start in tl.range(first, last, BLOCK_T, num_stages=NUM_STAGES):
+        stored = load_tiles(features, slots, row, start, last, channels, inside, n, K, BLOCK_T, FLOAT8)
+        if start == first:
+            # Here and not before the loop: the first features are then on their way.
+            weights = weights_and_constant(
+                in_weight, in_bias, spline, out_weight, out_bias, up_bias, stage, target, levels, n, channels,
+                D, M, K, GRID, DEGREE, HAS_BIAS, BLOCK_M,
+            )  # fmt: skip
+        anchors = widen_history(stored, K, FLOAT8)
+        forecast = weights[0][None, :] * anchors[0] + weights[K][None, :]
         for k in tl.static_range(1, K):
             forecast += weights[k][None, :] * anchors[k]
-        if HAS_BIAS:
-            forecast += bias[None, :]
-
         token = tl.cast(row, tl.int64) * tokens + start
         written = output + token * D + inner[:, None] * D + channels[None, :]
-        if RANK == 0:
-            tl.store(written, forecast.to(output.dtype.element_ty), mask)
-        else:
-            zero = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-            part = read_residual(anchors, maps, levels, n, target, zero, K, OPERAND)
-            counter = arrivals + row * tiles + tile
-            inner_read = inner[:, None] * BLOCK_R + ranks[None, :]
-            first_part = parts + (tl.cast(row, tl.int64) * tiles + tile) * (blocks * BLOCK_T * BLOCK_R)
-            kept = (start + inner < tokens)[:, None] & (ranks < RANK)[None, :]
-            kept_at = read_output + token * RANK + inner[:, None] * RANK + ranks[None, :]
-            tl.store(written, forecast.to(output.dtype.element_ty), mask)
-            tl.store(first_part + block * (BLOCK_T * BLOCK_R) + inner_read, part)
-            tl.debug_barrier()  # all threads must have written before one of them counts the arrival
-            if tl.atomic_add(counter, 1, sem="acq_rel") == blocks - 1:
-                read = zero
-                for b in range(blocks):
-                    # Not from the first-level cache, which does not see the writes of other multiprocessors.
-                    read += tl.load(first_part + b * (BLOCK_T * BLOCK_R) + inner_read, cache_modifier=".cg")
-                tl.store(counter, 0)
-                if KEEPS_READ:
-                    tl.store(kept_at, read, kept)
-                for b in range(blocks):
-                    others = b * BLOCK_D + tl.arange(0, BLOCK_D)
-                    exist = (start + inner < tokens)[:, None] & (others < D)[None, :]
-                    finished = output + token * D + inner[:, None] * D + others[None, :]
-                    base = tl.load(finished, exist, 0.0, cache_modifier=".cg").to(tl.float32)
-                    base += residual_of(read, up, stage, others, D, RANK, OPERAND)
-                    tl.store(finished, base.to(output.dtype.element_ty), exist)
+        mask = (start + inner < last)[:, None] & inside[None, :]
+        tl.store(written, forecast.to(output.dtype.element_ty), mask)
 
 
 def newton_predict_fwd(
@@ -229,57 +195,52 @@ def newton_predict_fwd(
     out_dtype: torch.dtype,
     read: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Launches Newton's forecast once; arguments as in `newton_predict`, checked there.
+    """Newton's forecast in one launch, with a residual in two; arguments as in `newton_predict`, checked there.
 
     If `read` is given, `[B, T, R]` float32, `down @ taps` is written to it for the backward.
     """
-    storage, rank, hidden = ring.storage, experts.rank, experts.in_weight.shape[1]
+    storage, hidden = ring.storage, experts.in_weight.shape[1]
+    if experts.rank:
+        weights = newton_ring_coefficients(ring, experts, shape)
+        features = StoredFeatures(storage, ring.scales, ring.cursor, ring.count)
+        return stream_forecast_fwd(features, weights, experts.low_rank, out_dtype, read)
     capacity, batch, tokens, width = storage.shape
     output = torch.empty((batch, tokens, width), dtype=out_dtype, device=storage.device)
     if output.numel() == 0:
         return output
-    config = launch_config("newton_predict_residual" if rank else "newton_predict", storage.dtype, storage.device)
+    config = launch_config("newton_predict", storage.dtype, storage.device)
+    # A longer history has more tiles under way at once, so they are smaller.
+    config["BLOCK_T"] = max(4 * config["BLOCK_T"] // next_power_of_2(shape.longest, 4), 1)
     grid, splits = newton_grid(storage, config)
-    block_t, blocks = config["BLOCK_T"], triton.cdiv(width, config["BLOCK_D"])
-    block_r = next_power_of_2(rank, 16)
-    parts = arrivals = output  # not used
-    if rank:
-        tiles = batch * triton.cdiv(tokens, block_t)
-        parts = torch.empty(tiles * blocks * block_t * block_r, dtype=torch.float32, device=storage.device)
-        arrivals = arrival_counters(storage.device, tiles)
     stored, float8 = stored_bits(storage)
+    units = (experts.in_weight, experts.in_bias, experts.spline, experts.out_weight, experts.out_bias)
     _newton_predict_fwd_kernel[grid](
         output,
-        output if read is None else read,
         stored,
         output if ring.scales is None else ring.scales,
         ring.sigmas,
         ring.cursor,
         ring.count,
-        ring.sigma,
-        *(output if parameter is None else parameter for parameter in experts),
-        parts,
-        arrivals,
+        sigma_argument(ring),
+        *units,
+        output if experts.up_bias is None else experts.up_bias,
         capacity,
         batch,
         tokens,
         *storage.stride()[:3],
         splits,
-        **stage_constants(shape),
+        *stage_values(shape),
         GRID=shape.grid_size,
         DEGREE=shape.spline_order,
         D=width,
         M=hidden,
         K=shape.longest,
-        RANK=rank,
+        IS_NUMBER=ring.has_one_sigma,
         HAS_BIAS=experts.up_bias is not None,
-        KEEPS_READ=read is not None,
         FLOAT8=float8,
-        OPERAND=operand_dtype(storage.dtype),
         BLOCK_D=config["BLOCK_D"],
-        BLOCK_T=block_t,
+        BLOCK_T=config["BLOCK_T"],
         BLOCK_M=min(config["BLOCK_M"], next_power_of_2(hidden)),
-        BLOCK_R=block_r,
         NUM_STAGES=config["NUM_STAGES"],
         num_warps=config["num_warps"],
         **LAUNCH_OPTIONS,
@@ -325,8 +286,8 @@ def _newton_predict_bwd_kernel(
     stride_b,
     stride_t,
     splits,
-    BOUNDS: tl.constexpr,
-    LENGTHS: tl.constexpr,
+    bounds,
+    lengths,
     D: tl.constexpr,
     K: tl.constexpr,
     RANK: tl.constexpr,
@@ -347,7 +308,7 @@ def _newton_predict_bwd_kernel(
     inner = tl.arange(0, BLOCK_T)
     ranks = tl.arange(0, BLOCK_R)
 
-    target, stage, slots, levels, n = sample_of(row, sigma, sigmas, cursor, count, batch, capacity, BOUNDS, LENGTHS, K)
+    target, stage, slots, levels, n = sample_of(row, sigma, sigmas, cursor, count, batch, capacity, bounds, lengths, K)
     features = (storage, scales, batch, tokens, stride_c, stride_b, stride_t)
 
     bias_total = tl.zeros([BLOCK_D], tl.float32)
@@ -383,7 +344,7 @@ def _newton_predict_bwd_kernel(
             tap = tap_of(anchors, levels, n, target, j, K)
             new_coefficients = new_coefficients + (coefficient_totals[j - 1] + tl.sum(up_stream * tap, axis=0),)
             if RANK > 0:
-                scale = tap_scale(levels, n, target, j)  # as in `read_residual`
+                scale = tap_scale(levels, n, target, j)
                 zero = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
                 part = rounded_dot(tl.trans(tap * (1 / scale)), grad_read_tile, zero, OPERAND)
                 new_downs = new_downs + (down_totals[j - 1] + scale * part,)
@@ -462,7 +423,7 @@ def newton_predict_bwd(
             tokens,
             *storage.stride()[:3],
             splits,
-            **stage_constants(shape),
+            *stage_values(shape),
             D=width,
             K=shape.longest,
             RANK=rank,

@@ -1,31 +1,36 @@
 """Functions for the kernels of all predictors: stages, histories, hidden units of the KAN, weights of the anchors."""
 
+import functools
+import math
+
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 
 from lesa_kernels.bspline_kan.kernels import spline_position, spline_weights
-from lesa_kernels.predictor.arguments import Shape
+from lesa_kernels.predictor.arguments import RingState, Shape
 from lesa_kernels.predictor.reference import OFFSET_SCALE
+from lesa_kernels.stream.kernels.shared import next_power_of_2
 
 _OFFSET_SCALE = tl.constexpr(OFFSET_SCALE)
 
 
 @triton.jit
-def stage_of(sigma, BOUNDS: tl.constexpr):
-    """How many of the falling BOUNDS are at or above `sigma`."""
+def stage_of(sigma, bounds):
+    """How many of the falling `bounds` are at or above `sigma`."""
     stage = 0
-    for i in tl.static_range(len(BOUNDS)):
-        stage += (sigma <= BOUNDS[i]).to(tl.int32)
+    for i in tl.static_range(len(bounds)):
+        stage += (sigma <= bounds[i]).to(tl.int32)
     return stage
 
 
 @triton.jit
-def of_stage(stage, VALUES: tl.constexpr):
-    """VALUES[stage], for a stage that only the device knows."""
-    value = VALUES[0]
-    for i in tl.static_range(1, len(VALUES)):
-        value = tl.where(stage == i, VALUES[i], value)
+def of_stage(stage, values):
+    """values[stage], for a stage that only the device knows."""
+    value = values[0]
+    for i in tl.static_range(1, len(values)):
+        value = tl.where(stage == i, values[i], value)
     return value
 
 
@@ -40,10 +45,20 @@ def history_of(sigmas, cursor, count, row, batch, capacity, length, K: tl.conste
     slots = ()
     levels = ()
     for k in tl.static_range(K):
-        slot = (head - 1 - tl.minimum(k, tl.maximum(there - 1, 0)) + capacity) % capacity
+        slot = head - 1 - tl.minimum(k, tl.maximum(there - 1, 0))
+        slot = tl.where(slot < 0, slot + capacity, slot)  # a remainder takes ten times as many instructions
         slots = slots + (slot,)
         levels = levels + (tl.load(sigmas + slot * batch + row),)
-    return slots, levels, tl.minimum(there, length)
+    return slots, levels, tl.minimum(there, length).to(tl.int32)
+
+
+@triton.jit
+def sigma_of(sigma, row, IS_NUMBER: tl.constexpr):
+    """The target noise level of a row: the number itself, or an entry of a tensor."""
+    if IS_NUMBER:
+        return tl.full((), sigma, tl.float32)
+    else:
+        return tl.load(sigma + row).to(tl.float32)
 
 
 @triton.jit
@@ -55,14 +70,15 @@ def sample_of(
     count,
     batch,
     capacity,
-    BOUNDS: tl.constexpr,
-    LENGTHS: tl.constexpr,
+    bounds,
+    lengths,
     K: tl.constexpr,
+    IS_NUMBER: tl.constexpr = False,
 ):
     """A row's target noise level and stage, and its `history_of`: five values."""
-    target = tl.load(sigma + row).to(tl.float32)
-    stage = stage_of(target, BOUNDS)
-    slots, levels, n = history_of(sigmas, cursor, count, row, batch, capacity, of_stage(stage, LENGTHS), K)
+    target = sigma_of(sigma, row, IS_NUMBER)
+    stage = stage_of(target, bounds)
+    slots, levels, n = history_of(sigmas, cursor, count, row, batch, capacity, of_stage(stage, lengths), K)
     return target, stage, slots, levels, n
 
 
@@ -138,7 +154,7 @@ def anchor_weights(
     DEGREE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """The weights of the K anchors in newton's forecast: K tensors `[channels]`, NaN without anchors.
+    """The weights of the K anchors in newton's forecast: K tensors `[channels]`.
 
     `A_k = [k = 0] + sum_j c_j * w_jk`, so a forecast needs only K multiplications for each feature.
     """
@@ -163,7 +179,7 @@ def anchor_weights(
     for k in tl.static_range(K):
         weight = tl.zeros(channels.shape, tl.float32)
         if k == 0:
-            weight += tl.where(n > 0, 1.0, float("nan"))
+            weight += 1.0
         for j in tl.static_range(1, K):
             if k <= j:
                 weight += coefficients[j - 1] * newton_weight(sigma, levels, n, j, k)
@@ -171,6 +187,25 @@ def anchor_weights(
     return weights
 
 
+def sigma_argument(ring: RingState) -> torch.Tensor | float:
+    """`sigma` as a kernel takes it: a tensor, or the number itself where the host knows it."""
+    return ring.sigma.item() if ring.has_one_sigma else ring.sigma
+
+
 def stage_constants(shape: Shape) -> dict[str, tuple]:
     """The kernels' constants BOUNDS and LENGTHS. Bounds are rounded to float32, in which noise levels are compared."""
     return {"BOUNDS": tuple(float(np.float32(b)) for b in shape.stage_bounds), "LENGTHS": shape.history_length}
+
+
+@functools.lru_cache(maxsize=64)
+def stage_values(shape: Shape) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The stage bounds and history lengths as a kernel takes them: as numbers that are known when it runs.
+
+    So one compiled kernel serves all predictors of a size. Triton compiles again for a tuple of another length, so both
+    are filled up: the bounds with minus infinity, which no noise level is below, and the lengths with zeros. All are
+    floats, because Triton also compiles again for some integers, such as 1 and 16.
+    """
+    places = next_power_of_2(shape.stages, 4)
+    bounds = [*map(float, shape.stage_bounds), *[-math.inf] * (places - shape.stages)]
+    lengths = [*map(float, shape.history_length), *[0.0] * (places - shape.stages)]
+    return tuple(bounds), tuple(lengths)

@@ -5,8 +5,16 @@ import torch
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
 from lesa_kernels.checks import check_tensor
 from lesa_kernels.dispatch import resolve_backend
-from lesa_kernels.predictor.arguments import NewtonExperts, Shape
+from lesa_kernels.predictor.arguments import (
+    NewtonExperts,
+    Shape,
+    check_tensors,
+    contiguous,
+    has_kernels_for,
+    needs_gradient,
+)
 from lesa_kernels.predictor.reference import newton_coefficients_ref
+from lesa_kernels.register import refuse_gradient, register
 from lesa_kernels.stream.arguments import Weights
 
 
@@ -30,6 +38,8 @@ def newton_coefficients(
 ) -> Weights:
     """The weights of newton's forecasts of P steps at once; they depend on noise levels and parameters only.
 
+    On Triton this is one launch, which has no gradients. Calls that need one run in plain torch.
+
     `stream_forecast` with the weights of a step gives what `newton_predict` gives.
 
     Args:
@@ -38,7 +48,7 @@ def newton_coefficients(
         count: `[P, B]` int32, how many of them there are.
         sigma: `[P, B]` float32, the noise levels to forecast.
         in_weight ... spline_order: as in `newton_predict`.
-        backend: "auto" or "torch".
+        backend: "auto", "triton" or "torch".
 
     Returns:
         `Weights` with a leading dimension P: `anchors` `[P, B, K, D]`, `count` `[P, B]`, which is at most the history
@@ -60,10 +70,62 @@ def run_newton_coefficients(
     sigmas: torch.Tensor, count: torch.Tensor, sigma: torch.Tensor, experts: NewtonExperts, shape: Shape, backend: str
 ) -> Weights:
     """`newton_coefficients` with its arguments in named tuples."""
-    check_tensor("out_bias", experts.out_bias, ("S", "K - 1", "D"), FLOAT_DTYPES)
-    device = experts.out_bias.device
+    check_tensors(experts)
+    names: tuple[str, ...] = ("torch",)
+    if has_kernels_for(experts, shape) and not needs_gradient(sigmas, sigma, *experts):
+        names = ("triton", *names)
+    if resolve_backend(backend, experts.out_bias, names, "newton_coefficients") == "triton":
+        return _weights(_operator(sigmas, count, sigma, experts, shape), experts)
+    _check(sigmas, count, sigma, experts, shape)
+    return newton_coefficients_ref(sigmas, count, sigma, experts, shape)
+
+
+def _check(
+    sigmas: torch.Tensor, count: torch.Tensor, sigma: torch.Tensor, experts: NewtonExperts, shape: Shape
+) -> None:
+    shape.check(shape.longest)
+    out_bias = check_tensor("out_bias", experts.out_bias, ("S", "K - 1", "D"), FLOAT_DTYPES)
+    device = out_bias.device
     check_tensor("sigmas", sigmas, ("P", "B", shape.longest), (torch.float32,), device)
     check_tensor("count", count, tuple(sigmas.shape[:2]), (torch.int32,), device)
     check_tensor("sigma", sigma, tuple(sigmas.shape[:2]), (torch.float32,), device)
-    resolve_backend(backend, sigmas, ("torch",), "newton_coefficients")
-    return newton_coefficients_ref(sigmas, count, sigma, experts, shape)
+    experts.check_sizes(out_bias.shape[2], device, shape)
+
+
+# An operator can't return None, so it returns the tensors of `Weights` that there are.
+
+
+def _weights(tensors: list[torch.Tensor], experts: NewtonExperts) -> Weights:
+    anchors, count, *rest = tensors
+    constant = None if experts.up_bias is None else rest.pop(0)
+    taps, stage = rest if rest else (None, None)
+    return Weights(anchors, count, constant, taps, stage)
+
+
+def _newton_coefficients(
+    sigmas: torch.Tensor, count: torch.Tensor, sigma: torch.Tensor, experts: NewtonExperts, shape: Shape
+) -> list[torch.Tensor]:
+    # The checks are here too, since the operator can be called without `newton_coefficients`.
+    _check(sigmas, count, sigma, experts, shape)
+    from lesa_kernels.predictor.kernels.coefficients import newton_coefficients_fwd
+
+    weights = newton_coefficients_fwd(
+        sigmas.contiguous(), count.contiguous(), sigma.contiguous(), contiguous(experts), shape
+    )
+    return [value for value in weights if value is not None]
+
+
+def _fake_coefficients(
+    sigmas: torch.Tensor, count: torch.Tensor, sigma: torch.Tensor, experts: NewtonExperts, shape: Shape
+) -> list[torch.Tensor]:
+    history, width = shape.longest, experts.out_bias.shape[2]
+    made = [sigma.new_empty((*sigma.shape, history, width)), torch.empty_like(count)]
+    if experts.up_bias is not None:
+        made.append(sigma.new_empty((*sigma.shape, width)))
+    if experts.rank:
+        made += [sigma.new_empty((*sigma.shape, history - 1, history)), torch.empty_like(count)]
+    return made
+
+
+_operator = register("newton_coefficients", _newton_coefficients, _fake_coefficients)
+refuse_gradient("newton_coefficients", "has no gradients: `newton_coefficients()` uses plain torch for them")

@@ -2,8 +2,7 @@
 
 import torch
 
-from lesa_kernels.checks import argument_error, check_choice
-from lesa_kernels.dispatch import resolve_backend
+from lesa_kernels.dispatch import needs_gradient, resolve_backend
 from lesa_kernels.predictor.arguments import (
     NewtonExperts,
     RingState,
@@ -12,7 +11,6 @@ from lesa_kernels.predictor.arguments import (
     check_tensors,
     contiguous,
     has_kernels,
-    needs_gradient,
 )
 from lesa_kernels.predictor.ops.gradient import as_declared, fake_forecast, fake_gradients, register_gradient
 from lesa_kernels.predictor.reference import newton_predict_ref
@@ -109,8 +107,10 @@ def run_newton_predict(ring: RingState, experts: NewtonExperts, shape: Shape, ba
     check_tensors(ring)
     check_tensors(experts)
     chosen = newton_backend(ring, experts, shape, backend, "newton_predict")
-    if chosen != "torch":
-        return _operator(ring, experts, shape, chosen)
+    if chosen == "triton":
+        return _on_triton(ring, experts, shape)
+    if chosen == "extension":
+        return _in_extension(ring, experts, shape)
     check_all(ring, experts, shape)
     return newton_predict_ref(ring, experts, shape)
 
@@ -125,21 +125,23 @@ def newton_backend(ring: RingState, experts: NewtonExperts, shape: Shape, backen
     return resolve_backend(backend, ring.storage, names, operation)
 
 
-def _newton_predict(ring: RingState, experts: NewtonExperts, shape: Shape, backend: str) -> torch.Tensor:
-    # The checks are here too, since the operator can be called without `newton_predict`.
-    check_choice("backend", backend, ("triton", "extension"))
+# The operators check their arguments, since they can be called without `newton_predict`.
+
+
+def _newton_predict(ring: RingState, experts: NewtonExperts, shape: Shape) -> torch.Tensor:
     check_all(ring, experts, shape)
     ring.check_channels()
-    if backend == "extension":
-        if ring.device.type != "cpu":
-            remedy = 'Pass backend="triton".'
-            raise argument_error("storage", "be on the CPU for the compiled extension", ring.storage, remedy)
-        from lesa_kernels.predictor.extension import newton_predict_extension
-
-        return newton_predict_extension(ring, experts, shape)
     from lesa_kernels.predictor.kernels.newton import newton_predict_fwd
 
     return newton_predict_fwd(contiguous(ring), contiguous(experts), shape, forecast_dtype(ring.storage.dtype))
+
+
+def _newton_predict_extension(ring: RingState, experts: NewtonExperts, shape: Shape) -> torch.Tensor:
+    check_all(ring, experts, shape)
+    ring.check_channels()
+    from lesa_kernels.predictor.extension import newton_predict_extension
+
+    return newton_predict_extension(ring.with_sigma_of_each(), experts, shape)
 
 
 def _newton_predict_bwd(
@@ -147,11 +149,14 @@ def _newton_predict_bwd(
 ) -> list[torch.Tensor]:
     from lesa_kernels.predictor.kernels.newton import newton_predict_bwd
 
-    gradients = newton_predict_bwd(grad, contiguous(ring), contiguous(experts), shape, needs_storage)
+    ring = contiguous(ring.with_sigma_of_each())
+    gradients = newton_predict_bwd(grad, ring, contiguous(experts), shape, needs_storage)
     return as_declared(gradients, ring.storage, experts, needs_storage)
 
 
-_operator = register("newton_predict", _newton_predict, fake_forecast)
+_on_triton = register("newton_predict", _newton_predict, fake_forecast)
+_in_extension = register("newton_predict_extension", _newton_predict_extension, fake_forecast, devices=("CPU",))
 register("newton_predict_bwd", _newton_predict_bwd, fake_gradients)
 register_gradient("newton_predict", NewtonExperts)
 refuse_gradient("newton_predict_bwd", "has no second derivatives")
+refuse_gradient("newton_predict_extension", "has no gradients", "in the compiled extension")

@@ -3,6 +3,7 @@
 import torch
 
 from lesa_kernels.checks import check_tensor
+from lesa_kernels.dispatch import needs_gradient
 from lesa_kernels.predictor.arguments import (
     NewtonExperts,
     RingState,
@@ -10,7 +11,6 @@ from lesa_kernels.predictor.arguments import (
     check_all,
     check_tensors,
     contiguous,
-    needs_gradient,
 )
 from lesa_kernels.predictor.ops.newton import newton_backend, run_newton_predict
 from lesa_kernels.predictor.reference import newton_velocity_ref
@@ -18,10 +18,6 @@ from lesa_kernels.register import refuse_gradient, register
 from lesa_kernels.stream.arguments import OutputHead
 from lesa_kernels.stream.op import output_head
 from lesa_kernels.stream.reference import forecast_dtype, output_head_ref
-
-# The kernel is written for up to this many outputs and bytes of scratch memory. Larger sizes run in two steps.
-KERNEL_HEAD_OUTPUTS = 256
-KERNEL_SCRATCH_BYTES = 1 << 30
 
 
 def newton_velocity(
@@ -96,37 +92,15 @@ def run_newton_velocity(
     return output_head(run_newton_predict(ring, experts, shape, chosen), head)
 
 
-def newton_velocity_is_fused(storage: torch.Tensor, down: torch.Tensor | None, head: OutputHead) -> bool:
-    """Whether the operator `newton_velocity` is one kernel for these; see there for what the kernel is made for."""
-    from lesa_kernels.predictor.kernels.velocity import VelocityLaunch
-
-    launch = VelocityLaunch.of(storage, head.weight, down)
-    narrow = all(
-        part is None or part.dtype != torch.float64 for part in (head.weight, head.bias, head.scale, head.shift)
-    )
-    return narrow and launch.outs <= KERNEL_HEAD_OUTPUTS and 4 * sum(launch.scratch) <= KERNEL_SCRATCH_BYTES
-
-
 def _newton_velocity(ring: RingState, experts: NewtonExperts, head: OutputHead, shape: Shape) -> torch.Tensor:
     # The checks are here too, since the operator can be called without `newton_velocity`.
     check_all(ring, experts, shape)
     ring.check_channels()
     head.check(ring.storage)
     out_dtype = forecast_dtype(ring.storage.dtype)
-    if not newton_velocity_is_fused(ring.storage, experts.down, head):
-        from lesa_kernels.predictor.kernels.newton import newton_predict_fwd
+    from lesa_kernels.predictor.kernels.newton import newton_predict_fwd
 
-        return output_head_ref(newton_predict_fwd(contiguous(ring), contiguous(experts), shape, out_dtype), head)
-    from lesa_kernels.predictor.kernels.velocity import newton_velocity_fwd
-
-    return newton_velocity_fwd(contiguous(ring), contiguous(experts), _readable(head), shape, out_dtype)
-
-
-def _readable(head: OutputHead) -> OutputHead:
-    """The head as the kernel reads it. Rows of the modulation may be apart, like halves of one projection's result."""
-    scale, shift = (part if part.stride(1) == 1 else part.contiguous() for part in (head.scale, head.shift))
-    bias = None if head.bias is None else head.bias.contiguous()
-    return OutputHead(head.weight.contiguous(), bias, scale, shift, head.eps)
+    return output_head_ref(newton_predict_fwd(contiguous(ring), contiguous(experts), shape, out_dtype), head)
 
 
 def _fake_velocity(ring: RingState, experts: NewtonExperts, head: OutputHead, shape: Shape) -> torch.Tensor:

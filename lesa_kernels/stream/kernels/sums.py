@@ -355,7 +355,7 @@ def _stream_sums_fwd_kernel(
                     for j in tl.static_range(K - 1):
                         rows = (stage * RANK + ranks) * (K - 1) + j
                         map = tl.load(down + rows[:, None] * D + channels[None, :], exist, 0.0)
-                        tap = weights[j][0] * features_k[0]
+                        tap = weights[j][0] * features_k[0]  # type: ignore[misc]
                         for k in tl.static_range(1, j + 2):
                             tap += weights[j][k] * features_k[k]
                         if tl.float16 == OPERAND:

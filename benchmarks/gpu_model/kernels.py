@@ -1,0 +1,316 @@
+"""The launches of the public calls, compiled without a GPU as the calls would launch them, and described for the model.
+
+It calls the cases of `tests/support/ahead_of_time.py`, and compiles the ring's CUDA code with `nvcc`.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from math import ceil, prod
+from pathlib import Path
+
+from shapes import FLUX, HUNYUAN_VIDEO, QWEN_IMAGE, FeatureShape, LayerShape
+
+from lesa_kernels import work
+
+from . import machine_code
+from .devices import Device
+from .multiprocessor import DoesNotFit
+from .prediction import Launch, Prediction, predict
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests" / "support"))
+import ahead_of_time  # noqa: E402
+
+NO_COMPILER = "there is no nvcc to compile it with"
+DENSE_HISTORY = 6  # entries of the middle one of the dense variant's three stages
+OUTS = 64  # of the head of FLUX, Qwen-Image and HunyuanVideo: 16 channels, patches of 2 x 2
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A launch as it was recorded: the compiled kernel, how many programs, and the arguments by name."""
+
+    kernel: object
+    programs: int
+    arguments: dict
+
+
+def recorder(device: Device) -> Callable[[Callable], list[Recorded]]:
+    """What calls a function and returns its launches. From now on launches compile for `device` and do nothing else."""
+    from triton.runtime.jit import JITFunction
+
+    ahead_of_time.ARCHITECTURES[device.architecture] = device.multiprocessors
+    ahead_of_time.pretend(device.architecture)
+    compile_only, launches = JITFunction.run, []
+
+    def record(self, *args, grid, **kwargs):
+        kernel = compile_only(self, *args, grid=grid, **kwargs)
+        arguments = dict(zip(self.arg_names, args)) | kwargs
+        sizes = grid(arguments) if callable(grid) else grid
+        launches.append(Recorded(kernel, prod(sizes), arguments))
+        return kernel
+
+    JITFunction.run = record
+
+    def recorded(call: Callable) -> list[Recorded]:
+        launches.clear()
+        call()
+        return list(launches)
+
+    return recorded
+
+
+def code_of(found: Recorded) -> machine_code.MachineCode:
+    """The machine code of a recorded launch."""
+    metadata = found.kernel.metadata
+    return machine_code.read(found.kernel.asm["cubin"], metadata.num_warps, metadata.shared)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A public call of which the time is predicted.
+
+    Args:
+        name: in the tables.
+        case: of `ahead_of_time`; None for the ring.
+        shapes: at which it is predicted.
+        amounts: of a shape: bytes and FLOPs of `lesa_kernels.work`.
+        describe: of a recorded launch, the shape and its amounts.
+    """
+
+    name: str
+    case: str | None
+    shapes: tuple[FeatureShape | LayerShape, ...]
+    amounts: Callable[[FeatureShape | LayerShape], dict[str, int]]
+    describe: Callable[..., Launch]
+
+    def launches(self, shape: FeatureShape | LayerShape, recorded, device: Device) -> list[Launch]:
+        """What the call launches."""
+        if self.case is None:
+            return [ring_push(shape, device, self.amounts(shape))]
+        (case,) = [each for each in ahead_of_time.CASES if each.name == self.case]
+        return [self.describe(each, shape, self.amounts(shape)) for each in recorded(lambda: case.call(shape))]
+
+
+def _loads(each: machine_code.Instruction) -> bool:
+    """Whether an instruction reads features or writes a result."""
+    return each.name in ("LDG", "LDGSTS", "STG") and "STRONG" not in each.forms
+
+
+def tiles_of_channels(found: Recorded, shape: FeatureShape, amounts: dict[str, int]) -> Launch:
+    """Newton's forecast and velocity of today: a program owns a block of channels, and loops over tiles of tokens."""
+    values, code = found.arguments, code_of(found)
+    blocks = ceil(values["D"] / values["BLOCK_D"])
+    tiles, splits = ceil(shape.tokens / values["BLOCK_T"]), values["splits"]
+    velocity, rank = "OUTS" in values, values["RANK"]
+    written = shape.batch * shape.tokens * (values["OUTS"] if velocity else shape.dim) * 2
+    first_bytes = (values["K"] - 1) * values["BLOCK_D"] * (values["M"] + rank) * 4
+    trips = {number: blocks for number in range(1, len(code.loops))}
+    scratch = 0
+    if velocity:
+        scratch = shape.batch * tiles * blocks * values["PART"] * 4
+        first_bytes += values["BLOCK_D"] * (values["OUTS"] * 2 + rank * 4)
+        trips = {number: blocks // 16 for number in trips}  # the compiler unrolls 16 rounds
+    elif rank:
+        scratch = shape.batch * tiles * blocks * values["BLOCK_T"] * values["BLOCK_R"] * 4
+    return Launch(
+        code=code,
+        programs=found.programs,
+        main_loop=0,
+        rounds=ceil(tiles / splits),
+        read=amounts["bytes"] - written,
+        written=written,
+        trips=trips,
+        streams=_loads,
+        scratch=scratch,
+        first_bytes=first_bytes,
+        members=blocks if velocity or rank else 1,
+    )
+
+
+def dense(found: Recorded, shape: FeatureShape, amounts: dict[str, int]) -> Launch:
+    """The dense variant: a matrix product that reads the ring through tensor descriptors."""
+    values, code = found.arguments, code_of(found)
+    written = shape.batch * shape.tokens * shape.dim * 2
+    return Launch(
+        code=code,
+        programs=found.programs,
+        main_loop=0,
+        rounds=DENSE_HISTORY * ceil(shape.dim / values["BLOCK_K"]),
+        read=amounts["bytes"] - written,
+        written=written,
+        trips={},
+        streams=lambda each: False,
+        copy_bytes=(values["BLOCK_R"] + values["BLOCK_C"]) * values["BLOCK_K"] * 2 // 2,  # two copies a step
+    )
+
+
+def kan(found: Recorded, shape: LayerShape, amounts: dict[str, int]) -> Launch:
+    """The KAN layer: rounds over blocks of inputs, in each of them over the bases."""
+    values, code = found.arguments, code_of(found)
+    written = shape.rows * shape.out_features * 2
+    return Launch(
+        code=code,
+        programs=found.programs,
+        main_loop=0,
+        rounds=ceil(shape.in_features / values["BLOCK_I"]),
+        read=amounts["bytes"] - written,
+        written=written,
+        trips={1: values["matrices"]},
+        streams=lambda each: each.name == "LDG",
+    )
+
+
+@cache
+def ring_push_code(architecture: int) -> machine_code.MachineCode:
+    """The compiled kernel that pushes bfloat16 into a ring of bfloat16."""
+    if shutil.which("nvcc") is None:
+        raise DoesNotFit(NO_COMPILER)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "ring.cubin"
+        source = ROOT / "csrc" / "ring_buffer_cuda.cu"
+        options = ["-cubin", f"-arch=sm_{architecture}", "-O3", "-std=c++17", "-o", file]
+        subprocess.run(["nvcc", *options, source], check=True, capture_output=True)
+        return machine_code.read(file.read_bytes(), warps=8, function="ring_push_kernelINS_8BFloat16ES2_")
+
+
+def ring_push(shape: FeatureShape, device: Device, amounts: dict[str, int]) -> Launch:
+    """A push that keeps the dtype, as `csrc/ring_buffer_cuda.cu` divides it."""
+    code = ring_push_code(device.architecture)
+    vectors = shape.batch * shape.tokens * shape.dim * 2 // 16
+    rounds = ceil(vectors / (256 * 4))
+    programs = min(rounds, 32 * device.multiprocessors)
+    written = amounts["bytes"] // 2
+    return Launch(
+        code=code,
+        programs=programs,
+        main_loop=None,
+        rounds=1,
+        read=amounts["bytes"] - written,
+        written=written,
+        trips={1: ceil(rounds / programs)},
+        streams=lambda each: each.lane_bytes == 16,
+        leaves_out=partial(_of_ragged_runs, code),
+    )
+
+
+def _of_ragged_runs(code: machine_code.MachineCode, begin: int, part: list[machine_code.Instruction]) -> bool:
+    """Whether a part of `ring_push_kernel` is not executed where runs are adjacent and begin at 16 bytes."""
+    moves = [each for each in part if each.name in ("LDG", "STG")]
+    if any(each.lane_bytes == 16 for each in moves):
+        return False
+    first = min(i for i, each in enumerate(code.instructions) if each.name == "LDG" and each.lane_bytes == 16)
+    waits_for_state = begin < first and any(each.name == "BAR" for each in part)
+    return waits_for_state or any(each.lane_bytes == 2 for each in moves) or any(each.name == "CALL" for each in part)
+
+
+def _layer(shape: LayerShape) -> tuple:
+    return shape.rows, shape.in_features, shape.out_features, shape.dtype
+
+
+FEATURES = (FLUX, QWEN_IMAGE, HUNYUAN_VIDEO)
+LAYER = replace(ahead_of_time.WIDE, name="65536 rows, 256 to 256")
+
+
+def _newton(rank: int) -> Operation:
+    return Operation(
+        f"newton predict, rank {rank}",
+        f"newton_predict-rank{rank}",
+        FEATURES,
+        lambda shape: work.newton_predict(*shape.sizes, rank=rank),
+        tiles_of_channels,
+    )
+
+
+def _velocity(rank: int) -> Operation:
+    return Operation(
+        f"predict velocity, rank {rank}",
+        f"newton_velocity-rank{rank}",
+        FEATURES,
+        lambda shape: work.predict_velocity(*shape.sizes, OUTS, rank=rank),
+        tiles_of_channels,
+    )
+
+
+def _layer(shape: LayerShape) -> dict[str, int]:
+    return work.bspline_kan(shape.rows, shape.in_features, shape.out_features, shape.dtype, grid_size=8)
+
+
+OPERATIONS = [
+    _newton(0),
+    _newton(32),
+    _velocity(0),
+    _velocity(32),
+    Operation(
+        f"dense predict, K = {DENSE_HISTORY}",
+        "dense_predict",
+        FEATURES,
+        lambda shape: work.dense_predict(*shape.sizes, DENSE_HISTORY),
+        dense,
+    ),
+    Operation("KAN layer, forward", "bspline_kan", (LAYER,), _layer, kan),
+    Operation("ring push", None, FEATURES, lambda shape: work.ring_push(*shape.sizes), ring_push),
+]
+
+
+def figures(device: Device) -> dict[str, dict[str, dict]]:
+    """Operation -> shape -> what the model says. This compiles all of them, so it needs a process of its own."""
+    recorded = recorder(device)
+    return {
+        operation.name: {str(shape): _figures(operation, shape, recorded, device) for shape in operation.shapes}
+        for operation in OPERATIONS
+    }
+
+
+def _figures(operation: Operation, shape, recorded, device: Device) -> dict:
+    amounts = operation.amounts(shape)
+    floor = device.floor(amounts["bytes"], amounts["flops"])
+    copy = max(amounts["bytes"] / device.reached_bandwidth(1 / 2), amounts["flops"] / device.flops)
+    found = {"floor_us": _us(floor), "copy_floor_us": _us(copy)}
+    try:
+        launches = operation.launches(shape, recorded, device)
+        predictions = [predict(device, launch) for launch in launches]
+    except DoesNotFit as refusal:
+        return found | {"refused": str(refusal)}
+    total = sum(each.seconds for each in predictions)
+    found |= {"predicted_us": _us(total), "ratio": round(total / floor, 3), "ratio_to_copy": round(total / copy, 3)}
+    return found | {"launches": [_details(*each) for each in zip(launches, predictions)]}
+
+
+def _details(launch: Launch, prediction: Prediction) -> dict:
+    """One launch, as the page shows it."""
+    found = {
+        "predicted_us": _us(prediction.seconds),
+        "registers": launch.code.registers,
+        "shared_kb": round(launch.code.shared / 1024, 1),
+        "warps": launch.code.warps,
+        "programs": prediction.programs,
+        "resident": prediction.resident,
+        "waves": prediction.waves,
+        "idle": prediction.idle,
+        "in_flight_kb": round(prediction.in_flight / 1024, 1),
+        "instructions_per_byte": round(prediction.instructions_per_byte, 2),
+        "first_data_us": _us(prediction.first_data),
+        "issue_us": _us(prediction.issue),
+        "memory_us": _us(prediction.memory),
+        "cache_us": _us(prediction.cache),
+        "round_us": _us(prediction.per_round),
+        "scratch_mb": round(launch.scratch / 1e6, 1),
+    }
+    if prediction.rotated is not None:
+        found |= {
+            "finish_us": _us(prediction.finish),
+            "most_finished": prediction.most_finished,
+            "fair": round(prediction.fair, 1),
+            "rotated_us": _us(prediction.rotated),
+        }
+    return found
+
+
+def _us(seconds: float) -> float:
+    return round(seconds * 1e6, 2)
