@@ -265,7 +265,6 @@ def sums_launch(device: Device, problem: Problem) -> SumsLaunch | str:
         return chosen
     places = chosen.resident * device.multiprocessors
     blocks = _ceil(problem.width, chosen.block_d)
-    busy = 0.8 if problem.rank else 0.6  # of a full tile's time, its instructions take this part
     best: tuple[float, SumsLaunch] | None = None
     for splits in (1, 2, 4, 8):
         if splits > blocks:
@@ -278,7 +277,8 @@ def sums_launch(device: Device, problem: Problem) -> SumsLaunch | str:
             scratch = units * groups * together * chosen.part
             if 4 * scratch > MOST_SCRATCH_BYTES and not (splits == 1 and best is None):
                 continue
-            moved = max(rows, busy * tiles * chosen.block_t) * problem.token_bytes * _ceil(blocks, splits) / blocks
+            # The last rows of a tile take their time even if there are no tokens for them.
+            moved = tiles * chosen.block_t * problem.token_bytes * _ceil(blocks, splits) / blocks
             cost = _ceil(units * groups, places) * (_START_BYTES + tiles * _TILE_BYTES + moved)
             if splits > 1:
                 cost += _MEETING_BYTES + splits * tiles * chosen.part * 2
