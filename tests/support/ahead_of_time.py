@@ -1,8 +1,8 @@
 """Compiles every kernel for GPUs that are not there, as the public calls would launch it, and reads what came out.
 
 `PYTHONPATH=benchmarks python tests/support/ahead_of_time.py --out report.json` calls each case of `CASES` at each of
-its sizes and dtypes for each of its architectures. The tensors are on the CPU and are never touched. Triton is told of a
-GPU, and each launch compiles and is recorded instead. Unset `TRITON_INTERPRET`, which makes kernels that can't be
+its sizes and dtypes for each of its architectures. The tensors are on the CPU and are never touched. Triton is told of
+a GPU, and each launch compiles and is recorded instead. Unset `TRITON_INTERPRET`, which makes kernels that can't be
 compiled.
 
 To add a kernel, add a `Case`. The tests in `test_ahead_of_time.py` then hold for it.
@@ -194,7 +194,7 @@ def gradient(name: str, call: Callable, *sizes: FeatureShape | LayerShape, produ
 
 
 def stream_cases() -> list[Case]:
-    """Bfloat16 on all architectures, the other dtypes on one or two; the largest ranks and heads on the smallest GPUs."""
+    """Bfloat16 on all architectures, other dtypes on one or two; the largest ranks and heads on the smallest GPUs."""
     every, bf16 = tuple(ARCHITECTURES), (torch.bfloat16,)
     others = (torch.float16, torch.float32, torch.float8_e4m3fn)
     sums, large = {"kernel": "stream_sums", "vectorised": True, "products": "small"}, (FLUX,)

@@ -147,7 +147,7 @@ def finish_velocity(
             squares += tl.sum(turned * read, axis=1)
     deviation = tl.sqrt(tl.maximum(squares, 0.0, tl.PropagateNan.ALL) / D + eps)
 
-    out_chunk: tl.constexpr = min(BLOCK_O, CHUNK if RANK > 0 else 64)
+    out_chunk: tl.constexpr = min(BLOCK_O, CHUNK)
     for first_out in tl.range(0, BLOCK_O, out_chunk):
         outs = first_out + tl.arange(0, out_chunk)
         exist = outs < OUTS
@@ -479,7 +479,7 @@ def _launch(
         BLOCK_R=max(tiling.block_r, 16),
         BY_RANK=tiling.by_rank,
         PART=tiling.part,
-        CHUNK=32,
+        CHUNK=tiling.chunk,
         NUM_STAGES=tiling.stages,
         num_warps=tiling.warps,
         num_stages=1,
