@@ -1,8 +1,8 @@
 """Compiles every kernel for GPUs that are not there, as the public calls would launch it, and reads what came out.
 
 `PYTHONPATH=benchmarks python tests/support/ahead_of_time.py --out report.json` calls each case of `CASES` at each of
-its sizes and dtypes for sm_80, sm_90 and sm_100. The tensors are on the CPU and are never touched. Triton is told of a
-GPU, and each launch compiles and is recorded instead. Unset `TRITON_INTERPRET`, which makes kernels that can't be
+its sizes and dtypes for each of its architectures. The tensors are on the CPU and are never touched. Triton is told of
+a GPU, and each launch compiles and is recorded instead. Unset `TRITON_INTERPRET`, which makes kernels that can't be
 compiled.
 
 To add a kernel, add a `Case`. The tests in `test_ahead_of_time.py` then hold for it.
@@ -31,10 +31,12 @@ from shapes import FLUX, HUNYUAN_VIDEO, QWEN_IMAGE, FeatureShape, LayerShape
 
 from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig
 from lesa_kernels.bspline_kan import bspline_kan
+from lesa_kernels.stream import HeadSums, LowRank, StoredFeatures, Weights, stream_forecast, stream_velocity
 
-# Multiprocessors of an A100, an H100 or H200, and a B200: grids depend on it.
-ARCHITECTURES = {80: 108, 90: 132, 100: 148}
-SHARED_MEMORY_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+# Multiprocessors of an A100, an RTX 3090, an RTX 4090, an H100 or H200, a B200, and an RTX 5090: grids depend on it.
+ARCHITECTURES = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
+SHARED_MEMORY_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+DATA_CENTRE = (80, 90, 100)
 WORKERS = 2
 
 # What is counted in a kernel's PTX.
@@ -68,6 +70,8 @@ class Case:
         most_selects: for each architecture, how many comparisons and selections of integers (ISETP, SEL) the innermost
             loop of its matrix products may have in dtypes of 16 bits.
         kernels: how many different kernels all launches may compile; any number if None.
+        architectures: for which it is compiled.
+        kernel: how the name of its kernel begins; that of the call if it is None.
     """
 
     name: str
@@ -81,6 +85,8 @@ class Case:
     float32_products: bool = False
     most_selects: tuple[tuple[int, int], ...] = ()
     kernels: int | None = None
+    architectures: tuple[int, ...] = DATA_CENTRE
+    kernel: str | None = None
 
 
 def empty_ring(predictor: FusedKANPredictor, size: FeatureShape) -> FeatureRing:
@@ -152,6 +158,35 @@ def velocity(rank: int) -> Callable[[FeatureShape], object]:
     return call
 
 
+def stream(rank: int = 0, outputs: int = 0, history: int = 4) -> Callable[[FeatureShape], object]:
+    """A call of the weighted sum of features, with a head if there are outputs, as in a run: all sums are made."""
+
+    def call(size):
+        dtype, stages = torch.bfloat16 if size.dtype.itemsize == 1 else size.dtype, 3
+        shape, number = (history, size.batch, size.tokens), torch.empty(size.batch, dtype=torch.int32)
+        scales = torch.empty(shape) if size.dtype.itemsize == 1 else None
+        features = StoredFeatures(torch.empty(*shape, size.dim, dtype=size.dtype), scales, number, number)
+        anchors, added = torch.empty(size.batch, history, size.dim), torch.empty(size.batch, size.dim)
+        weights, low_rank = Weights(anchors, number, None, None, None), LowRank()
+        through = None
+        if rank:
+            weights = Weights(anchors, number, added, torch.empty(size.batch, history - 1, history), number)
+            maps = (
+                torch.empty(stages, rank, history - 1, size.dim, dtype=dtype),
+                torch.empty(stages, size.dim, rank, dtype=dtype),
+            )
+            low_rank = LowRank(*maps, torch.empty(stages, rank, rank), torch.empty(stages, rank))
+            through = torch.empty(size.batch, rank, outputs)
+        if not outputs:
+            return stream_forecast(features, weights, low_rank, backend="triton")
+        scale, shift = torch.empty(2, size.batch, size.dim, dtype=dtype)
+        head = OutputHead(torch.empty(outputs, size.dim, dtype=dtype), torch.empty(outputs, dtype=dtype), scale, shift)
+        sums = HeadSums(torch.empty(size.batch, outputs), torch.empty(size.batch, outputs), through)
+        return stream_velocity(features, weights, head, low_rank, sums, backend="triton")
+
+    return call
+
+
 def layer(grid_size: int, spline_order: int, backward: bool = False) -> Callable[[LayerShape], object]:
     """A call of the KAN layer, and of its gradients if need be."""
 
@@ -179,11 +214,32 @@ def gradient(name: str, call: Callable, *sizes: FeatureShape | LayerShape, produ
     return Case(name, call, sizes, FLOATS, None, products, may_spill=(torch.float32,))
 
 
+def stream_cases() -> list[Case]:
+    """Bfloat16 on all architectures, other dtypes on one or two; the largest ranks and heads on the smallest GPUs."""
+    every, bf16 = tuple(ARCHITECTURES), (torch.bfloat16,)
+    others = (torch.float16, torch.float32, torch.float8_e4m3fn)
+    sums, large = {"kernel": "stream_sums", "vectorised": True, "products": "small"}, (FLUX,)
+    return [
+        Case("stream_forecast", stream(), (FLUX, HUNYUAN_VIDEO), bf16, vectorised=True, architectures=every),
+        Case("stream_forecast-others", stream(), large, others, vectorised=True, architectures=(80, 90)),
+        Case("stream_forecast-16-anchors", stream(history=16), large, bf16, vectorised=True, architectures=(90,)),
+        Case("stream_forecast-rank32", stream(32), large, bf16, architectures=(90, 120), **sums),
+        Case("stream_velocity-rank0", stream(0, 64), large, bf16, architectures=every, **sums),
+        Case("stream_velocity-rank0-others", stream(0, 64), large, others, architectures=(90,), **sums),
+        Case(
+            "stream_velocity-rank32", stream(32, 64), large, bf16, may_spill=bf16, architectures=(80, 90, 120), **sums
+        ),
+        Case("stream_velocity-rank256", stream(256, 64), large, bf16, may_spill=bf16, architectures=(86,), **sums),
+        Case("stream_velocity-512-outputs", stream(0, 512), large, bf16, architectures=(86, 90), **sums),
+    ]
+
+
 CASES = [
     Case("newton_predict-rank0", predict("newton", rank=0), vectorised=True),
     Case("newton_predict-rank32", predict("newton", rank=32), products="small", vectorised=True),
     Case("newton_velocity-rank0", velocity(0), products="small", vectorised=True),
     Case("newton_velocity-rank32", velocity(32), products="small", vectorised=True, may_spill=(torch.float32,)),
+    *stream_cases(),
     Case("dense_predict", predict("dense", cast=True), products="large", vectorised=True),
     Case("dense_predict-cast", predict("dense"), dtypes=(torch.bfloat16,), products="large", vectorised=True),
     Case(
@@ -213,12 +269,12 @@ CASES = [
 ]
 
 
-def units(only: str = "", architectures=tuple(ARCHITECTURES)) -> list[tuple[int, str, torch.dtype]]:
+def units(only: str = "") -> list[tuple[int, str, torch.dtype]]:
     """What is compiled in one go: architecture, case and dtype, those whose `id_of` contains `only`."""
     found = [
         (architecture, case.name, dtype)
         for case in CASES
-        for dtype, architecture in itertools.product(case.dtypes, architectures)
+        for dtype, architecture in itertools.product(case.dtypes, case.architectures)
     ]
     return [unit for unit in found if only in id_of(*unit)]
 
