@@ -59,10 +59,12 @@ class Case:
         sizes: where it is called.
         dtypes: in which of the dtypes.
         launches: kernels that one call may launch; any number if None.
+        kernels: how many different kernels all its launches may be; any number if None.
         products: "large" if its matrix products must run on what the architecture has for large ones (mma, wgmma,
             tcgen05), "small" if any tensor-core instruction will do, None if it has none.
         vectorised: whether it must read global memory 16 bytes at a time.
         may_spill: dtypes in which it is run too seldom for its registers to matter.
+        architectures: for which it is compiled.
     """
 
     name: str
@@ -70,9 +72,11 @@ class Case:
     sizes: tuple[FeatureShape | LayerShape, ...] = (FLUX, QWEN_IMAGE, HUNYUAN_VIDEO)
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
     launches: int | None = 1
+    kernels: int | None = None
     products: str | None = None
     vectorised: bool = False
     may_spill: tuple[torch.dtype, ...] = ()
+    architectures: tuple[int, ...] = tuple(ARCHITECTURES)
 
 
 def empty_ring(predictor: FusedKANPredictor, size: FeatureShape) -> FeatureRing:
@@ -94,7 +98,7 @@ def empty_predictor(size: FeatureShape, mixer: str, cast: bool = False, **option
     return predictor.to_empty(device="cpu").requires_grad_(False)
 
 
-def predict(mixer: str, **options) -> Callable[[FeatureShape], object]:
+def predict(mixer: str = "newton", **options) -> Callable[[FeatureShape], object]:
     """A call of a predictor."""
 
     def call(size):
@@ -104,7 +108,7 @@ def predict(mixer: str, **options) -> Callable[[FeatureShape], object]:
     return call
 
 
-def predict_backward(mixer: str, **options) -> Callable[[FeatureShape], object]:
+def predict_backward(mixer: str = "newton", **options) -> Callable[[FeatureShape], object]:
     """A call of a predictor, and the gradients by its parameters and the features."""
 
     def call(size):
@@ -117,11 +121,11 @@ def predict_backward(mixer: str, **options) -> Callable[[FeatureShape], object]:
     return call
 
 
-def velocity(rank: int) -> Callable[[FeatureShape], object]:
+def velocity(rank: int, **options) -> Callable[[FeatureShape], object]:
     """A call of newton and the output head together."""
 
     def call(size):
-        predictor = empty_predictor(size, "newton", rank=rank)
+        predictor = empty_predictor(size, "newton", rank=rank, **options)
         dtype = torch.bfloat16 if size.dtype.itemsize == 1 else size.dtype
         weight = torch.empty(64, size.dim, dtype=dtype)
         scale, shift = torch.empty(2, size.batch, size.dim, dtype=dtype)
@@ -129,6 +133,28 @@ def velocity(rank: int) -> Callable[[FeatureShape], object]:
         return predictor.predict_velocity(empty_ring(predictor, size), 0.5, head)
 
     return call
+
+
+def plan(**options) -> Callable[[FeatureShape], object]:
+    """The weights of three steps of a run."""
+
+    def call(size):
+        predictor = empty_predictor(size, "newton", **options)
+        return predictor.plan([[0.9], [0.9, 0.8], [0.7, 0.8, 0.9]], [0.85, 0.75, 0.65], size.batch)
+
+    return call
+
+
+def ten_predictors(call: Callable[..., Callable[[FeatureShape], object]], **options) -> Callable[[FeatureShape], object]:
+    """What `call` makes for a predictor, for ten that differ in what they were trained to: stages, bounds, lengths."""
+    lengths = [(4, 4, 4), (2, 4, 3), (1, 2, 4), (4, 1), (4, 3, 2, 1), (2, 4), (4,)]
+    bounds = [(0.67, 0.33), (0.9, 0.5), (0.5, 0.0625), (0.25,), (0.75, 0.5, 0.25), (0.3,), ()]
+    numbers = [*zip(bounds, lengths), ((0.6, 0.3), (4, 3, 4)), ((0.8, 0.16), (3, 4, 4)), ((0.64, 0.32), (4, 4, 1))]
+
+    def calls(size):
+        return [call(stage_bounds=b, history_length=k, **options)(size) for b, k in numbers]
+
+    return calls
 
 
 def layer(grid_size: int, spline_order: int, backward: bool = False) -> Callable[[LayerShape], object]:
@@ -153,6 +179,11 @@ WIDER = LayerShape("kan-1024", 8192, 1024, 1024, torch.bfloat16)
 NARROW = LayerShape("kan-8", 65536, 8, 8, torch.bfloat16)
 
 
+def ten(name: str, call: Callable, kernels: int, dtype: torch.dtype = torch.bfloat16, **options) -> Case:
+    """A case of ten predictors of one size, which must share their compiled kernels."""
+    return Case(name, ten_predictors(call, **options), (TRAINING,), (dtype,), None, kernels, architectures=(90,))
+
+
 def gradient(name: str, call: Callable, *sizes: FeatureShape | LayerShape, products: str | None = None) -> Case:
     """A case with a backward: any number of kernels, and float32, which is slow to train in anyway, may spill."""
     return Case(name, call, sizes, FLOATS, None, products, may_spill=(torch.float32,))
@@ -160,7 +191,8 @@ def gradient(name: str, call: Callable, *sizes: FeatureShape | LayerShape, produ
 
 CASES = [
     Case("newton_predict-rank0", predict("newton", rank=0), vectorised=True),
-    Case("newton_predict-rank32", predict("newton", rank=32), products="small", vectorised=True),
+    Case("newton_predict-rank32", predict("newton", rank=32), launches=2, products="small", vectorised=True),
+    Case("newton_coefficients", plan(rank=32), dtypes=(torch.bfloat16,), vectorised=True),
     Case("newton_velocity-rank0", velocity(0), products="small", vectorised=True),
     Case("newton_velocity-rank32", velocity(32), products="small", vectorised=True, may_spill=(torch.float32,)),
     Case("dense_predict", predict("dense", cast=True), products="large", vectorised=True),
@@ -168,6 +200,10 @@ CASES = [
     gradient("newton_predict-rank0-backward", predict_backward("newton", rank=0), TRAINING),
     gradient("newton_predict-rank32-backward", predict_backward("newton", rank=32), TRAINING, products="small"),
     gradient("dense_predict-backward", predict_backward("dense", cast=True), TRAINING, products="large"),
+    ten("newton_predict-ten-rank0", predict, 1, rank=0),
+    ten("newton_predict-ten-backward", predict_backward, 4, rank=32),
+    ten("newton_velocity-ten", velocity, 2, rank=32),
+    ten("newton_coefficients-ten", plan, 1, rank=32),
     Case("bspline_kan", layer(8, 3), (WIDE,), FLOATS, products="large"),
     gradient("bspline_kan-backward", layer(8, 3, backward=True), WIDE, WIDER, products="large"),
     gradient("bspline_kan-narrow", layer(100, 3, backward=True), NARROW),
@@ -180,6 +216,7 @@ def units(only: str = "", architectures=tuple(ARCHITECTURES)) -> list[tuple[int,
         (architecture, case.name, dtype)
         for case in CASES
         for dtype, architecture in itertools.product(case.dtypes, architectures)
+        if architecture in case.architectures
     ]
     return [unit for unit in found if only in id_of(*unit)]
 
