@@ -381,7 +381,8 @@ def newton_predict_bwd(
     """
     storage, rank, taps = ring.storage, experts.rank, shape.longest - 1
     capacity, batch, tokens, width = storage.shape
-    history = read_history(ring, shape)
+    each = ring.with_sigma_of_each()
+    history = read_history(each, shape)
     hidden = HiddenUnits(history, experts, shape)
     grad = grad.contiguous()
 
@@ -417,7 +418,7 @@ def newton_predict_bwd(
             ring.sigmas,
             ring.cursor,
             ring.count,
-            ring.sigma,
+            each.sigma,
             capacity,
             batch,
             tokens,

@@ -150,8 +150,7 @@ def _newton_predict_bwd(
 ) -> list[torch.Tensor]:
     from lesa_kernels.predictor.kernels.newton import newton_predict_bwd
 
-    ring = contiguous(ring.with_sigma_of_each())
-    gradients = newton_predict_bwd(grad, ring, contiguous(experts), shape, needs_storage)
+    gradients = newton_predict_bwd(grad, contiguous(ring), contiguous(experts), shape, needs_storage)
     return as_declared(gradients, ring.storage, experts, needs_storage)
 
 
