@@ -65,7 +65,8 @@ class Weights(NamedTuple):
             number, or one for each channel. K is at most 16.
         count: `[B]` int32, n, how many of them are read. A row is NaN if it is 0, or more than the ring has.
         constant: `[B]` or `[B, D]` float32, added to the sum, or None.
-        taps: `[B, K - 1, K]` float32, the weights w of the features in each tap, or None without a residual.
+        taps: `[B, K - 1, K]` float32, the weights w of the features in each tap, or None without a residual. Tap j
+            consists of the j + 2 newest features; weights of older ones are not read.
         stage: `[B]` int32, the row s of the residual, or None without a residual.
     """
 
@@ -183,3 +184,8 @@ class HeadSums(NamedTuple):
 
 
 NO_SUMS = HeadSums()
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records operations on these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

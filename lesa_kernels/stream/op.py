@@ -14,6 +14,7 @@ from lesa_kernels.stream.arguments import (
     StoredFeatures,
     Weights,
 )
+from lesa_kernels.stream.fused import stream_backend, triton_forecast, triton_velocity
 from lesa_kernels.stream.reference import head_sums_ref, output_head_ref, stream_forecast_ref, stream_velocity_ref
 
 
@@ -30,21 +31,23 @@ def stream_forecast(
         features: the buffers of a `FeatureRing`, with features `[B, T, D]`.
         weights: of this step.
         low_rank: the residual, or `NO_RESIDUAL`.
-        backend: "auto" or "torch".
+        backend: "auto", "triton" or "torch". Triton has no gradients: "auto" takes plain torch where one is wanted.
 
     Returns:
-        `[B, T, D]` in the dtype of the stored features, bfloat16 for float8. It is computed in float32.
+        `[B, T, D]` in the dtype of the stored features, bfloat16 for float8. It is computed in float32, but Triton
+        rounds the operands of the residual's matrix products to the dtype of the features (bfloat16 for float8).
 
     Raises:
         ValueError, TypeError: a tensor has another shape, dtype or device than above; the message names it.
-        RuntimeError: the backend can't run here.
+        RuntimeError: the backend can't run here, or has no gradients and one is wanted.
 
     Equivalent to `stream_forecast_ref`.
 
     Source: this project. The published forecasters differ only in how they make the weights.
     """
     check_stream(features, weights, low_rank)
-    resolve_backend(backend, features.storage, ("torch",), "stream_forecast")
+    if stream_backend(features, weights, low_rank, None, backend, "stream_forecast") == "triton":
+        return triton_forecast(features, weights, low_rank)
     return stream_forecast_ref(features, weights, low_rank)
 
 
@@ -58,13 +61,17 @@ def stream_velocity(
 ) -> torch.Tensor:
     """A whole predicted step: the forecast of `stream_forecast`, and the output head applied to it.
 
+    On Triton this is one kernel, which reads each feature once and writes only the velocities, if
+    `stream_velocity_is_fused`. Else it is the forecast, and the head in plain torch.
+
     Args:
         features, weights, low_rank, backend: as in `stream_forecast`.
         head: the head's weights and this step's modulation.
         sums: what `head_sums` gives for this head, or `NO_SUMS`: then it is computed in this call, if it is needed.
 
     Returns:
-        `[B, T, O]` in the dtype of the stored features, bfloat16 for float8. It is computed in float32.
+        `[B, T, O]` in the dtype of the stored features, bfloat16 for float8. It is computed in float32, but Triton
+        rounds the operands of matrix products to the dtype of the features (bfloat16 for float8).
 
     Raises:
         ValueError, TypeError, RuntimeError: as in `stream_forecast`.
@@ -77,7 +84,8 @@ def stream_velocity(
     """
     check_stream(features, weights, low_rank)
     head.check(features.storage)
-    resolve_backend(backend, features.storage, ("torch",), "stream_velocity")
+    if stream_backend(features, weights, low_rank, head, backend, "stream_velocity") == "triton":
+        return triton_velocity(features, weights, low_rank, head, sums)
     return stream_velocity_ref(features, weights, head, low_rank)
 
 
