@@ -145,7 +145,9 @@ def plan(**options) -> Callable[[FeatureShape], object]:
     return call
 
 
-def ten_predictors(call: Callable[..., Callable[[FeatureShape], object]], **options) -> Callable[[FeatureShape], object]:
+def ten_predictors(
+    call: Callable[..., Callable[[FeatureShape], object]], **options
+) -> Callable[[FeatureShape], object]:
     """What `call` makes for a predictor, for ten that differ in what they were trained to: stages, bounds, lengths."""
     lengths = [(4, 4, 4), (2, 4, 3), (1, 2, 4), (4, 1), (4, 3, 2, 1), (2, 4), (4,)]
     bounds = [(0.67, 0.33), (0.9, 0.5), (0.5, 0.0625), (0.25,), (0.75, 0.5, 0.25), (0.3,), ()]
@@ -193,8 +195,15 @@ CASES = [
     Case("newton_predict-rank0", predict("newton", rank=0), vectorised=True),
     Case("newton_predict-rank32", predict("newton", rank=32), launches=2, products="small", vectorised=True),
     Case("newton_coefficients", plan(rank=32), dtypes=(torch.bfloat16,), vectorised=True),
-    Case("newton_velocity-rank0", velocity(0), products="small", vectorised=True),
-    Case("newton_velocity-rank32", velocity(32), products="small", vectorised=True, may_spill=(torch.float32,)),
+    Case("newton_velocity-rank0", velocity(0), launches=2, products="small", vectorised=True),
+    Case(
+        "newton_velocity-rank32",
+        velocity(32),
+        launches=2,
+        products="small",
+        vectorised=True,
+        may_spill=(torch.float32,),
+    ),
     Case("dense_predict", predict("dense", cast=True), products="large", vectorised=True),
     Case("dense_predict-cast", predict("dense"), dtypes=(torch.bfloat16,), products="large", vectorised=True),
     gradient("newton_predict-rank0-backward", predict_backward("newton", rank=0), TRAINING),
