@@ -11,6 +11,7 @@
 #include "build_info.h"
 #include "newton_predict.h"
 #include "ring_buffer.h"
+#include "stream.h"
 
 namespace py = pybind11;
 
@@ -85,13 +86,88 @@ void ring_gather(uintptr_t storage, const std::string& storage_dtype, const std:
   }
 }
 
-void newton_predict(uintptr_t storage, const std::string& storage_dtype, const std::array<int64_t, 4>& storage_sizes,
+// As `newton_experts` of lesa_kernels/predictor/extension.py passes them: the addresses of the parameters, then the sizes
+// dim, hidden, rank, grid_size and spline_order.
+lesa::NewtonExperts newton_experts(const std::array<uintptr_t, 8>& parameters, const std::array<int64_t, 5>& sizes,
+                                   std::vector<double> stage_bounds, std::vector<int64_t> history_length) {
+  return {
+      pointer<const float>(parameters[0]),
+      pointer<const float>(parameters[1]),
+      pointer<const float>(parameters[2]),
+      pointer<const float>(parameters[3]),
+      pointer<const float>(parameters[4]),
+      pointer<const float>(parameters[5]),
+      pointer<const float>(parameters[6]),
+      pointer<const float>(parameters[7]),
+      sizes[0],
+      sizes[1],
+      sizes[2],
+      std::move(stage_bounds),
+      std::move(history_length),
+      sizes[3],
+      sizes[4],
+  };
+}
+
+void newton_predict(uintptr_t storage, const std::string& storage_dtype, const std::array<int64_t, 3>& storage_sizes,
                     const std::array<int64_t, 3>& storage_strides, uintptr_t sigmas, uintptr_t cursor, uintptr_t count,
-                    uintptr_t sigma, uintptr_t in_weight, uintptr_t in_bias, uintptr_t spline, uintptr_t out_weight,
-                    uintptr_t out_bias, uintptr_t down, uintptr_t up, uintptr_t up_bias, int64_t hidden, int64_t rank,
-                    std::vector<double> stage_bounds, std::vector<int64_t> history_length, int64_t grid_size,
-                    int64_t spline_order, uintptr_t output, int threads, std::string instructions) {
+                    uintptr_t sigma, const std::array<uintptr_t, 8>& parameters, const std::array<int64_t, 5>& sizes,
+                    std::vector<double> stage_bounds, std::vector<int64_t> history_length, uintptr_t output,
+                    int threads, std::string instructions) {
   const lesa::NewtonPredict predict{
+      pointer<const void>(storage),
+      lesa::dtype_from_name("storage_dtype", storage_dtype),
+      storage_sizes[0],
+      storage_sizes[1],
+      storage_sizes[2],
+      storage_strides[0],
+      storage_strides[1],
+      storage_strides[2],
+      pointer<const float>(sigmas),
+      pointer<const int32_t>(cursor),
+      pointer<const int32_t>(count),
+      pointer<const float>(sigma),
+      newton_experts(parameters, sizes, std::move(stage_bounds), std::move(history_length)),
+      pointer<void>(output),
+      threads,
+      std::move(instructions),
+  };
+  lesa::check_newton_predict(predict);
+  lesa::newton_predict_cpu(predict);
+}
+
+void newton_coefficients(uintptr_t sigmas, uintptr_t count, uintptr_t sigma, int64_t forecasts,
+                         const std::array<uintptr_t, 8>& parameters, const std::array<int64_t, 5>& sizes,
+                         std::vector<double> stage_bounds, std::vector<int64_t> history_length, uintptr_t anchors,
+                         uintptr_t anchor_count, uintptr_t constant, uintptr_t taps, uintptr_t stage, int threads,
+                         std::string instructions) {
+  const lesa::NewtonCoefficients coefficients{
+      pointer<const float>(sigmas),
+      pointer<const int32_t>(count),
+      pointer<const float>(sigma),
+      forecasts,
+      newton_experts(parameters, sizes, std::move(stage_bounds), std::move(history_length)),
+      pointer<float>(anchors),
+      pointer<int32_t>(anchor_count),
+      pointer<float>(constant),
+      pointer<float>(taps),
+      pointer<int32_t>(stage),
+      threads,
+      std::move(instructions),
+  };
+  lesa::check_newton_coefficients(coefficients);
+  lesa::newton_coefficients_cpu(coefficients);
+}
+
+// `weights` are the addresses of anchors, count, constant, taps and stage, and `weights_strides` their strides between
+// samples.
+void stream_forecast(uintptr_t storage, const std::string& storage_dtype, const std::array<int64_t, 4>& storage_sizes,
+                     const std::array<int64_t, 3>& storage_strides, uintptr_t cursor, uintptr_t count, int64_t history,
+                     const std::array<uintptr_t, 5>& weights, const std::array<int64_t, 5>& weights_strides,
+                     bool anchors_per_channel, bool constant_per_channel, int64_t stages, int64_t rank, uintptr_t down,
+                     uintptr_t up, const std::string& residual_dtype, uintptr_t output, int threads,
+                     std::string instructions) {
+  const lesa::StreamForecast stream{
       pointer<const void>(storage),
       lesa::dtype_from_name("storage_dtype", storage_dtype),
       storage_sizes[0],
@@ -101,30 +177,32 @@ void newton_predict(uintptr_t storage, const std::string& storage_dtype, const s
       storage_strides[0],
       storage_strides[1],
       storage_strides[2],
-      pointer<const float>(sigmas),
       pointer<const int32_t>(cursor),
       pointer<const int32_t>(count),
-      pointer<const float>(sigma),
-      pointer<const float>(in_weight),
-      pointer<const float>(in_bias),
-      pointer<const float>(spline),
-      pointer<const float>(out_weight),
-      pointer<const float>(out_bias),
-      pointer<const float>(down),
-      pointer<const float>(up),
-      pointer<const float>(up_bias),
-      hidden,
+      history,
+      pointer<const float>(weights[0]),
+      weights_strides[0],
+      anchors_per_channel,
+      pointer<const int32_t>(weights[1]),
+      weights_strides[1],
+      pointer<const float>(weights[2]),
+      weights_strides[2],
+      constant_per_channel,
+      stages,
       rank,
-      std::move(stage_bounds),
-      std::move(history_length),
-      grid_size,
-      spline_order,
+      pointer<const float>(weights[3]),
+      weights_strides[3],
+      pointer<const int32_t>(weights[4]),
+      weights_strides[4],
+      pointer<const void>(down),
+      pointer<const void>(up),
+      lesa::dtype_from_name("residual_dtype", residual_dtype),
       pointer<void>(output),
       threads,
       std::move(instructions),
   };
-  lesa::check_newton_predict(predict);
-  lesa::newton_predict_cpu(predict);
+  lesa::check_stream_forecast(stream);
+  lesa::stream_forecast_cpu(stream);
 }
 
 std::string compiler() {
@@ -151,7 +229,8 @@ py::dict build_info() {
   info["cuda_version"] = py::none();
   info["cuda_archs"] = py::none();
 #endif
-  info["cpu_operations"] = std::vector<std::string>{"newton_predict", "ring_gather", "ring_push"};
+  info["cpu_operations"] = std::vector<std::string>{"newton_coefficients", "newton_predict", "ring_gather",
+                                                          "ring_push", "stream_forecast"};
   info["cuda_operations"] = info["cuda_version"].is_none() ? std::vector<std::string>{}
                                                            : std::vector<std::string>{"ring_gather", "ring_push"};
   info["hardware_threads"] = std::thread::hardware_concurrency();
@@ -178,13 +257,23 @@ PYBIND11_MODULE(_C, m) {
         py::arg("storage_dtype"), py::arg("storage_sizes"), py::arg("scales"), py::arg("cursor"), py::arg("count"),
         py::arg("age"), py::arg("output"), py::arg("device"), py::arg("stream"), py::arg("threads"),
         "Reads one feature per row of a ring; ValueError for what can't be right. See csrc/ring_buffer.h.");
-  m.def("newton_predict", &newton_predict, py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("storage"),
+  m.def("newton_predict", &newton_predict, py::call_guard<py::gil_scoped_release>(), py::arg("storage"),
         py::arg("storage_dtype"), py::arg("storage_sizes"), py::arg("storage_strides"), py::arg("sigmas"),
-        py::arg("cursor"), py::arg("count"), py::arg("sigma"), py::arg("in_weight"), py::arg("in_bias"),
-        py::arg("spline"), py::arg("out_weight"), py::arg("out_bias"), py::arg("down"), py::arg("up"),
-        py::arg("up_bias"), py::arg("hidden"), py::arg("rank"), py::arg("stage_bounds"), py::arg("history_length"),
-        py::arg("grid_size"), py::arg("spline_order"), py::arg("output"), py::arg("threads"),
+        py::arg("cursor"), py::arg("count"), py::arg("sigma"), py::arg("parameters"), py::arg("sizes"),
+        py::arg("stage_bounds"), py::arg("history_length"), py::arg("output"), py::arg("threads"),
         py::arg("instructions") = "avx512",
         "Forecasts on the CPU from the anchors of a ring; ValueError for what can't be right. See "
         "csrc/newton_predict.h.");
+  m.def("newton_coefficients", &newton_coefficients, py::call_guard<py::gil_scoped_release>(), py::arg("sigmas"),
+        py::arg("count"), py::arg("sigma"), py::arg("forecasts"), py::arg("parameters"), py::arg("sizes"),
+        py::arg("stage_bounds"), py::arg("history_length"), py::arg("anchors"), py::arg("anchor_count"),
+        py::arg("constant"), py::arg("taps"), py::arg("stage"), py::arg("threads"), py::arg("instructions") = "avx512",
+        "Computes the weights of forecasts on the CPU; ValueError for what can't be right. See csrc/newton_predict.h.");
+  m.def("stream_forecast", &stream_forecast, py::call_guard<py::gil_scoped_release>(), py::arg("storage"),
+        py::arg("storage_dtype"), py::arg("storage_sizes"), py::arg("storage_strides"), py::arg("cursor"),
+        py::arg("count"), py::arg("history"), py::arg("weights"), py::arg("weights_strides"),
+        py::arg("anchors_per_channel"), py::arg("constant_per_channel"), py::arg("stages"), py::arg("rank"),
+        py::arg("down"), py::arg("up"), py::arg("residual_dtype"), py::arg("output"), py::arg("threads"),
+        py::arg("instructions") = "avx512",
+        "Forecasts on the CPU with given weights; ValueError for what can't be right. See csrc/stream.h.");
 }

@@ -15,7 +15,8 @@
 namespace lesa {
 
 // Element types, the same on the CPU and on a GPU, so that both give the same bytes. Conversions are branch-free on
-// bits, so that compilers vectorise the loops over them.
+// bits, so that compilers vectorise the loops over them; where a GPU has an instruction for one, it gives the same bits
+// for all values but NaN.
 
 LESA_INLINE uint32_t bits_of(float value) {
   uint32_t bits;
@@ -53,6 +54,11 @@ struct Float16 {
   static constexpr Bits kNan = 0x7e00;
 
   static LESA_INLINE float load(Bits value) {
+#if defined(__CUDA_ARCH__)
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value));
+    return wide;
+#else
     const uint32_t magnitude = uint32_t{value} & 0x7fffu;
     const uint32_t normal = (magnitude << 13) + (112u << 23);  // rebias the exponent: 127 - 15
     const uint32_t special = (magnitude << 13) | 0x7f800000u;  // Inf and NaN
@@ -60,9 +66,15 @@ struct Float16 {
     const uint32_t subnormal = bits_of(float_of((magnitude << 13) + (113u << 23)) - float_of(113u << 23));
     const uint32_t finite = magnitude < 0x0400u ? subnormal : normal;
     return float_of((magnitude >= 0x7c00u ? special : finite) | (uint32_t{value} & 0x8000u) << 16);
+#endif
   }
 
   static LESA_INLINE Bits store(float value) {
+#if defined(__CUDA_ARCH__)
+    Bits rounded;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
+    return rounded;
+#else
     const uint32_t bits = bits_of(value);
     const uint32_t magnitude = bits & 0x7fffffffu;
     // Ties to even; a carry out of the mantissa raises the exponent, up to Inf from 65520 on.
@@ -72,6 +84,7 @@ struct Float16 {
     const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
     const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
     return static_cast<Bits>((magnitude >= (143u << 23) ? special : finite) | (bits & 0x80000000u) >> 16);
+#endif
   }
 };
 

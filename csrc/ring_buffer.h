@@ -88,7 +88,8 @@ void ring_push_cuda(const RingPush& push);
 void ring_gather_cpu(const RingGather& gather);
 void ring_gather_cuda(const RingGather& gather);
 
-// Why the kernels can't run on a CUDA device, empty if they can.
+// Why the kernels can't run on a CUDA device, empty if they can. Loads all of them, so that they can be captured into a
+// graph, where loading may fail.
 std::string ring_cuda_problem(int device);
 
 }  // namespace lesa

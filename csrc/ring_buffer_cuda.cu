@@ -23,13 +23,16 @@ namespace lesa {
 namespace {
 
 constexpr int kThreads = 256;       // of a block
-constexpr int kTokenThreads = 128;  // of a block with a token for each warp, whose threads have many registers
+constexpr int kTokenThreads = 128;  // of a block with a token for each warp
 constexpr int kWarp = 32;
 constexpr int kTokens = kTokenThreads / kWarp;
-constexpr int kHeldBytes = 64;      // of the source, that each thread has under way at a time
-constexpr int kHeldOfToken = 6;     // vectors of a float8 token in each thread's registers: all up to a width of 3072
-constexpr int64_t kBlocksPerProcessor = 32;  // several waves, so that none waits long for the last
-constexpr int64_t kMostPrograms = 0xffff;    // blocks of a sample: `count` counts them in 16 bits
+constexpr int kHeldBytes = 64;            // of the source, that each thread has under way at a time
+constexpr int kMostTokenThreads = 512;    // of a block that works on one token; two such blocks leave 64 registers
+constexpr int kHeldOfToken = 96;          // bytes of a float8 token in each thread: 64 threads hold 3072 halves
+constexpr int kResidentThreads = 1152;    // of a multiprocessor at the same time, with 56 registers each
+constexpr int kResidentBlocks = 16;       // on the smallest GPUs
+constexpr int kBlocksPerProcessor = 32;   // several waves, so that none waits long for the last
+constexpr int64_t kMostPrograms = 0xffff;  // blocks of a sample: `count` counts them in 16 bits
 
 // How a kernel's work is divided. A sample is `runs` pieces of memory of `length` adjacent elements in the ring. A
 // block does the `programs`-th part of a sample, in rounds.
@@ -118,8 +121,9 @@ struct Entry {
   float sigma;
 };
 
-// Reads the state of a sample's row. Every thread of a block calls it once, and `leave` at the end.
-__device__ __forceinline__ int64_t enter(const RingPush& p, int64_t sample, uint32_t programs, Entry& entry) {
+// Reads the state of a sample's row. Every thread of a block calls it once, and `leave` at the end. The entry is there
+// for all threads after the next barrier.
+__device__ __forceinline__ void enter(const RingPush& p, int64_t sample, uint32_t programs, Entry& entry) {
   if (p.rows) {  // two samples in one row would count their blocks together
     for (int64_t other = threadIdx.x; other < sample; other += blockDim.x) {
       LESA_DEMAND(p.rows[other] != p.rows[sample], "lesa_kernels.ring_push: the rows must be distinct");
@@ -131,8 +135,9 @@ __device__ __forceinline__ int64_t enter(const RingPush& p, int64_t sample, uint
     const int32_t cursor = p.cursor[row];
     const auto counted = static_cast<uint32_t>(p.count[row]);  // in the upper half, blocks that have left
     const auto count = static_cast<int32_t>(counted & 0xffffu);
-    LESA_DEMAND(cursor >= 0 && cursor < p.capacity && count <= p.capacity && counted >> 16 < programs,
-                "lesa_kernels.ring_push: the ring's cursor and count must be in range");
+    // Without a branch between them, the second load does not wait for the first.
+    const bool right = bool((cursor >= 0) & (cursor < p.capacity) & (count <= p.capacity) & (counted >> 16 < programs));
+    LESA_DEMAND(right, "lesa_kernels.ring_push: the ring's cursor and count must be in range");
     const int64_t newest = cursor == 0 ? p.capacity - 1 : cursor - 1;
     entry.row = row;
     entry.counted = counted;
@@ -141,6 +146,11 @@ __device__ __forceinline__ int64_t enter(const RingPush& p, int64_t sample, uint
         place(cursor, count, static_cast<int32_t>(p.capacity), entry.sigma, p.sigmas[newest * p.batch + row]);
     entry.target = entry.placed.slot * p.batch + row;
   }
+}
+
+// `enter`, and the sample of the storage that is written.
+__device__ __forceinline__ int64_t enter_now(const RingPush& p, int64_t sample, uint32_t programs, Entry& entry) {
+  enter(p, sample, programs, entry);
   __syncthreads();
   return entry.target;
 }
@@ -179,7 +189,7 @@ __global__ void __launch_bounds__(kThreads) ring_push_kernel(const RingPush p, c
   // If runs begin at 16 bytes, loads need not wait for the state.
   int64_t target = 0;
   bool entered = !work.aligned || program >= work.rounds;
-  if (entered) target = enter(p, sample, work.programs, entry);
+  if (entered) target = enter_now(p, sample, work.programs, entry);
   for (int64_t round = program; round < work.rounds; round += work.programs) {
     Vector<Source, N> held[kHeld];
     const int64_t begin = round * (kThreads * kHeld) + threadIdx.x;
@@ -193,7 +203,7 @@ __global__ void __launch_bounds__(kThreads) ring_push_kernel(const RingPush p, c
       const int64_t first = (vector - run * work.vectors) * N - shift;
       held[i].load(source + run * p.token_stride, p.dim_stride, work.length, first);
     }
-    if (!entered) target = enter(p, sample, work.programs, entry);
+    if (!entered) target = enter_now(p, sample, work.programs, entry);
     entered = true;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
@@ -216,62 +226,145 @@ __global__ void __launch_bounds__(kThreads) ring_push_kernel(const RingPush p, c
   leave(p, work.programs, entry);
 }
 
-// `value / scale` as IEEE defines it, for a scale from 2^-80 to 2^80 and its correctly rounded reciprocal: the first
-// quotient is off by two units in the last place at most, the second by less than one, which rounds the third correctly
-// (Markstein). The residuals are exact for all quotients that float8 does not round to zero, those from 2^-10 on.
-__device__ __forceinline__ float divide(float value, float scale, float reciprocal) {
-  const float first = __fmul_rn(value, reciprocal);
-  const float second = __fmaf_rn(-__fmaf_rn(first, scale, -value), reciprocal, first);
-  const float third = __fmaf_rn(-__fmaf_rn(second, scale, -value), reciprocal, second);
-  return copysignf(third, value);  // zeros keep their sign
-}
-
-template <class Source, int N>
-__device__ __forceinline__ uint32_t largest_magnitude(const Vector<Source, N>& vector, uint32_t largest) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const uint32_t magnitude = bits_of(Source::load(vector.get(i))) & 0x7fffffffu;
-    largest = magnitude > largest ? magnitude : largest;
+// Divides by the scale of a token.
+class Divisor {
+ public:
+  // Where the scale is very small or very large, it and the values are multiplied by a power of two, so that nothing
+  // below underflows that would count. A value that itself underflows then is zero in float8, too.
+  __device__ __forceinline__ explicit Divisor(float scale) {
+    factor_ = scale < 0x1p-80f ? 0x1p100f : scale > 0x1p80f ? 0x1p-100f : 1.0f;
+    scale_ = __fmul_rn(scale, factor_);
+    reciprocal_ = __frcp_rn(scale_);
   }
-  return largest;
-}
 
-// Two values as float8, the first in the lower byte; both are at most a little above 448, and not NaN.
-__device__ __forceinline__ uint16_t float8_pair(float first, float second) {
+  // A quotient that float8 rounds as it does the one which IEEE defines. The first quotient is off by one and a half
+  // units in the last place at most. After a correction (Markstein), what is rounded is off by less than 2^-22 units, so
+  // the result is that of IEEE unless the exact quotient is that close to the middle between two numbers of float32.
+  // For float8 that counts only where one of these numbers is in the middle between two of float8. Such scales have the
+  // bits c 2^20 + d, with |d| <= 6; tests/support/ring_fuzz.py tries all of them. Zeros keep their sign.
+  __device__ __forceinline__ float operator()(float value) const {
+    const float scaled = __fmul_rn(value, factor_);
+    const float first = __fmul_rn(scaled, reciprocal_);
+    return __fmaf_rn(-__fmaf_rn(first, scale_, -scaled), reciprocal_, first);
+  }
+
+ private:
+  float factor_, scale_, reciprocal_;
+};
+
+// Two values as float8, the first in the lower byte; both are below 1024, and not NaN.
+__device__ __forceinline__ uint32_t float8_pair(float first, float second) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= (CUDART_VERSION >= 12010 ? 890 : 900)  // CUDA 12.0 has it on sm_90 only
   uint16_t pair;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
   return pair;
 #else
-  return static_cast<uint16_t>(Float8::store(first) | Float8::store(second) << 8);
+  return Float8::store(first) | uint32_t{Float8::store(second)} << 8;
 #endif
 }
 
-template <class Source, int N>
-__device__ __forceinline__ Vector<Float8, N> quantise(const Vector<Source, N>& values, float scale) {
-  Vector<Float8, N> quantised;
-  const bool divides = scale > 0x1p-80f && scale < 0x1p80f;
-  const float reciprocal = __frcp_rn(scale);
-#pragma unroll
-  for (int i = 0; i < N; i += 2) {
-    float pair[2];
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const float value = Source::load(values.get(i + k));
-      pair[k] = divides ? divide(value, scale, reciprocal) : __fdiv_rn(value, scale);
-    }
-    const uint16_t bits = scale == scale ? float8_pair(pair[0], pair[1]) : Float8::kNan << 8 | Float8::kNan;
-    quantised.set(i, static_cast<uint8_t>(bits));
-    quantised.set(i + 1, static_cast<uint8_t>(bits >> 8));
+// 16 bytes of a token.
+template <class Source>
+struct Piece {
+  using Bits = typename Source::Bits;
+  static constexpr int kElements = sizeof(uint4) / sizeof(Bits);
+  static constexpr bool kHalf = sizeof(Bits) == 2;
+
+  uint32_t words[4];
+
+  __device__ __forceinline__ void load(const uint4* from) {
+    const uint4 word = __ldg(from);
+    words[0] = word.x, words[1] = word.y, words[2] = word.z, words[3] = word.w;
   }
-  return quantised;
+
+  // Magnitudes have the order of their bits, Inf and NaN above all; of two halves in a word each by itself.
+  __device__ __forceinline__ uint32_t largest_magnitude(uint32_t largest) const {
+#pragma unroll
+    for (const uint32_t word : words) {
+      largest = kHalf ? __vmaxu2(largest, word & 0x7fff7fffu) : max(largest, word & 0x7fffffffu);
+    }
+    return largest;
+  }
+
+  __device__ __forceinline__ float get(int i) const {
+    if constexpr (kHalf) {
+      return Source::load(static_cast<Bits>(words[i / 2] >> i % 2 * 16));
+    } else {
+      return Source::load(float_of(words[i]));
+    }
+  }
+
+  // As float8, four elements in a word.
+  __device__ __forceinline__ void store(uint8_t* to, const Divisor& divide, bool finite) const {
+    uint32_t stored[kElements / 4];
+#pragma unroll
+    for (int i = 0; i < kElements; i += 4) {
+      const uint32_t low = float8_pair(divide(get(i)), divide(get(i + 1)));
+      const uint32_t high = float8_pair(divide(get(i + 2)), divide(get(i + 3)));
+      stored[i / 4] = finite ? low | high << 16 : Float8::kNan * 0x01010101u;
+    }
+    if constexpr (kHalf) {
+      __stcg(reinterpret_cast<uint2*>(to), make_uint2(stored[0], stored[1]));
+    } else {
+      __stcg(reinterpret_cast<uint32_t*>(to), stored[0]);
+    }
+  }
+};
+
+// A block for each token, which is read once: its threads keep it in registers until its largest magnitude is known.
+// Each token is whole pieces, at 16 bytes, and each block has at least one token.
+template <class Source>
+__global__ void __launch_bounds__(kMostTokenThreads, 2)
+    ring_push_float8_kernel(const RingPush p, const Work work) {
+  using From = typename Source::Bits;
+  constexpr int kPieces = kHeldOfToken / sizeof(uint4);
+  constexpr int N = Piece<Source>::kElements;
+  __shared__ Entry entry;
+  __shared__ uint32_t largest_of_warp[2][kMostTokenThreads / kWarp];
+  const int64_t sample = blockIdx.x / work.programs;
+  const uint32_t program = blockIdx.x % work.programs;
+  const unsigned lane = threadIdx.x % kWarp;
+  const From* source = static_cast<const From*>(p.features) + sample * p.sample_stride;
+  uint8_t* storage = static_cast<uint8_t*>(p.storage);
+
+  int turn = 0;
+  for (int64_t token = program; token < p.tokens; token += work.programs) {
+    const auto* from = reinterpret_cast<const uint4*>(source + token * p.token_stride) + threadIdx.x;
+    const int left = static_cast<int>(work.vectors) - static_cast<int>(threadIdx.x);
+    Piece<Source> held[kPieces] = {};
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      if (i * static_cast<int>(blockDim.x) < left) held[i].load(from + i * blockDim.x);
+    }
+    if (token == program) enter(p, sample, work.programs, entry);  // while the loads are under way
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) largest = held[i].largest_magnitude(largest);
+    if constexpr (Piece<Source>::kHalf) largest = max(largest >> 16, largest & 0xffffu);
+    largest = __reduce_max_sync(0xffffffffu, largest);
+    if (lane == 0) largest_of_warp[turn][threadIdx.x / kWarp] = largest;
+    __syncthreads();
+    largest = __reduce_max_sync(0xffffffffu, lane < blockDim.x / kWarp ? largest_of_warp[turn][lane] : 0);
+    turn ^= 1;  // no thread comes back to this turn's numbers before all have read them
+    if constexpr (Piece<Source>::kHalf) largest = bits_of(Source::load(static_cast<From>(largest))) & 0x7fffffffu;
+
+    const float scale = float8_scale(largest);
+    const Divisor divide(scale);
+    const int64_t at = entry.target * p.tokens + token;
+    if (threadIdx.x == 0) p.scales[at] = scale;
+    uint8_t* to = storage + at * p.dim + threadIdx.x * N;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int piece = i * static_cast<int>(blockDim.x);
+      if (piece < left) held[i].store(to + piece * N, divide, scale == scale);
+    }
+  }
+  leave(p, work.programs, entry);
 }
 
-// A warp for each token. The values that it loads to find the largest magnitude stay in registers; only those beyond a
-// width of 3072 are loaded again.
+// Any tokens. A warp for each, which reads it twice.
 template <class Source>
-__global__ void __launch_bounds__(kTokenThreads, sizeof(typename Source::Bits) == 4 ? 2 : 3)
-    ring_push_float8_kernel(const RingPush p, const Work work) {
+__global__ void __launch_bounds__(kTokenThreads) ring_push_any_float8_kernel(const RingPush p, const Work work) {
   using From = typename Source::Bits;
   constexpr int N = sizeof(uint4);
   __shared__ Entry entry;
@@ -281,50 +374,36 @@ __global__ void __launch_bounds__(kTokenThreads, sizeof(typename Source::Bits) =
   const From* source = static_cast<const From*>(p.features) + sample * p.sample_stride;
   uint8_t* storage = static_cast<uint8_t*>(p.storage);
 
-  int64_t target = 0;
-  bool entered = !work.aligned || program >= work.rounds;
-  if (entered) target = enter(p, sample, work.programs, entry);
+  const int64_t target = enter_now(p, sample, work.programs, entry);
   for (int64_t round = program; round < work.rounds; round += work.programs) {
     const int64_t token = round * kTokens + threadIdx.x / kWarp;
-    const int64_t vectors = token < p.tokens ? work.vectors : 0;
+    if (token >= p.tokens) continue;  // with its warp
     const From* from = source + token * p.token_stride;
-    const int64_t shift = work.aligned ? 0 : past_alignment(storage + (target * p.tokens + token) * p.dim);
-    Vector<Source, N> held[kHeldOfToken];
-    uint32_t largest = 0;
-#pragma unroll
-    for (int i = 0; i < kHeldOfToken; ++i) {
-      const int64_t vector = i * kWarp + lane;
-      if (vector < vectors) held[i].load(from, p.dim_stride, p.dim, vector * N - shift);
-    }
-#pragma unroll
-    for (int i = 0; i < kHeldOfToken; ++i) {
-      if (i * kWarp + lane < vectors) largest = largest_magnitude(held[i], largest);
-    }
-    for (int64_t vector = kHeldOfToken * kWarp + lane; vector < vectors; vector += kWarp) {
-      Vector<Source, N> more;
-      more.load(from, p.dim_stride, p.dim, vector * N - shift);
-      largest = largest_magnitude(more, largest);
-    }
-#pragma unroll
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-      const uint32_t other = __shfl_xor_sync(0xffffffffu, largest, distance);
-      largest = other > largest ? other : largest;
-    }
-    const float scale = float8_scale(largest);
-
-    if (!entered) target = enter(p, sample, work.programs, entry);
-    entered = true;
     uint8_t* to = storage + (target * p.tokens + token) * p.dim;
-    if (lane == 0 && token < p.tokens) p.scales[target * p.tokens + token] = scale;
+    const int64_t shift = past_alignment(to);
+    uint32_t largest = 0;
+    for (int64_t vector = lane; vector < work.vectors; vector += kWarp) {
+      Vector<Source, N> values;
+      values.load(from, p.dim_stride, p.dim, vector * N - shift);
 #pragma unroll
-    for (int i = 0; i < kHeldOfToken; ++i) {
-      const int64_t vector = i * kWarp + lane;
-      if (vector < vectors) quantise(held[i], scale).store(to, p.dim, vector * N - shift);
+      for (int i = 0; i < N; ++i) largest = max(largest, bits_of(Source::load(values.get(i))) & 0x7fffffffu);
     }
-    for (int64_t vector = kHeldOfToken * kWarp + lane; vector < vectors; vector += kWarp) {
-      Vector<Source, N> more;
-      more.load(from, p.dim_stride, p.dim, vector * N - shift);
-      quantise(more, scale).store(to, p.dim, vector * N - shift);
+    largest = __reduce_max_sync(0xffffffffu, largest);
+    const float scale = float8_scale(largest);
+    const Divisor divide(scale);
+    if (lane == 0) p.scales[target * p.tokens + token] = scale;
+    for (int64_t vector = lane; vector < work.vectors; vector += kWarp) {
+      Vector<Source, N> values;
+      values.load(from, p.dim_stride, p.dim, vector * N - shift);
+      Vector<Float8, N> quantised;
+#pragma unroll
+      for (int i = 0; i < N; i += 2) {
+        const uint32_t pair = float8_pair(divide(Source::load(values.get(i))), divide(Source::load(values.get(i + 1))));
+        const uint32_t bits = scale == scale ? pair : Float8::kNan * 0x0101u;
+        quantised.set(i, static_cast<uint8_t>(bits));
+        quantised.set(i + 1, static_cast<uint8_t>(bits >> 8));
+      }
+      quantised.store(to, p.dim, vector * N - shift);
     }
   }
   leave(p, work.programs, entry);
@@ -431,13 +510,14 @@ class OnDevice {
 // Launches
 
 // The work of `samples` samples in rounds that a block can do, where each needs `rounds`.
-Work divide_work(const char* operation, int device, const char* argument, int64_t samples, int64_t rounds) {
+Work divide_work(const char* operation, int device, const char* argument, int64_t samples, int64_t rounds,
+                 int64_t blocks_per_processor = kBlocksPerProcessor) {
   int processors = 0;
   check(operation, device, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   if (samples > std::numeric_limits<int32_t>::max()) {
     refuse(argument, "be at most 2^31 - 1 on a GPU", std::to_string(samples), "Divide them among several rings.");
   }
-  const int64_t share = std::max<int64_t>(1, kBlocksPerProcessor * processors / samples);
+  const int64_t share = std::max<int64_t>(1, blocks_per_processor * processors / samples);
   Work work{};
   work.rounds = rounds;
   work.programs = static_cast<uint32_t>(std::max<int64_t>(1, std::min({rounds, share, kMostPrograms})));
@@ -479,12 +559,25 @@ void push(const RingPush& p) {
 
 template <class Source>
 void push_float8(const RingPush& p) {
-  constexpr int64_t N = sizeof(uint4);
-  const bool aligned = begins_aligned(p.storage, p.dim);
-  Work work = divide_work("ring_push", p.device, "samples", p.samples, divided_up(p.tokens, kTokens));
-  work.length = p.dim, work.aligned = aligned;
-  work.vectors = p.dim == 0 ? 0 : divided_up(p.dim + (aligned ? 0 : N - 1), N);
-  launch("ring_push", ring_push_float8_kernel<Source>, p, work, p.samples, kTokenThreads);
+  constexpr int64_t size = sizeof(typename Source::Bits), N = Piece<Source>::kElements;
+  const bool aligned = reinterpret_cast<uintptr_t>(p.storage) % N == 0 && p.dim % N == 0;
+  const bool whole = aligned && (p.dim_stride == 1 || p.dim == 0) && begins_aligned(p.features, p.token_stride * size) &&
+                     (p.samples == 1 || p.sample_stride * size % sizeof(uint4) == 0);
+  const int64_t threads = std::max<int64_t>(1, divided_up(p.dim * size, kHeldOfToken * kWarp)) * kWarp;
+  if (whole && p.tokens > 0 && threads <= kMostTokenThreads) {
+    // As many blocks as run at the same time, or a few less, so that each has the same number of tokens.
+    const int64_t resident = std::min<int64_t>(kResidentBlocks, kResidentThreads / threads);
+    Work work = divide_work("ring_push", p.device, "samples", p.samples, p.tokens, resident);
+    const int64_t each = divided_up(p.tokens, work.programs);
+    work.programs = static_cast<uint32_t>(divided_up(p.tokens, each));
+    work.vectors = p.dim / N;
+    launch("ring_push", ring_push_float8_kernel<Source>, p, work, p.samples, static_cast<int>(threads));
+  } else {
+    constexpr int64_t most = sizeof(uint4);  // elements of a vector
+    Work work = divide_work("ring_push", p.device, "samples", p.samples, divided_up(p.tokens, kTokens));
+    work.vectors = p.dim == 0 ? 0 : divided_up(p.dim + most - 1, most);
+    launch("ring_push", ring_push_any_float8_kernel<Source>, p, work, p.samples, kTokenThreads);
+  }
 }
 
 template <class Source>
@@ -514,6 +607,30 @@ void gather_float8(const RingGather& g) {
   launch("ring_gather", ring_gather_float8_kernel, g, work, g.batch, kTokenThreads);
 }
 
+// CUDA loads a kernel when it is first used, which may fail while a graph is captured. This loads them all.
+
+template <class... Kernels>
+cudaError_t load(Kernels*... kernels) {
+  cudaError_t error = cudaSuccess;
+  cudaFuncAttributes attributes;
+  static_cast<void>(((error = cudaFuncGetAttributes(&attributes, kernels), error == cudaSuccess) && ...));
+  return error;
+}
+
+template <class Source>
+cudaError_t load_pushes_from() {
+  return load(ring_push_kernel<Source, Float32>, ring_push_kernel<Source, Float16>, ring_push_kernel<Source, BFloat16>,
+              ring_push_float8_kernel<Source>, ring_push_any_float8_kernel<Source>);
+}
+
+cudaError_t load_all() {
+  for (const auto load_some : {load_pushes_from<Float32>, load_pushes_from<Float16>, load_pushes_from<BFloat16>}) {
+    if (const cudaError_t error = load_some(); error != cudaSuccess) return error;
+  }
+  return load(ring_gather_kernel<Float32>, ring_gather_kernel<Float16>, ring_gather_kernel<BFloat16>,
+              ring_gather_float8_kernel);
+}
+
 }  // namespace
 
 void ring_push_cuda(const RingPush& p) {
@@ -541,8 +658,7 @@ std::string ring_cuda_problem(int device) {
   int before = 0;
   cudaError_t error = cudaGetDevice(&before);
   if (error == cudaSuccess) error = cudaSetDevice(device);
-  cudaFuncAttributes attributes;
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, ring_push_float8_kernel<Float32>);
+  if (error == cudaSuccess) error = load_all();
   cudaSetDevice(before);
   cudaGetLastError();
   return error == cudaSuccess ? "" : describe(error);

@@ -67,6 +67,11 @@ def resolve_backend(backend: str, tensor: torch.Tensor, implemented: tuple[str, 
     return chosen
 
 
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records operations on these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 @torch.compiler.assume_constant_result  # torch.compile can't trace imports, and the answer does not change
 def triton_error(device: torch.device) -> str | None:
     """Why Triton's kernels can't run on tensors of `device`, or None if they can."""

@@ -6,6 +6,8 @@ Imported only where Triton is used; `lesa_kernels.dispatch` finds out whether it
 import functools
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -92,22 +94,75 @@ def tuned_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-")
 
 
-_COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
+COUNTERS_OF_DEVICE = 1 << 18  # int32 that are cleared at a time: 1 MiB
+COUNTERS_OF_STREAM = 1 << 10  # the fewest that a stream gets
+COUNTERS_OF_LINE = 32  # of the cache, 128 bytes: no two owners share one
+
+_COUNTERS_LOCK = threading.Lock()
+_CLEARED: dict[torch.device, torch.Tensor] = {}  # counters that have no owner yet
+_OF_STREAM: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 def arrival_counters(device: torch.device, count: int) -> torch.Tensor:
     """At least `count` int32 zeros in which a kernel may count arrivals. The kernel must set them to zero again.
 
-    Kernels of one stream run one after the other, so they share one buffer, which is cleared once. A graph that is
-    being captured gets a buffer of its own, which is cleared at every replay: another stream may run kernels at the
-    same time.
+    Clearing them costs no launch. They are parts of a buffer of 1 MiB, which is cleared when the first kernel that
+    counts is launched on the device; that launch waits until they are cleared.
+
+    - The kernels of one stream run one after the other. They share the same counters.
+    - A launch that is captured into a CUDA graph gets counters that nobody else ever gets. So the graph can be
+      replayed while other streams run kernels. If the buffer is used up, after about a thousand captured launches, or
+      if no kernel that counts was launched before the capture, the counters are new memory of the graph. Then the graph
+      clears them at each replay, with a memset before the kernel.
+
+    CUDA may give a new stream the handle of one that was destroyed, so the new one gets the same counters. That is safe
+    if the kernels of the old one have ended. Torch's allocator needs the same, because it knows streams by their
+    handles, too.
+
+    Args:
+        device: where the kernel runs, the current device.
+        count: how many counters the kernel needs.
     """
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
+        taken = _take_counters(device, count)
+        return torch.zeros(count, dtype=torch.int32, device=device) if taken is None else taken
     key = device, torch.cuda.current_stream(device).cuda_stream
-    buffer = _COUNTERS.get(key)
-    if buffer is None or buffer.numel() < count:
-        buffer = _COUNTERS[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-    return buffer
+    counters = _OF_STREAM.get(key)
+    if counters is None or counters.numel() < count:
+        needed = max(triton.next_power_of_2(count), COUNTERS_OF_STREAM)
+        counters = _take_counters(device, needed)
+        while counters is None:
+            _clear_counters(device, max(needed, COUNTERS_OF_DEVICE))
+            counters = _take_counters(device, needed)
+        _OF_STREAM[key] = counters
+    return counters
+
+
+def _take_counters(device: torch.device, count: int) -> torch.Tensor | None:
+    """Counters that nobody has had; None if there are not enough."""
+    with _COUNTERS_LOCK:
+        left = _CLEARED.get(device)
+        if left is None or left.numel() < count:
+            return None
+        lines = triton.cdiv(count, COUNTERS_OF_LINE)
+        _CLEARED[device] = left[lines * COUNTERS_OF_LINE :]
+        return left[:count]
+
+
+def _clear_counters(device: torch.device, count: int) -> None:
+    """Makes new counters, which outlive every graph.
+
+    In a thread of its own, because this one may allocate from the memory of a graph: `torch.compile` does before it
+    captures. Then other tensors of the graph would be put over the counters.
+    """
+
+    def clear() -> torch.Tensor:
+        with torch.cuda.device(device):
+            counters = torch.zeros(count, dtype=torch.int32, device=device)
+            torch.cuda.current_stream(device).synchronize()  # those who get them do not wait for this stream
+        return counters
+
+    with ThreadPoolExecutor(1) as thread:
+        _CLEARED[device] = thread.submit(clear).result()

@@ -281,7 +281,7 @@ def test_the_wheel_works_where_nothing_else_is_installed(wheel, tmp_path):
     assert lines["triton"] == "not installed"
     extension = lines["extension"].split(", ")
     assert f"version {lesa_kernels.__version__}" in extension
-    assert "cpu_operations newton_predict ring_gather ring_push" in extension
+    assert "cpu_operations newton_coefficients newton_predict ring_gather ring_push stream_forecast" in extension
     assert "cuda_operations none" in extension and "cuda_version none" in extension
 
 
@@ -411,11 +411,11 @@ def known_to_nvcc():
 @needs_nvcc
 @pytest.mark.slow
 def test_the_default_architectures_are_those_of_this_nvcc(tmp_path):
-    if "sm_120" not in known_to_nvcc():
-        pytest.skip("needs an nvcc that knows sm_120")
+    if not {"sm_110", "sm_120"} <= set(known_to_nvcc()):
+        pytest.skip("needs an nvcc that knows sm_110 and sm_120")
     status, said = configure(tmp_path, "-DLESA_CUDA=1")
     assert status == 0, said
-    assert "for the architectures 80-real;86-real;89-real;90-real;100-real;120-real;120-virtual." in said
+    assert "for the architectures 80-real;86-real;89-real;90-real;100-real;110-real;120-real;120-virtual." in said
 
 
 @needs_nvcc
@@ -445,6 +445,10 @@ def cuda_build(sdist, hasty_compiler, tmp_path_factory):
 class Kernel:
     resources: dict[str, int]  # by cuobjdump's names
     instructions: Counter[str] = field(default_factory=Counter)
+
+    def count(self, pattern):
+        """How many of its instructions match."""
+        return sum(count for name, count in self.instructions.items() if re.match(pattern, name))
 
     def bytes_moved(self, access):
         """By its instructions of that kind, each of them run once: those that move 16 bytes, and the others."""
@@ -541,10 +545,11 @@ def test_without_a_gpu_the_cuda_build_says_so(cuda_build):
 @pytest.mark.slow
 def test_every_kernel_is_there_for_every_architecture(cuda_build, kernels):
     found = Counter((arch, re.search(r"\d(ring_[a-z8_]+?_kernel)", name)[1]) for arch, name in kernels)
-    # A push for each pair of dtypes, from and to float32, float16 and bfloat16, and to float8 from each.
+    # A push for each pair of dtypes, from and to float32, float16 and bfloat16, and two to float8 from each.
     each = {
         "ring_push_kernel": 9,
         "ring_push_float8_kernel": 3,
+        "ring_push_any_float8_kernel": 3,
         "ring_gather_kernel": 3,
         "ring_gather_float8_kernel": 1,
     }
@@ -570,8 +575,29 @@ def test_kernels_move_16_bytes_at_a_time(kernels):
     # move in the first as in the second, but for a row's state, which is at most four numbers of 4 bytes.
     split = {}
     for key, kernel in kernels.items():
+        if "ring_push_float8" in key[1]:
+            continue
         loaded, loaded_singly = kernel.bytes_moved(r"LDG\..*CONSTANT")
         stored, stored_singly = kernel.bytes_moved(r"STG\.")
         if not loaded or not stored or loaded < loaded_singly or stored < stored_singly - 16:
             split[key] = loaded, loaded_singly, stored, stored_singly
     assert not split
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_the_push_to_float8_reads_each_value_once_and_divides_in_a_few_instructions(kernels):
+    checked = 0
+    for (architecture, name), kernel in kernels.items():
+        if "ring_push_float8" in name:
+            checked += 1
+            assert kernel.bytes_moved(r"LDG\..*CONSTANT") == (96, 0)  # all that a thread has of a token
+            values = 24 if "Float32" in name else 48
+            assert kernel.bytes_moved(r"STG\.") == (0, values + 16)  # and a scale and the row's state, 4 bytes each
+            assert kernel.count(r"STG\..*64") == (0 if "Float32" in name else 6)
+            # Two multiplications and two additions for each value, and a few for the scale; without a conversion in
+            # hardware, an addition for each value more.
+            arithmetic = kernel.count(r"(FFMA|FMUL|FADD)\b")
+            assert arithmetic <= values * (5 if architecture < 89 else 4) + 40, (architecture, name, arithmetic)
+            assert kernel.count(r"F2FP\..*E4M3") == (0 if architecture < 89 else values // 2)
+    assert checked == 3 * len({architecture for architecture, _ in kernels})

@@ -14,9 +14,14 @@ _NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in STORAGE_DTYPES}
 
 _LIBRARY = torch.library.Library("lesa_kernels", "FRAGMENT")
 _RING = "Tensor(a!) storage, Tensor(b!)? scales, Tensor(c!) sigmas, Tensor(d!) cursor, Tensor(e!) count"
-_LIBRARY.define(f"ring_push({_RING}, Tensor features, Tensor sigma, Tensor? rows) -> ()")
-_LIBRARY.define(f"ring_push.Scalar({_RING}, Tensor features, float sigma, Tensor? rows) -> ()")
-_LIBRARY.define("ring_gather(Tensor storage, Tensor? scales, Tensor cursor, Tensor count, int age) -> Tensor")
+# The kernels read strides, so a compiler must pass the tensors as they are in eager mode.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+for _schema in (
+    f"ring_push({_RING}, Tensor features, Tensor sigma, Tensor? rows) -> ()",
+    f"ring_push.Scalar({_RING}, Tensor features, float sigma, Tensor? rows) -> ()",
+    "ring_gather(Tensor storage, Tensor? scales, Tensor cursor, Tensor count, int age) -> Tensor",
+):
+    _LIBRARY.define(_schema, tags=_TAGS)
 
 
 def _check_ring(storage, scales, cursor, count):

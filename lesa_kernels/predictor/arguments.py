@@ -12,6 +12,7 @@ import torch
 from lesa_kernels.bspline_kan.op import TRITON_ORDERS
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
 from lesa_kernels.checks import Said, argument_error, check_int, check_tensor
+from lesa_kernels.dispatch import needs_gradient
 from lesa_kernels.stream.arguments import NO_RESIDUAL, STORED_DTYPES, LowRank
 
 
@@ -294,11 +295,6 @@ def _newton_sizes(
     if rank is not None:
         sizes += [(stages, rank, taps, width), (stages, width, rank), (stages, width)]
     return tuple(sizes)
-
-
-def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd records operations on these tensors."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def has_kernels_for(experts: Experts, shape: Shape) -> bool:

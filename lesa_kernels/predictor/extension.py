@@ -1,12 +1,11 @@
-"""`newton_predict` on the CPU, in one pass of the compiled extension."""
+"""`newton_predict` and `newton_coefficients` on the CPU, in the compiled extension."""
 
 import torch
 
 from lesa_kernels.extension import extension
 from lesa_kernels.predictor.arguments import NewtonExperts, RingState, Shape
-
-_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_ADDRESSES = ("sigmas", "cursor", "count", "sigma", *NewtonExperts._fields)
+from lesa_kernels.stream.arguments import Weights
+from lesa_kernels.stream.extension import NAMES
 
 
 def newton_predict_extension(ring: RingState, experts: NewtonExperts, shape: Shape) -> torch.Tensor:
@@ -19,22 +18,58 @@ def newton_predict_extension(ring: RingState, experts: NewtonExperts, shape: Sha
     # a tensor alive, so these lists do until the call has returned.
     storage = ring.storage
     state = [tensor.contiguous() for tensor in (ring.sigmas, ring.cursor, ring.count, ring.sigma.to(torch.float32))]
-    parameters = [None if part is None else part.to(torch.float32).contiguous() for part in experts]
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*state, *parameters)]
+    parameters = _readable(experts)
     output = torch.empty(storage.shape[1:], dtype=storage.dtype, device=storage.device)
     extension().newton_predict(
-        storage=storage.data_ptr(),
-        storage_dtype=_NAMES[storage.dtype],
-        storage_sizes=tuple(storage.shape),
-        storage_strides=storage.stride()[:3],
-        **dict(zip(_ADDRESSES, addresses)),
-        hidden=experts.in_weight.shape[1],
-        rank=0 if experts.down is None else experts.down.shape[1],
-        stage_bounds=shape.stage_bounds,
-        history_length=shape.history_length,
-        grid_size=shape.grid_size,
-        spline_order=shape.spline_order,
-        output=output.data_ptr(),
-        threads=torch.get_num_threads(),
+        storage.data_ptr(),
+        NAMES[storage.dtype],
+        storage.shape[:3],
+        storage.stride()[:3],
+        *[tensor.data_ptr() for tensor in state],
+        *_described(parameters, shape),
+        output.data_ptr(),
+        torch.get_num_threads(),
     )
     return output
+
+
+def newton_coefficients_extension(
+    sigmas: torch.Tensor, count: torch.Tensor, sigma: torch.Tensor, experts: NewtonExperts, shape: Shape
+) -> Weights:
+    """`newton_coefficients` for CPU tensors, without gradients; see there."""
+    steps, longest, width = sigma.shape, shape.longest, experts.out_bias.shape[2]
+    state = [tensor.contiguous() for tensor in (sigmas, count, sigma)]
+    parameters = _readable(experts)
+    residual = experts.rank > 0
+    made = Weights(
+        anchors=sigma.new_empty(*steps, longest, width),
+        count=torch.empty_like(state[1]),
+        constant=None if experts.up_bias is None else sigma.new_empty(*steps, width),
+        taps=sigma.new_empty(*steps, longest - 1, longest) if residual else None,
+        stage=torch.empty_like(state[1]) if residual else None,
+    )
+    extension().newton_coefficients(
+        *[tensor.data_ptr() for tensor in state],
+        sigma.numel(),
+        *_described(parameters, shape),
+        *[0 if part is None else part.data_ptr() for part in made],
+        torch.get_num_threads(),
+    )
+    return made
+
+
+def _readable(experts: NewtonExperts) -> NewtonExperts:
+    """The parameters as the extension reads them: float32 and contiguous."""
+    return NewtonExperts(*[None if part is None else part.to(torch.float32).contiguous() for part in experts])
+
+
+def _described(experts: NewtonExperts, shape: Shape) -> tuple:
+    """Addresses and sizes, in the order of the extension's arguments."""
+    rank = 0 if experts.down is None else experts.down.shape[1]
+    width, hidden = experts.out_bias.shape[2], experts.in_weight.shape[1]
+    return (
+        [0 if part is None else part.data_ptr() for part in experts],
+        (width, hidden, rank, shape.grid_size, shape.spline_order),
+        shape.stage_bounds,
+        shape.history_length,
+    )

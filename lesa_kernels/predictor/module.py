@@ -282,8 +282,9 @@ class FusedKANPredictor(nn.Module):
         if isinstance(experts, DenseExperts) or experts.residual is None or not experts.rank:
             return NO_RESIDUAL
         down, up, _ = experts.residual
-        wide, dtype = up.float(), forecast_dtype(dtype)
-        return LowRank(down.to(dtype), up.to(dtype), wide.mT @ wide, wide.sum(1))
+        with torch.autocast(up.device.type, enabled=False):
+            wide, dtype = up.float(), forecast_dtype(dtype)
+            return LowRank(down.to(dtype), up.to(dtype), wide.mT @ wide, wide.sum(1))
 
     def forecast_with(
         self, ring: FeatureRing | TieredRing, weights: Weights, low_rank: LowRank = NO_RESIDUAL

@@ -3,7 +3,7 @@
 import torch
 
 from lesa_kernels.checks import argument_error
-from lesa_kernels.dispatch import resolve_backend, triton_error
+from lesa_kernels.dispatch import needs_gradient, resolve_backend, triton_error
 from lesa_kernels.register import refuse_gradient, register
 from lesa_kernels.stream.arguments import (
     NO_RESIDUAL,
@@ -12,8 +12,8 @@ from lesa_kernels.stream.arguments import (
     OutputHead,
     StoredFeatures,
     Weights,
-    needs_gradient,
 )
+from lesa_kernels.stream.extension import has_extension
 from lesa_kernels.stream.reference import forecast_dtype, head_sums_ref, output_head_ref, stream_forecast_ref
 
 
@@ -33,8 +33,11 @@ def stream_backend(
             must = f'not be "triton" where a gradient is wanted, which {operation} does not have there'
             remedy = 'Pass backend="auto" or "torch", or call it under `torch.no_grad()`.'
             raise argument_error("backend", must, backend, remedy, RuntimeError)
-    elif _has_kernels(features, weights, low_rank):
-        names = ("triton", "torch")
+    else:
+        if has_extension(features):
+            names = ("extension", *names)
+        if _has_kernels(features, weights, low_rank):
+            names = ("triton", *names)
     return resolve_backend(backend, features.storage, names, operation)
 
 

@@ -3,8 +3,9 @@
 import torch
 
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
-from lesa_kernels.checks import check_tensor
+from lesa_kernels.checks import argument_error, check_tensor
 from lesa_kernels.dispatch import resolve_backend
+from lesa_kernels.register import refuse_gradient, register
 from lesa_kernels.stream.arguments import (
     NO_RESIDUAL,
     NO_SUMS,
@@ -13,7 +14,9 @@ from lesa_kernels.stream.arguments import (
     OutputHead,
     StoredFeatures,
     Weights,
+    stream_fits,
 )
+from lesa_kernels.stream.extension import has_extension, stream_forecast_extension
 from lesa_kernels.stream.fused import stream_backend, triton_forecast, triton_velocity
 from lesa_kernels.stream.reference import head_sums_ref, output_head_ref, stream_forecast_ref, stream_velocity_ref
 
@@ -31,7 +34,8 @@ def stream_forecast(
         features: the buffers of a `FeatureRing`, with features `[B, T, D]`.
         weights: of this step.
         low_rank: the residual, or `NO_RESIDUAL`.
-        backend: "auto", "triton" or "torch". Triton has no gradients: "auto" takes plain torch where one is wanted.
+        backend: "auto", "triton", "extension" (on a CPU, without float8) or "torch". Only plain torch has gradients:
+            "auto" takes it where one is wanted.
 
     Returns:
         `[B, T, D]` in the dtype of the stored features, bfloat16 for float8. It is computed in float32, but Triton
@@ -46,9 +50,29 @@ def stream_forecast(
     Source: this project. The published forecasters differ only in how they make the weights.
     """
     check_stream(features, weights, low_rank)
-    if stream_backend(features, weights, low_rank, None, backend, "stream_forecast") == "triton":
+    chosen = stream_backend(features, weights, low_rank, None, backend, "stream_forecast")
+    if chosen == "triton":
         return triton_forecast(features, weights, low_rank)
+    if chosen == "extension":
+        return _on_cpu(features, weights, low_rank)
     return stream_forecast_ref(features, weights, low_rank)
+
+
+def _stream_forecast_cpu(features: StoredFeatures, weights: Weights, low_rank: LowRank) -> torch.Tensor:
+    # The checks are here too, since the operator can be called without `stream_forecast`.
+    check_stream(features, weights, low_rank)
+    if not has_extension(features):
+        must = "be float32, float16 or bfloat16, with a last stride of 1"
+        raise argument_error("storage", must, features.storage, 'Pass backend="torch" to `stream_forecast`.')
+    return stream_forecast_extension(features, weights, low_rank)
+
+
+def _fake_forecast(features: StoredFeatures, weights: Weights, low_rank: LowRank) -> torch.Tensor:
+    return features.storage.new_empty(features.storage.shape[1:])
+
+
+_on_cpu = register("stream_forecast_cpu", _stream_forecast_cpu, _fake_forecast, devices=("CPU",))
+refuse_gradient("stream_forecast_cpu", "has no gradients: `stream_forecast()` uses plain torch for them", "on the CPU")
 
 
 def stream_velocity(
@@ -84,13 +108,18 @@ def stream_velocity(
     """
     check_stream(features, weights, low_rank)
     head.check(features.storage)
-    if stream_backend(features, weights, low_rank, head, backend, "stream_velocity") == "triton":
+    chosen = stream_backend(features, weights, low_rank, head, backend, "stream_velocity")
+    if chosen == "triton":
         return triton_velocity(features, weights, low_rank, head, sums)
+    if chosen == "extension":
+        return output_head_ref(_on_cpu(features, weights, low_rank), head)
     return stream_velocity_ref(features, weights, head, low_rank)
 
 
 def check_stream(features: StoredFeatures, weights: Weights, low_rank: LowRank) -> None:
     """Raises `TypeError` or `ValueError` unless all arguments of a forecast fit together."""
+    if stream_fits(features, weights, low_rank):
+        return
     features.check()
     weights.check(features)
     low_rank.check(features, weights)

@@ -893,7 +893,7 @@ def as_on_a_gpu(monkeypatch):
             now[0] += 1
             return begin(self, *args)
 
-        def copy_to_host(value):
+        def copy_to_host(value, slots):
             copy, asked = value.detach().reshape(1).float().numpy(), now[0]  # torch does not wait for an array's `item`
             return copy, Event(delay if callable(delay) else lambda: now[0] >= asked + delay)
 

@@ -573,6 +573,13 @@ def test_opcheck_of_the_other_operators(dtype):
     torch.library.opcheck(operators.ring_gather.default, (*state, 1))
 
 
+@needs_extension
+def test_operators_say_what_compilers_may_do():
+    operators = torch.ops.lesa_kernels
+    for operator in (operators.ring_push.default, operators.ring_push.Scalar, operators.ring_gather.default):
+        assert {torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides} <= set(operator.tags), operator
+
+
 @backends
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn], ids=str)
 def test_gather_reads_by_age(backend, dtype):

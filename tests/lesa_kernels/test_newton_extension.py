@@ -10,8 +10,10 @@ import torch
 from lesa_kernels.extension import extension, extension_error
 from lesa_kernels.predictor import extension as extension_module
 from lesa_kernels.predictor.arguments import NewtonExperts, RingState, Shape
-from lesa_kernels.predictor.extension import newton_predict_extension
-from lesa_kernels.predictor.reference import newton_predict_ref
+from lesa_kernels.predictor.extension import newton_coefficients_extension, newton_predict_extension
+from lesa_kernels.predictor.ops.coefficients import newton_coefficients
+from lesa_kernels.predictor.reference import newton_coefficients_ref, newton_predict_ref
+from lesa_kernels.stream.arguments import Weights
 
 pytestmark = pytest.mark.skipif(extension_error() is not None, reason=f"no extension: {extension_error()}")
 
@@ -115,9 +117,9 @@ def relaid(tensor, layout):
 @pytest.fixture(params=["avx512", "avx2", "plain"])
 def instructions(request, monkeypatch):
     """Forecasts with no wider instructions than these. A processor without the widest uses what it has."""
-    compiled = extension()
-    limited = functools.partial(compiled.newton_predict, instructions=request.param)
-    monkeypatch.setattr(extension_module, "extension", lambda: SimpleNamespace(newton_predict=limited))
+    names = ("newton_predict", "newton_coefficients")
+    limited = {name: functools.partial(getattr(extension(), name), instructions=request.param) for name in names}
+    monkeypatch.setattr(extension_module, "extension", lambda: SimpleNamespace(**limited))
     return request.param
 
 
@@ -258,22 +260,30 @@ def test_any_number_of_threads_gives_the_same_bytes(dtype, rank):
     assert all(torch.equal(forecast, forecasts[0]) for forecast in forecasts)
 
 
+PARAMETERS = NewtonExperts._fields
+SIZES = ("dim", "hidden", "rank", "grid_size", "spline_order")
+
+
 def raw_predict(**changes):
     """Calls the compiled function as `newton_predict_extension` does, with `changes`, on 2 samples of 3 x 5."""
     arguments = case(8, count=(4, 2), tokens=3, dim=5, rank=2, history=(4, 3), bounds=(0.2,))
     for name in ("cursor", "count"):
         if (value := changes.pop(f"{name}_value", None)) is not None:
             getattr(arguments, name).fill_(value)
-    output = torch.zeros(2, 3, 5)
-    tensors = {name: value for name, value in vars(arguments).items() if isinstance(value, torch.Tensor)}
+    output, changed = torch.zeros(2, 3, 5), bool(changes)
+    tensors = {name: getattr(arguments, name) for name in ("storage", "sigmas", "cursor", "count", "sigma")}
     call = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    call |= dict(storage_dtype="float32", storage_sizes=(4, 2, 3, 5), storage_strides=(30, 15, 5), hidden=7, rank=2)
-    call |= dict(stage_bounds=(0.2,), history_length=(4, 3), grid_size=8, spline_order=3)
-    call |= dict(output=output.data_ptr(), threads=1)
+    sizes = dict(dim=5, hidden=7, rank=2, grid_size=8, spline_order=3)
+    call |= dict(
+        parameters=[changes.pop(name, getattr(arguments, name).data_ptr()) for name in PARAMETERS],
+        sizes=[changes.pop(name, sizes[name]) for name in SIZES],
+    )
+    call |= dict(storage_dtype="float32", storage_sizes=(4, 2, 3), storage_strides=(30, 15, 5))
+    call |= dict(stage_bounds=(0.2,), history_length=(4, 3), output=output.data_ptr(), threads=1)
     try:
         extension().newton_predict(**call | changes)
     finally:
-        if changes:
+        if changed:
             assert not output.any()
     return output, arguments
 
@@ -287,8 +297,8 @@ BAD_CALLS = {
         f"null {name}": ({name: 0}, f"`{name}` must not be a null pointer, but got 0")
         for name in ("out_bias", "down", "up", "up_bias", "output")
     },
-    "negative size": (dict(storage_sizes=(4, 2, -3, 5)), "`tokens` must be at least 0, but got -3"),
-    "no slot": (dict(storage_sizes=(0, 2, 3, 5)), "`capacity` must be at least 1, but got 0"),
+    "negative size": (dict(storage_sizes=(4, 2, -3)), "`tokens` must be at least 0, but got -3"),
+    "no slot": (dict(storage_sizes=(0, 2, 3)), "`capacity` must be at least 1, but got 0"),
     "negative stride": (dict(storage_strides=(30, -15, 5)), "`storage_strides` must be at least 0, but got -15"),
     "unknown instructions": (dict(instructions="mmx"), "`instructions` must be one of avx512, avx2, plain"),
     "negative hidden": (dict(hidden=-1), "`hidden` must be at least 0, but got -1"),
@@ -296,7 +306,10 @@ BAD_CALLS = {
     "no grid": (dict(grid_size=0), "`grid_size` must be at least 1, but got 0"),
     "negative order": (dict(spline_order=-1), "`spline_order` must be at least 0, but got -1"),
     "huge order": (dict(spline_order=2**63 - 1), r"`spline` must address at most 2\^63 - 1 bytes"),
-    "huge output": (dict(storage_sizes=(4, 2, 2**31, 2**31)), r"`out(put|_weight|_bias)` must address at most 2\^63"),
+    "huge output": (
+        dict(storage_sizes=(4, 2, 2**31), dim=2**31),
+        r"`out(put|_weight|_bias)` must address at most 2\^63",
+    ),
     "huge stride": (dict(storage_strides=(2**62, 15, 5)), r"`storage` must address at most 2\^63 - 1 bytes"),
     "huge hidden": (dict(hidden=2**62), r"`hidden` must address at most 2\^63 - 1 bytes"),
     "huge rank": (dict(rank=2**62), r"`down` must address at most 2\^63 - 1 bytes"),
@@ -323,3 +336,63 @@ def test_the_compiled_function_checks_before_it_reads(name):
 def test_the_compiled_function_takes_what_it_should():
     output, arguments = raw_predict()
     torch.testing.assert_close(output, predict_ref(arguments))
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("width", [1, 16, 45, 530])
+def test_weights_of_several_steps(instructions, width, rank):
+    """In one call; with stages and counts of their own, they are those of plain torch."""
+    arguments = case(9, capacity=9, count=(9,), dim=width, history=(2, 4, 7), bounds=(0.4, 0.2), rank=rank, hidden=33)
+    _, experts, shape = in_tuples(arguments)
+    steps, batch = 5, 3
+    generator = torch.Generator().manual_seed(0)
+    sigmas = torch.rand(steps, batch, 7, generator=generator).cumsum(-1) + 0.4
+    count = torch.randint(0, 10, (steps, batch), generator=generator).int()
+    sigma = torch.rand(steps, batch, generator=generator) * 0.6
+    exact = newton_coefficients_ref(sigmas, count, sigma, experts, shape, torch.float64)
+    plain = newton_coefficients_ref(sigmas, count, sigma, experts, shape)
+    actual = newton_coefficients_extension(sigmas, count, sigma, experts, shape)
+    for name, mine, theirs, right in zip(Weights._fields, actual, plain, exact):
+        assert (mine is None) == (right is None) == (name in ("taps", "stage", "constant") and not rank), name
+        if mine is not None:
+            assert mine.dtype == (torch.int32 if name in ("count", "stage") else torch.float32) and mine.is_contiguous()
+            error, bound = (float((each.double() - right).abs().max()) for each in (mine, theirs))
+            assert error <= 2 * bound + 2 * torch.finfo(torch.float32).eps * float(right.abs().max()), name
+
+
+def test_the_public_weights_are_those_of_the_extension_without_gradients_only(monkeypatch):
+    arguments, calls = case(10, rank=5), []
+    _, experts, shape = in_tuples(arguments)
+    levels = (torch.tensor([[[0.5, 0.6, 0.7, 0.8]]]), torch.tensor([[4]], dtype=torch.int32), torch.tensor([[0.4]]))
+
+    def called(*given):
+        calls.append(given)
+        return newton_coefficients_extension(*given)
+
+    monkeypatch.setattr(extension_module, "newton_coefficients_extension", called)
+    expected = newton_coefficients(*levels, *experts, *shape, backend="torch")
+    for each, right in zip(newton_coefficients(*levels, *experts, *shape), expected):
+        torch.testing.assert_close(each, right)
+    assert len(calls) == 1
+    learned = experts._replace(out_bias=experts.out_bias.clone().requires_grad_())
+    assert newton_coefficients(*levels, *learned, *shape).anchors.requires_grad and len(calls) == 1
+    operator = torch.ops.lesa_kernels.newton_coefficients_cpu.default
+    torch.library.opcheck(operator, (*levels, *experts, *shape))
+
+
+def test_the_compiled_weights_are_checked_before_anything_is_read():
+    _, experts, shape = in_tuples(case(11))
+    levels = torch.rand(1, 1, 4).cumsum(-1), torch.full((1, 1), -1, dtype=torch.int32), torch.rand(1, 1)
+    with pytest.raises(ValueError, match="`count` must be at least 0, but got -1"):
+        newton_coefficients_extension(*levels, experts, shape)
+    addresses = [0 if part is None else part.data_ptr() for part in experts]
+    made = torch.zeros(1, 4, 19), torch.zeros(1, dtype=torch.int32)
+    call = [levels[0].data_ptr(), made[1].data_ptr(), levels[2].data_ptr(), 1, addresses, [19, 7, 0, 8, 3], (), (4,)]
+    call += [made[0].data_ptr(), made[1].data_ptr(), 0, 0, 0, 1]
+    extension().newton_coefficients(*call)
+    wrong = [(0, 0, "sigmas"), (1, 0, "count"), (2, 0, "sigma"), (3, -1, "forecasts"), (4, [0] * 8, "in_weight")]
+    wrong += [(5, [19, 7, 1, 8, 3], "down"), (7, (4, 3), "history_length"), (8, 0, "anchors"), (9, 0, "anchor_count")]
+    wrong += [(4, [*addresses[:7], addresses[0]], "constant"), (13, 0, "threads")]
+    for place, value, name in wrong:
+        with pytest.raises(ValueError, match=f"`{name}` must"):
+            extension().newton_coefficients(*call[:place], value, *call[place + 1 :])

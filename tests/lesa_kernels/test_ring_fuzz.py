@@ -171,7 +171,8 @@ def test_samples_that_many_blocks_or_threads_share(sanitized, fuzzed, name):
     assert counted(sanitized, fuzzed[name][1], "large pushes") >= 112
 
 
-CALLS = ["good_calls", "launch_errors", "cuda_problem", "same_call_again", "refusals", "a_sample_that_blocks_share"]
+CALLS = ["good_calls", "launch_errors", "cuda_problem", "all_kernels_are_loaded", "same_call_again", "refusals"]
+CALLS += ["a_sample_that_blocks_share"]
 
 
 @pytest.mark.slow

@@ -28,13 +28,25 @@ def make_predictor(below=None, dim=DIM, seed=0, **options):
 class NanPredictor(FusedKANPredictor):
     """Gives NaN at the noise levels between `above` and `below`."""
 
+    def plan(self, levels, sigmas, batch):
+        planned = super().plan(levels, sigmas, batch)
+        return [weights._replace(anchors=weights.anchors * self._factor(s)) for weights, s in zip(planned, sigmas)]
+
+    def _factor(self, sigma):
+        return math.nan if self.above < sigma < self.below else 1
+
+
+class NanForward(NanPredictor):
+    """The same, for a predictor that has no weights to plan, or if they are not used."""
+
     def forward(self, ring, sigma):
-        return super().forward(ring, sigma) * (math.nan if self.above < sigma < self.below else 1)
+        return super().forward(ring, sigma) * self._factor(sigma)
 
 
 def with_nan(predictor, below, above=-math.inf):
     """Lets `predictor` give NaN at the noise levels between `above` and `below`, and returns it."""
-    predictor.__class__, predictor.above, predictor.below = NanPredictor, above, below
+    predictor.__class__ = NanPredictor if predictor.config.mixer == "newton" else NanForward
+    predictor.above, predictor.below = above, below
     return predictor
 
 

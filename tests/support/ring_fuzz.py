@@ -110,7 +110,7 @@ class Case:
         self.rng = rng
         dim = rng.choice((1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 48, 64, 65, 128, 200, 513, rng.randint(1, 300)))
         if rng.random() < 0.02:
-            dim = rng.choice((3072, 3073, 4100))  # beyond what a warp keeps of a token
+            dim = rng.choice((512, 1000, 3072, 3073, 4100, 9000, 17000))  # the last ones are too wide for some kernels
         tokens = rng.choice((0, 1, 1, 2, 3, 5, 8, 9, rng.randint(1, 40))) if dim < 1000 else rng.randint(1, 3)
         batch = rng.randint(1, 4)
         if rng.random() < 0.02:
@@ -297,15 +297,39 @@ def tie_tokens(dtype: torch.dtype, seed: int) -> torch.Tensor:
     return torch.cat([values, -values, largest], dim=1)[None]
 
 
+def near_tie_tokens() -> torch.Tensor:
+    """Tokens of all scales for which a quotient can be half a unit of float32 from a tie of e4m3, but for 2^-22 units.
+
+    There a quotient that is not quite exact may be rounded to the other side of the tie. With a scale of the bits S
+    and a tie of the bits M, of 24 and 5 bits, that is possible if `S M 2^19 +- S / 2`, the bits of the value, is a
+    multiple of 2^23 but for a few units. So S is a multiple of 2^20 but for a few units.
+    """
+    bits = torch.arange(8, 17)[:, None] * 2**20 + torch.arange(-12, 13)
+    scales = bits[(bits >= 2**23) & (bits < 2**24)].double() * 2.0**-23
+    numbers = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    ties = (numbers[1:] + numbers[:-1]) / 2
+    units = 2.0 ** (ties.log2().floor() - 23)  # of float32; half as large below a power of two
+    beside = torch.cat([ties + part * units for part in (-0.5, -0.25, 0.25, 0.5)])
+    nearest = (scales[:, None] * beside).float().view(torch.int32)
+    values = torch.cat([(nearest + delta).view(torch.float32) for delta in (-1, 0, 1)], dim=1)
+    largest = (448.0 * scales).float()[:, None]
+    return torch.cat([values.minimum(largest), -values.minimum(largest), largest], dim=1)[None]
+
+
 def run_ties(seed: int, cases: int, backend: str = "extension") -> int:
     """Compares what is seldom found by chance: quotients at and beside ties. Returns how many there were."""
     compared = 0
     for case in range(cases):
         for dtype in FEATURE_DTYPES:
-            features = tie_tokens(dtype, seed + case)
-            rings = both_rings(1, *features.shape, dtype=torch.float8_e4m3fn, backend=backend)
-            push_both(rings, features, 0.5)
-            compared += features.numel()
+            all_features = [tie_tokens(dtype, seed + case)]
+            if dtype == torch.float32 and case == 0:
+                all_features.append(near_tie_tokens())
+            for features in all_features:
+                whole = torch.nn.functional.pad(features, (0, -features.shape[-1] % 16))  # the kernel for whole pieces
+                for pushed in (features, whole):
+                    rings = both_rings(1, *pushed.shape, dtype=torch.float8_e4m3fn, backend=backend)
+                    push_both(rings, pushed, 0.5)
+                    compared += pushed.numel()
     return compared
 
 

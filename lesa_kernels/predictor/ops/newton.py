@@ -2,7 +2,7 @@
 
 import torch
 
-from lesa_kernels.dispatch import resolve_backend
+from lesa_kernels.dispatch import needs_gradient, resolve_backend
 from lesa_kernels.predictor.arguments import (
     NewtonExperts,
     RingState,
@@ -11,7 +11,6 @@ from lesa_kernels.predictor.arguments import (
     check_tensors,
     contiguous,
     has_kernels,
-    needs_gradient,
 )
 from lesa_kernels.predictor.ops.gradient import as_declared, fake_forecast, fake_gradients, register_gradient
 from lesa_kernels.predictor.reference import newton_predict_ref

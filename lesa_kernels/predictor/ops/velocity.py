@@ -3,6 +3,7 @@
 import torch
 
 from lesa_kernels.checks import check_tensor
+from lesa_kernels.dispatch import needs_gradient
 from lesa_kernels.predictor.arguments import (
     NewtonExperts,
     RingState,
@@ -10,7 +11,6 @@ from lesa_kernels.predictor.arguments import (
     check_all,
     check_tensors,
     contiguous,
-    needs_gradient,
 )
 from lesa_kernels.predictor.ops.newton import newton_backend, run_newton_predict
 from lesa_kernels.predictor.reference import newton_velocity_ref

@@ -4,12 +4,17 @@ from dataclasses import replace
 
 import torch
 
+from lesa.cache.planning import Plan
 from lesa.cache.run import Run, version_of
 from lesa.models import Adapter
 from lesa_kernels import OutputHead
+from lesa_kernels.stream import NO_SUMS, HeadSums, head_sums
 
 _MOST_PLANS = 2
 """If the inputs change more often in a run, they are taken to change at every step. Then plans would be of no use."""
+
+_MOST_BYTES = 2**25
+"""At most so much memory is taken for a moment, to compute what the residual adds to the fused heads of many steps."""
 
 
 class Conditioner:
@@ -31,6 +36,8 @@ class Conditioner:
         self._plans = 0
         self._conditioning: tuple[torch.Tensor, ...] = ()
         self._heads: tuple[OutputHead, ...] = ()
+        self._summed: Plan | None = None  # the plan for whose steps there are sums
+        self._sums: dict[int, HeadSums] = {}
         self._begin = 0
 
     def conditioning(self, run: Run, arguments: dict, dtype: torch.dtype, is_passed: bool) -> torch.Tensor:
@@ -47,15 +54,43 @@ class Conditioner:
             return self.adapter.conditioning(arguments, dtype)
         return self._conditioning[run.index - self._begin]
 
-    def head(self, run: Run, arguments: dict, dtype: torch.dtype, is_passed: bool) -> OutputHead:
-        """The plain output head as tensors, modulated for the run's current step; arguments as in `conditioning`."""
+    def head(
+        self, run: Run, arguments: dict, dtype: torch.dtype, is_passed: bool, plan: Plan | None
+    ) -> tuple[OutputHead, HeadSums]:
+        """The plain output head as tensors, modulated for the run's current step, and its sums for a fused head.
+
+        Args:
+            run, arguments, dtype, is_passed: as in `conditioning`.
+            plan: of the forecasts. If it is None, or if the current step is not conditioned in advance, there are no
+                sums.
+        """
         if not (is_passed and self._is_planned(run, arguments, dtype)):
-            return self.adapter.output_head(self.adapter.conditioning(arguments, dtype))
+            return self.adapter.output_head(self.adapter.conditioning(arguments, dtype)), NO_SUMS
         if not self._heads:
             head, batch = self.adapter.output_head(torch.cat(self._conditioning)), len(self._conditioning[0])
-            parts = zip(head.scale.split(batch), head.shift.split(batch))
+            shifts = [None] * len(self._conditioning) if head.shift is None else head.shift.split(batch)
+            parts = zip(head.scale.split(batch), shifts)
             self._heads = tuple(replace(head, scale=scale, shift=shift) for scale, shift in parts)
-        return self._heads[run.index - self._begin]
+        head = self._heads[run.index - self._begin]
+        if plan is None:
+            return head, NO_SUMS
+        if plan is not self._summed:
+            self._sums, self._summed = self._sums_of(plan, self._begin - (run.begin or 0)), plan
+        return head, self._sums.get(run.step, NO_SUMS)
+
+    def _sums_of(self, plan: Plan, begin: int) -> dict[int, HeadSums]:
+        """By step, the sums of the heads of a plan's steps from `begin` on, which is the step of the first head."""
+        steps, batch, width = [step for step in plan.weights if step >= begin], *self._heads[0].scale.shape
+        together = max(1, _MOST_BYTES // (4 * batch * width * max(1, plan.low_rank.rank)))
+        sums: dict[int, HeadSums] = {}
+        for first in range(0, len(steps), together):
+            group = steps[first : first + together]
+            heads, stages = [self._heads[step - begin] for step in group], [plan.weights[s].stage for s in group]
+            scale, shift = torch.cat([head.scale for head in heads]), _joined([head.shift for head in heads])
+            made = head_sums(replace(heads[0], scale=scale, shift=shift), plan.low_rank, _joined(stages))
+            parts = [[None] * len(group) if part is None else part.split(batch) for part in made]
+            sums |= zip(group, map(HeadSums, *parts))
+        return sums
 
     def _is_planned(self, run: Run, arguments: dict, dtype: torch.dtype) -> bool:
         """Makes a plan if there is none yet. Says whether the current step is planned."""
@@ -70,6 +105,7 @@ class Conditioner:
             return bool(self._conditioning)
         self._inputs, self._given = inputs, given  # while they are held, no other tensor gets their ids
         self._conditioning = self._heads = ()
+        self._summed = None
         self._plans += 1
         if self._plans > _MOST_PLANS:
             return False
@@ -91,3 +127,8 @@ def _repeated(value: torch.Tensor | None, batch: int, steps: int) -> torch.Tenso
         return None
     rows = batch if len(value) == 1 else len(value)
     return value.expand(rows, *value.shape[1:]).repeat(steps, *[1] * (value.ndim - 1))
+
+
+def _joined(parts: list) -> torch.Tensor | None:
+    """The rows of all tensors, or None if there are none."""
+    return None if parts[0] is None else torch.cat(parts)

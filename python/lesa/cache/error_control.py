@@ -8,7 +8,7 @@ import torch
 
 from lesa.models import Adapter
 from lesa.schedule import Schedule
-from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig, TieredRing
+from lesa_kernels import OutputHead, PredictorConfig
 from lesa_kernels.checks import check_float, check_int, usage_error
 from lesa_kernels.stream import output_head
 
@@ -111,27 +111,19 @@ class ControlledSteps:
         return float(np.interp(-self._levels[step], [*self._trained, 0.0], range(len(self._trained) + 1)))
 
 
-def forecast_error(
-    predictor: FusedKANPredictor,
-    ring: FeatureRing | TieredRing,
-    sigma: float,
-    features: torch.Tensor,
-    head: OutputHead,
-) -> torch.Tensor:
+def forecast_error(forecast: torch.Tensor, features: torch.Tensor, head: OutputHead) -> torch.Tensor:
     """The error of the forecast for a step that was computed.
 
     Args:
-        predictor: makes the forecast.
-        ring: the history before that step.
-        sigma: the step's noise level.
-        features: what was computed, `[B, T, D]`.
+        forecast: the features that were forecast, `[B, T, D]`.
+        features: those that were computed.
         head: the output head of that step.
 
     Returns:
         The relative L2 error of the velocity, of the worst sample: a scalar on the features' device.
     """
     truth = output_head(features, head).float()
-    error = (output_head(predictor(ring, sigma), head).float() - truth).flatten(1)
+    error = (output_head(forecast, head).float() - truth).flatten(1)
     return (error.norm(dim=1) / truth.flatten(1).norm(dim=1).clamp(min=1e-12)).amax()
 
 

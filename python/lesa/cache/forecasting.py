@@ -2,8 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable, Set
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -14,74 +13,13 @@ from lesa.cache.controlnet import DeferredControl, computed
 from lesa.cache.device_values import DeviceValues
 from lesa.cache.error_control import ControlledSteps, ErrorControl, forecast_error
 from lesa.cache.hook import StepHook
-from lesa.cache.run import Call, Run, RunState, StepObserver
+from lesa.cache.planning import Plan, Planner, can_plan
+from lesa.cache.run import Call, Run, StepObserver
 from lesa.cache.stats import CacheStats, StreamStats
+from lesa.cache.streams import ForecastState, Stream
 from lesa.models import Adapter
 from lesa.schedule import FEW_STEPS, Schedule, as_schedule, schedule_of
 from lesa_kernels import FeatureRing, FusedKANPredictor, TieredRing
-
-
-@dataclass
-class Stream:
-    """What a run keeps of one stream of calls."""
-
-    stats: StreamStats
-    conditioner: Conditioner
-    ring: FeatureRing | TieredRing | None = None
-    shape: tuple[int, int] | None = None  # batch and tokens of the call whose features are the newest in the ring
-    fuses: bool = False  # whether the predictor has one kernel for forecast and output head
-    is_other_text: bool = False  # whether the text has differed since that call
-    is_unclear: bool = False  # whether a feature of another stream may be in the ring
-
-    def fits(self, features: torch.Tensor) -> bool:
-        """Whether the stream has a history that these features belong to."""
-        ring = self.ring
-        if ring is None or self.is_other_text or self.is_unclear:
-            return False
-        if (ring.batch, ring.tokens, ring.dim) != features.shape:
-            return False
-        return (ring.dtype, ring.device) == (features.dtype, features.device)
-
-
-@dataclass
-class ForecastState(RunState):
-    """What is kept in a run whose calls are forecast.
-
-    Attributes:
-        streams: by name.
-        computed: the executed steps that are computed; with `controlled`, those that have been chosen so far.
-        controlled: chooses the computed steps, in a run under `lesa.ErrorControl`.
-        forecasts_are_finite: whether no forecast of this run is known to hold NaN or Inf.
-        was_predicting: whether the schedule of the run before left out steps.
-    """
-
-    streams: dict[str, Stream] = field(default_factory=dict)
-    computed: Set[int] = frozenset()
-    controlled: ControlledSteps | None = None
-    forecasts_are_finite: bool = True
-    was_predicting: bool = False
-
-    @property
-    def needs_values(self) -> bool:
-        return self.controlled is not None and self.run.step > max(self.computed)
-
-    def choose_next_step(self) -> None:
-        """Adds the computed step after the last one, by the errors that were measured there."""
-        if self.controlled is not None:
-            self.controlled.choose_by_measured()
-            self.computed = self.controlled.chosen
-
-    def on_other_text(self, stream: str) -> None:
-        if stream in self.streams:
-            self.streams[stream].is_other_text = True
-
-    def on_unclear(self, stream: str) -> None:
-        if stream in self.streams:
-            self.streams[stream].is_unclear = True
-
-    def release(self) -> None:
-        super().release()
-        self.streams = {}
 
 
 class ForecastingHook(StepHook[ForecastState]):
@@ -247,7 +185,7 @@ class ForecastingHook(StepHook[ForecastState]):
             return "the text changed", "Keep the texts the same in a run, and the order of their calls."
         if stream.is_unclear:
             return reasons.UNCLEAR
-        device = next(self.predictor.parameters()).device
+        device = self.predictor.in_weight.device
         if device != stream.ring.device:
             return (
                 f"the predictor is on {device}, and the features on {stream.ring.device}",
@@ -258,23 +196,39 @@ class ForecastingHook(StepHook[ForecastState]):
     # What is forecast
 
     def predict(self, state: ForecastState, call: Call, arguments: dict[str, Any]) -> Any:
-        stream, predictor = state.streams[call.stream], self.predictor
+        stream = state.streams[call.stream]
         ring, conditioner = cast(FeatureRing, stream.ring), stream.conditioner
-        needs_forecast = self._keeps_forecasts or torch.is_grad_enabled()
         is_passed = arguments["timestep"] is call.arguments["timestep"]
-        if stream.fuses and not needs_forecast:
-            why = self.adapter.why_head_not_plain(self.placement.capture_id, ring.device)
-            if why is None:
-                head = conditioner.head(state.run, arguments, ring.dtype, is_passed)
-                if predictor.fuses_velocity(ring, head):
-                    stream.stats.fused.append(call.step)
-                return self.adapter.output(arguments, predictor.predict_velocity(ring, call.sigma, head))
-            self.stats.note(f"the output head ran in the model's own modules: {why}")
-        features = predictor(ring, call.sigma)
+        plan = _plan(state, stream, call.step)
+        if self._reads_head(stream):
+            head, sums = conditioner.head(state.run, arguments, ring.dtype, is_passed, plan)
+            if self.predictor.fuses_velocity(ring, head):
+                stream.stats.fused.append(call.step)
+            if plan is None:
+                return self.adapter.output(arguments, self.predictor.predict_velocity(ring, call.sigma, head))
+            weights = plan.weights[call.step]
+            velocity = self.predictor.velocity_with(ring, weights, head, plan.low_rank, sums)
+            return self.adapter.output(arguments, velocity)
+        features = self._features(ring, call, plan)
         if self._keeps_forecasts:
             ring.push(features, call.sigma)  # before the head, which may overwrite them
         conditioning = conditioner.conditioning(state.run, arguments, ring.dtype, is_passed)
         return self.adapter.output(arguments, self.adapter.head(features, conditioning, arguments))
+
+    def _reads_head(self, stream: Stream) -> bool:
+        """Whether the output head is computed from its weights, and not by its modules."""
+        if self._keeps_forecasts or torch.is_grad_enabled() or not stream.fuses:
+            return False
+        why = self.adapter.why_head_not_plain(self.placement.capture_id, cast(FeatureRing, stream.ring).device)
+        if why is not None:
+            self.stats.note(f"the output head ran in the model's own modules: {why}")
+        return why is None
+
+    def _features(self, ring: FeatureRing | TieredRing, call: Call, plan: Plan | None) -> torch.Tensor:
+        """The forecast of the features."""
+        if plan is None:
+            return self.predictor(ring, call.sigma)
+        return self.predictor.forecast_with(ring, plan.weights[call.step], plan.low_rank)
 
     def on_predicted(self, state: ForecastState, call: Call, output: Any) -> None:
         """Asks for the sum of the output, which says whether it is finite. A CPU answers at once, a GPU later."""
@@ -329,19 +283,23 @@ class ForecastingHook(StepHook[ForecastState]):
         if why is not None:
             self.stats.note(f"errors are not measured, so the trained gaps are used: {why}")
             return
-        head = self.adapter.output_head(conditioning)
-        error = forecast_error(self.predictor, cast(FeatureRing, stream.ring), call.sigma, features, head)
+        forecast = self._features(cast(FeatureRing, stream.ring), call, _plan(state, stream, call.step))
+        error = forecast_error(forecast, features, self.adapter.output_head(conditioning))
         state.values.ask(error, functools.partial(_on_error, state.controlled, stream.stats, call.step))
 
     def _push(self, stream: Stream, features: torch.Tensor, sigma: float) -> None:
         ring = stream.ring
         if ring is None or not stream.fits(features):
             stream.ring = ring = None  # nothing else holds it: it is freed before another one takes memory
+            stream.planner = None
             batch, tokens, _ = features.shape
             ring = self.predictor.make_ring(batch, tokens, features.dtype, features.device, self.max_device_bytes)
             stream.ring, stream.fuses = ring, self.predictor.fuses_velocity(ring)
+            stream.planner = Planner(self.predictor, ring) if can_plan(self.predictor) else None
             stream.stats.ring_device_bytes, stream.stats.ring_host_bytes = ring.device_nbytes, ring.host_nbytes
         ring.push(features, sigma)
+        if stream.planner is not None:
+            stream.planner.push(sigma)
 
     def finish(self, state: ForecastState, call: Call) -> None:
         stats = state.streams[call.stream].stats
@@ -352,6 +310,13 @@ class ForecastingHook(StepHook[ForecastState]):
             self._fall_back(*reasons.REPEATED)
         elif not call.heads:
             self._fall_back(*reasons.UNSEEN)
+
+
+def _plan(state: ForecastState, stream: Stream, step: int) -> Plan | None:
+    """A plan with the weights of a forecast, or None if they are computed with the forecast."""
+    if stream.planner is None or torch.is_grad_enabled():
+        return None
+    return stream.planner.plan(step, state.run.executed_sigmas, state.computed, state.controlled is not None)
 
 
 def _on_error(controlled: ControlledSteps, stats: StreamStats, step: int, error: float) -> None:

@@ -229,11 +229,9 @@ class StepHook(ModelHook, Generic[State]):
                 RuntimeError,
             )
         try:
-            located = self._located = self._begin(args, kwargs)
-            if located is not None and located[1].predicted:
-                output = self._predicted(*located, args, kwargs)
-                if output is not None:
-                    return output
+            output = self._begin(args, kwargs)
+            if output is not None:
+                return output
             kwargs = self.needed(kwargs)
             self.inside = "compute"
             output = self.placement.call(*args, **kwargs)
@@ -247,7 +245,12 @@ class StepHook(ModelHook, Generic[State]):
             self._entered.release()
 
     @torch.compiler.disable
-    def _begin(self, args: tuple, kwargs: dict[str, Any]) -> tuple[State, Call] | None:
+    def _begin(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The output of a call that is predicted, or None if it must be computed."""
+        located = self._located = self._find(args, kwargs)
+        return None if located is None or not located[1].predicted else self._predicted(*located, args, kwargs)
+
+    def _find(self, args: tuple, kwargs: dict[str, Any]) -> tuple[State, Call] | None:
         """Finds the place of a call in a run, and decides whether to predict it; None if the place is not known."""
         self._calls += 1
         self.placement.look_at_forward()
@@ -283,7 +286,6 @@ class StepHook(ModelHook, Generic[State]):
         if self._begun > 1 and run.index > 0 and getattr(run.scheduler, "step_index", None) is not None:
             self.on_restart(state)
 
-    @torch.compiler.disable
     def _predicted(self, state: State, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of a call that is to be predicted, or None if it must be computed after all."""
         self.inside, is_replaced = "predict", self.placement.is_forward_replaced()

@@ -1,7 +1,6 @@
 """What a cache puts on a transformer and its pipeline, and how it takes that away again."""
 
 import functools
-import inspect
 import types
 import weakref
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import HookFunctionReference
 
+from lesa.models.own_forward import class_forward
 from lesa_kernels.checks import Said, argument_error, usage_error
 
 HOOK_NAME = "lesa"
@@ -142,7 +142,7 @@ class Placement:
         if self._forward is not None:
             if attributes.get("forward") is self._forward:
                 del attributes["forward"]
-            function = inspect.getattr_static(type(self._transformer), "forward")
+            function = class_forward(type(self._transformer))
             if isinstance(function, types.FunctionType):  # gives others the class's own, where they have kept the copy
                 plain = types.MethodType(function, self._transformer)
                 self._hook.adapter.own_forward.replace(self._forward, plain)
@@ -166,7 +166,7 @@ class Placement:
 
     def look_at_forward(self) -> None:
         """Sets the class's forward as an attribute, unless another one is there. Remembers what wraps it now."""
-        attributes, function = vars(self._transformer), inspect.getattr_static(type(self._transformer), "forward")
+        attributes, function = vars(self._transformer), class_forward(type(self._transformer))
         present = attributes.get("forward")
         if present is None or present is self._forward:
             if not isinstance(function, types.FunctionType):  # a descriptor makes the forward at each access
@@ -193,7 +193,7 @@ class Placement:
     def _is_plain(self, forward: Any) -> bool:
         """Whether `forward` is what the transformer has if nobody sets it."""
         is_method = isinstance(forward, types.MethodType) and forward.__self__ is self._transformer
-        return is_method and forward.__func__ is inspect.getattr_static(type(self._transformer), "forward")
+        return is_method and forward.__func__ is class_forward(type(self._transformer))
 
     def _compile(self, *args: Any, **kwargs: Any) -> None:
         """Replaces the module's own `compile`: what is compiled is behind the gate."""

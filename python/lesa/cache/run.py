@@ -99,7 +99,9 @@ class Run:
         """
         position = self.position
         has_position = position is not None and 0 <= position < len(self.timesteps)
-        return timestep.reshape(-1)[0].item() if waits or timestep.device.type == "cpu" or not has_position else None
+        if not waits and has_position and timestep.device.type != "cpu":
+            return None
+        return (timestep if timestep.numel() == 1 else timestep.flatten()[0]).item()
 
     def locate(self, value: float, dtype: torch.dtype) -> int | None:
         """The index of the scheduler's timestep that the transformer was given, or None.
@@ -277,11 +279,16 @@ class RunState:
             context: name of the call's context.
             text: the call's embedded text.
         """
+        if (had := self._sources.get(context)) is not None and had.text is text and context not in self._called:
+            return self._call(context, context, text)  # the usual case
         same = (name for name, had in self._sources.items() if had.context == context and had.text is text)
         names = (context + (f"-{order}" if order > 1 else "") for order in itertools.count(1))
         own = (name for name in names if name not in self._sources or self._sources[name].context == context)
         candidates: Iterator[str] = itertools.chain(same, own)
-        name = next(n for n in candidates if n not in self._called)
+        return self._call(next(n for n in candidates if n not in self._called), context, text)
+
+    def _call(self, name: str, context: str, text: torch.Tensor | None) -> str:
+        """Notes that a stream is called, and with what. Returns its name."""
         had, version, index = self._sources.get(name), version_of(text), self.run.index
         kept = had is not None and had.text is text
         if had is not None and (had.version != version if kept else had.kept):

@@ -1,7 +1,7 @@
 """What lesa needs to know of a transformer whose output head is an AdaLN and a linear projection."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ class Adapter:
         config = transformer.config
         self.feature_dim: int = config.num_attention_heads * config.attention_head_dim
         self.own_forward = OwnForward(transformer, self.transformer_classes)
-        self._head_modules = torch.nn.ModuleList()
+        self._head = _HeadModules((), [])
 
     # What a family must define, or may override
 
@@ -126,15 +126,21 @@ class Adapter:
     @property
     def head_modules(self) -> torch.nn.ModuleList:
         """The modules of the transformer that a predicted step runs."""
-        modules = self.embedder, self.head_entry, self.projection
-        if modules != tuple(self._head_modules):  # peft replaces a plain layer by one with LoRA
-            self._head_modules = torch.nn.ModuleList(modules)
-        return self._head_modules
+        return self._known_head.modules
 
     @property
     def has_adapters(self) -> bool:
         """Whether a module of the head has adapters such as LoRA. They can change what it computes at any time."""
-        return any("base_layer" in module._modules for module in self.head_modules.modules())
+        return self._known_head.has_adapters
+
+    @property
+    def _known_head(self) -> "_HeadModules":
+        if not self._head.is_current():  # peft replaces a plain layer by one with LoRA
+            modules = self.embedder, self.head_entry, self.projection
+            paths = [name.split(".") for name, module in self.transformer.named_modules() if module in modules]
+            around = {".".join(path[:depth]) for path in paths for depth in range(len(path))}
+            self._head = _HeadModules(modules, [self.transformer.get_submodule(name) for name in around])
+        return self._head
 
     @property
     def counted_module(self) -> torch.nn.Module:
@@ -184,6 +190,8 @@ class Adapter:
 
     def scaled(self, call: dict, function: Callable, *args: Any) -> Any:
         """`function(*args)`, with the LoRA scale of this call in the head's layers."""
+        if (call[self.attention_kwargs] or {}).get("scale", 1.0) == 1.0:  # as the layers are
+            return function(*args)
         return _scaled(self.head_modules, function, args, joint_attention_kwargs=call[self.attention_kwargs])
 
     def output(self, call: dict, velocity: torch.Tensor) -> Any:
@@ -204,6 +212,33 @@ class Adapter:
         norm, projection = self.head_entry, self.projection
         scale, shift = norm.linear(norm.silu(conditioning).to(norm.linear.weight.dtype)).chunk(2, dim=1)
         return OutputHead(projection.weight, projection.bias, scale, shift, norm.norm.eps)
+
+
+class _HeadModules:
+    """The modules of a head, and what is known of them until one of them is replaced.
+
+    Args:
+        modules: the modules.
+        around: the modules that have them as parts, at any depth.
+
+    Attributes:
+        modules: a list of the modules.
+        has_adapters: see `Adapter`.
+    """
+
+    def __init__(self, modules: Iterable[torch.nn.Module], around: Iterable[torch.nn.Module]):
+        self.modules = torch.nn.ModuleList(modules)
+        inside = [*self.modules.modules()][1:]
+        self.has_adapters = any("base_layer" in module._modules for module in inside)
+        self._parts = [module._modules for module in (*around, *inside)]
+        self._children = self._list_children()
+
+    def is_current(self) -> bool:
+        """Whether the modules have the parts that they had."""
+        return bool(self._parts) and self._list_children() == self._children
+
+    def _list_children(self) -> list[torch.nn.Module | None]:
+        return [child for parts in self._parts for child in parts.values()]
 
 
 @apply_lora_scale("joint_attention_kwargs")

@@ -33,6 +33,11 @@ _MOST_HOLDERS = 1000
 _exchanging = threading.RLock()  # held while a function is exchanged that several transformers may share
 
 
+def class_forward(cls: type) -> Any:
+    """What a class has as `forward`, itself or from its bases; not bound."""
+    return next(vars(c)["forward"] for c in cls.__mro__ if "forward" in vars(c))
+
+
 class OwnForward:
     """The forward of a transformer's class.
 
@@ -52,6 +57,7 @@ class OwnForward:
         parameters = [*inspect.signature(written or type(transformer).forward).parameters.values()][1:]
         self._names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        self._latest: tuple[Callable, Replacement, Callable] | None = None  # a forward, its replacement and the gate
 
     def bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name, with defaults. Unknown ones stay, and the forward refuses them."""
@@ -73,11 +79,12 @@ class OwnForward:
         """Whether `value` is the class's forward: the written function, or that with the decorator of diffusers."""
         if not isinstance(value, types.FunctionType) or self._code is None:
             return False
-        if value.__code__ == self._code:
+        if value.__code__ is self._code or value.__code__ == self._code:  # to compare two of them takes long
             return True
         if value.__globals__.get("__name__") != _DECORATORS:
             return False
-        return any(isinstance(f, types.FunctionType) and f.__code__ == self._code for _, f in _cells(value))
+        inner = (f.__code__ for _, f in _cells(value) if isinstance(f, types.FunctionType))
+        return any(code is self._code or code == self._code for code in inner)
 
     def _is_bound(self, value: Any) -> bool:
         return (
@@ -116,6 +123,16 @@ class OwnForward:
         Yields:
             Whether the forward was found. If not, nothing is exchanged.
         """
+        attributes = vars(self.transformer)
+        forward = attributes.get("forward")
+        if self._is_bound(forward):  # nobody has wrapped it: the usual case, and the quickest
+            attributes["forward"] = gate = self._gate_of(forward, replacement)
+            try:
+                yield True
+            finally:
+                if attributes.get("forward") is gate:
+                    attributes["forward"] = forward
+            return
         with contextlib.ExitStack() as shared:
             shared.enter_context(_exchanging)
             places = self._places()
@@ -134,7 +151,7 @@ class OwnForward:
     def _places(self) -> list["_Place"]:
         """Where the forward is held: by the transformer or its wrappers, or by the classes."""
         attributes, cls = vars(self.transformer), type(self.transformer)
-        function = inspect.getattr_static(cls, "forward")
+        function = class_forward(cls)
         if self._is_bound(attributes.get("forward")):  # nobody has wrapped it
             return [_Place.entry(attributes, "forward")]
         if "forward" not in attributes and self._is_own(function):
@@ -147,6 +164,12 @@ class OwnForward:
             classes = [c for c in cls.__mro__ if "forward" in vars(c)]
             places += _search([_Place.attribute(c, "forward") for c in classes], self._is_wanted)
         return places
+
+    def _gate_of(self, forward: Any, replacement: Replacement) -> Callable:
+        """`_gate`, without making the same one again."""
+        if self._latest is None or self._latest[0] is not forward or self._latest[1] != replacement:
+            self._latest = forward, replacement, self._gate(forward, replacement)
+        return self._latest[2]
 
     def _gate(self, forward: Callable, replacement: Replacement) -> Callable:
         if isinstance(forward, types.MethodType):

@@ -121,8 +121,9 @@ class Recorder:
             middle = len(self.numbers)
             halves = {call.stream: slice(middle), f"{call.stream}-with-prompt": slice(middle, None)}
         latents = self.adapter.latents(call.arguments)
+        shift = torch.zeros_like(head.scale) if head.shift is None else head.shift  # a head without one adds nothing
         for name, rows in halves.items():
-            self._keep_rows(name, step, features[rows], latents[rows], head.scale[rows], head.shift[rows])
+            self._keep_rows(name, step, features[rows], latents[rows], head.scale[rows], shift[rows])
         self.on_step((step + 1) / len(self.sigmas))
 
     def _keep_rows(

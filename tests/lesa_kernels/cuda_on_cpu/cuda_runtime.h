@@ -16,6 +16,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <set>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -41,7 +42,12 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 
 inline thread_local dim3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
@@ -186,8 +192,15 @@ inline void __syncthreads() { cuda_on_cpu::block->wait_for_block(); }
 inline void __threadfence() {
   if (const auto others = std::exchange(cuda_on_cpu::run_others, nullptr)) std::thread(others).join();
 }
-inline unsigned __shfl_xor_sync(unsigned, unsigned value, int distance) {
-  return cuda_on_cpu::block->exchange(value, distance);
+using std::max;
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  for (unsigned distance = cuda_on_cpu::kWarp / 2; distance > 0; distance /= 2) {
+    value = max(value, cuda_on_cpu::block->exchange(value, distance));
+  }
+  return value;
+}
+inline unsigned __vmaxu2(unsigned a, unsigned b) {  // of each half
+  return max(a & 0xffff0000u, b & 0xffff0000u) | max(a & 0xffffu, b & 0xffffu);
 }
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
   const unsigned before = *address;
@@ -223,6 +236,8 @@ extern "C" {
 LESA_FOR_TESTS int cuda_on_cpu_device = 0;          // the current one
 LESA_FOR_TESTS int cuda_on_cpu_launch_device = -1;  // of the last launch, as are its blocks
 LESA_FOR_TESTS int cuda_on_cpu_launch_blocks = 0;
+LESA_FOR_TESTS int cuda_on_cpu_kernels_loaded = 0;  // on all devices
+LESA_FOR_TESTS int cuda_on_cpu_launches_of_not_loaded = 0;
 #undef LESA_FOR_TESTS
 }
 
@@ -271,8 +286,11 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = 1 + cuda_on_cpu::Block::random()() % 4;
   return cudaSuccess;
 }
+inline std::set<std::pair<int, const void*>> loaded_kernels;  // by device
 template <class Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel* kernel) {
+  loaded_kernels.emplace(cuda_on_cpu_device, reinterpret_cast<const void*>(kernel));
+  cuda_on_cpu_kernels_loaded = static_cast<int>(loaded_kernels.size());
   return cudaSuccess;
 }
 template <class... Parameters, class... Arguments>
@@ -286,6 +304,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   }
   cuda_on_cpu_launch_device = cuda_on_cpu_device;
   cuda_on_cpu_launch_blocks = gridDim.x;
+  cuda_on_cpu_launches_of_not_loaded += !loaded_kernels.count({cuda_on_cpu_device, reinterpret_cast<void*>(kernel)});
   std::vector<unsigned> order(gridDim.x);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), cuda_on_cpu::Block::random());

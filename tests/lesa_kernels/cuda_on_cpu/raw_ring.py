@@ -122,6 +122,34 @@ def cuda_problem():
         Ring().push()
 
 
+def all_kernels_are_loaded():
+    """By the question whether they can run. A kernel that is not loaded may fail to be captured into a graph."""
+    ring = Ring()
+    memory = [(ctypes.c_double * 4096)() for _ in range(4)]
+    storage, scales, features, output = map(ctypes.addressof, memory)
+
+    def launches(device: int) -> tuple[int, int]:
+        """How many launches, and how many of them of a kernel that was not loaded."""
+        before, count = emulated("launches_of_not_loaded").value, 0
+        halves = ("float32", "float16", "bfloat16")
+        for stored, dim in itertools.product((*halves, "float8_e4m3fn"), (96, DIM - 1)):
+            buffers = dict(storage=storage, storage_dtype=stored, storage_sizes=(CAPACITY, BATCH, TOKENS, dim))
+            buffers |= dict(scales=scales if stored.startswith("float8") else 0)
+            for dtype in halves:
+                strides = (TOKENS * dim, dim, 1)
+                ring.push(device=device, features=features, features_dtype=dtype, features_strides=strides, **buffers)
+            state = [ctypes.addressof(buffer) for buffer in (ring.cursor, ring.count)]
+            _C.ring_gather(*buffers.values(), *state, 0, output, device, 0, 1)
+            count += 4
+        return count, emulated("launches_of_not_loaded").value - before
+
+    for device in (0, 1):
+        assert launches(device) == (32, 32)
+        assert _C.cuda_problem(device) == ""
+        assert launches(device) == (32, 0)
+        assert emulated("kernels_loaded").value == 19 * (device + 1)
+
+
 def refusals():
     """What is seen before a launch: nothing on the device would see it."""
     ring = Ring()

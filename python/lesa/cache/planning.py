@@ -1,0 +1,101 @@
+"""The weights of all forecasts of a run, made at once before the first of them."""
+
+import ctypes
+from collections.abc import Sequence, Set
+from typing import NamedTuple
+
+import torch
+
+from lesa_kernels import FeatureRing, FusedKANPredictor, TieredRing
+from lesa_kernels.stream import LowRank, Weights
+
+_FORECASTS = ("forward", "forecast", "predict_velocity")
+"""The methods that a plan is used instead of."""
+
+
+def can_plan(predictor: FusedKANPredictor) -> bool:
+    """Whether a predictor forecasts by weights that depend on noise levels only.
+
+    A dense predictor has no such weights. What another class or an exchanged method computes is not known.
+    """
+    methods = (getattr(getattr(predictor, name), "__func__", None) for name in _FORECASTS)
+    are_own = all(method is getattr(FusedKANPredictor, name) for method, name in zip(methods, _FORECASTS))
+    return are_own and predictor.config.mixer == "newton"
+
+
+class Plan(NamedTuple):
+    """The weights of several steps of a run.
+
+    Args:
+        levels: by step, the noise levels of the ring from which it is forecast, newest first.
+        weights: by step.
+        low_rank: the residual of all stages.
+    """
+
+    levels: dict[int, tuple[float, ...]]
+    weights: dict[int, Weights]
+    low_rank: LowRank
+
+
+class Planner:
+    """Gives the weights of the forecasts of one stream of calls in one run.
+
+    They depend on parameters, and on noise levels that are known when a run begins. So the first step that is predicted
+    makes those of all later ones too, in one launch. The host follows which noise levels the ring holds. If they are
+    not those that a step was planned for, or if a parameter has changed, the rest of the run is planned again.
+
+    Args:
+        predictor: makes the weights; `can_plan` is true for it.
+        ring: the stream's history, still empty. It is not kept.
+    """
+
+    def __init__(self, predictor: FusedKANPredictor, ring: FeatureRing | TieredRing):
+        self.predictor = predictor
+        self._capacity, self._batch, self._dtype = ring.capacity, ring.batch, ring.dtype
+        self._levels: tuple[float, ...] = ()  # in the ring, newest first
+        self._plan = Plan({}, {}, LowRank())
+        self._made_from: tuple = ()  # the state of the parameters
+        self._held: list[torch.Tensor] = []  # so that no other memory gets the address of a parameter
+
+    def push(self, sigma: float) -> None:
+        """Follows a push into the ring."""
+        self._levels = _pushed(self._levels, sigma, self._capacity)
+
+    def plan(self, step: int, sigmas: Sequence[float], computed: Set[int], measures: bool = False) -> Plan:
+        """A plan with the weights of a step.
+
+        Args:
+            step: which step is forecast.
+            sigmas: the noise levels of the steps of the run.
+            computed: the steps that will be computed.
+            measures: whether the computed steps are forecast too, and those after the last of them are not known yet.
+        """
+        if self._plan.levels.get(step) != self._levels or self._parameters() != self._made_from:
+            self._make(step, sigmas, computed, measures)
+        return self._plan
+
+    def _make(self, step: int, sigmas: Sequence[float], computed: Set[int], measures: bool) -> None:
+        levels, planned = self._levels, {}
+        end = min(max(step, *computed) + 1, len(sigmas)) if measures else len(sigmas)
+        for later in range(step, end):
+            if later == step or measures or later not in computed:
+                planned[later] = levels
+            if later in computed:
+                levels = _pushed(levels, sigmas[later], self._capacity)
+        weights = self.predictor.plan([*planned.values()], [sigmas[later] for later in planned], self._batch)
+        self._plan = Plan(planned, dict(zip(planned, weights)), self.predictor.low_rank(self._dtype))
+        self._made_from = self._parameters()
+        self._held = [parameter.detach() for parameter in self.predictor.parameters()]
+
+    def _parameters(self) -> tuple:
+        """What changes when a parameter is changed, replaced or moved."""
+        parameters = [p for p in self.predictor._parameters.values() if p is not None]
+        return [p.data_ptr() for p in parameters], [0 if p.is_inference() else p._version for p in parameters]
+
+
+def _pushed(levels: tuple[float, ...], sigma: float, capacity: int) -> tuple[float, ...]:
+    """The noise levels of a ring that held `levels` after a push; see `FeatureRing.push`."""
+    level = ctypes.c_float(sigma).value  # as the ring stores it
+    if levels and level == levels[0]:
+        return levels
+    return (level, *levels[: capacity - 1]) if levels and level < levels[0] else (level,)

@@ -1,0 +1,77 @@
+"""What a run keeps of each stream of calls, in order to forecast."""
+
+from collections.abc import Set
+from dataclasses import dataclass, field
+
+import torch
+
+from lesa.cache.conditioning import Conditioner
+from lesa.cache.error_control import ControlledSteps
+from lesa.cache.planning import Planner
+from lesa.cache.run import RunState
+from lesa.cache.stats import StreamStats
+from lesa_kernels import FeatureRing, TieredRing
+
+
+@dataclass
+class Stream:
+    """What a run keeps of one stream of calls."""
+
+    stats: StreamStats
+    conditioner: Conditioner
+    ring: FeatureRing | TieredRing | None = None
+    planner: Planner | None = None  # of forecasts from the ring; None if each is made on its own
+    shape: tuple[int, int] | None = None  # batch and tokens of the call whose features are the newest in the ring
+    fuses: bool = False  # whether the predictor has one kernel for forecast and output head
+    is_other_text: bool = False  # whether the text has differed since that call
+    is_unclear: bool = False  # whether a feature of another stream may be in the ring
+
+    def fits(self, features: torch.Tensor) -> bool:
+        """Whether the stream has a history that these features belong to."""
+        ring = self.ring
+        if ring is None or self.is_other_text or self.is_unclear:
+            return False
+        if (ring.batch, ring.tokens, ring.dim) != features.shape:
+            return False
+        return (ring.dtype, ring.device) == (features.dtype, features.device)
+
+
+@dataclass
+class ForecastState(RunState):
+    """What is kept in a run whose calls are forecast.
+
+    Attributes:
+        streams: by name.
+        computed: the executed steps that are computed; with `controlled`, those that have been chosen so far.
+        controlled: chooses the computed steps, in a run under `lesa.ErrorControl`.
+        forecasts_are_finite: whether no forecast of this run is known to hold NaN or Inf.
+        was_predicting: whether the schedule of the run before left out steps.
+    """
+
+    streams: dict[str, Stream] = field(default_factory=dict)
+    computed: Set[int] = frozenset()
+    controlled: ControlledSteps | None = None
+    forecasts_are_finite: bool = True
+    was_predicting: bool = False
+
+    @property
+    def needs_values(self) -> bool:
+        return self.controlled is not None and self.run.step > max(self.computed)
+
+    def choose_next_step(self) -> None:
+        """Adds the computed step after the last one, by the errors that were measured there."""
+        if self.controlled is not None:
+            self.controlled.choose_by_measured()
+            self.computed = self.controlled.chosen
+
+    def on_other_text(self, stream: str) -> None:
+        if stream in self.streams:
+            self.streams[stream].is_other_text = True
+
+    def on_unclear(self, stream: str) -> None:
+        if stream in self.streams:
+            self.streams[stream].is_unclear = True
+
+    def release(self) -> None:
+        super().release()
+        self.streams = {}
