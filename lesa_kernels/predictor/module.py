@@ -19,8 +19,8 @@ from lesa_kernels.predictor.config import PredictorConfig
 from lesa_kernels.predictor.files import CONFIG_NAME, WEIGHTS_NAME, find_files
 from lesa_kernels.predictor.ops.coefficients import run_newton_coefficients
 from lesa_kernels.predictor.ops.dense import run_dense_predict
-from lesa_kernels.predictor.ops.newton import run_newton_predict
-from lesa_kernels.predictor.ops.velocity import run_newton_velocity
+from lesa_kernels.predictor.ops.newton import newton_backend, run_newton_predict
+from lesa_kernels.predictor.ops.velocity import newton_velocity_is_fused, run_newton_velocity
 from lesa_kernels.stream.arguments import NO_RESIDUAL, NO_SUMS, HeadSums, LowRank, OutputHead, StoredFeatures, Weights
 from lesa_kernels.stream.op import output_head, stream_forecast, stream_velocity
 from lesa_kernels.stream.reference import forecast_dtype
@@ -179,8 +179,7 @@ class FusedKANPredictor(nn.Module):
     ) -> torch.Tensor:
         """Forecasts the features at `sigma` and applies the output head to them.
 
-        For a newton predictor on Triton this is one kernel, which does not write the forecast to memory; see
-        `newton_velocity`.
+        For a newton predictor on Triton the forecast is not written to memory; see `newton_velocity`.
 
         Args:
             ring, sigma: as in `forward`.
@@ -203,7 +202,7 @@ class FusedKANPredictor(nn.Module):
         return self._over(ring, velocity)
 
     def fuses_velocity(self, ring: FeatureRing | TieredRing, head: OutputHead | None = None) -> bool:
-        """Whether `predict_velocity` from this ring is one kernel.
+        """Whether `predict_velocity` and `velocity_with` from this ring do not write the forecast to memory.
 
         Args:
             ring: as in `forward`.
@@ -212,7 +211,10 @@ class FusedKANPredictor(nn.Module):
         experts = self.experts()
         if isinstance(experts, DenseExperts):
             return False
-        return False
+        state = RingState(*self._state(ring), ring.sigmas[0])
+        if newton_backend(state, experts, self.shape(), self.backend, "newton_velocity") != "triton":
+            return False
+        return head is None or newton_velocity_is_fused(state, experts, head)
 
     def plan(self, levels: Sequence[Sequence[float]], sigmas: Sequence[float], batch: int) -> list[Weights]:
         """The weights of the forecasts of several steps of a run, for `forecast_with` and `velocity_with`.

@@ -37,6 +37,8 @@ from lesa_kernels.stream import HeadSums, LowRank, StoredFeatures, Weights, stre
 ARCHITECTURES = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 SHARED_MEMORY_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 DATA_CENTRE = (80, 90, 100)
+# All dtypes are compiled for Hopper. Elsewhere it is bfloat16, and float8 where a kernel decodes its bits.
+ELSEWHERE = {torch.bfloat16: tuple(ARCHITECTURES), torch.float8_e4m3fn: (80,)}
 WORKERS = 2
 
 # What is counted in a kernel's PTX.
@@ -62,6 +64,7 @@ class Case:
         sizes: where it is called.
         dtypes: in which of the dtypes.
         launches: kernels that one call may launch; any number if None.
+        kernels: how many different kernels all its launches may be; any number if None.
         products: "large" if its matrix products must run on what the architecture has for large ones (mma, wgmma,
             tcgen05), "small" if any tensor-core instruction will do, None if it has none.
         vectorised: whether it must read global memory 16 bytes at a time.
@@ -79,6 +82,7 @@ class Case:
     sizes: tuple[FeatureShape | LayerShape, ...] = (FLUX, QWEN_IMAGE, HUNYUAN_VIDEO)
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
     launches: int | None = 1
+    kernels: int | None = None
     products: str | None = None
     vectorised: bool = False
     may_spill: tuple[torch.dtype, ...] = ()
@@ -108,7 +112,7 @@ def empty_predictor(size: FeatureShape, mixer: str, cast: bool = False, **option
     return predictor.to_empty(device="cpu").requires_grad_(False)
 
 
-def predict(mixer: str, **options) -> Callable[[FeatureShape], object]:
+def predict(mixer: str = "newton", **options) -> Callable[[FeatureShape], object]:
     """A call of a predictor."""
 
     def call(size):
@@ -118,20 +122,7 @@ def predict(mixer: str, **options) -> Callable[[FeatureShape], object]:
     return call
 
 
-def predict_by_many(mixer: str, **options) -> Callable[[FeatureShape], object]:
-    """Calls of ten predictors with other stages: bounds, numbers of them, and windows of which the longest is 8."""
-
-    def call(size):
-        for i in range(10):
-            bounds = (0.6 + 0.03 * i, 0.3, 0.1)[: 1 + i % 3]
-            lengths = (8, 1 + i % 7, 4 + i % 4, 6)[: len(bounds) + 1]
-            predictor = empty_predictor(size, mixer, stage_bounds=bounds, history_length=lengths, **options)
-            predictor(empty_ring(predictor, size), 0.5)
-
-    return call
-
-
-def predict_backward(mixer: str, **options) -> Callable[[FeatureShape], object]:
+def predict_backward(mixer: str = "newton", **options) -> Callable[[FeatureShape], object]:
     """A call of a predictor, and the gradients by its parameters and the features."""
 
     def call(size):
@@ -144,11 +135,11 @@ def predict_backward(mixer: str, **options) -> Callable[[FeatureShape], object]:
     return call
 
 
-def velocity(rank: int) -> Callable[[FeatureShape], object]:
+def velocity(rank: int, **options) -> Callable[[FeatureShape], object]:
     """A call of newton and the output head together."""
 
     def call(size):
-        predictor = empty_predictor(size, "newton", rank=rank)
+        predictor = empty_predictor(size, "newton", rank=rank, **options)
         dtype = torch.bfloat16 if size.dtype.itemsize == 1 else size.dtype
         weight = torch.empty(64, size.dim, dtype=dtype)
         scale, shift = torch.empty(2, size.batch, size.dim, dtype=dtype)
@@ -187,6 +178,30 @@ def stream(rank: int = 0, outputs: int = 0, history: int = 4) -> Callable[[Featu
     return call
 
 
+def plan(**options) -> Callable[[FeatureShape], object]:
+    """The weights of three steps of a run."""
+
+    def call(size):
+        predictor = empty_predictor(size, "newton", **options)
+        return predictor.plan([[0.9], [0.9, 0.8], [0.7, 0.8, 0.9]], [0.85, 0.75, 0.65], size.batch)
+
+    return call
+
+
+def ten_predictors(
+    call: Callable[..., Callable[[FeatureShape], object]], **options
+) -> Callable[[FeatureShape], object]:
+    """What `call` makes for a predictor, for ten that differ in what they were trained to: stages, bounds, lengths."""
+    lengths = [(4, 4, 4), (2, 4, 3), (1, 2, 4), (4, 1), (4, 3, 2, 1), (2, 4), (4,)]
+    bounds = [(0.67, 0.33), (0.9, 0.5), (0.5, 0.0625), (0.25,), (0.75, 0.5, 0.25), (0.3,), ()]
+    numbers = [*zip(bounds, lengths), ((0.6, 0.3), (4, 3, 4)), ((0.8, 0.16), (3, 4, 4)), ((0.64, 0.32), (4, 4, 1))]
+
+    def calls(size):
+        return [call(stage_bounds=b, history_length=k, **options)(size) for b, k in numbers]
+
+    return calls
+
+
 def layer(grid_size: int, spline_order: int, backward: bool = False) -> Callable[[LayerShape], object]:
     """A call of the KAN layer, and of its gradients if need be."""
 
@@ -207,6 +222,12 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 WIDE = LayerShape("kan-256", 65536, 256, 256, torch.bfloat16)
 WIDER = LayerShape("kan-1024", 8192, 1024, 1024, torch.bfloat16)
 NARROW = LayerShape("kan-8", 65536, 8, 8, torch.bfloat16)
+
+
+def ten(name: str, call: Callable, kernels: int, dtype: torch.dtype = torch.bfloat16, **options) -> Case:
+    """A case of ten predictors of one size, which must share their compiled kernels."""
+    calls = ten_predictors(call, **options)
+    return Case(name, calls, (TRAINING,), (dtype,), launches=None, kernels=kernels, architectures=(90,))
 
 
 def gradient(name: str, call: Callable, *sizes: FeatureShape | LayerShape, products: str | None = None) -> Case:
@@ -236,24 +257,28 @@ def stream_cases() -> list[Case]:
 
 CASES = [
     Case("newton_predict-rank0", predict("newton", rank=0), vectorised=True),
-    Case("newton_predict-rank32", predict("newton", rank=32), products="small", vectorised=True),
-    Case("newton_velocity-rank0", velocity(0), products="small", vectorised=True),
-    Case("newton_velocity-rank32", velocity(32), products="small", vectorised=True, may_spill=(torch.float32,)),
+    Case("newton_predict-rank32", predict("newton", rank=32), launches=2, products="small", vectorised=True),
+    Case("newton_coefficients", plan(rank=32), dtypes=(torch.bfloat16,), vectorised=True),
+    Case("newton_velocity-rank0", velocity(0), launches=2, products="small", vectorised=True),
+    Case(
+        "newton_velocity-rank32",
+        velocity(32),
+        launches=2,
+        products="small",
+        vectorised=True,
+        may_spill=(torch.float32,),
+    ),
     *stream_cases(),
     Case("dense_predict", predict("dense", cast=True), products="large", vectorised=True),
     Case("dense_predict-cast", predict("dense"), dtypes=(torch.bfloat16,), products="large", vectorised=True),
-    Case(
-        "dense_predict-ten",
-        predict_by_many("dense", cast=True),
-        (FLUX,),
-        (torch.bfloat16,),
-        launches=10,
-        products="large",
-        kernels=1,
-    ),
     gradient("newton_predict-rank0-backward", predict_backward("newton", rank=0), TRAINING),
     gradient("newton_predict-rank32-backward", predict_backward("newton", rank=32), TRAINING, products="small"),
     gradient("dense_predict-backward", predict_backward("dense", cast=True), TRAINING, products="large"),
+    ten("newton_predict-ten-rank0", predict, 1, rank=0),
+    ten("newton_predict-ten-backward", predict_backward, 4, rank=32),
+    ten("newton_velocity-ten", velocity, 2, rank=32),
+    ten("newton_coefficients-ten", plan, 1, rank=32),
+    ten("dense_predict-ten", predict, 1, mixer="dense", cast=True),
     # With a comparison and a selection for each basis of each input, they were 115 in a quarter of such a loop.
     Case(
         "bspline_kan",
@@ -275,6 +300,7 @@ def units(only: str = "") -> list[tuple[int, str, torch.dtype]]:
         (architecture, case.name, dtype)
         for case in CASES
         for dtype, architecture in itertools.product(case.dtypes, case.architectures)
+        if architecture in (90, *ELSEWHERE.get(dtype, ()))
     ]
     return [unit for unit in found if only in id_of(*unit)]
 
