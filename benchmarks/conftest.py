@@ -14,7 +14,7 @@ from floors import Floors, synchronise
 from pytest_benchmark.utils import get_commit_info
 
 from lesa_kernels.env_report import env_report
-from lesa_kernels.tune import device_seconds
+from lesa_kernels.tune import device_seconds, graph_seconds
 
 RATIOS = pytest.StashKey[list]()  # of (test name, extra_info)
 LAUNCHES = pytest.StashKey[list]()  # the same
@@ -76,7 +76,8 @@ def device(request) -> torch.device:
 def timed(benchmark, device):
     """`timed(function)`: benchmarks `function` after a warm-up, each call synchronised with the device.
 
-    On a GPU its time there is measured as well, between events and with cold caches, for `benchmark.extra_info`.
+    On a GPU its time there is measured as well, for `benchmark.extra_info`: alone between events, with cold caches, and
+    as one of many calls in a CUDA graph.
     """
 
     def run(function: Callable, group: str, rounds: int | None = None):
@@ -96,6 +97,10 @@ def timed(benchmark, device):
             p20, *_, p80 = statistics.quantiles(seconds, n=5)
             median = statistics.median(seconds)
             benchmark.extra_info.update(device_median_s=median, device_p20_s=p20, device_p80_s=p80)
+            try:
+                benchmark.extra_info["graph_median_s"] = statistics.median(graph_seconds(function))
+            except RuntimeError as error:  # peers that wait for the device can't be captured
+                benchmark.extra_info["no_graph"] = str(error).partition("\n")[0]
 
     return run
 
@@ -200,13 +205,20 @@ def _summarise_floors(terminalreporter, rows):
         return
     width = max(len(name) for name, _ in rows)
     terminalreporter.section("time over floor")
-    terminalreporter.write_line(f"{'benchmark':<{width}}  {'median':>11}  {'floor':>11}  {'of':<6}  {'ratio':>7}")
+    head = f"{'benchmark':<{width}}  {'median':>11}  {'floor':>11}  {'of':<6}  {'ratio':>7}"
+    graphs = any("graph_median_s" in info for _, info in rows)
+    terminalreporter.write_line(head + (f"  {'in a graph':>11}" if graphs else ""))
     for name, info in rows:
         taken = info.get("device_median_s", info["median_s"])
         times = f"{taken * 1e6:>8.1f} us  {info['floor_s'] * 1e6:>8.1f} us"
-        terminalreporter.write_line(f"{name:<{width}}  {times}  {info['floor']:<6}  {info['ratio_to_floor']:>7.2f}")
+        line = f"{name:<{width}}  {times}  {info['floor']:<6}  {info['ratio_to_floor']:>7.2f}"
+        terminalreporter.write_line(line + _in_a_graph(info))
         if "over_computed_step" in info:
             terminalreporter.write_line(f"{'':<{width}}  = {info['over_computed_step']:.4f} of a computed step")
+
+
+def _in_a_graph(info: dict) -> str:
+    return f"  {info['graph_median_s'] * 1e6:>8.1f} us" if "graph_median_s" in info else ""
 
 
 def _summarise_launches(terminalreporter, rows):

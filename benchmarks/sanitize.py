@@ -1,17 +1,20 @@
-"""Calls every kernel at small odd sizes, for `compute-sanitizer`: `compute-sanitizer python benchmarks/sanitize.py`.
+"""Calls every kernel at small odd sizes; with `--tool`, under that tool of `compute-sanitizer`.
 
 Tokens, widths and rows are no multiples of a block, samples of one batch are in different stages and have histories of
 different lengths. Triton's results are only looked at for values that are not finite: the tests compare them. What the
 ring holds is compared with plain torch.
 
 initcheck has to follow the kernels of torch too: with a filter it would miss what they write, and take all that our
-kernels read of it for uninitialised. So it runs without one, and `--judge` tells whose reports its log has.
+kernels read of it for uninitialised. So it runs without one, and `--judge` tells whose reports its log has. Memory that
+torch keeps for later would hide what goes beyond a tensor, and what nobody has written; so it keeps none.
 """
 
 import argparse
 import copy
 import itertools
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -150,6 +153,32 @@ def judge(log: str) -> None:
     sys.exit(len(ours) > 0)
 
 
+TOOLS = {  # name: options
+    "memcheck": ["--error-exitcode", "1"],
+    "racecheck": ["--error-exitcode", "1"],
+    "initcheck": ["--print-limit", "0", "--show-backtrace", "no"],
+}
+TRIAL = "import torch; torch.ones(1, device='cuda'); torch.cuda.synchronize()"
+SKIPPED = 77  # exit status
+
+
+def run_under(tool: str, log: Path) -> None:
+    """Runs this file under a tool and exits: 0, or 1 if there are reports, or 77 if the tool can't run on this GPU."""
+    checked = ["compute-sanitizer", "--tool", tool]
+    trial = subprocess.run([*checked, sys.executable, "-c", TRIAL], capture_output=True, text=True)
+    if trial.returncode or "not supported" in trial.stdout:
+        print(trial.stdout, trial.stderr)
+        print(f"compute-sanitizer --tool {tool} can't check a program on this GPU that only makes a tensor")
+        sys.exit(SKIPPED)
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [*checked, *TOOLS[tool], "--log-file", str(log), sys.executable, __file__]
+    failed = subprocess.run(command, env=environment).returncode != 0
+    print(*log.read_text().splitlines()[-40:], sep="\n")
+    if tool == "initcheck" and not failed:
+        judge(log.read_text())
+    sys.exit(failed)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -158,7 +187,13 @@ def main(argv: list[str] | None = None) -> None:
         help="default: cuda; cpu, with TRITON_INTERPRET=1, runs the interpreter and the extension's part for the CPU",
     )
     parser.add_argument("--judge", type=Path, metavar="LOG", help="run nothing, but see whose reports a log has")
+    parser.add_argument("--tool", choices=TOOLS, help="run under this tool of compute-sanitizer")
+    parser.add_argument("--log", type=Path, help="file for the reports of the tool")
     options = parser.parse_args(argv)
+    if options.tool is not None:
+        if options.log is None:
+            parser.error("--tool needs --log")
+        run_under(options.tool, options.log)
     if options.judge is not None:
         judge(options.judge.read_text())
     torch.manual_seed(0)

@@ -142,28 +142,71 @@ OPERATIONS = {
 }
 
 
-def device_seconds(function: Callable, repeats: int = 50) -> list[float]:
-    """How long calls of `function` take on the current GPU, each with cold caches.
+def device_seconds(function: Callable, repeats: int = 50, dirty: bool = False) -> list[float]:
+    """How long calls of `function` take on the current GPU, each alone and with cold caches.
 
     Before each call the GPU is made to wait for twice the time that the host needs for a call, and for a millisecond at
     least. So the whole call is enqueued before the measurement begins, and the host's work is not measured, unless the
-    call itself waits for the device.
+    call itself waits for the device. Each time includes what the GPU needs to begin and to end a call that stands
+    alone, some microseconds; `graph_seconds` leaves it out.
+
+    Args:
+        function: what is timed.
+        repeats: how many calls.
+        dirty: whether the L2 cache is full of values that the GPU has yet to write to memory, as after a kernel with a
+            large output. By default it is full of values that were only read: nothing is written back meanwhile.
     """
     function()
     torch.cuda.synchronize()
     began = time.perf_counter()
     function()
     host = time.perf_counter() - began
-    beyond_caches = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    beyond_caches = torch.zeros(32 << 20, dtype=torch.int64, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
-        beyond_caches.zero_()
+        if dirty:
+            beyond_caches.zero_()
+        else:
+            beyond_caches.sum()
         torch.cuda._sleep(int(2e9 * max(1e-3, 2 * host)))  # cycles, of about half a nanosecond
         start.record()
         function()
         end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) * 1e-3 for start, end in events]
+
+
+def graph_seconds(function: Callable, calls: int = 20, repeats: int = 10) -> list[float]:
+    """How long one of many calls of `function` takes on the current GPU that follow each other in a CUDA graph.
+
+    The caches are as the call before leaves them. So data that fits into them is read from there.
+
+    Args:
+        function: what is timed; it must not wait for the device.
+        calls: how many calls the graph has.
+        repeats: how often the graph is replayed; each replay gives one time.
+
+    Raises:
+        RuntimeError: the call can't be captured in a graph.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what the first call on a stream does must not be in the graph
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        for _ in range(calls):
+            function()
+    graph.replay()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        torch.cuda._sleep(int(2e6))  # a millisecond, in which the host enqueues the replay
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1e-3 / calls for start, end in events]
 
 
 def best_config(start: dict[str, int], choices: dict[str, tuple[int, ...]], measure: Callable) -> dict[str, int]:

@@ -283,6 +283,29 @@ def test_sanitizer_tells_our_reports_from_those_of_torch(report, tmp_path, capsy
     assert named == reports[1:]
 
 
+TOOLS = {  # what the tool does, by whether it is asked to check this package; the exit status that follows
+    "refuses the GPU": ("echo 'Device not supported'; exit 1", 77),
+    "says so and goes on": ("echo '========= Error: Device not supported'", 77),
+    "finds nothing": ('test -z "$log" || echo "========= ERROR SUMMARY: 0 errors" > "$log"', 0),
+    "finds something": ('test -z "$log" && exit 0; echo "========= Invalid write" > "$log"; exit 1', 1),
+}
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "initcheck"])
+@pytest.mark.parametrize("case", TOOLS)
+def test_sanitizer_tells_a_tool_that_is_refused_from_one_that_finds_errors(case, tool, tmp_path, monkeypatch, capsys):
+    does, status = TOOLS[case]
+    program, log = tmp_path / "compute-sanitizer", tmp_path / "log.txt"
+    find_log = 'while [ $# -gt 0 ]; do test "$1" = --log-file && log=$2; shift; done'
+    program.write_text(f"#!/bin/sh\n{find_log}\n{does}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(SystemExit) as exited:
+        load("sanitize.py")["main"](["--tool", tool, "--log", str(log)])
+    assert exited.value.code == status
+    assert (f"--tool {tool} can't check" in capsys.readouterr().out) == (status == 77)
+
+
 def test_sanitizer_takes_no_log_that_breaks_off(tmp_path):
     log = tmp_path / "initcheck.txt"
     log.write_text("========= COMPUTE-SANITIZER\n========= Error: process didn't terminate successfully\n")

@@ -1,99 +1,35 @@
-"""Triton kernels of the B-spline KAN layer, and the spline functions that the predictors' kernels share."""
+"""Triton kernels of the B-spline KAN layer."""
 
 import torch
 import triton
 import triton.language as tl
 
-from lesa_kernels.launch import INTERPRETED, LAUNCH_OPTIONS, architecture, launch_config, multiprocessors
+from lesa_kernels.bspline_kan.splines import (
+    factors,
+    factors_of,
+    interpretable_dot,
+    operands,
+    rounded,
+    select,
+    silu_slope,
+    spline_position,
+    spline_slopes,
+    spline_weights,
+    spread_nan,
+)
+from lesa_kernels.launch import LAUNCH_OPTIONS, architecture, launch_config, multiprocessors
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
-def spline_position(x, LO: tl.constexpr, HI: tl.constexpr, GRID: tl.constexpr, DEGREE: tl.constexpr):
-    """The index of the first basis that is not zero at `x`, from -DEGREE - 1 to GRID + DEGREE, and the position of `x`
-    in its interval. NaN gives a NaN position at some index in that range."""
-    position = (x - LO) * (GRID / (HI - LO))
-    position = tl.minimum(
-        tl.maximum(position, -DEGREE - 1.0, tl.PropagateNan.ALL), GRID + DEGREE + 0.0, tl.PropagateNan.ALL
-    )
-    interval = tl.floor(position)
-    first = tl.where(interval == interval, interval, 0.0).to(tl.int32)
-    return first, position - interval
-
-
-@triton.jit
-def spline_weights(fraction, DEGREE: tl.constexpr):
-    """The values of the DEGREE + 1 bases at a position in an interval, by the Cox-de Boor recursion, as a tuple."""
-    weights = (fraction * 0.0 + 1.0,)  # NaN stays
-    for d in tl.static_range(1, DEGREE + 1):
-        lower = weights
-        weights = ()
-        for k in tl.static_range(d + 1):
-            if k == 0:
-                value = (1.0 - fraction) * lower[0]
-            elif k == d:
-                value = fraction * lower[d - 1]
-            else:
-                value = (fraction + (d - k)) * lower[k - 1] + (k + 1 - fraction) * lower[k]
-            weights = weights + (value * (1.0 / d),)
-    return weights
-
-
-@triton.jit
-def _spline_slopes(fraction, LO: tl.constexpr, HI: tl.constexpr, GRID: tl.constexpr, DEGREE: tl.constexpr):
-    """The derivatives of the DEGREE + 1 bases by x, as a tuple."""
-    lower = spline_weights(fraction, DEGREE - 1)
-    slopes = (lower[0] * (-GRID / (HI - LO)),)
-    for k in tl.static_range(1, DEGREE):
-        slopes = slopes + ((lower[k - 1] - lower[k]) * (GRID / (HI - LO)),)
-    return slopes + (lower[DEGREE - 1] * (GRID / (HI - LO)),)
-
-
-@triton.jit
-def rounded(value, dtype: tl.constexpr):
-    """A float32 value in `dtype`, rounded to nearest even. The interpreter by itself would truncate to bfloat16."""
-    if _INTERPRETED and dtype == tl.bfloat16:
-        bits = value.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
-    return value.to(dtype)
-
-
-@triton.jit
-def _operands(fraction, x, DEGREE: tl.constexpr, dtype: tl.constexpr):
-    """The DEGREE + 1 bases and silu(x), as the matrix product takes them."""
-    weights = ()
-    exact = spline_weights(fraction, DEGREE)
-    for k in tl.static_range(DEGREE + 1):
-        weights = weights + (rounded(exact[k], dtype),)
-    return weights, rounded(x * tl.sigmoid(x), dtype)
-
-
-@triton.jit
-def _silu_slope(x):
-    gate = tl.sigmoid(x)
-    return gate * (1.0 + x * (1.0 - gate))
-
-
-@triton.jit
-def _select(m, base, first, values, background, DEGREE: tl.constexpr):
-    """The factor of matrix m of the packed weight. For m = 0 it is the value of the base branch. Otherwise it is the
-    value of basis m - 1: one of the DEGREE + 1 `values` if that basis is among them, else the background."""
-    value = background
-    for k in tl.static_range(DEGREE + 1):
-        value = tl.where(first == m - (k + 1), values[k], value)
-    return tl.where(m == 0, base, value)
-
-
-@triton.jit
-def interpretable_dot(a, b, acc, PRECISION: tl.constexpr):
-    """`acc + a @ b`. The interpreter would multiply the bits of bfloat16 as integers, so there it gets float32."""
-    if _INTERPRETED and a.dtype == tl.bfloat16:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+def _load_group(weight_ptr, m, i, o, in_features, out_features, matrices, BLOCK_I: tl.constexpr, SLOTS: tl.constexpr):
+    """A tile of SLOTS matrices from `m` on, `[BLOCK_I * SLOTS, o]`: of all of them for input `i`, then for the next."""
+    row = tl.arange(0, BLOCK_I * SLOTS)
+    m, i = m + row % SLOTS, i + row // SLOTS
+    mask = ((m < matrices) & (i < in_features))[:, None] & (o < out_features)[None, :]
+    matrix = tl.cast(in_features, tl.int64) * out_features
+    return tl.load(weight_ptr + (m * matrix + i * out_features)[:, None] + o[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -105,11 +41,13 @@ def _bspline_kan_fwd_kernel(
     in_features,
     out_features,
     stride_x,
-    matrices,  # not a constant: the compiler would unroll the loop, which takes too many registers
     LO: tl.constexpr,
     HI: tl.constexpr,
     GRID: tl.constexpr,
     DEGREE: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LAST_SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -120,26 +58,35 @@ def _bspline_kan_fwd_kernel(
     start_n = tl.cast(pid // blocks_o, tl.int64) * BLOCK_N
     n, left = tl.arange(0, BLOCK_N), tl.minimum(rows - start_n, BLOCK_N).to(tl.int32)
     o = (pid % blocks_o) * BLOCK_O + tl.arange(0, BLOCK_O)
-    matrix = tl.cast(in_features, tl.int64) * out_features
 
+    # Zeros are enough where a NaN need not reach all matrices: it reaches its row through its own.
+    zeros = tl.zeros([BLOCK_N, BLOCK_I], tl.float32 if dtype == tl.float32 else tl.uint64)
     acc = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
-    for start in range(0, in_features, BLOCK_I):
+    # The groups of a part are in one step, so that the loads of the next step start before this one is done.
+    for step in tl.range(0, tl.cdiv(in_features, BLOCK_I) * PARTS):
+        start, part = step // PARTS * BLOCK_I, step % PARTS
         i = start + tl.arange(0, BLOCK_I)
         # Masked inputs are finite, so their product with the masked weights, zeros, is zero.
         inside = (n[:, None] < left) & (i[None, :] < in_features)
-        x = tl.load(x_ptr + start_n * stride_x + n[:, None] * stride_x + i[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
-        first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
-        weights, silu = _operands(fraction, x, DEGREE, dtype)
-        background = tl.zeros([BLOCK_N, BLOCK_I], dtype)  # a NaN reaches its row through the other matrices
-
-        tile = weight_ptr + tl.cast(start, tl.int64) * out_features
-        within = tl.arange(0, BLOCK_I)[:, None] * out_features + o[None, :]
-        mask = (i[:, None] < in_features) & (o[None, :] < out_features)
-        for m in tl.range(0, matrices):
-            w = tl.load(tile + m * matrix + within, mask=mask, other=0.0)
-            acc = interpretable_dot(_select(m, silu, first, weights, background, DEGREE), w, acc, "ieee")
+        x = tl.load(x_ptr + start_n * stride_x + n[:, None] * stride_x + i[None, :], mask=inside, other=0.0)
+        silu, matrix, bases = factors(x.to(tl.float32), LO, HI, GRID, DEGREE, dtype)
+        for g in tl.static_range(GROUPS):
+            group = part * GROUPS + g
+            w = _load_group(
+                weight_ptr,
+                4 * group,
+                start,
+                o,
+                in_features,
+                out_features,
+                1 + GRID + DEGREE,
+                BLOCK_I,
+                4 if g < GROUPS - 1 else LAST_SLOTS,
+            )
+            a = factors_of(
+                group, silu, matrix, bases, zeros, group == 0, 4 if g < GROUPS - 1 else LAST_SLOTS, DEGREE, dtype
+            ).reshape(BLOCK_N, w.shape[0])
+            acc = interpretable_dot(a, w, acc, "tf32x3")
 
     inside = (n[:, None] < left) & (o[None, :] < out_features)
     tl.store(
@@ -229,8 +176,8 @@ def _bspline_kan_bwd_x_kernel(
     inside = (n[:, None] < left) & (i[None, :] < in_features)
     x = tl.load(x_ptr + start_n * stride_x + n[:, None] * stride_x + i[None, :], mask=inside, other=0.0).to(tl.float32)
     first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
-    slopes = _spline_slopes(fraction, LO, HI, GRID, DEGREE)
-    silu_slope = _silu_slope(x)
+    slopes = spline_slopes(fraction, LO, HI, GRID, DEGREE)
+    slope_of_base = silu_slope(x)
     background = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
 
     grad_rows = grad_ptr + start_n * stride_grad + n[:, None] * stride_grad  # [BLOCK_N, 1]
@@ -253,7 +200,7 @@ def _bspline_kan_bwd_x_kernel(
                 within = (i[:, None] < in_features) & (columns < out_features)
                 w = tl.load(tile + m * matrix + columns, mask=within, other=0.0)
                 product = interpretable_dot(grad, tl.trans(w), product, "ieee")
-        grad_x += _select(m, silu_slope, first, slopes, background, DEGREE) * product
+        grad_x += select(m, slope_of_base, first, slopes, background, DEGREE) * product
 
     tl.store(
         grad_x_ptr + start_n * in_features + n[:, None] * in_features + i[None, :],
@@ -288,7 +235,7 @@ def _bspline_kan_bwd_x_gather_kernel(
 
     x = tl.load(x_ptr + start_n * stride_x + n * stride_x + i, mask=n < left, other=0.0).to(tl.float32)
     first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
-    slopes, silu_slope = _spline_slopes(fraction, LO, HI, GRID, DEGREE), _silu_slope(x)
+    slopes, slope_of_base = spline_slopes(fraction, LO, HI, GRID, DEGREE), silu_slope(x)
     row = weight_ptr + tl.cast(i, tl.int64) * out_features
     acc = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
     for start_o in range(0, out_features, BLOCK_O):
@@ -298,7 +245,7 @@ def _bspline_kan_bwd_x_gather_kernel(
             grad_ptr + start_n * stride_grad + n[:, None] * stride_grad + o[None, :], mask=mask, other=0.0
         ).to(tl.float32)
         base = tl.load(row + o, mask=o < out_features, other=0.0).to(tl.float32)
-        slope = silu_slope[:, None] * base[None, :]  # of each output by this input
+        slope = slope_of_base[:, None] * base[None, :]  # of each output by this input
         for k in tl.static_range(DEGREE + 1):
             g = first + k
             exists = (g >= 0) & (g < GRID + DEGREE)
@@ -353,22 +300,32 @@ def _bspline_kan_bwd_weight_kernel(
     for start in tl.range(0, count, BLOCK_N):
         n = tl.arange(0, BLOCK_N)
         left = count - start
-        inside = (n[None, :] < left) & (i[:, None] < in_features)
-        x = tl.load(x_block + n[None, :] * stride_x + i[:, None], mask=inside, other=0.0).to(tl.float32)
-        x = x[None, :, :]
-        first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
-        weights, silu = _operands(fraction, x, DEGREE, DTYPE)
-        background = (fraction * 0.0).to(DTYPE)  # NaN goes to all bases
-        a = _select(m, silu, first, weights, background, DEGREE)  # [BLOCK_M, BLOCK_I, BLOCK_N]
-        a = tl.reshape(a, [BLOCK_M * BLOCK_I, BLOCK_N])
         mask = (n[:, None] < left) & (o[None, :] < out_features)
         grad = tl.load(grad_block + n[:, None] * stride_grad + o[None, :], mask=mask, other=0.0).to(DTYPE)
-        acc = interpretable_dot(a, grad, acc, "ieee")
+        if BLOCK_M == 4:
+            inside = (n[:, None] < left) & (i[None, :] < in_features)
+            x = tl.load(x_block + n[:, None] * stride_x + i[None, :], mask=inside, other=0.0).to(tl.float32)
+            silu, matrix, bases = factors(x, LO, HI, GRID, DEGREE, DTYPE)
+            background, bases = spread_nan(x, bases, DTYPE)
+            a = factors_of(start_m // 4, silu, matrix, bases, background, start_m == 0, 4, DEGREE, DTYPE)
+            acc = interpretable_dot(tl.trans(a.reshape(BLOCK_N, BLOCK_I * 4)), grad, acc, "ieee")
+        else:
+            inside = (n[None, :] < left) & (i[:, None] < in_features)
+            x = tl.load(x_block + n[None, :] * stride_x + i[:, None], mask=inside, other=0.0).to(tl.float32)
+            x = x[None, :, :]
+            first, fraction = spline_position(x, LO, HI, GRID, DEGREE)
+            weights, silu = operands(fraction, x, DEGREE, DTYPE)
+            background = (fraction * 0.0).to(DTYPE)  # NaN goes to all bases
+            a = select(m, silu, first, weights, background, DEGREE)  # [BLOCK_M, BLOCK_I, BLOCK_N]
+            acc = interpretable_dot(tl.reshape(a, [BLOCK_M * BLOCK_I, BLOCK_N]), grad, acc, "ieee")
         x_block += BLOCK_N * tl.cast(stride_x, tl.int64)
         grad_block += BLOCK_N * tl.cast(stride_grad, tl.int64)
 
     j = tl.arange(0, BLOCK_M * BLOCK_I)
-    rows_m, rows_i = start_m + j // BLOCK_I, start_i + j % BLOCK_I
+    if BLOCK_M == 4:
+        rows_m, rows_i = start_m + j % 4, start_i + j // 4
+    else:
+        rows_m, rows_i = start_m + j // BLOCK_I, start_i + j % BLOCK_I
     row = ((split * MATRICES + rows_m) * in_features + rows_i) * out_features  # int64 [BLOCK_M * BLOCK_I]
     mask = (rows_m < MATRICES) & (rows_i < in_features)
     acc = rounded(acc, grad_weight_ptr.dtype.element_ty)
@@ -414,6 +371,17 @@ def _spline(grid_size: int, spline_order: int, lo: float, hi: float) -> dict:
     return {"LO": lo, "HI": hi, "GRID": grid_size, "DEGREE": spline_order}
 
 
+def _parts(matrices: int, block_i: int) -> dict[str, int]:
+    """How the forward divides the matrices: into parts of at most four groups, each of four matrices.
+
+    Inputs are located on the grid once for each part. If there is only one, its last group may have two matrices.
+    """
+    groups = triton.cdiv(matrices, 4)
+    parts = triton.cdiv(groups, 4)
+    two = parts == 1 and matrices % 4 in (1, 2) and block_i >= 8  # a matrix product sums over 16 numbers at least
+    return {"PARTS": parts, "GROUPS": triton.cdiv(groups, parts), "LAST_SLOTS": 2 if two else 4}
+
+
 def bspline_kan_fwd(
     x: torch.Tensor, weight: torch.Tensor, grid_size: int, spline_order: int, lo: float, hi: float
 ) -> torch.Tensor:
@@ -433,8 +401,10 @@ def bspline_kan_fwd(
     if gather:
         _bspline_kan_fwd_gather_kernel[grid](*tensors, **spline, **config, **LAUNCH_OPTIONS)
     else:
-        config = config | {"BLOCK_I": _fit(config["BLOCK_I"], in_features)}
-        _bspline_kan_fwd_kernel[grid](*tensors, matrices, **spline, **config, **LAUNCH_OPTIONS)
+        config = config | {"BLOCK_I": _fit(config["BLOCK_I"], in_features, least=4)}
+        _bspline_kan_fwd_kernel[grid](
+            *tensors, **_parts(matrices, config["BLOCK_I"]), **spline, **config, **LAUNCH_OPTIONS
+        )
     return y
 
 
@@ -464,7 +434,10 @@ def bspline_kan_bwd_x(
     one_block = out_features <= config["BLOCK_O"]
     if not one_block:
         config = launch_config("bspline_kan_bwd_x_wide", weight.dtype, x.device)
-    config = config | {"BLOCK_N": _fit(config["BLOCK_N"], rows), "BLOCK_I": _fit(config["BLOCK_I"], in_features)}
+    config = config | {
+        "BLOCK_N": _fit(config["BLOCK_N"], rows),
+        "BLOCK_I": _fit(config["BLOCK_I"], in_features, least=4),
+    }
     config = config | {"BLOCK_O": _fit(config["BLOCK_O"], out_features), "ONE_BLOCK": one_block}
     grid = (triton.cdiv(rows, config["BLOCK_N"]) * triton.cdiv(in_features, config["BLOCK_I"]),)
     _bspline_kan_bwd_x_kernel[grid](*tensors, matrices, **spline, **config, **LAUNCH_OPTIONS)

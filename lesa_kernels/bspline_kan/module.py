@@ -5,7 +5,8 @@ import math
 import torch
 from torch import nn
 
-from lesa_kernels.bspline_kan.op import bspline_kan
+from lesa_kernels.bspline_kan.op import run_bspline_kan
+from lesa_kernels.bspline_kan.packing import PackedWeight, pack_weight
 from lesa_kernels.bspline_kan.reference import check_grid
 from lesa_kernels.checks import Said, argument_error, check_choice, check_int
 from lesa_kernels.dispatch import BACKENDS
@@ -27,6 +28,11 @@ class BSplineKAN(nn.Module):
 
     At initialisation the base weights are uniform in +-1 / sqrt(in), the scalers are one, and the spline weights are
     normal with standard deviation 0.1 / sqrt(in). So it begins as a linear layer on silu(x) with small splines.
+
+    In evaluation mode (`eval()`), where gradients of the parameters are not wanted, the Triton backend keeps the
+    weights in the layout of its kernels from one call to the next. That takes as much memory again. Any change of the
+    parameters that autograd counts makes them anew. After a change through `parameter.data`, which nobody counts, call
+    `train()` and `eval()`.
 
     Args:
         in_features: size of the last dimension of the input, at least 1.
@@ -74,6 +80,7 @@ class BSplineKAN(nn.Module):
         self.spline_scaler = parameter(out_features, in_features)
         knots = _uniform_knots(self.grid_size, self.spline_order, self.grid_range)
         self.register_buffer("grid", knots.repeat(in_features, 1).to(self.base_weight))
+        self._packed_weight = PackedWeight()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -85,7 +92,7 @@ class BSplineKAN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]; see `bspline_kan`."""
-        return bspline_kan(
+        return run_bspline_kan(
             x,
             self.base_weight,
             self.spline_weight,
@@ -94,7 +101,20 @@ class BSplineKAN(nn.Module):
             self.spline_order,
             self.grid_range,
             self.backend,
+            pack_weight if self.training else self._packed_weight.get,
         )
+
+    def train(self, mode: bool = True) -> "BSplineKAN":
+        """As for any module; see the class for what evaluation mode keeps."""
+        self._packed_weight.clear()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):
+        self._packed_weight.clear()
+        return super()._apply(fn, recurse)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__({"_packed_weight": PackedWeight(), **state})
 
     def extra_repr(self) -> str:
         return (
@@ -103,6 +123,7 @@ class BSplineKAN(nn.Module):
         )
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        self._packed_weight.clear()
         grid = state_dict.get(prefix + "grid")
         spline_weight = state_dict.get(prefix + "spline_weight")
         if grid is not None and spline_weight is not None:

@@ -1,9 +1,11 @@
 """The B-spline KAN layer as a torch operator, and its public function: checks, then the backend that runs it."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 
+from lesa_kernels.bspline_kan.packing import pack_weight
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES, bspline_kan_ref, check_grid
 from lesa_kernels.checks import Said, argument_error, check_int, check_tensor
 from lesa_kernels.dispatch import resolve_backend
@@ -156,6 +158,23 @@ def bspline_kan(
         bases = bspline_basis(x, grid_size, spline_order, grid_range)  # [..., in, G + p]
         F.silu(x) @ base_weight.T + torch.einsum("...ig,oig,oi->...o", bases, spline_weight, spline_scaler)
     """
+    return run_bspline_kan(
+        x, base_weight, spline_weight, spline_scaler, grid_size, spline_order, grid_range, backend, pack_weight
+    )
+
+
+def run_bspline_kan(
+    x: torch.Tensor,
+    base_weight: torch.Tensor,
+    spline_weight: torch.Tensor,
+    spline_scaler: torch.Tensor | None,
+    grid_size: int,
+    spline_order: int,
+    grid_range: tuple[float, float],
+    backend: str,
+    pack: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """`bspline_kan` with a function that packs the weights as `pack_weight` does, or has done so."""
     lo, hi = check_grid(grid_size, spline_order, grid_range)
     check_tensor("x", x, dtypes=FLOAT_DTYPES)
     # Under autocast the dtypes may differ: it converts the operands of a product.
@@ -179,11 +198,8 @@ def bspline_kan(
     if resolve_backend(backend, x, implemented, "bspline_kan") == "torch":
         return bspline_kan_ref(x, base_weight, spline_weight, spline_scaler, grid_size, spline_order, grid_range)
 
-    if spline_scaler is not None:
-        spline_weight = spline_weight * spline_scaler.unsqueeze(-1)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    # [1 + G + p, in, out], since the kernels read adjacent outputs.
-    weight = torch.cat([base_weight.to(dtype).T.unsqueeze(0), spline_weight.to(dtype).permute(2, 1, 0)]).contiguous()
+    weight = pack(base_weight, spline_weight, spline_scaler, dtype)
     flat = x.reshape(x.shape[:-1].numel(), in_features)
     y = torch.ops.lesa_kernels.bspline_kan(flat, weight, grid_size, spline_order, lo, hi)
     return y.reshape(*x.shape[:-1], out_features)
