@@ -133,7 +133,7 @@ OPERATIONS = {
     "dense_predict_bwd_mix_weight": Operation(forecast("dense", backward="weight"), _DENSE),
     "dense_predict_bwd_storage": Operation(forecast("dense", backward="storage"), _DENSE),
     "bspline_kan_fwd": Operation(layer(*WIDE), _LAYER),
-    "bspline_kan_fwd_warp_groups": Operation(layer(*WIDE), _LAYER),
+    "bspline_kan_fwd_unrolled": Operation(layer(*WIDE), _LAYER),
     "bspline_kan_fwd_gather": Operation(layer(*NARROW), LAYER),
     "bspline_kan_bwd_x": Operation(layer(*WIDE, backward="x"), _LAYER),
     "bspline_kan_bwd_x_wide": Operation(layer(8192, (1024, 1024), 8, backward="x"), _LAYER),

@@ -150,6 +150,7 @@ class Tiling:
         warps: of a program.
         shared: bytes of shared memory that a program needs at most.
         resident: programs that a multiprocessor holds at once.
+        chunk: outputs and ranks that the end of a program takes at a time.
     """
 
     block_t: int
@@ -160,6 +161,7 @@ class Tiling:
     warps: int
     shared: int
     resident: int
+    chunk: int
 
     @property
     def part(self) -> int:
@@ -198,8 +200,9 @@ def tiling(device: Device, problem: Problem) -> Tiling | str:
     r = power_of_2(problem.rank, 16) if problem.rank else 0
     if device.architecture == 0:
         d = min(16, power_of_2(problem.width, 16))
-        return Tiling(16, d, o, r, 2, 4, 0, 2)
+        return Tiling(16, d, o, r, 2, 4, 0, 2, 32)
     sums = o + (2 if o else 1) * r
+    chunk = 64 if device.has_wide_products and not r else 32
     for t, warps in ((64, 4), (64, 8), (32, 4), (32, 8), (16, 4), (16, 8)):
         if sums * t // (32 * warps) > MOST_SUMS:
             continue
@@ -223,7 +226,7 @@ def tiling(device: Device, problem: Problem) -> Tiling | str:
                             resident,
                             d,
                             -stages,
-                            Tiling(t, d, o, r, stages, warps, shared, resident),
+                            Tiling(t, d, o, r, stages, warps, shared, resident, chunk),
                         )
                     )
         if fitting:
@@ -265,7 +268,6 @@ def sums_launch(device: Device, problem: Problem) -> SumsLaunch | str:
         return chosen
     places = chosen.resident * device.multiprocessors
     blocks = _ceil(problem.width, chosen.block_d)
-    busy = 0.8 if problem.rank else 0.6  # of a full tile's time, its instructions take this part
     best: tuple[float, SumsLaunch] | None = None
     for splits in (1, 2, 4, 8):
         if splits > blocks:
@@ -278,7 +280,8 @@ def sums_launch(device: Device, problem: Problem) -> SumsLaunch | str:
             scratch = units * groups * together * chosen.part
             if 4 * scratch > MOST_SCRATCH_BYTES and not (splits == 1 and best is None):
                 continue
-            moved = max(rows, busy * tiles * chosen.block_t) * problem.token_bytes * _ceil(blocks, splits) / blocks
+            # The last rows of a tile take their time even if there are no tokens for them.
+            moved = tiles * chosen.block_t * problem.token_bytes * _ceil(blocks, splits) / blocks
             cost = _ceil(units * groups, places) * (_START_BYTES + tiles * _TILE_BYTES + moved)
             if splits > 1:
                 cost += _MEETING_BYTES + splits * tiles * chosen.part * 2

@@ -214,7 +214,7 @@ def test_each_constant(constant, kernel_device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [0, 1, 16, 17, 47])
-@pytest.mark.parametrize("width", [1, 5, 33])
+@pytest.mark.parametrize("width", [5, 33])
 def test_sizes_that_fit_no_block(tokens, width, kernel_device):
     case = Case(kernel_device, tokens=tokens, width=width, rank=min(2, width), outputs=1)
     check_forecast(case)
@@ -222,6 +222,12 @@ def test_sizes_that_fit_no_block(tokens, width, kernel_device):
     case.low_rank = NO_RESIDUAL
     check_forecast(case)
     check_velocity(case)
+
+
+@pytest.mark.slow
+def test_one_channel(kernel_device):
+    check_forecast(Case(kernel_device, width=1, rank=1))
+    check_forecast(Case(kernel_device, width=1, tokens=17))
 
 
 @pytest.mark.slow
@@ -431,7 +437,7 @@ def test_no_gradients(kernel_device):
 
 
 def test_operators_know_the_shape_of_their_results(kernel_device):
-    case = Case(kernel_device, FLOAT8, batch=2, rank=2)
+    case = Case(kernel_device, torch.bfloat16, batch=2, rank=2)  # torch can't compare float8
     head = case.head
     flat = (*case.features, *case.weights, *case.low_rank)
     operators = torch.ops.lesa_kernels
@@ -459,7 +465,7 @@ def test_there_is_a_launch_for_every_problem(architecture):
                         assert chosen.shared <= PROGRAM_SHARED[architecture] << 10, chosen
                     elif outputs + rank:
                         assert "shared memory or registers than sm_" in chosen
-                        assert history == 16 or rank == 256 or outputs == 512
+                        assert stored == 4 or history > 4 or (rank, outputs) == (256, 512)
 
 
 def test_scratch_memory_stays_within_its_limit():

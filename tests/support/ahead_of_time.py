@@ -1,8 +1,8 @@
 """Compiles every kernel for GPUs that are not there, as the public calls would launch it, and reads what came out.
 
 `PYTHONPATH=benchmarks python tests/support/ahead_of_time.py --out report.json` calls each case of `CASES` at each of
-its sizes and dtypes for sm_80, sm_90 and sm_100. The tensors are on the CPU and are never touched. Triton is told of a
-GPU, and each launch compiles and is recorded instead. Unset `TRITON_INTERPRET`, which makes kernels that can't be
+its sizes and dtypes for each of its architectures. The tensors are on the CPU and are never touched. Triton is told of
+a GPU, and each launch compiles and is recorded instead. Unset `TRITON_INTERPRET`, which makes kernels that can't be
 compiled.
 
 To add a kernel, add a `Case`. The tests in `test_ahead_of_time.py` then hold for it.
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -30,10 +31,12 @@ from shapes import FLUX, HUNYUAN_VIDEO, QWEN_IMAGE, FeatureShape, LayerShape
 
 from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig
 from lesa_kernels.bspline_kan import bspline_kan
+from lesa_kernels.stream import HeadSums, LowRank, StoredFeatures, Weights, stream_forecast, stream_velocity
 
-# Multiprocessors of an A100, an H100 or H200, and a B200: grids depend on it.
-ARCHITECTURES = {80: 108, 90: 132, 100: 148}
-SHARED_MEMORY_LIMITS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+# Multiprocessors of an A100, an RTX 3090, an RTX 4090, an H100 or H200, a B200, and an RTX 5090: grids depend on it.
+ARCHITECTURES = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
+SHARED_MEMORY_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+DATA_CENTRE = (80, 90, 100)
 WORKERS = 2
 
 # What is counted in a kernel's PTX.
@@ -59,12 +62,16 @@ class Case:
         sizes: where it is called.
         dtypes: in which of the dtypes.
         launches: kernels that one call may launch; any number if None.
-        kernels: how many different kernels all its launches may be; any number if None.
         products: "large" if its matrix products must run on what the architecture has for large ones (mma, wgmma,
             tcgen05), "small" if any tensor-core instruction will do, None if it has none.
         vectorised: whether it must read global memory 16 bytes at a time.
         may_spill: dtypes in which it is run too seldom for its registers to matter.
+        float32_products: whether it must use tensor cores in float32 too.
+        most_selects: for each architecture, how many comparisons and selections of integers (ISETP, SEL) the innermost
+            loop of its matrix products may have in dtypes of 16 bits.
+        kernels: how many different kernels all launches may compile; any number if None.
         architectures: for which it is compiled.
+        kernel: how the name of its kernel begins; that of the call if it is None.
     """
 
     name: str
@@ -72,11 +79,14 @@ class Case:
     sizes: tuple[FeatureShape | LayerShape, ...] = (FLUX, QWEN_IMAGE, HUNYUAN_VIDEO)
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
     launches: int | None = 1
-    kernels: int | None = None
     products: str | None = None
     vectorised: bool = False
     may_spill: tuple[torch.dtype, ...] = ()
-    architectures: tuple[int, ...] = tuple(ARCHITECTURES)
+    float32_products: bool = False
+    most_selects: tuple[tuple[int, int], ...] = ()
+    kernels: int | None = None
+    architectures: tuple[int, ...] = DATA_CENTRE
+    kernel: str | None = None
 
 
 def empty_ring(predictor: FusedKANPredictor, size: FeatureShape) -> FeatureRing:
@@ -108,6 +118,19 @@ def predict(mixer: str = "newton", **options) -> Callable[[FeatureShape], object
     return call
 
 
+def predict_by_many(mixer: str, **options) -> Callable[[FeatureShape], object]:
+    """Calls of ten predictors with other stages: bounds, numbers of them, and windows of which the longest is 8."""
+
+    def call(size):
+        for i in range(10):
+            bounds = (0.6 + 0.03 * i, 0.3, 0.1)[: 1 + i % 3]
+            lengths = (8, 1 + i % 7, 4 + i % 4, 6)[: len(bounds) + 1]
+            predictor = empty_predictor(size, mixer, stage_bounds=bounds, history_length=lengths, **options)
+            predictor(empty_ring(predictor, size), 0.5)
+
+    return call
+
+
 def predict_backward(mixer: str = "newton", **options) -> Callable[[FeatureShape], object]:
     """A call of a predictor, and the gradients by its parameters and the features."""
 
@@ -135,6 +158,35 @@ def velocity(rank: int, **options) -> Callable[[FeatureShape], object]:
     return call
 
 
+def stream(rank: int = 0, outputs: int = 0, history: int = 4) -> Callable[[FeatureShape], object]:
+    """A call of the weighted sum of features, with a head if there are outputs, as in a run: all sums are made."""
+
+    def call(size):
+        dtype, stages = torch.bfloat16 if size.dtype.itemsize == 1 else size.dtype, 3
+        shape, number = (history, size.batch, size.tokens), torch.empty(size.batch, dtype=torch.int32)
+        scales = torch.empty(shape) if size.dtype.itemsize == 1 else None
+        features = StoredFeatures(torch.empty(*shape, size.dim, dtype=size.dtype), scales, number, number)
+        anchors, added = torch.empty(size.batch, history, size.dim), torch.empty(size.batch, size.dim)
+        weights, low_rank = Weights(anchors, number, None, None, None), LowRank()
+        through = None
+        if rank:
+            weights = Weights(anchors, number, added, torch.empty(size.batch, history - 1, history), number)
+            maps = (
+                torch.empty(stages, rank, history - 1, size.dim, dtype=dtype),
+                torch.empty(stages, size.dim, rank, dtype=dtype),
+            )
+            low_rank = LowRank(*maps, torch.empty(stages, rank, rank), torch.empty(stages, rank))
+            through = torch.empty(size.batch, rank, outputs)
+        if not outputs:
+            return stream_forecast(features, weights, low_rank, backend="triton")
+        scale, shift = torch.empty(2, size.batch, size.dim, dtype=dtype)
+        head = OutputHead(torch.empty(outputs, size.dim, dtype=dtype), torch.empty(outputs, dtype=dtype), scale, shift)
+        sums = HeadSums(torch.empty(size.batch, outputs), torch.empty(size.batch, outputs), through)
+        return stream_velocity(features, weights, head, low_rank, sums, backend="triton")
+
+    return call
+
+
 def plan(**options) -> Callable[[FeatureShape], object]:
     """The weights of three steps of a run."""
 
@@ -145,9 +197,7 @@ def plan(**options) -> Callable[[FeatureShape], object]:
     return call
 
 
-def ten_predictors(
-    call: Callable[..., Callable[[FeatureShape], object]], **options
-) -> Callable[[FeatureShape], object]:
+def ten_predictors(call: Callable, **options) -> Callable[[FeatureShape], object]:
     """What `call` makes for a predictor, for ten that differ in what they were trained to: stages, bounds, lengths."""
     lengths = [(4, 4, 4), (2, 4, 3), (1, 2, 4), (4, 1), (4, 3, 2, 1), (2, 4), (4,)]
     bounds = [(0.67, 0.33), (0.9, 0.5), (0.5, 0.0625), (0.25,), (0.75, 0.5, 0.25), (0.3,), ()]
@@ -181,9 +231,11 @@ WIDER = LayerShape("kan-1024", 8192, 1024, 1024, torch.bfloat16)
 NARROW = LayerShape("kan-8", 65536, 8, 8, torch.bfloat16)
 
 
-def ten(name: str, call: Callable, kernels: int, dtype: torch.dtype = torch.bfloat16, **options) -> Case:
-    """A case of ten predictors of one size, which must share their compiled kernels."""
-    return Case(name, ten_predictors(call, **options), (TRAINING,), (dtype,), None, kernels, architectures=(90,))
+def ten(name: str, call: Callable, kernels: int, **options) -> Case:
+    """A case of ten newton predictors of one size, which must share their compiled kernels."""
+    bf16 = (torch.bfloat16,)
+    calls = ten_predictors(call, **options)
+    return Case(name, calls, (TRAINING,), bf16, None, may_spill=bf16, kernels=kernels, architectures=(90,))
 
 
 def gradient(name: str, call: Callable, *sizes: FeatureShape | LayerShape, products: str | None = None) -> Case:
@@ -191,9 +243,36 @@ def gradient(name: str, call: Callable, *sizes: FeatureShape | LayerShape, produ
     return Case(name, call, sizes, FLOATS, None, products, may_spill=(torch.float32,))
 
 
+def stream_cases() -> list[Case]:
+    """Bfloat16 on all architectures, other dtypes on one or two; the largest ranks and heads on the smallest GPUs."""
+    every, bf16 = tuple(ARCHITECTURES), (torch.bfloat16,)
+    others = (torch.float16, torch.float32, torch.float8_e4m3fn)
+    sums, large = {"kernel": "stream_sums", "vectorised": True, "products": "small"}, (FLUX,)
+    return [
+        Case("stream_forecast", stream(), (FLUX, HUNYUAN_VIDEO), bf16, vectorised=True, architectures=every),
+        Case("stream_forecast-others", stream(), large, others, vectorised=True, architectures=(80, 90)),
+        Case("stream_forecast-16-anchors", stream(history=16), large, bf16, vectorised=True, architectures=(90,)),
+        Case("stream_forecast-rank32", stream(32), large, bf16, architectures=(90, 120), **sums),
+        Case("stream_velocity-rank0", stream(0, 64), large, bf16, architectures=every, **sums),
+        Case("stream_velocity-rank0-others", stream(0, 64), large, others, architectures=(90,), **sums),
+        Case(
+            "stream_velocity-rank32", stream(32, 64), large, bf16, may_spill=bf16, architectures=(80, 90, 120), **sums
+        ),
+        Case("stream_velocity-rank256", stream(256, 64), large, bf16, may_spill=bf16, architectures=(86,), **sums),
+        Case("stream_velocity-512-outputs", stream(0, 512), large, bf16, architectures=(86, 90), **sums),
+    ]
+
+
 CASES = [
     Case("newton_predict-rank0", predict("newton", rank=0), vectorised=True),
-    Case("newton_predict-rank32", predict("newton", rank=32), launches=2, products="small", vectorised=True),
+    Case(
+        "newton_predict-rank32",
+        predict("newton", rank=32),
+        launches=2,
+        products="small",
+        vectorised=True,
+        may_spill=(torch.float32,),
+    ),
     Case("newton_coefficients", plan(rank=32), dtypes=(torch.bfloat16,), vectorised=True),
     Case("newton_velocity-rank0", velocity(0), launches=2, products="small", vectorised=True),
     Case(
@@ -202,30 +281,48 @@ CASES = [
         launches=2,
         products="small",
         vectorised=True,
-        may_spill=(torch.float32,),
+        may_spill=(torch.bfloat16, torch.float32),  # as that of the stream operation, which it launches
     ),
-    Case("dense_predict", predict("dense", cast=True), products="large", vectorised=True),
-    Case("dense_predict-cast", predict("dense"), dtypes=(torch.bfloat16,), products="large", vectorised=True),
-    gradient("newton_predict-rank0-backward", predict_backward("newton", rank=0), TRAINING),
-    gradient("newton_predict-rank32-backward", predict_backward("newton", rank=32), TRAINING, products="small"),
-    gradient("dense_predict-backward", predict_backward("dense", cast=True), TRAINING, products="large"),
+    *stream_cases(),
     ten("newton_predict-ten-rank0", predict, 1, rank=0),
     ten("newton_predict-ten-backward", predict_backward, 4, rank=32),
     ten("newton_velocity-ten", velocity, 2, rank=32),
     ten("newton_coefficients-ten", plan, 1, rank=32),
-    Case("bspline_kan", layer(8, 3), (WIDE,), FLOATS, products="large"),
+    Case("dense_predict", predict("dense", cast=True), products="large", vectorised=True),
+    Case("dense_predict-cast", predict("dense"), dtypes=(torch.bfloat16,), products="large", vectorised=True),
+    Case(
+        "dense_predict-ten",
+        predict_by_many("dense", cast=True),
+        (FLUX,),
+        (torch.bfloat16,),
+        launches=10,
+        products="large",
+        kernels=1,
+    ),
+    gradient("newton_predict-rank0-backward", predict_backward("newton", rank=0), TRAINING),
+    gradient("newton_predict-rank32-backward", predict_backward("newton", rank=32), TRAINING, products="small"),
+    gradient("dense_predict-backward", predict_backward("dense", cast=True), TRAINING, products="large"),
+    # With a comparison and a selection for each basis of each input, they were 115 in a quarter of such a loop.
+    Case(
+        "bspline_kan",
+        layer(8, 3),
+        (WIDE,),
+        FLOATS,
+        products="large",
+        float32_products=True,
+        most_selects=((80, 55), (90, 90), (100, 55)),
+    ),
     gradient("bspline_kan-backward", layer(8, 3, backward=True), WIDE, WIDER, products="large"),
     gradient("bspline_kan-narrow", layer(100, 3, backward=True), NARROW),
 ]
 
 
-def units(only: str = "", architectures=tuple(ARCHITECTURES)) -> list[tuple[int, str, torch.dtype]]:
+def units(only: str = "") -> list[tuple[int, str, torch.dtype]]:
     """What is compiled in one go: architecture, case and dtype, those whose `id_of` contains `only`."""
     found = [
         (architecture, case.name, dtype)
         for case in CASES
-        for dtype, architecture in itertools.product(case.dtypes, architectures)
-        if architecture in case.architectures
+        for dtype, architecture in itertools.product(case.dtypes, case.architectures)
     ]
     return [unit for unit in found if only in id_of(*unit)]
 
@@ -252,6 +349,9 @@ def compile_unit(architecture: int, case: str, dtype: torch.dtype) -> dict:
             found.call(replace(size, dtype=dtype))
             launches[str(size)] = [kernel.hash for kernel in launched]
             kernels.update({k.hash: resources(k) for k in launched if k.hash not in kernels})
+            if found.most_selects and dtype.itemsize == 2:
+                for kernel in launched:
+                    kernels[kernel.hash]["loop"] = loop_of_products(kernel.asm["cubin"])
     except Exception:
         error = traceback.format_exc()
     return {
@@ -336,6 +436,28 @@ def resources(kernel) -> dict:
         "shared": max(kernel.metadata.shared, numbers["SHARED"]),
         "instructions": {name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in INSTRUCTIONS.items()},
     }
+
+
+def loop_of_products(cubin: bytes) -> dict[str, int]:
+    """The machine instructions of the innermost loop that has matrix products, counted by name, such as "SEL"."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names, labels, loops = [], {}, []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(names)
+        elif instruction := re.match(r"\s+/\*\w+\*/\s+(?:@!?U?P\w+ )?(\w+)(.*)", line):
+            names.append(instruction[1])
+            target = re.search(r"\.L_\w+", instruction[2]) if instruction[1] == "BRA" else None
+            if target and target[0] in labels:  # a jump back
+                loops.append(names[labels[target[0]] :])
+    products = {"HMMA", "HGMMA", "UTCHMMA"}
+    return dict(Counter(min((loop for loop in loops if products & set(loop)), key=len)))
 
 
 def main(argv: list[str] | None = None) -> None:

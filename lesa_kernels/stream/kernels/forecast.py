@@ -105,21 +105,19 @@ def _stream_forecast_fwd_kernel(
 
     slots, n, poison = anchors_of(cursor, ring_count, count, row, capacity, stride_count, K)
     features = (storage, scales, batch, tokens, stride_c, stride_b, stride_t)
-    begin = constant_of(constant, poison, row, channels, inside, stride_constant, CONSTANT)
-    weights = ()
-    for k in tl.static_range(K):
-        weights = weights + (anchor_weight(anchors, row, k, n, channels, inside, stride_anchors, D, K, WIDE),)
-
     first, end = tokens_of(group, groups, tokens)
-    for start in tl.range(first, end, BLOCK_T, num_stages=NUM_STAGES):
+    # Weights are copied ahead with the features of each tile: before the loop, the first copies would wait for them.
+    for start in tl.range(first, end, BLOCK_T, num_stages=NUM_STAGES, disable_licm=True):
         stored = ()
         for k in tl.static_range(K):
             limit = tl.where(k < n, end, 0)
             tile = load_rows(features, slots[k], row, start, limit, channels, inside, BLOCK_T, FLOAT8)
             stored = stored + (tile,)
-        forecast = begin + weights[0] * widen(stored[0][0], stored[0][1], FLOAT8)
-        for k in tl.static_range(1, K):
-            forecast += weights[k] * widen(stored[k][0], stored[k][1], FLOAT8)
+        begin = constant_of(constant, poison, row, channels, inside, stride_constant, CONSTANT)
+        forecast = begin + tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        for k in tl.static_range(K):
+            weight = anchor_weight(anchors, row, k, n, channels, inside, stride_anchors, D, K, WIDE)
+            forecast += weight * widen(stored[k][0], stored[k][1], FLOAT8)
         token = tl.cast(row, tl.int64) * tokens + start
         written = output + token * D + inner[:, None] * D + channels[None, :]
         tl.store(written, rounded(forecast, output.dtype.element_ty), (start + inner < end)[:, None] & inside[None, :])

@@ -47,19 +47,25 @@ from lesa_kernels.stream.kernels.shared import (
 
 
 @triton.jit
-def shift_of(
-    features, slot, row, start, end, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, FLOAT8: tl.constexpr
-):
+def shift_of(features, slot, row, start, end, D: tl.constexpr, BLOCK_T: tl.constexpr, FLOAT8: tl.constexpr):
     """A number of each token that is near the mean of its channels: `[BLOCK_T]`.
 
-    It is the mean of the newest feature's first channels. A channel that is far from the others counts little.
+    It is the median of three channels of the newest feature, so it stays there if one channel is far from the others.
     """
-    sampled: tl.constexpr = min(BLOCK_D, D)
-    channels = tl.arange(0, BLOCK_D)
-    stored, scale = load_rows(features, slot, row, start, end, channels, channels < D, BLOCK_T, FLOAT8)
-    values = widen(stored, scale, FLOAT8)
-    most = (tl.sum(tl.abs(values), axis=1) / sampled)[:, None]
-    return tl.sum(tl.where(values > most, most, tl.where(values < -most, -most, values)), axis=1) / sampled
+    storage, scales, batch, tokens, stride_c, stride_b, stride_t = features
+    first = tl.cast(slot, tl.int64) * stride_c + tl.cast(row, tl.int64) * stride_b + tl.cast(start, tl.int64) * stride_t
+    inner = tl.arange(0, BLOCK_T)
+    exist = start + inner < end
+    at = storage + first + inner * stride_t
+    scale = tl.full([BLOCK_T], 1.0, tl.float32)
+    if FLOAT8 != 0:
+        token = (tl.cast(slot, tl.int64) * batch + row) * tokens + start
+        scale = tl.load(scales + token + inner, exist, 0.0)
+    a = widen(tl.load(at, exist, 0.0)[:, None], scale, FLOAT8)
+    b = widen(tl.load(at + D // 2, exist, 0.0)[:, None], scale, FLOAT8)
+    c = widen(tl.load(at + (D - 1), exist, 0.0)[:, None], scale, FLOAT8)
+    median = tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+    return tl.reshape(median, [BLOCK_T])
 
 
 @triton.jit
@@ -95,30 +101,28 @@ def tap_weights(taps, row, n, stride_b, j: tl.constexpr, K: tl.constexpr, OPERAN
 
 
 @triton.jit
-def part_sum(parts, offsets, mask, splits, stride_split):
+def part_sum(parts, offsets, stride_split, SPLITS: tl.constexpr):
     """The sum of the parts that all splits left at `offsets`, in a fixed order.
 
     Loads bypass the first-level cache, which does not see the writes of other multiprocessors.
     """
-    total = tl.zeros(offsets.shape, tl.float32)
-    for first in tl.range(0, splits, 4):
-        for i in tl.static_range(4):  # loads of several parts are under way at once
-            there = mask < tl.where(first + i < splits, 1, 0)
-            total += tl.load(parts + (first + i) * stride_split + offsets, there, 0.0, cache_modifier=".cg")
+    total = tl.load(parts + offsets, cache_modifier=".cg")
+    for i in tl.static_range(1, SPLITS):  # all loads are under way at once
+        total += tl.load(parts + i * stride_split + offsets, cache_modifier=".cg")
     return total
 
 
 @triton.jit
 def finish_velocity(
-    output, parts, splits, stride_split, row, stage, start, end, tokens, eps,
+    output, parts, stride_split, row, stage, start, end, tokens, eps,
     square, total, ones, constant, through, stride_ones, stride_constant, stride_through,
-    D: tl.constexpr, OUTS: tl.constexpr, RANK: tl.constexpr, SHRINK: tl.constexpr,
+    D: tl.constexpr, OUTS: tl.constexpr, RANK: tl.constexpr, SHRINK: tl.constexpr, SPLITS: tl.constexpr,
     BY_RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Writes the velocities of a tile from the sums that all splits left in `parts`."""
     inner = tl.arange(0, BLOCK_T)
-    mean = part_sum(parts, inner, inner * 0, splits, stride_split) / D
-    squares = part_sum(parts, BLOCK_T + inner, inner * 0, splits, stride_split) - D * mean * mean
+    mean = part_sum(parts, inner, stride_split, SPLITS) / D
+    squares = part_sum(parts, BLOCK_T + inner, stride_split, SPLITS) - D * mean * mean
     if RANK > 0:
         rank_chunk: tl.constexpr = min(BLOCK_R, CHUNK)
         total += stage * RANK
@@ -127,15 +131,15 @@ def finish_velocity(
             ranks = first_rank + tl.arange(0, rank_chunk)
             sums = tl.load(total + ranks, ranks < RANK, 0.0)
             rank_at = BY_RANK + ranks[None, :] * BLOCK_T + inner[:, None]
-            read = part_sum(parts, rank_at, rank_at * 0, splits, stride_split)
-            raised = part_sum(parts, rank_at + BLOCK_T * BLOCK_R, rank_at * 0, splits, stride_split)
+            read = part_sum(parts, rank_at, stride_split, SPLITS)
+            raised = part_sum(parts, rank_at + BLOCK_T * BLOCK_R, stride_split, SPLITS)
             turned = 2 * (raised - mean[:, None] * sums[None, :])
             for first_other in tl.range(0, BLOCK_R, rank_chunk):
                 others = first_other + tl.arange(0, rank_chunk)
                 other_read = read
                 if rank_chunk < BLOCK_R:
                     other_at = BY_RANK + others[None, :] * BLOCK_T + inner[:, None]
-                    other_read = part_sum(parts, other_at, other_at * 0, splits, stride_split)
+                    other_read = part_sum(parts, other_at, stride_split, SPLITS)
                 exist = (others < RANK)[:, None] & (ranks < RANK)[None, :]
                 map = tl.load(square + others[:, None] * RANK + ranks[None, :], exist, 0.0)
                 map -= tl.load(total + others, others < RANK, 0.0)[:, None] * (sums / D)[None, :]
@@ -149,12 +153,12 @@ def finish_velocity(
         exist = outs < OUTS
         at = 2 * BLOCK_T + outs[None, :] * BLOCK_T + inner[:, None]
         one = tl.load(ones + row * stride_ones + outs, exist, 0.0)
-        product = part_sum(parts, at, at * 0, splits, stride_split) * (1 / SHRINK) - mean[:, None] * one[None, :]
+        product = part_sum(parts, at, stride_split, SPLITS) * (1 / SHRINK) - mean[:, None] * one[None, :]
         if RANK > 0:
             for first_rank in tl.range(0, BLOCK_R, rank_chunk):
                 ranks = first_rank + tl.arange(0, rank_chunk)
                 rank_at = BY_RANK + ranks[None, :] * BLOCK_T + inner[:, None]
-                read = part_sum(parts, rank_at, rank_at * 0, splits, stride_split)
+                read = part_sum(parts, rank_at, stride_split, SPLITS)
                 there = (ranks < RANK)[:, None] & exist[None, :]
                 of_row = through + tl.cast(row, tl.int64) * stride_through
                 map = tl.load(of_row + ranks[:, None] * OUTS + outs[None, :], there, 0.0)
@@ -168,8 +172,8 @@ def finish_velocity(
 
 @triton.jit
 def finish_forecast(
-    output, read_output, parts, splits, stride_split, row, stage, start, end, tokens, up,
-    D: tl.constexpr, RANK: tl.constexpr, KEEPS_READ: tl.constexpr, OPERAND: tl.constexpr,
+    output, read_output, parts, stride_split, row, stage, start, end, tokens, up,
+    D: tl.constexpr, RANK: tl.constexpr, KEEPS_READ: tl.constexpr, OPERAND: tl.constexpr, SPLITS: tl.constexpr,
     BY_RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Adds the residual of a tile to the base that the programs wrote.
@@ -185,12 +189,13 @@ def finish_forecast(
     there = start + inner < end
     token = tl.cast(row, tl.int64) * tokens + start
     at = BY_RANK + ranks[None, :] * BLOCK_T + inner[:, None]
-    read = part_sum(parts, at, at * 0, splits, stride_split)
+    read = part_sum(parts, at, stride_split, SPLITS)
     if KEEPS_READ:
         kept = read_output + token * RANK + inner[:, None] * RANK + ranks[None, :]
         tl.store(kept, read, there[:, None] & (ranks < RANK)[None, :])
-    for first in tl.range(0, D, BLOCK_D, num_stages=3):
-        channels = first + tl.arange(0, BLOCK_D)
+    wide: tl.constexpr = 4 * BLOCK_D  # many loads are under way at once
+    for first in tl.range(0, D, wide, num_stages=2):
+        channels = first + tl.arange(0, wide)
         exist = (channels < D)[None, :] & (ranks < RANK)[:, None]
         map = tl.load(up + (stage * D + channels)[None, :] * RANK + ranks[:, None], exist, 0.0)
         finished = output + token * D + inner[:, None] * D + channels[None, :]
@@ -202,7 +207,7 @@ def finish_forecast(
 
 @triton.jit(
     do_not_specialize=[
-        "capacity", "batch", "tokens", "groups", "splits", "rounds", "together", "eps",
+        "capacity", "batch", "tokens", "groups", "rounds", "together", "eps",
         "stride_count", "stride_taps", "stride_stage", "stride_ones", "stride_head_constant", "stride_through",
     ]
 )  # fmt: skip
@@ -233,7 +238,6 @@ def _stream_sums_fwd_kernel(
     batch,
     tokens,
     groups,
-    splits,
     rounds,
     together,
     eps,
@@ -259,6 +263,7 @@ def _stream_sums_fwd_kernel(
     FLOAT8: tl.constexpr,
     OPERAND: tl.constexpr,
     SHRINK: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -270,14 +275,14 @@ def _stream_sums_fwd_kernel(
 ):
     blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0)
-    split = program % splits  # neighbours read other channels of the same tokens
-    group = (program // splits) % groups
-    row = program // (splits * groups)
+    split = program % SPLITS  # neighbours read other channels of the same tokens
+    group = (program // SPLITS) % groups
+    row = program // (SPLITS * groups)
     inner = tl.arange(0, BLOCK_T)
     outs = tl.arange(0, BLOCK_O)
     ranks = tl.arange(0, BLOCK_R)
-    first_block = split * blocks // splits
-    last_block = (split + 1) * blocks // splits
+    first_block = split * blocks // SPLITS
+    last_block = (split + 1) * blocks // SPLITS
 
     slots, n, poison = anchors_of(cursor, ring_count, count, row, capacity, stride_count, K)
     features = (storage, scales, batch, tokens, stride_c, stride_b, stride_t)
@@ -294,7 +299,7 @@ def _stream_sums_fwd_kernel(
     meeting = tl.cast(row, tl.int64) * groups + group
     tiles = rounds * together
     stride_split = together * PART
-    group_parts = parts + meeting * splits * stride_split
+    group_parts = parts + meeting * SPLITS * stride_split
 
     for round in tl.range(0, rounds, disable_licm=True):
         for i in tl.range(0, together, disable_licm=True):
@@ -302,9 +307,6 @@ def _stream_sums_fwd_kernel(
             start = first + tile * (end - first) // tiles
             stop = first + (tile + 1) * (end - first) // tiles
             shift = tl.zeros([BLOCK_T], tl.float32)
-            if OUTS > 0:
-                limit = tl.where(n > 0, stop, 0)
-                shift = shift_of(features, slots[0], row, start, limit, D, BLOCK_T, BLOCK_D, FLOAT8)
             plain_sum = tl.zeros([BLOCK_T, BLOCK_D // 8], tl.float32)
             square_sum = tl.zeros([BLOCK_T, BLOCK_D // 8], tl.float32)
             projected = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
@@ -313,6 +315,10 @@ def _stream_sums_fwd_kernel(
             for block in tl.range(first_block, last_block, num_stages=NUM_STAGES):
                 channels = block * BLOCK_D + tl.arange(0, BLOCK_D)
                 inside = channels < D
+                if OUTS > 0:  # noqa: SIM102
+                    if block == first_block:  # not before the loop, whose first copies would wait for it
+                        limit = tl.where(n > 0, stop, 0)
+                        shift = shift_of(features, slots[0], row, start, limit, D, BLOCK_T, FLOAT8)
                 stored = ()
                 for k in tl.static_range(K):
                     limit = tl.where(k < n, stop, 0)
@@ -349,7 +355,7 @@ def _stream_sums_fwd_kernel(
                     for j in tl.static_range(K - 1):
                         rows = (stage * RANK + ranks) * (K - 1) + j
                         map = tl.load(down + rows[:, None] * D + channels[None, :], exist, 0.0)
-                        tap = weights[j][0] * features_k[0]
+                        tap = weights[j][0] * features_k[0]  # type: ignore[misc]
                         for k in tl.static_range(1, j + 2):
                             tap += weights[j][k] * features_k[k]
                         if tl.float16 == OPERAND:
@@ -370,7 +376,7 @@ def _stream_sums_fwd_kernel(
                     tl.store(of_rank + BLOCK_T * BLOCK_R, raised)
 
         tl.debug_barrier()  # all threads must have written before one of them counts the arrival
-        if tl.atomic_add(arrivals + meeting, 1, sem="acq_rel") == splits - 1:
+        if tl.atomic_add(arrivals + meeting, 1, sem="acq_rel") == SPLITS - 1:
             tl.store(arrivals + meeting, 0)
             for i in tl.range(0, together, disable_licm=True):
                 tile = round * together + i
@@ -378,15 +384,15 @@ def _stream_sums_fwd_kernel(
                 stop = first + (tile + 1) * (end - first) // tiles
                 if OUTS > 0:
                     finish_velocity(
-                        output, group_parts + i * PART, splits, stride_split, row, stage, start, stop, tokens, eps,
+                        output, group_parts + i * PART, stride_split, row, stage, start, stop, tokens, eps,
                         square, total, ones, head_constant, through, stride_ones, stride_head_constant, stride_through,
-                        D, OUTS, RANK, SHRINK, BY_RANK, BLOCK_T, BLOCK_O, BLOCK_R, CHUNK,
+                        D, OUTS, RANK, SHRINK, SPLITS, BY_RANK, BLOCK_T, BLOCK_O, BLOCK_R, CHUNK,
                     )  # fmt: skip
                 else:
                     finish_forecast(
-                        output, read_output, group_parts + i * PART, splits, stride_split,
+                        output, read_output, group_parts + i * PART, stride_split,
                         row, stage, start, stop, tokens, up,
-                        D, RANK, KEEPS_READ, OPERAND, BY_RANK, BLOCK_T, BLOCK_D, BLOCK_R,
+                        D, RANK, KEEPS_READ, OPERAND, SPLITS, BY_RANK, BLOCK_T, BLOCK_D, BLOCK_R,
                     )  # fmt: skip
         tl.debug_barrier()  # a program of its own group writes its next sums where it has just read these
 
@@ -444,7 +450,6 @@ def _launch(
         batch,
         tokens,
         launch.groups,
-        launch.splits,
         launch.rounds,
         launch.together,
         0.0 if head is None else head.eps,
@@ -467,13 +472,14 @@ def _launch(
         OPERAND=operand_dtype(storage.dtype),
         # The product of a large feature and a large scale might be out of the range of float16.
         SHRINK=0.0625 if storage.dtype == torch.float16 else 1.0,
+        SPLITS=launch.splits,
         BLOCK_T=tiling.block_t,
         BLOCK_D=tiling.block_d,
         BLOCK_O=max(tiling.block_o, 16),
         BLOCK_R=max(tiling.block_r, 16),
         BY_RANK=tiling.by_rank,
         PART=tiling.part,
-        CHUNK=32,
+        CHUNK=tiling.chunk,
         NUM_STAGES=tiling.stages,
         num_warps=tiling.warps,
         num_stages=1,
