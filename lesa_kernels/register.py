@@ -37,7 +37,7 @@ class _Group:
 
     Args:
         kind: the named tuple or dataclass to build from the parts; None for a single value.
-        names: of the parts.
+        names: of the parts; where an earlier parameter has a part of the same name, it begins with this one's.
         types: of the parts.
         start, stop: places of the first part and of the one after the last.
     """
@@ -58,7 +58,9 @@ def _groups(kernel: Callable) -> list[_Group]:
         built = None if kind in _SCHEMA_TYPES else kind
         parts = {name: kind} if built is None else typing.get_type_hints(kind)
         start = groups[-1].stop if groups else 0
-        groups.append(_Group(built, tuple(parts), tuple(parts.values()), start, start + len(parts)))
+        taken = {part for group in groups for part in group.names}
+        names = tuple(f"{name}_{part}" if part in taken else part for part in parts)
+        groups.append(_Group(built, names, tuple(parts.values()), start, start + len(parts)))
     return groups
 
 

@@ -19,7 +19,7 @@ from lesa_kernels.predictor.config import PredictorConfig
 from lesa_kernels.predictor.files import CONFIG_NAME, WEIGHTS_NAME, find_files
 from lesa_kernels.predictor.ops.coefficients import run_newton_coefficients
 from lesa_kernels.predictor.ops.dense import run_dense_predict
-from lesa_kernels.predictor.ops.newton import newton_backend, run_newton_predict
+from lesa_kernels.predictor.ops.newton import run_newton_predict
 from lesa_kernels.predictor.ops.velocity import run_newton_velocity
 from lesa_kernels.stream.arguments import NO_RESIDUAL, NO_SUMS, HeadSums, LowRank, OutputHead, StoredFeatures, Weights
 from lesa_kernels.stream.op import output_head, stream_forecast, stream_velocity

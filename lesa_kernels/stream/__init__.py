@@ -9,6 +9,7 @@ from lesa_kernels.stream.arguments import (
     StoredFeatures,
     Weights,
 )
+from lesa_kernels.stream.fused import stream_velocity_is_fused
 from lesa_kernels.stream.op import head_sums, output_head, stream_forecast, stream_velocity
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "output_head",
     "stream_forecast",
     "stream_velocity",
+    "stream_velocity_is_fused",
 ]

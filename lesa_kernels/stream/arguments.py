@@ -66,7 +66,8 @@ class Weights(NamedTuple):
             number, or one for each channel. K is at most 16.
         count: `[B]` int32, n, how many of them are read. A row is NaN if it is 0, or more than the ring has.
         constant: `[B]` or `[B, D]` float32, added to the sum, or None.
-        taps: `[B, K - 1, K]` float32, the weights w of the features in each tap, or None without a residual.
+        taps: `[B, K - 1, K]` float32, the weights w of the features in each tap, or None without a residual. Tap j
+            consists of the j + 2 newest features; weights of older ones are not read.
         stage: `[B]` int32, the row s of the residual, or None without a residual.
     """
 

@@ -1,75 +1,290 @@
-from __future__ import annotations
-import os
+"""How the stream kernels are launched: block sizes, shares of the work, and what does not fit. Plain Python.
+
+A multiprocessor must have many bytes under way to use its share of the memory's bandwidth, about 100 KB on an H200. So
+a configuration is chosen by the bytes that its programs load ahead, within the shared memory and the registers of the
+device. The tokens are divided so that all programs move the same number of bytes and fill the device evenly.
+"""
+
+import functools
 from dataclasses import dataclass
+
+KIB = 1 << 10
+
+# Shared memory of a multiprocessor in KiB, by compute capability. A program may use 1 KiB less, and each program
+# occupies 1 KiB more than it uses. (CUDA C++ Programming Guide, table of technical specifications per capability.)
+_SHARED_KIB = {80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 110: 228, 120: 100, 121: 100}
+
+MOST_SCRATCH_BYTES = 32 << 20
+ENOUGH_BYTES = 96 * KIB  # that are loaded ahead on a multiprocessor; more bring little
+MOST_SUMS = 144  # float32 sums that a thread keeps in registers
+MOST_FEATURES = 128  # widened features that a thread keeps in registers
+
+# What costs time besides moving bytes, as the number of bytes that a program moves meanwhile: the start of a program
+# until its first features are there, the start of a tile, and the meeting of the programs of a group.
+_START_BYTES, _TILE_BYTES, _MEETING_BYTES = 24 * KIB, 8 * KIB, 24 * KIB
 
 
 @dataclass(frozen=True)
 class Device:
+    """What a launch depends on.
+
+    Args:
+        architecture: compute capability as `10 * major + minor`; 0 is Triton's interpreter.
+        multiprocessors: how many share the work.
+    """
+
     architecture: int
     multiprocessors: int
 
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a multiprocessor; that of the smallest GPUs if the architecture is not known."""
+        return _SHARED_KIB.get(self.architecture, 100) * KIB
 
-def cdiv(a, b):
+    @property
+    def has_wide_products(self) -> bool:
+        """Whether the tensor cores take their operands from shared memory, and 64 rows of the first one at least."""
+        return 90 <= self.architecture < 120
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be computed.
+
+    Args:
+        batch, tokens, width: B, T and D of the features.
+        history: K, the number of anchors.
+        stored_bytes: of a stored element.
+        outputs: O of the head, or 0 without one.
+        rank: R of the residual, or 0.
+    """
+
+    batch: int
+    tokens: int
+    width: int
+    history: int
+    stored_bytes: int
+    outputs: int = 0
+    rank: int = 0
+
+    @property
+    def operand_bytes(self) -> int:
+        """Of an element of a matrix product's operand: float8 becomes bfloat16."""
+        return max(self.stored_bytes, 2)
+
+    @property
+    def token_bytes(self) -> int:
+        """The bytes of a token's features that are read."""
+        return self.history * self.width * self.stored_bytes
+
+
+def power_of_2(n: int, minimum: int = 1) -> int:
+    """The smallest power of two that is at least `n` and `minimum`, itself a power of two."""
+    return max(1 << max(n - 1, 0).bit_length(), minimum)
+
+
+def _ceil(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def power(n, minimum=1):
-    p = minimum
-    while p < n:
-        p *= 2
-    return p
-
-
-def E(name, default):
-    return int(os.environ.get(name, default))
 
 
 @dataclass(frozen=True)
 class ForecastLaunch:
+    """How a weighted sum without a residual is launched.
+
+    Args:
+        programs: how many.
+        groups: into how many ranges the tokens of a sample are divided.
+        block_t, block_d: tokens and channels of a tile.
+        stages: of the loop over the tiles; `stages - 1` tiles are loaded ahead.
+        warps: of a program.
+        resident: programs that a multiprocessor holds at once.
+    """
+
     programs: int
     groups: int
     block_t: int
     block_d: int
     stages: int
     warps: int
+    resident: int
 
-    @classmethod
-    def of(cls, device, batch, tokens, width, history, dtype):
-        bd = min(E("FBD", 256), power(width, 16))
-        bt = E("FBT", 16)
-        blocks = cdiv(width, bd)
-        groups = max(1, E("FP", 2) * device.multiprocessors // (batch * blocks))
-        groups = min(groups, tokens)
-        return cls(batch * blocks * groups, groups, bt, bd, E("FST", 3), E("FW", 8))
+
+@functools.lru_cache(maxsize=256)
+def forecast_launch(device: Device, problem: Problem) -> ForecastLaunch:
+    """The launch for a problem; there always is one."""
+    resident, history, stored = 2, problem.history, problem.stored_bytes
+    block_d = min(512 // stored if stored > 1 else 256, power_of_2(problem.width, 16))
+    if device.architecture == 0:
+        block_d = min(block_d, 32)
+    stage = (32 if device.shared_bytes > 150 * KIB else 16) * KIB
+    warps = 8 if history <= 6 else 4
+    block_t = stage // (history * block_d * stored)
+    # The weights of all anchors stay in registers: not more than eight channels of each for a thread.
+    block_t = max(min(block_t, 4 if device.architecture == 0 else 64), 1)
+    block_t = 1 << (block_t.bit_length() - 1)
+    blocks = _ceil(problem.width, block_d)
+    places, units = resident * device.multiprocessors, problem.batch * blocks
+    share = history * block_d * stored
+
+    def cost(groups: int) -> int:
+        waves = _ceil(units * groups, places)
+        return waves * (_START_BYTES + _ceil(problem.tokens, groups) * share)
+
+    groups = min(_group_choices(places, units, problem.tokens), key=cost)
+    return ForecastLaunch(units * groups, groups, block_t, block_d, 3, warps, resident)
+
+
+def _group_choices(places: int, units: int, tokens: int) -> list[int]:
+    """Numbers of groups with which the programs, `units` for each group, fill a few waves as well as they can."""
+    return sorted({min(max(waves * places // units, 1), max(tokens, 1)) for waves in (1, 2, 3, 4, 6, 8)})
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Block sizes of the kernel that makes sums.
+
+    Args:
+        block_t, block_d: tokens and channels of a tile.
+        block_o, block_r: outputs and ranks, rounded up; zero if there are none.
+        stages: of the loop over the channels; `stages - 1` tiles are loaded ahead.
+        warps: of a program.
+        shared: bytes of shared memory that a program needs at most.
+        resident: programs that a multiprocessor holds at once.
+    """
+
+    block_t: int
+    block_d: int
+    block_o: int
+    block_r: int
+    stages: int
+    warps: int
+    shared: int
+    resident: int
+
+    @property
+    def part(self) -> int:
+        """Number of floats that a program leaves for a tile."""
+        if not self.block_o:
+            return self.block_t * self.block_r
+        return self.block_t * (2 + self.block_o + 2 * self.block_r)
+
+    @property
+    def by_rank(self) -> int:
+        """Where the sums of the residual begin among them."""
+        return self.block_t * (2 + self.block_o) if self.block_o else 0
+
+
+def _shared_bytes(problem: Problem, t: int, d: int, o: int, r: int, stages: int) -> int:
+    """Shared memory of the loop over the channels, at most: what Triton allocates for it.
+
+    Features and weights of the anchors are copied to registers, so they need `stages - 1` buffers. Operands of products
+    stay where they are and need one more. The sum and the taps take turns in one buffer. Float32 operands are split
+    into two, which need buffers of their own.
+    """
+    operand, history = problem.operand_bytes, problem.history
+    maps = o + (r * (history if o else history - 1) if r else 0)
+    ahead = history * t * d * problem.stored_bytes + (history + 2) * 4 * d
+    total = (stages - 1) * ahead + stages * maps * d * operand + t * d * operand
+    if operand == 4:
+        total += 2 * (max(o, r) + t) * d * operand
+    return total
+
+
+@functools.lru_cache(maxsize=256)
+def tiling(device: Device, problem: Problem) -> Tiling | str:
+    """The block sizes for a problem, or why there are none: a sentence that names what is too large."""
+    rows = 64 if device.has_wide_products else 16
+    o = power_of_2(problem.outputs, rows) if problem.outputs else 0
+    r = power_of_2(problem.rank, 16) if problem.rank else 0
+    if device.architecture == 0:
+        d = min(16, power_of_2(problem.width, 16))
+        return Tiling(16, d, o, r, 2, 4, 0, 2)
+    sums = o + (2 if o else 1) * r
+    for t, warps in ((64, 4), (64, 8), (32, 4), (32, 8), (16, 4), (16, 8)):
+        if sums * t // (32 * warps) > MOST_SUMS:
+            continue
+        fitting = []
+        for d in (64, 32, 16):
+            if d > power_of_2(problem.width, 16) or (
+                d * t * problem.history // (32 * warps) > MOST_FEATURES and d > 16
+            ):
+                continue
+            if r and d * t * problem.history // (32 * warps) > MOST_FEATURES // 2 and d > 16:
+                continue
+            for stages in (5, 4, 3, 2):
+                shared = _shared_bytes(problem, t, d, o, r, stages)
+                most = 2 if warps == 4 else 1
+                resident = min(device.shared_bytes // (shared + KIB), most)
+                if resident:
+                    ahead = resident * (stages - 1) * problem.history * t * d * problem.stored_bytes
+                    fitting.append(
+                        (
+                            min(ahead, ENOUGH_BYTES),
+                            resident,
+                            d,
+                            -stages,
+                            Tiling(t, d, o, r, stages, warps, shared, resident),
+                        )
+                    )
+        if fitting:
+            return max(fitting, key=lambda each: each[:4])[4]
+    return (
+        f"{problem.outputs} outputs with a residual of rank {problem.rank} need more shared memory or registers than "
+        f"sm_{device.architecture} has"
+    )
 
 
 @dataclass(frozen=True)
 class SumsLaunch:
+    """How a forecast with residual, or a whole predicted step, is launched.
+
+    Args:
+        tiling: the block sizes.
+        programs: how many.
+        groups: into how many ranges the tokens of a sample are divided.
+        splits: how many programs share the channels of a group.
+        rounds, together: the tiles of a group are `rounds * together`; after `together` of them, its programs meet.
+            More than one round is only possible for a program that meets nobody.
+        scratch: number of floats of scratch memory.
+    """
+
+    tiling: Tiling
     programs: int
     groups: int
     splits: int
     rounds: int
     together: int
     scratch: int
-    block_t: int
-    block_d: int
-    block_o: int
-    block_r: int
-    by_rank: int
-    part: int
-    chunk: int
-    stages: int
-    warps: int
 
-    @classmethod
-    def of(cls, device, batch, tokens, width, history, outs, rank, dtype):
-        bt, bd, st, w = E("BT", 64), min(E("BD", 64), power(width, 16)), E("ST", 3), E("W", 4)
-        splits = E("SP", 4)
-        bo, br = power(outs, E('BO',16)), power(rank, E('BR',16))
-        groups = min(tokens, max(1, 2 * device.multiprocessors // (batch * splits)))
-        tiles = cdiv(cdiv(tokens, groups), bt)
-        rounds, together = (1, tiles) if splits > 1 else (tiles, 1)
-        by_rank = bt * (2 + (bo if outs else 0))
-        part = by_rank + (bt * br * (2 if outs else 1) if rank else 0)
-        return cls(batch * groups * splits, groups, splits, rounds, together,
-                   batch * groups * splits * together * part, bt, bd, bo, br, by_rank, part, E("CH", 64), st, w)
+
+@functools.lru_cache(maxsize=256)
+def sums_launch(device: Device, problem: Problem) -> SumsLaunch | str:
+    """The launch for a problem, or why it does not fit: a sentence that names what is too large."""
+    chosen = tiling(device, problem)
+    if isinstance(chosen, str):
+        return chosen
+    places = chosen.resident * device.multiprocessors
+    blocks = _ceil(problem.width, chosen.block_d)
+    busy = 0.8 if problem.rank else 0.6  # of a full tile's time, its instructions take this part
+    best: tuple[float, SumsLaunch] | None = None
+    for splits in (1, 2, 4, 8):
+        if splits > blocks:
+            break
+        units = problem.batch * splits
+        for groups in _group_choices(places, units, problem.tokens):
+            rows = _ceil(problem.tokens, groups)
+            tiles = _ceil(rows, chosen.block_t)
+            rounds, together = (tiles, 1) if splits == 1 else (1, tiles)
+            scratch = units * groups * together * chosen.part
+            if 4 * scratch > MOST_SCRATCH_BYTES and not (splits == 1 and best is None):
+                continue
+            moved = max(rows, busy * tiles * chosen.block_t) * problem.token_bytes * _ceil(blocks, splits) / blocks
+            cost = _ceil(units * groups, places) * (_START_BYTES + tiles * _TILE_BYTES + moved)
+            if splits > 1:
+                cost += _MEETING_BYTES + splits * tiles * chosen.part * 2
+            launch = SumsLaunch(chosen, units * groups, groups, splits, rounds, together, scratch)
+            if best is None or cost < best[0]:
+                best = cost, launch
+    if best is None or 4 * best[1].scratch > MOST_SCRATCH_BYTES:
+        return f"the batch of {problem.batch} needs more than {MOST_SCRATCH_BYTES >> 20} MiB of scratch memory"
+    return best[1]

@@ -4,7 +4,7 @@ import torch
 
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
 from lesa_kernels.checks import argument_error, check_tensor
-from lesa_kernels.dispatch import needs_gradient, resolve_backend
+from lesa_kernels.dispatch import resolve_backend
 from lesa_kernels.register import refuse_gradient, register
 from lesa_kernels.stream.arguments import (
     NO_RESIDUAL,
@@ -17,6 +17,7 @@ from lesa_kernels.stream.arguments import (
     stream_fits,
 )
 from lesa_kernels.stream.extension import has_extension, stream_forecast_extension
+from lesa_kernels.stream.fused import stream_backend, triton_forecast, triton_velocity
 from lesa_kernels.stream.reference import head_sums_ref, output_head_ref, stream_forecast_ref, stream_velocity_ref
 
 
@@ -33,24 +34,26 @@ def stream_forecast(
         features: the buffers of a `FeatureRing`, with features `[B, T, D]`.
         weights: of this step.
         low_rank: the residual, or `NO_RESIDUAL`.
-        backend: "auto", "extension" (on a CPU, without float8 and gradients) or "torch".
+        backend: "auto", "triton", "extension" (on a CPU, without float8) or "torch". Only plain torch has gradients:
+            "auto" takes it where one is wanted.
 
     Returns:
-        `[B, T, D]` in the dtype of the stored features, bfloat16 for float8. It is computed in float32.
+        `[B, T, D]` in the dtype of the stored features, bfloat16 for float8. It is computed in float32, but Triton
+        rounds the operands of the residual's matrix products to the dtype of the features (bfloat16 for float8).
 
     Raises:
         ValueError, TypeError: a tensor has another shape, dtype or device than above; the message names it.
-        RuntimeError: the backend can't run here.
+        RuntimeError: the backend can't run here, or has no gradients and one is wanted.
 
     Equivalent to `stream_forecast_ref`.
 
     Source: this project. The published forecasters differ only in how they make the weights.
     """
     check_stream(features, weights, low_rank)
-    names: tuple[str, ...] = ("torch",)
-    if has_extension(features) and not needs_gradient(features.storage, *weights, *low_rank):
-        names = ("extension", "torch")
-    if resolve_backend(backend, features.storage, names, "stream_forecast") == "extension":
+    chosen = stream_backend(features, weights, low_rank, None, backend, "stream_forecast")
+    if chosen == "triton":
+        return triton_forecast(features, weights, low_rank)
+    if chosen == "extension":
         return _on_cpu(features, weights, low_rank)
     return stream_forecast_ref(features, weights, low_rank)
 
@@ -82,13 +85,17 @@ def stream_velocity(
 ) -> torch.Tensor:
     """A whole predicted step: the forecast of `stream_forecast`, and the output head applied to it.
 
+    On Triton this is one kernel, which reads each feature once and writes only the velocities, if
+    `stream_velocity_is_fused`. Else it is the forecast, and the head in plain torch.
+
     Args:
         features, weights, low_rank, backend: as in `stream_forecast`.
         head: the head's weights and this step's modulation.
         sums: what `head_sums` gives for this head, or `NO_SUMS`: then it is computed in this call, if it is needed.
 
     Returns:
-        `[B, T, O]` in the dtype of the stored features, bfloat16 for float8. It is computed in float32.
+        `[B, T, O]` in the dtype of the stored features, bfloat16 for float8. It is computed in float32, but Triton
+        rounds the operands of matrix products to the dtype of the features (bfloat16 for float8).
 
     Raises:
         ValueError, TypeError, RuntimeError: as in `stream_forecast`.
@@ -101,7 +108,11 @@ def stream_velocity(
     """
     check_stream(features, weights, low_rank)
     head.check(features.storage)
-    resolve_backend(backend, features.storage, ("torch",), "stream_velocity")
+    chosen = stream_backend(features, weights, low_rank, head, backend, "stream_velocity")
+    if chosen == "triton":
+        return triton_velocity(features, weights, low_rank, head, sums)
+    if chosen == "extension":
+        return output_head_ref(_on_cpu(features, weights, low_rank), head)
     return stream_velocity_ref(features, weights, head, low_rank)
 
 

@@ -67,7 +67,7 @@ def stream_forecast_ref(features: StoredFeatures, weights: Weights, low_rank: Lo
         forecast = forecast + (constant[:, None] if constant.ndim == 2 else constant[:, None, None])
     if low_rank.rank and low_rank.down is not None and low_rank.up is not None and weights.taps is not None:
         stage = _index(weights.stage)
-        taps = weights.taps.to(dtype).masked_fill(~exist[:, None], 0.0)
+        taps = weights.taps.to(dtype).masked_fill(~exist[:, None], 0.0).tril(1)
         # The residual's input is linear in the anchors too: one small matrix per anchor, none per tap.
         maps = torch.einsum("brjd,bjk->kbdr", low_rank.down.to(dtype)[stage], taps)
         read = sum((anchor @ each for anchor, each in zip(anchors, maps)), torch.zeros((), dtype=dtype))

@@ -4,14 +4,13 @@ import torch
 
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
 from lesa_kernels.checks import check_tensor
-from lesa_kernels.dispatch import resolve_backend
+from lesa_kernels.dispatch import needs_gradient, resolve_backend
 from lesa_kernels.predictor.arguments import (
     NewtonExperts,
     Shape,
     check_tensors,
     contiguous,
     has_kernels_for,
-    needs_gradient,
 )
 from lesa_kernels.predictor.reference import newton_coefficients_ref
 from lesa_kernels.register import refuse_gradient, register

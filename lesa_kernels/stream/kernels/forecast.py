@@ -11,8 +11,8 @@ import triton.language as tl
 from lesa_kernels.bspline_kan.kernels import rounded
 from lesa_kernels.launch import LAUNCH_OPTIONS
 from lesa_kernels.stream.arguments import StoredFeatures, Weights
-from lesa_kernels.stream.geometry import ForecastLaunch
-from lesa_kernels.stream.kernels.shared import device_of, load_rows, stored_bits, widen
+from lesa_kernels.stream.geometry import forecast_launch
+from lesa_kernels.stream.kernels.shared import device_of, load_rows, problem_of, stored_bits, widen
 
 NO_CONSTANT, SCALAR_CONSTANT, CHANNEL_CONSTANT = 0, 1, 2
 
@@ -26,7 +26,8 @@ def anchors_of(cursor, ring_count, count, row, capacity, stride_count, K: tl.con
     n = tl.where(wanted > there, 0, wanted)
     slots = ()
     for k in tl.static_range(K):
-        slots = slots + ((head - 1 - tl.minimum(k, tl.maximum(n - 1, 0)) + capacity) % capacity,)
+        slot = head - 1 - tl.minimum(k, tl.maximum(n - 1, 0))
+        slots = slots + (tl.where(slot < 0, slot + capacity, slot),)
     return slots, n, tl.where(n > 0, 0.0, float("nan"))
 
 
@@ -139,7 +140,7 @@ def stream_forecast_sum(features: StoredFeatures, weights: Weights, out_dtype: t
     if output.numel() == 0:
         return output
     history = weights.anchors.shape[1]
-    launch = ForecastLaunch.of(device_of(storage.device), batch, tokens, width, history, storage.dtype)
+    launch = forecast_launch(device_of(storage.device), problem_of(features, weights))
     stored, float8 = stored_bits(storage)
     _stream_forecast_fwd_kernel[(launch.programs,)](
         output,

@@ -6,7 +6,8 @@ import triton.language as tl
 
 from lesa_kernels import launch
 from lesa_kernels.bspline_kan.kernels import interpretable_dot, rounded
-from lesa_kernels.stream.geometry import Device
+from lesa_kernels.stream.arguments import StoredFeatures, Weights
+from lesa_kernels.stream.geometry import Device, Problem
 
 # A kernel's constant FLOAT8 says how it reads stored features: they are not float8, Triton converts them, or the kernel
 # decodes their bits, on GPUs for which Triton has no such type.
@@ -148,6 +149,12 @@ def operand_dtype(dtype: torch.dtype) -> tl.dtype:
 def device_of(device: torch.device) -> Device:
     """What a launch must know of the current GPU; in the interpreter, a small one."""
     return Device(launch.architecture(), launch.multiprocessors(device))
+
+
+def problem_of(features: StoredFeatures, weights: Weights, outputs: int = 0, rank: int = 0) -> Problem:
+    """What is to be computed, for `geometry`."""
+    _, batch, tokens, width = features.storage.shape
+    return Problem(batch, tokens, width, weights.anchors.shape[1], features.storage.dtype.itemsize, outputs, rank)
 
 
 def stored_bits(storage: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -24,6 +24,7 @@ import triton.language as tl
 
 from lesa_kernels.bspline_kan.kernels import rounded
 from lesa_kernels.launch import LAUNCH_OPTIONS, arrival_counters
+from lesa_kernels.stream import geometry
 from lesa_kernels.stream.arguments import HeadSums, LowRank, OutputHead, StoredFeatures, Weights
 from lesa_kernels.stream.geometry import SumsLaunch
 from lesa_kernels.stream.kernels.forecast import (
@@ -34,7 +35,16 @@ from lesa_kernels.stream.kernels.forecast import (
     stream_forecast_sum,
     tokens_of,
 )
-from lesa_kernels.stream.kernels.shared import device_of, load_rows, operand_dtype, rounded_dot, stored_bits, widen
+from lesa_kernels.stream.kernels.shared import (
+    device_of,
+    load_rows,
+    operand_dtype,
+    problem_of,
+    rounded_dot,
+    stored_bits,
+    widen,
+)
+
 
 @triton.jit
 def shift_of(
@@ -122,8 +132,10 @@ def finish_velocity(
             turned = 2 * (raised - mean[:, None] * sums[None, :])
             for first_other in tl.range(0, BLOCK_R, rank_chunk):
                 others = first_other + tl.arange(0, rank_chunk)
-                other_at = BY_RANK + others[None, :] * BLOCK_T + inner[:, None]
-                other_read = part_sum(parts, other_at, other_at * 0, splits, stride_split)
+                other_read = read
+                if rank_chunk < BLOCK_R:
+                    other_at = BY_RANK + others[None, :] * BLOCK_T + inner[:, None]
+                    other_read = part_sum(parts, other_at, other_at * 0, splits, stride_split)
                 exist = (others < RANK)[:, None] & (ranks < RANK)[None, :]
                 map = tl.load(square + others[:, None] * RANK + ranks[None, :], exist, 0.0)
                 map -= tl.load(total + others, others < RANK, 0.0)[:, None] * (sums / D)[None, :]
@@ -284,8 +296,8 @@ def _stream_sums_fwd_kernel(
     stride_split = together * PART
     group_parts = parts + meeting * splits * stride_split
 
-    for round in tl.range(0, rounds):
-        for i in tl.range(0, together):
+    for round in tl.range(0, rounds, disable_licm=True):
+        for i in tl.range(0, together, disable_licm=True):
             tile = round * together + i
             start = first + tile * (end - first) // tiles
             stop = first + (tile + 1) * (end - first) // tiles
@@ -360,7 +372,7 @@ def _stream_sums_fwd_kernel(
         tl.debug_barrier()  # all threads must have written before one of them counts the arrival
         if tl.atomic_add(arrivals + meeting, 1, sem="acq_rel") == splits - 1:
             tl.store(arrivals + meeting, 0)
-            for i in tl.range(0, together):
+            for i in tl.range(0, together, disable_licm=True):
                 tile = round * together + i
                 start = first + tile * (end - first) // tiles
                 stop = first + (tile + 1) * (end - first) // tiles
@@ -379,6 +391,11 @@ def _stream_sums_fwd_kernel(
         tl.debug_barrier()  # a program of its own group writes its next sums where it has just read these
 
 
+def sums_launch(features: StoredFeatures, weights: Weights, outputs: int, rank: int) -> SumsLaunch | str:
+    """How the kernel is launched for a head with `outputs`, or 0 without one; or why it does not fit."""
+    return geometry.sums_launch(device_of(features.device), problem_of(features, weights, outputs, rank))
+
+
 def _launch(
     output: torch.Tensor,
     features: StoredFeatures,
@@ -392,11 +409,10 @@ def _launch(
     storage, rank = features.storage, low_rank.rank
     capacity, batch, tokens, width = storage.shape
     outs = 0 if head is None else head.weight.shape[0]
-    launch = SumsLaunch.of(
-        device_of(storage.device), batch, tokens, width, weights.anchors.shape[1], outs, rank, storage.dtype
-    )
+    launch = sums_launch(features, weights, outs, rank)
     if isinstance(launch, str):
-        raise RuntimeError(launch)
+        raise RuntimeError(f"the kernel does not fit: {launch}")
+    tiling = launch.tiling
     parts = torch.empty(launch.scratch, dtype=torch.float32, device=storage.device)
     stored, float8 = stored_bits(storage)
 
@@ -451,15 +467,15 @@ def _launch(
         OPERAND=operand_dtype(storage.dtype),
         # The product of a large feature and a large scale might be out of the range of float16.
         SHRINK=0.0625 if storage.dtype == torch.float16 else 1.0,
-        BLOCK_T=launch.block_t,
-        BLOCK_D=launch.block_d,
-        BLOCK_O=launch.block_o,
-        BLOCK_R=launch.block_r,
-        BY_RANK=launch.by_rank,
-        PART=launch.part,
-        CHUNK=launch.chunk,
-        NUM_STAGES=launch.stages,
-        num_warps=launch.warps,
+        BLOCK_T=tiling.block_t,
+        BLOCK_D=tiling.block_d,
+        BLOCK_O=max(tiling.block_o, 16),
+        BLOCK_R=max(tiling.block_r, 16),
+        BY_RANK=tiling.by_rank,
+        PART=tiling.part,
+        CHUNK=32,
+        NUM_STAGES=tiling.stages,
+        num_warps=tiling.warps,
         num_stages=1,
         **LAUNCH_OPTIONS,
     )
