@@ -44,10 +44,10 @@ struct StreamForecast {
 // Checks everything that can be checked without reading memory. Throws std::invalid_argument.
 void check_stream_forecast(const StreamForecast& stream);
 
-// Writes the forecast. A row is NaN if no feature is to be read, or more than the ring has. Other features are not read.
-// If the weights of a tap add up to zero but for rounding, the tap is computed from the differences between features and
-// the newest one. Computes in float32 and gives the same bytes on any number of threads. Throws std::invalid_argument,
-// before anything is written, for a cursor, count or stage that is out of range.
+// Writes the forecast. A row is NaN if no feature is to be read, or more than the ring has. Other features are not
+// read. If the weights of a tap add up to zero but for rounding, the tap is computed from the differences between
+// features and the newest one. Computes in float32 and gives the same bytes on any number of threads. Throws
+// std::invalid_argument, before anything is written, for a cursor, count or stage that is out of range.
 void stream_forecast_cpu(const StreamForecast& stream);
 
 }  // namespace lesa

@@ -157,7 +157,7 @@ def stream_fits(features: StoredFeatures, weights: Weights, low_rank: LowRank) -
         and all(
             [part is None or part.dtype in WEIGHT_DTYPES for part in (weights.anchors, weights.constant, weights.taps)]
         )
-        and (low_rank.down is None or (low_rank.down.dtype in FLOAT_DTYPES and low_rank.up.dtype in FLOAT_DTYPES))
+        and all([part is None or part.dtype in FLOAT_DTYPES for part in low_rank[:2]])
         and all([part is None or part.dtype in WEIGHT_DTYPES for part in low_rank[2:]])
     )
 
