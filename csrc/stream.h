@@ -28,7 +28,8 @@ struct StreamForecast {
   bool constant_per_channel;
 
   int64_t stages, rank;   // no residual if the rank is 0 or K is 1; then all that follow may be null
-  const float* taps;      // [batch, K - 1, K], the weights of the features in the residual's inputs
+  const float* taps;      // [batch, K - 1, K], the weights of the features in the residual's inputs; tap j, from 0 on,
+                          // is made of the j + 2 newest ones, and its other weights are not used
   int64_t taps_stride;
   const int32_t* stage;   // [batch], which maps a sample uses
   int64_t stage_stride;
