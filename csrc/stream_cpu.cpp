@@ -129,7 +129,7 @@ std::vector<Input> inputs_of(const StreamForecast& p, const float* taps, int64_t
   for (int64_t j = 0; j < p.history - 1; ++j) {
     const float* weights = taps + j * p.history;
     double total = 0.0, magnitude = 0.0;
-    for (int64_t k = 0; k < anchors; ++k) {
+    for (int64_t k = 0; k < std::min(anchors, j + 2); ++k) {  // of the features that the tap is made of
       total += weights[k];
       magnitude += std::abs(weights[k]);
     }
@@ -140,7 +140,7 @@ std::vector<Input> inputs_of(const StreamForecast& p, const float* taps, int64_t
   if (any) inputs.push_back({0, std::move(left_over)});
   for (int64_t k = 1; k < anchors; ++k) {
     Input input{k, {}};
-    for (int64_t j = 0; j < p.history - 1; ++j) input.weights.push_back(taps[j * p.history + k]);
+    for (int64_t j = 0; j < p.history - 1; ++j) input.weights.push_back(k < j + 2 ? taps[j * p.history + k] : 0.0f);
     inputs.push_back(std::move(input));
   }
   return inputs;

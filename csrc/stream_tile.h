@@ -38,7 +38,8 @@ LESA_KERNEL void pack(const StreamForecast& p, const Matrices& m, int64_t begin,
           auto sum = Vector::broadcast(0.0f);
           for (int64_t j = 0; j < taps; ++j) {
             if (c == 0) prefetch(row + j * p.dim + lanes);
-            sum = Vector::multiply_add(load_some<Element>(row + j * p.dim, channels), Vector::broadcast(weights[j]), sum);
+            const auto values = load_some<Element>(row + j * p.dim, channels);
+            sum = Vector::multiply_add(values, Vector::broadcast(weights[j]), sum);
           }
           block[i] = sum;
         }
@@ -103,8 +104,8 @@ LESA_INLINE LESA_KERNEL void mix(const StreamForecast& p, const Sample& s, int64
   }
 }
 
-// What a residual reads of one vector of channels of a token: of the newest feature the values, of others the differences
-// to it. Fetches what comes `kGroup` channels later.
+// What a residual reads of one vector of channels of a token: of the newest feature the values, of others the
+// differences to it. Fetches what comes `kGroup` channels later.
 template <class Element>
 LESA_INLINE LESA_KERNEL void subtract_newest(const StreamForecast& p, const Sample& s, int64_t token, int64_t d,
                                              float* differences, int64_t stride) {

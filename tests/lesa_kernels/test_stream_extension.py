@@ -51,7 +51,7 @@ def case(
             storage[(int(cursor[row]) - 1 - age) % capacity, row] = randn(tokens, dim, scale=1)
     features = StoredFeatures(storage.to(dtype), None, cursor.int(), torch.tensor(count, dtype=torch.int32))
     taps = (randn(batch, history - 1, history, scale=64)).round() / 64
-    taps[:, :, 0] += sums - taps.sum(2)
+    taps[:, :, 0] += sums - taps.tril(1).sum(2)  # the other weights of a tap are not used
     weights = Weights(
         anchors=randn(batch, history, dim) if anchors == "per channel" else randn(batch, history),
         count=torch.tensor(count if read is None else read, dtype=torch.int32),
