@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests" / "support"))
 import ahead_of_time  # noqa: E402
 
+READS = (80, 86, 89, 90)  # architectures of which the instructions are known
 NO_COMPILER = "there is no nvcc to compile it with"
 DENSE_HISTORY = 6  # entries of the middle one of the dense variant's three stages
 RUN_STEPS = 41  # predicted steps of a run of 50
@@ -91,7 +92,13 @@ class Operation:
     describe: Callable[..., Launch]
 
     def launches(self, shape: FeatureShape | LayerShape, recorded, device: Device) -> list[Launch]:
-        """What the call launches."""
+        """What the call launches.
+
+        Raises:
+            DoesNotFit: the model can't read the device's code, or there is nothing to compile it with.
+        """
+        if device.architecture not in READS:
+            raise DoesNotFit(f"the model does not read the machine code of sm_{device.architecture}")
         amounts = self.amounts(shape)
         if self.describe is ring_push:
             return [ring_push(shape, device, amounts)]

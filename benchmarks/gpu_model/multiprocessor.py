@@ -190,8 +190,6 @@ class Scheduler:
             _, columns, depth = map(int, each.forms[0].split("x"))
             flops = 2 * 16 * columns * depth  # a quarter of the 64 rows
             return "products", flops / self.device.wgmma_per_clock * (2 if "TF32" in each.forms else 1)
-        if each.name.startswith("UTC"):
-            raise DoesNotFit(f"the model does not know {each.name}, of which {self.code.name} makes its products")
         return None, 1
 
     def run(self, route: list[int], resident: int, programs: int, warps: float) -> Run:

@@ -54,7 +54,7 @@ def predicted_table(figures: dict, before: dict | None = None) -> list[str]:
                 lines.append(f"| {name} | {shape} | {found['floor_us']:.1f} | refused: {found['refused']} | | | | | |")
                 continue
             old = (before or {}).get(TAKES_PLACE_OF.get(name, name), {}).get(shape)
-            target = target_of(name, shape)
+            target = target_of(name, shape) if before else None  # they are for an H200
             cells = [
                 f"{found['floor_us']:.1f}",
                 f"{found['predicted_us']:.1f}",
@@ -411,7 +411,7 @@ def draw(device: Device, figures: dict, file: Path) -> None:
                     axes.barh(place, old["ratio"], color="0.85")
                     most = max(most, old["ratio"])
                 axes.barh(place, found["ratio"], color=f"C{sizes.index(shape)}")
-                if target := target_of(name, shape):
+                if device is PRESETS["H200"] and (target := target_of(name, shape)):
                     axes.plot([target, target], [place - 0.4, place + 0.4], color="k", linewidth=1)
                 axes.text(
                     1.03 * max(found["ratio"], old["ratio"] if old else 0),
