@@ -224,6 +224,13 @@ def test_sizes_that_fit_no_block(tokens, width, kernel_device):
     check_velocity(case)
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_an_empty_batch(rank, kernel_device):
+    case = Case(kernel_device, batch=0, rank=rank)
+    assert case.forecast().shape == (0, 5, 24)
+    assert case.velocity().shape == (0, 5, 6)
+
+
 @pytest.mark.slow
 def test_one_channel(kernel_device):
     check_forecast(Case(kernel_device, width=1, rank=1))
