@@ -231,5 +231,14 @@ class HeadSums(NamedTuple):
     constant: torch.Tensor | None = None
     through: torch.Tensor | None = None
 
+    def check(self, head: OutputHead, low_rank: LowRank) -> None:
+        """Raises `TypeError` or `ValueError` unless the sums fit the head and the residual, which are checked."""
+        (batch, _), outputs = head.scale.shape, head.weight.shape[0]
+        sizes = ((batch, outputs), (batch, outputs), (batch, low_rank.rank, outputs))
+        for name, part, size in zip(self._fields, self, sizes):
+            if part is not None:
+                remedy = "Pass what `head_sums` gives for this head and residual, or `NO_SUMS`."
+                check_tensor(f"sums.{name}", part, size, WEIGHT_DTYPES, head.weight.device, remedy)
+
 
 NO_SUMS = HeadSums()

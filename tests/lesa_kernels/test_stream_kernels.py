@@ -391,6 +391,19 @@ def test_sums_and_maps_may_be_made_before(kernel_device):
     assert not torch.equal(case.velocity(sums=made._replace(ones=made.ones + 1)), expected)  # they are used
 
 
+def test_sums_of_another_head_are_refused(kernel_device):
+    case = Case(kernel_device, batch=2)
+    for name in ("ones", "constant"):
+        for wrong in (torch.zeros(1, 6), torch.zeros(2, 5), torch.zeros(2, 6, dtype=torch.int32)):
+            made = head_sums(case.head)._replace(**{name: wrong.to(kernel_device)})
+            with pytest.raises((ValueError, TypeError), match=f"`sums.{name}` must"):
+                case.velocity(sums=made)
+    case = Case(kernel_device, batch=2, rank=3)
+    made = head_sums(case.head, case.low_rank, case.weights.stage)
+    with pytest.raises(ValueError, match="`sums.through` must have shape .2, 3, 6."):
+        case.velocity(sums=made._replace(through=made.through[:, :2]))
+
+
 @pytest.mark.slow
 def test_heads_without_shift_and_bias(kernel_device):
     case = Case(kernel_device, batch=2)
