@@ -157,7 +157,6 @@ def _stage(predictor, sigma):
     return sum(sigma <= bound for bound in predictor.config.stage_bounds)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_plan_for_a_longer_history_than_kernels_are_made_for(rank):
     history = 17
@@ -171,6 +170,7 @@ def test_a_plan_for_a_longer_history_than_kernels_are_made_for(rank):
     torch.testing.assert_close(actual, predictor(ring, 0.15), rtol=1e-4, atol=1e-4 * float(actual.abs().max()))
 
 
+@torch.no_grad()
 def test_an_empty_plan():
     assert make_predictor().plan([], [], 1) == []
 
