@@ -65,13 +65,8 @@ def _groups(kernel: Callable) -> list[_Group]:
 
 
 def _schema(name: str, kernel: Callable, groups: list[_Group]) -> str:
-    parts: dict[str, str] = {}
-    for group in groups:
-        for part, kind in zip(group.names, group.types):
-            # Where two tuples have a field of the same name, the second one gets a name of its own.
-            unique = f"{group.kind.__name__.lower()}_{part}" if part in parts and group.kind else part
-            parts[unique] = f"{_SCHEMA_TYPES[kind]} {unique}"
-    return f"{name}({', '.join(parts.values())}) -> {_SCHEMA_TYPES[typing.get_type_hints(kernel)['return']]}"
+    parts = [f"{_SCHEMA_TYPES[kind]} {part}" for group in groups for part, kind in zip(group.names, group.types)]
+    return f"{name}({', '.join(parts)}) -> {_SCHEMA_TYPES[typing.get_type_hints(kernel)['return']]}"
 
 
 def register(name: str, kernel: Callable, fake: Callable, devices: tuple[str, ...] = ("CPU", "CUDA")) -> Callable:

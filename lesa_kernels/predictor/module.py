@@ -191,6 +191,8 @@ class FusedKANPredictor(nn.Module):
         Raises:
             ValueError, TypeError: as in `forward`, or a tensor of `head` does not fit.
         """
+        if _has_pieces_apart(ring, head):
+            return output_head(self(ring, sigma), head)
         target = self._target(ring, sigma)
         experts, shape = self.experts(), self.shape()
 
@@ -305,6 +307,8 @@ class FusedKANPredictor(nn.Module):
         sums: HeadSums = NO_SUMS,
     ) -> torch.Tensor:
         """`predict_velocity` with weights from `plan`, the residual from `low_rank` and sums from `head_sums`."""
+        if _has_pieces_apart(ring, head):
+            return output_head(self.forecast_with(ring, weights, low_rank), head)
 
         def velocity(storage, scales, sigmas, cursor, count):
             features = StoredFeatures(storage, scales, cursor, count)
@@ -424,3 +428,8 @@ class FusedKANPredictor(nn.Module):
             self.save_pretrained(folder)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a lesa-kernels predictor")
         return str(url)
+
+
+def _has_pieces_apart(ring: FeatureRing | TieredRing, head: OutputHead) -> bool:
+    """Whether the forecast is made piece by piece and then needs a head whose modulation is one for each token."""
+    return isinstance(ring, TieredRing) and isinstance(head.scale, torch.Tensor) and head.scale.ndim == 3

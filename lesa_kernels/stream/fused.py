@@ -110,6 +110,7 @@ def _stream_velocity(
     head.check(features.storage)
     if why_not_fused(features, weights, head, low_rank) is not None:
         return output_head_ref(_stream_forecast(features, weights, low_rank), head)
+    sums.check(head, low_rank)
     from lesa_kernels.stream.kernels.sums import stream_velocity_fwd
 
     out_dtype = forecast_dtype(features.storage.dtype)
