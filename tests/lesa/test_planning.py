@@ -82,6 +82,14 @@ def test_one_plan_for_each_gap_under_error_control(pipe, generate, plans, compar
     assert len(compared) == len(stream.predicted) + len(stream.errors) > 0
 
 
+@pytest.mark.parametrize("total", [STEPS, 30])
+def test_one_plan_for_a_history_that_holds_forecasts_too(pipe, generate, plans, compared, total):
+    predictor = trained(history="steps", history_length=(2, 4, 3))
+    with lesa.enable_cache(pipe, predictor, SOME, strict=True):
+        generate(pipe, total)
+    assert plans == [total - len(SOME)] and len(compared) == sum(plans)
+
+
 def interval(step):
     return [("a", FIRST, "a"), ("b", SECOND, "b")] if 3 <= step <= 8 else [("a", FIRST, "a")]
 

@@ -52,6 +52,7 @@ class Planner:
     def __init__(self, predictor: FusedKANPredictor, ring: FeatureRing | TieredRing):
         self.predictor = predictor
         self._capacity, self._batch, self._dtype = ring.capacity, ring.batch, ring.dtype
+        self._keeps_forecasts = predictor.config.history == "steps"
         self._levels: tuple[float, ...] = ()  # in the ring, newest first
         self._plan = Plan({}, {}, LowRank())
         self._made_from: tuple = ()  # the state of the parameters
@@ -80,7 +81,7 @@ class Planner:
         for later in range(step, end):
             if later == step or measures or later not in computed:
                 planned[later] = levels
-            if later in computed:
+            if later in computed or self._keeps_forecasts:
                 levels = _pushed(levels, sigmas[later], self._capacity)
         weights = self.predictor.plan([*planned.values()], [sigmas[later] for later in planned], self._batch)
         self._plan = Plan(planned, dict(zip(planned, weights)), self.predictor.low_rank(self._dtype))
