@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from diffusers import PNDMScheduler
+from torch.nn.utils import parametrize
 
 import lesa
 from driven_loops import FIRST, SECOND, SOME, STEPS, call_arguments, drive, guided
@@ -199,7 +200,11 @@ def test_who_is_not_planned(pipe, generate, plans):
     other.__class__ = Other
     exchanged.forward = lambda ring, sigma: FusedKANPredictor.forward(exchanged, ring, sigma)
     dense = make_predictor(mixer="dense", rank=0)
-    for predictor in (other, exchanged, dense):
+    hooked, hooked_before, parametrized = trained(), trained(), trained()
+    hooked.register_forward_hook(lambda module, inputs, output: output)
+    hooked_before.register_forward_pre_hook(lambda module, inputs: None)
+    parametrize.register_parametrization(parametrized, "out_bias", torch.nn.Identity())
+    for predictor in (other, exchanged, dense, hooked, hooked_before, parametrized):
         assert not can_plan(predictor)
         with lesa.enable_cache(pipe, predictor, SOME, strict=True) as cache:
             generate(pipe)

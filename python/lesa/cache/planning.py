@@ -16,8 +16,11 @@ _FORECASTS = ("forward", "forecast", "predict_velocity")
 def can_plan(predictor: FusedKANPredictor) -> bool:
     """Whether a predictor forecasts by weights that depend on noise levels only.
 
-    A dense predictor has no such weights. What another class or an exchanged method computes is not known.
+    A dense predictor has no such weights. What another class, an exchanged method or a hook computes is not known, nor
+    when modules inside of the predictor, such as parametrizations, change its parameters.
     """
+    if predictor._forward_hooks or predictor._forward_pre_hooks or predictor._modules:
+        return False
     methods = (getattr(getattr(predictor, name), "__func__", None) for name in _FORECASTS)
     are_own = all(method is getattr(FusedKANPredictor, name) for method, name in zip(methods, _FORECASTS))
     return are_own and predictor.config.mixer == "newton"
