@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -297,16 +298,21 @@ SETS = {"quick": quick_parts, "all": all_parts}
 
 
 def first_gpu() -> tuple[str, str]:
-    """Name and compute capability of the first GPU that nvidia-smi finds; exits if there is none."""
-    command = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        said = None
-    if said is None or said.returncode or not said.stdout.strip():
-        sys.exit("This needs an NVIDIA GPU, and nvidia-smi finds none here. Use `make test bench` on a CPU.")
-    name, capability = (value.strip() for value in said.stdout.splitlines()[0].split(","))
-    return name, capability
+    """Name and compute capability of the first GPU, from nvidia-smi or else from torch; exits if there is none.
+
+    Some containers have a GPU, but no nvidia-smi that works.
+    """
+    query = "import torch; one = torch.cuda.get_device_properties(0); print(f'{one.name}, {one.major}.{one.minor}')"
+    commands = (["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"], [sys.executable, "-c", query])
+    for command in commands:
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        name, _, capability = said.stdout.partition("\n")[0].rpartition(", ")
+        if not said.returncode and re.fullmatch(r"\d+\.\d+", capability.strip()):
+            return name.strip(), capability.strip()
+    sys.exit("This needs an NVIDIA GPU, and nvidia-smi and torch find none here. Use `make test bench` on a CPU.")
 
 
 def copy_packages(site: Path, builds: bool) -> None:

@@ -423,8 +423,20 @@ def test_make_gpu_skips_by_name_what_is_not_there(machine, tmp_path):
     }
 
 
+@pytest.mark.parametrize("smi", [None, "exit 9", "echo 'NVIDIA Fake, [N/A]'", "echo 'NVIDIA-SMI has failed'"])
+def test_torch_is_asked_where_nvidia_smi_does_not_work(smi, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name, content in {"nvidia-smi": smi, "python": "echo 'NVIDIA H200, 9.0'"}.items():
+        if content is not None:
+            (tmp_path / name).write_text(f"#!/bin/sh\n{content}\n")
+            (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert gpu_day.first_gpu() == ("NVIDIA H200", "9.0")
+
+
 def test_without_a_gpu_it_says_so(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
         gpu_day.main(["quick"])
 
