@@ -114,8 +114,10 @@ class Day:
         self.statuses: dict[str, str] = {}
         self.signal: int | None = None  # that has asked this process to stop
         shutil.rmtree(self.logs, ignore_errors=True)
+        self.is_complete = True  # whether everything that was to be kept is on the disk
         for folder in (out, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
+        self.lines.touch()
 
     @property
     def left(self) -> float:
@@ -123,8 +125,17 @@ class Day:
         return float("inf") if self.budget is None else self.budget - (time.monotonic() - self.began)
 
     def add(self, kind: str, **fields) -> None:
-        """Appends a line to the results, and waits until it is on the disk."""
-        append(self.lines, {"kind": kind, "after_s": round(time.monotonic() - self.began, 2), **fields})
+        """Appends a line to the results, and waits until it is on the disk. What can't be written is printed."""
+        line = {"kind": kind, "after_s": round(time.monotonic() - self.began, 2), **fields}
+        try:
+            append(self.lines, line)
+        except OSError as error:
+            self._on_unwritten(error)
+            print(json.dumps(line), flush=True)
+
+    def _on_unwritten(self, error: OSError) -> None:
+        self.is_complete = False
+        print(f"could not be written: {error}", flush=True)
 
     def run(self, parts: list[Part]) -> int:
         """Runs the parts, one after the other unless one is `beside` another. Returns the exit status."""
@@ -187,17 +198,21 @@ class Day:
     def pack(self) -> None:
         """Writes the archive of the results and logs, in the place of an older one."""
         unfinished = self.archive.with_name(self.archive.name + ".new")
-        with tarfile.open(unfinished, "w:gz") as archive:
-            archive.add(self.lines, self.lines.name)
-            archive.add(self.logs, "logs")
-        unfinished.replace(self.archive)
+        try:
+            with tarfile.open(unfinished, "w:gz") as archive:
+                archive.add(self.lines, self.lines.name)
+                archive.add(self.logs, "logs")
+            unfinished.replace(self.archive)
+        except OSError as error:
+            self._on_unwritten(error)
 
     def _summarise(self) -> int:
         bad = [name for name, status in self.statuses.items() if status in ("failed", "stopped")]
         skipped = [name for name, status in self.statuses.items() if status == "skipped"]
         self.add("summary", parts=self.statuses)
         self.pack()
-        show(self.lines)
+        if self.lines.exists():
+            show(self.lines)
         if self.signal is not None:
             return 128 + self.signal
         print(f"{len(self.statuses) - len(bad) - len(skipped)} of {len(self.statuses)} parts passed")
@@ -205,7 +220,7 @@ class Day:
             if names:
                 print(f"{text}: {', '.join(names)}")
         print(f"results: {self.lines}\nwith logs: {self.archive}")
-        return int(bool(bad))
+        return int(bool(bad) or not self.is_complete)
 
 
 def is_installed(module: str) -> bool:
@@ -355,7 +370,10 @@ def main(argv: list[str] | None = None) -> int:
     known = [part.name for part in SETS[options.set](out, work, capability, options.device)]
     if unknown := set(options.only) - set(known):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    day = Day(f"{options.set}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}", out, work, budget)
+    try:
+        day = Day(f"{options.set}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}", out, work, budget)
+    except OSError as error:
+        parser.error(f"the results can't be written: {error}. Choose other folders with --out and --work.")
     parts = SETS[options.set](day.lines, work, capability, options.device)
     chosen = [part for part in parts if not options.only or part.name in options.only]
     copy_packages(work / "site", builds="build" in (part.name for part in chosen))

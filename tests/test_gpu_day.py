@@ -122,6 +122,30 @@ def test_no_part_stops_the_next(tmp_path):
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["day.jsonl", "day.tar.gz"]
 
 
+def test_results_that_cannot_be_written_stop_no_part(tmp_path):
+    """As where the disk is full. Then they are printed, and the exit status says that something is missing."""
+    remove = f"import shutil; shutil.rmtree({str(tmp_path / 'out')!r})"
+    process = start(
+        tmp_path, [part("removes the folder", remove), part("last", f"open({str(tmp_path / 'ran')!r}, 'w')")]
+    )
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and (tmp_path / "ran").exists()
+    assert "could not be written" in printed and '"part": "last", "status": "passed"' in printed
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(machine, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        gpu_day.main(["quick", "machine", "--out", str(tmp_path / "file" / "out"), "--work", str(tmp_path / "work")])
+    assert "Choose other folders with --out and --work" in capsys.readouterr().err
+
+
+def test_a_case_whose_line_cannot_be_written_does_not_stop_the_next(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_parts, "cases_of", lambda *_: [gpu_cases.Named(name, raises) for name in ("one", "two")])
+    assert gpu_parts.main(["dense", "--device", "cpu", "--results", str(tmp_path / "missing" / "results.jsonl")]) == 1
+    assert '"case": "two"' in capsys.readouterr().out
+
+
 def test_all_parts_passed_or_were_skipped(tmp_path):
     process = start(tmp_path, [part("passes", ""), part("skipped", "", module="surely_not_installed")])
     process.communicate(timeout=60)
