@@ -248,6 +248,35 @@ def test_sums_of_the_head_are_made_at_once(pipe, generate, monkeypatch, rank, mo
         torch.testing.assert_close(generate(pipe), fused, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["in_place", "data", "replaced"])
+def test_sums_of_a_head_whose_weights_change_in_a_run(fresh_pipe, monkeypatch, change):
+    seen, velocity_with, projection = [], FusedKANPredictor.velocity_with, fresh_pipe.transformer.proj_out
+
+    def compare(self, ring, weights, head, low_rank, sums):
+        assert head.weight is projection.weight
+        for got, wanted in zip(sums, head_sums(head, low_rank, weights.stage)):
+            if wanted is not None:
+                torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        seen.append(1)
+        return velocity_with(self, ring, weights, head, low_rank, sums)
+
+    def calls(step):
+        if step == 6 and change == "in_place":
+            projection.weight.mul_(1.5)
+        elif step == 6 and change == "data":
+            projection.weight.data = projection.weight.data * 1.5
+        elif step == 6:
+            projection.weight = torch.nn.Parameter(projection.weight * 1.5)
+        return [("it", FIRST)]
+
+    monkeypatch.setattr(FusedKANPredictor, "velocity_with", compare)
+    monkeypatch.setattr(FusedKANPredictor, "fuses_velocity", lambda self, ring, head=None: True)
+    with lesa.enable_cache(fresh_pipe, trained(), SOME, strict=True):
+        drive(fresh_pipe, calls)
+    assert len(seen) == STEPS - len(SOME)
+
+
 def test_a_plan_keeps_no_ring(pipe):
     predictor = trained()
     ring = FeatureRing(predictor.config.max_history, 1, 1, predictor.config.feature_dim)
