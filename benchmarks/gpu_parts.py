@@ -128,7 +128,11 @@ class Lines:
         line = {"kind": "result", "part": self.options.part, **fields}
         print(json.dumps(line), flush=True)
         if self.options.results is not None:
-            append(self.options.results, line)
+            try:
+                append(self.options.results, line)
+            except OSError as error:  # the line is in the log, and the next case follows
+                self.failed = True
+                print(f"could not be written: {error}", flush=True)
 
     def attempt(self, name: str, function: Callable[[], dict]) -> dict | None:
         """Adds what `function` returns, or the exception that it raises."""

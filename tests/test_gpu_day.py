@@ -122,6 +122,30 @@ def test_no_part_stops_the_next(tmp_path):
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["day.jsonl", "day.tar.gz"]
 
 
+def test_results_that_cannot_be_written_stop_no_part(tmp_path):
+    """As where the disk is full. Then they are printed, and the exit status says that something is missing."""
+    remove = f"import shutil; shutil.rmtree({str(tmp_path / 'out')!r})"
+    process = start(
+        tmp_path, [part("removes the folder", remove), part("last", f"open({str(tmp_path / 'ran')!r}, 'w')")]
+    )
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and (tmp_path / "ran").exists()
+    assert "could not be written" in printed and '"part": "last", "status": "passed"' in printed
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(machine, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        gpu_day.main(["quick", "machine", "--out", str(tmp_path / "file" / "out"), "--work", str(tmp_path / "work")])
+    assert "Choose other folders with --out and --work" in capsys.readouterr().err
+
+
+def test_a_case_whose_line_cannot_be_written_does_not_stop_the_next(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_parts, "cases_of", lambda *_: [gpu_cases.Named(name, raises) for name in ("one", "two")])
+    assert gpu_parts.main(["dense", "--device", "cpu", "--results", str(tmp_path / "missing" / "results.jsonl")]) == 1
+    assert '"case": "two"' in capsys.readouterr().out
+
+
 def test_all_parts_passed_or_were_skipped(tmp_path):
     process = start(tmp_path, [part("passes", ""), part("skipped", "", module="surely_not_installed")])
     process.communicate(timeout=60)
@@ -423,8 +447,20 @@ def test_make_gpu_skips_by_name_what_is_not_there(machine, tmp_path):
     }
 
 
+@pytest.mark.parametrize("smi", [None, "exit 9", "echo 'NVIDIA Fake, [N/A]'", "echo 'NVIDIA-SMI has failed'"])
+def test_torch_is_asked_where_nvidia_smi_does_not_work(smi, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name, content in {"nvidia-smi": smi, "python": "echo 'NVIDIA H200, 9.0'"}.items():
+        if content is not None:
+            (tmp_path / name).write_text(f"#!/bin/sh\n{content}\n")
+            (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert gpu_day.first_gpu() == ("NVIDIA H200", "9.0")
+
+
 def test_without_a_gpu_it_says_so(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
         gpu_day.main(["quick"])
 

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from diffusers import PNDMScheduler
+from torch.nn.utils import parametrize
 
 import lesa
 from driven_loops import FIRST, SECOND, SOME, STEPS, call_arguments, drive, guided
@@ -80,6 +81,14 @@ def test_one_plan_for_each_gap_under_error_control(pipe, generate, plans, compar
     gaps = 1 + sum(step < 49 for step in stream.computed[2:])  # the steps up to the third computed one are one gap
     assert len(plans) == gaps
     assert len(compared) == len(stream.predicted) + len(stream.errors) > 0
+
+
+@pytest.mark.parametrize("total", [STEPS, 30])
+def test_one_plan_for_a_history_that_holds_forecasts_too(pipe, generate, plans, compared, total):
+    predictor = trained(history="steps", history_length=(2, 4, 3))
+    with lesa.enable_cache(pipe, predictor, SOME, strict=True):
+        generate(pipe, total)
+    assert plans == [total - len(SOME)] and len(compared) == sum(plans)
 
 
 def interval(step):
@@ -191,7 +200,11 @@ def test_who_is_not_planned(pipe, generate, plans):
     other.__class__ = Other
     exchanged.forward = lambda ring, sigma: FusedKANPredictor.forward(exchanged, ring, sigma)
     dense = make_predictor(mixer="dense", rank=0)
-    for predictor in (other, exchanged, dense):
+    hooked, hooked_before, parametrized = trained(), trained(), trained()
+    hooked.register_forward_hook(lambda module, inputs, output: output)
+    hooked_before.register_forward_pre_hook(lambda module, inputs: None)
+    parametrize.register_parametrization(parametrized, "out_bias", torch.nn.Identity())
+    for predictor in (other, exchanged, dense, hooked, hooked_before, parametrized):
         assert not can_plan(predictor)
         with lesa.enable_cache(pipe, predictor, SOME, strict=True) as cache:
             generate(pipe)
@@ -233,6 +246,35 @@ def test_sums_of_the_head_are_made_at_once(pipe, generate, monkeypatch, rank, mo
     monkeypatch.undo()
     with lesa.enable_cache(pipe, predictor, SOME, strict=True):
         torch.testing.assert_close(generate(pipe), fused, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["in_place", "data", "replaced"])
+def test_sums_of_a_head_whose_weights_change_in_a_run(fresh_pipe, monkeypatch, change):
+    seen, velocity_with, projection = [], FusedKANPredictor.velocity_with, fresh_pipe.transformer.proj_out
+
+    def compare(self, ring, weights, head, low_rank, sums):
+        assert head.weight is projection.weight
+        for got, wanted in zip(sums, head_sums(head, low_rank, weights.stage)):
+            if wanted is not None:
+                torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        seen.append(1)
+        return velocity_with(self, ring, weights, head, low_rank, sums)
+
+    def calls(step):
+        if step == 6 and change == "in_place":
+            projection.weight.mul_(1.5)
+        elif step == 6 and change == "data":
+            projection.weight.data = projection.weight.data * 1.5
+        elif step == 6:
+            projection.weight = torch.nn.Parameter(projection.weight * 1.5)
+        return [("it", FIRST)]
+
+    monkeypatch.setattr(FusedKANPredictor, "velocity_with", compare)
+    monkeypatch.setattr(FusedKANPredictor, "fuses_velocity", lambda self, ring, head=None: True)
+    with lesa.enable_cache(fresh_pipe, trained(), SOME, strict=True):
+        drive(fresh_pipe, calls)
+    assert len(seen) == STEPS - len(SOME)
 
 
 def test_a_plan_keeps_no_ring(pipe):
