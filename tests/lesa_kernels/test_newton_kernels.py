@@ -658,7 +658,7 @@ def test_names_and_order_of_arguments_are_those_of_the_public_functions():
         [*RingState._fields, *experts._fields, *Shape._fields] for experts in (NewtonExperts, DenseExperts)
     )
     assert names(newton_predict) == [*newton, "backend"]
-    assert schema("newton_predict") == schema("newton_predict_extension") == newton
+    assert schema("newton_predict") == schema("newton_predict_cpu") == newton
     levels = ["sigmas", "count", "sigma", *newton[len(RingState._fields) :]]
     assert names(newton_coefficients) == [*levels, "backend"]
     assert schema("newton_coefficients") == levels
@@ -682,7 +682,7 @@ def test_the_schemas_of_the_operators():
     shape = "float[] stage_bounds, int[] history_length, int grid_size, int spline_order"
     wanted = {
         "newton_predict": f"{newton}, {shape}) -> Tensor",
-        "newton_predict_extension": f"{newton}, {shape}) -> Tensor",
+        "newton_predict_cpu": f"{newton}, {shape}) -> Tensor",
         "newton_coefficients": f"{levels}, {shape}) -> Tensor[]",
         "newton_predict_bwd": f"Tensor grad, {newton}, {shape}, bool needs_storage) -> Tensor[]",
         "newton_velocity": f"{newton}, {head}, {shape}) -> Tensor",

@@ -114,7 +114,7 @@ def run_newton_predict(ring: RingState, experts: NewtonExperts, shape: Shape, ba
     if chosen == "triton":
         return _on_triton(ring, experts, shape)
     if chosen == "extension":
-        return _in_extension(ring, experts, shape)
+        return _on_cpu(ring, experts, shape)
     check_all(ring, experts, shape)
     return newton_predict_ref(ring, experts, shape)
 
@@ -158,8 +158,8 @@ def _newton_predict_bwd(
 
 
 _on_triton = register("newton_predict", _newton_predict, fake_forecast)
-_in_extension = register("newton_predict_extension", _newton_predict_extension, fake_forecast, devices=("CPU",))
+_on_cpu = register("newton_predict_cpu", _newton_predict_extension, fake_forecast, devices=("CPU",))
 register("newton_predict_bwd", _newton_predict_bwd, fake_gradients)
 register_gradient("newton_predict", NewtonExperts)
 refuse_gradient("newton_predict_bwd", "has no second derivatives")
-refuse_gradient("newton_predict_extension", "has no gradients", "in the compiled extension")
+refuse_gradient("newton_predict_cpu", "has no gradients", "in the compiled extension")
