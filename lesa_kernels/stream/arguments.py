@@ -235,7 +235,7 @@ class HeadSums(NamedTuple):
         (batch, _), outputs = head.scale.shape, head.weight.shape[0]
         sizes = ((batch, outputs), (batch, outputs), (batch, low_rank.rank, outputs))
         for name, part, size in zip(self._fields, self, sizes):
-            if part is not None:
+            if part is not None and size[1]:  # without a residual, `through` is not read
                 remedy = "Pass what `head_sums` gives for this head and residual, or `NO_SUMS`."
                 check_tensor(f"sums.{name}", part, size, WEIGHT_DTYPES, head.weight.device, remedy)
 

@@ -71,6 +71,7 @@ class Case:
         float32_products: whether it must use tensor cores in float32 too.
         most_selects: for each architecture, how many comparisons and selections of integers (ISETP, SEL) the innermost
             loop of its matrix products may have in dtypes of 16 bits.
+        kernels: how many different kernels all its launches may be; any number if None.
         architectures: for which it is compiled.
         kernel: how the name of its kernel begins; that of the call if it is None.
     """
@@ -85,6 +86,7 @@ class Case:
     may_spill: tuple[torch.dtype, ...] = ()
     float32_products: bool = False
     most_selects: tuple[tuple[int, int], ...] = ()
+    kernels: int | None = None
     architectures: tuple[int, ...] = DATA_CENTRE
     kernel: str | None = None
 
