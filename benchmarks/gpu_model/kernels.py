@@ -311,10 +311,6 @@ def _of_ragged_runs(
     return waits_for_state or any(each.lane_bytes == 2 for each in moves) or any(each.name == "CALL" for each in part)
 
 
-def _layer(shape: LayerShape) -> tuple:
-    return shape.rows, shape.in_features, shape.out_features, shape.dtype
-
-
 FEATURES = (FLUX, QWEN_IMAGE, HUNYUAN_VIDEO)
 LAYER = replace(ahead_of_time.WIDE, name="65536 rows, 256 to 256")
 
@@ -337,34 +333,6 @@ def _plan(shape: FeatureShape) -> dict[str, int]:
     """The parameters of a stage in, the weights out."""
     parameters = 3 * shape.dim * 65 * 4
     return {"bytes": parameters + _weight_bytes(shape), "flops": 2 * RUN_STEPS * 3 * 64 * shape.dim}
-
-
-def _layer(shape: LayerShape) -> tuple:
-    return shape.rows, shape.in_features, shape.out_features, shape.dtype
-
-
-FEATURES = (FLUX, QWEN_IMAGE, HUNYUAN_VIDEO)
-LAYER = replace(ahead_of_time.WIDE, name="65536 rows, 256 to 256")
-
-
-def _newton(rank: int) -> Operation:
-    return Operation(
-        f"newton predict, rank {rank}",
-        f"newton_predict-rank{rank}",
-        FEATURES,
-        lambda shape: work.newton_predict(*shape.sizes, rank=rank),
-        tiles_of_channels,
-    )
-
-
-def _velocity(rank: int) -> Operation:
-    return Operation(
-        f"predict velocity, rank {rank}",
-        f"newton_velocity-rank{rank}",
-        FEATURES,
-        lambda shape: work.predict_velocity(*shape.sizes, OUTS, rank=rank),
-        tiles_of_channels,
-    )
 
 
 def _layer(shape: LayerShape) -> dict[str, int]:
