@@ -132,7 +132,9 @@ def finish_velocity(
             sums = tl.load(total + ranks, ranks < RANK, 0.0)
             rank_at = BY_RANK + ranks[None, :] * BLOCK_T + inner[:, None]
             read = part_sum(parts, rank_at, stride_split, SPLITS)
-            raised = part_sum(parts, rank_at + BLOCK_T * BLOCK_R, stride_split, SPLITS)
+            # Ranks that do not exist get any sums that there are, times zero.
+            raised_at = (2 + OUTS + tl.minimum(ranks, RANK - 1))[None, :] * BLOCK_T + inner[:, None]
+            raised = part_sum(parts, raised_at, stride_split, SPLITS) * (1 / SHRINK)
             turned = 2 * (raised - mean[:, None] * sums[None, :])
             for first_other in tl.range(0, BLOCK_R, rank_chunk):
                 others = first_other + tl.arange(0, rank_chunk)
@@ -229,11 +231,10 @@ def _stream_sums_fwd_kernel(
     up,
     square,
     total,
-    weight,
-    scale,
     ones,
     head_constant,
     through,
+    weight,
     capacity,
     batch,
     tokens,
@@ -249,10 +250,10 @@ def _stream_sums_fwd_kernel(
     stride_constant,
     stride_taps,
     stride_stage,
-    stride_scale,
     stride_ones,
     stride_head_constant,
     stride_through,
+    stride_weight,
     D: tl.constexpr,
     K: tl.constexpr,
     WIDE: tl.constexpr,
@@ -310,7 +311,6 @@ def _stream_sums_fwd_kernel(
             plain_sum = tl.zeros([BLOCK_T, BLOCK_D // 8], tl.float32)
             square_sum = tl.zeros([BLOCK_T, BLOCK_D // 8], tl.float32)
             projected = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
-            raised = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
             read = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
             for block in tl.range(first_block, last_block, num_stages=NUM_STAGES):
                 channels = block * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -336,15 +336,12 @@ def _stream_sums_fwd_kernel(
                     octets = tl.reshape(x, [BLOCK_T, BLOCK_D // 8, 8])  # those of a thread: the loop needs no shuffles
                     plain_sum += tl.sum(octets, axis=2)
                     square_sum += tl.sum(octets * octets, axis=2)
-                    exist = inside[None, :] & (outs < OUTS)[:, None]
-                    plain = tl.load(weight + outs[:, None] * D + channels[None, :], exist, 0.0)
-                    modulation = tl.load(scale + tl.cast(row, tl.int64) * stride_scale + channels, inside, 0.0)
-                    modulation = SHRINK + SHRINK * modulation.to(tl.float32)
-                    projected = products(plain, x * modulation[None, :], projected, OPERAND)
-                    if RANK > 0:
-                        exist = inside[None, :] & (ranks < RANK)[:, None]
-                        map = tl.load(up + (stage * D + channels)[None, :] * RANK + ranks[:, None], exist, 0.0)
-                        raised = products(map, x, raised, OPERAND)
+                    exist = inside[None, :] & (outs < OUTS + RANK)[:, None]
+                    of_row = weight + tl.cast(row, tl.int64) * stride_weight
+                    map = tl.load(of_row + outs[:, None] * D + channels[None, :], exist, 0.0)
+                    if SHRINK != 1:
+                        x *= SHRINK
+                    projected = products(map, x, projected, OPERAND)
                 else:
                     token = tl.cast(row, tl.int64) * tokens + start
                     written = output + token * D + inner[:, None] * D + channels[None, :]
@@ -368,12 +365,11 @@ def _stream_sums_fwd_kernel(
             if OUTS > 0:
                 tl.store(own_part + inner, tl.sum(plain_sum, axis=1))
                 tl.store(own_part + BLOCK_T + inner, tl.sum(square_sum, axis=1))
-                tl.store(own_part + 2 * BLOCK_T + outs[:, None] * BLOCK_T + inner[None, :], projected)
+                kept = (outs < OUTS + RANK)[:, None] & (inner < BLOCK_T)[None, :]
+                tl.store(own_part + 2 * BLOCK_T + outs[:, None] * BLOCK_T + inner[None, :], projected, kept)
             if RANK > 0:
                 of_rank = own_part + BY_RANK + ranks[:, None] * BLOCK_T + inner[None, :]
                 tl.store(of_rank, read)
-                if OUTS > 0:
-                    tl.store(of_rank + BLOCK_T * BLOCK_R, raised)
 
         tl.debug_barrier()  # all threads must have written before one of them counts the arrival
         if tl.atomic_add(arrivals + meeting, 1, sem="acq_rel") == SPLITS - 1:
@@ -443,8 +439,6 @@ def _launch(
         given(weights.taps),
         given(weights.stage),
         *(given(part if rank else None) for part in low_rank),
-        output if head is None else head.weight,
-        output if head is None else head.scale,
         *(given(part) for part in sums),
         capacity,
         batch,
@@ -459,7 +453,6 @@ def _launch(
         step(weights.constant),
         step(weights.taps),
         step(weights.stage),
-        0 if head is None else head.scale.stride(0),
         *(step(part) for part in sums),
         D=width,
         K=weights.anchors.shape[1],
@@ -470,8 +463,8 @@ def _launch(
         KEEPS_READ=read is not None,
         FLOAT8=float8,
         OPERAND=operand_dtype(storage.dtype),
-        # The product of a large feature and a large scale might be out of the range of float16.
-        SHRINK=0.0625 if storage.dtype == torch.float16 else 1.0,
+        # The difference of two features may be out of the range of float16.
+        SHRINK=0.25 if storage.dtype == torch.float16 else 1.0,
         SPLITS=launch.splits,
         BLOCK_T=tiling.block_t,
         BLOCK_D=tiling.block_d,
