@@ -22,6 +22,7 @@ MOST_FEATURES = 128  # widened features that a thread keeps in registers
 # What costs time besides moving bytes, as the number of bytes that a program moves meanwhile: the start of a program
 # until its first features are there, the start of a tile, and the meeting of the programs of a group.
 _START_BYTES, _TILE_BYTES, _MEETING_BYTES = 24 * KIB, 8 * KIB, 24 * KIB
+_FINISH_BYTES = 1.4  # for each element of a forecast, to add its residual
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def tiling(device: Device, problem: Problem) -> Tiling | str:
         d = min(16, power_of_2(problem.width, 16))
         return Tiling(16, d, o, r, 2, 4, 0, 2, 32)
     sums = o + r
-    chunk = 64 if device.has_wide_products and not r else 32
+    chunk = 64 if device.has_wide_products and r <= 32 else 32
     for t, warps in ((64, 4), (64, 8), (32, 4), (32, 8), (16, 4), (16, 8)):
         if sums * t // (32 * warps) > MOST_SUMS:
             continue
@@ -283,6 +284,8 @@ def sums_launch(device: Device, problem: Problem) -> SumsLaunch | str:
             # The last rows of a tile take their time even if there are no tokens for them.
             moved = tiles * chosen.block_t * problem.token_bytes * _ceil(blocks, splits) / blocks
             cost = _ceil(units * groups, places) * (_START_BYTES + tiles * _TILE_BYTES + moved)
+            if not problem.outputs:  # one program adds the residual to all channels of a group
+                cost += _ceil(units * groups, places) * tiles * chosen.block_t * problem.width * _FINISH_BYTES
             if splits > 1:
                 cost += _MEETING_BYTES + splits * tiles * chosen.part * 2
             launch = SumsLaunch(chosen, units * groups, groups, splits, rounds, together, scratch)

@@ -160,7 +160,8 @@ def stream(rank: int = 0, outputs: int = 0, history: int = 4) -> Callable[[Featu
             return stream_forecast(features, weights, low_rank, backend="triton")
         scale, shift = torch.empty(2, size.batch, size.dim, dtype=dtype)
         head = OutputHead(torch.empty(outputs, size.dim, dtype=dtype), torch.empty(outputs, dtype=dtype), scale, shift)
-        sums = HeadSums(torch.empty(size.batch, outputs), torch.empty(size.batch, outputs), through)
+        rows = torch.empty(size.batch, outputs + rank, size.dim, dtype=dtype)
+        sums = HeadSums(torch.empty(size.batch, outputs), torch.empty(size.batch, outputs), through, rows)
         return stream_velocity(features, weights, head, low_rank, sums, backend="triton")
 
     return call

@@ -106,10 +106,15 @@ def part_sum(parts, offsets, stride_split, SPLITS: tl.constexpr):
 
     Loads bypass the first-level cache, which does not see the writes of other multiprocessors.
     """
-    total = tl.load(parts + offsets, cache_modifier=".cg")
-    for i in tl.static_range(1, SPLITS):  # all loads are under way at once
-        total += tl.load(parts + i * stride_split + offsets, cache_modifier=".cg")
-    return total
+    if len(offsets.shape) == 1:
+        total = tl.load(parts + offsets, cache_modifier=".cg")
+        for i in tl.static_range(1, SPLITS):
+            total += tl.load(parts + i * stride_split + offsets, cache_modifier=".cg")
+        return total
+    else:
+        # As one tile, so that all loads are under way at once: none waits until the one before is in another layout.
+        splits = tl.arange(0, SPLITS) * stride_split
+        return tl.sum(tl.load(parts + splits[:, None, None] + offsets[None], cache_modifier=".cg"), axis=0)
 
 
 @triton.jit
@@ -127,18 +132,24 @@ def finish_velocity(
         rank_chunk: tl.constexpr = min(BLOCK_R, CHUNK)
         total += stage * RANK
         square += stage * (RANK * RANK)
+        whole_read = tl.zeros([BLOCK_T, rank_chunk], tl.float32)
+        if rank_chunk == BLOCK_R:
+            whole_at = BY_RANK + tl.arange(0, BLOCK_R)[None, :] * BLOCK_T + inner[:, None]
+            whole_read = part_sum(parts, whole_at, stride_split, SPLITS)
         for first_rank in tl.range(0, BLOCK_R, rank_chunk):
             ranks = first_rank + tl.arange(0, rank_chunk)
             sums = tl.load(total + ranks, ranks < RANK, 0.0)
             rank_at = BY_RANK + ranks[None, :] * BLOCK_T + inner[:, None]
-            read = part_sum(parts, rank_at, stride_split, SPLITS)
+            read = whole_read
+            if rank_chunk < BLOCK_R:
+                read = part_sum(parts, rank_at, stride_split, SPLITS)
             # Ranks that do not exist get any sums that there are, times zero.
             raised_at = (2 + OUTS + tl.minimum(ranks, RANK - 1))[None, :] * BLOCK_T + inner[:, None]
             raised = part_sum(parts, raised_at, stride_split, SPLITS) * (1 / SHRINK)
             turned = 2 * (raised - mean[:, None] * sums[None, :])
             for first_other in tl.range(0, BLOCK_R, rank_chunk):
                 others = first_other + tl.arange(0, rank_chunk)
-                other_read = read
+                other_read = whole_read
                 if rank_chunk < BLOCK_R:
                     other_at = BY_RANK + others[None, :] * BLOCK_T + inner[:, None]
                     other_read = part_sum(parts, other_at, stride_split, SPLITS)
@@ -160,7 +171,9 @@ def finish_velocity(
             for first_rank in tl.range(0, BLOCK_R, rank_chunk):
                 ranks = first_rank + tl.arange(0, rank_chunk)
                 rank_at = BY_RANK + ranks[None, :] * BLOCK_T + inner[:, None]
-                read = part_sum(parts, rank_at, stride_split, SPLITS)
+                read = whole_read
+                if rank_chunk < BLOCK_R:
+                    read = part_sum(parts, rank_at, stride_split, SPLITS)
                 there = (ranks < RANK)[:, None] & exist[None, :]
                 of_row = through + tl.cast(row, tl.int64) * stride_through
                 map = tl.load(of_row + ranks[:, None] * OUTS + outs[None, :], there, 0.0)
@@ -196,7 +209,7 @@ def finish_forecast(
         kept = read_output + token * RANK + inner[:, None] * RANK + ranks[None, :]
         tl.store(kept, read, there[:, None] & (ranks < RANK)[None, :])
     wide: tl.constexpr = 4 * BLOCK_D  # many loads are under way at once
-    for first in tl.range(0, D, wide, num_stages=2):
+    for first in tl.range(0, D, wide, num_stages=4):
         channels = first + tl.arange(0, wide)
         exist = (channels < D)[None, :] & (ranks < RANK)[:, None]
         map = tl.load(up + (stage * D + channels)[None, :] * RANK + ranks[:, None], exist, 0.0)
