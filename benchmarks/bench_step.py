@@ -2,9 +2,12 @@
 
 import gc
 import statistics
+import time
 
 import pytest
 import torch
+from floors import synchronise
+from shapes import FLUX_53M
 
 from lesa_kernels import work
 
@@ -20,6 +23,8 @@ STEPS = 50
 ANCHORS = [0, 1, 2, 3]  # enough to fill the predictor's history
 OUT_CHANNELS = 64
 COMPUTED_ROUNDS, PREDICTED_ROUNDS = 6, 40
+COMPUTED = (0, 2, 6, 12, 18, 25, 32, 39, 46)  # in a whole run
+RUNS = 3
 MEDIANS = {}  # of the computed step by model, for the ratio
 
 
@@ -111,3 +116,47 @@ def test_predicted_step(benchmark, timed, against_floor, walk, model, device, ra
     against_floor(benchmark, **least, dtype=model.dtype)
     if model in MEDIANS and benchmark.stats is not None:
         benchmark.extra_info["over_computed_step"] = statistics.median(benchmark.stats.stats.data) / MEDIANS[model]
+
+
+@torch.no_grad()
+def test_whole_run(benchmark, device):
+    """A run of the pipeline at rank 32: the time from step to step, with the scheduler and the loop of the pipeline.
+
+    `extra_info` has the median of the predicted and of the computed steps, each the least of all runs, and what part of
+    a run the computed steps take.
+    """
+    pipe, moments = Walk(FLUX_53M, device).pipe, []
+    pipe.set_progress_bar_config(disable=True)
+    side, text = int(FLUX_53M.image_tokens**0.5), FLUX_53M.text_dim
+    arguments = {
+        "prompt_embeds": torch.randn(1, FLUX_53M.text_tokens, text, device=device),
+        "pooled_prompt_embeds": torch.randn(1, text, device=device),
+        "latents": torch.randn(1, FLUX_53M.image_tokens, OUT_CHANNELS, device=device),
+        **dict.fromkeys(("height", "width"), 2 * pipe.vae_scale_factor * side),
+    }
+
+    def on_step(pipe, step, timestep, tensors):
+        synchronise(device)
+        moments.append(time.perf_counter())
+        return tensors
+
+    def run():
+        moments.clear()
+        pipe(**arguments, num_inference_steps=STEPS, output_type="latent", callback_on_step_end=on_step)
+        return [after - before for before, after in zip(moments, moments[1:])]  # of the steps from the second on
+
+    predictor = FusedKANPredictor(PredictorConfig(dim(FLUX_53M), rank=32)).to(device)
+    benchmark.group = f"whole run {FLUX_53M}"
+    runs = []
+    with lesa.enable_cache(pipe, predictor, COMPUTED, strict=True) as handle:
+        benchmark.pedantic(lambda: runs.append(run()), rounds=RUNS, warmup_rounds=1)
+        assert handle.stats.predicted_steps == STEPS - len(COMPUTED)
+    best = [min(times) for times in zip(*runs)]
+    computed = [best[step - 1] for step in COMPUTED[1:]]
+    predicted = [best[step - 1] for step in range(1, STEPS) if step not in COMPUTED]
+    all_computed = len(COMPUTED) * statistics.mean(computed)
+    benchmark.extra_info.update(
+        predicted_step_s=statistics.median(predicted),
+        computed_step_s=statistics.median(computed),
+        computed_share=all_computed / (all_computed + sum(predicted)),
+    )

@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -113,8 +114,10 @@ class Day:
         self.statuses: dict[str, str] = {}
         self.signal: int | None = None  # that has asked this process to stop
         shutil.rmtree(self.logs, ignore_errors=True)
+        self.is_complete = True  # whether everything that was to be kept is on the disk
         for folder in (out, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
+        self.lines.touch()
 
     @property
     def left(self) -> float:
@@ -122,8 +125,17 @@ class Day:
         return float("inf") if self.budget is None else self.budget - (time.monotonic() - self.began)
 
     def add(self, kind: str, **fields) -> None:
-        """Appends a line to the results, and waits until it is on the disk."""
-        append(self.lines, {"kind": kind, "after_s": round(time.monotonic() - self.began, 2), **fields})
+        """Appends a line to the results, and waits until it is on the disk. What can't be written is printed."""
+        line = {"kind": kind, "after_s": round(time.monotonic() - self.began, 2), **fields}
+        try:
+            append(self.lines, line)
+        except OSError as error:
+            self._on_unwritten(error)
+            print(json.dumps(line), flush=True)
+
+    def _on_unwritten(self, error: OSError) -> None:
+        self.is_complete = False
+        print(f"could not be written: {error}", flush=True)
 
     def run(self, parts: list[Part]) -> int:
         """Runs the parts, one after the other unless one is `beside` another. Returns the exit status."""
@@ -186,17 +198,21 @@ class Day:
     def pack(self) -> None:
         """Writes the archive of the results and logs, in the place of an older one."""
         unfinished = self.archive.with_name(self.archive.name + ".new")
-        with tarfile.open(unfinished, "w:gz") as archive:
-            archive.add(self.lines, self.lines.name)
-            archive.add(self.logs, "logs")
-        unfinished.replace(self.archive)
+        try:
+            with tarfile.open(unfinished, "w:gz") as archive:
+                archive.add(self.lines, self.lines.name)
+                archive.add(self.logs, "logs")
+            unfinished.replace(self.archive)
+        except OSError as error:
+            self._on_unwritten(error)
 
     def _summarise(self) -> int:
         bad = [name for name, status in self.statuses.items() if status in ("failed", "stopped")]
         skipped = [name for name, status in self.statuses.items() if status == "skipped"]
         self.add("summary", parts=self.statuses)
         self.pack()
-        show(self.lines)
+        if self.lines.exists():
+            show(self.lines)
         if self.signal is not None:
             return 128 + self.signal
         print(f"{len(self.statuses) - len(bad) - len(skipped)} of {len(self.statuses)} parts passed")
@@ -204,7 +220,7 @@ class Day:
             if names:
                 print(f"{text}: {', '.join(names)}")
         print(f"results: {self.lines}\nwith logs: {self.archive}")
-        return int(bool(bad))
+        return int(bool(bad) or not self.is_complete)
 
 
 def is_installed(module: str) -> bool:
@@ -297,16 +313,21 @@ SETS = {"quick": quick_parts, "all": all_parts}
 
 
 def first_gpu() -> tuple[str, str]:
-    """Name and compute capability of the first GPU that nvidia-smi finds; exits if there is none."""
-    command = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        said = None
-    if said is None or said.returncode or not said.stdout.strip():
-        sys.exit("This needs an NVIDIA GPU, and nvidia-smi finds none here. Use `make test bench` on a CPU.")
-    name, capability = (value.strip() for value in said.stdout.splitlines()[0].split(","))
-    return name, capability
+    """Name and compute capability of the first GPU, from nvidia-smi or else from torch; exits if there is none.
+
+    Some containers have a GPU, but no nvidia-smi that works.
+    """
+    query = "import torch; one = torch.cuda.get_device_properties(0); print(f'{one.name}, {one.major}.{one.minor}')"
+    commands = (["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"], [sys.executable, "-c", query])
+    for command in commands:
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        name, _, capability = said.stdout.partition("\n")[0].rpartition(", ")
+        if not said.returncode and re.fullmatch(r"\d+\.\d+", capability.strip()):
+            return name.strip(), capability.strip()
+    sys.exit("This needs an NVIDIA GPU, and nvidia-smi and torch find none here. Use `make test bench` on a CPU.")
 
 
 def copy_packages(site: Path, builds: bool) -> None:
@@ -349,7 +370,10 @@ def main(argv: list[str] | None = None) -> int:
     known = [part.name for part in SETS[options.set](out, work, capability, options.device)]
     if unknown := set(options.only) - set(known):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    day = Day(f"{options.set}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}", out, work, budget)
+    try:
+        day = Day(f"{options.set}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}", out, work, budget)
+    except OSError as error:
+        parser.error(f"the results can't be written: {error}. Choose other folders with --out and --work.")
     parts = SETS[options.set](day.lines, work, capability, options.device)
     chosen = [part for part in parts if not options.only or part.name in options.only]
     copy_packages(work / "site", builds="build" in (part.name for part in chosen))

@@ -2,18 +2,22 @@
 
 `gpu_day.py` starts them. Each case of a part appends a line of JSON to the file at once: its error against float64
 beside that of plain torch, its times, and their ratio to the floor, whose rates this process has measured. A case that
-fails is a line too, and the next one follows. The exit status is 1 if any of them failed or had a wrong result.
+fails is a line too, and the next one follows: in a new process, if the case has hung or has broken the device for this
+one. The exit status is 1 if any of them failed or had a wrong result.
 """
 
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +33,7 @@ from lesa_kernels.tune import device_seconds, graph_seconds
 REPEATS = {"cuda": 200, "cpu": 3}
 COMPILED = ("flux", "tiles", "hunyuan", "dense", "kan")
 COMPILERS = {"cuda": 12, "cpu": 2}
+CASE_SECONDS = {"cuda": 20, "cpu": 200}  # after which a case counts as hung
 
 
 def tensors(result) -> list[torch.Tensor]:
@@ -111,20 +116,23 @@ class Lines:
     """The results of a part, on disk line by line.
 
     Args:
-        part: its name.
-        file: to append to; None prints only.
+        options: of the command line.
     """
 
-    def __init__(self, part: str, file: Path | None):
-        self.part, self.file, self.failed = part, file, False
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.failed = options, options.after is not None
 
     def add(self, **fields) -> None:
         """Writes a line; one with `ok=False` or an `exception` fails the part."""
         self.failed |= fields.get("ok") is False or "exception" in fields
-        line = {"kind": "result", "part": self.part, **fields}
+        line = {"kind": "result", "part": self.options.part, **fields}
         print(json.dumps(line), flush=True)
-        if self.file is not None:
-            append(self.file, line)
+        if self.options.results is not None:
+            try:
+                append(self.options.results, line)
+            except OSError as error:  # the line is in the log, and the next case follows
+                self.failed = True
+                print(f"could not be written: {error}", flush=True)
 
     def attempt(self, name: str, function: Callable[[], dict]) -> dict | None:
         """Adds what `function` returns, or the exception that it raises."""
@@ -139,6 +147,44 @@ class Lines:
             return None
         self.add(case=name, **fields)
         return fields
+
+    def attempt_each(self, cases: list[Named], function: Callable[[Case], dict]) -> dict[str, dict]:
+        """What `function` returns for each of the cases that it does not fail for; all of it is added."""
+        names, found = [case.name for case in cases], {}
+        begin = 0 if self.options.after is None else names.index(self.options.after) + 1
+        for case in cases[begin:]:
+            watch = threading.Timer(CASE_SECONDS[self.options.device], self._give_up, [case.name])
+            watch.daemon = True
+            watch.start()
+            fields = self.attempt(case.name, lambda c=case: function(c.make()))
+            watch.cancel()
+            if fields is not None:
+                found[case.name] = fields
+            elif is_broken(self.options.device):
+                self._go_on_after(case.name)
+        return found
+
+    def _give_up(self, name: str) -> None:
+        self.add(case=name, exception=f"no result after {CASE_SECONDS[self.options.device]} s")
+        self._go_on_after(name)
+
+    def _go_on_after(self, name: str) -> None:
+        """Becomes a new process, which begins after the case of that name."""
+        sys.stdout.flush()
+        command = [sys.executable, __file__, self.options.part, "--device", self.options.device, "--after", name]
+        for option in ("results", "share"):
+            if (value := getattr(self.options, option)) is not None:
+                command += [f"--{option}", str(value)]
+        os.execv(sys.executable, command)
+
+
+def is_broken(device: str) -> bool:
+    """Whether this process can't use the device any more, as after an illegal access to memory."""
+    try:
+        synchronise(torch.device(device))
+    except RuntimeError:
+        return True
+    return False
 
 
 def smi(*fields: str) -> dict[str, str]:
@@ -181,28 +227,26 @@ def part_roofs(lines: Lines, floors: Floors) -> None:
 
 
 def part_cases(lines: Lines, floors: Floors) -> None:
-    for case in cases_of(lines.part, floors.device):
-        lines.attempt(case.name, lambda c=case: measure(c.make(), floors))
+    lines.attempt_each(cases_of(lines.options.part, floors.device), lambda case: measure(case, floors))
 
 
 def part_tiles(lines: Lines, floors: Floors) -> None:
     """The cases, and how much each further token costs beside its floor: 1 is ideal, a convoy gives several."""
-    taken: dict[str, list[tuple[float, float]]] = {}
-    for case in cases_of("tiles", floors.device):
-        line = lines.attempt(case.name, lambda c=case: measure(c.make(), floors))
-        if line is not None:
-            point = line.get("graph_us", line["host_us"]), line["floor_us"]
-            taken.setdefault(case.name.rpartition(" x ")[0], []).append(point)
-    for name, points in taken.items():
-        if len(points) == len(SCALES):
-            (first, first_floor), (last, last_floor) = points[0], points[-1]
+    found = lines.attempt_each(cases_of("tiles", floors.device), lambda case: measure(case, floors))
+    points: dict[str, list[tuple[float, float]]] = {}
+    for name, line in found.items():
+        taken = line.get("graph_us", line["host_us"])
+        points.setdefault(name.rpartition(" x ")[0], []).append((taken, line["floor_us"]))
+    for name, each in points.items():
+        if len(each) == len(SCALES):
+            (first, first_floor), (last, last_floor) = each[0], each[-1]
             lines.add(case=f"{name}, slope", slope_ratio=(last - first) / (last_floor - first_floor))
 
 
 def part_repeat(lines: Lines, floors: Floors) -> None:
     """The same result each time: one after the other, on two streams at once, and from a graph."""
-    for case in (each for part in ("flux", "dense", "kan") for each in cases_of(part, floors.device) if each.compiles):
-        lines.attempt(case.name, lambda c=case: repeated(c.make(), floors.device))
+    cases = [each for part in ("flux", "dense", "kan") for each in cases_of(part, floors.device) if each.compiles]
+    lines.attempt_each(cases, lambda case: repeated(case, floors.device))
 
 
 def repeated(case: Case, device: torch.device) -> dict:
@@ -250,25 +294,23 @@ def differ_in_graph(case: Case, differs: Callable) -> int:
 
 def part_compile(lines: Lines, floors: Floors) -> None:
     """Calls every case once, in several processes, so that the parts that measure find the kernels compiled."""
+    if lines.options.share is not None:
+        lines.attempt_each(share_of(floors.device, lines.options.share), lambda case: called_once(case, floors.device))
+        return
     count = COMPILERS[floors.device.type]
     command = [sys.executable, __file__, "compile", "--device", floors.device.type]
-    if lines.file is not None:
-        command += ["--results", str(lines.file)]
+    if lines.options.results is not None:
+        command += ["--results", str(lines.options.results)]
     workers = [subprocess.Popen([*command, "--share", f"{share}/{count}"]) for share in range(count)]
     statuses = [worker.wait() for worker in workers]
     lines.add(case="all processes", ok=not any(statuses), statuses=statuses)
 
 
-def compile_share(lines: Lines, floors: Floors, share: str) -> None:
-    """What one of these processes does; `share` is such as "3/12"."""
-    for name, case in share_of(floors.device, share):
-        lines.attempt(name, lambda c=case: called_once(c.make(), floors.device))
-
-
-def share_of(device: torch.device, share: str) -> list[tuple[str, Named]]:
+def share_of(device: torch.device, share: str) -> list[Named]:
+    """The cases that one of these processes calls; `share` is such as "3/12"."""
     own, count = map(int, share.split("/"))
-    cases = [(f"{part}: {case.name}", case) for part in COMPILED for case in cases_of(part, device) if case.compiles]
-    return cases[own::count]
+    cases = [(part, case) for part in COMPILED for case in cases_of(part, device) if case.compiles]
+    return [replace(case, name=f"{part}: {case.name}") for part, case in cases[own::count]]
 
 
 def called_once(case: Case, device: torch.device) -> dict:
@@ -299,12 +341,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--share", help="which cases of `compile` this process takes, such as 3/12; default: it starts 12"
     )
+    parser.add_argument("--after", metavar="CASE", help="begin after this case, at which the part has failed")
     options = parser.parse_args(argv)
-    lines, floors = Lines(options.part, options.results), Floors(torch.device(options.device))
-    if options.share is None:
-        PARTS[options.part](lines, floors)
-    else:
-        compile_share(lines, floors, options.share)
+    lines = Lines(options)
+    PARTS[options.part](lines, Floors(torch.device(options.device)))
     return int(lines.failed)
 
 

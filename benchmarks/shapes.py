@@ -128,5 +128,6 @@ MODELS = {
     "cuda": (ModelShape("flux-12B", 4096, 512, 19, 38, 48, 4096, torch.bfloat16),),  # all 57 blocks of FLUX
 }
 
+FLUX_53M = ModelShape("flux-53M", 256, 32, 3, 6, 8, 256, torch.float32)
 FLUX_100M = ModelShape("flux-100M", 1024, 64, 2, 6, 12, 768, torch.float32)
 FLUX_TINY = ModelShape("flux-tiny", 64, 8, 1, 1, 2, 64, torch.float32)

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from gpu_model.devices import PRESETS
-from gpu_model.page import draw, page, predicted_table
+from gpu_model.page import BEFORE, draw, page, predicted_table
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         from gpu_model.kernels import figures as compiled_figures
 
         figures = compiled_figures(device)
-    print("\n".join(predicted_table(figures)))
+    print("\n".join(predicted_table(figures, BEFORE if options.preset == "H200" else None)))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(figures, indent=1) + "\n")

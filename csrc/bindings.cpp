@@ -86,8 +86,8 @@ void ring_gather(uintptr_t storage, const std::string& storage_dtype, const std:
   }
 }
 
-// As `newton_experts` of lesa_kernels/predictor/extension.py passes them: the addresses of the parameters, then the sizes
-// dim, hidden, rank, grid_size and spline_order.
+// The addresses of the parameters in the order of the struct, and the sizes dim, hidden, rank, grid_size and
+// spline_order.
 lesa::NewtonExperts newton_experts(const std::array<uintptr_t, 8>& parameters, const std::array<int64_t, 5>& sizes,
                                    std::vector<double> stage_bounds, std::vector<int64_t> history_length) {
   return {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
@@ -75,6 +76,9 @@ class Helpers {
     }
     std::unique_lock<std::mutex> lock(mutex_);
     wanted_ = 0;
+    lock.unlock();
+    spin([this] { return running_ == 0; });
+    lock.lock();
     left_.wait(lock, [this] { return running_ == 0; });
     if (!failure) failure = failure_;
     failure_ = nullptr;
@@ -88,9 +92,26 @@ class Helpers {
     return helpers;
   }
 
+  // Waits for a short time until `done`, without the system's help: to be woken up may take as long as copying a
+  // megabyte.
+  template <class Done>
+  static void spin(const Done& done) {
+    const auto end = std::chrono::steady_clock::now() + kSpin;
+    while (!done() && std::chrono::steady_clock::now() < end) {
+#ifdef LESA_X86
+      _mm_pause();
+#else
+      std::this_thread::yield();
+#endif
+    }
+  }
+
   void help() {
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
+      lock.unlock();
+      spin([this] { return wanted_ > 0; });
+      lock.lock();
       come_.wait(lock, [this] { return wanted_ > 0; });
       --wanted_;
       ++running_;
@@ -108,11 +129,14 @@ class Helpers {
     }
   }
 
+  static constexpr std::chrono::microseconds kSpin{50};
+
   std::mutex caller_;  // held by the one caller that is being helped
   std::mutex mutex_;   // of all that follows
   std::condition_variable come_, left_;
   const std::function<void()>* work_ = nullptr;
-  int64_t wanted_ = 0, running_ = 0, threads_ = 0;
+  std::atomic<int64_t> wanted_{0}, running_{0};  // changed under the mutex only
+  int64_t threads_ = 0;
   std::exception_ptr failure_;
 };
 

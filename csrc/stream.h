@@ -28,7 +28,8 @@ struct StreamForecast {
   bool constant_per_channel;
 
   int64_t stages, rank;   // no residual if the rank is 0 or K is 1; then all that follow may be null
-  const float* taps;      // [batch, K - 1, K], the weights of the features in the residual's inputs
+  const float* taps;      // [batch, K - 1, K], the weights of the features in the residual's inputs; tap j, from 0 on,
+                          // is made of the j + 2 newest ones, and its other weights are not used
   int64_t taps_stride;
   const int32_t* stage;   // [batch], which maps a sample uses
   int64_t stage_stride;
@@ -44,10 +45,10 @@ struct StreamForecast {
 // Checks everything that can be checked without reading memory. Throws std::invalid_argument.
 void check_stream_forecast(const StreamForecast& stream);
 
-// Writes the forecast. A row is NaN if no feature is to be read, or more than the ring has. Other features are not read.
-// If the weights of a tap add up to zero but for rounding, the tap is computed from the differences between features and
-// the newest one. Computes in float32 and gives the same bytes on any number of threads. Throws std::invalid_argument,
-// before anything is written, for a cursor, count or stage that is out of range.
+// Writes the forecast. A row is NaN if no feature is to be read, or more than the ring has. Other features are not
+// read. If the weights of a tap add up to zero but for rounding, the tap is computed from the differences between
+// features and the newest one. Computes in float32 and gives the same bytes on any number of threads. Throws
+// std::invalid_argument, before anything is written, for a cursor, count or stage that is out of range.
 void stream_forecast_cpu(const StreamForecast& stream);
 
 }  // namespace lesa

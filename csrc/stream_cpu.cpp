@@ -20,6 +20,8 @@ constexpr int64_t kChunkBytes = int64_t{1} << 17;   // of output that a thread t
 constexpr int64_t kResidualTokens = 24;             // the same with a residual
 constexpr int64_t kChannels = 256;                  // that a thread prepares at a time
 constexpr int64_t kGroup = 64;                      // channels that are projected together
+constexpr int64_t kStep = 4;                        // of these, the channels between other work
+constexpr int64_t kInputs = 4;                      // of a residual that are summed up together
 constexpr int64_t kCacheLine = 64;                  // bytes
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -39,9 +41,9 @@ class AlignedFloats {
   float* begin_;
 };
 
-LESA_INLINE void prefetch([[maybe_unused]] const char* address) {
+LESA_INLINE void prefetch([[maybe_unused]] const void* address) {
 #ifdef __GNUC__
-  __builtin_prefetch(address, 0, 2);  // into the second-level cache
+  __builtin_prefetch(address);
 #endif
 }
 
@@ -57,9 +59,9 @@ struct Input {
 struct Matrices {
   int64_t stage;
   std::vector<Input> inputs;
-  int64_t padded_dim, padded_rank;  // multiples of the kernels' panel
-  float* projections;               // [inputs, padded_dim, padded_rank]
-  float* up;                        // [padded_dim / panel, R, panel]
+  int64_t padded_rank;  // a multiple of the kernels' panel
+  float* projections;   // [dim / kGroup, inputs, padded_rank / panel, kGroup, panel]
+  float* up;            // [dim / panel, R, panel]
 };
 
 // One row of the batch.
@@ -77,7 +79,7 @@ using Pack = void (*)(const StreamForecast&, const Matrices&, int64_t begin, int
 using Forecast = void (*)(const StreamForecast&, const Sample&, int64_t begin, int64_t end);  // of tokens
 
 struct Kernels {
-  int64_t panel, rows;
+  int64_t panel;
   Pack pack[3];  // of float32, float16 and bfloat16, as DType has them
   Forecast forecast[3];
 };
@@ -127,7 +129,7 @@ std::vector<Input> inputs_of(const StreamForecast& p, const float* taps, int64_t
   for (int64_t j = 0; j < p.history - 1; ++j) {
     const float* weights = taps + j * p.history;
     double total = 0.0, magnitude = 0.0;
-    for (int64_t k = 0; k < anchors; ++k) {
+    for (int64_t k = 0; k < std::min(anchors, j + 2); ++k) {  // of the features that the tap is made of
       total += weights[k];
       magnitude += std::abs(weights[k]);
     }
@@ -138,7 +140,7 @@ std::vector<Input> inputs_of(const StreamForecast& p, const float* taps, int64_t
   if (any) inputs.push_back({0, std::move(left_over)});
   for (int64_t k = 1; k < anchors; ++k) {
     Input input{k, {}};
-    for (int64_t j = 0; j < p.history - 1; ++j) input.weights.push_back(taps[j * p.history + k]);
+    for (int64_t j = 0; j < p.history - 1; ++j) input.weights.push_back(k < j + 2 ? taps[j * p.history + k] : 0.0f);
     inputs.push_back(std::move(input));
   }
   return inputs;
@@ -259,7 +261,7 @@ void stream_forecast_cpu(const StreamForecast& p) {
   for (int64_t b = 0; b < p.batch; ++b) samples.push_back(sample_at(p, b));
   std::vector<Matrices> matrices;
   const std::vector<int64_t> found = find_matrices(p, samples, matrices);
-  const int64_t padded_dim = round_up(p.dim, kernels.panel);
+  const int64_t padded_dim = round_up(p.dim, kGroup);
   const int64_t padded_rank = round_up(p.rank, kernels.panel);
   // All sizes are multiples of a vector, so that all parts stay aligned.
   const int64_t projection_size = product("down", padded_dim, padded_rank);
@@ -272,12 +274,11 @@ void stream_forecast_cpu(const StreamForecast& p) {
   const AlignedFloats scratch(scratch_size);
   float* next = scratch.begin();
   for (Matrices& m : matrices) {
-    m.padded_dim = padded_dim;
     m.padded_rank = padded_rank;
     m.projections = next;
     m.up = next + m.inputs.size() * projection_size;
     next = m.up + up_size;
-    std::fill(next - kernels.panel * p.rank, next, 0.0f);  // the last panel may not be full
+    std::fill(next - kGroup * p.rank, next, 0.0f);  // the last panels may not be full
   }
   for (int64_t b = 0; b < p.batch; ++b) samples[b].matrices = found[b] < 0 ? nullptr : &matrices[found[b]];
 

@@ -11,41 +11,49 @@ LESA_INLINE LESA_KERNEL typename Vector::Register load_some(const typename Eleme
   return Vector::template load<Float32>(values);
 }
 
+// The part of the projections for the group of channel `d`, and for the panel of rank `r`: [kGroup, kPanel].
+LESA_INLINE LESA_KERNEL float* projection_of(const Matrices& m, int64_t input, int64_t d, int64_t r) {
+  const int64_t block = d / kGroup * static_cast<int64_t>(m.inputs.size()) + input;
+  return m.projections + block * kGroup * m.padded_rank + r / kPanel * kGroup * kPanel;
+}
+
 // Brings the matrices of a residual into the order in which they are read, for the channels [begin, end). `begin` is a
 // multiple of a vector.
 template <class Element>
 LESA_KERNEL void pack(const StreamForecast& p, const Matrices& m, int64_t begin, int64_t end) {
   using Bits = typename Element::Bits;
   constexpr int64_t lanes = Vector::kLanes;
+  const int64_t taps = p.history - 1;
+  const auto* down = static_cast<const Bits*>(p.down) + m.stage * p.rank * taps * p.dim;
+  const auto* up = static_cast<const Bits*>(p.up) + m.stage * p.dim * p.rank;
   typename Vector::Register block[lanes];
   for (int64_t d = begin; d < end; d += lanes) {
+    const int64_t channels = std::min(lanes, p.dim - d);
     for (int64_t first = 0; first < m.padded_rank; first += lanes) {
+      const int64_t ranks = std::max<int64_t>(0, std::min(lanes, p.rank - first));
       for (size_t c = 0; c < m.inputs.size(); ++c) {
-        for (int64_t i = 0; i < lanes; ++i) {
-          block[i] = Vector::broadcast(0.0f);
-          if (first + i >= p.rank) continue;
-          const Bits* row = static_cast<const Bits*>(p.down) + (m.stage * p.rank + first + i) * (p.history - 1) * p.dim;
-          for (int64_t j = 0; j < p.history - 1; ++j) {
-            const auto values = load_some<Element>(row + j * p.dim + d, p.dim - d);
-            block[i] = Vector::multiply_add(values, Vector::broadcast(m.inputs[c].weights[j]), block[i]);
+        const float* weights = m.inputs[c].weights.data();
+        for (int64_t i = 0; i < ranks; ++i) {
+          const Bits* row = down + (first + i) * taps * p.dim + d;
+          auto sum = Vector::broadcast(0.0f);
+          for (int64_t j = 0; j < taps; ++j) {
+            if (c == 0) prefetch(row + j * p.dim + lanes);
+            const auto values = load_some<Element>(row + j * p.dim, channels);
+            sum = Vector::multiply_add(values, Vector::broadcast(weights[j]), sum);
           }
+          block[i] = sum;
         }
+        for (int64_t i = ranks; i < lanes; ++i) block[i] = Vector::broadcast(0.0f);
         Vector::transpose(block);
-        float* target = m.projections + (c * m.padded_dim + d) * m.padded_rank + first;
-        for (int64_t i = 0; i < lanes; ++i) Vector::template store<Float32>(target + i * m.padded_rank, block[i]);
+        float* target = projection_of(m, c, d, first) + d % kGroup * kPanel + first % kPanel;
+        for (int64_t i = 0; i < lanes; ++i) Vector::template store<Float32>(target + i * kPanel, block[i]);
       }
-      for (int64_t i = 0; i < lanes; ++i) {
-        const int64_t channel = m.stage * p.dim + d + i;
-        block[i] = Vector::broadcast(0.0f);
-        if (d + i < p.dim && first < p.rank) {
-          block[i] = load_some<Element>(static_cast<const Bits*>(p.up) + channel * p.rank + first, p.rank - first);
-        }
-      }
+      if (ranks == 0) continue;
+      for (int64_t i = 0; i < channels; ++i) block[i] = load_some<Element>(up + (d + i) * p.rank + first, ranks);
+      for (int64_t i = channels; i < lanes; ++i) block[i] = Vector::broadcast(0.0f);
       Vector::transpose(block);
-      float* panel = m.up + d / kPanel * kPanel * p.rank + d % kPanel;
-      for (int64_t r = first; r < std::min(first + lanes, p.rank); ++r) {
-        Vector::template store<Float32>(panel + r * kPanel, block[r - first]);
-      }
+      float* panel = m.up + d / kPanel * kPanel * p.rank + first * kPanel + d % kPanel;
+      for (int64_t r = 0; r < ranks; ++r) Vector::template store<Float32>(panel + r * kPanel, block[r]);
     }
   }
 }
@@ -96,116 +104,192 @@ LESA_INLINE LESA_KERNEL void mix(const StreamForecast& p, const Sample& s, int64
   }
 }
 
-// What a residual reads of one feature: [rows, kGroup]. For the newest feature the values themselves, for others the
-// differences to it.
+// What a residual reads of one vector of channels of a token: of the newest feature the values, of others the
+// differences to it. Fetches what comes `kGroup` channels later.
 template <class Element>
-LESA_KERNEL void subtract_newest(const StreamForecast& p, const Sample& s, int64_t k, int64_t token, int64_t rows,
-                                 int64_t first, int64_t n, float* differences) {
-  for (int64_t row = 0; row < rows; ++row) {
-    const auto* newest = anchor<Element>(p, s, 0, token + row) + first;
-    const auto* feature = anchor<Element>(p, s, k, token + row) + first;
-    float* target = differences + row * kGroup;
-    int64_t d = 0;
-    for (; d + Vector::kLanes <= n; d += Vector::kLanes) {
-      auto value = Vector::template load<Element>(feature + d);
-      if (k > 0) value = Vector::subtract(value, Vector::template load<Element>(newest + d));
-      Vector::template store<Float32>(target + d, value);
+LESA_INLINE LESA_KERNEL void subtract_newest(const StreamForecast& p, const Sample& s, int64_t token, int64_t d,
+                                             float* differences, int64_t stride) {
+  const auto* from = anchor<Element>(p, s, 0, token) + d;
+  const auto newest = Vector::template load<Element>(from);
+  prefetch(from + kGroup);
+  for (const Input& input : s.matrices->inputs) {
+    auto value = newest;
+    if (input.anchor > 0) {
+      const auto* feature = anchor<Element>(p, s, input.anchor, token) + d;
+      value = Vector::subtract(Vector::template load<Element>(feature), newest);
+      prefetch(feature + kGroup);
     }
-    for (; d < n; ++d) target[d] = k > 0 ? Element::load(feature[d]) - Element::load(newest[d]) : Element::load(feature[d]);
+    Vector::template store<Float32>(differences, value);
+    differences += stride;
   }
 }
 
-// sums[rows, kPanel] += a[rows, depth] @ b[depth, kPanel]; `rows` is at most kRows.
-template <int kTile = Vector::kRows>
-LESA_KERNEL void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
-                          int64_t rows, float* sums, int64_t sums_stride) {
-  if constexpr (kTile > 1) {
-    if (rows < kTile) return multiply<kTile - 1>(a, a_stride, b, b_stride, depth, rows, sums, sums_stride);
-  }
-  typename Vector::Register block[kTile][2];
-  LESA_UNROLL for (int row = 0; row < kTile; ++row) {
-    block[row][0] = Vector::template load<Float32>(sums + row * sums_stride);
-    block[row][1] = Vector::template load<Float32>(sums + row * sums_stride + Vector::kLanes);
-  }
-  for (int64_t i = 0; i < depth; ++i) {
-    const auto left = Vector::template load<Float32>(b + i * b_stride);
-    const auto right = Vector::template load<Float32>(b + i * b_stride + Vector::kLanes);
-    LESA_UNROLL for (int row = 0; row < kTile; ++row) {
-      const auto value = Vector::broadcast(a[row * a_stride + i]);
-      block[row][0] = Vector::multiply_add(value, left, block[row][0]);
-      block[row][1] = Vector::multiply_add(value, right, block[row][1]);
-    }
-  }
-  LESA_UNROLL for (int row = 0; row < kTile; ++row) {
-    Vector::template store<Float32>(sums + row * sums_stride, block[row][0]);
-    Vector::template store<Float32>(sums + row * sums_stride + Vector::kLanes, block[row][1]);
-  }
-}
-
-// Fetches features that are needed soon: `n` channels from `first` on, of some tokens.
+// The same for the `n` channels that are left at the end.
 template <class Element>
-LESA_INLINE LESA_KERNEL void fetch(const StreamForecast& p, const Sample& s, int64_t k, int64_t token, int64_t rows,
-                                   int64_t first, int64_t n) {
-  constexpr int64_t item = sizeof(typename Element::Bits);
-  for (int64_t row = 0; row < rows; ++row) {
-    const char* from = reinterpret_cast<const char*>(anchor<Element>(p, s, k, token + row) + first);
-    for (int64_t at = 0; at < n * item; at += kCacheLine) prefetch(from + at);
-  }
-}
-
-// The forecast of `rows` tokens, at most kRows, with a residual. `input`, the residual's input, has room for
-// [rows, padded_rank].
-template <class Element, bool kPerChannel>
-LESA_KERNEL void forecast_rows(const StreamForecast& p, const Sample& s, int64_t token, int64_t rows, float* input,
-                               typename Element::Bits* output) {
-  const Matrices& m = *s.matrices;
-  alignas(kCacheLine) float differences[Vector::kRows * kGroup];
-  std::fill_n(input, rows * m.padded_rank, 0.0f);
-  for (int64_t d = 0; d < p.dim; d += kGroup) {
-    const int64_t n = std::min(kGroup, p.dim - d);
-    const int64_t ahead = std::min(kGroup, p.dim - d - n);
-    for (size_t c = 0; c < m.inputs.size(); ++c) {
-      const int64_t k = m.inputs[c].anchor;
-      fetch<Element>(p, s, k, token, rows, d + n, ahead);
-      if (c == 0 && k > 0) fetch<Element>(p, s, 0, token, rows, d + n, ahead);
-      subtract_newest<Element>(p, s, k, token, rows, d, n, differences);
-      const float* projection = m.projections + (c * m.padded_dim + d) * m.padded_rank;
-      for (int64_t r = 0; r < m.padded_rank; r += kPanel) {
-        multiply(differences, kGroup, projection + r, m.padded_rank, n, rows, input + r, m.padded_rank);
+LESA_KERNEL void subtract_newest_one_by_one(const StreamForecast& p, const Sample& s, int64_t token, int64_t rows,
+                                            int64_t first, int64_t n, float* differences) {
+  for (const Input& input : s.matrices->inputs) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const auto* newest = anchor<Element>(p, s, 0, token + row) + first;
+      const auto* feature = anchor<Element>(p, s, input.anchor, token + row) + first;
+      for (int64_t i = 0; i < n; ++i) {
+        const float value = Element::load(feature[i]);
+        differences[row * kGroup + i] = input.anchor > 0 ? value - Element::load(newest[i]) : value;
       }
     }
+    differences += rows * kGroup;
   }
-  alignas(kCacheLine) float residual[Vector::kRows * kPanel];
+}
+
+// sums[kTile, kPanel] += a[kTile, depth] @ b[depth, kPanel]. Fetches what is in memory `ahead` floats after b.
+template <int kTile>
+LESA_INLINE LESA_KERNEL void multiply(const float* a, int64_t a_stride, const float* b, int64_t depth, int64_t ahead,
+                                      typename Vector::Register (&sums)[kTile][2]) {
+  for (int64_t i = 0; i < depth; ++i) {
+    const auto left = Vector::template load<Float32>(b + i * kPanel);
+    const auto right = Vector::template load<Float32>(b + i * kPanel + Vector::kLanes);
+    prefetch(b + i * kPanel + ahead);
+    if (Vector::kLanes * sizeof(float) >= kCacheLine) prefetch(b + i * kPanel + Vector::kLanes + ahead);
+    LESA_UNROLL for (int row = 0; row < kTile; ++row) {
+      const auto value = Vector::broadcast(a[row * a_stride + i]);
+      sums[row][0] = Vector::multiply_add(value, left, sums[row][0]);
+      sums[row][1] = Vector::multiply_add(value, right, sums[row][1]);
+    }
+  }
+}
+
+// The residual's input of kTile tokens: [kTile, padded_rank]. The differences of the next channels are computed between
+// the products, which wait for nothing but the multipliers.
+template <class Element, int kTile>
+LESA_KERNEL void project(const StreamForecast& p, const Sample& s, int64_t token, float* differences, float* input) {
+  constexpr int64_t parts = kGroup / Vector::kLanes, units = kTile * parts;
+  const Matrices& m = *s.matrices;
+  const int64_t inputs = static_cast<int64_t>(m.inputs.size()), size = inputs * kTile * kGroup;
+  float* current = differences;
+  float* next = differences + size;
+  const auto subtract = [&](int64_t first, int64_t unit, float* target) LESA_KERNEL {
+    const int64_t row = unit / parts, at = unit % parts * Vector::kLanes;
+    subtract_newest<Element>(p, s, token + row, first + at, target + row * kGroup + at, kTile * kGroup);
+  };
+  std::fill_n(input, kTile * m.padded_rank, 0.0f);
+  if (p.dim >= kGroup) {
+    for (int64_t unit = 0; unit < units; ++unit) subtract(0, unit, current);
+  } else {
+    subtract_newest_one_by_one<Element>(p, s, token, kTile, 0, p.dim, current);
+  }
+  for (int64_t d = 0; d < p.dim; d += kGroup) {
+    const int64_t n = std::min(kGroup, p.dim - d), left = p.dim - d - n;
+    int64_t unit = left >= kGroup ? 0 : units;
+    for (int64_t r = 0; r < m.padded_rank; r += kPanel) {
+      for (int64_t first = 0; first < inputs; first += kInputs) {
+        // A long sum loses more to rounding than the sum of short ones.
+        typename Vector::Register sums[kTile][2];
+        LESA_UNROLL for (int row = 0; row < kTile; ++row) sums[row][0] = sums[row][1] = Vector::broadcast(0.0f);
+        for (int64_t c = first; c < std::min(first + kInputs, inputs); ++c) {
+          const float* projection = projection_of(m, c, d, r);
+          for (int64_t i = 0; i < n; i += kStep) {
+            if (unit < units) subtract(d + n, unit++, next);
+            multiply<kTile>(current + c * kTile * kGroup + i, kGroup, projection + i * kPanel, std::min(kStep, n - i),
+                            kGroup * m.padded_rank, sums);
+          }
+        }
+        LESA_UNROLL for (int row = 0; row < kTile; ++row) {
+          LESA_UNROLL for (int half = 0; half < 2; ++half) {
+            float* total = input + row * m.padded_rank + r + half * Vector::kLanes;
+            Vector::template store<Float32>(total, Vector::add(sums[row][half], Vector::template load<Float32>(total)));
+          }
+        }
+      }
+    }
+    for (; unit < units; ++unit) subtract(d + n, unit, next);
+    if (left > 0 && left < kGroup) subtract_newest_one_by_one<Element>(p, s, token, kTile, d + n, left, next);
+    std::swap(current, next);
+  }
+}
+
+// The forecast of kTile tokens from the residual's input. The features are added between the products.
+template <class Element, bool kPerChannel, int kTile>
+LESA_KERNEL void finish(const StreamForecast& p, const Sample& s, int64_t token, const float* input,
+                        typename Element::Bits* output) {
+  const Matrices& m = *s.matrices;
   for (int64_t d = 0; d < p.dim; d += kPanel) {
     const int64_t n = std::min(kPanel, p.dim - d);
-    const int64_t ahead = std::min(kPanel, p.dim - d - n);
-    for (int64_t k = 0; k < s.anchors; ++k) fetch<Element>(p, s, k, token, rows, d + n, ahead);
-    for (int64_t row = 0; row < rows; ++row) {
-      float* start = residual + row * kPanel;
-      if (s.constants) std::copy_n(s.constants + d, n, start);
-      std::fill(start + (s.constants ? n : 0), start + kPanel, s.constant);
+    auto left_start = Vector::broadcast(s.constant), right_start = left_start;
+    if (s.constants) {
+      left_start = load_some<Float32>(s.constants + d, n);
+      right_start = load_some<Float32>(s.constants + d + Vector::kLanes, n - Vector::kLanes);
     }
-    multiply(input, m.padded_rank, m.up + d * p.rank, kPanel, p.rank, rows, residual, kPanel);
-    for (int64_t row = 0; row < rows; ++row) {
-      mix<Element, kPerChannel, 2>(p, s, token + row, d, n, residual + row * kPanel, output + row * p.dim + d);
+    typename Vector::Register sums[kTile][2];
+    LESA_UNROLL for (int row = 0; row < kTile; ++row) {
+      sums[row][0] = left_start;
+      sums[row][1] = right_start;
+    }
+    const float* up = m.up + d * p.rank;
+    const int64_t added = n == kPanel ? s.anchors : 0;
+    int64_t r = 0;
+    for (int64_t k = 0; k < added; ++k) {
+      const int64_t end = (k + 1) * p.rank / s.anchors;
+      multiply<kTile>(input + r, m.padded_rank, up + r * kPanel, end - r, kPanel * p.rank, sums);
+      r = end;
+      const float* weights = s.weights + (kPerChannel ? k * p.dim + d : k);
+      const auto left = kPerChannel ? Vector::template load<Float32>(weights) : Vector::broadcast(*weights);
+      const auto right = kPerChannel ? Vector::template load<Float32>(weights + Vector::kLanes) : left;
+      const auto* feature = anchor<Element>(p, s, k, token) + d;
+      LESA_UNROLL for (int row = 0; row < kTile; ++row) {
+        const auto* from = feature + row * p.token_stride;
+        prefetch(from + 2 * kPanel);
+        sums[row][0] = Vector::multiply_add(left, Vector::template load<Element>(from), sums[row][0]);
+        sums[row][1] = Vector::multiply_add(right, Vector::template load<Element>(from + Vector::kLanes), sums[row][1]);
+      }
+    }
+    if (added > 0) {
+      LESA_UNROLL for (int row = 0; row < kTile; ++row) {
+        Vector::template store<Element>(output + row * p.dim + d, sums[row][0]);
+        Vector::template store<Element>(output + row * p.dim + d + Vector::kLanes, sums[row][1]);
+      }
+      continue;
+    }
+    multiply<kTile>(input, m.padded_rank, up, p.rank, 0, sums);
+    alignas(kCacheLine) float residual[kTile][kPanel];
+    LESA_UNROLL for (int row = 0; row < kTile; ++row) {
+      Vector::template store<Float32>(residual[row], sums[row][0]);
+      Vector::template store<Float32>(residual[row] + Vector::kLanes, sums[row][1]);
+    }
+    for (int row = 0; row < kTile; ++row) {
+      mix<Element, kPerChannel, 1>(p, s, token + row, d, n, residual[row], output + row * p.dim + d);
+    }
+  }
+}
+
+// The forecast of tokens [begin, end) with a residual, kTile at a time while there are so many.
+template <class Element, bool kPerChannel, int kTile>
+LESA_KERNEL void forecast_tiles(const StreamForecast& p, const Sample& s, int64_t begin, int64_t end,
+                                float* differences, float* input) {
+  auto* output = static_cast<typename Element::Bits*>(s.output);
+  for (; begin + kTile <= end; begin += kTile) {
+    project<Element, kTile>(p, s, begin, differences, input);
+    finish<Element, kPerChannel, kTile>(p, s, begin, input, output + begin * p.dim);
+  }
+  if constexpr (kTile > 1) {
+    if (begin < end) {
+      forecast_tiles<Element, kPerChannel, kTile / 2>(p, s, begin, end, differences, input);
     }
   }
 }
 
 template <class Element, bool kPerChannel>
 LESA_KERNEL void forecast_weighted(const StreamForecast& p, const Sample& s, int64_t begin, int64_t end) {
-  auto* output = static_cast<typename Element::Bits*>(s.output);
   if (s.matrices == nullptr) {
+    auto* output = static_cast<typename Element::Bits*>(s.output);
     for (int64_t token = begin; token < end; ++token) {
       mix<Element, kPerChannel, 4>(p, s, token, 0, p.dim, s.constants, output + token * p.dim);
     }
     return;
   }
-  AlignedFloats input(Vector::kRows * s.matrices->padded_rank);
-  for (int64_t token = begin; token < end; token += Vector::kRows) {
-    const int64_t rows = std::min<int64_t>(Vector::kRows, end - token);
-    forecast_rows<Element, kPerChannel>(p, s, token, rows, input.begin(), output + token * p.dim);
-  }
+  const int64_t inputs = static_cast<int64_t>(s.matrices->inputs.size());
+  const int64_t differences = 2 * inputs * Vector::kRows * kGroup;
+  const AlignedFloats scratch(differences + Vector::kRows * s.matrices->padded_rank);
+  forecast_tiles<Element, kPerChannel, Vector::kRows>(p, s, begin, end, scratch.begin(), scratch.begin() + differences);
 }
 
 template <class Element>
@@ -221,6 +305,5 @@ LESA_KERNEL void forecast(const StreamForecast& p, const Sample& s, int64_t begi
 }
 
 constexpr Kernels kKernels{kPanel,
-                           Vector::kRows,
                            {pack<Float32>, pack<Float16>, pack<BFloat16>},
                            {forecast<Float32>, forecast<Float16>, forecast<BFloat16>}};

@@ -8,10 +8,10 @@
 #include "arguments.h"
 #include "cpu.h"
 
-// Instruction sets. A vector's elements are floats; loads and stores convert as the element types do. The inner loops of
-// a kernel are in a header that its source file includes once for each instruction set: in a namespace where `Vector`
-// is one of these, and LESA_KERNEL lets a function use its instructions. Compilers inline no function into one that may
-// use fewer instructions, so a template over the instruction set can't do this.
+// Instruction sets. A vector's elements are floats; loads and stores convert as the element types do. The inner loops
+// of a kernel are in a header that its source file includes once for each instruction set: in a namespace where
+// `Vector` is one of these, and LESA_KERNEL lets a function use its instructions. Compilers inline no function into one
+// that may use fewer instructions, so a template over the instruction set can't do this.
 
 #define LESA_TARGET_PLAIN
 #define LESA_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
@@ -192,7 +192,9 @@ struct Vector {
   static LESA_INLINE LESA_TARGET_AVX512 Register multiply_add(Register a, Register b, Register c) {
     return _mm512_fmadd_ps(a, b, c);
   }
-  static LESA_INLINE LESA_TARGET_AVX512 float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+  static LESA_INLINE LESA_TARGET_AVX512 float multiply_add(float a, float b, float c) {
+    return __builtin_fmaf(a, b, c);
+  }
   static LESA_INLINE LESA_TARGET_AVX512 void transpose(Register (&rows)[kLanes]) {
     Register pairs[16], quads[16], halves[16];
     LESA_UNROLL for (int i = 0; i < 16; i += 2) {

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lesa_kernels import FusedKANPredictor, OutputHead, PredictorConfig, newton_coefficients
+from lesa_kernels import FusedKANPredictor, PredictorConfig, newton_coefficients
 from lesa_kernels.bspline_kan import bspline_kan
 
 FEATURES = (1, 4096, 3072)  # FLUX at 1024 x 1024: batch, tokens, width
@@ -49,8 +49,8 @@ class Operation:
     dtypes: tuple[torch.dtype, ...] = FLOATS
 
 
-def forecast(mixer: str, rank: int = 0, head: bool = False, backward: str = "", cast: bool = False):
-    """Prepares a forecast, a forecast with the output head, or the gradient of a forecast.
+def forecast(mixer: str, rank: int = 0, backward: str = "", cast: bool = False):
+    """Prepares a forecast, or the gradient of a forecast.
 
     `backward` is empty, or says what the gradient is taken with respect to: "storage" or "weight".
     """
@@ -68,10 +68,6 @@ def forecast(mixer: str, rank: int = 0, head: bool = False, backward: str = "", 
             ring.push(torch.randn(batch, tokens, width, device=device), 0.95 - 0.05 * i)
         ring.storage.requires_grad_(backward == "storage")
         sigma = torch.full((batch,), TARGET, device=device)
-        if head:
-            weight, scale, shift = (torch.randn(n, width, device=device) for n in (64, batch, batch))
-            output_head = OutputHead(weight / math.sqrt(width), None, scale, shift)
-            return lambda: (predictor.predict_velocity(ring, sigma, output_head),)
         if not backward:
             return lambda: (predictor(ring, sigma),)
         wanted = [ring.storage] if backward == "storage" else list(predictor.parameters())
@@ -133,7 +129,7 @@ OPERATIONS = {
     "dense_predict_bwd_mix_weight": Operation(forecast("dense", backward="weight"), _DENSE),
     "dense_predict_bwd_storage": Operation(forecast("dense", backward="storage"), _DENSE),
     "bspline_kan_fwd": Operation(layer(*WIDE), _LAYER),
-    "bspline_kan_fwd_warp_groups": Operation(layer(*WIDE), _LAYER),
+    "bspline_kan_fwd_unrolled": Operation(layer(*WIDE), _LAYER),
     "bspline_kan_fwd_gather": Operation(layer(*NARROW), LAYER),
     "bspline_kan_bwd_x": Operation(layer(*WIDE, backward="x"), _LAYER),
     "bspline_kan_bwd_x_wide": Operation(layer(8192, (1024, 1024), 8, backward="x"), _LAYER),

@@ -12,9 +12,9 @@ from gpu_model import machine_code
 from gpu_model.arrivals import Meeting, simulate
 from gpu_model.devices import PRESETS
 from gpu_model.machine_code import NO_BARRIER, Instruction, MachineCode
-from gpu_model.multiprocessor import DoesNotFit
-from gpu_model.page import page
-from gpu_model.prediction import Launch, predict, resident_programs
+from gpu_model.multiprocessor import DoesNotFit, Scheduler, Traffic
+from gpu_model.page import BEFORE, page
+from gpu_model.prediction import Launch, loaded_latency, predict, resident_programs
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "benchmarks" / "results" / "predicted" / "h200.json"
@@ -174,6 +174,54 @@ def test_a_route_goes_round_loops_and_finishes_only_if_it_has_to():
     assert code.route({0: 1}, finishes=False) == [0, 1, 2, 3, 4, 6]
 
 
+def test_a_route_goes_round_loops_in_loops():
+    code = [instruction(name) for name in ("MOV", "FADD", "LDG.E.128")]
+    code += [instruction("BRA", "P0"), instruction("BRA", "P1"), instruction("EXIT")]
+    kernel = MachineCode("nested", code, {3: 2, 4: 1}, 16, 0, 4)
+    inner = [2, 3] * 3
+    assert kernel.route({0: 2, 1: 3}, finishes=False) == [0, 1, *inner, 4, 1, *inner, 4, 5]
+
+
+def test_a_route_leaves_out_what_only_the_first_round_does():
+    code = [instruction("MOV"), instruction("BRA", "P0"), instruction("SHFL"), instruction("BRA", "P1")]
+    kernel = MachineCode("first", [*code, instruction("EXIT")], {1: 3, 3: 1}, 16, 0, 4)
+    found = kernel.route({0: 3}, finishes=False, leaves_out=lambda begin, part, times: times > 0)
+    assert found == [0, 1, 2, 3, 1, 3, 1, 3, 4]
+
+
+@pytest.mark.parametrize("use, measured", [(0.24, 1.04), (0.44, 1.19), (0.71, 1.63), (0.94, 4.3)])
+def test_the_latency_rises_with_use_as_gpu_stream_measured(use, measured):
+    assert loaded_latency(use) == pytest.approx(measured, rel=0.06)
+
+
+def test_later_programs_find_in_the_cache_what_all_of_them_read():
+    code = [instruction("LDG.E.128", sets=0), instruction("FADD", waits=(0,)), instruction("EXIT")]
+    traffic = Traffic(lambda position: False, first=len(code))
+    kernel = MachineCode("parameters", code, {}, 16, 0, 4)
+    first, second = (
+        Scheduler(H200, kernel, traffic).run([0, 1, 2], resident=1, programs=programs, warps=1).cycles
+        for programs in (1, 2)
+    )
+    assert first == pytest.approx(H200.memory_latency, rel=0.15)
+    between = H200.cycles(H200.replace_seconds)
+    assert second - first == pytest.approx(between + H200.l2_latency, rel=0.15)
+
+
+def test_what_is_under_way_comes_while_a_program_stops():
+    """A stop that is shorter than the data on its way takes, before the loop, costs no time."""
+    copies = [instruction("LDGSTS.E.128") for _ in range(24)] + [instruction("LDGDEPBAR")]
+    loop = [instruction("DEPBAR.LE", operands="SB0, 0x2"), *copies, instruction("BRA", "P0", stall=5)]
+    launches = []
+    for stop in (1, 12):
+        begin = [*copies, *copies, *[instruction("MOV", stall=15)] * (15 * stop)]
+        code = [*begin, *loop, instruction("EXIT")]
+        kernel = MachineCode("stop", code, {len(code) - 2: len(begin)}, 32, 0, 8)
+        read = 264 * 40 * 8 * 512 * 24
+        launches.append(Launch(kernel, 264, 0, 40, read, 0, {}, lambda each: each.name == "LDGSTS"))
+    short, long = (predict(H200, launch).seconds for launch in launches)
+    assert long < short + 0.2e-6
+
+
 def test_the_committed_page_is_that_of_the_committed_figures():
     assert (ROOT / "docs" / "roofline.md").read_text() == page("H200", COMMITTED, "roofline.png")
 
@@ -193,6 +241,20 @@ def test_the_script_refuses_the_interpreter(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exited:
         static_model.main([])
     assert exited.value.code == 2 and "unset TRITON_INTERPRET" in capsys.readouterr().err
+
+
+LAUNCHES = [each for shapes in COMMITTED.values() for found in shapes.values() for each in found.get("launches", ())]
+
+
+def test_no_program_finishes_more_than_twice_its_share():
+    meeting = [each for each in LAUNCHES if "most_finished" in each]
+    assert meeting and all(each["most_finished"] <= 2 * each["fair"] for each in meeting)
+    before = [found["launches"][0] for found in BEFORE["newton predict, rank 32"].values()]
+    assert all(each["most_finished"] > 20 * each["fair"] for each in before)
+
+
+def test_scratch_memory_fits_into_32_mib():
+    assert max(each["scratch_mb"] for each in LAUNCHES) * 1e6 <= 32 << 20
 
 
 @pytest.fixture(scope="module")

@@ -137,6 +137,6 @@ PRESETS = {
     "H100": _device("H100", 90, multiprocessors=132, clock=1.83e9, l2_bytes=50 << 20, **_HOPPER),
     "A100": _device("A100", 80, multiprocessors=108, clock=1.41e9, l2_bytes=40 << 20, **_AMPERE),
     "RTX4090": _device("RTX4090", 89, multiprocessors=128, clock=2.52e9, l2_bytes=72 << 20, **_ADA),
-    # [A] What is not in its datasheet is taken from Hopper. The model does not know its matrix products (tcgen05).
+    # For the floors only: the model does not read its machine code.
     "B200": _device("B200", 100, multiprocessors=148, clock=1.86e9, l2_bytes=126 << 20, **_HOPPER),
 }

@@ -120,7 +120,7 @@ class MachineCode:
         self,
         trips: dict[int, int],
         finishes: bool,
-        leaves_out: Callable[[int, list[Instruction]], bool] = lambda begin, part: False,
+        leaves_out: Callable[[int, list[Instruction], int], bool] = lambda begin, part, times: False,
     ) -> list[int]:
         """The instructions that a warp executes, in order.
 
@@ -129,8 +129,8 @@ class MachineCode:
         Args:
             trips: how often each loop is run: number of the loop in `loops` -> rounds.
             finishes: whether the warp's program executes `finish`, once each time that it arrives.
-            leaves_out: whether a branch that leaves out a part of the code is taken: where the part begins, and its
-                instructions.
+            leaves_out: whether a branch that leaves out a part of the code is taken: where the part begins, its
+                instructions, and how often the warp has been there since it entered the innermost loop around it.
         """
         loops = {loop.start: (number, loop) for number, loop in enumerate(self.loops)}
         ends = {loop.end: number for number, loop in enumerate(self.loops)}
@@ -138,12 +138,14 @@ class MachineCode:
         taken: list[int] = []
         position, inside = 0, []
         nested_once = set()
+        met: dict[int, int] = {}
         while position < len(self.instructions):
             if position in loops:
                 number, loop = loops[position]
                 if number not in left:
                     left[number] = trips.get(number, 1)
                     inside.append(loop)
+                    met = {branch: times for branch, times in met.items() if branch not in loop}
             each = self.instructions[position]
             taken.append(position)
             target = self.targets.get(position)
@@ -177,7 +179,9 @@ class MachineCode:
                         position = target
                         continue
                     nested_once.add(position)
-                if leaves_out(position + 1, self.instructions[position + 1 : target]):
+                times = met.get(position, 0)
+                met[position] = times + 1
+                if leaves_out(position + 1, self.instructions[position + 1 : target], times):
                     position = target
                     continue
             position += 1

@@ -40,6 +40,7 @@ _LATENCY = {
     "S2UR": 30,
     "LDC": 40,
     "R2UR": 15,
+    "LDL": 40,
 }
 _OTHER_LATENCY = 20  # [A] of conversions and votes, as for MUFU
 _PROGRAM_BARRIER = 20  # [A] cycles until all warps are released
@@ -52,16 +53,23 @@ class Traffic:
     Args:
         streamed: of an instruction's position, whether its data comes from memory and is read once; else it comes from
             the second-level cache.
-        first: positions before this one are executed before any of the loops: their data waits for the memory.
+        first: positions before this one are executed before any of the loops. The programs that run first get their
+            data there from memory; later ones find it in the second-level cache.
         first_bytes: different bytes that a program reads there. Warps that read the same find it in the first-level
             cache.
         copy_bytes: that one UTMALDG brings.
+        once: whether a program reads what is not streamed once, wherever that stands: then it is in memory too.
     """
 
     streamed: Callable[[int], bool]
     first: int
     first_bytes: int = 0
     copy_bytes: int = 0
+    once: bool = False
+
+    def is_first(self, position: int) -> bool:
+        """Whether the programs that run first get the data of a load from memory."""
+        return position < self.first or (self.once and not self.streamed(position))
 
 
 @dataclass
@@ -99,6 +107,7 @@ class Program:
     """A program's warps on this scheduler, and what they share."""
 
     warps: int
+    cold: bool  # whether it is among the first, and what all programs read is still in memory
     waiting: list[tuple[float, int, Warp]] = field(default_factory=list)
     tiles: list[float] = field(default_factory=list)  # of UTMALDG: when each is there
     ended: int = 0
@@ -111,7 +120,7 @@ class Run:
     Args:
         cycles: until the last warp ended.
         issued: instructions.
-        first_data: cycles until the first streamed data was there.
+        first_data, last_data: cycles until the first and the last streamed data were there.
         l2_bytes: that this scheduler moved.
         busy: unit -> cycles that it worked.
     """
@@ -119,6 +128,7 @@ class Run:
     cycles: float
     issued: int
     first_data: float
+    last_data: float
     l2_bytes: float
     busy: dict[str, float]
 
@@ -154,6 +164,7 @@ class Scheduler:
         self.l2_bytes = 0.0
         self.first_share = 1.0
         self.first_data: float | None = None
+        self.last_data = 0.0
         self.end = 0.0
         self._kinds = [self._kind(each) for each in code.instructions]
 
@@ -179,8 +190,6 @@ class Scheduler:
             _, columns, depth = map(int, each.forms[0].split("x"))
             flops = 2 * 16 * columns * depth  # a quarter of the 64 rows
             return "products", flops / self.device.wgmma_per_clock * (2 if "TF32" in each.forms else 1)
-        if each.name.startswith("UTC"):
-            raise DoesNotFit(f"the model does not know {each.name}, of which {self.code.name} makes its products")
         return None, 1
 
     def run(self, route: list[int], resident: int, programs: int, warps: float) -> Run:
@@ -196,7 +205,8 @@ class Scheduler:
         read_first = sum(
             32 * self.code.instructions[i].lane_bytes
             for i in route
-            if i < self.traffic.first and self.code.instructions[i].name in ("LDG", "LDGSTS")
+            if self.code.instructions[i].name in ("LDG", "LDGSTS")
+            if self.traffic.is_first(i) and not self.traffic.streamed(i)
         )
         if read_first and self.traffic.first_bytes:
             self.first_share = min(self.traffic.first_bytes / (read_first * self.code.warps), 1.0)
@@ -207,7 +217,7 @@ class Scheduler:
         def start(at: float):
             nonlocal number, left
             left -= 1
-            program = Program(count)
+            program = Program(count, at == 0)
             for _ in range(count):
                 heapq.heappush(heap, (at, number, Warp(program, at)))
                 number += 1
@@ -254,6 +264,7 @@ class Scheduler:
             self.end,
             int(issue.busy),
             self.first_data or 0.0,
+            self.last_data,
             self.l2_bytes,
             {name: each.busy for name, each in units.items()},
         )
@@ -281,13 +292,13 @@ class Scheduler:
         """Notes when the result of an instruction is there."""
         name, result = each.name, done + _LATENCY.get(each.name, _OTHER_LATENCY)
         if name in ("LDG", "LDGSTS"):
-            result = self._load(each, position, at, 32 * each.lane_bytes)
+            result = self._load(each, position, warp, at, 32 * each.lane_bytes)
             warp.loads = max(warp.loads, result)
             if name == "LDGSTS":
                 warp.open_copy = max(warp.open_copy, result)
         elif name == "UTMALDG":
             moved = self.traffic.copy_bytes / self.device.schedulers / warp.program.warps
-            result = self._load(each, position, at, moved)
+            result = self._load(each, position, warp, at, moved)
             warp.open_copy = max(warp.open_copy, result)
         elif name == "SYNCS" and "ARRIVE" in each.forms:
             warp.program.tiles.append(0.0)
@@ -309,17 +320,19 @@ class Scheduler:
         if each.frees != NO_BARRIER:
             warp.barriers[each.frees] = max(warp.barriers[each.frees], done)
 
-    def _load(self, each: Instruction, position: int, at: float, moved: float) -> float:
+    def _load(self, each: Instruction, position: int, warp: Warp, at: float, moved: float) -> float:
         """When the data of a load is there."""
-        first, streamed = position < self.traffic.first, self.traffic.streamed(position)
-        moved *= self.first_share if first else 1.0
+        first, streamed = self.traffic.is_first(position), self.traffic.streamed(position)
+        moved *= self.first_share if first and not streamed else 1.0
         self.l2_bytes += moved
-        latency = self.memory_latency if streamed or first else self.device.l2_latency
+        from_memory = streamed or (first and warp.program.cold)
+        latency = self.memory_latency if from_memory else self.device.l2_latency
         if "STRONG" in each.forms:  # what another program wrote
             latency = self.device.far_latency
         there = self.units["l2"].take(at, moved / self.l2_per_cycle) + latency
-        if streamed and self.first_data is None:
-            self.first_data = there
+        if streamed:
+            self.first_data = there if self.first_data is None else min(self.first_data, there)
+            self.last_data = max(self.last_data, there)
         return there
 
     def _store(self, each: Instruction, at: float) -> float:

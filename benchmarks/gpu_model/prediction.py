@@ -41,8 +41,9 @@ class Launch:
         first_bytes: different bytes that a program reads before its loops.
         copy_bytes: that one UTMALDG brings.
         members: programs that meet at each tile; 1 if none do.
-        once: whether they meet at the end of the program, rather than at each round of the main loop.
+        meetings: how often each program meets others.
         leaves_out: as in `MachineCode.route`.
+        once: as in `Traffic`.
     """
 
     code: MachineCode
@@ -57,8 +58,9 @@ class Launch:
     first_bytes: int = 0
     copy_bytes: int = 0
     members: int = 1
+    meetings: int = 1
+    leaves_out: Callable[[int, list[Instruction], int], bool] = lambda begin, part, times: False
     once: bool = False
-    leaves_out: Callable[[int, list[Instruction]], bool] = lambda begin, part: False
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Prediction:
         programs, resident, waves: of the grid; of them on a multiprocessor at a time; and rounds until all have run.
         idle: multiprocessors without a program in the last round.
         in_flight: bytes of features that can be on their way to a multiprocessor at a time.
-        instructions_per_byte: of threads, in the main loop, over bytes that it moves.
+        instructions_per_byte: of threads, over bytes that the launch moves.
         issue: seconds in which a scheduler issues instructions, all in all.
         memory: seconds in which the memory moves its bytes.
         cache: seconds in which the second-level cache moves its bytes.
@@ -162,7 +164,7 @@ def _with_meetings(
 ) -> Prediction:
     """The prediction of a launch whose programs meet."""
     groups = launch.programs // launch.members
-    tiles = 1 if launch.once else launch.rounds
+    tiles = launch.meetings
     rounds = launch.rounds / tiles
     meeting = Meeting(
         groups=groups,
@@ -200,44 +202,59 @@ class _Measured:
         finish = code.finish or (len(code.instructions), len(code.instructions))
 
         def streamed(position: int) -> bool:
-            if finish[0] <= position < finish[1] or (loop is not None and position not in loop):
-                return False
-            return launch.streams(code.instructions[position])
+            each = code.instructions[position]
+            # What is copied before the loop, for its first rounds, are features too.
+            inside = loop is None or position in loop or (position < first and each.name == "LDGSTS")
+            return inside and not finish[0] <= position < finish[1] and launch.streams(each)
 
-        self.traffic = Traffic(streamed, min(first, finish[0]), launch.first_bytes, launch.copy_bytes)
+        self.traffic = Traffic(streamed, min(first, finish[0]), launch.first_bytes, launch.copy_bytes, launch.once)
         few, many = ROUNDS if launch.rounds > ROUNDS[1] else (max(launch.rounds // 2, 1), max(launch.rounds, 2))
         programs = most if self.in_waves else resident
         runs = [
             [self._run(rounds, programs, memory_latency=times * device.memory_latency) for rounds in (few, many)]
             for times in LOADED
         ]
+        more = (launch.rounds - few) / (many - few)
+
+        def extended(short: float, long: float) -> float:
+            """What grows with the rounds, after all of them."""
+            return short + more * (long - short)
+
         low, high = runs[0]
-        self.first_data = device.seconds(low.first_data)
-        if loop is None:  # all but the wait for the first data is repeated as other programs come
-            few, many = 0, 1
-            runs = [[replace(each, cycles=each.first_data, issued=0, l2_bytes=0), each] for each, _ in runs]
-            low, high = runs[0]
+        totals = [extended(short.cycles, long.cycles) for short, long in runs]
+        self.first_data, tail = device.seconds(low.first_data), device.seconds(high.cycles - high.last_data)
+        outer = [number for number, other in enumerate(code.loops) if loop is not None and loop in other]
+        if loop is None or self.in_waves or any(launch.trips.get(number, 1) > 1 for number in outer):
+            # Other tiles or programs follow, so all but the first wait and the end is repeated.
+            streams = [
+                total - short.first_data - (high.cycles - high.last_data) for total, (short, _) in zip(totals, runs)
+            ]
+        else:
+            streams = [launch.rounds * (long.cycles - short.cycles) / (many - few) for short, long in runs]
         # Seconds of a round, at each latency.
-        self.rounds = [device.seconds(long.cycles - short.cycles) / (many - few) for short, long in runs]
+        self.rounds = [device.seconds(stream) / launch.rounds for stream in streams]
         self.per_round = self.rounds[0]
-        self.start = max(device.seconds(low.cycles) - few * self.per_round, 0.0)
-        issued = low.issued + (launch.rounds - few) * (high.issued - low.issued) / (many - few)
-        self.issue = device.seconds(issued)
-        parts = device.schedulers * device.multiprocessors
-        l2 = low.l2_bytes + (launch.rounds - few) * (high.l2_bytes - low.l2_bytes) / (many - few)
-        self.cache = l2 * parts / (device.l2_per_clock * device.clock)
-        moved = launch.read + launch.written
-        threads = (high.issued - low.issued) / (many - few) * 32 * device.schedulers / programs
-        self.instructions_per_byte = threads * launch.rounds * launch.programs / moved
         features = launch.read / launch.programs / launch.rounds * programs  # of a round
         # Little's law, at a latency at which little else matters.
         self.in_flight = features / self.rounds[-1] * device.seconds(LOADED[-1] * device.memory_latency)
+        # Between the first data and the first round a program may do other things. Meanwhile comes what is under way.
+        stall = device.seconds(totals[0] - streams[0] - low.first_data) - tail
+        under_way = self.in_flight * min(device.multiprocessors, launch.programs) / device.bandwidth
+        self.start = self.first_data + max(stall - under_way, 0.0) + tail
+        issued = extended(low.issued, high.issued)
+        self.issue = device.seconds(issued)
+        parts = device.schedulers * device.multiprocessors
+        self.cache = extended(low.l2_bytes, high.l2_bytes) * parts / (device.l2_per_clock * device.clock)
+        threads = issued * 32 * device.schedulers / programs * launch.programs
+        self.instructions_per_byte = threads / (launch.read + launch.written)
         if launch.members > 1:
-            ready = [self._run(rounds, programs, memory_latency=0).cycles for rounds in (few, many)]
-            self.busy_round = device.seconds(ready[1] - ready[0]) / (many - few)
+            short, long = (self._run(rounds, programs, memory_latency=0) for rounds in (few, many))
+            self.busy_round = device.seconds(long.cycles - short.cycles) / (many - few)
             apart = self._run(few, 1, alone=True).cycles
             finishing = self._run(few, 1, alone=True, finishes=True).cycles
-            self.finish = device.seconds(finishing - apart) / (1 if launch.once else few)
+            self.finish = device.seconds(finishing - apart) / (
+                few if launch.meetings == launch.rounds else launch.meetings
+            )
 
     def loaded_round(self, memory: float) -> float:
         """Seconds of a round if all of its bytes take the memory `memory` seconds at least."""

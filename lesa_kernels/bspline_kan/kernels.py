@@ -23,13 +23,33 @@ _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.
 
 
 @triton.jit
-def _load_group(weight_ptr, m, i, o, in_features, out_features, matrices, BLOCK_I: tl.constexpr, SLOTS: tl.constexpr):
-    """A tile of SLOTS matrices from `m` on, `[BLOCK_I * SLOTS, o]`: of all of them for input `i`, then for the next."""
-    row = tl.arange(0, BLOCK_I * SLOTS)
-    m, i = m + row % SLOTS, i + row // SLOTS
-    mask = ((m < matrices) & (i < in_features))[:, None] & (o < out_features)[None, :]
-    matrix = tl.cast(in_features, tl.int64) * out_features
-    return tl.load(weight_ptr + (m * matrix + i * out_features)[:, None] + o[None, :], mask=mask, other=0.0)
+def _add_group(
+    acc,
+    group,
+    weight_ptr,
+    i,
+    o,
+    in_features,
+    out_features,
+    silu,
+    matrix,
+    bases,
+    zeros,
+    SLOTS: tl.constexpr,
+    GRID: tl.constexpr,
+    DEGREE: tl.constexpr,
+):
+    """`acc` and the product of a block of inputs, from input `i` on, with the matrices from 4 `group` on."""
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    a = factors_of(group, silu, matrix, bases, zeros, group == 0, SLOTS, DEGREE, dtype)
+    a = a.reshape(zeros.shape[0], zeros.shape[1] * SLOTS)
+    row = tl.arange(0, zeros.shape[1] * SLOTS)  # all matrices for the first input, then for the next
+    first = weight_ptr + tl.cast(i, tl.int64) * out_features
+    m, i = 4 * group + row % SLOTS, i + row // SLOTS
+    mask = ((m <= GRID + DEGREE) & (i < in_features))[:, None] & (o < out_features)[None, :]
+    offset = m * (tl.cast(in_features, tl.int64) * out_features) + row // SLOTS * out_features
+    w = tl.load(first + offset[:, None] + o[None, :], mask=mask, other=0.0)
+    return interpretable_dot(a, w, acc, "tf32x3")
 
 
 @triton.jit
@@ -41,12 +61,13 @@ def _bspline_kan_fwd_kernel(
     in_features,
     out_features,
     stride_x,
+    groups,  # of matrices in a part; not a constant, since the compiler would unroll the loop
     LO: tl.constexpr,
     HI: tl.constexpr,
     GRID: tl.constexpr,
     DEGREE: tl.constexpr,
     PARTS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    UNROLLED: tl.constexpr,
     LAST_SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -62,7 +83,6 @@ def _bspline_kan_fwd_kernel(
     # Zeros are enough where a NaN need not reach all matrices: it reaches its row through its own.
     zeros = tl.zeros([BLOCK_N, BLOCK_I], tl.float32 if dtype == tl.float32 else tl.uint64)
     acc = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
-    # The groups of a part are in one step, so that the loads of the next step start before this one is done.
     for step in tl.range(0, tl.cdiv(in_features, BLOCK_I) * PARTS):
         start, part = step // PARTS * BLOCK_I, step % PARTS
         i = start + tl.arange(0, BLOCK_I)
@@ -70,23 +90,15 @@ def _bspline_kan_fwd_kernel(
         inside = (n[:, None] < left) & (i[None, :] < in_features)
         x = tl.load(x_ptr + start_n * stride_x + n[:, None] * stride_x + i[None, :], mask=inside, other=0.0)
         silu, matrix, bases = factors(x.to(tl.float32), LO, HI, GRID, DEGREE, dtype)
-        for g in tl.static_range(GROUPS):
-            group = part * GROUPS + g
-            w = _load_group(
-                weight_ptr,
-                4 * group,
-                start,
-                o,
-                in_features,
-                out_features,
-                1 + GRID + DEGREE,
-                BLOCK_I,
-                4 if g < GROUPS - 1 else LAST_SLOTS,
-            )
-            a = factors_of(
-                group, silu, matrix, bases, zeros, group == 0, 4 if g < GROUPS - 1 else LAST_SLOTS, DEGREE, dtype
-            ).reshape(BLOCK_N, w.shape[0])
-            acc = interpretable_dot(a, w, acc, "tf32x3")
+        block = (weight_ptr, start, o, in_features, out_features, silu, matrix, bases, zeros)
+        if UNROLLED > 0:
+            # The groups of a part are in one step, so that the loads of the next step start before this one is done.
+            for g in tl.static_range(UNROLLED - 1):
+                acc = _add_group(acc, part * UNROLLED + g, *block, 4, GRID, DEGREE)
+            acc = _add_group(acc, part * UNROLLED + UNROLLED - 1, *block, LAST_SLOTS, GRID, DEGREE)
+        else:
+            for group in tl.range(0, groups):
+                acc = _add_group(acc, group, *block, 4, GRID, DEGREE)
 
     inside = (n[:, None] < left) & (o[None, :] < out_features)
     tl.store(
@@ -296,13 +308,15 @@ def _bspline_kan_bwd_weight_kernel(
     count = tl.minimum(rows - start_n, rows_per_split).to(tl.int32)
     x_block, grad_block = x_ptr + start_n * stride_x, grad_ptr + start_n * stride_grad
 
+    # Some GPUs can't read a transposed operand of 32 bits.
+    ONE_GROUP: tl.constexpr = BLOCK_M == 4 and DTYPE.primitive_bitwidth == 16
     acc = tl.zeros([BLOCK_M * BLOCK_I, BLOCK_O], tl.float32)
     for start in tl.range(0, count, BLOCK_N):
         n = tl.arange(0, BLOCK_N)
         left = count - start
         mask = (n[:, None] < left) & (o[None, :] < out_features)
         grad = tl.load(grad_block + n[:, None] * stride_grad + o[None, :], mask=mask, other=0.0).to(DTYPE)
-        if BLOCK_M == 4:
+        if ONE_GROUP:
             inside = (n[:, None] < left) & (i[None, :] < in_features)
             x = tl.load(x_block + n[:, None] * stride_x + i[None, :], mask=inside, other=0.0).to(tl.float32)
             silu, matrix, bases = factors(x, LO, HI, GRID, DEGREE, DTYPE)
@@ -322,7 +336,7 @@ def _bspline_kan_bwd_weight_kernel(
         grad_block += BLOCK_N * tl.cast(stride_grad, tl.int64)
 
     j = tl.arange(0, BLOCK_M * BLOCK_I)
-    if BLOCK_M == 4:
+    if ONE_GROUP:
         rows_m, rows_i = start_m + j % 4, start_i + j // 4
     else:
         rows_m, rows_i = start_m + j // BLOCK_I, start_i + j % BLOCK_I
@@ -371,15 +385,19 @@ def _spline(grid_size: int, spline_order: int, lo: float, hi: float) -> dict:
     return {"LO": lo, "HI": hi, "GRID": grid_size, "DEGREE": spline_order}
 
 
-def _parts(matrices: int, block_i: int) -> dict[str, int]:
-    """How the forward divides the matrices: into parts of at most four groups, each of four matrices.
+def _parts(matrices: int, unrolled: bool) -> dict[str, int]:
+    """How the forward divides the matrices: in groups of four, which are unrolled or not.
 
-    Inputs are located on the grid once for each part. If there is only one, its last group may have two matrices.
+    Parts of at most four groups are unrolled, and inputs are located on the grid once for each part. If there is only
+    one part, its last group may have two matrices.
     """
     groups = triton.cdiv(matrices, 4)
+    if not unrolled:
+        return {"groups": groups, "PARTS": 1, "UNROLLED": 0, "LAST_SLOTS": 4}
     parts = triton.cdiv(groups, 4)
-    two = parts == 1 and matrices % 4 in (1, 2) and block_i >= 8  # a matrix product sums over 16 numbers at least
-    return {"PARTS": parts, "GROUPS": triton.cdiv(groups, parts), "LAST_SLOTS": 2 if two else 4}
+    groups = triton.cdiv(groups, parts)
+    two = parts == 1 and matrices % 4 in (1, 2)
+    return {"groups": groups, "PARTS": parts, "UNROLLED": groups, "LAST_SLOTS": 2 if two else 4}
 
 
 def bspline_kan_fwd(
@@ -393,8 +411,9 @@ def bspline_kan_fwd(
     tensors = x, weight, y, rows, in_features, out_features, x.stride(0)
     spline = _spline(grid_size, spline_order, lo, hi)
     gather = uses_gather(in_features, out_features, grid_size, spline_order, weight.dtype)
-    # From Hopper on, two groups of four warps share the tiles of the weight. Older GPUs lack the registers for that.
-    form = "_gather" if gather else "_warp_groups" if 90 <= architecture() < 120 else ""
+    # Hopper starts a product and goes on, so there the factors of one group are made during the product of another.
+    unrolled = 90 <= architecture() < 100
+    form = "_gather" if gather else "_unrolled" if unrolled else ""
     config = launch_config(f"bspline_kan_fwd{form}", weight.dtype, x.device)
     config = config | {"BLOCK_N": _fit(config["BLOCK_N"], rows), "BLOCK_O": _fit(config["BLOCK_O"], out_features)}
     grid = (triton.cdiv(rows, config["BLOCK_N"]) * triton.cdiv(out_features, config["BLOCK_O"]),)
@@ -402,9 +421,7 @@ def bspline_kan_fwd(
         _bspline_kan_fwd_gather_kernel[grid](*tensors, **spline, **config, **LAUNCH_OPTIONS)
     else:
         config = config | {"BLOCK_I": _fit(config["BLOCK_I"], in_features, least=4)}
-        _bspline_kan_fwd_kernel[grid](
-            *tensors, **_parts(matrices, config["BLOCK_I"]), **spline, **config, **LAUNCH_OPTIONS
-        )
+        _bspline_kan_fwd_kernel[grid](*tensors, **_parts(matrices, unrolled), **spline, **config, **LAUNCH_OPTIONS)
     return y
 
 

@@ -6,6 +6,7 @@ from lesa_kernels.checks import Said, argument_error, check_float, check_int, ch
 from lesa_kernels.dispatch import resolve_backend
 from lesa_kernels.extension import extension
 from lesa_kernels.feature_ring.reference import ring_gather_ref, ring_push_ref
+from lesa_kernels.register import OPERATOR_TAGS
 
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STORAGE_DTYPES = (*FEATURE_DTYPES, torch.float8_e4m3fn)
@@ -14,14 +15,12 @@ _NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in STORAGE_DTYPES}
 
 _LIBRARY = torch.library.Library("lesa_kernels", "FRAGMENT")
 _RING = "Tensor(a!) storage, Tensor(b!)? scales, Tensor(c!) sigmas, Tensor(d!) cursor, Tensor(e!) count"
-# The kernels read strides, so a compiler must pass the tensors as they are in eager mode.
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 for _schema in (
     f"ring_push({_RING}, Tensor features, Tensor sigma, Tensor? rows) -> ()",
     f"ring_push.Scalar({_RING}, Tensor features, float sigma, Tensor? rows) -> ()",
     "ring_gather(Tensor storage, Tensor? scales, Tensor cursor, Tensor count, int age) -> Tensor",
 ):
-    _LIBRARY.define(_schema, tags=_TAGS)
+    _LIBRARY.define(_schema, tags=OPERATOR_TAGS)
 
 
 def _check_ring(storage, scales, cursor, count):

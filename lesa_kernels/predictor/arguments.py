@@ -52,7 +52,7 @@ class RingState(NamedTuple):
             return self
         batch = (self.storage.shape[1],)
         if self.device.type == "cpu":
-            return self._replace(sigma=self.sigma.expand(batch))
+            return self._replace(sigma=self.sigma.expand(batch).contiguous())
         return self._replace(sigma=torch.full(batch, self.sigma.item(), dtype=self.sigma.dtype, device=self.device))
 
     def check(self, allows_one_sigma: bool = False) -> None:

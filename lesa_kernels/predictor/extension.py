@@ -1,5 +1,7 @@
 """`newton_predict` and `newton_coefficients` on the CPU, in the compiled extension."""
 
+from typing import Any
+
 import torch
 
 from lesa_kernels.extension import extension
@@ -60,7 +62,8 @@ def newton_coefficients_extension(
 
 def _readable(experts: NewtonExperts) -> NewtonExperts:
     """The parameters as the extension reads them: float32 and contiguous."""
-    return NewtonExperts(*[None if part is None else part.to(torch.float32).contiguous() for part in experts])
+    made: Any = [None if part is None else part.to(torch.float32).contiguous() for part in experts]
+    return NewtonExperts(*made)
 
 
 def _described(experts: NewtonExperts, shape: Shape) -> tuple:

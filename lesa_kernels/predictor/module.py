@@ -20,7 +20,7 @@ from lesa_kernels.predictor.files import CONFIG_NAME, WEIGHTS_NAME, find_files
 from lesa_kernels.predictor.ops.coefficients import run_newton_coefficients
 from lesa_kernels.predictor.ops.dense import run_dense_predict
 from lesa_kernels.predictor.ops.newton import newton_backend, run_newton_predict
-from lesa_kernels.predictor.ops.velocity import run_newton_velocity
+from lesa_kernels.predictor.ops.velocity import newton_velocity_is_fused, run_newton_velocity
 from lesa_kernels.stream.arguments import NO_RESIDUAL, NO_SUMS, HeadSums, LowRank, OutputHead, StoredFeatures, Weights
 from lesa_kernels.stream.op import output_head, stream_forecast, stream_velocity
 from lesa_kernels.stream.reference import forecast_dtype
@@ -179,8 +179,7 @@ class FusedKANPredictor(nn.Module):
     ) -> torch.Tensor:
         """Forecasts the features at `sigma` and applies the output head to them.
 
-        For a newton predictor on Triton this is one kernel, which does not write the forecast to memory; see
-        `newton_velocity`.
+        For a newton predictor on Triton the forecast is not written to memory; see `newton_velocity`.
 
         Args:
             ring, sigma: as in `forward`.
@@ -192,6 +191,8 @@ class FusedKANPredictor(nn.Module):
         Raises:
             ValueError, TypeError: as in `forward`, or a tensor of `head` does not fit.
         """
+        if _has_pieces_apart(ring, head):
+            return output_head(self(ring, sigma), head)
         target = self._target(ring, sigma)
         experts, shape = self.experts(), self.shape()
 
@@ -203,7 +204,7 @@ class FusedKANPredictor(nn.Module):
         return self._over(ring, velocity)
 
     def fuses_velocity(self, ring: FeatureRing | TieredRing, head: OutputHead | None = None) -> bool:
-        """Whether `predict_velocity` from this ring is one kernel.
+        """Whether `predict_velocity` and `velocity_with` from this ring do not write the forecast to memory.
 
         Args:
             ring: as in `forward`.
@@ -212,7 +213,10 @@ class FusedKANPredictor(nn.Module):
         experts = self.experts()
         if isinstance(experts, DenseExperts):
             return False
-        return False
+        state = RingState(*self._state(ring), ring.sigmas[0])
+        if newton_backend(state, experts, self.shape(), self.backend, "newton_velocity") != "triton":
+            return False
+        return head is None or newton_velocity_is_fused(state, experts, head)
 
     def plan(self, levels: Sequence[Sequence[float]], sigmas: Sequence[float], batch: int) -> list[Weights]:
         """The weights of the forecasts of several steps of a run, for `forecast_with` and `velocity_with`.
@@ -303,6 +307,8 @@ class FusedKANPredictor(nn.Module):
         sums: HeadSums = NO_SUMS,
     ) -> torch.Tensor:
         """`predict_velocity` with weights from `plan`, the residual from `low_rank` and sums from `head_sums`."""
+        if _has_pieces_apart(ring, head):
+            return output_head(self.forecast_with(ring, weights, low_rank), head)
 
         def velocity(storage, scales, sigmas, cursor, count):
             features = StoredFeatures(storage, scales, cursor, count)
@@ -422,3 +428,8 @@ class FusedKANPredictor(nn.Module):
             self.save_pretrained(folder)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a lesa-kernels predictor")
         return str(url)
+
+
+def _has_pieces_apart(ring: FeatureRing | TieredRing, head: OutputHead) -> bool:
+    """Whether the forecast is made piece by piece and then needs a head whose modulation is one for each token."""
+    return isinstance(ring, TieredRing) and isinstance(head.scale, torch.Tensor) and head.scale.ndim == 3

@@ -15,7 +15,6 @@ from lesa_kernels.checks import Said, argument_error, check_tensor
 
 STORED_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)
 WEIGHT_DTYPES = (torch.float32, torch.float64)
-MOST_ANCHORS = 16
 
 
 class StoredFeatures(NamedTuple):
@@ -63,7 +62,7 @@ class Weights(NamedTuple):
 
     Args:
         anchors: `[B, K]` or `[B, K, D]` float32, the weight A of each of the K newest features, newest first; one
-            number, or one for each channel. K is at most 16.
+            number, or one for each channel. K is at most the ring's capacity.
         count: `[B]` int32, n, how many of them are read. A row is NaN if it is 0, or more than the ring has.
         constant: `[B]` or `[B, D]` float32, added to the sum, or None.
         taps: `[B, K - 1, K]` float32, the weights w of the features in each tap, or None without a residual. Tap j
@@ -84,9 +83,9 @@ class Weights(NamedTuple):
         per_channel = isinstance(self.anchors, torch.Tensor) and self.anchors.ndim == 3
         shape = (batch, "K", width) if per_channel else (batch, "K")
         check_tensor("weights.anchors", self.anchors, shape, WEIGHT_DTYPES, device)
-        most, history = min(capacity, MOST_ANCHORS), self.anchors.shape[1]
-        if not 1 <= history <= most:
-            must = f"have at least 1 and at most {most} weights for a ring of capacity {capacity}"
+        history = self.anchors.shape[1]
+        if not 1 <= history <= capacity:
+            must = f"have at least 1 and at most {capacity} weights for a ring of capacity {capacity}"
             raise argument_error("weights.anchors", must, self.anchors, "Make the ring as large as the history.")
         check_tensor("weights.count", self.count, (batch,), (torch.int32,), device)
         if self.constant is not None:
@@ -157,7 +156,7 @@ def stream_fits(features: StoredFeatures, weights: Weights, low_rank: LowRank) -
         and all(
             [part is None or part.dtype in WEIGHT_DTYPES for part in (weights.anchors, weights.constant, weights.taps)]
         )
-        and (low_rank.down is None or (low_rank.down.dtype in FLOAT_DTYPES and low_rank.up.dtype in FLOAT_DTYPES))
+        and all([part is None or part.dtype in FLOAT_DTYPES for part in low_rank[:2]])
         and all([part is None or part.dtype in WEIGHT_DTYPES for part in low_rank[2:]])
     )
 
@@ -167,7 +166,7 @@ def _shapes_fit(storage: torch.Size, shapes: tuple[torch.Size | None, ...]) -> b
     """Whether the shapes of all tensors after `storage` are as the checks want them."""
     cursor, count, anchors, read, constant, taps, stage, down, up, square, total = shapes
     capacity, batch, _, width = storage
-    if anchors is None or len(anchors) < 2 or not 1 <= (history := anchors[1]) <= min(capacity, MOST_ANCHORS):
+    if anchors is None or len(anchors) < 2 or not 1 <= (history := anchors[1]) <= capacity:
         return False
     if not (cursor == count == read == (batch,) and anchors in ((batch, history), (batch, history, width))):
         return False
@@ -233,6 +232,15 @@ class HeadSums(NamedTuple):
     constant: torch.Tensor | None = None
     through: torch.Tensor | None = None
     weight: torch.Tensor | None = None
+
+    def check(self, head: OutputHead, low_rank: LowRank) -> None:
+        """Raises `TypeError` or `ValueError` unless the sums fit the head and the residual, which are checked."""
+        (batch, _), outputs = head.scale.shape, head.weight.shape[0]
+        sizes = ((batch, outputs), (batch, outputs), (batch, low_rank.rank, outputs))
+        for name, part, size in zip(self._fields, self, sizes):
+            if part is not None:
+                remedy = "Pass what `head_sums` gives for this head and residual, or `NO_SUMS`."
+                check_tensor(f"sums.{name}", part, size, WEIGHT_DTYPES, head.weight.device, remedy)
 
 
 NO_SUMS = HeadSums()

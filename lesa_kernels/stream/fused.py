@@ -34,7 +34,7 @@ def stream_backend(
             remedy = 'Pass backend="auto" or "torch", or call it under `torch.no_grad()`.'
             raise argument_error("backend", must, backend, remedy, RuntimeError)
     else:
-        if head is None and has_extension(features):
+        if has_extension(features):
             names = ("extension", *names)
         if _has_kernels(features, weights, low_rank):
             names = ("triton", *names)
@@ -110,6 +110,7 @@ def _stream_velocity(
     head.check(features.storage)
     if why_not_fused(features, weights, head, low_rank) is not None:
         return output_head_ref(_stream_forecast(features, weights, low_rank), head)
+    sums.check(head, low_rank)
     from lesa_kernels.stream.kernels.sums import stream_velocity_fwd
 
     out_dtype = forecast_dtype(features.storage.dtype)

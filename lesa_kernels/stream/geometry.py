@@ -137,6 +137,7 @@ def forecast_launch(device: Device, problem: Problem) -> ForecastLaunch:
 
 def _group_choices(places: int, units: int, tokens: int) -> list[int]:
     """Numbers of groups with which the programs, `units` for each group, fill a few waves as well as they can."""
+    units = max(units, 1)  # an empty batch has none
     return sorted({min(max(waves * places // units, 1), max(tokens, 1)) for waves in (1, 2, 3, 4, 6, 8)})
 
 

@@ -5,7 +5,7 @@ import torch
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
 from lesa_kernels.checks import argument_error, check_tensor
 from lesa_kernels.dispatch import resolve_backend
-from lesa_kernels.register import register
+from lesa_kernels.register import refuse_gradient, register
 from lesa_kernels.stream.arguments import (
     NO_RESIDUAL,
     NO_SUMS,
@@ -34,7 +34,8 @@ def stream_forecast(
         features: the buffers of a `FeatureRing`, with features `[B, T, D]`.
         weights: of this step.
         low_rank: the residual, or `NO_RESIDUAL`.
-        backend: "auto", "triton" (without gradients), "extension" (on a CPU, without float8 and gradients) or "torch".
+        backend: "auto", "triton", "extension" (on a CPU, without float8) or "torch". Only plain torch has gradients:
+            "auto" takes it where one is wanted.
 
     Returns:
         `[B, T, D]` in the dtype of the stored features, bfloat16 for float8. It is computed in float32, but Triton
@@ -61,7 +62,7 @@ def _stream_forecast_cpu(features: StoredFeatures, weights: Weights, low_rank: L
     # The checks are here too, since the operator can be called without `stream_forecast`.
     check_stream(features, weights, low_rank)
     if not has_extension(features):
-        must = "be on the CPU, of float32, float16 or bfloat16, with a last stride of 1"
+        must = "be float32, float16 or bfloat16, with a last stride of 1"
         raise argument_error("storage", must, features.storage, 'Pass backend="torch" to `stream_forecast`.')
     return stream_forecast_extension(features, weights, low_rank)
 
@@ -70,7 +71,8 @@ def _fake_forecast(features: StoredFeatures, weights: Weights, low_rank: LowRank
     return features.storage.new_empty(features.storage.shape[1:])
 
 
-_on_cpu = register("stream_forecast_cpu", _stream_forecast_cpu, _fake_forecast)
+_on_cpu = register("stream_forecast_cpu", _stream_forecast_cpu, _fake_forecast, devices=("CPU",))
+refuse_gradient("stream_forecast_cpu", "has no gradients: `stream_forecast()` uses plain torch for them", "on the CPU")
 
 
 def stream_velocity(
@@ -106,8 +108,11 @@ def stream_velocity(
     """
     check_stream(features, weights, low_rank)
     head.check(features.storage)
-    if stream_backend(features, weights, low_rank, head, backend, "stream_velocity") == "triton":
+    chosen = stream_backend(features, weights, low_rank, head, backend, "stream_velocity")
+    if chosen == "triton":
         return triton_velocity(features, weights, low_rank, head, sums)
+    if chosen == "extension":
+        return output_head_ref(_on_cpu(features, weights, low_rank), head)
     return stream_velocity_ref(features, weights, head, low_rank)
 
 

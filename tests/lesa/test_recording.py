@@ -19,6 +19,7 @@ import small_pipelines as small
 from lesa import Trajectories, enable_cache, record
 from lesa.demo import digits
 from lesa.inputs import collate
+from lesa.models import Adapter
 from lesa.training import recording as recording_module
 from lesa_kernels import FusedKANPredictor, OutputHead, PredictorConfig
 from lesa_kernels.stream import output_head
@@ -964,3 +965,14 @@ def test_another_pipeline_class_is_another_recording(small_pipe_of, settled):
     other = type("OtherPipeline", (type(pipe),), {})(**pipe.components)
     with pytest.raises(ValueError, match="`pipeline` must be 'FluxPipeline', as in the recording"):
         record(other, out_dir=folder / "finished", **arguments)
+
+
+def test_a_head_that_only_scales_is_recorded_with_a_shift_of_zero(pipe, inputs, tmp_path, monkeypatch):
+    made = Adapter.output_head
+
+    def without_shift(self, conditioning):
+        return replace(made(self, conditioning), shift=None)
+
+    monkeypatch.setattr(Adapter, "output_head", without_shift)
+    (trajectory,) = record(pipe, inputs[:1], tmp_path / "recording", 2, seed=10, progress=False)
+    assert trajectory.scale.abs().max() > 0 == trajectory.shift.abs().max()

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="there is nothing to compile with")
 
 CASES = {case.name: case for case in ahead_of_time.CASES}
 UNITS = {ahead_of_time.id_of(*unit): unit for unit in ahead_of_time.units()}
+WITHOUT_PRODUCTS = ("_sum_kernel", "_newton_coefficients")
 TENSOR_CORES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma"}
 
 
@@ -67,6 +68,14 @@ def test_launches_as_many_kernels_as_it_says(case, found):
             assert name.startswith(f"_{case.kernel or case.name.partition('-')[0]}_fwd"), (size, name)
 
 
+def test_predictors_of_one_size_share_their_kernels(case, found):
+    if case.kernels is None:
+        pytest.skip("it is one predictor")
+    names = sorted(kernel["name"] for kernel in found["kernels"].values())
+    assert len(names) == case.kernels, names
+    assert all(len(launched) % 10 == 0 for launched in found["launches"].values())
+
+
 def test_shared_memory_is_within_the_limit(unit, found):
     for kernel in found["kernels"].values():
         assert kernel["shared"] <= ahead_of_time.SHARED_MEMORY_LIMITS[unit[0]], kernel
@@ -83,13 +92,22 @@ def test_multiplies_on_tensor_cores(unit, case, found):
     architecture, _, dtype = unit
     if case.products is None:
         pytest.skip("it has no matrix products")
-    if dtype == torch.float32:
-        pytest.skip("in float32 that is demanded of none")
+    if dtype == torch.float32 and not case.float32_products:
+        pytest.skip("in float32 that is not demanded of it")
     large = case.products == "large"
     wanted = {TENSOR_CORES[architecture]} if large else {*TENSOR_CORES.values()}
     for kernel in found["kernels"].values():
-        if "_sum_kernel" not in kernel["name"]:
+        if not any(name in kernel["name"] for name in WITHOUT_PRODUCTS):
             assert any(kernel["instructions"][name] for name in wanted), kernel
+
+
+def test_selects_little_in_the_loop_of_its_products(unit, case, found):
+    architecture, _, dtype = unit
+    if not case.most_selects or dtype.itemsize != 2:
+        pytest.skip("it has no selections to speak of")
+    for kernel in found["kernels"].values():
+        loop = kernel["loop"]
+        assert 0 < loop["ISETP"] + loop["SEL"] <= dict(case.most_selects)[architecture], loop
 
 
 def test_reads_16_bytes_at_a_time(case, found):

@@ -4,11 +4,15 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lesa_kernels.bspline_kan import BSplineKAN, bspline_kan
+from lesa_kernels.bspline_kan.packing import pack_weight
 
 kernels = pytest.importorskip("lesa_kernels.bspline_kan.kernels")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 
 # Numbers that overflow where a compiled kernel makes Inf of them without a word.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -31,7 +35,10 @@ def small_blocks(monkeypatch):
 
 
 def choose(monkeypatch, form):
+    """The form of the kernels. Compiled ones are unrolled where the GPU's architecture says so."""
     monkeypatch.setattr(kernels, "uses_gather", lambda *shape: form == "gather")
+    if kernels.architecture() == 0:
+        monkeypatch.setattr(kernels, "architecture", lambda: 90 if form == "unrolled" else 0)
 
 
 def points(shape, device, dtype=torch.float32, seed=0):
@@ -115,6 +122,75 @@ def test_knots_and_points_outside(form, order, kernel_device, small_blocks, monk
     got, wanted = (run(backend, tensors, up, 8, order) for backend in ("triton", "torch"))
     for value, expected in zip(got, wanted):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "form, dtype",
+    [
+        ("matrix", torch.float32),
+        ("unrolled", torch.bfloat16),
+        pytest.param("unrolled", torch.float32, marks=pytest.mark.slow),
+        pytest.param("matrix", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("unrolled", torch.float16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("order", DEGREES)
+def test_bases_at_every_place_of_a_group(order, dtype, form, kernel_device, small_blocks, monkeypatch):
+    """On knots, inside, on the margins and beyond, with grids that end in each of the four places of a group."""
+    choose(monkeypatch, form)
+    for grid_size in (1, 4, 6, 15):
+        steps = torch.arange(-2 * order - 4, 2 * (grid_size + order) + 5) / 2  # of an interval; all exact in 16 bits
+        x = torch.cat([steps, steps + 0.25, torch.tensor([-60000.0, 60000.0, math.inf])])[:, None]
+        x = x.to(kernel_device, dtype)
+        spline = {"grid_size": grid_size, "spline_order": order, "grid_range": (0.0, float(grid_size))}
+        weights = parameters(1, 3, grid_size, order, kernel_device, dtype)
+        got, plain = (bspline_kan(x, *weights, **spline, backend=backend) for backend in ("triton", "torch"))
+        exact = bspline_kan(x.double(), *(w.double() for w in weights), **spline, backend="torch")
+        assert got.dtype == dtype and torch.equal(got[-1], plain[-1]) and got[-1].isinf().all()
+        base, spline_weight, scaler = (weight.double().abs() for weight in weights)
+        summed = bspline_kan(x.double(), 0 * base, spline_weight, scaler, **spline, backend="torch")
+        summed += F.silu(x.double()).abs() * base.T  # of the sizes of what is added
+        got, plain, exact, summed = (value[:-1].double() for value in (got, plain, exact, summed))
+        allowed = 2 * (plain - exact).abs() + torch.finfo(dtype).eps * (1 + summed)
+        assert ((got - exact).abs() <= allowed).all(), grid_size
+
+
+@triton.jit
+def _in_tf32(value):
+    bits = value.to(tl.int32, bitcast=True)
+    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot_in_three_passes(a, b, acc, PRECISION: tl.constexpr):
+    """What tensor cores are given for "tf32x3": upper and lower parts of both operands, without the least product."""
+    if PRECISION != "tf32x3":
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+    high_a, high_b = _in_tf32(a), _in_tf32(b)
+    low_a, low_b = _in_tf32(a - high_a), _in_tf32(b - high_b)
+    return tl.dot(high_a, high_b, tl.dot(high_a, low_b, tl.dot(low_a, high_b))) + acc
+
+
+@pytest.mark.parametrize("form", ["matrix", "unrolled"])
+def test_three_passes_are_as_exact_as_float32(form, kernel_device, small_blocks, monkeypatch):
+    if kernel_device.type == "cuda":
+        pytest.skip("the GPU's own passes are compared by the other tests")
+    choose(monkeypatch, form)
+    tensors = [points((37, 40), kernel_device), *parameters(40, 33, 8, 3, kernel_device)]
+    run_alone = kernels.bspline_kan_fwd(*_packed(tensors), 8, 3, -1.0, 1.0)
+    monkeypatch.setattr(kernels, "interpretable_dot", _dot_in_three_passes)
+    passes = kernels.bspline_kan_fwd(*_packed(tensors), 8, 3, -1.0, 1.0)
+    assert not torch.equal(passes, run_alone)  # it was used
+    plain = bspline_kan(*tensors, 8, 3, backend="torch")
+    exact = bspline_kan(*(tensor.double() for tensor in tensors), 8, 3, backend="torch")
+    error, allowed = (float((value.double() - exact).norm() / exact.norm()) for value in (passes, plain))
+    assert error <= 2 * allowed, f"{error:.1e}, torch {allowed:.1e}"
+
+
+def _packed(tensors):
+    x, *weights = tensors
+    return x, pack_weight(*weights, x.dtype)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -157,6 +157,19 @@ def _stage(predictor, sigma):
     return sum(sigma <= bound for bound in predictor.config.stage_bounds)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_plan_for_a_longer_history_than_kernels_are_made_for(rank):
+    history = 17
+    predictor = trained(PredictorConfig(8, rank=rank, hidden=3, history_length=history), "auto").requires_grad_(False)
+    ring = predictor.make_ring(2, 3)
+    levels = [1 - 0.05 * step for step in range(history)]
+    for level in levels:
+        ring.push(torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(int(100 * level))), level)
+    (weights,) = predictor.plan([levels[::-1]], [0.15], 2)
+    actual = predictor.forecast_with(ring, weights, predictor.low_rank(ring.dtype))
+    torch.testing.assert_close(actual, predictor(ring, 0.15), rtol=1e-4, atol=1e-4 * float(actual.abs().max()))
+
+
 @torch.no_grad()
 def test_an_empty_plan():
     assert make_predictor().plan([], [], 1) == []

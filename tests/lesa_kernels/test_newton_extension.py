@@ -10,8 +10,10 @@ import torch
 from lesa_kernels.extension import extension, extension_error
 from lesa_kernels.predictor import extension as extension_module
 from lesa_kernels.predictor.arguments import NewtonExperts, RingState, Shape
-from lesa_kernels.predictor.extension import newton_predict_extension
-from lesa_kernels.predictor.reference import newton_predict_ref
+from lesa_kernels.predictor.extension import newton_coefficients_extension, newton_predict_extension
+from lesa_kernels.predictor.ops.coefficients import newton_coefficients
+from lesa_kernels.predictor.reference import newton_coefficients_ref, newton_predict_ref
+from lesa_kernels.stream.arguments import Weights
 
 pytestmark = pytest.mark.skipif(extension_error() is not None, reason=f"no extension: {extension_error()}")
 
@@ -334,3 +336,63 @@ def test_the_compiled_function_checks_before_it_reads(name):
 def test_the_compiled_function_takes_what_it_should():
     output, arguments = raw_predict()
     torch.testing.assert_close(output, predict_ref(arguments))
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("width", [1, 16, 45, 530])
+def test_weights_of_several_steps(instructions, width, rank):
+    """In one call; with stages and counts of their own, they are those of plain torch."""
+    arguments = case(9, capacity=9, count=(9,), dim=width, history=(2, 4, 7), bounds=(0.4, 0.2), rank=rank, hidden=33)
+    _, experts, shape = in_tuples(arguments)
+    steps, batch = 5, 3
+    generator = torch.Generator().manual_seed(0)
+    sigmas = torch.rand(steps, batch, 7, generator=generator).cumsum(-1) + 0.4
+    count = torch.randint(0, 10, (steps, batch), generator=generator).int()
+    sigma = torch.rand(steps, batch, generator=generator) * 0.6
+    exact = newton_coefficients_ref(sigmas, count, sigma, experts, shape, torch.float64)
+    plain = newton_coefficients_ref(sigmas, count, sigma, experts, shape)
+    actual = newton_coefficients_extension(sigmas, count, sigma, experts, shape)
+    for name, mine, theirs, right in zip(Weights._fields, actual, plain, exact):
+        assert (mine is None) == (right is None) == (name in ("taps", "stage", "constant") and not rank), name
+        if mine is not None:
+            assert mine.dtype == (torch.int32 if name in ("count", "stage") else torch.float32) and mine.is_contiguous()
+            error, bound = (float((each.double() - right).abs().max()) for each in (mine, theirs))
+            assert error <= 2 * bound + 2 * torch.finfo(torch.float32).eps * float(right.abs().max()), name
+
+
+def test_the_public_weights_are_those_of_the_extension_without_gradients_only(monkeypatch):
+    arguments, calls = case(10, rank=5), []
+    _, experts, shape = in_tuples(arguments)
+    levels = (torch.tensor([[[0.5, 0.6, 0.7, 0.8]]]), torch.tensor([[4]], dtype=torch.int32), torch.tensor([[0.4]]))
+
+    def called(*given):
+        calls.append(given)
+        return newton_coefficients_extension(*given)
+
+    monkeypatch.setattr(extension_module, "newton_coefficients_extension", called)
+    expected = newton_coefficients(*levels, *experts, *shape, backend="torch")
+    for each, right in zip(newton_coefficients(*levels, *experts, *shape), expected):
+        torch.testing.assert_close(each, right)
+    assert len(calls) == 1
+    learned = experts._replace(out_bias=experts.out_bias.clone().requires_grad_())
+    assert newton_coefficients(*levels, *learned, *shape).anchors.requires_grad and len(calls) == 1
+    operator = torch.ops.lesa_kernels.newton_coefficients_cpu.default
+    torch.library.opcheck(operator, (*levels, *experts, *shape))
+
+
+def test_the_compiled_weights_are_checked_before_anything_is_read():
+    _, experts, shape = in_tuples(case(11))
+    levels = torch.rand(1, 1, 4).cumsum(-1), torch.full((1, 1), -1, dtype=torch.int32), torch.rand(1, 1)
+    with pytest.raises(ValueError, match="`count` must be at least 0, but got -1"):
+        newton_coefficients_extension(*levels, experts, shape)
+    addresses = [0 if part is None else part.data_ptr() for part in experts]
+    made = torch.zeros(1, 4, 19), torch.zeros(1, dtype=torch.int32)
+    call = [levels[0].data_ptr(), made[1].data_ptr(), levels[2].data_ptr(), 1, addresses, [19, 7, 0, 8, 3], (), (4,)]
+    call += [made[0].data_ptr(), made[1].data_ptr(), 0, 0, 0, 1]
+    extension().newton_coefficients(*call)
+    wrong = [(0, 0, "sigmas"), (1, 0, "count"), (2, 0, "sigma"), (3, -1, "forecasts"), (4, [0] * 8, "in_weight")]
+    wrong += [(5, [19, 7, 1, 8, 3], "down"), (7, (4, 3), "history_length"), (8, 0, "anchors"), (9, 0, "anchor_count")]
+    wrong += [(4, [*addresses[:7], addresses[0]], "constant"), (13, 0, "threads")]
+    for place, value, name in wrong:
+        with pytest.raises(ValueError, match=f"`{name}` must"):
+            extension().newton_coefficients(*call[:place], value, *call[place + 1 :])

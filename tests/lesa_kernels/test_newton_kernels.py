@@ -23,7 +23,8 @@ from lesa_kernels.predictor.arguments import DenseExperts, NewtonExperts, RingSt
 from lesa_kernels.predictor.reference import kan_hidden
 
 pytest.importorskip("triton")
-from lesa_kernels.predictor.kernels import newton  # noqa: E402
+from lesa_kernels.predictor.kernels import coefficients, newton  # noqa: E402
+from lesa_kernels.stream.kernels import forecast, sums  # noqa: E402
 
 FLOAT8 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, FLOAT8]
@@ -175,7 +176,7 @@ def test_float8_is_decoded_by_its_bits_where_triton_has_no_such_type(kernel_devi
     ring.storage[:, :, 0] = torch.arange(24, device=kernel_device).sub(12).mul(37.3).to(FLOAT8)  # all sizes of exponent
     ring.storage[0, 0, 1] = torch.tensor(2.0**-9, device=kernel_device).to(FLOAT8)  # subnormal
     native = predictor(ring, sigma)
-    for module in (newton,):
+    for module in (newton, forecast, sums):
         monkeypatch.setattr(module, "stored_bits", lambda storage: (storage.view(torch.uint8), 2))
     assert torch.equal(predictor(ring, sigma), native)
 
@@ -371,35 +372,68 @@ def launches(monkeypatch):
 
     spy(newton, "_newton_predict_fwd_kernel")
     spy(newton, "_newton_predict_bwd_kernel")
-    spy(velocity, "_newton_velocity_fwd_kernel")
+    spy(coefficients, "_newton_coefficients_fwd_kernel")
+    spy(forecast, "_stream_forecast_fwd_kernel")
+    spy(sums, "_stream_sums_fwd_kernel")
     return seen
 
 
-@pytest.mark.slow
-def test_which_kernels_run(kernel_device, launches, monkeypatch):
-    predictor, ring, sigma = make("blocks", kernel_device, pushes=[4, 3])
+COEFFICIENTS, FORECAST, SUMS = (
+    "_newton_coefficients_fwd_kernel",
+    "_stream_forecast_fwd_kernel",
+    "_stream_sums_fwd_kernel",
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, kernels", [("rank0", ["_newton_predict_fwd_kernel"]), ("rank3", [COEFFICIENTS, SUMS])])
+def test_how_many_kernels_a_call_launches(name, kernels, kernel_device, launches):
+    predictor, ring, sigma = make(name, kernel_device, pushes=[4, 3])
     head = make_head(ring, 4)
-    with torch.no_grad():
-        predictor(ring, sigma)
-        assert launches == ["_newton_predict_fwd_kernel"]
-        predictor.predict_velocity(ring, sigma, head)
-        assert launches[1:] == ["_newton_velocity_fwd_kernel"]
-        wide = make_head(ring, 257)
-        expected = output_head(predictor(ring, sigma), wide)
-        assert torch.equal(predictor.predict_velocity(ring, sigma, wide), expected)  # wider than the kernel is made for
-        assert launches[2:] == ["_newton_predict_fwd_kernel"] * 2
-        assert predictor.fuses_velocity(ring) and not predictor.fuses_velocity(ring, wide)
-        assert predictor.fuses_velocity(ring, head)
-        monkeypatch.setattr(velocity_op, "KERNEL_SCRATCH_BYTES", 1000)  # more than that is left for whoever finishes
-        assert not predictor.fuses_velocity(ring, head)
-        torch.testing.assert_close(
-            predictor.predict_velocity(ring, sigma, head), output_head(predictor(ring, sigma), head)
-        )
-        assert launches[4:] == ["_newton_predict_fwd_kernel"] * 2
-        in_torch(predictor)(ring, sigma)
+    predictor(ring, sigma)
+    assert launches == kernels
+    predictor.predict_velocity(ring, sigma, head)
+    assert launches[len(kernels) :] == [COEFFICIENTS, SUMS]
     del launches[:]
-    predictor.predict_velocity(ring, sigma, head).sum().backward()  # through the forecast, which has a gradient
-    assert launches == ["_newton_predict_fwd_kernel"] * 2 + ["_newton_predict_bwd_kernel"]
+    (weights,) = predictor.plan([[0.6, 0.7, 0.8]], [0.5], 2)
+    low_rank = predictor.low_rank(ring.dtype)
+    predictor.forecast_with(ring, weights, low_rank)
+    predictor.velocity_with(ring, weights, head, low_rank)
+    assert launches == [COEFFICIENTS, FORECAST if name == "rank0" else SUMS, SUMS]
+
+
+@torch.no_grad()
+@each_dtype
+@pytest.mark.parametrize("name", ["rank0", "windows"])
+def test_a_plan_gives_the_same_forecasts_and_velocities(name, dtype, kernel_device):
+    predictor, ring, _ = make(name, kernel_device, dtype, pushes=[4, 4], sigmas=[0.4, 0.4])
+    head = make_head(ring, 3)
+    levels = ring.sigmas[(ring.cursor[0] - 1 - torch.arange(4, device=kernel_device)) % 4, 0].tolist()
+    (weights,) = predictor.plan([levels], [0.37], 2)
+    low_rank = predictor.low_rank(ring.dtype)
+    sigma = torch.full((2,), 0.37, device=kernel_device)
+    exact = exact_forecast(predictor, ring, sigma)
+    assert_as_good(predictor.forecast_with(ring, weights, low_rank), eager_forecast(predictor, ring, sigma), exact)
+    result = predictor.velocity_with(ring, weights, head, low_rank)
+    plain = eager_head(eager_forecast(predictor, ring, sigma), head)
+    assert_as_good(result, plain, output_head(exact, in_float64(head)))
+
+
+@torch.no_grad()
+def test_a_head_with_a_modulation_for_each_token_or_without_shift(kernel_device):
+    predictor, ring, sigma = make("windows", kernel_device, pushes=[4, 3])
+    head = make_head(ring, 4)
+    per_token = torch.randn(2, 2, 5, 24, generator=seeded(2)).to(kernel_device)
+    for changed in (OutputHead(head.weight, head.bias, *per_token), OutputHead(head.weight, None, head.scale, None)):
+        expected = in_torch(predictor).predict_velocity(ring, sigma, changed)
+        torch.testing.assert_close(predictor.predict_velocity(ring, sigma, changed), expected, rtol=1e-4, atol=1e-4)
+        assert predictor.fuses_velocity(ring, changed) == (changed.scale.ndim == 2)
+
+
+def test_which_kernels_a_gradient_launches(kernel_device, launches):
+    predictor, ring, sigma = make("rank3", kernel_device, pushes=[4, 3])
+    predictor.predict_velocity(ring, sigma, make_head(ring, 4)).sum().backward()  # through the forecast
+    assert launches == [COEFFICIENTS, SUMS, COEFFICIENTS, SUMS, "_newton_predict_bwd_kernel"]
 
 
 @pytest.mark.slow

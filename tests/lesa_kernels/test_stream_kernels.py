@@ -224,6 +224,13 @@ def test_sizes_that_fit_no_block(tokens, width, kernel_device):
     check_velocity(case)
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_an_empty_batch(rank, kernel_device):
+    case = Case(kernel_device, batch=0, rank=rank)
+    assert case.forecast().shape == (0, 5, 24)
+    assert case.velocity().shape == (0, 5, 6)
+
+
 @pytest.mark.slow
 def test_one_channel(kernel_device):
     check_forecast(Case(kernel_device, width=1, rank=1))
@@ -392,6 +399,19 @@ def test_sums_for_another_dtype_are_made_again(dtype, kernel_device):
     made = head_sums(case.head, case.low_rank, case.weights.stage, torch.float64)
     assert made.weight.shape == (1, 9, 24) and made.weight.dtype == torch.float64
     assert torch.equal(case.velocity(sums=made), case.velocity())
+
+
+def test_sums_of_another_head_are_refused(kernel_device):
+    case = Case(kernel_device, batch=2)
+    for name in ("ones", "constant"):
+        for wrong in (torch.zeros(1, 6), torch.zeros(2, 5), torch.zeros(2, 6, dtype=torch.int32)):
+            made = head_sums(case.head)._replace(**{name: wrong.to(kernel_device)})
+            with pytest.raises((ValueError, TypeError), match=f"`sums.{name}` must"):
+                case.velocity(sums=made)
+    case = Case(kernel_device, batch=2, rank=3)
+    made = head_sums(case.head, case.low_rank, case.weights.stage)
+    with pytest.raises(ValueError, match="`sums.through` must have shape .2, 3, 6."):
+        case.velocity(sums=made._replace(through=made.through[:, :2]))
 
 
 @pytest.mark.slow

@@ -160,6 +160,26 @@ def test_forecasts_are_those_of_the_ring_on_the_device(copies, name, dtype):
             )
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", ["newton", "dense"])
+def test_a_head_with_a_modulation_for_each_token(mixer):
+    """The pieces have fewer tokens than the modulation."""
+    torch.manual_seed(0)
+    predictor = FusedKANPredictor(PredictorConfig(DIM, mixer=mixer, hidden=8))
+    head = OutputHead(torch.randn(5, DIM), torch.randn(5), torch.randn(BATCH, TOKENS, DIM), None)
+    ring, plain = make_both(capacity=predictor.config.max_history)
+    levels = [0.9, 0.8, 0.7]
+    for level in levels:
+        features = torch.randn(BATCH, TOKENS, DIM)
+        for each in (ring, plain):
+            each.push(features, level)
+    expected = predictor.predict_velocity(plain, 0.5, head)
+    torch.testing.assert_close(predictor.predict_velocity(ring, 0.5, head), expected)
+    if mixer == "newton":
+        (weights,) = predictor.plan([levels[::-1]], [0.5], BATCH)
+        torch.testing.assert_close(predictor.velocity_with(ring, weights, head), expected)
+
+
 def test_gradients_of_the_parameters_pass_through_the_pieces():
     torch.manual_seed(0)
     predictor = FusedKANPredictor(PredictorConfig(DIM, rank=3, hidden=8))

@@ -1,5 +1,7 @@
 import json
 import math
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +85,66 @@ def test_goes_on_where_it_was_stopped(tmp_path, fake_timer, monkeypatch):
     # What it wrote is what the launchers read.
     monkeypatch.setenv("LESA_TUNED", str(out))
     assert launch.launch_config(names[0], torch.bfloat16, device)["num_warps"] == 8
+
+
+class FakeTorch:
+    """Stands for torch on a GPU, and notes what is done in which order."""
+
+    int64 = None
+
+    def __init__(self):
+        self.done, self.clock, self.cuda = [], 0.0, self
+        self.CUDAGraph, self.Stream, self.current_stream = lambda: self, lambda: self, lambda: self
+
+    def zeros(self, *sizes, **options):
+        return SimpleNamespace(zero_=lambda: self.done.append("write"), sum=lambda: self.done.append("read"))
+
+    def Event(self, enable_timing):
+        event = SimpleNamespace(at=None)
+        event.record = lambda: (self.done.append("event"), setattr(event, "at", self.clock))
+        event.elapsed_time = lambda end: 1e3 * (end.at - event.at)
+        return event
+
+    def call(self):
+        self.done.append("call")
+        self.clock += 7.0
+
+    def replay(self):
+        self.done.append("replay")
+        self.clock += 60.0
+
+    def _sleep(self, cycles):
+        self.done.append("sleep")
+        self.clock += 1000.0
+
+    def synchronize(self):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+    @contextmanager
+    def stream(self, stream):
+        yield
+
+    @contextmanager
+    def graph(self, graph, stream):
+        yield
+
+
+@pytest.mark.parametrize(("dirty", "flush"), [(False, "read"), (True, "write")])
+def test_a_call_alone_is_timed_after_the_caches_were_filled(dirty, flush, monkeypatch):
+    fake = FakeTorch()
+    monkeypatch.setattr(tune, "torch", fake)
+    assert tune.device_seconds(fake.call, 3, dirty=dirty) == [7.0] * 3
+    assert fake.done[-15:] == [flush, "sleep", "event", "call", "event"] * 3
+
+
+def test_calls_in_a_graph_are_timed_together(monkeypatch):
+    fake = FakeTorch()
+    monkeypatch.setattr(tune, "torch", fake)
+    assert tune.graph_seconds(fake.call, calls=6, repeats=2) == [10.0] * 2
+    assert fake.done == ["call"] * (1 + 6) + ["replay"] + ["sleep", "event", "replay", "event"] * 2
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch, tmp_path):

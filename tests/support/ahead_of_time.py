@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ from lesa_kernels.stream import HeadSums, LowRank, StoredFeatures, Weights, stre
 ARCHITECTURES = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 SHARED_MEMORY_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 DATA_CENTRE = (80, 90, 100)
+# All dtypes are compiled for Hopper. Elsewhere it is bfloat16, and float8 where a kernel decodes its bits.
+ELSEWHERE = {torch.bfloat16: tuple(ARCHITECTURES), torch.float8_e4m3fn: (80,)}
 WORKERS = 2
 
 # What is counted in a kernel's PTX.
@@ -65,6 +68,9 @@ class Case:
             tcgen05), "small" if any tensor-core instruction will do, None if it has none.
         vectorised: whether it must read global memory 16 bytes at a time.
         may_spill: dtypes in which it is run too seldom for its registers to matter.
+        float32_products: whether it must use tensor cores in float32 too.
+        most_selects: for each architecture, how many comparisons and selections of integers (ISETP, SEL) the innermost
+            loop of its matrix products may have in dtypes of 16 bits.
         architectures: for which it is compiled.
         kernel: how the name of its kernel begins; that of the call if it is None.
     """
@@ -77,6 +83,8 @@ class Case:
     products: str | None = None
     vectorised: bool = False
     may_spill: tuple[torch.dtype, ...] = ()
+    float32_products: bool = False
+    most_selects: tuple[tuple[int, int], ...] = ()
     architectures: tuple[int, ...] = DATA_CENTRE
     kernel: str | None = None
 
@@ -100,7 +108,7 @@ def empty_predictor(size: FeatureShape, mixer: str, cast: bool = False, **option
     return predictor.to_empty(device="cpu").requires_grad_(False)
 
 
-def predict(mixer: str, **options) -> Callable[[FeatureShape], object]:
+def predict(mixer: str = "newton", **options) -> Callable[[FeatureShape], object]:
     """A call of a predictor."""
 
     def call(size):
@@ -110,7 +118,7 @@ def predict(mixer: str, **options) -> Callable[[FeatureShape], object]:
     return call
 
 
-def predict_backward(mixer: str, **options) -> Callable[[FeatureShape], object]:
+def predict_backward(mixer: str = "newton", **options) -> Callable[[FeatureShape], object]:
     """A call of a predictor, and the gradients by its parameters and the features."""
 
     def call(size):
@@ -123,11 +131,11 @@ def predict_backward(mixer: str, **options) -> Callable[[FeatureShape], object]:
     return call
 
 
-def velocity(rank: int) -> Callable[[FeatureShape], object]:
+def velocity(rank: int, **options) -> Callable[[FeatureShape], object]:
     """A call of newton and the output head together."""
 
     def call(size):
-        predictor = empty_predictor(size, "newton", rank=rank)
+        predictor = empty_predictor(size, "newton", rank=rank, **options)
         dtype = torch.bfloat16 if size.dtype.itemsize == 1 else size.dtype
         weight = torch.empty(64, size.dim, dtype=dtype)
         scale, shift = torch.empty(2, size.batch, size.dim, dtype=dtype)
@@ -167,6 +175,30 @@ def stream(rank: int = 0, outputs: int = 0, history: int = 4) -> Callable[[Featu
     return call
 
 
+def plan(**options) -> Callable[[FeatureShape], object]:
+    """The weights of three steps of a run."""
+
+    def call(size):
+        predictor = empty_predictor(size, "newton", **options)
+        return predictor.plan([[0.9], [0.9, 0.8], [0.7, 0.8, 0.9]], [0.85, 0.75, 0.65], size.batch)
+
+    return call
+
+
+def ten_predictors(
+    call: Callable[..., Callable[[FeatureShape], object]], **options
+) -> Callable[[FeatureShape], object]:
+    """What `call` makes for a predictor, for ten that differ in what they were trained to: stages, bounds, lengths."""
+    lengths = [(4, 4, 4), (2, 4, 3), (1, 2, 4), (4, 1), (4, 3, 2, 1), (2, 4), (4,)]
+    bounds = [(0.67, 0.33), (0.9, 0.5), (0.5, 0.0625), (0.25,), (0.75, 0.5, 0.25), (0.3,), ()]
+    numbers = [*zip(bounds, lengths), ((0.6, 0.3), (4, 3, 4)), ((0.8, 0.16), (3, 4, 4)), ((0.64, 0.32), (4, 4, 1))]
+
+    def calls(size):
+        return [call(stage_bounds=b, history_length=k, **options)(size) for b, k in numbers]
+
+    return calls
+
+
 def layer(grid_size: int, spline_order: int, backward: bool = False) -> Callable[[LayerShape], object]:
     """A call of the KAN layer, and of its gradients if need be."""
 
@@ -187,6 +219,12 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 WIDE = LayerShape("kan-256", 65536, 256, 256, torch.bfloat16)
 WIDER = LayerShape("kan-1024", 8192, 1024, 1024, torch.bfloat16)
 NARROW = LayerShape("kan-8", 65536, 8, 8, torch.bfloat16)
+
+
+def ten(name: str, call: Callable, kernels: int, dtype: torch.dtype = torch.bfloat16, **options) -> Case:
+    """A case of ten predictors of one size, which must share their compiled kernels."""
+    calls = ten_predictors(call, **options)
+    return Case(name, calls, (TRAINING,), (dtype,), None, may_spill=(dtype,), kernels=kernels, architectures=(90,))
 
 
 def gradient(name: str, call: Callable, *sizes: FeatureShape | LayerShape, products: str | None = None) -> Case:
@@ -216,16 +254,45 @@ def stream_cases() -> list[Case]:
 
 CASES = [
     Case("newton_predict-rank0", predict("newton", rank=0), vectorised=True),
-    Case("newton_predict-rank32", predict("newton", rank=32), products="small", vectorised=True),
-    Case("newton_velocity-rank0", velocity(0), products="small", vectorised=True),
-    Case("newton_velocity-rank32", velocity(32), products="small", vectorised=True, may_spill=(torch.float32,)),
+    Case(
+        "newton_predict-rank32",
+        predict("newton", rank=32),
+        launches=2,
+        products="small",
+        vectorised=True,
+        may_spill=(torch.float32,),
+    ),
+    Case("newton_coefficients", plan(rank=32), dtypes=(torch.bfloat16,), vectorised=True),
+    Case("newton_velocity-rank0", velocity(0), launches=2, products="small", vectorised=True),
+    Case(
+        "newton_velocity-rank32",
+        velocity(32),
+        launches=2,
+        products="small",
+        vectorised=True,
+        may_spill=(torch.bfloat16, torch.float32),  # as that of the stream operation, which it launches
+    ),
     *stream_cases(),
     Case("dense_predict", predict("dense", cast=True), products="large", vectorised=True),
     Case("dense_predict-cast", predict("dense"), dtypes=(torch.bfloat16,), products="large", vectorised=True),
     gradient("newton_predict-rank0-backward", predict_backward("newton", rank=0), TRAINING),
     gradient("newton_predict-rank32-backward", predict_backward("newton", rank=32), TRAINING, products="small"),
     gradient("dense_predict-backward", predict_backward("dense", cast=True), TRAINING, products="large"),
-    Case("bspline_kan", layer(8, 3), (WIDE,), FLOATS, products="large"),
+    ten("newton_predict-ten-rank0", predict, 1, rank=0),
+    ten("newton_predict-ten-backward", predict_backward, 4, rank=32),
+    ten("newton_velocity-ten", velocity, 2, rank=32),
+    ten("newton_coefficients-ten", plan, 1, rank=32),
+    ten("dense_predict-ten", predict, 1, mixer="dense", cast=True),
+    # With a comparison and a selection for each basis of each input, they were 115 in a quarter of such a loop.
+    Case(
+        "bspline_kan",
+        layer(8, 3),
+        (WIDE,),
+        FLOATS,
+        products="large",
+        float32_products=True,
+        most_selects=((80, 55), (90, 90), (100, 55)),
+    ),
     gradient("bspline_kan-backward", layer(8, 3, backward=True), WIDE, WIDER, products="large"),
     gradient("bspline_kan-narrow", layer(100, 3, backward=True), NARROW),
 ]
@@ -237,6 +304,7 @@ def units(only: str = "") -> list[tuple[int, str, torch.dtype]]:
         (architecture, case.name, dtype)
         for case in CASES
         for dtype, architecture in itertools.product(case.dtypes, case.architectures)
+        if architecture in (90, *ELSEWHERE.get(dtype, ()))
     ]
     return [unit for unit in found if only in id_of(*unit)]
 
@@ -263,6 +331,9 @@ def compile_unit(architecture: int, case: str, dtype: torch.dtype) -> dict:
             found.call(replace(size, dtype=dtype))
             launches[str(size)] = [kernel.hash for kernel in launched]
             kernels.update({k.hash: resources(k) for k in launched if k.hash not in kernels})
+            if found.most_selects and dtype.itemsize == 2:
+                for kernel in launched:
+                    kernels[kernel.hash]["loop"] = loop_of_products(kernel.asm["cubin"])
     except Exception:
         error = traceback.format_exc()
     return {
@@ -318,6 +389,9 @@ def _recorded() -> list:
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         launched.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        for each in args:  # such as the stages of the samples: plain torch may read what the kernel has not written
+            if isinstance(each, torch.Tensor) and each.dtype == torch.int32 and each.numel() <= 64:
+                each.zero_()
         return launched[-1]
 
     JITFunction.run = compile_only
@@ -344,6 +418,28 @@ def resources(kernel) -> dict:
         "shared": max(kernel.metadata.shared, numbers["SHARED"]),
         "instructions": {name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in INSTRUCTIONS.items()},
     }
+
+
+def loop_of_products(cubin: bytes) -> dict[str, int]:
+    """The machine instructions of the innermost loop that has matrix products, counted by name, such as "SEL"."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names, labels, loops = [], {}, []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(names)
+        elif instruction := re.match(r"\s+/\*\w+\*/\s+(?:@!?U?P\w+ )?(\w+)(.*)", line):
+            names.append(instruction[1])
+            target = re.search(r"\.L_\w+", instruction[2]) if instruction[1] == "BRA" else None
+            if target and target[0] in labels:  # a jump back
+                loops.append(names[labels[target[0]] :])
+    products = {"HMMA", "HGMMA", "UTCHMMA"}
+    return dict(Counter(min((loop for loop in loops if products & set(loop)), key=len)))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,6 +11,7 @@ which works but is slower than casting the predictor once.
 """
 
 import itertools
+import math
 
 import torch
 import triton
@@ -24,8 +25,8 @@ from lesa_kernels.predictor.kernels.shared import (
     history_of,
     of_stage,
     sample_of,
-    stage_constants,
     stage_of,
+    stage_values,
 )
 from lesa_kernels.predictor.reference import stage_index
 from lesa_kernels.stream.kernels.shared import (
@@ -149,9 +150,9 @@ def _dense_predict_fwd_kernel(
     stride_c,
     stride_b,
     stride_t,
-    BOUNDS: tl.constexpr,
-    LENGTHS: tl.constexpr,
-    FIRSTS: tl.constexpr,
+    bounds,
+    lengths,
+    firsts,
     GRID: tl.constexpr,
     DEGREE: tl.constexpr,
     D: tl.constexpr,
@@ -171,13 +172,10 @@ def _dense_predict_fwd_kernel(
     row, start, first_out = tile_of(program, tokens, D, BLOCK_R, BLOCK_C, GROUP)
     outs = first_out + tl.arange(0, BLOCK_C)
 
-    target, stage, slots, levels, n = sample_of(row, sigma, sigmas, cursor, count, batch, capacity, BOUNDS, LENGTHS, K)
+    target, stage, slots, levels, n = sample_of(row, sigma, sigmas, cursor, count, batch, capacity, bounds, lengths, K)
     features = (storage, scales, batch, tokens, stride_c, stride_b, stride_t)
-    length = of_stage(stage, LENGTHS)
-    first = of_stage(stage, FIRSTS)
-    alpha = alpha_of(
-        in_weight, in_bias, spline, out_weight, out_bias, stage, target, levels, n, M, K, GRID, DEGREE, BLOCK_M
-    )
+    length = of_stage(stage, lengths).to(tl.int32)
+    first = of_stage(stage, firsts).to(tl.int32)
 
     # One loop over features and channels, so that the loads of the next feature start before this one is done.
     steps: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
@@ -196,6 +194,10 @@ def _dense_predict_fwd_kernel(
             weight = load_map(mix_weight, first + k, outs, ins, D)
         mixed = rounded_dot(feature, weight.T, mixed, OPERAND)
 
+    # Only now: the first loads need not wait for it, and it reads what other programs have left in the caches.
+    alpha = alpha_of(
+        in_weight, in_bias, spline, out_weight, out_bias, stage, target, levels, n, M, K, GRID, DEGREE, BLOCK_M
+    )
     total = 0.0
     for part in tl.static_range(2):  # the registers do not hold the residual of a whole tile as well
         half = tl.split(mixed.reshape([BLOCK_R, 2, BLOCK_C // 2]).permute(0, 2, 1))[part]
@@ -230,9 +232,9 @@ def _dense_predict_bwd_mix_weight_kernel(
     stride_c,
     stride_b,
     stride_t,
-    BOUNDS: tl.constexpr,
-    LENGTHS: tl.constexpr,
-    FIRSTS: tl.constexpr,
+    bounds,
+    lengths,
+    firsts,
     D: tl.constexpr,
     K: tl.constexpr,
     FLOAT8: tl.constexpr,
@@ -246,17 +248,17 @@ def _dense_predict_bwd_mix_weight_kernel(
     outs = first_out + tl.arange(0, BLOCK_R)
     ins = first_in + tl.arange(0, BLOCK_C)
     stage = 0
-    for i in tl.static_range(1, len(FIRSTS)):
-        stage += (entry >= FIRSTS[i]).to(tl.int32)
-    k = entry - of_stage(stage, FIRSTS)
-    length = of_stage(stage, LENGTHS)
+    for i in tl.static_range(1, len(firsts)):
+        stage += (entry >= firsts[i]).to(tl.int32)
+    k = entry - of_stage(stage, firsts).to(tl.int32)
+    length = of_stage(stage, lengths).to(tl.int32)
 
     features = (storage, scales, batch, tokens, stride_c, stride_b, stride_t)
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for row in tl.range(0, batch, num_stages=1):
         slots, levels, n = history_of(sigmas, cursor, count, row, batch, capacity, length, K)
         slot = chosen(slots, k, K)
-        there = (stage_of(tl.load(sigma + row).to(tl.float32), BOUNDS) == stage) & (n > 0)
+        there = (stage_of(tl.load(sigma + row).to(tl.float32), bounds) == stage) & (n > 0)
         product = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         for start in tl.range(0, tl.where(there, tokens, 0), BLOCK_K):
             upstream = load_channels(grad, row, start, tokens, outs, D, BLOCK_K)
@@ -280,9 +282,9 @@ def _dense_predict_bwd_storage_kernel(
     capacity,
     batch,
     tokens,
-    BOUNDS: tl.constexpr,
-    LENGTHS: tl.constexpr,
-    FIRSTS: tl.constexpr,
+    bounds,
+    lengths,
+    firsts,
     D: tl.constexpr,
     OPERAND: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -293,8 +295,9 @@ def _dense_predict_bwd_storage_kernel(
     place, start, first_in = tile_of(tl.program_id(0), tokens, D, BLOCK_R, BLOCK_C, GROUP)
     slot, row = place // batch, place % batch
     ins = first_in + tl.arange(0, BLOCK_C)
-    stage = stage_of(tl.load(sigma + row).to(tl.float32), BOUNDS)
-    length = of_stage(stage, LENGTHS)
+    stage = stage_of(tl.load(sigma + row).to(tl.float32), bounds)
+    length = of_stage(stage, lengths).to(tl.int32)
+    first = of_stage(stage, firsts).to(tl.int32)
     there = tl.load(count + row)
 
     # A slot is one entry of the history or none. The oldest slot is also every missing entry.
@@ -306,7 +309,7 @@ def _dense_predict_bwd_storage_kernel(
     for step in tl.range(age * steps, last * steps):
         outs = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
         upstream = load_tokens(grad, row, start, tokens, outs, tokens, D, BLOCK_R)
-        weight = load_map(mix_weight, of_stage(stage, FIRSTS) + step // steps, outs, ins, D)
+        weight = load_map(mix_weight, first + step // steps, outs, ins, D)
         product = rounded_dot(upstream, weight, product, OPERAND)
 
     alpha = tl.where(age < last, tl.load(alphas + row), 0.0)
@@ -386,7 +389,7 @@ def _launch_fwd(
         batch,
         tokens,
         *storage.stride()[:3],
-        **_dense_constants(shape),
+        *_stage_values(shape),
         GRID=shape.grid_size,
         DEGREE=shape.spline_order,
         D=width,
@@ -402,9 +405,11 @@ def _launch_fwd(
     )
 
 
-def _dense_constants(shape: Shape) -> dict[str, tuple]:
-    """BOUNDS, LENGTHS, and FIRSTS: where the maps of each stage start among those of all stages."""
-    return stage_constants(shape) | {"FIRSTS": tuple(itertools.accumulate(shape.history_length[:-1], initial=0))}
+def _stage_values(shape: Shape) -> tuple[tuple[float, ...], ...]:
+    """`stage_values`, and where the maps of each stage start among those of all stages, also as floats."""
+    bounds, lengths = stage_values(shape)
+    firsts = [float(first) for first in itertools.accumulate(shape.history_length[:-1], initial=0)]
+    return bounds, lengths, (*firsts, *[math.inf] * (len(lengths) - len(firsts)))
 
 
 def _descriptor(matrices, rows, columns):
@@ -463,7 +468,7 @@ def dense_predict_bwd(
     alphas = grad.new_empty(batch, dtype=torch.float32)
     _launch_fwd(parts, alphas, grad, ring, experts, shape, config)
 
-    common = {**_dense_constants(shape), "D": width, "OPERAND": operand_dtype(storage.dtype)}
+    common = {"D": width, "OPERAND": operand_dtype(storage.dtype)}
     stored, float8 = stored_bits(storage)
     config = dense_config("dense_predict_bwd_mix_weight", storage.dtype, grad, storage)
     grid = (sum(shape.history_length) * _tiles_in(width, width, config),)
@@ -481,6 +486,7 @@ def dense_predict_bwd(
         batch,
         tokens,
         *storage.stride()[:3],
+        *_stage_values(shape),
         K=shape.longest,
         FLOAT8=float8,
         **common,
@@ -501,6 +507,7 @@ def dense_predict_bwd(
             capacity,
             batch,
             tokens,
+            *_stage_values(shape),
             **common,
             **config,
             **LAUNCH_OPTIONS,

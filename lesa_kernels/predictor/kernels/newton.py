@@ -8,17 +8,20 @@ With a residual there are two launches, because the residual needs all channels 
 adds up the features.
 """
 
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
 
 from lesa_kernels.launch import LAUNCH_OPTIONS, launch_config, multiprocessors
-from lesa_kernels.predictor.arguments import NewtonExperts, RingState, Shape
+from lesa_kernels.predictor.arguments import NewtonExperts, Residual, RingState, Shape
 from lesa_kernels.predictor.gradients import HiddenUnits, History, coefficients_backward, read_history
 from lesa_kernels.predictor.kernels.coefficients import newton_ring_coefficients
 from lesa_kernels.predictor.kernels.shared import anchor_weights, newton_weight, sample_of, sigma_argument, stage_values
 from lesa_kernels.predictor.reference import newton_weights
-from lesa_kernels.stream.arguments import StoredFeatures
+from lesa_kernels.stream.arguments import LowRank, StoredFeatures
+from lesa_kernels.stream.fused import triton_forecast
 from lesa_kernels.stream.kernels.shared import (
     load_history,
     load_rows,
@@ -29,6 +32,7 @@ from lesa_kernels.stream.kernels.shared import (
     widen_history,
 )
 from lesa_kernels.stream.kernels.sums import stream_forecast_fwd
+from lesa_kernels.stream.reference import forecast_dtype
 
 
 @triton.jit
@@ -200,14 +204,17 @@ def newton_predict_fwd(
     If `read` is given, `[B, T, R]` float32, `down @ taps` is written to it for the backward.
     """
     storage, hidden = ring.storage, experts.in_weight.shape[1]
-    if experts.rank:
-        weights = newton_ring_coefficients(ring, experts, shape)
-        features = StoredFeatures(storage, ring.scales, ring.cursor, ring.count)
-        return stream_forecast_fwd(features, weights, experts.low_rank, out_dtype, read)
     capacity, batch, tokens, width = storage.shape
     output = torch.empty((batch, tokens, width), dtype=out_dtype, device=storage.device)
     if output.numel() == 0:
         return output
+    if experts.rank:
+        weights = newton_ring_coefficients(ring, experts, shape)
+        features = StoredFeatures(storage, ring.scales, ring.cursor, ring.count)
+        if read is None:
+            return triton_forecast(features, weights, experts.low_rank)
+        dtype, (down, up, _) = forecast_dtype(storage.dtype), cast(Residual, experts.residual)
+        return stream_forecast_fwd(features, weights, LowRank(down.to(dtype), up.to(dtype)), out_dtype, read)
     config = launch_config("newton_predict", storage.dtype, storage.device)
     # A longer history has more tiles under way at once, so they are smaller.
     config["BLOCK_T"] = max(4 * config["BLOCK_T"] // next_power_of_2(shape.longest, 4), 1)
@@ -381,7 +388,8 @@ def newton_predict_bwd(
     """
     storage, rank, taps = ring.storage, experts.rank, shape.longest - 1
     capacity, batch, tokens, width = storage.shape
-    history = read_history(ring, shape)
+    each = ring.with_sigma_of_each()
+    history = read_history(each, shape)
     hidden = HiddenUnits(history, experts, shape)
     grad = grad.contiguous()
 
@@ -417,7 +425,7 @@ def newton_predict_bwd(
             ring.sigmas,
             ring.cursor,
             ring.count,
-            ring.sigma,
+            each.sigma,
             capacity,
             batch,
             tokens,

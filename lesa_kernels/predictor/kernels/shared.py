@@ -3,7 +3,6 @@
 import functools
 import math
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -190,11 +189,6 @@ def anchor_weights(
 def sigma_argument(ring: RingState) -> torch.Tensor | float:
     """`sigma` as a kernel takes it: a tensor, or the number itself where the host knows it."""
     return ring.sigma.item() if ring.has_one_sigma else ring.sigma
-
-
-def stage_constants(shape: Shape) -> dict[str, tuple]:
-    """The kernels' constants BOUNDS and LENGTHS. Bounds are rounded to float32, in which noise levels are compared."""
-    return {"BOUNDS": tuple(float(np.float32(b)) for b in shape.stage_bounds), "LENGTHS": shape.history_length}
 
 
 @functools.lru_cache(maxsize=64)

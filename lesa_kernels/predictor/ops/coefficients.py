@@ -4,14 +4,13 @@ import torch
 
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
 from lesa_kernels.checks import check_tensor
-from lesa_kernels.dispatch import resolve_backend
+from lesa_kernels.dispatch import needs_gradient, resolve_backend
 from lesa_kernels.predictor.arguments import (
     NewtonExperts,
     Shape,
     check_tensors,
     contiguous,
     has_kernels_for,
-    needs_gradient,
 )
 from lesa_kernels.predictor.reference import newton_coefficients_ref
 from lesa_kernels.register import refuse_gradient, register
@@ -48,7 +47,7 @@ def newton_coefficients(
         count: `[P, B]` int32, how many of them there are.
         sigma: `[P, B]` float32, the noise levels to forecast.
         in_weight ... spline_order: as in `newton_predict`.
-        backend: "auto", "triton" or "torch".
+        backend: "auto", "triton", "extension" (on a CPU, without gradients) or "torch".
 
     Returns:
         `Weights` with a leading dimension P: `anchors` `[P, B, K, D]`, `count` `[P, B]`, which is at most the history
@@ -73,9 +72,11 @@ def run_newton_coefficients(
     check_tensors(experts)
     names: tuple[str, ...] = ("torch",)
     if has_kernels_for(experts, shape) and not needs_gradient(sigmas, sigma, *experts):
-        names = ("triton", *names)
-    if resolve_backend(backend, experts.out_bias, names, "newton_coefficients") == "triton":
-        return _weights(_operator(sigmas, count, sigma, experts, shape), experts)
+        names = ("triton", "extension", *names) if experts.out_bias.device.type == "cpu" else ("triton", *names)
+    chosen = resolve_backend(backend, experts.out_bias, names, "newton_coefficients")
+    if chosen != "torch":
+        operator = _operator if chosen == "triton" else _on_cpu
+        return _weights(operator(sigmas, count, sigma, experts, shape), experts)
     _check(sigmas, count, sigma, experts, shape)
     return newton_coefficients_ref(sigmas, count, sigma, experts, shape)
 
@@ -115,6 +116,15 @@ def _newton_coefficients(
     return [value for value in weights if value is not None]
 
 
+def _newton_coefficients_cpu(
+    sigmas: torch.Tensor, count: torch.Tensor, sigma: torch.Tensor, experts: NewtonExperts, shape: Shape
+) -> list[torch.Tensor]:
+    _check(sigmas, count, sigma, experts, shape)
+    from lesa_kernels.predictor.extension import newton_coefficients_extension
+
+    return [value for value in newton_coefficients_extension(sigmas, count, sigma, experts, shape) if value is not None]
+
+
 def _fake_coefficients(
     sigmas: torch.Tensor, count: torch.Tensor, sigma: torch.Tensor, experts: NewtonExperts, shape: Shape
 ) -> list[torch.Tensor]:
@@ -129,3 +139,7 @@ def _fake_coefficients(
 
 _operator = register("newton_coefficients", _newton_coefficients, _fake_coefficients)
 refuse_gradient("newton_coefficients", "has no gradients: `newton_coefficients()` uses plain torch for them")
+_on_cpu = register("newton_coefficients_cpu", _newton_coefficients_cpu, _fake_coefficients, devices=("CPU",))
+refuse_gradient(
+    "newton_coefficients_cpu", "has no gradients: `newton_coefficients()` uses plain torch for them", "on the CPU"
+)

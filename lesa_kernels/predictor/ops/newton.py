@@ -41,6 +41,9 @@ def newton_predict(
 ) -> torch.Tensor:
     """Forecasts features by KAN-modulated Newton extrapolation from the newest anchors of a ring.
 
+    On Triton this is one kernel without a residual. With a residual it is two: one makes the weights of the anchors,
+    and one adds up the features. Before them, a residual whose parameters have another dtype than the features is cast.
+
     With the anchors `(s_0, g_0), (s_1, g_1), ...`, newest first, and the Newton taps
     `t_j = D_j * prod_{q<j} (sigma - s_q)` over their divided differences `D_j`:
 
@@ -55,7 +58,8 @@ def newton_predict(
     Args:
         storage, scales, sigmas, cursor, count: the buffers of a `FeatureRing`: `[C, B, T, D]`, `[C, B, T]` for float8
             and None otherwise, `[C, B]`, `[B]`, `[B]`.
-        sigma: `[B]`, the noise level to forecast. It decides the stage of each sample.
+        sigma: `[B]`, the noise level to forecast. It decides the stage of each sample. One number for all samples may
+            be a tensor without dimensions on the CPU: kernels then take the number itself.
         in_weight, in_bias: `[S, M, K + 1]`, `[S, M]`, the linear map to the spline units of the S experts.
         spline: `[S, M, grid_size + spline_order]`, the coefficients of the spline units.
         out_weight, out_bias: `[S, K - 1, D, M]`, `[S, K - 1, D]`.
@@ -149,8 +153,7 @@ def _newton_predict_bwd(
 ) -> list[torch.Tensor]:
     from lesa_kernels.predictor.kernels.newton import newton_predict_bwd
 
-    ring = contiguous(ring.with_sigma_of_each())
-    gradients = newton_predict_bwd(grad, ring, contiguous(experts), shape, needs_storage)
+    gradients = newton_predict_bwd(grad, contiguous(ring), contiguous(experts), shape, needs_storage)
     return as_declared(gradients, ring.storage, experts, needs_storage)
 
 

@@ -1,4 +1,4 @@
-"""A whole predicted step: Newton's forecast and the output head, in one kernel if there is one for the arguments."""
+"""A whole predicted step: Newton's forecast and the output head."""
 
 import torch
 
@@ -15,9 +15,10 @@ from lesa_kernels.predictor.arguments import (
 from lesa_kernels.predictor.ops.newton import newton_backend, run_newton_predict
 from lesa_kernels.predictor.reference import newton_velocity_ref
 from lesa_kernels.register import refuse_gradient, register
-from lesa_kernels.stream.arguments import OutputHead
+from lesa_kernels.stream.arguments import NO_SUMS, OutputHead, StoredFeatures, Weights
+from lesa_kernels.stream.fused import stream_velocity_is_fused, triton_velocity
 from lesa_kernels.stream.op import output_head
-from lesa_kernels.stream.reference import forecast_dtype, output_head_ref
+from lesa_kernels.stream.reference import forecast_dtype
 
 
 def newton_velocity(
@@ -44,10 +45,11 @@ def newton_velocity(
 ) -> torch.Tensor:
     """A whole predicted step: Newton's forecast, and the output head applied to it.
 
-    On Triton this is one kernel, which reads each anchor once and writes only the velocities. It is made for heads of
-    up to 256 outputs. It needs scratch memory of about `4 B T ceil(D / BLOCK_D) (O + 2 R + 2)` bytes. It is used only
-    if this is at most one GiB. Other backends, larger sizes and calls that need a gradient use two operations: the
-    forecast, then the head.
+    On Triton this is two kernels if `stream_velocity_is_fused`: one makes the weights of the anchors, and one reads
+    each anchor once and writes only the velocities. Between them run a few small operations of plain torch on the
+    head's weights and modulation: see `head_sums`. A sampler makes both before a run, with `FusedKANPredictor.plan` and
+    `head_sums`, and then a step is one kernel. Other backends, other heads and calls that need a gradient use two
+    operations: the forecast, then the head.
 
     Args:
         head: the head's weights and this step's modulation.
@@ -92,15 +94,28 @@ def run_newton_velocity(
     return output_head(run_newton_predict(ring, experts, shape, chosen), head)
 
 
+def newton_velocity_is_fused(ring: RingState, experts: NewtonExperts, head: OutputHead) -> bool:
+    """Whether `newton_velocity` on Triton does not write the forecast to memory; see `stream_velocity_is_fused`."""
+    _, batch, _, width = ring.storage.shape
+    history = experts.out_bias.shape[1] + 1
+    weights = Weights(torch.empty((batch, history, width), device="meta"), ring.count, None, None, None)
+    features = StoredFeatures(ring.storage, ring.scales, ring.cursor, ring.count)
+    return stream_velocity_is_fused(features, weights, head, experts.low_rank)
+
+
 def _newton_velocity(ring: RingState, experts: NewtonExperts, head: OutputHead, shape: Shape) -> torch.Tensor:
     # The checks are here too, since the operator can be called without `newton_velocity`.
     check_all(ring, experts, shape)
     ring.check_channels()
     head.check(ring.storage)
-    out_dtype = forecast_dtype(ring.storage.dtype)
-    from lesa_kernels.predictor.kernels.newton import newton_predict_fwd
+    from lesa_kernels.predictor.kernels.coefficients import newton_ring_coefficients
 
-    return output_head_ref(newton_predict_fwd(contiguous(ring), contiguous(experts), shape, out_dtype), head)
+    if not ring.storage.shape[1]:
+        return _fake_velocity(ring, experts, head, shape)  # no samples: nothing to compute
+    ring = contiguous(ring)
+    weights = newton_ring_coefficients(ring, contiguous(experts), shape)
+    features = StoredFeatures(ring.storage, ring.scales, ring.cursor, ring.count)
+    return triton_velocity(features, weights, experts.low_rank, head, NO_SUMS)
 
 
 def _fake_velocity(ring: RingState, experts: NewtonExperts, head: OutputHead, shape: Shape) -> torch.Tensor:

@@ -36,6 +36,7 @@ class Conditioner:
         self._plans = 0
         self._conditioning: tuple[torch.Tensor, ...] = ()
         self._heads: tuple[OutputHead, ...] = ()
+        self._made_from: list[tuple] = []  # the weights in the heads, which they hold, and so in the sums
         self._summed: Plan | None = None  # the plan for whose steps there are sums
         self._sums: dict[int, HeadSums] = {}
         self._begin = 0
@@ -66,6 +67,8 @@ class Conditioner:
         """
         if not (is_passed and self._is_planned(run, arguments, dtype)):
             return self.adapter.output_head(self.adapter.conditioning(arguments, dtype)), NO_SUMS
+        if (weights := _state_of(self.adapter.projection)) != self._made_from:
+            self._heads, self._summed, self._made_from = (), None, weights
         if not self._heads:
             head, batch = self.adapter.output_head(torch.cat(self._conditioning)), len(self._conditioning[0])
             shifts = [None] * len(self._conditioning) if head.shift is None else head.shift.split(batch)
@@ -119,6 +122,11 @@ class Conditioner:
         rows = self.adapter.scaled(arguments, self.adapter.condition, timesteps, repeated, dtype)
         self._conditioning = rows.split(batch)
         return True
+
+
+def _state_of(module: torch.nn.Module) -> list[tuple]:
+    """What changes when a parameter of a module is changed, replaced or moved."""
+    return [(id(p), p.data_ptr(), version_of(p)) for p in module._parameters.values() if p is not None]
 
 
 def _repeated(value: torch.Tensor | None, batch: int, steps: int) -> torch.Tensor | None:

@@ -211,7 +211,7 @@ class ForecastingHook(StepHook[ForecastState]):
             return self.adapter.output(arguments, velocity)
         features = self._features(ring, call, plan)
         if self._keeps_forecasts:
-            ring.push(features, call.sigma)  # before the head, which may overwrite them
+            stream.push(features, call.sigma)  # before the head, which may overwrite them
         conditioning = conditioner.conditioning(state.run, arguments, ring.dtype, is_passed)
         return self.adapter.output(arguments, self.adapter.head(features, conditioning, arguments))
 
@@ -297,9 +297,7 @@ class ForecastingHook(StepHook[ForecastState]):
             stream.ring, stream.fuses = ring, self.predictor.fuses_velocity(ring)
             stream.planner = Planner(self.predictor, ring) if can_plan(self.predictor) else None
             stream.stats.ring_device_bytes, stream.stats.ring_host_bytes = ring.device_nbytes, ring.host_nbytes
-        ring.push(features, sigma)
-        if stream.planner is not None:
-            stream.planner.push(sigma)
+        stream.push(features, sigma)
 
     def finish(self, state: ForecastState, call: Call) -> None:
         stats = state.streams[call.stream].stats

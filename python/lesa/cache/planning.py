@@ -16,8 +16,11 @@ _FORECASTS = ("forward", "forecast", "predict_velocity")
 def can_plan(predictor: FusedKANPredictor) -> bool:
     """Whether a predictor forecasts by weights that depend on noise levels only.
 
-    A dense predictor has no such weights. What another class or an exchanged method computes is not known.
+    A dense predictor has no such weights. What another class, an exchanged method or a hook computes is not known, nor
+    when modules inside of the predictor, such as parametrizations, change its parameters.
     """
+    if predictor._forward_hooks or predictor._forward_pre_hooks or predictor._modules:
+        return False
     methods = (getattr(getattr(predictor, name), "__func__", None) for name in _FORECASTS)
     are_own = all(method is getattr(FusedKANPredictor, name) for method, name in zip(methods, _FORECASTS))
     return are_own and predictor.config.mixer == "newton"
@@ -52,6 +55,7 @@ class Planner:
     def __init__(self, predictor: FusedKANPredictor, ring: FeatureRing | TieredRing):
         self.predictor = predictor
         self._capacity, self._batch, self._dtype = ring.capacity, ring.batch, ring.dtype
+        self._keeps_forecasts = predictor.config.history == "steps"
         self._levels: tuple[float, ...] = ()  # in the ring, newest first
         self._plan = Plan({}, {}, LowRank())
         self._made_from: tuple = ()  # the state of the parameters
@@ -80,7 +84,7 @@ class Planner:
         for later in range(step, end):
             if later == step or measures or later not in computed:
                 planned[later] = levels
-            if later in computed:
+            if later in computed or self._keeps_forecasts:
                 levels = _pushed(levels, sigmas[later], self._capacity)
         weights = self.predictor.plan([*planned.values()], [sigmas[later] for later in planned], self._batch)
         self._plan = Plan(planned, dict(zip(planned, weights)), self.predictor.low_rank(self._dtype))

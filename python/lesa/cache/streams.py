@@ -2,6 +2,7 @@
 
 from collections.abc import Set
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
@@ -34,6 +35,12 @@ class Stream:
         if (ring.batch, ring.tokens, ring.dim) != features.shape:
             return False
         return (ring.dtype, ring.device) == (features.dtype, features.device)
+
+    def push(self, features: torch.Tensor, sigma: float) -> None:
+        """Pushes features into the ring, and lets the planner know it."""
+        cast(FeatureRing, self.ring).push(features, sigma)
+        if self.planner is not None:
+            self.planner.push(sigma)
 
 
 @dataclass

@@ -1,0 +1,286 @@
+"""The weights of all forecasts of a run are made at once, and every forecast is what the predictor itself gives."""
+
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+from diffusers import PNDMScheduler
+from torch.nn.utils import parametrize
+
+import lesa
+from driven_loops import FIRST, SECOND, SOME, STEPS, call_arguments, drive, guided
+from lesa.cache import conditioning
+from lesa.cache.forecasting import ForecastingHook
+from lesa.cache.planning import Planner, can_plan
+from lesa.demo import digits
+from lesa_kernels import FeatureRing, FusedKANPredictor
+from lesa_kernels.stream import head_sums
+from predictors import make_predictor
+
+
+def trained(**options):
+    """A predictor whose weights, all of them, change its forecasts; its stages change in the middle of a run."""
+    predictor = make_predictor(**{"stage_bounds": (0.7, 0.4), **options})
+    with torch.no_grad():
+        for parameter in predictor.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return predictor
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """A list that gets, for each plan, the number of steps in it."""
+    made, plan = [], FusedKANPredictor.plan
+
+    def counted(self, levels, sigmas, batch):
+        made.append(len(sigmas))
+        return plan(self, levels, sigmas, batch)
+
+    monkeypatch.setattr(FusedKANPredictor, "plan", counted)
+    return made
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """A list that gets the steps that were forecast by a plan. Each forecast is compared with the predictor's own."""
+    steps, features = [], ForecastingHook._features
+
+    def compare(self, ring, call, plan):
+        forecast = features(self, ring, call, plan)
+        own = self.predictor(ring, call.sigma)
+        if own.isfinite().all():
+            torch.testing.assert_close(forecast, own, rtol=2e-5, atol=2e-5)
+        else:
+            torch.testing.assert_close(forecast.isnan(), own.isnan())
+        assert plan is not None
+        steps.append(call.step)
+        return forecast
+
+    monkeypatch.setattr(ForecastingHook, "_features", compare)
+    return steps
+
+
+def test_one_plan_for_each_run_and_stream(pipe, generate, plans, compared):
+    with lesa.enable_cache(pipe, trained(), SOME, strict=True):
+        generate(pipe)
+        assert plans == [STEPS - len(SOME)] and len(compared) == sum(plans)
+        generate(pipe, **guided())
+        assert plans == [STEPS - len(SOME)] * 3 and len(compared) == sum(plans)
+
+
+@pytest.mark.parametrize("tolerance", [0.1, 1.0, 100.0])
+def test_one_plan_for_each_gap_under_error_control(pipe, generate, plans, compared, tolerance):
+    predictor = FusedKANPredictor.from_pretrained(digits.WEIGHTS / "newton-9")
+    errors = tuple(0.01 for _ in predictor.config.schedule)
+    object.__setattr__(predictor.config, "schedule_errors", errors)
+    with lesa.enable_cache(pipe, predictor, lesa.ErrorControl(tolerance), strict=True) as cache:
+        generate(pipe, 50)
+    (stream,) = cache.stats.streams.values()
+    gaps = 1 + sum(step < 49 for step in stream.computed[2:])  # the steps up to the third computed one are one gap
+    assert len(plans) == gaps
+    assert len(compared) == len(stream.predicted) + len(stream.errors) > 0
+
+
+@pytest.mark.parametrize("total", [STEPS, 30])
+def test_one_plan_for_a_history_that_holds_forecasts_too(pipe, generate, plans, compared, total):
+    predictor = trained(history="steps", history_length=(2, 4, 3))
+    with lesa.enable_cache(pipe, predictor, SOME, strict=True):
+        generate(pipe, total)
+    assert plans == [total - len(SOME)] and len(compared) == sum(plans)
+
+
+def interval(step):
+    return [("a", FIRST, "a"), ("b", SECOND, "b")] if 3 <= step <= 8 else [("a", FIRST, "a")]
+
+
+def pause(step):
+    return [("it", FIRST)] if step not in (4, 5, 6) else []
+
+
+def other_text(step):
+    return [("it", FIRST if step < 6 else {**FIRST, "encoder_hidden_states": SECOND["encoder_hidden_states"]})]
+
+
+def other_image(step):
+    return [("it", FIRST if step < 7 else call_arguments(tokens=16))]
+
+
+@pytest.mark.parametrize(
+    ("calls", "reason"),
+    [(interval, "no history"), (pause, None), (other_text, "the text changed"), (other_image, "the shape changed")],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_histories_that_no_schedule_tells(pipe, plans, compared, calls, reason):
+    with lesa.enable_cache(pipe, trained(), SOME) as cache:
+        for _ in range(2):  # the second run begins in the state that the first one left
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", f"lesa: {reason}")
+                drive(pipe, calls)
+    reasons = {why for stream in cache.stats.streams.values() for why in stream.reasons.values()}
+    assert reasons == {"scheduled"} | ({reason} if reason else set())
+    assert len(compared) == 2 * sum(len(stream.predicted) for stream in cache.stats.streams.values()) >= 8
+    assert len(plans) <= 8
+
+
+def test_a_step_that_is_computed_after_all_is_planned_with(pipe, plans, compared, monkeypatch):
+    why_not = ForecastingHook._why_not
+
+    def but_the_seventh(self, stream, call):
+        return ("of a test", "None.") if call.step == 7 else why_not(self, stream, call)
+
+    monkeypatch.setattr(ForecastingHook, "_why_not", but_the_seventh)
+    with lesa.enable_cache(pipe, trained(), SOME), pytest.warns(RuntimeWarning, match="of a test"):
+        drive(pipe, lambda step: [("it", FIRST)])
+    assert plans == [STEPS - len(SOME), 3] and compared == [3, 4, 6, 8, 10, 11]
+
+
+def test_after_a_forecast_that_is_not_finite_nothing_is_planned(pipe, plans):
+    with lesa.enable_cache(pipe, make_predictor(below=0.45), SOME), pytest.warns(RuntimeWarning, match="not finite"):
+        drive(pipe, lambda step: [("it", FIRST)])
+    assert plans == [STEPS - len(SOME)]
+
+
+@pytest.mark.parametrize("change", ["in_place", "data", "replaced"])
+def test_parameters_that_change_in_a_run(pipe, plans, compared, change):
+    predictor = trained()
+
+    def calls(step):
+        if step == 6:
+            if change == "in_place":
+                predictor.out_bias.mul_(1.5)
+            elif change == "data":
+                predictor.up.data = predictor.up.data * 3
+            else:
+                predictor.in_weight = torch.nn.Parameter(predictor.in_weight.detach() * 0.5)
+        return [("it", FIRST)]
+
+    with lesa.enable_cache(pipe, predictor, SOME, strict=True):
+        drive(pipe, calls)
+    assert plans == [7, 5] and len(compared) == 7
+
+
+def test_a_scheduler_that_repeats_a_step(fresh_pipe, plans, compared):
+    fresh_pipe.scheduler = PNDMScheduler(skip_prk_steps=True)
+    with lesa.enable_cache(fresh_pipe, trained(), SOME):
+        drive(fresh_pipe, lambda step: [("it", FIRST)])
+    assert len(plans) == 1 and len(compared) >= 7
+
+
+@torch.no_grad()
+def test_a_loop_without_steps_of_the_scheduler(pipe, plans, compared):
+    with lesa.enable_cache(pipe, trained(), SOME, strict=True):
+        pipe.scheduler.set_timesteps(STEPS)
+        for timestep in pipe.scheduler.timesteps:
+            pipe.transformer(**FIRST, timestep=(timestep / 1000).expand(2))
+    assert plans == [STEPS - len(SOME)] and len(compared) == sum(plans)
+
+
+def test_the_host_knows_the_levels_of_the_ring():
+    predictor = trained()
+    sigmas = [0.9, 0.7, 0.7, 1 / 3, 0.3, 0.1, 0.05, 0.8, 0.5, 0.5 - 1e-9, 0.2]
+    ring = predictor.make_ring(1, 1)
+    planner = Planner(predictor, ring)
+    for sigma in sigmas:
+        ring.push(torch.zeros(1, 1, predictor.config.feature_dim), sigma)
+        planner.push(sigma)
+        _, levels, count = ring.newest_first()
+        held = torch.tensor(planner._levels)
+        assert count == len(held)
+        assert torch.equal(levels[: len(held), 0], held)
+
+
+def test_who_is_not_planned(pipe, generate, plans):
+    class Other(FusedKANPredictor):
+        def forward(self, ring, sigma):
+            return super().forward(ring, sigma)
+
+    other, exchanged = trained(), trained()
+    other.__class__ = Other
+    exchanged.forward = lambda ring, sigma: FusedKANPredictor.forward(exchanged, ring, sigma)
+    dense = make_predictor(mixer="dense", rank=0)
+    hooked, hooked_before, parametrized = trained(), trained(), trained()
+    hooked.register_forward_hook(lambda module, inputs, output: output)
+    hooked_before.register_forward_pre_hook(lambda module, inputs: None)
+    parametrize.register_parametrization(parametrized, "out_bias", torch.nn.Identity())
+    for predictor in (other, exchanged, dense, hooked, hooked_before, parametrized):
+        assert not can_plan(predictor)
+        with lesa.enable_cache(pipe, predictor, SOME, strict=True) as cache:
+            generate(pipe)
+        assert cache.stats.predicted_steps == STEPS - len(SOME)
+    with torch.enable_grad(), lesa.enable_cache(pipe, trained(), SOME) as cache:
+        pipe.scheduler.set_timesteps(4)
+        for timestep in pipe.scheduler.timesteps:  # the pipeline itself switches gradients off
+            output = pipe.transformer(**FIRST, timestep=(timestep / 1000).expand(2))[0]
+    assert cache.stats.predicted_steps == 1 and output.requires_grad
+    assert not plans
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("most", [2**25, 1])
+def test_sums_of_the_head_are_made_at_once(pipe, generate, monkeypatch, rank, most):
+    calls, seen, velocity_with = [], [], FusedKANPredictor.velocity_with
+
+    def counted(*arguments):
+        calls.append(len(arguments[0].scale))
+        return head_sums(*arguments)
+
+    def compare(self, ring, weights, head, low_rank, sums):
+        for got, wanted in zip(sums, head_sums(head, low_rank, weights.stage)):
+            assert (got is None) == (wanted is None)
+            if wanted is not None:
+                torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        seen.append(1)
+        return velocity_with(self, ring, weights, head, low_rank, sums)
+
+    monkeypatch.setattr(FusedKANPredictor, "velocity_with", compare)
+    monkeypatch.setattr(FusedKANPredictor, "fuses_velocity", lambda self, ring, head=None: True)
+    monkeypatch.setattr(conditioning, "head_sums", counted)
+    monkeypatch.setattr(conditioning, "_MOST_BYTES", most)
+    predictor = trained(rank=rank)
+    with lesa.enable_cache(pipe, predictor, SOME, strict=True) as cache:
+        fused = generate(pipe)
+    assert len(seen) == STEPS - len(SOME) == len(cache.stats.streams["cond"].fused)
+    assert calls == ([2 * len(seen)] if most > 1 else [2] * len(seen))
+    monkeypatch.undo()
+    with lesa.enable_cache(pipe, predictor, SOME, strict=True):
+        torch.testing.assert_close(generate(pipe), fused, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["in_place", "data", "replaced"])
+def test_sums_of_a_head_whose_weights_change_in_a_run(fresh_pipe, monkeypatch, change):
+    seen, velocity_with, projection = [], FusedKANPredictor.velocity_with, fresh_pipe.transformer.proj_out
+
+    def compare(self, ring, weights, head, low_rank, sums):
+        assert head.weight is projection.weight
+        for got, wanted in zip(sums, head_sums(head, low_rank, weights.stage)):
+            if wanted is not None:
+                torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        seen.append(1)
+        return velocity_with(self, ring, weights, head, low_rank, sums)
+
+    def calls(step):
+        if step == 6 and change == "in_place":
+            projection.weight.mul_(1.5)
+        elif step == 6 and change == "data":
+            projection.weight.data = projection.weight.data * 1.5
+        elif step == 6:
+            projection.weight = torch.nn.Parameter(projection.weight * 1.5)
+        return [("it", FIRST)]
+
+    monkeypatch.setattr(FusedKANPredictor, "velocity_with", compare)
+    monkeypatch.setattr(FusedKANPredictor, "fuses_velocity", lambda self, ring, head=None: True)
+    with lesa.enable_cache(fresh_pipe, trained(), SOME, strict=True):
+        drive(fresh_pipe, calls)
+    assert len(seen) == STEPS - len(SOME)
+
+
+def test_a_plan_keeps_no_ring(pipe):
+    predictor = trained()
+    ring = FeatureRing(predictor.config.max_history, 1, 1, predictor.config.feature_dim)
+    planner, known = Planner(predictor, ring), weakref.ref(ring)
+    del ring
+    gc.collect()
+    assert known() is None and planner.predictor is predictor

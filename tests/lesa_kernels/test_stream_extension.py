@@ -1,0 +1,289 @@
+import functools
+import itertools
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lesa_kernels.extension import extension, extension_error
+from lesa_kernels.stream import LowRank, StoredFeatures, Weights, stream_forecast
+from lesa_kernels.stream import extension as extension_module
+from lesa_kernels.stream.extension import stream_forecast_extension
+from lesa_kernels.stream.op import check_stream
+from lesa_kernels.stream.reference import stream_forecast_ref
+
+pytestmark = pytest.mark.skipif(extension_error() is not None, reason=f"no extension: {extension_error()}")
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NAN, INF = math.nan, math.inf
+
+
+def case(
+    seed=0,
+    dtype=torch.float32,
+    count=(4,),
+    read=None,
+    tokens=5,
+    dim=19,
+    history=4,
+    stages=2,
+    rank=0,
+    anchors="per channel",
+    constant="per channel",
+    sums=0.0,
+):
+    """A ring with `count` features, of which `read` are read, and weights; other memory of the ring is NaN.
+
+    The weights of each tap add up to `sums` without any rounding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape, scale=0.5):
+        return torch.randn(shape, generator=generator) * scale
+
+    batch, capacity = len(count), max(history, *count)
+    storage = torch.full((capacity, batch, tokens, dim), NAN)
+    cursor = torch.randint(capacity, (batch,), generator=generator)
+    for row, there in enumerate(count):
+        for age in range(there):
+            storage[(int(cursor[row]) - 1 - age) % capacity, row] = randn(tokens, dim, scale=1)
+    features = StoredFeatures(storage.to(dtype), None, cursor.int(), torch.tensor(count, dtype=torch.int32))
+    taps = (randn(batch, history - 1, history, scale=64)).round() / 64
+    taps[:, :, 0] += sums - taps.tril(1).sum(2)  # the other weights of a tap are not used
+    weights = Weights(
+        anchors=randn(batch, history, dim) if anchors == "per channel" else randn(batch, history),
+        count=torch.tensor(count if read is None else read, dtype=torch.int32),
+        constant={"per channel": randn(batch, dim), "scalar": randn(batch), None: None}[constant],
+        taps=taps if rank else None,
+        stage=torch.randint(stages, (batch,), generator=generator).int() if rank else None,
+    )
+    maps = (randn(stages, rank, history - 1, dim), randn(stages, dim, rank)) if rank else (None, None)
+    return features, weights, LowRank(*(None if part is None else part.to(dtype) for part in maps))
+
+
+def forecast(features, weights, low_rank):
+    check_stream(features, weights, low_rank)
+    return stream_forecast_extension(features, weights, low_rank)
+
+
+def assert_accurate(features, weights, low_rank):
+    """At most twice the error of plain torch in the same dtype, up to the rounding of the last operation."""
+    wide = features._replace(storage=features.storage.double())
+    exact, plain = stream_forecast_ref(wide, weights, low_rank), stream_forecast_ref(features, weights, low_rank)
+    actual = forecast(features, weights, low_rank)
+    assert actual.dtype == features.storage.dtype and actual.shape == exact.shape and actual.is_contiguous()
+    assert torch.equal(actual.isnan(), exact.isnan())
+    exact = exact.nan_to_num()
+    scale = exact.abs().max() if exact.numel() else 0.0
+    error, bound = ((t.nan_to_num().double() - exact).abs().amax((1, 2)) for t in (actual, plain))
+    assert (error <= 2 * bound + 2 * torch.finfo(torch.float32).eps * scale).all(), f"{error} against {bound}"
+
+
+def relaid(tensor, layout):
+    """The same values with other strides; the last dimension stays contiguous."""
+    if layout == "sliced":
+        padded = tensor.new_full([n + 1 for n in tensor.shape], NAN if tensor.is_floating_point() else -1)
+        return padded[tuple(slice(1, None) for _ in tensor.shape)].copy_(tensor)
+    if layout == "batch first":
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "tokens first":
+        return tensor.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    return tensor
+
+
+@pytest.fixture(params=["avx512", "avx2", "plain"])
+def instructions(request, monkeypatch):
+    """Forecasts with no wider instructions than these. A processor without the widest uses what it has."""
+    limited = functools.partial(extension().stream_forecast, instructions=request.param)
+    monkeypatch.setattr(extension_module, "extension", lambda: SimpleNamespace(stream_forecast=limited))
+    return request.param
+
+
+@pytest.mark.parametrize("rank", [0, 5, 16, 33])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_all_kinds_of_instructions_are_as_accurate(instructions, dtype, rank, seed):
+    sizes = dict(dim=[1, 32, 50, 129][seed], tokens=[3, 1, 40, 27][seed])
+    anchors, constant = [("per channel", "scalar"), ("scalar", None), ("scalar", "per channel")][seed % 3]
+    arguments = case(seed, dtype, rank=rank, anchors=anchors, constant=constant, sums=seed % 2, **sizes)
+    assert_accurate(*arguments)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_calls_are_as_accurate_as_plain_torch(seed):
+    pick = random.Random(seed)
+    batch, history = pick.randint(1, 4), pick.randint(1, 9)
+    count = tuple(pick.randint(0, 9) for _ in range(batch))
+    features, weights, low_rank = case(
+        seed,
+        DTYPES[seed % 3],
+        count,
+        tuple(pick.choice([0, n, n, min(n, 2), n + 1]) for n in count),
+        pick.choice([1, 2, 5, 6, 7, 13, 31]),
+        pick.choice([1, 3, 8, 15, 16, 33, 64, 65, 100, 131, 530]),
+        history,
+        pick.randint(1, 3),
+        pick.choice([0, 0, 1, 5, 32, 33]),
+        pick.choice(["per channel", "scalar"]),
+        pick.choice(["per channel", "scalar", None]),
+        pick.choice([0.0, 0.0, 1.0]),
+    )
+    storage = relaid(features.storage, pick.choice(["dense", "sliced", "batch first", "tokens first"]))
+    assert_accurate(features._replace(storage=storage), weights, low_rank)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 32])
+@pytest.mark.parametrize("anchors", ["scalar", "per channel"])
+def test_every_number_of_anchors(rank, anchors):
+    assert_accurate(*case(1, count=(16,) * 17, read=tuple(range(17)), dim=45, history=16, rank=rank, anchors=anchors))
+
+
+def test_a_tap_that_is_a_difference_but_for_rounding_is_as_accurate_as_one_that_is():
+    """Its weights are large, and so would be the error of products with features that are far from zero."""
+    features, weights, low_rank = case(2, dim=200, rank=5)
+    features.storage.add_(100.0)
+    taps = weights.taps.double() * 1.1
+    exact = stream_forecast_ref(
+        features._replace(storage=features.storage.double()), weights._replace(taps=taps), low_rank
+    )
+    actual, plain = (
+        f(features, weights._replace(taps=taps.float()), low_rank) for f in (forecast, stream_forecast_ref)
+    )
+    assert (actual - exact).abs().max() < (plain - exact).abs().max()
+
+
+def test_samples_may_share_weights_and_tokens_memory():
+    features, weights, low_rank = case(3, count=(4, 4, 4), rank=5)
+    shared = Weights(*(part[:1].expand(3, *part.shape[1:]) for part in weights))
+    assert shared.anchors.stride(0) == 0
+    assert_accurate(features._replace(storage=features.storage[:, :, :1].expand(4, 3, 5, 19)), shared, low_rank)
+
+
+def test_other_layouts_and_dtypes():
+    features, weights, low_rank = case(4, count=(4, 2, 3), rank=5)
+    weights = Weights(*(relaid(part if part.dtype == torch.int32 else part.double(), "sliced") for part in weights))
+    features = features._replace(cursor=relaid(features.cursor, "sliced"), count=relaid(features.count, "sliced"))
+    for down, up in itertools.product(("float64", "float16"), repeat=2):
+        maps = LowRank(low_rank.down.to(getattr(torch, down)), relaid(low_rank.up.to(getattr(torch, up)), "sliced"))
+        assert_accurate(features, weights, maps)
+
+
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0)], ids=["no tokens", "no channels"])
+@pytest.mark.parametrize("rank", [0, 5])
+def test_nothing_to_forecast(rank, sizes):
+    tokens, dim = sizes
+    assert forecast(*case(tokens=tokens, dim=dim, rank=rank)).shape == (1, tokens, dim)
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_features_that_are_not_finite_spread_as_in_plain_torch(dtype, value, rank):
+    features, weights, low_rank = case(5, dtype, count=(4, 3, 4), rank=rank)
+    slot = (features.cursor - 1).long() % 4
+    features.storage[slot[0], 0, 2, 3] = value
+    features.storage[slot[1] - 1, 1, 4, 18] = value
+    actual, expected = forecast(features, weights, low_rank), stream_forecast_ref(features, weights, low_rank)
+    assert torch.equal(actual.isfinite(), expected.isfinite())
+    assert int((~actual.isfinite()).sum()) == (2 * 19 if rank else 2)
+
+
+@pytest.mark.parametrize("rank", [0, 33])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_number_of_threads_gives_the_same_bytes(dtype, rank):
+    arguments = case(6, dtype, count=(4, 0, 2), tokens=230, dim=1031, rank=rank)
+    threads, forecasts = torch.get_num_threads(), []
+    try:
+        for n in range(1, 5):
+            torch.set_num_threads(n)
+            forecasts.append(forecast(*arguments).view(torch.int32 if dtype == torch.float32 else torch.int16))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(each, forecasts[0]) for each in forecasts)
+
+
+def test_the_public_function_takes_it_without_gradients_only(monkeypatch):
+    features, weights, low_rank = case(7, rank=5)
+    calls = []
+    monkeypatch.setattr("lesa_kernels.stream.op.stream_forecast_extension", lambda *a: calls.append(a) or forecast(*a))
+    expected = stream_forecast(features, weights, low_rank, backend="torch")
+    torch.testing.assert_close(stream_forecast(features, weights, low_rank), expected)
+    assert len(calls) == 1
+    learned = low_rank._replace(up=low_rank.up.requires_grad_())
+    assert stream_forecast(features, weights, learned).requires_grad and len(calls) == 1
+    with pytest.raises(RuntimeError, match="`backend` must be one that stream_forecast has"):
+        stream_forecast(features, weights, learned, backend="extension")
+    with torch.no_grad():
+        stream_forecast(features, weights, learned)
+    assert len(calls) == 2
+
+
+def test_the_operator_passes_torchs_checks():
+    torch.library.opcheck(torch.ops.lesa_kernels.stream_forecast_cpu.default, tuple(itertools.chain(*case(8, rank=5))))
+
+
+def raw_forecast(**changes):
+    """Calls the compiled function as `stream_forecast_extension` does, with `changes`, on 2 samples of 3 x 5."""
+    features, weights, low_rank = case(9, count=(4, 2), tokens=3, dim=5, rank=2)
+    for name, tensor in dict(cursor=features.cursor, count=features.count, stage=weights.stage).items():
+        if (value := changes.pop(f"{name}_value", None)) is not None:
+            tensor.fill_(value)
+    output, changed = torch.zeros(2, 3, 5), bool(changes)
+    named = dict(zip(Weights._fields, weights))
+    call = dict(storage=features.storage.data_ptr(), storage_dtype="float32", storage_sizes=(4, 2, 3, 5))
+    call |= dict(storage_strides=(30, 15, 5), cursor=features.cursor.data_ptr(), count=features.count.data_ptr())
+    call |= dict(
+        history=4,
+        weights=[changes.pop(name, part.data_ptr()) for name, part in named.items() if name != "count"],
+        weights_strides=[changes.pop(f"{name}_stride", part.stride(0)) for name, part in named.items()],
+    )
+    call["weights"].insert(1, changes.pop("read", weights.count.data_ptr()))
+    call |= dict(anchors_per_channel=True, constant_per_channel=True, stages=2, rank=2)
+    call |= dict(down=low_rank.down.data_ptr(), up=low_rank.up.data_ptr(), residual_dtype="float32")
+    call |= dict(output=output.data_ptr(), threads=1)
+    try:
+        extension().stream_forecast(**call | changes)
+    finally:
+        if changed:
+            assert not output.any()
+    return output, (features, weights, low_rank)
+
+
+BAD_CALLS = {
+    **{
+        f"null {name}": ({name: 0}, f"`{name.replace('read', 'anchor_count')}` must not be a null pointer, but got 0")
+        for name in ("storage", "cursor", "count", "anchors", "read", "taps", "stage", "down", "up", "output")
+    },
+    "negative size": (dict(storage_sizes=(4, 2, -3, 5)), "`tokens` must be at least 0, but got -3"),
+    "no slot": (dict(storage_sizes=(0, 2, 3, 5)), "`capacity` must be at least 1, but got 0"),
+    "negative stride": (dict(storage_strides=(30, -15, 5)), "`storage_strides` must be at least 0, but got -15"),
+    "negative weights' stride": (dict(anchors_stride=-1), "`anchors` must be at least 0, but got -1"),
+    "unknown instructions": (dict(instructions="mmx"), "`instructions` must be one of avx512, avx2, plain"),
+    "negative rank": (dict(rank=-1), "`rank` must be at least 0, but got -1"),
+    "huge rank": (dict(rank=2**62), r"`down` must address at most 2\^63 - 1 bytes"),
+    "huge output": (dict(storage_sizes=(4, 2, 2**31, 2**31)), r"`(output|down|up)` must address at most 2\^63"),
+    "huge stride": (dict(storage_strides=(2**62, 15, 5)), r"`storage` must address at most 2\^63 - 1 bytes"),
+    "huge weights' stride": (dict(taps_stride=2**62), r"`taps` must address at most 2\^63 - 1 bytes"),
+    "unknown dtype": (dict(storage_dtype="float64"), "`storage_dtype` must be one of float32, float16, bfloat16"),
+    "unknown residual": (dict(residual_dtype="float64"), "`residual_dtype` must be one of float32, float16, bfloat16"),
+    "no thread": (dict(threads=0), "`threads` must be at least 1, but got 0"),
+    "no history": (dict(history=0), "`history` must be at least 1, but got 0"),
+    "long history": (dict(history=5), "`history` must be at most the ring's capacity of 4, but got 5"),
+    "broken cursor": (dict(cursor_value=4), "`cursor and count` must lie within the ring's capacity of 4, but got 4"),
+    "negative count": (dict(count_value=-1), "`cursor and count` must lie within the ring's capacity of 4"),
+    "unknown stage": (dict(stage_value=2), r"`stage` must lie in \[0, 2\), but got 2"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_the_compiled_function_checks_before_it_reads(name):
+    changes, message = BAD_CALLS[name]
+    with pytest.raises(ValueError, match=message):
+        raw_forecast(**dict(changes))
+
+
+def test_the_compiled_function_takes_what_it_should():
+    output, arguments = raw_forecast()
+    torch.testing.assert_close(output, stream_forecast_ref(*arguments))
