@@ -101,18 +101,18 @@ def tap_weights(taps, row, n, stride_b, j: tl.constexpr, K: tl.constexpr, OPERAN
 
 
 @triton.jit
-def part_sum(parts, offsets, stride_split, SPLITS: tl.constexpr):
+def part_sum(parts, offsets, stride_split, SPLITS: tl.constexpr, AS_ONE: tl.constexpr):
     """The sum of the parts that all splits left at `offsets`, in a fixed order.
 
     Loads bypass the first-level cache, which does not see the writes of other multiprocessors.
     """
-    if len(offsets.shape) == 1:
+    if len(offsets.shape) == 1 or not AS_ONE:
         total = tl.load(parts + offsets, cache_modifier=".cg")
         for i in tl.static_range(1, SPLITS):
             total += tl.load(parts + i * stride_split + offsets, cache_modifier=".cg")
         return total
     else:
-        # As one tile, so that all loads are under way at once: none waits until the one before is in another layout.
+        # As one tile, so that no load waits until the one before is in another layout. It takes more registers.
         splits = tl.arange(0, SPLITS) * stride_split
         return tl.sum(tl.load(parts + splits[:, None, None] + offsets[None], cache_modifier=".cg"), axis=0)
 
@@ -126,8 +126,8 @@ def finish_velocity(
 ):  # fmt: skip
     """Writes the velocities of a tile from the sums that all splits left in `parts`."""
     inner = tl.arange(0, BLOCK_T)
-    mean = part_sum(parts, inner, stride_split, SPLITS) / D
-    squares = part_sum(parts, BLOCK_T + inner, stride_split, SPLITS) - D * mean * mean
+    mean = part_sum(parts, inner, stride_split, SPLITS, RANK > 0) / D
+    squares = part_sum(parts, BLOCK_T + inner, stride_split, SPLITS, RANK > 0) - D * mean * mean
     if RANK > 0:
         rank_chunk: tl.constexpr = min(BLOCK_R, CHUNK)
         total += stage * RANK
@@ -135,24 +135,24 @@ def finish_velocity(
         whole_read = tl.zeros([BLOCK_T, rank_chunk], tl.float32)
         if rank_chunk == BLOCK_R:
             whole_at = BY_RANK + tl.arange(0, BLOCK_R)[None, :] * BLOCK_T + inner[:, None]
-            whole_read = part_sum(parts, whole_at, stride_split, SPLITS)
+            whole_read = part_sum(parts, whole_at, stride_split, SPLITS, RANK > 0)
         for first_rank in tl.range(0, BLOCK_R, rank_chunk):
             ranks = first_rank + tl.arange(0, rank_chunk)
             sums = tl.load(total + ranks, ranks < RANK, 0.0)
             rank_at = BY_RANK + ranks[None, :] * BLOCK_T + inner[:, None]
             read = whole_read
             if rank_chunk < BLOCK_R:
-                read = part_sum(parts, rank_at, stride_split, SPLITS)
+                read = part_sum(parts, rank_at, stride_split, SPLITS, RANK > 0)
             # Ranks that do not exist get any sums that there are, times zero.
             raised_at = (2 + OUTS + tl.minimum(ranks, RANK - 1))[None, :] * BLOCK_T + inner[:, None]
-            raised = part_sum(parts, raised_at, stride_split, SPLITS) * (1 / SHRINK)
+            raised = part_sum(parts, raised_at, stride_split, SPLITS, RANK > 0) * (1 / SHRINK)
             turned = 2 * (raised - mean[:, None] * sums[None, :])
             for first_other in tl.range(0, BLOCK_R, rank_chunk):
                 others = first_other + tl.arange(0, rank_chunk)
                 other_read = whole_read
                 if rank_chunk < BLOCK_R:
                     other_at = BY_RANK + others[None, :] * BLOCK_T + inner[:, None]
-                    other_read = part_sum(parts, other_at, stride_split, SPLITS)
+                    other_read = part_sum(parts, other_at, stride_split, SPLITS, RANK > 0)
                 exist = (others < RANK)[:, None] & (ranks < RANK)[None, :]
                 map = tl.load(square + others[:, None] * RANK + ranks[None, :], exist, 0.0)
                 map -= tl.load(total + others, others < RANK, 0.0)[:, None] * (sums / D)[None, :]
@@ -166,14 +166,14 @@ def finish_velocity(
         exist = outs < OUTS
         at = 2 * BLOCK_T + outs[None, :] * BLOCK_T + inner[:, None]
         one = tl.load(ones + row * stride_ones + outs, exist, 0.0)
-        product = part_sum(parts, at, stride_split, SPLITS) * (1 / SHRINK) - mean[:, None] * one[None, :]
+        product = part_sum(parts, at, stride_split, SPLITS, RANK > 0) * (1 / SHRINK) - mean[:, None] * one[None, :]
         if RANK > 0:
             for first_rank in tl.range(0, BLOCK_R, rank_chunk):
                 ranks = first_rank + tl.arange(0, rank_chunk)
                 rank_at = BY_RANK + ranks[None, :] * BLOCK_T + inner[:, None]
                 read = whole_read
                 if rank_chunk < BLOCK_R:
-                    read = part_sum(parts, rank_at, stride_split, SPLITS)
+                    read = part_sum(parts, rank_at, stride_split, SPLITS, RANK > 0)
                 there = (ranks < RANK)[:, None] & exist[None, :]
                 of_row = through + tl.cast(row, tl.int64) * stride_through
                 map = tl.load(of_row + ranks[:, None] * OUTS + outs[None, :], there, 0.0)
@@ -204,7 +204,7 @@ def finish_forecast(
     there = start + inner < end
     token = tl.cast(row, tl.int64) * tokens + start
     at = BY_RANK + ranks[None, :] * BLOCK_T + inner[:, None]
-    read = part_sum(parts, at, stride_split, SPLITS)
+    read = part_sum(parts, at, stride_split, SPLITS, True)
     if KEEPS_READ:
         kept = read_output + token * RANK + inner[:, None] * RANK + ranks[None, :]
         tl.store(kept, read, there[:, None] & (ranks < RANK)[None, :])
