@@ -204,7 +204,7 @@ def tiling(device: Device, problem: Problem) -> Tiling | str:
         d = min(16, power_of_2(problem.width, 16))
         return Tiling(16, d, o, r, 2, 4, 0, 2, 32)
     sums = o + r
-    chunk = 64 if device.has_wide_products and r <= 32 else 32
+    chunk = (64 if r <= 32 else 32) if device.has_wide_products else (32 if r else 16)
     for t, warps in ((64, 4), (64, 8), (32, 4), (32, 8), (16, 4), (16, 8)):
         if sums * t // (32 * warps) > MOST_SUMS:
             continue
