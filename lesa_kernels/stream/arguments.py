@@ -224,11 +224,14 @@ class HeadSums(NamedTuple):
         ones: `[B, O]` float32, `weight @ (1 + scale)`.
         constant: `[B, O]` float32, `weight @ shift + bias`.
         through: `[B, R, O]` float32, `V^T diag(1 + scale) weight^T`, or None without a residual.
+        weight: `[B, O + R, D]`, the rows of `weight diag(1 + scale)` and, with a residual, those of `V^T`, in the dtype
+            of the features (bfloat16 for float8). In another one they are computed when needed.
     """
 
     ones: torch.Tensor | None = None
     constant: torch.Tensor | None = None
     through: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
 
     def check(self, head: OutputHead, low_rank: LowRank) -> None:
         """Raises `TypeError` or `ValueError` unless the sums fit the head and the residual, which are checked."""

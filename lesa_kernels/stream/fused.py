@@ -114,17 +114,11 @@ def _stream_velocity(
     from lesa_kernels.stream.kernels.sums import stream_velocity_fwd
 
     out_dtype = forecast_dtype(features.storage.dtype)
-    if sums.ones is None or sums.constant is None or (low_rank.rank and sums.through is None):
-        sums = head_sums_ref(head, low_rank, weights.stage)
+    if sums.ones is None or sums.weight is None or sums.weight.dtype != out_dtype:
+        sums = head_sums_ref(head, low_rank, weights.stage, out_dtype)
     sums = HeadSums(*(None if part is None else part.contiguous() for part in sums))
     maps = _with_sums(_readable_maps(low_rank, out_dtype), low_rank)
-    weight, scale = head.weight.to(out_dtype).contiguous(), head.scale
-    # Rows of the modulation may be apart, like halves of one projection's result.
-    scale = scale if scale.stride(1) == 1 else scale.contiguous()
-    readable = OutputHead(weight, head.bias, scale, head.shift, head.eps)
-    return stream_velocity_fwd(
-        _readable_features(features), _readable_weights(weights), maps, readable, sums, out_dtype
-    )
+    return stream_velocity_fwd(_readable_features(features), _readable_weights(weights), maps, head, sums, out_dtype)
 
 
 def _readable_features(features: StoredFeatures) -> StoredFeatures:

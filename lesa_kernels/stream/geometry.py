@@ -22,6 +22,7 @@ MOST_FEATURES = 128  # widened features that a thread keeps in registers
 # What costs time besides moving bytes, as the number of bytes that a program moves meanwhile: the start of a program
 # until its first features are there, the start of a tile, and the meeting of the programs of a group.
 _START_BYTES, _TILE_BYTES, _MEETING_BYTES = 24 * KIB, 8 * KIB, 24 * KIB
+_FINISH_BYTES = 1.4  # for each element of a forecast, to add its residual
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Tiling:
         """Number of floats that a program leaves for a tile."""
         if not self.block_o:
             return self.block_t * self.block_r
-        return self.block_t * (2 + self.block_o + 2 * self.block_r)
+        return self.block_t * (2 + self.block_o + self.block_r)
 
     @property
     def by_rank(self) -> int:
@@ -185,7 +186,7 @@ def _shared_bytes(problem: Problem, t: int, d: int, o: int, r: int, stages: int)
     into two, which need buffers of their own.
     """
     operand, history = problem.operand_bytes, problem.history
-    maps = o + (r * (history if o else history - 1) if r else 0)
+    maps = o + r * (history - 1)
     ahead = history * t * d * problem.stored_bytes + (history + 2) * 4 * d
     total = (stages - 1) * ahead + stages * maps * d * operand + t * d * operand
     if operand == 4:
@@ -197,13 +198,13 @@ def _shared_bytes(problem: Problem, t: int, d: int, o: int, r: int, stages: int)
 def tiling(device: Device, problem: Problem) -> Tiling | str:
     """The block sizes for a problem, or why there are none: a sentence that names what is too large."""
     rows = 64 if device.has_wide_products else 16
-    o = power_of_2(problem.outputs, rows) if problem.outputs else 0
+    o = power_of_2(problem.outputs + problem.rank, rows) if problem.outputs else 0
     r = power_of_2(problem.rank, 16) if problem.rank else 0
     if device.architecture == 0:
         d = min(16, power_of_2(problem.width, 16))
         return Tiling(16, d, o, r, 2, 4, 0, 2, 32)
-    sums = o + (2 if o else 1) * r
-    chunk = 64 if device.has_wide_products and not r else 32
+    sums = o + r
+    chunk = (64 if r <= 32 else 32) if device.has_wide_products else (32 if r else 16)
     for t, warps in ((64, 4), (64, 8), (32, 4), (32, 8), (16, 4), (16, 8)):
         if sums * t // (32 * warps) > MOST_SUMS:
             continue
@@ -284,6 +285,8 @@ def sums_launch(device: Device, problem: Problem) -> SumsLaunch | str:
             # The last rows of a tile take their time even if there are no tokens for them.
             moved = tiles * chosen.block_t * problem.token_bytes * _ceil(blocks, splits) / blocks
             cost = _ceil(units * groups, places) * (_START_BYTES + tiles * _TILE_BYTES + moved)
+            if not problem.outputs:  # one program adds the residual to all channels of a group
+                cost += _ceil(units * groups, places) * tiles * chosen.block_t * problem.width * _FINISH_BYTES
             if splits > 1:
                 cost += _MEETING_BYTES + splits * tiles * chosen.part * 2
             launch = SumsLaunch(chosen, units * groups, groups, splits, rounds, together, scratch)

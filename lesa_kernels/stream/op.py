@@ -126,7 +126,12 @@ def check_stream(features: StoredFeatures, weights: Weights, low_rank: LowRank) 
     low_rank.check(features, weights)
 
 
-def head_sums(head: OutputHead, low_rank: LowRank = NO_RESIDUAL, stage: torch.Tensor | None = None) -> HeadSums:
+def head_sums(
+    head: OutputHead,
+    low_rank: LowRank = NO_RESIDUAL,
+    stage: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> HeadSums:
     """What a fused head needs once for each sample of a step, so that `stream_velocity` need not compute it.
 
     It can be computed for all steps of a run at once: pass a head whose modulation has the rows of all steps.
@@ -135,12 +140,13 @@ def head_sums(head: OutputHead, low_rank: LowRank = NO_RESIDUAL, stage: torch.Te
         head: with one modulation for each sample, `[B, D]`.
         low_rank: the residual, or `NO_RESIDUAL`.
         stage: `[B]`, the rows of the residual, as in `Weights`; None without a residual.
+        dtype: of the result's `weight`: that of the features, bfloat16 for float8. None is that of `head.weight`.
 
     Returns:
-        `weight @ (1 + scale)`, `weight @ shift + bias` and, with a residual, `V^T diag(1 + scale) weight^T`.
+        The parts of `HeadSums`. `weight` has `O + R` rows of D channels for each sample, so it is by far the largest.
     """
     check_tensor("head.scale", head.scale, ("B", "D"), FLOAT_DTYPES)
-    return head_sums_ref(head, low_rank, stage)
+    return head_sums_ref(head, low_rank, stage, dtype)
 
 
 def output_head(features: torch.Tensor, head: OutputHead, backend: str = "auto") -> torch.Tensor:

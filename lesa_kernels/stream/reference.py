@@ -105,17 +105,23 @@ def stream_velocity_ref(
     return output_head_ref(stream_forecast_ref(features, weights, low_rank), head)
 
 
-def head_sums_ref(head: OutputHead, low_rank: LowRank, stage: torch.Tensor | None) -> HeadSums:
+def head_sums_ref(
+    head: OutputHead, low_rank: LowRank, stage: torch.Tensor | None, dtype: torch.dtype | None = None
+) -> HeadSums:
     """Plain torch form of `head_sums`; see there."""
-    dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    wide = torch.promote_types(head.weight.dtype, torch.float32)
     with torch.autocast(head.weight.device.type, enabled=False):
-        weight, scaled = head.weight.to(dtype), 1 + head.scale.to(dtype)
-        ones = scaled @ weight.T
-        constant = torch.zeros_like(ones) if head.shift is None else head.shift.to(dtype) @ weight.T
+        plain, scaled = head.weight.to(wide), 1 + head.scale.to(wide)
+        rows = (plain * scaled[:, None]).to(dtype or head.weight.dtype)  # [B, O, D]
+        # The others are sums of the rounded rows, so that what should cancel does.
+        rounded = rows.to(wide)
+        ones = rounded.sum(2)
+        constant = torch.zeros_like(ones) if head.shift is None else head.shift.to(wide) @ plain.T
         if head.bias is not None:
-            constant = constant + head.bias.to(dtype)
+            constant = constant + head.bias.to(wide)
         through = None
         if low_rank.rank and low_rank.up is not None:
-            up = low_rank.up.to(dtype)[_index(stage)]  # [B, D, R]
-            through = (up * scaled[..., None]).mT @ weight.T
-    return HeadSums(ones, constant, through)
+            up = low_rank.up[_index(stage)].to(rows.dtype)  # [B, D, R]
+            through = up.to(wide).mT @ rounded.mT
+            rows = torch.cat((rows, up.mT), 1)
+    return HeadSums(ones, constant, through, rows)

@@ -388,7 +388,17 @@ def test_sums_and_maps_may_be_made_before(kernel_device):
     case.low_rank = case.low_rank._replace(square=up.mT @ up, total=up.sum(1))
     made = head_sums(case.head, case.low_rank, case.weights.stage)
     assert torch.equal(case.velocity(sums=made), expected)
-    assert not torch.equal(case.velocity(sums=made._replace(ones=made.ones + 1)), expected)  # they are used
+    for part in ("ones", "constant", "through", "weight"):  # they are used
+        assert not torch.equal(case.velocity(sums=made._replace(**{part: getattr(made, part) + 1})), expected), part
+
+
+@pytest.mark.slow
+@each_dtype
+def test_sums_for_another_dtype_are_made_again(dtype, kernel_device):
+    case = Case(kernel_device, dtype, rank=3)
+    made = head_sums(case.head, case.low_rank, case.weights.stage, torch.float64)
+    assert made.weight.shape == (1, 9, 24) and made.weight.dtype == torch.float64
+    assert torch.equal(case.velocity(sums=made), case.velocity())
 
 
 def test_sums_of_another_head_are_refused(kernel_device):

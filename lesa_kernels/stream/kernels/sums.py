@@ -101,15 +101,20 @@ def tap_weights(taps, row, n, stride_b, j: tl.constexpr, K: tl.constexpr, OPERAN
 
 
 @triton.jit
-def part_sum(parts, offsets, stride_split, SPLITS: tl.constexpr):
+def part_sum(parts, offsets, stride_split, SPLITS: tl.constexpr, AS_ONE: tl.constexpr):
     """The sum of the parts that all splits left at `offsets`, in a fixed order.
 
     Loads bypass the first-level cache, which does not see the writes of other multiprocessors.
     """
-    total = tl.load(parts + offsets, cache_modifier=".cg")
-    for i in tl.static_range(1, SPLITS):  # all loads are under way at once
-        total += tl.load(parts + i * stride_split + offsets, cache_modifier=".cg")
-    return total
+    if len(offsets.shape) == 1 or not AS_ONE:
+        total = tl.load(parts + offsets, cache_modifier=".cg")
+        for i in tl.static_range(1, SPLITS):
+            total += tl.load(parts + i * stride_split + offsets, cache_modifier=".cg")
+        return total
+    else:
+        # As one tile, so that no load waits until the one before is in another layout. It takes more registers.
+        splits = tl.arange(0, SPLITS) * stride_split
+        return tl.sum(tl.load(parts + splits[:, None, None] + offsets[None], cache_modifier=".cg"), axis=0)
 
 
 @triton.jit
@@ -121,25 +126,33 @@ def finish_velocity(
 ):  # fmt: skip
     """Writes the velocities of a tile from the sums that all splits left in `parts`."""
     inner = tl.arange(0, BLOCK_T)
-    mean = part_sum(parts, inner, stride_split, SPLITS) / D
-    squares = part_sum(parts, BLOCK_T + inner, stride_split, SPLITS) - D * mean * mean
+    mean = part_sum(parts, inner, stride_split, SPLITS, RANK > 0) / D
+    squares = part_sum(parts, BLOCK_T + inner, stride_split, SPLITS, RANK > 0) - D * mean * mean
     if RANK > 0:
         rank_chunk: tl.constexpr = min(BLOCK_R, CHUNK)
         total += stage * RANK
         square += stage * (RANK * RANK)
+        whole_read = tl.zeros([BLOCK_T, rank_chunk], tl.float32)
+        if rank_chunk == BLOCK_R:
+            whole_at = BY_RANK + tl.arange(0, BLOCK_R)[None, :] * BLOCK_T + inner[:, None]
+            whole_read = part_sum(parts, whole_at, stride_split, SPLITS, RANK > 0)
         for first_rank in tl.range(0, BLOCK_R, rank_chunk):
             ranks = first_rank + tl.arange(0, rank_chunk)
             sums = tl.load(total + ranks, ranks < RANK, 0.0)
             rank_at = BY_RANK + ranks[None, :] * BLOCK_T + inner[:, None]
-            read = part_sum(parts, rank_at, stride_split, SPLITS)
-            raised = part_sum(parts, rank_at + BLOCK_T * BLOCK_R, stride_split, SPLITS)
+            read = whole_read
+            if rank_chunk < BLOCK_R:
+                read = part_sum(parts, rank_at, stride_split, SPLITS, RANK > 0)
+            # Ranks that do not exist get any sums that there are, times zero.
+            raised_at = (2 + OUTS + tl.minimum(ranks, RANK - 1))[None, :] * BLOCK_T + inner[:, None]
+            raised = part_sum(parts, raised_at, stride_split, SPLITS, RANK > 0) * (1 / SHRINK)
             turned = 2 * (raised - mean[:, None] * sums[None, :])
             for first_other in tl.range(0, BLOCK_R, rank_chunk):
                 others = first_other + tl.arange(0, rank_chunk)
-                other_read = read
+                other_read = whole_read
                 if rank_chunk < BLOCK_R:
                     other_at = BY_RANK + others[None, :] * BLOCK_T + inner[:, None]
-                    other_read = part_sum(parts, other_at, stride_split, SPLITS)
+                    other_read = part_sum(parts, other_at, stride_split, SPLITS, RANK > 0)
                 exist = (others < RANK)[:, None] & (ranks < RANK)[None, :]
                 map = tl.load(square + others[:, None] * RANK + ranks[None, :], exist, 0.0)
                 map -= tl.load(total + others, others < RANK, 0.0)[:, None] * (sums / D)[None, :]
@@ -153,12 +166,14 @@ def finish_velocity(
         exist = outs < OUTS
         at = 2 * BLOCK_T + outs[None, :] * BLOCK_T + inner[:, None]
         one = tl.load(ones + row * stride_ones + outs, exist, 0.0)
-        product = part_sum(parts, at, stride_split, SPLITS) * (1 / SHRINK) - mean[:, None] * one[None, :]
+        product = part_sum(parts, at, stride_split, SPLITS, RANK > 0) * (1 / SHRINK) - mean[:, None] * one[None, :]
         if RANK > 0:
             for first_rank in tl.range(0, BLOCK_R, rank_chunk):
                 ranks = first_rank + tl.arange(0, rank_chunk)
                 rank_at = BY_RANK + ranks[None, :] * BLOCK_T + inner[:, None]
-                read = part_sum(parts, rank_at, stride_split, SPLITS)
+                read = whole_read
+                if rank_chunk < BLOCK_R:
+                    read = part_sum(parts, rank_at, stride_split, SPLITS, RANK > 0)
                 there = (ranks < RANK)[:, None] & exist[None, :]
                 of_row = through + tl.cast(row, tl.int64) * stride_through
                 map = tl.load(of_row + ranks[:, None] * OUTS + outs[None, :], there, 0.0)
@@ -189,12 +204,12 @@ def finish_forecast(
     there = start + inner < end
     token = tl.cast(row, tl.int64) * tokens + start
     at = BY_RANK + ranks[None, :] * BLOCK_T + inner[:, None]
-    read = part_sum(parts, at, stride_split, SPLITS)
+    read = part_sum(parts, at, stride_split, SPLITS, True)
     if KEEPS_READ:
         kept = read_output + token * RANK + inner[:, None] * RANK + ranks[None, :]
         tl.store(kept, read, there[:, None] & (ranks < RANK)[None, :])
     wide: tl.constexpr = 4 * BLOCK_D  # many loads are under way at once
-    for first in tl.range(0, D, wide, num_stages=2):
+    for first in tl.range(0, D, wide, num_stages=4):
         channels = first + tl.arange(0, wide)
         exist = (channels < D)[None, :] & (ranks < RANK)[:, None]
         map = tl.load(up + (stage * D + channels)[None, :] * RANK + ranks[:, None], exist, 0.0)
@@ -229,11 +244,10 @@ def _stream_sums_fwd_kernel(
     up,
     square,
     total,
-    weight,
-    scale,
     ones,
     head_constant,
     through,
+    weight,
     capacity,
     batch,
     tokens,
@@ -249,10 +263,10 @@ def _stream_sums_fwd_kernel(
     stride_constant,
     stride_taps,
     stride_stage,
-    stride_scale,
     stride_ones,
     stride_head_constant,
     stride_through,
+    stride_weight,
     D: tl.constexpr,
     K: tl.constexpr,
     WIDE: tl.constexpr,
@@ -310,7 +324,6 @@ def _stream_sums_fwd_kernel(
             plain_sum = tl.zeros([BLOCK_T, BLOCK_D // 8], tl.float32)
             square_sum = tl.zeros([BLOCK_T, BLOCK_D // 8], tl.float32)
             projected = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
-            raised = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
             read = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
             for block in tl.range(first_block, last_block, num_stages=NUM_STAGES):
                 channels = block * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -336,15 +349,12 @@ def _stream_sums_fwd_kernel(
                     octets = tl.reshape(x, [BLOCK_T, BLOCK_D // 8, 8])  # those of a thread: the loop needs no shuffles
                     plain_sum += tl.sum(octets, axis=2)
                     square_sum += tl.sum(octets * octets, axis=2)
-                    exist = inside[None, :] & (outs < OUTS)[:, None]
-                    plain = tl.load(weight + outs[:, None] * D + channels[None, :], exist, 0.0)
-                    modulation = tl.load(scale + tl.cast(row, tl.int64) * stride_scale + channels, inside, 0.0)
-                    modulation = SHRINK + SHRINK * modulation.to(tl.float32)
-                    projected = products(plain, x * modulation[None, :], projected, OPERAND)
-                    if RANK > 0:
-                        exist = inside[None, :] & (ranks < RANK)[:, None]
-                        map = tl.load(up + (stage * D + channels)[None, :] * RANK + ranks[:, None], exist, 0.0)
-                        raised = products(map, x, raised, OPERAND)
+                    exist = inside[None, :] & (outs < OUTS + RANK)[:, None]
+                    of_row = weight + tl.cast(row, tl.int64) * stride_weight
+                    map = tl.load(of_row + outs[:, None] * D + channels[None, :], exist, 0.0)
+                    if SHRINK != 1:
+                        x *= SHRINK
+                    projected = products(map, x, projected, OPERAND)
                 else:
                     token = tl.cast(row, tl.int64) * tokens + start
                     written = output + token * D + inner[:, None] * D + channels[None, :]
@@ -368,12 +378,11 @@ def _stream_sums_fwd_kernel(
             if OUTS > 0:
                 tl.store(own_part + inner, tl.sum(plain_sum, axis=1))
                 tl.store(own_part + BLOCK_T + inner, tl.sum(square_sum, axis=1))
-                tl.store(own_part + 2 * BLOCK_T + outs[:, None] * BLOCK_T + inner[None, :], projected)
+                kept = (outs < OUTS + RANK)[:, None] & (inner < BLOCK_T)[None, :]
+                tl.store(own_part + 2 * BLOCK_T + outs[:, None] * BLOCK_T + inner[None, :], projected, kept)
             if RANK > 0:
                 of_rank = own_part + BY_RANK + ranks[:, None] * BLOCK_T + inner[None, :]
                 tl.store(of_rank, read)
-                if OUTS > 0:
-                    tl.store(of_rank + BLOCK_T * BLOCK_R, raised)
 
         tl.debug_barrier()  # all threads must have written before one of them counts the arrival
         if tl.atomic_add(arrivals + meeting, 1, sem="acq_rel") == SPLITS - 1:
@@ -443,8 +452,6 @@ def _launch(
         given(weights.taps),
         given(weights.stage),
         *(given(part if rank else None) for part in low_rank),
-        output if head is None else head.weight,
-        output if head is None else head.scale,
         *(given(part) for part in sums),
         capacity,
         batch,
@@ -459,7 +466,6 @@ def _launch(
         step(weights.constant),
         step(weights.taps),
         step(weights.stage),
-        0 if head is None else head.scale.stride(0),
         *(step(part) for part in sums),
         D=width,
         K=weights.anchors.shape[1],
@@ -470,8 +476,8 @@ def _launch(
         KEEPS_READ=read is not None,
         FLOAT8=float8,
         OPERAND=operand_dtype(storage.dtype),
-        # The product of a large feature and a large scale might be out of the range of float16.
-        SHRINK=0.0625 if storage.dtype == torch.float16 else 1.0,
+        # The difference of two features may be out of the range of float16.
+        SHRINK=0.25 if storage.dtype == torch.float16 else 1.0,
         SPLITS=launch.splits,
         BLOCK_T=tiling.block_t,
         BLOCK_D=tiling.block_d,

@@ -14,7 +14,7 @@ _MOST_PLANS = 2
 """If the inputs change more often in a run, they are taken to change at every step. Then plans would be of no use."""
 
 _MOST_BYTES = 2**25
-"""At most so much memory is taken for a moment, to compute what the residual adds to the fused heads of many steps."""
+"""The sums for the fused heads of many steps, and what is needed for a moment to compute them, take about so much."""
 
 
 class Conditioner:
@@ -77,23 +77,23 @@ class Conditioner:
         head = self._heads[run.index - self._begin]
         if plan is None:
             return head, NO_SUMS
-        if plan is not self._summed:
-            self._sums, self._summed = self._sums_of(plan, self._begin - (run.begin or 0)), plan
+        if plan is not self._summed or (run.step in plan.weights and run.step not in self._sums):
+            self._sums, self._summed = self._sums_of(plan, run.step, self._begin - (run.begin or 0), dtype), plan
         return head, self._sums.get(run.step, NO_SUMS)
 
-    def _sums_of(self, plan: Plan, begin: int) -> dict[int, HeadSums]:
-        """By step, the sums of the heads of a plan's steps from `begin` on, which is the step of the first head."""
-        steps, batch, width = [step for step in plan.weights if step >= begin], *self._heads[0].scale.shape
-        together = max(1, _MOST_BYTES // (4 * batch * width * max(1, plan.low_rank.rank)))
-        sums: dict[int, HeadSums] = {}
-        for first in range(0, len(steps), together):
-            group = steps[first : first + together]
-            heads, stages = [self._heads[step - begin] for step in group], [plan.weights[s].stage for s in group]
-            scale, shift = torch.cat([head.scale for head in heads]), _joined([head.shift for head in heads])
-            made = head_sums(replace(heads[0], scale=scale, shift=shift), plan.low_rank, _joined(stages))
-            parts = [[None] * len(group) if part is None else part.split(batch) for part in made]
-            sums |= zip(group, map(HeadSums, *parts))
-        return sums
+    def _sums_of(self, plan: Plan, now: int, begin: int, dtype: torch.dtype) -> dict[int, HeadSums]:
+        """By step, the sums of the heads of a plan's next steps, from `now` on, as many as the memory allows.
+
+        `begin` is the step of the first head.
+        """
+        batch, width = self._heads[0].scale.shape
+        rows = len(self._heads[0].weight) + plan.low_rank.rank
+        group = [step for step in plan.weights if step >= now][: max(1, _MOST_BYTES // (4 * batch * width * rows))]
+        heads, stages = [self._heads[step - begin] for step in group], [plan.weights[s].stage for s in group]
+        scale, shift = torch.cat([head.scale for head in heads]), _joined([head.shift for head in heads])
+        made = head_sums(replace(heads[0], scale=scale, shift=shift), plan.low_rank, _joined(stages), dtype)
+        parts = [[None] * len(group) if part is None else part.split(batch) for part in made]
+        return dict(zip(group, map(HeadSums, *parts)))
 
     def _is_planned(self, run: Run, arguments: dict, dtype: torch.dtype) -> bool:
         """Makes a plan if there is none yet. Says whether the current step is planned."""
