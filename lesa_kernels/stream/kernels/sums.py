@@ -47,10 +47,13 @@ from lesa_kernels.stream.kernels.shared import (
 
 
 @triton.jit
-def shift_of(features, slot, row, start, end, D: tl.constexpr, BLOCK_T: tl.constexpr, FLOAT8: tl.constexpr):
-    """A number of each token that is near the mean of its channels: `[BLOCK_T]`.
+def shift_of(
+    features, slot, row, start, end, likeness, added, D: tl.constexpr, BLOCK_T: tl.constexpr, FLOAT8: tl.constexpr
+):
+    """A number of each token that is near the mean of its base: `[BLOCK_T]`. Any number is right; this one is precise.
 
     It is the median of three channels of the newest feature, so it stays there if one channel is far from the others.
+    `likeness` and `added` make a base of it, as if all features were like that one.
     """
     storage, scales, batch, tokens, stride_c, stride_b, stride_t = features
     first = tl.cast(slot, tl.int64) * stride_c + tl.cast(row, tl.int64) * stride_b + tl.cast(start, tl.int64) * stride_t
@@ -61,11 +64,34 @@ def shift_of(features, slot, row, start, end, D: tl.constexpr, BLOCK_T: tl.const
     if FLOAT8 != 0:
         token = (tl.cast(slot, tl.int64) * batch + row) * tokens + start
         scale = tl.load(scales + token + inner, exist, 0.0)
+    middle: tl.constexpr = D // 2
     a = widen(tl.load(at, exist, 0.0)[:, None], scale, FLOAT8)
-    b = widen(tl.load(at + D // 2, exist, 0.0)[:, None], scale, FLOAT8)
+    b = widen(tl.load(at + middle, exist, 0.0)[:, None], scale, FLOAT8)
     c = widen(tl.load(at + (D - 1), exist, 0.0)[:, None], scale, FLOAT8)
-    median = tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
-    return tl.reshape(median, [BLOCK_T])
+    median = tl.reshape(tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c)), [BLOCK_T])
+    return likeness * median + added
+
+
+@triton.jit
+def likeness_of(
+    row, n, anchors, constant, stride_anchors, stride_constant,
+    D: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, CONSTANT: tl.constexpr,
+):  # fmt: skip
+    """The sum of the weights of all features, and the constant, of the channel in the middle."""
+    middle: tl.constexpr = D // 2
+    total = 0.0
+    for k in tl.static_range(K):
+        if WIDE:
+            weight = tl.load(anchors + tl.cast(row, tl.int64) * stride_anchors + (k * D + middle))
+        else:
+            weight = tl.load(anchors + row * stride_anchors + k)
+        total += tl.where(k < n, weight, 0.0)
+    added = 0.0
+    if CONSTANT == 2:
+        added = tl.load(constant + tl.cast(row, tl.int64) * stride_constant + middle)
+    elif CONSTANT == 1:
+        added = tl.load(constant + row * stride_constant)
+    return total, added
 
 
 @triton.jit
@@ -300,6 +326,9 @@ def _stream_sums_fwd_kernel(
 
     slots, n, poison = anchors_of(cursor, ring_count, count, row, capacity, stride_count, K)
     features = (storage, scales, batch, tokens, stride_c, stride_b, stride_t)
+    likeness, added = 0.0, 0.0
+    if OUTS > 0:
+        likeness, added = likeness_of(row, n, anchors, constant, stride_anchors, stride_constant, D, K, WIDE, CONSTANT)
     stage = 0
     if RANK > 0:
         stage = tl.load(stages + row * stride_stage)
@@ -331,7 +360,7 @@ def _stream_sums_fwd_kernel(
                 if OUTS > 0:  # noqa: SIM102
                     if block == first_block:  # not before the loop, whose first copies would wait for it
                         limit = tl.where(n > 0, stop, 0)
-                        shift = shift_of(features, slots[0], row, start, limit, D, BLOCK_T, FLOAT8)
+                        shift = shift_of(features, slots[0], row, start, limit, likeness, added, D, BLOCK_T, FLOAT8)
                 stored = ()
                 for k in tl.static_range(K):
                     limit = tl.where(k < n, stop, 0)
