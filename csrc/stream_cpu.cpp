@@ -55,6 +55,12 @@ LESA_INLINE void prefetch_far([[maybe_unused]] const void* address) {
 #endif
 }
 
+LESA_INLINE void prefetch_to_write([[maybe_unused]] const void* address) {
+#ifdef __GNUC__
+  __builtin_prefetch(address, 1);
+#endif
+}
+
 // One feature that a residual reads, and its weight in each tap.
 struct Input {
   int64_t anchor;

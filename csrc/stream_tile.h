@@ -238,6 +238,7 @@ LESA_KERNEL void finish(const StreamForecast& p, const Sample& s, int64_t token,
       LESA_UNROLL for (int row = 0; row < kTile; ++row) {
         const auto* from = feature + row * p.token_stride;
         prefetch_far(from + 4 * kPanel);
+        if (k == 0) prefetch_to_write(output + row * p.dim + d + 4 * kPanel);
         sums[row][0] = Vector::multiply_add(left, Vector::template load<Element>(from), sums[row][0]);
         sums[row][1] = Vector::multiply_add(right, Vector::template load<Element>(from + Vector::kLanes), sums[row][1]);
       }
