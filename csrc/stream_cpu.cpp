@@ -47,6 +47,20 @@ LESA_INLINE void prefetch([[maybe_unused]] const void* address) {
 #endif
 }
 
+// Fetches into the second-level cache. Rows of features are often a multiple of 4 KB apart, so that those of one block
+// of tokens have few sets of the first-level cache, and would push each other out of it.
+LESA_INLINE void prefetch_far([[maybe_unused]] const void* address) {
+#ifdef __GNUC__
+  __builtin_prefetch(address, 0, 2);
+#endif
+}
+
+LESA_INLINE void prefetch_to_write([[maybe_unused]] const void* address) {
+#ifdef __GNUC__
+  __builtin_prefetch(address, 1);
+#endif
+}
+
 // One feature that a residual reads, and its weight in each tap.
 struct Input {
   int64_t anchor;

@@ -111,13 +111,13 @@ LESA_INLINE LESA_KERNEL void subtract_newest(const StreamForecast& p, const Samp
                                              float* differences, int64_t stride) {
   const auto* from = anchor<Element>(p, s, 0, token) + d;
   const auto newest = Vector::template load<Element>(from);
-  prefetch(from + kGroup);
+  prefetch_far(from + kGroup);
   for (const Input& input : s.matrices->inputs) {
     auto value = newest;
     if (input.anchor > 0) {
       const auto* feature = anchor<Element>(p, s, input.anchor, token) + d;
       value = Vector::subtract(Vector::template load<Element>(feature), newest);
-      prefetch(feature + kGroup);
+      prefetch_far(feature + kGroup);
     }
     Vector::template store<Float32>(differences, value);
     differences += stride;
@@ -237,7 +237,8 @@ LESA_KERNEL void finish(const StreamForecast& p, const Sample& s, int64_t token,
       const auto* feature = anchor<Element>(p, s, k, token) + d;
       LESA_UNROLL for (int row = 0; row < kTile; ++row) {
         const auto* from = feature + row * p.token_stride;
-        prefetch(from + 2 * kPanel);
+        prefetch_far(from + 4 * kPanel);
+        if (k == 0) prefetch_to_write(output + row * p.dim + d + 4 * kPanel);
         sums[row][0] = Vector::multiply_add(left, Vector::template load<Element>(from), sums[row][0]);
         sums[row][1] = Vector::multiply_add(right, Vector::template load<Element>(from + Vector::kLanes), sums[row][1]);
       }
