@@ -38,7 +38,21 @@ def stream_backend(
             names = ("extension", *names)
         if _has_kernels(features, weights, low_rank):
             names = ("triton", *names)
-    return resolve_backend(backend, features.storage, names, operation)
+    chosen = resolve_backend(backend, features.storage, names, operation)
+    if backend == "triton" and (reason := _why_no_residual(features, weights, low_rank)) is not None:
+        remedy = 'Pass backend="auto" or "torch".'
+        raise argument_error("backend", f'not be "triton" here: {reason}', backend, remedy, RuntimeError)
+    return chosen
+
+
+def _why_no_residual(features: StoredFeatures, weights: Weights, low_rank: LowRank) -> str | None:
+    """Why Triton's kernels can't add the residual on this GPU, or None if they can."""
+    if not low_rank.rank:
+        return None
+    from lesa_kernels.stream.kernels.sums import sums_launch
+
+    launch = sums_launch(features, weights, 0, low_rank.rank)
+    return launch if isinstance(launch, str) else None
 
 
 def _has_kernels(features: StoredFeatures, weights: Weights, low_rank: LowRank) -> bool:
@@ -91,10 +105,10 @@ def _stream_forecast(features: StoredFeatures, weights: Weights, low_rank: LowRa
     features.check_channels()
     weights.check(features)
     low_rank.check(features, weights)
-    from lesa_kernels.stream.kernels.sums import stream_forecast_fwd, sums_launch
-
-    if low_rank.rank and isinstance(sums_launch(features, weights, 0, low_rank.rank), str):
+    if _why_no_residual(features, weights, low_rank) is not None:
         return stream_forecast_ref(features, weights, low_rank)
+    from lesa_kernels.stream.kernels.sums import stream_forecast_fwd
+
     out_dtype = forecast_dtype(features.storage.dtype)
     maps = _readable_maps(low_rank, out_dtype)
     return stream_forecast_fwd(_readable_features(features), _readable_weights(weights), maps, out_dtype)

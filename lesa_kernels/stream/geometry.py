@@ -179,7 +179,7 @@ class Tiling:
 
 
 def _shared_bytes(problem: Problem, t: int, d: int, o: int, r: int, stages: int) -> int:
-    """Shared memory of the loop over the channels, at most: what Triton allocates for it.
+    """Shared memory of the loop over the channels: about what Triton allocates for it.
 
     Features and weights of the anchors are copied to registers, so they need `stages - 1` buffers. Operands of products
     stay where they are and need one more. The sum and the taps take turns in one buffer. Float32 operands are split

@@ -40,7 +40,8 @@ def stream_forecast(
     Returns:
         `[B, T, D]` in the dtype of the stored features, bfloat16 for float8. It is computed in float32, but Triton
         rounds the operands of the residual's matrix products to the dtype of the features (bfloat16 for float8). Where
-        a residual needs more shared memory or registers than the GPU has, "triton" is plain torch too.
+        a residual needs more shared memory or registers than the GPU has, "auto" takes plain torch, and "triton" is an
+        error.
 
     Raises:
         ValueError, TypeError: a tensor has another shape, dtype or device than above; the message names it.

@@ -321,6 +321,17 @@ def test_features_far_from_zero(place, dtype, kernel_device, divided):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("factor", [3.0, 0.5])
+@pytest.mark.parametrize("added", [0.0, 1000.0])
+def test_a_forecast_far_from_the_newest_feature(factor, added, kernel_device):
+    case = Case(kernel_device, width=70, mean=50.0)
+    anchors = case.weights.anchors * factor
+    constant = torch.full((anchors.shape[0],), added, device=kernel_device)
+    case.weights = case.weights._replace(anchors=anchors, constant=constant)
+    check_velocity(case)
+
+
+@pytest.mark.slow
 def test_an_outlier_among_the_channels_that_place_the_others(kernel_device):
     case = Case(kernel_device, width=70)
     case.features.storage[..., 3] += 1000
@@ -464,6 +475,17 @@ def test_no_gradients(kernel_device):
         assert case.forecast().isfinite().all()
     with pytest.raises(RuntimeError, match="stream_forecast on Triton has no gradients"):
         fused.triton_forecast(case.features, case.weights, case.low_rank).sum().backward()
+
+
+@pytest.mark.slow
+def test_a_residual_that_does_not_fit_is_refused_where_triton_was_asked_for(kernel_device, monkeypatch):
+    case = Case(kernel_device, rank=3)
+    monkeypatch.setattr(sums, "sums_launch", lambda *args: "a rank of 3 needs more registers than sm_00 has")
+    for call in (case.forecast, case.velocity):
+        with pytest.raises(RuntimeError, match="`backend` must .*a rank of 3 needs more registers.*'triton'.*torch"):
+            call()
+        assert call("auto").isfinite().all()
+    assert Case(kernel_device).forecast().isfinite().all()  # without a residual
 
 
 def test_operators_know_the_shape_of_their_results(kernel_device):
