@@ -177,6 +177,11 @@ class Tiling:
         """Where the sums of the residual begin among them."""
         return self.block_t * (2 + self.block_o) if self.block_o else 0
 
+    def finished_channels(self, device: Device, operand_bytes: int) -> int:
+        """How many channels of a tile get their residual at a time; up to four times as many are copied ahead."""
+        room = device.shared_bytes // (4 * (self.block_r + self.block_t) * operand_bytes)
+        return max(16, min(4 * self.block_d, power_of_2(room + 1) // 2))
+
 
 def _shared_bytes(problem: Problem, t: int, d: int, o: int, r: int, stages: int) -> int:
     """Shared memory of the loop over the channels: about what Triton allocates for it.

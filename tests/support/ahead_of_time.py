@@ -37,8 +37,9 @@ from lesa_kernels.stream import HeadSums, LowRank, StoredFeatures, Weights, stre
 ARCHITECTURES = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 SHARED_MEMORY_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 DATA_CENTRE = (80, 90, 100)
-# All dtypes are compiled for Hopper. Elsewhere it is bfloat16, and float8 where a kernel decodes its bits.
-ELSEWHERE = {torch.bfloat16: tuple(ARCHITECTURES), torch.float8_e4m3fn: (80,)}
+# All dtypes are compiled for Hopper. Elsewhere it is bfloat16, float8 where a kernel decodes its bits, and
+# float32 where shared memory is smallest.
+ELSEWHERE = {torch.bfloat16: tuple(ARCHITECTURES), torch.float8_e4m3fn: (80,), torch.float32: (86,)}
 WORKERS = 2
 
 # What is counted in a kernel's PTX.
@@ -237,21 +238,46 @@ def gradient(name: str, call: Callable, *sizes: FeatureShape | LayerShape, produ
 def stream_cases() -> list[Case]:
     """Bfloat16 on all architectures, other dtypes on one or two; the largest ranks and heads on the smallest GPUs."""
     every, bf16 = tuple(ARCHITECTURES), (torch.bfloat16,)
-    others = (torch.float16, torch.float32, torch.float8_e4m3fn)
+    float32, others = (torch.float32,), (torch.float16, torch.float32, torch.float8_e4m3fn)
     sums, large = {"kernel": "stream_sums", "vectorised": True, "products": "small"}, (FLUX,)
     return [
         Case("stream_forecast", stream(), (FLUX, HUNYUAN_VIDEO), bf16, vectorised=True, architectures=every),
         Case("stream_forecast-others", stream(), large, others, vectorised=True, architectures=(80, 90)),
         Case("stream_forecast-16-anchors", stream(history=16), large, bf16, vectorised=True, architectures=(90,)),
         Case("stream_forecast-rank32", stream(32), large, bf16, architectures=(90, 120), **sums),
-        Case("stream_velocity-rank0", stream(0, 64), large, bf16, architectures=every, **sums),
+        *(
+            Case(f"stream_forecast-rank{rank}", stream(rank), large, bf16, may_spill=bf16, architectures=each, **sums)
+            for rank, each in ((64, (86, 100)), (128, (89, 90)), (256, (80, 120)))
+        ),
+        Case(
+            "stream_forecast-rank32-float32",
+            stream(32),
+            large,
+            float32,
+            may_spill=float32,
+            architectures=(86, 90),
+            **sums,
+        ),
+        Case("stream_velocity-rank0", stream(0, 64), large, bf16, architectures=(80, 89, 90, 100, 120), **sums),
         Case("stream_velocity-rank0-others", stream(0, 64), large, others, architectures=(90,), **sums),
         Case("stream_velocity-rank32", stream(32, 64), large, bf16, architectures=(90,), **sums),
         Case(
             "stream_velocity-rank32-mma", stream(32, 64), large, bf16, may_spill=bf16, architectures=(80, 120), **sums
         ),
-        Case("stream_velocity-rank256", stream(256, 64), large, bf16, may_spill=bf16, architectures=(86,), **sums),
-        Case("stream_velocity-512-outputs", stream(0, 512), large, bf16, architectures=(86, 90), **sums),
+        *(
+            # Each rank on each architecture, with another number of outputs. Such sizes may spill.
+            Case(
+                f"stream_velocity-rank{rank}-{outputs}-outputs",
+                stream(rank, outputs),
+                large,
+                bf16,
+                may_spill=bf16,
+                architectures=tuple(architecture for a, architecture in enumerate(every) if (a + r) % 5 == o),
+                **sums,
+            )
+            for r, rank in enumerate((0, 32, 64, 128, 256))
+            for o, outputs in enumerate((16, 64, 128, 256, 512))
+        ),
     ]
 
 

@@ -215,7 +215,7 @@ def finish_velocity(
 def finish_forecast(
     output, read_output, parts, stride_split, row, stage, start, end, tokens, up,
     D: tl.constexpr, RANK: tl.constexpr, KEEPS_READ: tl.constexpr, OPERAND: tl.constexpr, SPLITS: tl.constexpr,
-    BY_RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BY_RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Adds the residual of a tile to the base that the programs wrote.
 
@@ -234,9 +234,8 @@ def finish_forecast(
     if KEEPS_READ:
         kept = read_output + token * RANK + inner[:, None] * RANK + ranks[None, :]
         tl.store(kept, read, there[:, None] & (ranks < RANK)[None, :])
-    wide: tl.constexpr = 4 * BLOCK_D  # many loads are under way at once
-    for first in tl.range(0, D, wide, num_stages=4):
-        channels = first + tl.arange(0, wide)
+    for first in tl.range(0, D, BLOCK_E, num_stages=4):
+        channels = first + tl.arange(0, BLOCK_E)
         exist = (channels < D)[None, :] & (ranks < RANK)[:, None]
         map = tl.load(up + (stage * D + channels)[None, :] * RANK + ranks[:, None], exist, 0.0)
         finished = output + token * D + inner[:, None] * D + channels[None, :]
@@ -306,6 +305,7 @@ def _stream_sums_fwd_kernel(
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BY_RANK: tl.constexpr,
@@ -430,7 +430,7 @@ def _stream_sums_fwd_kernel(
                     finish_forecast(
                         output, read_output, group_parts + i * PART, stride_split,
                         row, stage, start, stop, tokens, up,
-                        D, RANK, KEEPS_READ, OPERAND, SPLITS, BY_RANK, BLOCK_T, BLOCK_D, BLOCK_R,
+                        D, RANK, KEEPS_READ, OPERAND, SPLITS, BY_RANK, BLOCK_T, BLOCK_E, BLOCK_R,
                     )  # fmt: skip
         tl.debug_barrier()  # a program of its own group writes its next sums where it has just read these
 
@@ -456,7 +456,7 @@ def _launch(
     launch = sums_launch(features, weights, outs, rank)
     if isinstance(launch, str):
         raise RuntimeError(f"the kernel does not fit: {launch}")
-    tiling = launch.tiling
+    tiling, device = launch.tiling, device_of(storage.device)
     parts = torch.empty(launch.scratch, dtype=torch.float32, device=storage.device)
     stored, float8 = stored_bits(storage)
 
@@ -510,6 +510,8 @@ def _launch(
         SPLITS=launch.splits,
         BLOCK_T=tiling.block_t,
         BLOCK_D=tiling.block_d,
+        # Float16 is multiplied as float32 at the end, and float32 is split into two.
+        BLOCK_E=tiling.finished_channels(device, 2 if operand_dtype(storage.dtype) == tl.bfloat16 else 8),
         BLOCK_O=max(tiling.block_o, 16),
         BLOCK_R=max(tiling.block_r, 16),
         BY_RANK=tiling.by_rank,
