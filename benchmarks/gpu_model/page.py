@@ -259,8 +259,8 @@ def misses(figures: dict) -> str:
             that meet adds the residual to the forecast of its tokens, for all channels, while the others have ended.
             That takes {finish:.0f} µs: its few warps wait for the cache and for each other in each round.""",
         "skipped step, rank 32": f"""There are {launch["instructions_per_byte"]:.1f} instructions for each byte. The
-            three taps, the forecast and its modulated form are written to shared memory for the tensor cores, one after
-            the other, and each time the warps wait for each other. {launch["registers"]} registers for a thread leave
+            three taps and the forecast are written to shared memory for the tensor cores, one after the other, and each
+            time the warps wait for each other. {launch["registers"]} registers for a thread leave
             room for {launch["resident"]} programs on a multiprocessor, which do not hide these waits.""",
         "skipped step, rank 0": """The pipeline of copies is empty when a program goes from one tile of tokens to the
             next.""",
