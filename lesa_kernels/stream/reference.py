@@ -70,7 +70,9 @@ def stream_forecast_ref(features: StoredFeatures, weights: Weights, low_rank: Lo
         taps = weights.taps.to(dtype).masked_fill(~exist[:, None], 0.0).tril(1)
         # The residual's input is linear in the anchors too: one small matrix per anchor, none per tap.
         maps = torch.einsum("brjd,bjk->kbdr", low_rank.down.to(dtype)[stage], taps)
-        read = sum((anchor @ each for anchor, each in zip(anchors, maps)), torch.zeros((), dtype=dtype))
+        read = sum(
+            (anchor @ each for anchor, each in zip(anchors, maps)), torch.zeros((), dtype=dtype, device=features.device)
+        )
         forecast = forecast + read @ low_rank.up.to(dtype)[stage].mT
     forecast = forecast.masked_fill((there == 0)[:, None, None], float("nan"))
     return forecast.to(forecast_dtype(features.storage.dtype))
