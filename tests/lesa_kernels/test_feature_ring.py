@@ -30,7 +30,8 @@ def both_rings(*sizes, dtype=torch.float32):
     return rings
 
 
-def push_both(rings, features, sigma, rows=None):
+def assert_same_after_push(rings, features, sigma, rows=None):
+    """Pushes into both rings, and compares all of their buffers byte by byte."""
     for ring in rings:
         ring.push(features, sigma, rows)
     for actual, expected in zip(state(rings[0]), state(rings[1])):
@@ -77,7 +78,7 @@ def test_extension_equals_reference_for_strided_features(source, target, layout)
     torch.manual_seed(0)
     rings = both_rings(3, 3, 7, 13, dtype=target)
     for sigma in (1.0, 0.75, 0.5, 0.25):
-        push_both(rings, LAYOUTS[layout](3, 7, 13).to(source), sigma)
+        assert_same_after_push(rings, LAYOUTS[layout](3, 7, 13).to(source), sigma)
 
 
 @needs_extension
@@ -86,7 +87,7 @@ def test_extension_equals_reference_for_odd_sizes(sizes):
     torch.manual_seed(0)
     rings = both_rings(*sizes)
     for step in range(2 * sizes[0] + 1):
-        push_both(rings, torch.randn(sizes[1:]), 1.0 - step / 50)
+        assert_same_after_push(rings, torch.randn(sizes[1:]), 1.0 - step / 50)
 
 
 @needs_extension
@@ -97,7 +98,7 @@ def test_extension_equals_reference_for_random_pushes_into_some_rows():
         rows = torch.randperm(5, generator=generator)[: torch.randint(0, 6, (), generator=generator)]
         sigma = torch.randint(0, 4, (len(rows),), generator=generator) / 4  # few levels: equal, rising and falling
         sigma[sigma == 0.75] = float("nan")
-        push_both(rings, torch.randn(len(rows), 4, 6, generator=generator), sigma, rows)
+        assert_same_after_push(rings, torch.randn(len(rows), 4, 6, generator=generator), sigma, rows)
 
 
 @needs_extension
@@ -108,8 +109,8 @@ def test_threads_cover_large_features(source, target):
     try:
         torch.manual_seed(0)
         sizes = (2, 2, 2101, 1003)  # 4.2 M elements: above the size from which threads are used, no round chunks
-        push_both(both_rings(*sizes, dtype=target), torch.randn(sizes[1:]).to(source), 0.5)
-        push_both(both_rings(*sizes, dtype=target), torch.randn(2, 2101, 1010).to(source)[..., :1003], 0.5)
+        assert_same_after_push(both_rings(*sizes, dtype=target), torch.randn(sizes[1:]).to(source), 0.5)
+        assert_same_after_push(both_rings(*sizes, dtype=target), torch.randn(2, 2101, 1010).to(source)[..., :1003], 0.5)
     finally:
         torch.set_num_threads(threads)
 
