@@ -161,13 +161,15 @@ void newton_coefficients(uintptr_t sigmas, uintptr_t count, uintptr_t sigma, int
 
 // `weights` are the addresses of anchors, count, constant, taps and stage, and `weights_strides` their strides between
 // samples.
-void stream_forecast(uintptr_t storage, const std::string& storage_dtype, const std::array<int64_t, 4>& storage_sizes,
-                     const std::array<int64_t, 3>& storage_strides, uintptr_t cursor, uintptr_t count, int64_t history,
-                     const std::array<uintptr_t, 5>& weights, const std::array<int64_t, 5>& weights_strides,
-                     bool anchors_per_channel, bool constant_per_channel, int64_t stages, int64_t rank, uintptr_t down,
-                     uintptr_t up, const std::string& residual_dtype, uintptr_t output, int threads,
-                     std::string instructions) {
-  const lesa::StreamForecast stream{
+lesa::StreamForecast stream_of(uintptr_t storage, const std::string& storage_dtype,
+                               const std::array<int64_t, 4>& storage_sizes,
+                               const std::array<int64_t, 3>& storage_strides, uintptr_t cursor, uintptr_t count,
+                               int64_t history, const std::array<uintptr_t, 5>& weights,
+                               const std::array<int64_t, 5>& weights_strides, bool anchors_per_channel,
+                               bool constant_per_channel, int64_t stages, int64_t rank, uintptr_t down, uintptr_t up,
+                               const std::string& residual_dtype, uintptr_t output, int threads,
+                               std::string instructions) {
+  return {
       pointer<const void>(storage),
       lesa::dtype_from_name("storage_dtype", storage_dtype),
       storage_sizes[0],
@@ -201,8 +203,46 @@ void stream_forecast(uintptr_t storage, const std::string& storage_dtype, const 
       threads,
       std::move(instructions),
   };
+}
+
+template <class... Arguments>
+void stream_forecast(Arguments... arguments) {
+  const lesa::StreamForecast stream = stream_of(arguments...);
   lesa::check_stream_forecast(stream);
   lesa::stream_forecast_cpu(stream);
+}
+
+// `head` are the addresses of weight, bias, scale and shift. `head_strides` are those of scale and shift, between
+// samples and between tokens.
+template <class... Arguments>
+void stream_velocity(int64_t outputs, const std::array<uintptr_t, 4>& head, const std::array<int64_t, 4>& head_strides,
+                     float eps, Arguments... arguments) {
+  const lesa::StreamForecast stream = stream_of(arguments...);
+  const lesa::StreamHead output_head{
+      outputs,         pointer<const float>(head[0]), pointer<const float>(head[1]), pointer<const float>(head[2]),
+      head_strides[0], head_strides[1],               pointer<const float>(head[3]), head_strides[2],
+      head_strides[3], eps,
+  };
+  lesa::check_stream_velocity(stream, output_head);
+  lesa::stream_velocity_cpu(stream, output_head);
+}
+
+// Both with the arguments of `stream_of`, defined once as `m.def` needs them.
+template <class... Arguments>
+void define_streams(py::module_& m, lesa::StreamForecast (*)(Arguments...)) {
+  const auto define = [&](const char* name, auto function, const char* doc, const auto&... first) {
+    m.def(name, function, py::call_guard<py::gil_scoped_release>(), first..., py::arg("storage"),
+          py::arg("storage_dtype"), py::arg("storage_sizes"), py::arg("storage_strides"), py::arg("cursor"),
+          py::arg("count"), py::arg("history"), py::arg("weights"), py::arg("weights_strides"),
+          py::arg("anchors_per_channel"), py::arg("constant_per_channel"), py::arg("stages"), py::arg("rank"),
+          py::arg("down"), py::arg("up"), py::arg("residual_dtype"), py::arg("output"), py::arg("threads"),
+          py::arg("instructions") = "avx512", doc);
+  };
+  define("stream_forecast", &stream_forecast<Arguments...>,
+         "Forecasts on the CPU with given weights; ValueError for what can't be right. See csrc/stream.h.");
+  define("stream_velocity", &stream_velocity<Arguments...>,
+         "Forecasts on the CPU and applies the output head; ValueError for what can't be right. See csrc/stream.h.",
+         py::arg("outputs"), py::arg("head"), py::arg("head_strides"), py::arg("eps"));
 }
 
 std::string compiler() {
@@ -230,7 +270,7 @@ py::dict build_info() {
   info["cuda_archs"] = py::none();
 #endif
   info["cpu_operations"] = std::vector<std::string>{"newton_coefficients", "newton_predict", "ring_gather",
-                                                          "ring_push", "stream_forecast"};
+                                                          "ring_push", "stream_forecast", "stream_velocity"};
   info["cuda_operations"] = info["cuda_version"].is_none() ? std::vector<std::string>{}
                                                            : std::vector<std::string>{"ring_gather", "ring_push"};
   info["hardware_threads"] = std::thread::hardware_concurrency();
@@ -269,11 +309,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("stage_bounds"), py::arg("history_length"), py::arg("anchors"), py::arg("anchor_count"),
         py::arg("constant"), py::arg("taps"), py::arg("stage"), py::arg("threads"), py::arg("instructions") = "avx512",
         "Computes the weights of forecasts on the CPU; ValueError for what can't be right. See csrc/newton_predict.h.");
-  m.def("stream_forecast", &stream_forecast, py::call_guard<py::gil_scoped_release>(), py::arg("storage"),
-        py::arg("storage_dtype"), py::arg("storage_sizes"), py::arg("storage_strides"), py::arg("cursor"),
-        py::arg("count"), py::arg("history"), py::arg("weights"), py::arg("weights_strides"),
-        py::arg("anchors_per_channel"), py::arg("constant_per_channel"), py::arg("stages"), py::arg("rank"),
-        py::arg("down"), py::arg("up"), py::arg("residual_dtype"), py::arg("output"), py::arg("threads"),
-        py::arg("instructions") = "avx512",
-        "Forecasts on the CPU with given weights; ValueError for what can't be right. See csrc/stream.h.");
+  define_streams(m, &stream_of);
 }

@@ -42,6 +42,18 @@ struct StreamForecast {
   std::string instructions;  // the widest to use if the processor has them: "avx512", "avx2" or "plain"
 };
 
+// The output head on the CPU: an AdaLN, then a projection to O outputs. Strides count elements, and may be zero.
+struct StreamHead {
+  int64_t outputs;      // O
+  const float* weight;  // [O, dim], contiguous
+  const float* bias;    // [O], or null
+  const float* scale;   // [batch, tokens, dim], dim contiguous; the normalised features are multiplied by 1 + scale
+  int64_t scale_sample_stride, scale_token_stride;
+  const float* shift;  // the same, added to that; or null
+  int64_t shift_sample_stride, shift_token_stride;
+  float eps;  // added to the variance
+};
+
 // Checks everything that can be checked without reading memory. Throws std::invalid_argument.
 void check_stream_forecast(const StreamForecast& stream);
 
@@ -50,5 +62,10 @@ void check_stream_forecast(const StreamForecast& stream);
 // features and the newest one. Computes in float32 and gives the same bytes on any number of threads. Throws
 // std::invalid_argument, before anything is written, for a cursor, count or stage that is out of range.
 void stream_forecast_cpu(const StreamForecast& stream);
+
+// The same for a forecast of float32 features and the output head that is applied to it. `stream.output` is that of the
+// head: [batch, tokens, O]. The forecast of a few tokens at a time stays in the caches.
+void check_stream_velocity(const StreamForecast& stream, const StreamHead& head);
+void stream_velocity_cpu(const StreamForecast& stream, const StreamHead& head);
 
 }  // namespace lesa

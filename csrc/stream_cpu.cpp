@@ -18,6 +18,8 @@ constexpr int64_t kThreadBytes = int64_t{2} << 20;  // read and written for each
 constexpr int64_t kRankOfOneRead = 16;              // rank at which the residual takes as long as the rest
 constexpr int64_t kChunkBytes = int64_t{1} << 17;   // of output that a thread takes at a time, without a residual
 constexpr int64_t kResidualTokens = 24;             // the same with a residual
+constexpr int64_t kHeadTokens = 12;                 // the same with an output head
+constexpr int64_t kHeadChannels = 256;              // that are projected to outputs before their sum is added up
 constexpr int64_t kChannels = 256;                  // that a thread prepares at a time
 constexpr int64_t kGroup = 64;                      // channels that are projected together
 constexpr int64_t kStep = 4;                        // of these, the channels between other work
@@ -86,16 +88,29 @@ struct Sample {
   const float* constants;             // [dim], or null: `constant` for all channels
   float constant;
   const Matrices* matrices;  // or null without a residual
-  void* output;              // [tokens, dim]
+  void* output;              // [tokens, dim], or [tokens, outputs] with a head
+  const float* scale;        // of the head, [tokens, dim] with its strides
+  const float* shift;        // the same, or null
+};
+
+// The head's projection in the order in which it is read. Outputs are padded to a multiple of the kernels' panel.
+struct Projection {
+  float* weight;  // [outputs / panel, dim, panel]
+  float* bias;    // [outputs]
 };
 
 using Pack = void (*)(const StreamForecast&, const Matrices&, int64_t begin, int64_t end);   // of channels
 using Forecast = void (*)(const StreamForecast&, const Sample&, int64_t begin, int64_t end);  // of tokens
+using PackHead = void (*)(const StreamForecast&, const StreamHead&, const Projection&, int64_t begin, int64_t end);
+using Velocity = void (*)(const StreamForecast&, const StreamHead&, const Projection&, const Sample&, int64_t begin,
+                          int64_t end);
 
 struct Kernels {
   int64_t panel;
   Pack pack[3];  // of float32, float16 and bfloat16, as DType has them
   Forecast forecast[3];
+  PackHead pack_head;
+  Velocity velocity;
 };
 
 namespace plain {
@@ -179,7 +194,7 @@ std::vector<int64_t> find_matrices(const StreamForecast& p, const std::vector<Sa
   return found;
 }
 
-Sample sample_at(const StreamForecast& p, int64_t b) {
+Sample sample_at(const StreamForecast& p, const StreamHead* head, int64_t b) {
   Sample s{};
   const int64_t wanted = p.anchor_count[b * p.anchor_count_stride];
   s.anchors = wanted < 0 || wanted > p.count[b] ? 0 : std::min(wanted, p.history);
@@ -194,7 +209,12 @@ Sample sample_at(const StreamForecast& p, int64_t b) {
     if (p.constant_per_channel) s.constants = constant;
     if (!p.constant_per_channel) s.constant = *constant;
   }
-  s.output = static_cast<char*>(p.output) + b * p.tokens * p.dim * item_size(p.dtype);
+  const int64_t width = head ? head->outputs : p.dim;
+  s.output = static_cast<char*>(p.output) + b * p.tokens * width * item_size(p.dtype);
+  if (head) {
+    s.scale = head->scale + b * head->scale_sample_stride;
+    s.shift = head->shift ? head->shift + b * head->shift_sample_stride : nullptr;
+  }
   return s;
 }
 
@@ -220,9 +240,8 @@ void check_array(const char* argument, const void* pointer, int64_t batch, int64
   if (batch > 0 && row > 0) check_pointer(argument, pointer, item);
 }
 
-}  // namespace
-
-void check_stream_forecast(const StreamForecast& p) {
+// Checks a forecast, or what is made of it. The output is [batch, tokens, width].
+void check_stream(const StreamForecast& p, int64_t width) {
   check_at_least("capacity", p.capacity, 1);
   check_at_least("batch", p.batch, 0);
   check_at_least("tokens", p.tokens, 0);
@@ -254,8 +273,7 @@ void check_stream_forecast(const StreamForecast& p) {
     check_array("down", p.down, p.stages, 0, product("down", product("down", p.stages, p.rank), row), item);
     check_array("up", p.up, p.stages, 0, product("up", product("up", p.stages, p.dim), p.rank), item);
   }
-  const int64_t feature = product("output", p.tokens, p.dim);
-  const int64_t elements = product("output", p.batch, feature);
+  const int64_t elements = product("output", p.batch, product("output", p.tokens, width));
   product("output", elements, item_size(p.dtype));
   if (elements == 0) return;
   int64_t last = product("storage", p.capacity - 1, p.slot_stride);
@@ -266,13 +284,21 @@ void check_stream_forecast(const StreamForecast& p) {
   check_pointer("output", p.output);
 }
 
-void stream_forecast_cpu(const StreamForecast& p) {
+void check_modulation(const char* argument, const StreamForecast& p, const float* pointer, int64_t sample_stride,
+                      int64_t token_stride) {
+  check_at_least(argument, token_stride, 0);
+  const int64_t last = product(argument, std::max<int64_t>(0, p.tokens - 1), token_stride);
+  check_array(argument, pointer, p.batch, sample_stride, p.tokens > 0 ? sum(argument, last, p.dim) : 0);
+}
+
+// The forecast, or with a head what it makes of it.
+void run_stream(const StreamForecast& p, const StreamHead* head) {
   check_rows(p);
-  if (p.batch == 0 || p.tokens == 0 || p.dim == 0) return;
+  if (p.batch == 0 || p.tokens == 0 || (head ? head->outputs : p.dim) == 0) return;
 
   const Kernels& kernels = kernels_for(p.instructions);
   std::vector<Sample> samples;
-  for (int64_t b = 0; b < p.batch; ++b) samples.push_back(sample_at(p, b));
+  for (int64_t b = 0; b < p.batch; ++b) samples.push_back(sample_at(p, head, b));
   std::vector<Matrices> matrices;
   const std::vector<int64_t> found = find_matrices(p, samples, matrices);
   const int64_t padded_dim = round_up(p.dim, kGroup);
@@ -285,6 +311,8 @@ void stream_forecast_cpu(const StreamForecast& p) {
     const int64_t inputs = static_cast<int64_t>(m.inputs.size());
     scratch_size = sum("down", scratch_size, product("down", inputs, projection_size));
   }
+  const int64_t padded_outputs = head ? round_up(head->outputs, kernels.panel) : 0;
+  scratch_size = sum("head.weight", scratch_size, product("head.weight", padded_outputs, sum("dim", p.dim, 1)));
   const AlignedFloats scratch(scratch_size);
   float* next = scratch.begin();
   for (Matrices& m : matrices) {
@@ -295,31 +323,73 @@ void stream_forecast_cpu(const StreamForecast& p) {
     std::fill(next - kGroup * p.rank, next, 0.0f);  // the last panels may not be full
   }
   for (int64_t b = 0; b < p.batch; ++b) samples[b].matrices = found[b] < 0 ? nullptr : &matrices[found[b]];
+  const Projection projection{next, next + padded_outputs * p.dim};
+  if (head) {
+    std::fill_n(projection.bias, padded_outputs, 0.0f);
+    if (head->bias) std::copy_n(head->bias, head->outputs, projection.bias);
+  }
 
   const Forecast forecast = kernels.forecast[static_cast<int>(p.dtype)];
   const Pack pack = kernels.pack[static_cast<int>(p.residual_dtype)];
   const int64_t token_bytes = p.dim * item_size(p.dtype);
   const double moved = static_cast<double>(p.batch * p.tokens * token_bytes) * static_cast<double>(p.history + 1);
-  const double work = moved * (1.0 + static_cast<double>(matrices.empty() ? 0 : p.rank) / kRankOfOneRead);
+  const int64_t columns = (matrices.empty() ? 0 : p.rank) + (head ? head->outputs / p.history : 0);
+  const double work = moved * (1.0 + static_cast<double>(columns) / kRankOfOneRead);
   const auto threads = static_cast<int64_t>(std::min<double>(p.threads, 1.0 + work / kThreadBytes));
-  const int64_t chunk = matrices.empty() ? std::max<int64_t>(1, kChunkBytes / token_bytes) : kResidualTokens;
+  const int64_t whole = matrices.empty() ? std::max<int64_t>(1, kChunkBytes / token_bytes) : kResidualTokens;
+  const int64_t chunk = head ? kHeadTokens : whole;
   // First what all tokens of a sample share, then the tokens. Items are taken in this order, so a thread that waits for
   // the first kind waits for threads that are working on it.
   const int64_t channel_items = (p.dim + kChannels - 1) / kChannels;
   const int64_t token_items = (p.tokens + chunk - 1) / chunk;
-  const int64_t preparations = static_cast<int64_t>(matrices.size()) * channel_items;
+  const int64_t maps = static_cast<int64_t>(matrices.size()) * channel_items;
+  const int64_t preparations = maps + (head ? channel_items : 0);
   std::atomic<int64_t> prepared{0};
   parallel_chunks(preparations + p.batch * token_items, 1, threads, [&](int64_t item, int64_t) {
     if (item < preparations) {
       const int64_t begin = item % channel_items * kChannels;
-      pack(p, matrices[item / channel_items], begin, std::min(begin + kChannels, p.dim));
+      const int64_t end = std::min(begin + kChannels, p.dim);
+      if (item < maps) {
+        pack(p, matrices[item / channel_items], begin, end);
+      } else {
+        kernels.pack_head(p, *head, projection, begin, end);
+      }
       prepared.fetch_add(1, std::memory_order_release);
       return;
     }
     while (prepared.load(std::memory_order_acquire) < preparations) std::this_thread::yield();
     const int64_t begin = (item - preparations) % token_items * chunk;
-    forecast(p, samples[(item - preparations) / token_items], begin, std::min(begin + chunk, p.tokens));
+    const int64_t end = std::min(begin + chunk, p.tokens);
+    const Sample& sample = samples[(item - preparations) / token_items];
+    if (head) {
+      kernels.velocity(p, *head, projection, sample, begin, end);
+    } else {
+      forecast(p, sample, begin, end);
+    }
   });
 }
+
+}  // namespace
+
+void check_stream_forecast(const StreamForecast& stream) { check_stream(stream, stream.dim); }
+
+void check_stream_velocity(const StreamForecast& stream, const StreamHead& head) {
+  check_at_least("head.outputs", head.outputs, 0);
+  check_at_least("dim", stream.dim, 1);  // the mean of no channels is not defined
+  check_stream(stream, head.outputs);
+  if (stream.dtype != DType::float32) {
+    refuse("storage_dtype", "be float32 for an output head", "another one", "Forecast first, then apply the head.");
+  }
+  check_array("head.weight", head.weight, 1, 0, product("head.weight", head.outputs, stream.dim));
+  if (head.bias != nullptr) check_array("head.bias", head.bias, 1, 0, head.outputs);
+  check_modulation("head.scale", stream, head.scale, head.scale_sample_stride, head.scale_token_stride);
+  if (head.shift != nullptr) {
+    check_modulation("head.shift", stream, head.shift, head.shift_sample_stride, head.shift_token_stride);
+  }
+}
+
+void stream_forecast_cpu(const StreamForecast& stream) { run_stream(stream, nullptr); }
+
+void stream_velocity_cpu(const StreamForecast& stream, const StreamHead& head) { run_stream(stream, &head); }
 
 }  // namespace lesa

@@ -208,9 +208,10 @@ LESA_KERNEL void project(const StreamForecast& p, const Sample& s, int64_t token
 }
 
 // The forecast of kTile tokens from the residual's input. The features are added between the products.
+// Rows of `output` are `stride` elements apart.
 template <class Element, bool kPerChannel, int kTile>
 LESA_KERNEL void finish(const StreamForecast& p, const Sample& s, int64_t token, const float* input,
-                        typename Element::Bits* output) {
+                        typename Element::Bits* output, int64_t stride) {
   const Matrices& m = *s.matrices;
   for (int64_t d = 0; d < p.dim; d += kPanel) {
     const int64_t n = std::min(kPanel, p.dim - d);
@@ -238,15 +239,15 @@ LESA_KERNEL void finish(const StreamForecast& p, const Sample& s, int64_t token,
       LESA_UNROLL for (int row = 0; row < kTile; ++row) {
         const auto* from = feature + row * p.token_stride;
         prefetch_far(from + 4 * kPanel);
-        if (k == 0) prefetch_to_write(output + row * p.dim + d + 4 * kPanel);
+        if (k == 0) prefetch_to_write(output + row * stride + d + 4 * kPanel);
         sums[row][0] = Vector::multiply_add(left, Vector::template load<Element>(from), sums[row][0]);
         sums[row][1] = Vector::multiply_add(right, Vector::template load<Element>(from + Vector::kLanes), sums[row][1]);
       }
     }
     if (added > 0) {
       LESA_UNROLL for (int row = 0; row < kTile; ++row) {
-        Vector::template store<Element>(output + row * p.dim + d, sums[row][0]);
-        Vector::template store<Element>(output + row * p.dim + d + Vector::kLanes, sums[row][1]);
+        Vector::template store<Element>(output + row * stride + d, sums[row][0]);
+        Vector::template store<Element>(output + row * stride + d + Vector::kLanes, sums[row][1]);
       }
       continue;
     }
@@ -257,7 +258,7 @@ LESA_KERNEL void finish(const StreamForecast& p, const Sample& s, int64_t token,
       Vector::template store<Float32>(residual[row] + Vector::kLanes, sums[row][1]);
     }
     for (int row = 0; row < kTile; ++row) {
-      mix<Element, kPerChannel, 1>(p, s, token + row, d, n, residual[row], output + row * p.dim + d);
+      mix<Element, kPerChannel, 1>(p, s, token + row, d, n, residual[row], output + row * stride + d);
     }
   }
 }
@@ -269,7 +270,7 @@ LESA_KERNEL void forecast_tiles(const StreamForecast& p, const Sample& s, int64_
   auto* output = static_cast<typename Element::Bits*>(s.output);
   for (; begin + kTile <= end; begin += kTile) {
     project<Element, kTile>(p, s, begin, differences, input);
-    finish<Element, kPerChannel, kTile>(p, s, begin, input, output + begin * p.dim);
+    finish<Element, kPerChannel, kTile>(p, s, begin, input, output + begin * p.dim, p.dim);
   }
   if constexpr (kTile > 1) {
     if (begin < end) {
@@ -305,6 +306,155 @@ LESA_KERNEL void forecast(const StreamForecast& p, const Sample& s, int64_t begi
   }
 }
 
+// Brings the channels [begin, end) of a head's projection into the order in which they are read.
+LESA_KERNEL void pack_head(const StreamForecast& p, const StreamHead& head, const Projection& projection, int64_t begin,
+                           int64_t end) {
+  constexpr int64_t lanes = Vector::kLanes;
+  typename Vector::Register block[lanes];
+  for (int64_t d = begin; d < end; d += lanes) {
+    const int64_t channels = std::min(lanes, p.dim - d);
+    for (int64_t first = 0; first < round_up(head.outputs, kPanel); first += lanes) {
+      const int64_t outputs = std::max<int64_t>(0, std::min(lanes, head.outputs - first));
+      const float* rows = head.weight + first * p.dim + d;
+      for (int64_t i = 0; i < outputs; ++i) block[i] = load_some<Float32>(rows + i * p.dim, channels);
+      for (int64_t i = outputs; i < lanes; ++i) block[i] = Vector::broadcast(0.0f);
+      Vector::transpose(block);
+      float* target = projection.weight + (first / kPanel * p.dim + d) * kPanel + first % kPanel;
+      for (int64_t i = 0; i < channels; ++i) Vector::template store<Float32>(target + i * kPanel, block[i]);
+    }
+  }
+}
+
+// The sum of `value(x[i])` over all of x, and `left(x[i])` in its place for what is left at the end. Short sums are
+// added up, since a long one loses more to rounding.
+template <class Value, class Left>
+LESA_INLINE LESA_KERNEL float sum_of(const float* x, int64_t n, const Value& value, const Left& left) {
+  constexpr int64_t lanes = Vector::kLanes, parts = 4;
+  typename Vector::Register sums[parts];
+  LESA_UNROLL for (int64_t v = 0; v < parts; ++v) sums[v] = Vector::broadcast(0.0f);
+  int64_t i = 0;
+  for (; i + parts * lanes <= n; i += parts * lanes) {
+    LESA_UNROLL for (int64_t v = 0; v < parts; ++v) sums[v] = value(x + i + v * lanes, sums[v]);
+  }
+  for (; i + lanes <= n; i += lanes) sums[0] = value(x + i, sums[0]);
+  float each[lanes], total = 0.0f;
+  const auto pairs = Vector::add(Vector::add(sums[0], sums[1]), Vector::add(sums[2], sums[3]));
+  Vector::template store<Float32>(each, pairs);
+  for (int64_t lane = 0; lane < lanes; ++lane) total += each[lane];
+  for (; i < n; ++i) total += left(x[i]);
+  return total;
+}
+
+// The layer norm of one token, and its modulation, in place. `shift` may be null.
+LESA_INLINE LESA_KERNEL void modulate(int64_t dim, float eps, const float* scale, const float* shift, float* x) {
+  const auto width = static_cast<float>(dim);
+  const float mean = sum_of(
+      x, dim, [](const float* at, const auto& sum) LESA_KERNEL { return Vector::add(Vector::template load<Float32>(at), sum); },
+      [](float value) { return value; }) / width;
+  const auto centre = Vector::broadcast(mean);
+  const float variance = sum_of(
+      x, dim,
+      [&](const float* at, const auto& sum) LESA_KERNEL {
+        const auto apart = Vector::subtract(Vector::template load<Float32>(at), centre);
+        return Vector::multiply_add(apart, apart, sum);
+      },
+      [&](float value) { return (value - mean) * (value - mean); }) / width;
+  const float inverse = 1.0f / std::sqrt(variance + eps);
+  const auto zero = Vector::broadcast(0.0f), one = Vector::broadcast(1.0f), factor = Vector::broadcast(inverse);
+  int64_t i = 0;
+  for (; i + Vector::kLanes <= dim; i += Vector::kLanes) {
+    const auto apart = Vector::subtract(Vector::template load<Float32>(x + i), centre);
+    const auto normed = Vector::multiply_add(apart, factor, zero);
+    const auto scaled = Vector::add(Vector::template load<Float32>(scale + i), one);
+    const auto added = shift ? Vector::template load<Float32>(shift + i) : zero;
+    Vector::template store<Float32>(x + i, Vector::multiply_add(normed, scaled, added));
+  }
+  for (; i < dim; ++i) x[i] = (x[i] - mean) * inverse * (1.0f + scale[i]) + (shift ? shift[i] : 0.0f);
+}
+
+// The projection of kTile tokens, whose features are `stride` floats apart.
+template <int kTile>
+LESA_KERNEL void apply_head(const StreamForecast& p, const StreamHead& head, const Projection& projection,
+                            const float* features, int64_t stride, float* output) {
+  for (int64_t first = 0; first < head.outputs; first += kPanel) {
+    alignas(kCacheLine) float totals[kTile][kPanel];
+    LESA_UNROLL for (int row = 0; row < kTile; ++row) {
+      std::copy_n(projection.bias + first, kPanel, totals[row]);
+    }
+    for (int64_t d = 0; d < p.dim; d += kHeadChannels) {
+      typename Vector::Register sums[kTile][2];
+      LESA_UNROLL for (int row = 0; row < kTile; ++row) sums[row][0] = sums[row][1] = Vector::broadcast(0.0f);
+      const float* weight = projection.weight + (first / kPanel * p.dim + d) * kPanel;
+      multiply<kTile>(features + d, stride, weight, std::min(kHeadChannels, p.dim - d), 8 * kPanel, sums);
+      LESA_UNROLL for (int row = 0; row < kTile; ++row) {
+        LESA_UNROLL for (int half = 0; half < 2; ++half) {
+          float* total = totals[row] + half * Vector::kLanes;
+          Vector::template store<Float32>(total, Vector::add(sums[row][half], Vector::template load<Float32>(total)));
+        }
+      }
+    }
+    const int64_t n = std::min(kPanel, head.outputs - first);
+    for (int row = 0; row < kTile; ++row) std::copy_n(totals[row], n, output + row * head.outputs + first);
+  }
+}
+
+// What velocity_tiles needs for the features of the current tokens.
+struct Workspace {
+  float* differences;
+  float* input;
+  float* features;
+  int64_t stride;
+};
+
+// The velocities of tokens [begin, end), kTile at a time while there are so many.
+template <bool kPerChannel, int kTile>
+LESA_KERNEL void velocity_tiles(const StreamForecast& p, const StreamHead& head, const Projection& projection,
+                                const Sample& s, int64_t begin, int64_t end, const Workspace& at) {
+  for (; begin + kTile <= end; begin += kTile) {
+    if (s.matrices) {
+      project<Float32, kTile>(p, s, begin, at.differences, at.input);
+      finish<Float32, kPerChannel, kTile>(p, s, begin, at.input, at.features, at.stride);
+    } else {
+      for (int64_t row = 0; row < kTile; ++row) {
+        mix<Float32, kPerChannel, 4>(p, s, begin + row, 0, p.dim, s.constants, at.features + row * at.stride);
+      }
+    }
+    for (int64_t row = 0; row < kTile; ++row) {
+      const float* shift = s.shift ? s.shift + (begin + row) * head.shift_token_stride : nullptr;
+      const float* scale = s.scale + (begin + row) * head.scale_token_stride;
+      modulate(p.dim, head.eps, scale, shift, at.features + row * at.stride);
+    }
+    float* output = static_cast<float*>(s.output) + begin * head.outputs;
+    apply_head<kTile>(p, head, projection, at.features, at.stride, output);
+  }
+  if constexpr (kTile > 1) {
+    if (begin < end) velocity_tiles<kPerChannel, kTile / 2>(p, head, projection, s, begin, end, at);
+  }
+}
+
+LESA_KERNEL void velocity(const StreamForecast& p, const StreamHead& head, const Projection& projection,
+                          const Sample& s, int64_t begin, int64_t end) {
+  if (s.anchors == 0) {
+    auto* output = static_cast<float*>(s.output);
+    std::fill(output + begin * head.outputs, output + end * head.outputs, Float32::kNan);
+    return;
+  }
+  const int64_t inputs = s.matrices ? static_cast<int64_t>(s.matrices->inputs.size()) : 0;
+  const int64_t differences = 2 * inputs * Vector::kRows * kGroup;
+  const int64_t input = s.matrices ? Vector::kRows * s.matrices->padded_rank : 0;
+  // The features of all tokens of a tile are read together, so they should not all have the same set of a cache.
+  const int64_t line = kCacheLine / sizeof(float), stride = round_up(p.dim, line) + line;
+  const AlignedFloats scratch(differences + input + Vector::kRows * stride);
+  const Workspace at{scratch.begin(), scratch.begin() + differences, scratch.begin() + differences + input, stride};
+  if (p.anchors_per_channel) {
+    velocity_tiles<true, Vector::kRows>(p, head, projection, s, begin, end, at);
+  } else {
+    velocity_tiles<false, Vector::kRows>(p, head, projection, s, begin, end, at);
+  }
+}
+
 constexpr Kernels kKernels{kPanel,
                            {pack<Float32>, pack<Float16>, pack<BFloat16>},
-                           {forecast<Float32>, forecast<Float16>, forecast<BFloat16>}};
+                           {forecast<Float32>, forecast<Float16>, forecast<BFloat16>},
+                           pack_head,
+                           velocity};

@@ -22,6 +22,7 @@ from lesa_kernels.predictor.ops.dense import run_dense_predict
 from lesa_kernels.predictor.ops.newton import newton_backend, run_newton_predict
 from lesa_kernels.predictor.ops.velocity import newton_velocity_is_fused, run_newton_velocity
 from lesa_kernels.stream.arguments import NO_RESIDUAL, NO_SUMS, HeadSums, LowRank, OutputHead, StoredFeatures, Weights
+from lesa_kernels.stream.extension import has_fused_head
 from lesa_kernels.stream.op import output_head, stream_forecast, stream_velocity
 from lesa_kernels.stream.reference import forecast_dtype
 from lesa_kernels.torch_modes import default_modes
@@ -204,7 +205,9 @@ class FusedKANPredictor(nn.Module):
         return self._over(ring, velocity)
 
     def fuses_velocity(self, ring: FeatureRing | TieredRing, head: OutputHead | None = None) -> bool:
-        """Whether `predict_velocity` and `velocity_with` from this ring do not write the forecast to memory.
+        """Whether `velocity_with` from this ring does not write the forecast to memory.
+
+        On Triton the answer is that for `predict_velocity` too.
 
         Args:
             ring: as in `forward`.
@@ -214,9 +217,18 @@ class FusedKANPredictor(nn.Module):
         if isinstance(experts, DenseExperts):
             return False
         state = RingState(*self._state(ring), ring.sigmas[0])
-        if newton_backend(state, experts, self.shape(), self.backend, "newton_velocity") != "triton":
-            return False
-        return head is None or newton_velocity_is_fused(state, experts, head)
+        chosen = newton_backend(state, experts, self.shape(), self.backend, "newton_velocity")
+        if chosen == "extension":
+            return has_fused_head(StoredFeatures(state.storage, state.scales, state.cursor, state.count))
+        return chosen == "triton" and (head is None or newton_velocity_is_fused(state, experts, head))
+
+    def reads_sums(self, ring: FeatureRing | TieredRing) -> bool:
+        """Whether `velocity_with` from this ring reads the sums that `head_sums` makes: on Triton only."""
+        state = RingState(*self._state(ring), ring.sigmas[0])
+        experts = self.experts()
+        return not isinstance(experts, DenseExperts) and (
+            newton_backend(state, experts, self.shape(), self.backend, "newton_velocity") == "triton"
+        )
 
     def plan(self, levels: Sequence[Sequence[float]], sigmas: Sequence[float], batch: int) -> list[Weights]:
         """The weights of the forecasts of several steps of a run, for `forecast_with` and `velocity_with`.

@@ -1,9 +1,11 @@
 """The stream operations on the CPU, in one pass of the compiled extension."""
 
+from collections.abc import Callable
+
 import torch
 
 from lesa_kernels.extension import extension
-from lesa_kernels.stream.arguments import LowRank, StoredFeatures, Weights
+from lesa_kernels.stream.arguments import LowRank, OutputHead, StoredFeatures, Weights
 
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -15,19 +17,70 @@ def has_extension(features: StoredFeatures) -> bool:
     return storage.dtype in NAMES and storage.device.type == "cpu" and strided
 
 
+def has_fused_head(features: StoredFeatures) -> bool:
+    """Whether the extension has one pass for a forecast from these features and the output head: in float32 only."""
+    return features.storage.dtype == torch.float32 and features.storage.shape[3] > 0 and has_extension(features)
+
+
 def stream_forecast_extension(features: StoredFeatures, weights: Weights, low_rank: LowRank) -> torch.Tensor:
     """`stream_forecast` for CPU tensors, without gradients; see there.
 
     The storage is float32, float16 or bfloat16. Its last dimension is contiguous; its other strides are arbitrary.
     Memory that holds no feature to be read is not read. The bytes are the same for any number of threads.
     """
+    output = features.storage.new_empty(features.storage.shape[1:])
+    _call(extension().stream_forecast, (), features, weights, low_rank, output)
+    return output
+
+
+def stream_velocity_extension(
+    features: StoredFeatures, weights: Weights, low_rank: LowRank, head: OutputHead
+) -> torch.Tensor:
+    """`stream_velocity` for CPU tensors, without gradients; see there. The storage is as `has_fused_head` says.
+
+    The forecast of a few tokens at a time stays in the caches. The bytes are the same for any number of threads.
+    """
+    weight = head.weight.to(torch.float32).contiguous()
+    bias, scale, shift = (_float32(part) for part in (head.bias, head.scale, head.shift))
+    outputs, parts = weight.shape[0], (weight, bias, scale, shift)  # an address does not keep a tensor alive
+    output = features.storage.new_empty((*features.storage.shape[1:3], outputs))
+    addresses = [0 if part is None else part.data_ptr() for part in parts]
+    modulation = (outputs, addresses, [*_apart(scale), *_apart(shift)], head.eps)
+    _call(extension().stream_velocity, modulation, features, weights, low_rank, output)
+    return output
+
+
+def _float32(part: torch.Tensor | None) -> torch.Tensor | None:
+    """A part of a head in float32, with adjacent channels."""
+    if part is None:
+        return None
+    part = part.to(torch.float32)
+    return part if part.stride(-1) == 1 else part.contiguous()
+
+
+def _apart(modulation: torch.Tensor | None) -> tuple[int, int]:
+    """The strides of a modulation between samples and between tokens."""
+    if modulation is None:
+        return 0, 0
+    return modulation.stride(0), modulation.stride(1) if modulation.dim() == 3 else 0
+
+
+def _call(
+    function: Callable,
+    first: tuple,
+    features: StoredFeatures,
+    weights: Weights,
+    low_rank: LowRank,
+    output: torch.Tensor,
+) -> None:
+    """Calls a compiled function with the arguments `first`, and then those of all stream operations."""
     storage, _, cursor, count = features
     parts = [_readable(part) for part in weights]  # an address does not keep a tensor alive; this list does
     residual, (stages, rank) = _residual(low_rank)
     cursor, count = cursor.contiguous(), count.contiguous()
-    output = torch.empty(storage.shape[1:], dtype=storage.dtype, device=storage.device)
     anchors, constant = weights.anchors, weights.constant
-    extension().stream_forecast(
+    function(
+        *first,
         storage.data_ptr(),
         NAMES[storage.dtype],
         storage.shape,
@@ -46,7 +99,6 @@ def stream_forecast_extension(features: StoredFeatures, weights: Weights, low_ra
         output.data_ptr(),
         torch.get_num_threads(),
     )
-    return output
 
 
 def _residual(low_rank: LowRank) -> tuple[list[torch.Tensor], tuple[int, int]]:

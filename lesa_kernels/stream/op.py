@@ -16,7 +16,12 @@ from lesa_kernels.stream.arguments import (
     Weights,
     stream_fits,
 )
-from lesa_kernels.stream.extension import has_extension, stream_forecast_extension
+from lesa_kernels.stream.extension import (
+    has_extension,
+    has_fused_head,
+    stream_forecast_extension,
+    stream_velocity_extension,
+)
 from lesa_kernels.stream.fused import stream_backend, triton_forecast, triton_velocity
 from lesa_kernels.stream.reference import head_sums_ref, output_head_ref, stream_forecast_ref, stream_velocity_ref
 
@@ -88,12 +93,14 @@ def stream_velocity(
     """A whole predicted step: the forecast of `stream_forecast`, and the output head applied to it.
 
     On Triton this is one kernel, which reads each feature once and writes only the velocities, if
-    `stream_velocity_is_fused`. Else it is the forecast, and the head in plain torch.
+    `stream_velocity_is_fused`. On the CPU the extension does the same for float32 features. Else it is the forecast,
+    and the head in plain torch.
 
     Args:
         features, weights, low_rank, backend: as in `stream_forecast`.
         head: the head's weights and this step's modulation.
-        sums: what `head_sums` gives for this head, or `NO_SUMS`: then it is computed in this call, if it is needed.
+        sums: what `head_sums` gives for this head, or `NO_SUMS`: then it is computed in this call, if it is needed. Only
+            Triton reads it.
 
     Returns:
         `[B, T, O]` in the dtype of the stored features, bfloat16 for float8. It is computed in float32, but Triton
@@ -113,9 +120,32 @@ def stream_velocity(
     chosen = stream_backend(features, weights, low_rank, head, backend, "stream_velocity")
     if chosen == "triton":
         return triton_velocity(features, weights, low_rank, head, sums)
+    if chosen == "extension" and has_fused_head(features):
+        return _velocity_on_cpu(features, weights, low_rank, head)
     if chosen == "extension":
         return output_head_ref(_on_cpu(features, weights, low_rank), head)
     return stream_velocity_ref(features, weights, head, low_rank)
+
+
+def _stream_velocity_cpu(
+    features: StoredFeatures, weights: Weights, low_rank: LowRank, head: OutputHead
+) -> torch.Tensor:
+    check_stream(features, weights, low_rank)
+    head.check(features.storage)
+    if not has_fused_head(features):
+        must = "be float32, with at least one channel and a last stride of 1"
+        raise argument_error("storage", must, features.storage, 'Pass backend="torch" to `stream_velocity`.')
+    return stream_velocity_extension(features, weights, low_rank, head)
+
+
+def _fake_velocity(
+    features: StoredFeatures, weights: Weights, low_rank: LowRank, head: OutputHead
+) -> torch.Tensor:
+    return features.storage.new_empty((*features.storage.shape[1:3], head.weight.shape[0]))
+
+
+_velocity_on_cpu = register("stream_velocity_cpu", _stream_velocity_cpu, _fake_velocity, devices=("CPU",))
+refuse_gradient("stream_velocity_cpu", "has no gradients: `stream_velocity()` uses plain torch for them", "on the CPU")
 
 
 def check_stream(features: StoredFeatures, weights: Weights, low_rank: LowRank) -> None:

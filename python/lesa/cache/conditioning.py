@@ -62,8 +62,8 @@ class Conditioner:
 
         Args:
             run, arguments, dtype, is_passed: as in `conditioning`.
-            plan: of the forecasts. If it is None, or if the current step is not conditioned in advance, there are no
-                sums.
+            plan: of the forecasts. If it is None, because the kernel reads no sums, or if the current step is not
+                conditioned in advance, there are no sums.
         """
         if not (is_passed and self._is_planned(run, arguments, dtype)):
             return self.adapter.output_head(self.adapter.conditioning(arguments, dtype)), NO_SUMS

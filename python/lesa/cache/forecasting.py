@@ -200,8 +200,9 @@ class ForecastingHook(StepHook[ForecastState]):
         ring, conditioner = cast(FeatureRing, stream.ring), stream.conditioner
         is_passed = arguments["timestep"] is call.arguments["timestep"]
         plan = _plan(state, stream, call.step)
-        if self._reads_head(stream):
-            head, sums = conditioner.head(state.run, arguments, ring.dtype, is_passed, plan)
+        if self._reads_head(stream, plan):
+            summed = plan if stream.reads_sums else None
+            head, sums = conditioner.head(state.run, arguments, ring.dtype, is_passed, summed)
             if self.predictor.fuses_velocity(ring, head):
                 stream.stats.fused.append(call.step)
             if plan is None:
@@ -215,9 +216,11 @@ class ForecastingHook(StepHook[ForecastState]):
         conditioning = conditioner.conditioning(state.run, arguments, ring.dtype, is_passed)
         return self.adapter.output(arguments, self.adapter.head(features, conditioning, arguments))
 
-    def _reads_head(self, stream: Stream) -> bool:
+    def _reads_head(self, stream: Stream, plan: Plan | None) -> bool:
         """Whether the output head is computed from its weights, and not by its modules."""
         if self._keeps_forecasts or torch.is_grad_enabled() or not stream.fuses:
+            return False
+        if plan is None and not stream.reads_sums:  # then only Triton has one kernel
             return False
         why = self.adapter.why_head_not_plain(self.placement.capture_id, cast(FeatureRing, stream.ring).device)
         if why is not None:
@@ -295,6 +298,7 @@ class ForecastingHook(StepHook[ForecastState]):
             batch, tokens, _ = features.shape
             ring = self.predictor.make_ring(batch, tokens, features.dtype, features.device, self.max_device_bytes)
             stream.ring, stream.fuses = ring, self.predictor.fuses_velocity(ring)
+            stream.reads_sums = stream.fuses and self.predictor.reads_sums(ring)
             stream.planner = Planner(self.predictor, ring) if can_plan(self.predictor) else None
             stream.stats.ring_device_bytes, stream.stats.ring_host_bytes = ring.device_nbytes, ring.host_nbytes
         stream.push(features, sigma)

@@ -24,6 +24,7 @@ class Stream:
     planner: Planner | None = None  # of forecasts from the ring; None if each is made on its own
     shape: tuple[int, int] | None = None  # batch and tokens of the call whose features are the newest in the ring
     fuses: bool = False  # whether the predictor has one kernel for forecast and output head
+    reads_sums: bool = False  # whether that kernel reads the sums of `head_sums`
     is_other_text: bool = False  # whether the text has differed since that call
     is_unclear: bool = False  # whether a feature of another stream may be in the ring
 
