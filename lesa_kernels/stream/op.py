@@ -99,8 +99,8 @@ def stream_velocity(
     Args:
         features, weights, low_rank, backend: as in `stream_forecast`.
         head: the head's weights and this step's modulation.
-        sums: what `head_sums` gives for this head, or `NO_SUMS`: then it is computed in this call, if it is needed. Only
-            Triton reads it.
+        sums: what `head_sums` gives for this head, or `NO_SUMS`: then it is computed in this call, if it is needed.
+            Only Triton reads it.
 
     Returns:
         `[B, T, O]` in the dtype of the stored features, bfloat16 for float8. It is computed in float32, but Triton
@@ -138,9 +138,7 @@ def _stream_velocity_cpu(
     return stream_velocity_extension(features, weights, low_rank, head)
 
 
-def _fake_velocity(
-    features: StoredFeatures, weights: Weights, low_rank: LowRank, head: OutputHead
-) -> torch.Tensor:
+def _fake_velocity(features: StoredFeatures, weights: Weights, low_rank: LowRank, head: OutputHead) -> torch.Tensor:
     return features.storage.new_empty((*features.storage.shape[1:3], head.weight.shape[0]))
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from lesa_kernels.extension import extension, extension_error
-from lesa_kernels.stream import LowRank, StoredFeatures, Weights, stream_forecast
+from lesa_kernels.stream import LowRank, OutputHead, StoredFeatures, Weights, stream_forecast, stream_velocity
 from lesa_kernels.stream import extension as extension_module
-from lesa_kernels.stream.extension import stream_forecast_extension
+from lesa_kernels.stream.extension import stream_forecast_extension, stream_velocity_extension
 from lesa_kernels.stream.op import check_stream
-from lesa_kernels.stream.reference import stream_forecast_ref
+from lesa_kernels.stream.reference import output_head_ref, stream_forecast_ref, stream_velocity_ref
 
 pytestmark = pytest.mark.skipif(extension_error() is not None, reason=f"no extension: {extension_error()}")
 
@@ -96,8 +96,11 @@ def relaid(tensor, layout):
 @pytest.fixture(params=["avx512", "avx2", "plain"])
 def instructions(request, monkeypatch):
     """Forecasts with no wider instructions than these. A processor without the widest uses what it has."""
-    limited = functools.partial(extension().stream_forecast, instructions=request.param)
-    monkeypatch.setattr(extension_module, "extension", lambda: SimpleNamespace(stream_forecast=limited))
+    limited = {
+        name: functools.partial(getattr(extension(), name), instructions=request.param)
+        for name in ("stream_forecast", "stream_velocity")
+    }
+    monkeypatch.setattr(extension_module, "extension", lambda: SimpleNamespace(**limited))
     return request.param
 
 
@@ -287,3 +290,140 @@ def test_the_compiled_function_checks_before_it_reads(name):
 def test_the_compiled_function_takes_what_it_should():
     output, arguments = raw_forecast()
     torch.testing.assert_close(output, stream_forecast_ref(*arguments))
+
+
+# With the output head
+
+
+def head_for(features, outputs, kind="shifted", seed=0):
+    """A head for features: "shifted", "scaled" (without shift and bias), or "per token"."""
+    generator = torch.Generator().manual_seed(seed)
+    _, batch, tokens, dim = features.storage.shape
+    sizes = (batch, tokens, dim) if kind == "per token" else (batch, dim)
+    weight = torch.randn(outputs, dim, generator=generator) / max(1, dim) ** 0.5
+    bias, scale, shift = (torch.randn(size, generator=generator) / 2 for size in ((outputs,), sizes, sizes))
+    return OutputHead(weight, *((None, scale, None) if kind == "scaled" else (bias, scale, shift)))
+
+
+def velocity(features, weights, low_rank, head):
+    check_stream(features, weights, low_rank)
+    head.check(features.storage)
+    return stream_velocity_extension(features, weights, low_rank, head)
+
+
+def assert_velocity_accurate(features, weights, low_rank, head):
+    """At most twice the error of plain torch, up to the rounding of the last operation."""
+    wide = features._replace(storage=features.storage.double())
+    exact = stream_velocity_ref(wide, weights, head, low_rank)
+    plain, actual = stream_velocity_ref(features, weights, head, low_rank), velocity(features, weights, low_rank, head)
+    assert actual.dtype == torch.float32 and actual.shape == exact.shape and actual.is_contiguous()
+    assert torch.equal(actual.isnan(), exact.isnan())
+    exact = exact.nan_to_num()
+    scale = exact.abs().max() if exact.numel() else 0.0
+    error, bound = ((t.nan_to_num().double() - exact).abs().amax((1, 2)) for t in (actual, plain))
+    assert (error <= 2 * bound + 2 * torch.finfo(torch.float32).eps * scale).all(), f"{error} against {bound}"
+
+
+@pytest.mark.parametrize("rank", [0, 5, 33])
+@pytest.mark.parametrize("seed", range(5))
+def test_all_kinds_of_instructions_are_as_accurate_with_a_head(instructions, rank, seed):
+    sizes = dict(dim=[1, 32, 50, 129, 530][seed], tokens=[3, 1, 40, 27, 13][seed])
+    anchors, constant = [("per channel", "scalar"), ("scalar", None), ("scalar", "per channel")][seed % 3]
+    counts = dict(count=(4, 0, 3), read=(4, 0, 2))
+    arguments = case(seed, rank=rank, anchors=anchors, constant=constant, sums=seed % 2, **sizes, **counts)
+    head = head_for(arguments[0], [1, 16, 33, 64, 40][seed], ["shifted", "scaled", "per token"][(seed + rank) % 3])
+    assert_velocity_accurate(*arguments, head)
+
+
+@pytest.mark.parametrize("rank", [0, 32])
+def test_a_head_keeps_the_digits_of_features_far_from_zero(rank):
+    features, weights, low_rank = case(11, rank=rank, dim=300, tokens=14)
+    features.storage.add_(1000.0)
+    assert_velocity_accurate(features, weights, low_rank, head_for(features, 20))
+
+
+def test_a_head_of_other_layouts_and_dtypes():
+    features, weights, low_rank = case(12, count=(4, 3), rank=5)
+    plain = head_for(features, 7)
+    parts = [relaid(part.bfloat16(), "sliced") for part in (plain.weight, plain.bias, plain.scale, plain.shift)]
+    parts[0] = parts[0].T.contiguous().T  # channels that are apart
+    parts[2] = parts[2][:1].expand(2, -1)
+    assert_velocity_accurate(features, weights, low_rank, OutputHead(*parts))
+    parts[3] = parts[3].T.contiguous().T
+    assert_velocity_accurate(features, weights, low_rank, OutputHead(*parts))
+
+
+@pytest.mark.parametrize("sizes", [(0, 7), (3, 0)], ids=["no tokens", "no outputs"])
+def test_nothing_to_project(sizes):
+    tokens, outputs = sizes
+    arguments = case(tokens=tokens, rank=5)
+    assert velocity(*arguments, head_for(arguments[0], outputs)).shape == (1, tokens, outputs)
+
+
+@pytest.mark.parametrize("rank", [0, 33])
+def test_any_number_of_threads_gives_the_same_bytes_with_a_head(rank):
+    arguments = case(13, count=(4, 0, 2), tokens=230, dim=517, rank=rank)
+    head, threads, velocities = head_for(arguments[0], 40), torch.get_num_threads(), []
+    try:
+        for n in range(1, 5):
+            torch.set_num_threads(n)
+            velocities.append(velocity(*arguments, head).view(torch.int32))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(each, velocities[0]) for each in velocities)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_a_feature_that_is_not_finite_spreads_over_its_token(value):
+    features, weights, low_rank = case(14, rank=5)
+    features.storage[(features.cursor[0].long() - 1) % 4, 0, 2, 3] = value
+    finite = velocity(features, weights, low_rank, head_for(features, 7)).isfinite()
+    assert not finite[0, 2].any() and finite[0, [0, 1, 3, 4]].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_only_float32_has_one_pass_for_the_head(monkeypatch, dtype):
+    features, weights, low_rank = case(15, dtype, rank=5)
+    head, calls = head_for(features, 7), []
+    monkeypatch.setattr("lesa_kernels.stream.op.stream_velocity_extension", lambda *a: calls.append(a) or velocity(*a))
+    actual = stream_velocity(features, weights, head, low_rank)
+    assert len(calls) == (dtype == torch.float32)
+    if not calls:
+        assert torch.equal(actual, output_head_ref(forecast(features, weights, low_rank), head))
+    learned = OutputHead(head.weight, head.bias, head.scale.requires_grad_(), head.shift)
+    assert stream_velocity(features, weights, learned, low_rank).requires_grad and len(calls) <= 1
+    operator = torch.ops.lesa_kernels.stream_velocity_cpu.default
+    if dtype != torch.float32:
+        with pytest.raises(ValueError, match="`storage` must be float32, with at least one channel"):
+            operator(*features, *weights, *low_rank, head.weight, None, head.scale, None, 1e-6)
+
+
+def test_the_operator_with_a_head_passes_torchs_checks():
+    features, weights, low_rank = case(16, rank=5)
+    head = head_for(features, 7)
+    parts = (head.weight, head.bias, head.scale, head.shift, head.eps)
+    torch.library.opcheck(torch.ops.lesa_kernels.stream_velocity_cpu.default, (*features, *weights, *low_rank, *parts))
+
+
+BAD_HEADS = {
+    "null weight": (dict(head=(0, 8, 8, 8)), "`head.weight` must not be a null pointer, but got 0"),
+    "null scale": (dict(head=(8, 8, 0, 8)), "`head.scale` must not be a null pointer, but got 0"),
+    "negative outputs": (dict(outputs=-1), "`head.outputs` must be at least 0, but got -1"),
+    "huge outputs": (dict(outputs=2**62), r"`(output|head.weight)` must address at most 2\^63 - 1 bytes"),
+    "negative stride": (dict(head_strides=(5, 0, 5, -1)), "`head.shift` must be at least 0, but got -1"),
+    "huge stride": (dict(head_strides=(2**62, 0, 5, 0)), r"`head.scale` must address at most 2\^63 - 1 bytes"),
+    "unaligned bias": (dict(head=(8, 2, 8, 8)), "`head.bias` must be aligned to its elements of 4 bytes"),
+    "no channel": (dict(storage_sizes=(4, 2, 3, 0)), "`dim` must be at least 1, but got 0"),
+    "unknown dtype": (dict(storage_dtype="float16"), "`storage_dtype` must be float32 for an output head"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_HEADS)
+def test_the_compiled_head_is_checked_before_it_is_read(monkeypatch, name):
+    """The addresses in these calls hold nothing that may be read."""
+    changes, message = BAD_HEADS[name]
+    head = dict(outputs=3, head=(8, 8, 8, 8), head_strides=(5, 0, 5, 0), eps=1e-6)
+    with_head = functools.partial(extension().stream_velocity, **head)
+    monkeypatch.setitem(globals(), "extension", lambda: SimpleNamespace(stream_forecast=with_head))
+    with pytest.raises(ValueError, match=message):
+        raw_forecast(**changes)
