@@ -44,7 +44,10 @@ def plans(monkeypatch):
 
 @pytest.fixture
 def compared(monkeypatch):
-    """A list that gets the steps that were forecast by a plan. Each forecast is compared with the predictor's own."""
+    """A list that gets the steps that were forecast by a plan. Each forecast is compared with the predictor's own.
+
+    The output head runs in the model's modules, so that there is a forecast to compare.
+    """
     steps, features = [], ForecastingHook._features
 
     def compare(self, ring, call, plan):
@@ -59,6 +62,7 @@ def compared(monkeypatch):
         return forecast
 
     monkeypatch.setattr(ForecastingHook, "_features", compare)
+    monkeypatch.setattr(ForecastingHook, "_reads_head", lambda *arguments: False)
     return steps
 
 
@@ -236,6 +240,7 @@ def test_sums_of_the_head_are_made_at_once(pipe, generate, monkeypatch, rank, mo
 
     monkeypatch.setattr(FusedKANPredictor, "velocity_with", compare)
     monkeypatch.setattr(FusedKANPredictor, "fuses_velocity", lambda self, ring, head=None: True)
+    monkeypatch.setattr(FusedKANPredictor, "reads_sums", lambda self, ring: True)
     monkeypatch.setattr(conditioning, "head_sums", counted)
     monkeypatch.setattr(conditioning, "_MOST_BYTES", most)
     predictor = trained(rank=rank)
@@ -244,6 +249,7 @@ def test_sums_of_the_head_are_made_at_once(pipe, generate, monkeypatch, rank, mo
     assert len(seen) == STEPS - len(SOME) == len(cache.stats.streams["cond"].fused)
     assert calls == ([2 * len(seen)] if most > 1 else [2] * len(seen))
     monkeypatch.undo()
+    monkeypatch.setattr(ForecastingHook, "_reads_head", lambda *arguments: False)
     with lesa.enable_cache(pipe, predictor, SOME, strict=True):
         torch.testing.assert_close(generate(pipe), fused, rtol=1e-4, atol=1e-4)
 
@@ -272,6 +278,7 @@ def test_sums_of_a_head_whose_weights_change_in_a_run(fresh_pipe, monkeypatch, c
 
     monkeypatch.setattr(FusedKANPredictor, "velocity_with", compare)
     monkeypatch.setattr(FusedKANPredictor, "fuses_velocity", lambda self, ring, head=None: True)
+    monkeypatch.setattr(FusedKANPredictor, "reads_sums", lambda self, ring: True)
     with lesa.enable_cache(fresh_pipe, trained(), SOME, strict=True):
         drive(fresh_pipe, calls)
     assert len(seen) == STEPS - len(SOME)
