@@ -39,13 +39,13 @@ def stream_backend(
         if _has_kernels(features, weights, low_rank):
             names = ("triton", *names)
     chosen = resolve_backend(backend, features.storage, names, operation)
-    if backend == "triton" and (reason := _why_no_residual(features, weights, low_rank)) is not None:
+    if backend == "triton" and (reason := why_no_residual(features, weights, low_rank)) is not None:
         remedy = 'Pass backend="auto" or "torch".'
         raise argument_error("backend", f'not be "triton" here: {reason}', backend, remedy, RuntimeError)
     return chosen
 
 
-def _why_no_residual(features: StoredFeatures, weights: Weights, low_rank: LowRank) -> str | None:
+def why_no_residual(features: StoredFeatures, weights: Weights, low_rank: LowRank) -> str | None:
     """Why Triton's kernels can't add the residual on this GPU, or None if they can."""
     if not low_rank.rank:
         return None
@@ -105,7 +105,7 @@ def _stream_forecast(features: StoredFeatures, weights: Weights, low_rank: LowRa
     features.check_channels()
     weights.check(features)
     low_rank.check(features, weights)
-    if _why_no_residual(features, weights, low_rank) is not None:
+    if why_no_residual(features, weights, low_rank) is not None:
         return stream_forecast_ref(features, weights, low_rank)
     from lesa_kernels.stream.kernels.sums import stream_forecast_fwd
 

@@ -722,3 +722,15 @@ def test_gradients_at_one_level_for_all_samples(kernel_device):
     each = torch.full((2,), 0.4, device=kernel_device)
     one, many = ([*torch.autograd.grad(predictor(ring, s).sum(), [*predictor.parameters()])] for s in (0.4, each))
     assert all(torch.equal(a, b) for a, b in zip(one, many))
+
+
+@torch.no_grad()
+def test_a_residual_that_does_not_fit_is_refused_where_triton_was_asked_for(kernel_device, monkeypatch):
+    from lesa_kernels.stream.kernels import sums
+
+    predictor, ring, sigma = make("rank3", kernel_device, pushes=[4, 3])
+    monkeypatch.setattr(sums, "sums_launch", lambda *args: "a rank of 3 needs more registers than sm_00 has")
+    with pytest.raises(RuntimeError, match="`backend` must .*a rank of 3 needs more registers.*'triton'.*torch"):
+        predictor(ring, sigma)
+    predictor.backend = "auto"
+    assert predictor(ring, sigma).isfinite().all()

@@ -2,6 +2,7 @@
 
 import torch
 
+from lesa_kernels.checks import argument_error
 from lesa_kernels.dispatch import needs_gradient, resolve_backend
 from lesa_kernels.predictor.arguments import (
     NewtonExperts,
@@ -15,6 +16,8 @@ from lesa_kernels.predictor.arguments import (
 from lesa_kernels.predictor.ops.gradient import as_declared, fake_forecast, fake_gradients, register_gradient
 from lesa_kernels.predictor.reference import newton_predict_ref
 from lesa_kernels.register import refuse_gradient, register
+from lesa_kernels.stream.arguments import StoredFeatures, Weights
+from lesa_kernels.stream.fused import why_no_residual
 from lesa_kernels.stream.reference import forecast_dtype
 
 
@@ -77,7 +80,8 @@ def newton_predict(
 
     Raises:
         ValueError, TypeError: a tensor has another shape, dtype or device than above; the message names it.
-        RuntimeError: the backend can't run here.
+        RuntimeError: the backend can't run here; or it is "triton", and the residual needs more shared memory or
+            registers than the GPU has.
 
     Equivalent to, for a sample b that has an anchor::
 
@@ -126,7 +130,21 @@ def newton_backend(ring: RingState, experts: NewtonExperts, shape: Shape, backen
         if ring.device.type == "cpu" and ring.scales is None and not needs_gradient(ring.storage, *experts):
             names = ("extension", *names)
         names = ("triton", *names)
-    return resolve_backend(backend, ring.storage, names, operation)
+    chosen = resolve_backend(backend, ring.storage, names, operation)
+    if backend == "triton" and (reason := _why_no_residual(ring, experts)) is not None:
+        remedy = 'Pass backend="auto" or "torch".'
+        raise argument_error("backend", f'not be "triton" here: {reason}', backend, remedy, RuntimeError)
+    return chosen
+
+
+def _why_no_residual(ring: RingState, experts: NewtonExperts) -> str | None:
+    """Why Triton's kernels can't add the residual on this GPU, or None if they can."""
+    if not experts.rank:
+        return None
+    history = experts.out_bias.shape[1] + 1
+    anchors = torch.empty((ring.storage.shape[1], history, ring.storage.shape[3]), device="meta")
+    features = StoredFeatures(ring.storage, ring.scales, ring.cursor, ring.count)
+    return why_no_residual(features, Weights(anchors, ring.count, None, None, None), experts.low_rank)
 
 
 # The operators check their arguments, since they can be called without `newton_predict`.
