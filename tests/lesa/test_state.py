@@ -1336,8 +1336,9 @@ def test_seconds_and_summary_say_what_happened(pipe, generate):
     assert sum(computed) + sum(predicted) < elapsed
     mib = stream.ring_device_bytes / 2**20
     assert handle.stats.summary() == (
-        f"cond: computed 6 (0,1,2,5,9,11), predicted 6 steps, in {sum(computed):.3g} s and {sum(predicted):.3g} s; "
-        f"its features take {mib:.1f} MiB; 5 of them in one kernel with the output head\n  step 11: the forecast was not finite"
+        "cond: computed 6 (0,1,2,5,9,11), predicted 6 steps, "
+        f"6 of them in one kernel with the output head, in {sum(computed):.3g} s and {sum(predicted):.3g} s; "
+        f"its features take {mib:.1f} MiB\n  step 11: the forecast was not finite"
     )
 
 
