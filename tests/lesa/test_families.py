@@ -190,7 +190,11 @@ def test_forecasts_skip_the_blocks_and_stay_near(pipe, plain, name, batch):
     with lesa.enable_cache(pipe, untrained(), SOME) as handle:
         with watched(pipe) as seen:
             cached = case.latents(pipe, steps=STEPS, batch=batch)
-        again = case.latents(pipe, steps=STEPS, batch=batch)
+        assert not any(stream.fused for stream in handle.stats.streams.values())  # `watched` has hooks on the head
+        fused = case.latents(pipe, steps=STEPS, batch=batch)
+        assert all(stream.fused == stream.predicted for stream in handle.stats.streams.values())
+        with watched(pipe):
+            again = case.latents(pipe, steps=STEPS, batch=batch)
     begin = seen["norm_out"][0]
     steps = {part: [index - begin for index in indices] for part, indices in seen.items()}
     calls = len(case.streams)
@@ -203,13 +207,15 @@ def test_forecasts_skip_the_blocks_and_stay_near(pipe, plain, name, batch):
         assert stream.computed == SOME
         assert stream.predicted == [step for step in range(STEPS) if step not in SOME]
         assert stream.reasons == dict.fromkeys(SOME, "scheduled")
-    assert handle.stats.runs == 2 * case.runs and handle.stats.unlocated == 0
+    assert handle.stats.runs == 3 * case.runs and handle.stats.unlocated == 0
     with lesa.enable_cache(pipe, untrained(), [0]):
         held = case.latents(pipe, steps=STEPS, batch=batch)
     assert cached.shape == wanted.shape and cached.isfinite().all()
     assert 0 < distance(cached, wanted) < NEAR
     assert distance(cached, wanted) < distance(held, wanted) / 8
     assert torch.equal(again, cached)
+    # The fused head adds up in another order. Each step adds some of float32's rounding, and models amplify it.
+    assert distance(fused, cached) < 100 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("steps", [4, 8])
