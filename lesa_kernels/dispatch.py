@@ -45,8 +45,10 @@ def resolve_backend(backend: str, tensor: torch.Tensor, implemented: tuple[str, 
     if "triton" in implemented and tensor.device.type == "cpu" and not _interprets():
         implemented = tuple(name for name in implemented if name != "triton")
     if backend == "auto":
-        override = check_choice("LESA_BACKEND", os.environ.get("LESA_BACKEND") or "auto", BACKENDS)
-        chosen = override if override in implemented else _automatic(tensor, implemented, operation)
+        override = os.environ.get("LESA_BACKEND")
+        if not override or check_choice("LESA_BACKEND", override, BACKENDS) not in implemented:
+            return _automatic(tensor, implemented, operation)
+        chosen = override
     elif backend in implemented:
         chosen = backend
     else:
@@ -119,9 +121,8 @@ _RUNS_ON: set[int] = set()  # the CUDA devices that the extension is known to ru
 
 
 def _automatic(tensor: torch.Tensor, implemented: tuple[str, ...], operation: str) -> str:
-    order = ("triton", "extension") if tensor.is_cuda else ("extension",)
-    preferred = next((name for name in order if name in implemented), "torch")
-    if preferred == "torch":
+    preferred = "triton" if tensor.is_cuda and "triton" in implemented else "extension"
+    if preferred not in implemented:
         return "torch"
     if preferred == "extension":
         reason = extension_problem(tensor.device)

@@ -10,6 +10,8 @@ import torch
 
 from lesa.cache.device_values import DeviceValues
 
+_ABSENT = object()
+
 
 class Run:
     """The noise levels of one call of a pipeline, and the step that it is at.
@@ -73,8 +75,11 @@ class Run:
 
         Before the first `scheduler.step`, most schedulers know at most where the run begins.
         """
-        index = getattr(self.scheduler, "step_index", getattr(self.scheduler, "counter", None))  # `counter`: PNDM
-        return getattr(self.scheduler, "begin_index", None) if index is None and self.begin is None else index
+        scheduler = self.scheduler
+        index = getattr(scheduler, "step_index", _ABSENT)
+        if index is _ABSENT:
+            index = getattr(scheduler, "counter", None)  # PNDM
+        return getattr(scheduler, "begin_index", None) if index is None and self.begin is None else index
 
     def passed(self, dtype: torch.dtype) -> list[float]:
         """The timesteps as a pipeline passes them to the transformer in `dtype`: rounded, then divided."""
