@@ -281,8 +281,8 @@ memory for all steps of a run |
 | the same, products of the stored anchors, each map as a sum of two in bfloat16 | | flux-1024px 42.0; 42.2 with the \
 second part for the newest anchor only | more bytes of maps: the cache alone needs 34 and 30 µs |
 | the same with 128 tokens and 8 warps | | flux-1024px 48.8 to 76.8 | one program on a multiprocessor |
-| a program has all channels of its tokens, so nobody meets | flux-1024px 60 to 100, hunyuan-video-480x640x65 272 to 284 \
-| | with few tokens in a tile, each program reads all maps |
+| a program has all channels of its tokens, so nobody meets | flux-1024px 60 to 100, \
+hunyuan-video-480x640x65 272 to 284 | | with few tokens in a tile, each program reads all maps |
 | a second launch adds the residual | flux-1024px 47.8 (31.9 + 15.9) | | it reads and writes the forecast once more; a \
 step is one launch |
 
