@@ -109,11 +109,7 @@ def register(name: str, kernel: Callable, fake: Callable, devices: tuple[str, ..
     operator = getattr(torch.ops.lesa_kernels, name).default
 
     def call(*arguments):
-        flat = _flattened(arguments)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return operator(*flat)
-        with torch._C._AutoDispatchBelowAutograd():  # what autograd does for an operator of Python takes long
-            return operator(*flat)
+        return operator(*_flattened(arguments))
 
     return call
 
