@@ -307,7 +307,6 @@ def test_everything_is_computed_when_forecasts_are_not_finite(pipe, generate):
     predictor = bundled(schedule_errors=ERRORS)
     plain = generate(pipe, STEPS)
     predictor.forward = lambda ring, sigma: torch.full((ring.batch, ring.tokens, ring.dim), math.nan)
-    predictor.predict_velocity = lambda ring, sigma, head: torch.full((ring.batch, ring.tokens, 4), math.nan)
     with (
         lesa.enable_cache(pipe, predictor, lesa.ErrorControl()) as cache,
         pytest.warns(RuntimeWarning, match="not finite"),

@@ -200,13 +200,11 @@ class ForecastingHook(StepHook[ForecastState]):
         ring, conditioner = cast(FeatureRing, stream.ring), stream.conditioner
         is_passed = arguments["timestep"] is call.arguments["timestep"]
         plan = _plan(state, stream, call.step)
-        if self._reads_head(stream, plan):
+        if plan is not None and self._reads_head(stream):
             summed = plan if stream.reads_sums else None
             head, sums = conditioner.head(state.run, arguments, ring.dtype, is_passed, summed)
             if self.predictor.fuses_velocity(ring, head):
                 stream.stats.fused.append(call.step)
-            if plan is None:
-                return self.adapter.output(arguments, self.predictor.predict_velocity(ring, call.sigma, head))
             weights = plan.weights[call.step]
             velocity = self.predictor.velocity_with(ring, weights, head, plan.low_rank, sums)
             return self.adapter.output(arguments, velocity)
@@ -216,11 +214,9 @@ class ForecastingHook(StepHook[ForecastState]):
         conditioning = conditioner.conditioning(state.run, arguments, ring.dtype, is_passed)
         return self.adapter.output(arguments, self.adapter.head(features, conditioning, arguments))
 
-    def _reads_head(self, stream: Stream, plan: Plan | None) -> bool:
+    def _reads_head(self, stream: Stream) -> bool:
         """Whether the output head is computed from its weights, and not by its modules."""
         if self._keeps_forecasts or torch.is_grad_enabled() or not stream.fuses:
-            return False
-        if plan is None and not stream.reads_sums:  # then only Triton has one kernel
             return False
         why = self.adapter.why_head_not_plain(self.placement.capture_id, cast(FeatureRing, stream.ring).device)
         if why is not None:
@@ -229,7 +225,7 @@ class ForecastingHook(StepHook[ForecastState]):
 
     def _features(self, ring: FeatureRing | TieredRing, call: Call, plan: Plan | None) -> torch.Tensor:
         """The forecast of the features."""
-        if plan is None:
+        if plan is None:  # with the predictor's hooks
             return self.predictor(ring, call.sigma)
         return self.predictor.forecast_with(ring, plan.weights[call.step], plan.low_rank)
 
