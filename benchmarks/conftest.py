@@ -19,6 +19,7 @@ from lesa_kernels.tune import device_seconds, graph_seconds
 RATIOS = pytest.StashKey[list]()  # of (test name, extra_info)
 LAUNCHES = pytest.StashKey[list]()  # the same
 WARM_UP_CALLS = 3
+MAX_SECONDS = 0.5  # of rounds for each benchmark, unless --benchmark-max-time says another number
 HOST_TIMES = pytest.StashKey[list]()  # the same
 CALLS, ROUNDS = 50, 200  # of a call that is not waited for; the queue of a GPU has room for a thousand kernels
 
@@ -30,6 +31,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not any(argument.startswith("--benchmark-columns") for argument in config.invocation_params.args):
         config.option.benchmark_columns = ["median", "iqr"]  # all of them need a terminal of 250 columns
+    if not any(argument.startswith("--benchmark-max-time") for argument in config.invocation_params.args):
+        config.option.benchmark_max_time = MAX_SECONDS
     config.stash[RATIOS] = []
     config.stash[LAUNCHES] = []
     config.stash[HOST_TIMES] = []

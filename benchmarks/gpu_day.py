@@ -6,6 +6,7 @@ was measured is on the disk at any time. The exit status is 1 if a part failed o
 """
 
 import argparse
+import ctypes
 import importlib.util
 import json
 import os
@@ -19,12 +20,14 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 from lines import append
 
 SKIPPED = 77  # exit status of a part that can't run here; its last line says why
 OUTCOMES = {0: "passed", SKIPPED: "skipped"}
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 ROOT = Path(__file__).resolve().parents[1]
 PARTS_SCRIPT = Path(__file__).with_name("gpu_parts.py")
 QUICK_SECONDS = 240
@@ -60,6 +63,20 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+def _libc() -> ctypes.CDLL | None:
+    """The C library on Linux, and None elsewhere. It is loaded before the part is forked."""
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _begin(libc: ctypes.CDLL | None, parent: int) -> None:
+    """Runs in a part before its program: a group of its own, and on Linux it is killed when the parent ends."""
+    os.setpgrp()  # to kill it with its children
+    if libc is not None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # the parent has ended before that
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Running:
     """A part that has been started.
 
@@ -79,7 +96,7 @@ class Running:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                preexec_fn=os.setpgrp,  # a group of its own, to kill it with its children
+                preexec_fn=partial(_begin, _libc(), os.getpid()),
             )
 
     @property

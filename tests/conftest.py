@@ -8,6 +8,30 @@ import pytest
 import torch
 
 MOST_WORKERS = 4
+# Files that take longest, with the longest first, and before all others: a core must not wait for one that begins last.
+LONG = [
+    "test_ahead_of_time.py",
+    "test_build.py",
+    "test_ring_fuzz.py",
+    "test_schedulers.py",
+    "test_gpu_day.py",
+    "test_benchmarks.py",
+    "test_static_model.py",
+    "test_evaluation.py",
+    "test_families.py",
+    "test_composition.py",
+    "test_newton_kernels.py",
+    "test_state.py",
+    "test_stream_kernels.py",
+    "test_tiered_ring.py",
+    "test_import.py",
+    "test_cache.py",
+    "test_training_faults.py",
+    "test_refinement.py",
+    "test_error_control.py",
+    "test_global_modes.py",
+    "test_forwards.py",
+]
 LEFT_OUT = pytest.StashKey[int]()  # how many slow tests were left out
 
 if not torch.cuda.is_available():
@@ -33,6 +57,7 @@ def pytest_cmdline_main(config):
     if whole and not is_worker and not torch.cuda.is_available() and config.getoption("numprocesses", 0) is None:
         config.option.numprocesses = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
         config.option.dist = "loadfile"  # so that what a module's tests share is made once
+        config.option.loadscopereorder = False  # not by the number of tests: see LONG
 
 
 def pytest_configure(config):
@@ -42,6 +67,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU, and torch finds none here")

@@ -1,6 +1,7 @@
 """The cache together with all that users do to a transformer besides: compile, offload, adapt, quantise, train it."""
 
 import contextlib
+import itertools
 import math
 import warnings
 from functools import partial
@@ -107,7 +108,7 @@ def compile_blocks(pipe, backend):
 
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
-COMPILE = [slow(compile_module), compile_module_fullgraph, wrap, wrap_fullgraph, compile_blocks]
+COMPILE = [slow(compile_module), compile_module_fullgraph, wrap, compile_blocks, wrap_fullgraph]
 no_recompiles = torch._dynamo.config.patch(error_on_recompile=True)
 
 
@@ -118,20 +119,30 @@ def backend():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("compile_it", COMPILE, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("cache_first", [False, True], ids=["compile-cache", "cache-compile"])
-def test_a_compiled_transformer(one_block_pipe, generate, backend, compile_it, cache_first):
+def both_orders(ways, ids):
+    """Each way in both orders, of which one is slow, by turns; `pytest` alone so tries each way and each order."""
+    rows = []
+    for number, (way, cache_first) in enumerate(itertools.product(ways, [False, True])):
+        function, marks = (way.values[0], way.marks) if hasattr(way, "marks") else (way, ())
+        if number % 4 in (1, 2):
+            marks = [*marks, pytest.mark.slow]
+        rows.append(pytest.param(cache_first, function, marks=marks, id=f"{ids[cache_first]}-{function.__name__}"))
+    return pytest.mark.parametrize("cache_first, way", rows)
+
+
+@both_orders(COMPILE, ["compile-cache", "cache-compile"])
+def test_a_compiled_transformer(one_block_pipe, generate, backend, way, cache_first):
     pipe = one_block_pipe
-    if cache_first and compile_it is wrap_fullgraph:
+    if cache_first and way is wrap_fullgraph:
         pytest.skip("refused, as test_wrapping_with_fullgraph_after_enabling says")
     plain = generate(pipe)
     with enable(pipe):
         cached, longer = generate(pipe), generate(pipe, steps=15)
     if cache_first:
         handle = enable(pipe)
-        compile_it(pipe, backend)
+        way(pipe, backend)
     else:
-        compile_it(pipe, backend)
+        way(pipe, backend)
         assert torch.equal(generate(pipe), plain)
         compiled = vars(pipe.transformer).get("_compiled_call_impl")
         per_step, odd = divmod(backend.runs, STEPS)
@@ -140,7 +151,7 @@ def test_a_compiled_transformer(one_block_pipe, generate, backend, compile_it, c
     before, graphs = backend.runs, backend.graphs
     assert torch.equal(generate(pipe), cached)
     assert_forecast(handle)
-    assert backend.graphs - graphs == (cache_first or compile_it is not compile_blocks)  # one, for all the steps
+    assert backend.graphs - graphs == (cache_first or way is not compile_blocks)  # one, for all the steps
     if cache_first:
         per_step, odd = divmod(backend.runs, len(SOME))
         assert per_step and not odd
@@ -407,14 +418,13 @@ def check_both_orders(pipe, generate, change, cached, plain, cache_first):
         assert torch.equal(generate(pipe), plain)
 
 
-@pytest.mark.parametrize("offload", OFFLOAD, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("cache_first", [False, True], ids=["offload-cache", "cache-offload"])
-def test_offloading(small_pipe, generate, nan_when_offloaded, tmp_path, offload, cache_first):
+@both_orders(OFFLOAD, ["offload-cache", "cache-offload"])
+def test_offloading(small_pipe, generate, nan_when_offloaded, tmp_path, way, cache_first):
     plain = generate(small_pipe)
     with enable(small_pipe), own_head(small_pipe.transformer, offload in (sequential_offload, leaves)):
         cached = generate(small_pipe)
-    check_both_orders(small_pipe, generate, lambda: offload(small_pipe, tmp_path), cached, plain, cache_first)
-    if offload is sequential_offload:
+    check_both_orders(small_pipe, generate, lambda: way(small_pipe, tmp_path), cached, plain, cache_first)
+    if way is sequential_offload:
         assert small_pipe.transformer.proj_out.weight.is_meta
     else:
         assert small_pipe.transformer.proj_out.weight.isnan().all()  # they were offloaded in the end

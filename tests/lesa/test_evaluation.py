@@ -484,7 +484,15 @@ def test_steps_are_counted_as_attention_itself_is_called(pipe, inputs, setting, 
         assert peer.step_equivalents == pytest.approx(peer.whole_steps + (STEPS - peer.whole_steps) / 6)
 
 
-@pytest.mark.parametrize("failing", [False, True])
+@pytest.mark.parametrize(
+    "setting, failing",
+    [
+        pytest.param(name, failing, marks=[pytest.mark.slow] if (number + failing) % 2 else [])
+        for number, name in enumerate(SETTINGS)
+        for failing in (False, True)
+    ],
+    indirect=["setting"],
+)
 def test_peers_leave_the_pipeline_as_it_was(fresh_pipe, generate, setting, failing):
     pipe, before = fresh_pipe, generate(fresh_pipe)
     things, order = [pipe, *pipe.transformer.modules()], [*pipe.transformer.state_dict()]

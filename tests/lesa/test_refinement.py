@@ -139,7 +139,7 @@ def test_the_given_predictor_stays_as_it_is_and_the_bars_name_the_rounds(pipe, r
     assert all(torch.equal(value, before[name]) for name, value in predictor.state_dict().items())
 
 
-@pytest.mark.parametrize("at", ["roll-out", "training"])
+@pytest.mark.parametrize("at", ["roll-out", pytest.param("training", marks=pytest.mark.slow)])
 def test_what_was_stopped_goes_on_to_the_same_bits(pipe, recorded, predictor, tmp_path, monkeypatch, at):
     trajectories, inputs = recorded
     arguments = (predictor, trajectories, pipe, inputs)

@@ -534,7 +534,10 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(
+    "ending",
+    [pytest.param(name, marks=[pytest.mark.slow] if "," in name or "three" in name else []) for name in ENDINGS],
+)
 def test_rings_are_freed_when_every_stream_has_done_the_last_step(pipe, ending):
     """Nothing else tells that such a loop has ended."""
     after, steps_of = ENDINGS[ending]

@@ -1,6 +1,7 @@
 """Newton's kernels against plain torch in float64: on the GPU, or in Triton's interpreter on the CPU."""
 
 import inspect
+import itertools
 import math
 
 import pytest
@@ -30,6 +31,24 @@ FLOAT8 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, FLOAT8]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+HEADS = {"rank0": 4, "windows": 1, "blocks": 48, "blocks-rank0": 64, "k1": 3}  # outputs of the head
+
+
+def each_dtype_of(heads):
+    """Each dtype of each predictor. Of those of several blocks, which take longest, one is slow in each other dtype."""
+    names = HEADS if heads else ["rank0", "windows", "blocks"]
+    rows = []
+    for name, dtype in itertools.product(names, DTYPES):
+        is_slow = (name, dtype) in {
+            ("blocks", torch.float16),
+            ("blocks", torch.float32),
+            ("blocks-rank0", torch.bfloat16),
+            ("blocks-rank0", FLOAT8),
+        }
+        values, each = ([name, HEADS[name]] if heads else [name]), str(dtype).removeprefix("torch.")
+        marks = [pytest.mark.slow] if is_slow else []
+        rows.append(pytest.param(*values, dtype, marks=marks, id="-".join([*map(str, values), each])))
+    return pytest.mark.parametrize("name, outs, dtype" if heads else "name, dtype", rows)
 
 
 def seeded(seed=0):
@@ -161,8 +180,7 @@ def test_forecast_in_float32(name, capacity, kernel_device):
 
 
 @torch.no_grad()
-@each_dtype
-@pytest.mark.parametrize("name", ["rank0", "windows", "blocks"])
+@each_dtype_of(heads=False)
 def test_forecast_in_each_dtype(name, dtype, kernel_device):
     predictor, ring, sigma = make(name, kernel_device, dtype, pushes=[1, 3, 9], tokens=20)
     forecast = predictor(ring, sigma)
@@ -318,8 +336,7 @@ def eager_head(features, head):
 
 
 @torch.no_grad()
-@each_dtype
-@pytest.mark.parametrize("name, outs", [("rank0", 4), ("windows", 1), ("blocks", 48), ("blocks-rank0", 64), ("k1", 3)])
+@each_dtype_of(heads=True)
 def test_velocity(name, outs, dtype, kernel_device):
     predictor, ring, sigma = make(name, kernel_device, dtype, pushes=[1, 3, 9], tokens=20)
     head = make_head(ring, outs, bias=outs != 1)
@@ -447,7 +464,9 @@ def test_kernels_run_one_after_the_other_on_the_same_counters(kernel_device):
                 torch.testing.assert_close(predictor(ring, sigma), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["rank0", "windows", "k1", "k2", "k6", "blocks", "five-stages"])
+@pytest.mark.parametrize(
+    "name", ["rank0", "windows", "k1", "k2", "k6", pytest.param("blocks", marks=pytest.mark.slow), "five-stages"]
+)
 def test_gradients(name, kernel_device):
     predictor, ring, sigma = make(name, kernel_device, pushes=[0, 1, 9], tokens=20)
     ring.storage = ring.storage.nan_to_num().requires_grad_()

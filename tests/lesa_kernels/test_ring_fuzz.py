@@ -25,7 +25,7 @@ needs_extension = pytest.mark.skipif(extension_error() is not None, reason=f"no 
 
 
 @needs_extension
-@pytest.mark.parametrize("first, cases", [(0, 300), pytest.param(300, 2700, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first, cases", [(0, 300), pytest.param(300, 1200, marks=pytest.mark.slow)])
 def test_random_work_with_the_installed_extension(first, cases):
     assert ring_fuzz.run(seed=first, cases=cases) == cases
 
@@ -119,11 +119,12 @@ def sanitized(tmp_path_factory):
     return Module(Path(shutil.copy(built, package)), " ".join(preloaded))
 
 
+# The slow cases above and these are drawn alike; each dtype, layout and kind of push comes up many times in 400.
 # Of the CPU's code, processors with vector instructions run one half, and others the other.
 RUNS = {
-    "CPU": (dict(cases=1500, seed=1_000_000, ties=4), ["--large"], {}),
+    "CPU": (dict(cases=700, seed=1_000_000, ties=4), ["--large"], {}),
     "CPU, plain instructions": (dict(cases=400, seed=2_000_000, ties=2), [], {"LESA_PLAIN_INSTRUCTIONS": "1"}),
-    "kernels": (dict(cases=800, seed=3_000_000, ties=6), ["--large", "--kernels"], {}),
+    "kernels": (dict(cases=400, seed=3_000_000, ties=6), ["--large", "--kernels"], {}),
 }
 
 
