@@ -421,7 +421,7 @@ def check_both_orders(pipe, generate, change, cached, plain, cache_first):
 @both_orders(OFFLOAD, ["offload-cache", "cache-offload"])
 def test_offloading(small_pipe, generate, nan_when_offloaded, tmp_path, way, cache_first):
     plain = generate(small_pipe)
-    with enable(small_pipe), own_head(small_pipe.transformer, offload in (sequential_offload, leaves)):
+    with enable(small_pipe), own_head(small_pipe.transformer, way in (sequential_offload, leaves)):
         cached = generate(small_pipe)
     check_both_orders(small_pipe, generate, lambda: way(small_pipe, tmp_path), cached, plain, cache_first)
     if way is sequential_offload:
