@@ -185,8 +185,8 @@ class ForecastingHook(StepHook[ForecastState]):
             return "the text changed", "Keep the texts the same in a run, and the order of their calls."
         if stream.is_unclear:
             return reasons.UNCLEAR
-        device = self.predictor.in_weight.device
-        if device != stream.ring.device:
+        device = self.predictor.device
+        if device not in (None, stream.ring.device):
             return (
                 f"the predictor is on {device}, and the features on {stream.ring.device}",
                 f"Move it with `predictor.to('{stream.ring.device}')`.",
@@ -205,7 +205,8 @@ class ForecastingHook(StepHook[ForecastState]):
             if self.predictor.fuses_velocity(ring, head):
                 stream.stats.fused.append(call.step)
             if plan is None:
-                return self.adapter.output(arguments, self.predictor.predict_velocity(ring, call.sigma, head))
+                velocity = self.predictor.predict_velocity(ring, call.sigma, head, **self._times())
+                return self.adapter.output(arguments, velocity)
             weights = plan.weights[call.step]
             velocity = self.predictor.velocity_with(ring, weights, head, plan.low_rank, sums)
             return self.adapter.output(arguments, velocity)
@@ -227,8 +228,14 @@ class ForecastingHook(StepHook[ForecastState]):
     def _features(self, ring: FeatureRing | TieredRing, call: Call, plan: Plan | None) -> torch.Tensor:
         """The forecast of the features."""
         if plan is None:
-            return self.predictor(ring, call.sigma)
+            return self.predictor(ring, call.sigma, **self._times())
         return self.predictor.forecast_with(ring, plan.weights[call.step], plan.low_rank)
+
+    def _times(self) -> dict[str, list[float]]:
+        """The noise levels of the run, for a forecaster that reads them; a subclass may have another `forward`."""
+        if self.state is None or not self.predictor.forecaster.reads_times:
+            return {}
+        return {"times": [*self.state.run.executed_sigmas, 0.0]}
 
     def on_predicted(self, state: ForecastState, call: Call, output: Any) -> None:
         """Asks for the sum of the output, which says whether it is finite. A CPU answers at once, a GPU later."""
@@ -292,8 +299,9 @@ class ForecastingHook(StepHook[ForecastState]):
         if ring is None or not stream.fits(features):
             stream.ring = ring = None  # nothing else holds it: it is freed before another one takes memory
             stream.planner = None
-            batch, tokens, _ = features.shape
-            ring = self.predictor.make_ring(batch, tokens, features.dtype, features.device, self.max_device_bytes)
+            batch, tokens, width = features.shape
+            sizes = (batch, tokens, features.dtype, features.device, self.max_device_bytes, width)
+            ring = self.predictor.make_ring(*sizes)
             stream.ring, stream.fuses = ring, self.predictor.fuses_velocity(ring)
             stream.planner = Planner(self.predictor, ring) if can_plan(self.predictor) else None
             stream.stats.ring_device_bytes, stream.stats.ring_host_bytes = ring.device_nbytes, ring.host_nbytes
