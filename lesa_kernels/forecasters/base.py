@@ -51,12 +51,15 @@ class Steps(NamedTuple):
         sigma: `[P, B]`, the noise levels to forecast.
         times: `[S + 1]`, the falling noise levels of all steps of the run, and 0 at the end. Empty for a forecaster
             whose `reads_times` is False.
+        stream: the name of the stream of calls that they belong to, such as "cond"; None if it is not known, or not
+            read.
     """
 
     levels: torch.Tensor
     count: torch.Tensor  # type: ignore[assignment]  # replaces tuple.count, which is not used
     sigma: torch.Tensor
     times: torch.Tensor
+    stream: str | None = None
 
     def positions(self, levels: torch.Tensor) -> torch.Tensor:
         """The steps of the run at which it has these noise levels: float64, of the shape of `levels`.
@@ -87,6 +90,7 @@ class Forecaster(ABC):
         has_residual: whether it has a low-rank residual, so that `config.rank` has a meaning.
         is_trained: whether it has something to train.
         reads_times: whether its weights depend on the times of the run, and not on noise levels alone.
+        reads_stream: whether its weights depend on the stream of calls, such as that without a prompt.
         reads_one_sigma: whether `forecast` takes one noise level for all samples as a tensor without dimensions.
         plans: whether its forecasts are `weights`, which can be made for all steps of a run at once.
         can_find_stages: whether `lesa.find_stages` can find its noise stages.
@@ -106,6 +110,7 @@ class Forecaster(ABC):
     has_residual: ClassVar[bool] = False
     is_trained: ClassVar[bool] = False
     reads_times: ClassVar[bool] = True
+    reads_stream: ClassVar[bool] = False
     reads_one_sigma: ClassVar[bool] = False
     plans: ClassVar[bool] = True
     can_find_stages: ClassVar[bool] = False
@@ -156,10 +161,14 @@ class Forecaster(ABC):
     # What differs only for a forecaster that has operations of its own
 
     def forecast(
-        self, predictor: "FusedKANPredictor", state: "RingState", times: torch.Tensor | None = None
+        self,
+        predictor: "FusedKANPredictor",
+        state: "RingState",
+        times: torch.Tensor | None = None,
+        stream: str | None = None,
     ) -> torch.Tensor:
         """The forecast of one step from the buffers of a ring: `[B, T, D]`."""
-        weights = self.step_weights(predictor, state, times)
+        weights = self.step_weights(predictor, state, times, stream)
         return stream_forecast(
             _stored(state), weights, self.low_rank(predictor, state.storage.dtype), predictor.backend
         )
@@ -170,9 +179,10 @@ class Forecaster(ABC):
         state: "RingState",
         head: OutputHead,
         times: torch.Tensor | None = None,
+        stream: str | None = None,
     ) -> torch.Tensor:
         """The forecast of one step, and the output head applied to it: `[B, T, O]`."""
-        weights = self.step_weights(predictor, state, times)
+        weights = self.step_weights(predictor, state, times, stream)
         low_rank = self.low_rank(predictor, state.storage.dtype)
         return stream_velocity(_stored(state), weights, head, low_rank, backend=predictor.backend)
 
@@ -210,7 +220,13 @@ class Forecaster(ABC):
         stage = stage_index(steps.sigma.float(), config.stage_bounds)
         return torch.minimum(steps.count, of_stage(stage, config.lengths)).to(torch.int32)
 
-    def step_weights(self, predictor: "FusedKANPredictor", state: "RingState", times: torch.Tensor | None) -> Weights:
+    def step_weights(
+        self,
+        predictor: "FusedKANPredictor",
+        state: "RingState",
+        times: torch.Tensor | None,
+        stream: str | None,
+    ) -> Weights:
         """`weights` of one step from the buffers of a ring, in the dtype in which the forecast is computed."""
         shape = predictor.shape()
         state.check()
@@ -220,7 +236,7 @@ class Forecaster(ABC):
         if times is None:
             times = default_times(predictor.config, state.device) if self.reads_times else levels.new_empty(0)
         with torch.autocast(state.device.type, enabled=False):
-            made = self.weights(predictor, Steps(levels, state.count[None], state.sigma[None], times))
+            made = self.weights(predictor, Steps(levels, state.count[None], state.sigma[None], times, stream))
         dtype = compute_dtype(state.storage)
         anchors, count, *rest = made
         others = [None if part is None else _in_dtype(part[0], dtype) for part in rest]

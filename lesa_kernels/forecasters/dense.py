@@ -70,7 +70,11 @@ class Dense(Forecaster):
         return DenseExperts(p.in_weight, p.in_bias, p.spline, p.out_weight, p.out_bias, p.mix_weight, p.mix_bias)
 
     def forecast(
-        self, predictor: "FusedKANPredictor", state: RingState, times: torch.Tensor | None = None
+        self,
+        predictor: "FusedKANPredictor",
+        state: RingState,
+        times: torch.Tensor | None = None,
+        stream: str | None = None,
     ) -> torch.Tensor:
         return run_dense_predict(state, self.experts(predictor), predictor.shape(), predictor.backend)
 
@@ -80,6 +84,7 @@ class Dense(Forecaster):
         state: RingState,
         head: OutputHead,
         times: torch.Tensor | None = None,
+        stream: str | None = None,
     ) -> torch.Tensor:
         return output_head(predictor.forecast(*state), head)
 

@@ -83,7 +83,11 @@ class Newton(Forecaster):
         return NewtonExperts(p.in_weight, p.in_bias, p.spline, p.out_weight, p.out_bias, p.down, p.up, p.up_bias)
 
     def forecast(
-        self, predictor: "FusedKANPredictor", state: RingState, times: torch.Tensor | None = None
+        self,
+        predictor: "FusedKANPredictor",
+        state: RingState,
+        times: torch.Tensor | None = None,
+        stream: str | None = None,
     ) -> torch.Tensor:
         return run_newton_predict(state, self.experts(predictor), predictor.shape(), predictor.backend)
 
@@ -93,6 +97,7 @@ class Newton(Forecaster):
         state: RingState,
         head: OutputHead,
         times: torch.Tensor | None = None,
+        stream: str | None = None,
     ) -> torch.Tensor:
         return run_newton_velocity(state, self.experts(predictor), head, predictor.shape(), predictor.backend)
 

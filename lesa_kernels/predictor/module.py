@@ -111,6 +111,7 @@ class FusedKANPredictor(nn.Module):
         ring: FeatureRing | TieredRing,
         sigma: float | torch.Tensor,
         times: Sequence[float] | torch.Tensor | None = None,
+        stream: str | None = None,
     ) -> torch.Tensor:
         """Forecasts the features at `sigma`.
 
@@ -120,6 +121,8 @@ class FusedKANPredictor(nn.Module):
             times: the falling noise levels of all steps of the run, and 0 at the end; `[S + 1]`, a tensor on the ring's
                 device. Only some forecasters read them. None: from 1 to 0 in equal steps, as many as the predictor was
                 trained for, else 50.
+            stream: the name of the stream of calls that the features belong to, such as "uncond" for the calls without
+                a prompt. Only some forecasters read it.
 
         Returns:
             `[B, T, D]` in the ring's dtype, bfloat16 for a float8 ring. Rows without any anchor are NaN.
@@ -128,7 +131,7 @@ class FusedKANPredictor(nn.Module):
             ValueError, TypeError: the ring's width is not `feature_dim`, the ring is too small, or `sigma` does not
                 fit.
         """
-        target, more = self._target(ring, sigma), self._times(ring, times)
+        target, more = self._target(ring, sigma), self._more(ring, times, stream)
 
         def forecast(*state):
             return self.forecast(*state, target, **more)
@@ -144,9 +147,10 @@ class FusedKANPredictor(nn.Module):
         count: torch.Tensor,
         sigma: torch.Tensor,
         times: torch.Tensor | None = None,
+        stream: str | None = None,
     ) -> torch.Tensor:
         """`forward` for the buffers of a ring; see `newton_predict` and `dense_predict` for their contents."""
-        return self.forecaster.forecast(self, RingState(storage, scales, sigmas, cursor, count, sigma), times)
+        return self.forecaster.forecast(self, RingState(storage, scales, sigmas, cursor, count, sigma), times, stream)
 
     def predict_velocity(
         self,
@@ -154,13 +158,14 @@ class FusedKANPredictor(nn.Module):
         sigma: float | torch.Tensor,
         head: OutputHead,
         times: Sequence[float] | torch.Tensor | None = None,
+        stream: str | None = None,
     ) -> torch.Tensor:
         """Forecasts the features at `sigma` and applies the output head to them.
 
         Except for a dense predictor, the forecast is not written to memory on Triton; see `stream_velocity`.
 
         Args:
-            ring, sigma, times: as in `forward`.
+            ring, sigma, times, stream: as in `forward`.
             head: the weights of the head, and the modulation of this step.
 
         Returns:
@@ -169,7 +174,7 @@ class FusedKANPredictor(nn.Module):
         Raises:
             ValueError, TypeError: as in `forward`, or a tensor of `head` does not fit.
         """
-        target, more = self._target(ring, sigma), self._times(ring, times)
+        target, more = self._target(ring, sigma), self._more(ring, times, stream)
         if _has_pieces_apart(ring, head):
             return output_head(self(ring, sigma, **more), head)
 
@@ -194,6 +199,7 @@ class FusedKANPredictor(nn.Module):
         batch: int,
         times: Sequence[float] | None = None,
         device: torch.device | str | None = None,
+        stream: str | None = None,
     ) -> list[Weights]:
         """The weights of the forecasts of several steps of a run, for `forecast_with` and `velocity_with`.
 
@@ -207,6 +213,7 @@ class FusedKANPredictor(nn.Module):
             batch: samples of the run, which all have the same noise levels.
             times: the noise levels of the whole run, as in `forward`.
             device: where the weights are needed. Default: where the parameters are, else the CPU.
+            stream: as in `forward`.
 
         Returns:
             One `Weights` for each step. The host does not wait for the device.
@@ -238,7 +245,11 @@ class FusedKANPredictor(nn.Module):
         sizes = [count * longest, count, len(numbers) - count * (longest + 1), count]
         near, target, all_times, there = values.split(sizes)
         steps = Steps(
-            near.view(count, 1, longest), there.view(torch.int32).view(count, 1), target.view(count, 1), all_times
+            near.view(count, 1, longest),
+            there.view(torch.int32).view(count, 1),
+            target.view(count, 1),
+            all_times,
+            stream,
         )
         if own is None:
             weights = forecaster.weights(self, steps)
@@ -300,13 +311,16 @@ class FusedKANPredictor(nn.Module):
             return torch.tensor(number, dtype=torch.float32, device="cpu")  # a kernel takes it as it is
         return torch.full((ring.batch,), number, dtype=torch.float32, device=ring.device)
 
-    def _times(
-        self, ring: FeatureRing | TieredRing, times: Sequence[float] | torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        """The times as an argument on the ring's device; none if they are not given, or not read."""
-        if times is None or not self.forecaster.reads_times:
-            return {}
-        return {"times": times if isinstance(times, torch.Tensor) else uploaded(times, (), ring.device)}
+    def _more(
+        self, ring: FeatureRing | TieredRing, times: Sequence[float] | torch.Tensor | None, stream: str | None
+    ) -> dict[str, Any]:
+        """What the forecaster reads beside the ring, as arguments: the times on the ring's device, and the stream."""
+        more: dict[str, Any] = {}
+        if times is not None and self.forecaster.reads_times:
+            more["times"] = times if isinstance(times, torch.Tensor) else uploaded(times, (), ring.device)
+        if stream is not None and self.forecaster.reads_stream:
+            more["stream"] = stream
+        return more
 
     def experts(self) -> tuple:
         """The parameters of all stages, as the forecaster's own operation takes them, such as `newton_predict`."""

@@ -159,7 +159,7 @@ class ForecastingHook(StepHook[ForecastState]):
         stream = state.streams.get(call.stream)
         if stream is None:
             stats = self.stats.streams.setdefault(call.stream, StreamStats())
-            stream = state.streams[call.stream] = Stream(stats, Conditioner(self.adapter))
+            stream = state.streams[call.stream] = Stream(call.stream, stats, Conditioner(self.adapter))
         stream.stats.begin(call.step, call.arguments["hidden_states"].device)
         if state.needs_values:
             state.choose_next_step()
@@ -205,7 +205,7 @@ class ForecastingHook(StepHook[ForecastState]):
             if self.predictor.fuses_velocity(ring, head):
                 stream.stats.fused.append(call.step)
             if plan is None:
-                velocity = self.predictor.predict_velocity(ring, call.sigma, head, **self._times())
+                velocity = self.predictor.predict_velocity(ring, call.sigma, head, **self._more(call))
                 return self.adapter.output(arguments, velocity)
             weights = plan.weights[call.step]
             velocity = self.predictor.velocity_with(ring, weights, head, plan.low_rank, sums)
@@ -228,14 +228,18 @@ class ForecastingHook(StepHook[ForecastState]):
     def _features(self, ring: FeatureRing | TieredRing, call: Call, plan: Plan | None) -> torch.Tensor:
         """The forecast of the features."""
         if plan is None:
-            return self.predictor(ring, call.sigma, **self._times())
+            return self.predictor(ring, call.sigma, **self._more(call))
         return self.predictor.forecast_with(ring, plan.weights[call.step], plan.low_rank)
 
-    def _times(self) -> dict[str, list[float]]:
-        """The noise levels of the run, for a forecaster that reads them; a subclass may have another `forward`."""
-        if self.state is None or not self.predictor.forecaster.reads_times:
-            return {}
-        return {"times": [*self.state.run.executed_sigmas, 0.0]}
+    def _more(self, call: Call) -> dict[str, Any]:
+        """What some forecasters read in addition. Others do not get it: a subclass may have another `forward`."""
+        forecaster = self.predictor.forecaster
+        more: dict[str, Any] = {}
+        if self.state is not None and forecaster.reads_times:
+            more["times"] = [*self.state.run.executed_sigmas, 0.0]
+        if forecaster.reads_stream:
+            more["stream"] = call.stream
+        return more
 
     def on_predicted(self, state: ForecastState, call: Call, output: Any) -> None:
         """Asks for the sum of the output, which says whether it is finite. A CPU answers at once, a GPU later."""
@@ -303,7 +307,7 @@ class ForecastingHook(StepHook[ForecastState]):
             sizes = (batch, tokens, features.dtype, features.device, self.max_device_bytes, width)
             ring = self.predictor.make_ring(*sizes)
             stream.ring, stream.fuses = ring, self.predictor.fuses_velocity(ring)
-            stream.planner = Planner(self.predictor, ring) if can_plan(self.predictor) else None
+            stream.planner = Planner(self.predictor, ring, stream.name) if can_plan(self.predictor) else None
             stream.stats.ring_device_bytes, stream.stats.ring_host_bytes = ring.device_nbytes, ring.host_nbytes
         stream.push(features, sigma)
 

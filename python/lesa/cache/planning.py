@@ -50,10 +50,11 @@ class Planner:
     Args:
         predictor: makes the weights; `can_plan` is true for it.
         ring: the stream's history, still empty. It is not kept.
+        stream: the name of the stream.
     """
 
-    def __init__(self, predictor: FusedKANPredictor, ring: FeatureRing | TieredRing):
-        self.predictor = predictor
+    def __init__(self, predictor: FusedKANPredictor, ring: FeatureRing | TieredRing, stream: str | None = None):
+        self.predictor, self._stream = predictor, stream
         self._capacity, self._batch, self._dtype = ring.capacity, ring.batch, ring.dtype
         self._device = ring.device
         self._keeps_forecasts = predictor.config.history == "steps"
@@ -98,6 +99,8 @@ class Planner:
         more: dict[str, Any] = {}
         if self.predictor.forecaster.reads_times:
             more["times"] = [*sigmas, 0.0]
+        if self.predictor.forecaster.reads_stream:
+            more["stream"] = self._stream
         if self.predictor.device is None:
             more["device"] = self._device
         return more
