@@ -396,6 +396,47 @@ class FusedKANPredictor(nn.Module):
         predictor.load_state_dict(weights, assign=True)
         return predictor
 
+    @classmethod
+    @default_modes()
+    def from_lesa_checkpoint(
+        cls,
+        file: str | os.PathLike,
+        feature_dim: int | None = None,
+        family: str | None = None,
+        backend: str = "auto",
+    ) -> "FusedKANPredictor":
+        """Loads a predictor that the released training code of LESA saved, for `mixer="lesa"`.
+
+        Such a file is what `torch.save` makes of a dict. Only its state dict `model` is read; the state of the
+        optimiser and others may be there. Nothing in the file is executed.
+
+        Args:
+            file: path of the checkpoint, such as "predictor_flux_N7_E3.pt".
+            feature_dim: width D of the features of the model, which the file does not know. None: it fits any width.
+            family: the model family for which it was trained, such as "flux"; the file does not know it either.
+            backend: as in the constructor.
+
+        Returns:
+            A float32 predictor on the CPU, without a schedule. `Schedule.interval(N, steps, first=4)` is that of the
+            released code. Its bounds of the stages are 0.9 and 0.5, or 0.9 and 0.4 if the file has experts for two
+            streams of guidance.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError, TypeError: it cannot be read; it holds something else than tensors, numbers and the
+                configuration of the released code; or a parameter is missing, unknown, has another shape or another
+                grid of knots. The message names it.
+
+        Source: github.com/caipeiliang2004/LESA.
+        """
+        from lesa_kernels.forecasters.lesa_checkpoint import read_lesa_checkpoint
+
+        config, parameters = read_lesa_checkpoint(file, feature_dim, family)
+        with torch.device("meta"):  # all parameters are replaced
+            predictor = cls(config, backend)
+        predictor.load_state_dict(parameters, assign=True)
+        return predictor
+
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
         """Uploads the predictor to the Hugging Face hub and returns its address. Creates the repository if needed."""
         import tempfile
