@@ -1,7 +1,6 @@
 import pytest
 
 import released_lesa
-
 from lesa import Schedule
 from lesa.schedule import as_schedule
 
