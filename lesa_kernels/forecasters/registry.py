@@ -17,7 +17,8 @@ def register(forecaster: Forecaster) -> Forecaster:
 
     Raises:
         TypeError: it is no forecaster, or something is missing.
-        ValueError: something has the wrong form, or the name or the title is taken by another class.
+        ValueError: something has the wrong form, or another class has the name or the title. If the same class is
+            defined again, as in a notebook, it replaces the one before.
     """
     if not isinstance(forecaster, Forecaster):
         raise argument_error("forecaster", "be a Forecaster", forecaster, "Pass an instance of your class.", TypeError)
@@ -35,7 +36,7 @@ def register(forecaster: Forecaster) -> Forecaster:
             raise _error(kind, f"options[{name!r}]", "be an Option whose default is in its range", option)
     for known in FORECASTERS.values():
         for text in ("name", "title"):
-            if type(known) is not kind and getattr(known, text) == getattr(kind, text):
+            if _place(type(known)) != _place(kind) and getattr(known, text) == getattr(kind, text):
                 raise _error(kind, text, f"differ from that of {type(known).__name__}", getattr(kind, text))
     FORECASTERS[kind.name] = forecaster
     return forecaster
@@ -49,6 +50,10 @@ def forecaster_of(mixer: str) -> Forecaster:
     """
     found = FORECASTERS.get(mixer) if isinstance(mixer, str) else None
     return FORECASTERS[check_choice("mixer", mixer, tuple(FORECASTERS))] if found is None else found
+
+
+def _place(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
 
 
 def _error(kind: type, what: str, must: str, got: object, error: type[Exception] = ValueError) -> Exception:

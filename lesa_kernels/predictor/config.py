@@ -184,6 +184,11 @@ class PredictorConfig:
         self._put(name, tuple(check(name, value, **limits) for value in values))
 
     @property
+    def forecaster(self) -> Forecaster:
+        """Who makes the weights: the forecaster that `mixer` names."""
+        return forecaster_of(self.mixer)
+
+    @property
     def num_stages(self) -> int:
         """Number of noise stages; each has an expert of its own."""
         return len(self.stage_bounds) + 1

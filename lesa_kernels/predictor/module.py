@@ -15,7 +15,6 @@ from lesa_kernels.dispatch import BACKENDS
 from lesa_kernels.feature_ring import FeatureRing, TieredRing, make_ring
 from lesa_kernels.feature_ring.reference import RingBuffers
 from lesa_kernels.forecasters.base import USUAL_STEPS, Forecaster, Steps
-from lesa_kernels.forecasters.registry import forecaster_of
 from lesa_kernels.predictor.arguments import RingState, Shape
 from lesa_kernels.predictor.config import PredictorConfig
 from lesa_kernels.predictor.files import CONFIG_NAME, WEIGHTS_NAME, find_files
@@ -55,7 +54,7 @@ class FusedKANPredictor(nn.Module):
     @property
     def forecaster(self) -> Forecaster:
         """Who makes the weights: the forecaster that `config.mixer` names."""
-        return forecaster_of(self.config.mixer)
+        return self.config.forecaster
 
     @property
     def device(self) -> torch.device | None:

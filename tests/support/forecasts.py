@@ -1,8 +1,8 @@
 """The weights of forecasters, transcribed in plain Python and NumPy.
 
 Each function gives the weights of the features that are read, newest first. It gets the options of the forecaster, the
-noise levels of these features and the one to forecast, then the same as steps of the run: the steps of the features, the
-step to forecast, and how many steps the run has.
+noise levels of these features and the one to forecast, then the same as steps of the run: the steps of the features,
+the step to forecast, and how many steps the run has.
 """
 
 import math

@@ -91,6 +91,7 @@ class Batch:
         velocities: `[S, N, O]`, the head's output for the features.
         sigmas: `[S]`.
         widths: `[S]`, by how much sigma falls in each step.
+        times: `[S + 1]`, `sigmas` and 0.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Batch:
 
         self.head = head
         self.sigmas = trajectories[0].sigmas.to(device)
+        self.times = torch.cat([self.sigmas, self.sigmas.new_zeros(1)])
         self.widths = -torch.diff(self.sigmas, append=self.sigmas.new_zeros(1))
         self.features = torch.cat(parts, 1)
         self.roll_outs = [
@@ -191,7 +193,8 @@ def predict(
     sigmas = batch.sigmas
     rows = history if steps is None else torch.searchsorted(steps, history)
     cursor = torch.zeros_like(plan.count)
-    return predictor.forecast(features[rows], None, sigmas[history], cursor, plan.count, sigmas[plan.steps])
+    state = (features[rows], None, sigmas[history], cursor, plan.count, sigmas[plan.steps])
+    return predictor.forecast(*state, times=batch.times)
 
 
 def roll_out(predictor: FusedKANPredictor, batch: Batch, plan: Plan) -> torch.Tensor:
@@ -207,7 +210,8 @@ def roll_out(predictor: FusedKANPredictor, batch: Batch, plan: Plan) -> torch.Te
         newest = torch.stack([seen[max(step - k, 0)] for k in range(length, 0, -1)])
         at = torch.arange(step - length, step).clamp(min=0)
         count = torch.full_like(cursor, min(step, length))
-        forecast = predictor.forecast(newest, None, sigmas[at][:, None], cursor, count, sigmas[step : step + 1])
+        state = (newest, None, sigmas[at][:, None], cursor, count, sigmas[step : step + 1])
+        forecast = predictor.forecast(*state, times=batch.times)
         seen.append(forecast)
         forecasts.append(forecast)
     return torch.cat(forecasts)

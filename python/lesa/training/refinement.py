@@ -71,7 +71,7 @@ def refine(
     computed steps of the schedule.
 
     Args:
-        predictor: a newton predictor that `train` made on these trajectories. It is not changed.
+        predictor: what `train` made on these trajectories, with a history of computed steps only. It is not changed.
         trajectories: what `lesa.record` made of plain runs, or its folder.
         pipe: the pipeline that was recorded.
         inputs: the inputs that were recorded.
@@ -90,7 +90,8 @@ def refine(
         The predictor of the last round, on the CPU.
 
     Raises:
-        TypeError, ValueError: the predictor uses its own forecasts as history or was trained for something else, an
+        TypeError, ValueError: the predictor uses its own forecasts as history, has nothing to train or was trained for
+            something else, an
             argument is out of range, a file of the recording is damaged or has NaN or Inf, or the pipeline, the inputs
             or `out_dir` are not those of the recording. The message names it.
         RuntimeError: another process works in `out_dir`, or see `lesa.record` and `train`.
@@ -142,11 +143,15 @@ def _check_predictor(predictor: FusedKANPredictor, trajectories: Trajectories) -
     check_is_predictor(predictor)
     config = predictor.config
     if config.history != "anchors":
-        remedy = "Use a newton predictor. A dense one sees its own forecasts in `train` already."
+        remedy = "Use one of the default mixer. This one sees its own forecasts in `train` already."
         raise argument_error("predictor", "forecast from computed steps only", config.history, remedy)
+    if not config.forecaster.is_trained:
+        remedy = "Use it as it is."
+        raise argument_error("predictor.config.mixer", "be one that has something to train", config.mixer, remedy)
     for field in ("feature_dim", "family", "num_inference_steps"):
         wanted = getattr(trajectories, field)
-        if getattr(config, field) != wanted:
+        fits_any = field == "feature_dim" and config.feature_dim is None
+        if getattr(config, field) != wanted and not fits_any:
             remedy = "Train it on these trajectories first."
             raise argument_error(f"predictor.config.{field}", f"be {wanted!r}", getattr(config, field), remedy)
 

@@ -1,8 +1,9 @@
 """One training of a predictor, in two phases, and its checkpoint.
 
-Guided phase: the history is true. A newton predictor sees schedules near its own, a dense one the step before.
-Closed loop: the history is as at inference. A newton predictor trains on the schedule itself, a dense one on a history
-that holds its own forecasts.
+Guided phase: the history is true. A predictor whose history has computed steps only sees schedules near its own. One
+whose history has every step, such as the dense variant, sees the steps before.
+Closed loop: the history is as at inference. It has the computed steps of the schedule itself, or also the forecasts of
+the predictor.
 """
 
 import io
