@@ -57,8 +57,9 @@ class Lesa(Forecaster):
     hidden = 256
     is_trained = True
     reads_stream = True
-    learning_rate = 1e-4
+    learning_rate = 1e-4  # of the released code, like the loss of features only
     head_aware = False
+    trains_in_closed_loop = False
 
     def history_length(self, config: "PredictorConfig") -> int | tuple[int, ...]:
         return (_SHORT, *(_LONG,) * (config.num_stages - 1))

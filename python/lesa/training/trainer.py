@@ -70,7 +70,8 @@ def train(
             mixer: a sixth for newton, whose history has true features in closed loop too, a third for dense.
         controlled: whether to train for `lesa.ErrorControl`: all epochs are guided, on schedules with gaps half to
             twice as long. The forecasts are less close on the schedule itself, and closer on others.
-        epochs: passes over the trajectories in closed loop. With `controlled`, they are guided too.
+        epochs: passes over the trajectories in closed loop. With `controlled`, they are guided too. So they are for a
+            lesa predictor, whose loop `lesa.refine` closes.
         batch_size: trajectories per step of the optimiser.
         tokens_per_batch: how many random tokens of each trajectory to use per step; None for all. A part is enough,
             because predictor and head process each token separately.
@@ -106,13 +107,14 @@ def train(
     forecaster = config.forecaster
     _check_choices(config, schedule, budget, controlled)
     epochs = check_int("epochs", epochs)
+    all_guided = controlled or not forecaster.trains_in_closed_loop
     if guided_epochs is None:
-        guided_epochs = epochs // forecaster.guided_part
+        guided_epochs = 0 if not forecaster.trains_in_closed_loop else epochs // forecaster.guided_part
     if learning_rate is None:
         learning_rate = forecaster.learning_rate
     settings = TrainingSettings(
-        guided_epochs=check_int("guided_epochs", guided_epochs, minimum=0) + (epochs if controlled else 0),
-        epochs=0 if controlled else epochs,
+        guided_epochs=check_int("guided_epochs", guided_epochs, minimum=0) + (epochs if all_guided else 0),
+        epochs=0 if all_guided else epochs,
         batch_size=batch_size,
         tokens_per_batch=tokens_per_batch,
         learning_rate=learning_rate,
