@@ -59,7 +59,10 @@ class FusedKANPredictor(nn.Module):
     @property
     def device(self) -> torch.device | None:
         """Where the parameters are; None if there are none. Then it forecasts on any device."""
-        return next((p.device for p in self._parameters.values() if p is not None), None)
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                return parameter.device
+        return None
 
     # In an inference mode, copies and moves would give parameters that can be used in inference modes only.
 
@@ -293,10 +296,11 @@ class FusedKANPredictor(nn.Module):
         return ring.by_pieces(function) if isinstance(ring, TieredRing) else function(*state)
 
     def _state(self, ring: FeatureRing | TieredRing) -> RingBuffers:
-        if self.config.feature_dim not in (None, ring.dim):
+        width = self.config.feature_dim
+        if width != ring.dim and width is not None:
             raise argument_error(
                 "ring.dim",
-                f"be the predictor's feature_dim, {self.config.feature_dim}",
+                f"be the predictor's feature_dim, {width}",
                 ring.dim,
                 "Use a predictor that was trained for this model.",
             )

@@ -186,7 +186,7 @@ class ForecastingHook(StepHook[ForecastState]):
         if stream.is_unclear:
             return reasons.UNCLEAR
         device = self.predictor.device
-        if device not in (None, stream.ring.device):
+        if device != stream.ring.device and device is not None:
             return (
                 f"the predictor is on {device}, and the features on {stream.ring.device}",
                 f"Move it with `predictor.to('{stream.ring.device}')`.",

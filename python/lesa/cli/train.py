@@ -23,9 +23,6 @@ OPTIONS = {
 
 def add_arguments(parser) -> None:
     """The options of the command."""
-    from lesa_kernels import PredictorConfig
-    from lesa_kernels.forecasters import FORECASTERS
-
     text = "folder that `lesa record` wrote"
     parser.add_argument("--trajectories", required=True, type=arguments.existing, help=text)
     parser.add_argument("--out", required=True, type=arguments.folder, help="folder for the predictor")
@@ -33,23 +30,19 @@ def add_arguments(parser) -> None:
     parser.add_argument("--schedule", type=arguments.schedule, help=text)
     text = "number of computed steps, instead of --schedule; lesa searches for the best steps"
     parser.add_argument("--budget", type=arguments.positive, help=text)
-    trained = {name: each for name, each in FORECASTERS.items() if each.is_trained}
-    configs = {name: PredictorConfig(1, name) for name in trained}
-    parser.add_argument("--mixer", choices=trained, help=f"kind of predictor (default: {PredictorConfig.mixer})")
-    those = ", ".join(name for name, each in trained.items() if each.has_residual)
-    text = f"rank of the linear residual of {those}, 0 for none (default: {PredictorConfig.rank})"
+    text = "kind of predictor: a mixer that can be trained (default: that of `lesa.train`)"
+    parser.add_argument("--mixer", type=arguments.mixer, help=text)
+    text = "rank of the linear residual, where the mixer has one; 0 for none (default: 32)"
     parser.add_argument("--rank", type=arguments.natural, help=text)
-    units = ", ".join(f"{config.hidden} for {name}" for name, config in configs.items() if config.hidden is not None)
-    parser.add_argument("--hidden", type=arguments.positive, help=f"number of spline units (default: {units})")
-    lengths = ", ".join(f"{_in_short(config.lengths)} for {name}" for name, config in configs.items())
-    text = f"how many stored features to use: one number, or one per noise stage (default: {lengths})"
+    text = "number of spline units (default: that of the mixer)"
+    parser.add_argument("--hidden", type=arguments.positive, help=text)
+    text = "how many stored features to use: one number, or one per noise stage (default: that of the mixer)"
     parser.add_argument("--history-length", type=arguments.lengths, help=text)
     text = "noise levels between the noise stages, or auto to search for them (default: 0.67,0.33)"
     parser.add_argument("--stage-bounds", type=arguments.stage_bounds, help=text)
-    parts = ", ".join(f"1/{each.guided_part} as many for {name}" for name, each in trained.items())
     text = (
-        f"passes over the trajectories in closed loop (default: 60); guided passes come first: {parts}; with "
-        "--controlled, all passes are guided"
+        "passes over the trajectories in closed loop (default: 60); guided passes come first, how many depends on the "
+        "mixer; with --controlled, all passes are guided"
     )
     parser.add_argument("--epochs", type=arguments.positive, help=text)
     parser.add_argument("--controlled", action="store_true", help="train for `lesa generate --tolerance`")
@@ -81,8 +74,3 @@ def run(options) -> None:
         print(f"Found {config.num_stages} noise stages, with bounds at {bounds}" if bounds else "Found 1 noise stage")
     steps = ",".join(map(str, config.schedule or ()))
     print(f"Wrote the predictor, which computes the steps {steps}, to {options.out}")
-
-
-def _in_short(lengths: tuple[int, ...]) -> str:
-    """One number if all are equal."""
-    return ",".join(map(str, lengths if len(set(lengths)) > 1 else lengths[:1]))
