@@ -96,9 +96,8 @@ class Forecaster(ABC):
         can_find_stages: whether `lesa.find_stages` can find its noise stages.
         learning_rate, head_aware: the defaults of `lesa.train`.
         format_version: of the configuration of such a predictor. 1 is only for those that the first releases know.
-        trains_in_closed_loop: whether `lesa.train` has a phase in closed loop. If not, all its epochs are guided, on the
-            steps that the schedule predicts, and `lesa.refine` closes the loop.
-        guided_part: by default, `lesa.train` has one guided epoch for so many epochs in closed loop.
+        guided_part: by default, `lesa.train` has one guided epoch for so many epochs in closed loop. None: all epochs
+            are guided, on the steps that the schedule predicts, and `lesa.refine` closes the loop.
     """
 
     name: ClassVar[str]
@@ -119,8 +118,7 @@ class Forecaster(ABC):
     learning_rate: ClassVar[float] = 3e-3
     head_aware: ClassVar[bool] = True
     format_version: ClassVar[int] = 2
-    trains_in_closed_loop: ClassVar[bool] = True
-    guided_part: ClassVar[int] = 6
+    guided_part: ClassVar[int | None] = 6
 
     def __init_subclass__(cls, **options) -> None:
         super().__init_subclass__(**options)

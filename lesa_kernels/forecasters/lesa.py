@@ -59,7 +59,7 @@ class Lesa(Forecaster):
     reads_stream = True
     learning_rate = 1e-4  # of the released code, like the loss of features only
     head_aware = False
-    trains_in_closed_loop = False
+    guided_part = None
 
     def history_length(self, config: "PredictorConfig") -> int | tuple[int, ...]:
         return (_SHORT, *(_LONG,) * (config.num_stages - 1))

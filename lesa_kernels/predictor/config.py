@@ -36,21 +36,23 @@ class PredictorConfig:
         feature_dim: width D of the features, the hidden size of the transformer. It may be None for a forecaster that
             has no parameters of one width: then the predictor fits any width.
         mixer: who makes the weights of the stored features, a name in `lesa_kernels.forecasters.FORECASTERS`, such as
-            "newton" (Newton extrapolation whose coefficients, one per channel, come from a KAN) or "dense" (the dense
+            "newton" (Newton extrapolation whose coefficients, one per channel, come from a KAN), "dense" (the dense
             variant, which follows the idea of the LESA paper: a linear map over the concatenated history, scaled by a
-            KAN of the time offsets).
+            KAN of the time offsets) or "lesa" (what the authors of that paper released: one scalar per step of the
+            history, scaled by a KAN of all times).
         history: what the ring holds: "anchors" (computed steps only) or "steps" (every step, also the forecasts).
-            Default: that of the forecaster, "anchors" for newton and "steps" for dense.
+            Default: that of the forecaster, "anchors" for newton and "steps" for dense and lesa.
         history_length: K, how many entries of the ring are read: one int for all stages, or one for each stage.
-            Default: that of the forecaster: 4 for newton, and 4, 6, 8 from high to low noise for dense with three
-            stages.
+            Default: that of the forecaster: 4 for newton, and with three stages, from high to low noise, 4, 6, 8 for
+            dense and 4, 8, 8 for lesa.
         stage_bounds: the noise levels between the stages, falling, strictly within (0, 1). n bounds make n + 1 stages.
             The stage of a sample is the number of bounds at or above its noise level. Default: that of the forecaster,
-            0.67 and 0.33 for newton and dense.
+            0.67 and 0.33 for newton and dense, 0.9 and 0.5 for lesa.
         rank: rank of the linear residual over newton's taps; 0 means no residual. Forecasters without a residual ignore
             it.
-        hidden: number M of spline units of the KAN. Default: 64 for newton, 256 for dense. None for forecasters without
-            such units, which ignore it and the next two.
+        hidden: number M of spline units of the KAN. Default: 64 for newton, 256 for dense and lesa. None for
+            forecasters without such units, which ignore it and the next two. lesa ignores the next two: its grid is
+            that of the released code.
         grid_size: number of intervals of the spline grid on [-1, 1].
         spline_order: degree of the splines.
         family: the model family for which it was trained, such as "flux"; None if it was not trained.
@@ -66,7 +68,7 @@ class PredictorConfig:
     Raises:
         ValueError, TypeError: a field is out of range; the message names it.
 
-    Source: LESA, arXiv 2602.20497, whose windows and stages the dense variant uses.
+    Source: LESA, arXiv 2602.20497, for experts of noise stages.
     """
 
     feature_dim: int | None = None

@@ -35,7 +35,7 @@ def test_what_the_file_says_and_what_it_does_not(file):
 
 def test_two_streams_have_other_bounds(file):
     state = released_lesa.state_dict(endings=BOTH)
-    predictor = load(released_lesa.save(file, state), family="qwen_image")
+    predictor = load(released_lesa.save(file, state), family="qwen-image")
     assert predictor.config.stage_bounds == (0.9, 0.4) and predictor.config.options == {"streams": 2}
     for stream, ending in enumerate(BOTH):
         for stage in range(3):

@@ -38,7 +38,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--hidden", type=arguments.positive, help=text)
     text = "how many stored features to use: one number, or one per noise stage (default: that of the mixer)"
     parser.add_argument("--history-length", type=arguments.lengths, help=text)
-    text = "noise levels between the noise stages, or auto to search for them (default: 0.67,0.33)"
+    text = "noise levels between the noise stages, or auto to search for them (default: those of the mixer)"
     parser.add_argument("--stage-bounds", type=arguments.stage_bounds, help=text)
     text = (
         "passes over the trajectories in closed loop (default: 60); guided passes come first, how many depends on the "

@@ -53,7 +53,8 @@ def train(
     """Trains a predictor on recorded trajectories, in two phases: guided, then in closed loop.
 
     In the guided phase, the history has the recorded features. In closed loop, it has the features that it has at
-    inference.
+    inference. For a lesa predictor there is only the guided phase: the second stage of LESA runs the model, which
+    `lesa.refine` does.
 
     Args:
         trajectories: what `lesa.record` made, or its folder.
@@ -70,13 +71,13 @@ def train(
             mixer: a sixth for newton, whose history has true features in closed loop too, a third for dense.
         controlled: whether to train for `lesa.ErrorControl`: all epochs are guided, on schedules with gaps half to
             twice as long. The forecasts are less close on the schedule itself, and closer on others.
-        epochs: passes over the trajectories in closed loop. With `controlled`, they are guided too. So they are for a
-            lesa predictor, whose loop `lesa.refine` closes.
+        epochs: passes over the trajectories in closed loop. They are guided too with `controlled`, and for a lesa
+            predictor.
         batch_size: trajectories per step of the optimiser.
         tokens_per_batch: how many random tokens of each trajectory to use per step; None for all. A part is enough,
             because predictor and head process each token separately.
         learning_rate: learning rate of AdamW at the start; it falls to zero along a cosine. Default: that of the
-            mixer: 3e-3 for newton, 1e-4 for dense as in the LESA paper.
+            mixer: 3e-3 for newton, 1e-4 for lesa, as in its released code, and for dense.
         head_aware: whether the loss compares what the output head computes from the features. If false, it compares the
             features only, as in the LESA paper. Default: that of the mixer: True for newton, False for dense.
         validation_fraction: share of the samples that is kept for validation. If there are two samples or more, at
@@ -107,9 +108,10 @@ def train(
     forecaster = config.forecaster
     _check_choices(config, schedule, budget, controlled)
     epochs = check_int("epochs", epochs)
-    all_guided = controlled or not forecaster.trains_in_closed_loop
+    part = forecaster.guided_part
+    all_guided = controlled or part is None
     if guided_epochs is None:
-        guided_epochs = 0 if not forecaster.trains_in_closed_loop else epochs // forecaster.guided_part
+        guided_epochs = 0 if part is None else epochs // part
     if learning_rate is None:
         learning_rate = forecaster.learning_rate
     settings = TrainingSettings(

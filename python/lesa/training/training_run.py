@@ -1,7 +1,8 @@
 """One training of a predictor, in two phases, and its checkpoint.
 
 Guided phase: the history is true. A predictor whose history has computed steps only sees schedules near its own. One
-whose history has every step, such as the dense variant, sees the steps before.
+whose history has every step, such as the dense variant, sees the steps before. If there are guided epochs only, these
+forecast the steps that the schedule predicts, and otherwise all steps but the first.
 Closed loop: the history is as at inference. It has the computed steps of the schedule itself, or also the forecasts of
 the predictor.
 """
@@ -108,7 +109,7 @@ class Training:
         config, every_step = self.config, self.config.history == "steps"
         total = len(batch.sigmas)
         computed: Set[int]
-        if not guided or not config.forecaster.trains_in_closed_loop:
+        if not guided or config.forecaster.guided_part is None:
             computed = self.schedule.computed_in(batch.sigmas.tolist())
         elif every_step:
             computed = {0}
