@@ -135,8 +135,11 @@ class Forecaster(ABC):
         `config.options` and `config.stage_bounds` are complete when this is called.
         """
 
-    def build(self, predictor: "FusedKANPredictor", config: "PredictorConfig") -> None:  # noqa: B027  # or nothing
-        """Gives the predictor its parameters, float32, as attributes of its own, and not in modules inside of it."""
+    def build(self, predictor: "FusedKANPredictor", config: "PredictorConfig") -> None:  # noqa: B027
+        """Gives the predictor its parameters, float32, as attributes of its own, and not in modules inside of it.
+
+        By default there are none, and `reset` has nothing to do.
+        """
 
     def reset(self, predictor: "FusedKANPredictor", generator: torch.Generator | None) -> None:  # noqa: B027
         """Initialises the parameters. Gradients are off."""

@@ -132,6 +132,22 @@ def test_one_plan_for_each_run(pipe, generate, monkeypatch):
     assert made == [STEPS - len(SOME)] * 2
 
 
+@pytest.mark.parametrize("name", ["linear", "chebyshev"])
+def test_other_ways_to_run_give_the_same(pipe, generate, monkeypatch, name):
+    """A part of the ring in host memory, and the head computed from its weights as in a fused step."""
+    outputs = []
+    for bytes_, fuses in ((None, False), (400_000, False), (None, True)):
+        with monkeypatch.context() as patch, lesa.enable_cache(pipe, make(name), SOME, bytes_, strict=True) as cache:
+            if fuses:
+                patch.setattr(FusedKANPredictor, "fuses_velocity", lambda self, ring, head=None: True)
+            outputs.append(generate(pipe))
+        (stream,) = cache.stats.streams.values()
+        assert bool(stream.ring_host_bytes) == (bytes_ is not None and name == "chebyshev")
+        assert len(stream.fused) == (STEPS - len(SOME) if fuses else 0)
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=1e-4, atol=1e-4)
+
+
 def test_a_width_that_does_not_fit_is_named(pipe):
     with pytest.raises(ValueError, match=r"`predictor\.config\.feature_dim` must be the transformer's width, 128"):
         lesa.enable_cache(pipe, make("taylor", 64), SOME)

@@ -436,6 +436,15 @@ def test_what_can_not_be_registered_is_named(change, message):
     assert before == FORECASTERS
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_the_work_of_a_predicted_step(dtype):
+    """Each feature is read once, with its scales; beside it, the head's weights and modulation, and the velocity."""
+    predictor, size = make("taylor-3"), dtype.itemsize
+    found = predictor.forecaster.work(predictor.config, (2, 10, 8, dtype), 3, 4)
+    features = 4 * 2 * 10 * (8 * size + (4 if size == 1 else 0))
+    assert found == {"bytes": features + 2 * (3 * 8 + 2 * 2 * 8 + 2 * 10 * 3), "flops": 2 * 2 * 10 * 8 * (4 + 3)}
+
+
 def test_a_plan_is_made_of_stored_features_alone():
     """A forecast with the weights of a plan is the sum that `stream_forecast` defines."""
     predictor, ring = make("taylor-3"), filled(4, LEVELS)
