@@ -49,10 +49,11 @@ class Operation:
     dtypes: tuple[torch.dtype, ...] = FLOATS
 
 
-def forecast(mixer: str, rank: int = 0, backward: str = "", cast: bool = False):
+def forecast(mixer: str, rank: int = 0, backward: str = "", as_stored: bool = False):
     """Prepares a forecast, or the gradient of a forecast.
 
-    `backward` is empty, or says what the gradient is taken with respect to: "storage" or "weight".
+    `backward` is empty, or says what the gradient is taken with respect to: "storage" or "weight". With `as_stored`,
+    the parameters have the dtype of the features, unless that is float8, so that nothing is cast in the kernel.
     """
 
     def prepare(dtype, device):
@@ -60,8 +61,8 @@ def forecast(mixer: str, rank: int = 0, backward: str = "", cast: bool = False):
         predictor = FusedKANPredictor(PredictorConfig(width, mixer, rank=rank), backend="triton").to(device)
         for parameter in predictor.parameters():
             parameter.data.normal_(std=0.1 / math.sqrt(parameter.shape[-1]))
-        if mixer == "dense" and not cast and dtype.itemsize > 1:
-            predictor.to(dtype)  # so that nothing is cast in the kernel
+        if as_stored and dtype.itemsize > 1:
+            predictor.to(dtype)
         predictor.requires_grad_(backward == "weight")
         ring = predictor.make_ring(batch, tokens, dtype, device)
         for i in range(ring.capacity):
@@ -121,13 +122,11 @@ OPERATIONS = {
     "newton_coefficients": Operation(
         coefficients, {"BLOCK_D": (16, 32, 64, 128), "BLOCK_M": (32, 64), "num_warps": (2, 4, 8)}, (torch.float32,)
     ),
-    "dense_predict": Operation(forecast("dense"), _DENSE),
-    "dense_predict_cast": Operation(
-        forecast("dense", cast=True), _DENSE, (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
-    ),
-    "dense_predict_bwd_alpha": Operation(forecast("dense", backward="weight"), _DENSE),
-    "dense_predict_bwd_mix_weight": Operation(forecast("dense", backward="weight"), _DENSE),
-    "dense_predict_bwd_storage": Operation(forecast("dense", backward="storage"), _DENSE),
+    "dense_predict": Operation(forecast("dense", as_stored=True), _DENSE),
+    "dense_predict_cast": Operation(forecast("dense"), _DENSE, (torch.bfloat16, torch.float16, torch.float8_e4m3fn)),
+    "dense_predict_bwd_alpha": Operation(forecast("dense", backward="weight", as_stored=True), _DENSE),
+    "dense_predict_bwd_mix_weight": Operation(forecast("dense", backward="weight", as_stored=True), _DENSE),
+    "dense_predict_bwd_storage": Operation(forecast("dense", backward="storage", as_stored=True), _DENSE),
     "bspline_kan_fwd": Operation(layer(*WIDE), _LAYER),
     "bspline_kan_fwd_unrolled": Operation(layer(*WIDE), _LAYER),
     "bspline_kan_fwd_gather": Operation(layer(*NARROW), LAYER),

@@ -87,6 +87,22 @@ def predict_velocity(
     }
 
 
+def stream_velocity(
+    batch: int,
+    tokens: int,
+    dim: int,
+    dtype: torch.dtype,
+    out_channels: int,
+    history: int,
+    out_dtype: torch.dtype | None = None,
+) -> dict[str, int]:
+    """A sum of K anchors with one weight each, and the output head: K anchors in, the velocity out."""
+    written, width = batch * tokens * out_channels, _out_dtype(dtype, out_dtype).itemsize
+    head = (out_channels + 2 * batch) * dim
+    moved = _history_bytes(batch, tokens, dim, dtype, history) + (written + head) * width
+    return {"bytes": moved, "flops": 2 * batch * tokens * dim * (history + out_channels)}
+
+
 def output_head(
     batch: int,
     tokens: int,

@@ -33,7 +33,7 @@ BOUNDS = {1: (), 3: (0.67, 0.33)}
 # One stage has the middle one of the windows of three.
 WINDOWS = {"newton": {1: 4, 3: 4}, "dense": {1: 6, 3: (4, 6, 8)}}
 RATES = {"newton": 3e-3, "dense": 1e-4}
-# Nine computed steps of 50. Those of the dense variant begin with 0, 1, 2, as in the LESA paper.
+# Nine computed steps of 50. Those of the dense variant are 0, 1, 2 and then every seventh.
 NEWTON_SCHEDULES = {"digits": (0, 2, 7, 13, 19, 26, 34, 41, 47), "photos": PHOTOS_SCHEDULE_9}
 DENSE_INTERVAL = 7
 
@@ -45,7 +45,7 @@ class MLPPredictor(FusedKANPredictor):
         super().__init__(config, "torch")
         self.spline = nn.Parameter(self.spline.new_zeros(config.num_stages, config.hidden, 0))
 
-    def forecast(self, *state):
+    def forecast(self, *state, times=None):
         newton = self.config.mixer == "newton"
         predict = reference.newton_predict_ref if newton else reference.dense_predict_ref
         with patch.object(reference, "kan_hidden", _silu_units):

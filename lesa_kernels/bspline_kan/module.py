@@ -5,18 +5,12 @@ import math
 import torch
 from torch import nn
 
+from lesa_kernels.bspline_kan.knots import knots_refusal, uniform_knots
 from lesa_kernels.bspline_kan.op import run_bspline_kan
 from lesa_kernels.bspline_kan.packing import PackedWeight, pack_weight
 from lesa_kernels.bspline_kan.reference import check_grid
-from lesa_kernels.checks import Said, argument_error, check_choice, check_int
+from lesa_kernels.checks import check_choice, check_int
 from lesa_kernels.dispatch import BACKENDS
-
-
-def _uniform_knots(grid_size: int, spline_order: int, grid_range: tuple[float, float]) -> torch.Tensor:
-    # [G + 2p + 1], float64
-    lo, hi = grid_range
-    steps = torch.arange(-spline_order, grid_size + spline_order + 1, dtype=torch.float64, device="cpu")
-    return lo + steps * ((hi - lo) / grid_size)
 
 
 class BSplineKAN(nn.Module):
@@ -78,7 +72,7 @@ class BSplineKAN(nn.Module):
         self.base_weight = parameter(out_features, in_features)
         self.spline_weight = parameter(out_features, in_features, grid_size + spline_order)
         self.spline_scaler = parameter(out_features, in_features)
-        knots = _uniform_knots(self.grid_size, self.spline_order, self.grid_range)
+        knots = uniform_knots(self.grid_size, self.spline_order, self.grid_range)
         self.register_buffer("grid", knots.repeat(in_features, 1).to(self.base_weight))
         self._packed_weight = PackedWeight()
         self.reset_parameters()
@@ -127,7 +121,9 @@ class BSplineKAN(nn.Module):
         grid = state_dict.get(prefix + "grid")
         spline_weight = state_dict.get(prefix + "spline_weight")
         if grid is not None and spline_weight is not None:
-            refusal = self._grid_refusal(prefix + "grid", grid, spline_weight.shape[-1])
+            mine = (self.in_features, self.grid_size, self.spline_order, self.grid_range)
+            remedy = f"Build the layer as BSplineKAN({{inputs}}, {self.out_features}, {{arguments}})."
+            refusal = knots_refusal(prefix + "grid", grid, spline_weight.shape[-1], *mine, remedy)
             if refusal is not None:
                 errors.append(str(refusal))
                 return
@@ -135,36 +131,3 @@ class BSplineKAN(nn.Module):
                 ones = torch.ones(spline_weight.shape[:-1], dtype=spline_weight.dtype, device=spline_weight.device)
                 state_dict = {**state_dict, prefix + "spline_scaler": ones}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-
-    def _grid_refusal(self, name: str, grid: torch.Tensor, bases: int) -> Exception | None:
-        """The error to raise if these are not the knots of this layer; None if they are."""
-        must = (
-            f"hold the uniform knots of grid_size={self.grid_size}, spline_order={self.spline_order}, "
-            f"grid_range={self.grid_range} for {self.in_features} input features"
-        )
-        order = grid.shape[-1] - 1 - bases  # G + 2p knots beyond the first, G + p bases
-        size = bases - order
-        if grid.ndim != 2 or order < 0 or size < 1:
-            return argument_error(name, must, grid, "Load the state dict of a B-spline KAN layer.")
-        # The knots were rounded to their dtype after a product and after a sum.
-        knots = grid.detach().to("cpu", torch.float64)
-        tolerance = 4 * torch.finfo(grid.dtype).eps * knots.abs().max()
-        lo, hi = float(knots[0, order]), float(knots[0, order + size])
-        if not ((knots - _uniform_knots(size, order, (lo, hi))).abs() <= tolerance).all():
-            return argument_error(
-                name,
-                must,
-                Said("knots that are not uniform, or not the same for all input features"),
-                "This grid was adapted to data: train without `update_grid`, or refit the layer on a uniform grid.",
-            )
-        mine = _uniform_knots(self.grid_size, self.spline_order, self.grid_range)
-        shape = (self.in_features, len(mine))
-        if tuple(grid.shape) == shape and order == self.spline_order and ((knots - mine).abs() <= tolerance).all():
-            return None
-        arguments = f"grid_size={size}, spline_order={order}, grid_range=({lo:.6g}, {hi:.6g})"
-        return argument_error(
-            name,
-            must,
-            Said(f"those of {arguments} for {grid.shape[0]} input features"),
-            f"Build the layer as BSplineKAN({grid.shape[0]}, {self.out_features}, {arguments}).",
-        )

@@ -5,10 +5,27 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
 from lesa_kernels.checks import argument_error, check_choice, check_float, check_int, usage_error
+from lesa_kernels.forecasters.base import Forecaster
+from lesa_kernels.forecasters.registry import FORECASTERS, forecaster_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""Version 2 may have `options`, and no width. Version 1 is what earlier releases know; what they can read has it."""
 
-_DENSE_WINDOWS = (4, 6, 8)  # high, middle and low noise; the LESA paper gives the first and the last
+
+class Options(dict[str, int | float]):
+    """The options of a forecaster: a dict that cannot be changed, so that a configuration can be hashed."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple:
+        return Options, (dict(self),)
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        remedy = "Make another configuration with `dataclasses.replace`."
+        raise usage_error("The `options` of a configuration cannot be changed.", remedy, TypeError)
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
 
 @dataclass(frozen=True)
@@ -16,18 +33,26 @@ class PredictorConfig:
     """The configuration of a `FusedKANPredictor`, which is also the content of a saved predictor's `config.json`.
 
     Args:
-        feature_dim: width D of the features, the hidden size of the transformer.
-        mixer: "newton" (Newton extrapolation whose coefficients, one per channel, come from a KAN) or "dense" (the
-            dense variant, which follows the idea of the LESA paper: a linear map over the concatenated history, scaled
-            by a KAN of the time offsets).
+        feature_dim: width D of the features, the hidden size of the transformer. It may be None for a forecaster that
+            has no parameters of one width: then the predictor fits any width.
+        mixer: who makes the weights of the stored features, a name in `lesa_kernels.forecasters.FORECASTERS`, such as
+            "newton" (Newton extrapolation whose coefficients, one per channel, come from a KAN), "dense" (the dense
+            variant, which follows the idea of the LESA paper: a linear map over the concatenated history, scaled by a
+            KAN of the time offsets) or "lesa" (what the authors of that paper released: one scalar per step of the
+            history, scaled by a KAN of all times).
         history: what the ring holds: "anchors" (computed steps only) or "steps" (every step, also the forecasts).
-            Default: "anchors" for newton, "steps" for dense.
+            Default: that of the forecaster, "anchors" for newton and "steps" for dense and lesa.
         history_length: K, how many entries of the ring are read: one int for all stages, or one for each stage.
-            Default: 4 for newton, and 4, 6, 8 from high to low noise for dense with three stages.
+            Default: that of the forecaster: 4 for newton, and with three stages, from high to low noise, 4, 6, 8 for
+            dense and 4, 8, 8 for lesa.
         stage_bounds: the noise levels between the stages, falling, strictly within (0, 1). n bounds make n + 1 stages.
-            The stage of a sample is the number of bounds at or above its noise level.
-        rank: rank of newton's linear residual over the taps; 0 means no residual. Ignored by dense.
-        hidden: number M of spline units of the KAN. Default: 64 for newton, 256 for dense.
+            The stage of a sample is the number of bounds at or above its noise level. Default: that of the forecaster,
+            0.67 and 0.33 for newton and dense, 0.9 and 0.5 for lesa.
+        rank: rank of the linear residual over newton's taps; 0 means no residual. Forecasters without a residual ignore
+            it.
+        hidden: number M of spline units of the KAN. Default: 64 for newton, 256 for dense and lesa. None for
+            forecasters without such units, which ignore it and the next two. lesa ignores the next two: its grid is
+            that of the released code.
         grid_size: number of intervals of the spline grid on [-1, 1].
         spline_order: degree of the splines.
         family: the model family for which it was trained, such as "flux"; None if it was not trained.
@@ -36,19 +61,21 @@ class PredictorConfig:
         schedule_sigmas: the noise levels of those steps, falling, or None.
         schedule_errors: for each of those steps, the typical relative L2 error of the velocity when the step is
             forecast; 0 for the first step. Or None. `lesa.ErrorControl` compares with these errors.
-        format_version: version of the format of a saved predictor.
+        format_version: version of the format of a saved predictor. Default: the oldest that can hold it.
+        options: settings of the forecaster by name, such as `{"order": 2}`; its class lists them. What is not given has
+            its default. None for a forecaster without options.
 
     Raises:
         ValueError, TypeError: a field is out of range; the message names it.
 
-    Source: LESA, arXiv 2602.20497, whose windows and stages the dense variant uses.
+    Source: LESA, arXiv 2602.20497, for experts of noise stages.
     """
 
-    feature_dim: int
+    feature_dim: int | None = None
     mixer: str = "newton"
     history: str | None = None
     history_length: int | tuple[int, ...] | None = None
-    stage_bounds: tuple[float, ...] = (0.67, 0.33)
+    stage_bounds: tuple[float, ...] = None  # type: ignore[assignment]  # which the forecaster's replace
     rank: int = 32
     hidden: int | None = None
     grid_size: int = 8
@@ -58,24 +85,25 @@ class PredictorConfig:
     schedule: tuple[int, ...] | None = None
     schedule_sigmas: tuple[float, ...] | None = None
     schedule_errors: tuple[float, ...] | None = None
-    format_version: int = FORMAT_VERSION
+    format_version: int = None  # type: ignore[assignment]  # which the oldest that fits replaces
+    options: dict[str, int | float] | None = None
 
     def __post_init__(self):
         put, put_all = self._put, self._put_all
-        _check_format_version(self.format_version)
-        put("feature_dim", check_int("feature_dim", self.feature_dim))
-        check_choice("mixer", self.mixer, ("newton", "dense"))
-        newton = self.mixer == "newton"
-        history = self.history or ("anchors" if newton else "steps")
-        put("history", check_choice("history", history, ("anchors", "steps")))
+        forecaster = forecaster_of(self.mixer)
+        put("options", self._complete_options(forecaster))
+        if self.feature_dim is not None or forecaster.knows_width:
+            put("feature_dim", check_int("feature_dim", self.feature_dim))
+        put("format_version", _check_format_version(self.format_version, self.mixer))
+        put("history", check_choice("history", self.history or forecaster.history, ("anchors", "steps")))
+        if self.stage_bounds is None:
+            put("stage_bounds", forecaster.stage_bounds)
         put_all("stage_bounds", check_float, minimum=0.0, maximum=1.0)
         edges = (1.0, *self.stage_bounds, 0.0)
         if any(a <= b for a, b in zip(edges, edges[1:])):
             must = "fall strictly, from high to low noise, within (0, 1)"
             raise argument_error("stage_bounds", must, self.stage_bounds, "Sort and deduplicate them.")
-        lengths = self.history_length
-        if lengths is None:
-            lengths = _DENSE_WINDOWS if not newton and self.num_stages == len(_DENSE_WINDOWS) else 4
+        lengths = forecaster.history_length(self) if self.history_length is None else self.history_length
         if isinstance(lengths, (tuple, list)):
             if len(lengths) != self.num_stages:
                 raise argument_error(
@@ -87,14 +115,33 @@ class PredictorConfig:
         else:
             lengths = (lengths,) * self.num_stages
         put("history_length", tuple(check_int("history_length", k) for k in lengths))
-        put("rank", check_int("rank", self.rank, minimum=0) if newton else 0)
-        put("hidden", check_int("hidden", self.hidden if self.hidden is not None else (64 if newton else 256)))
+        put("rank", check_int("rank", self.rank, minimum=0) if forecaster.has_residual else 0)
+        units = forecaster.hidden
+        put("hidden", None if units is None else check_int("hidden", units if self.hidden is None else self.hidden))
         put("grid_size", check_int("grid_size", self.grid_size))
         put("spline_order", check_int("spline_order", self.spline_order))
         if self.family is not None and not isinstance(self.family, str):
             remedy = "Pass a name such as 'flux', or None."
             raise argument_error("family", "be a string or None", self.family, remedy, TypeError)
         self._check_schedule()
+
+    def _complete_options(self, forecaster: Forecaster) -> Options | None:
+        """The options, checked, with the defaults of those that are not given."""
+        known, given = forecaster.options, {} if self.options is None else self.options
+        if not isinstance(given, dict):
+            raise argument_error("options", "be a dict or None", given, 'Pass a dict such as {"order": 2}.', TypeError)
+        for name in given:
+            if name not in known:
+                names = ", ".join(map(repr, known)) or "nothing"
+                raise argument_error("options", f"hold {names} for {self.mixer!r}", name, "Leave it out.")
+        values: dict[str, int | float] = {}
+        for name, option in known.items():
+            value, what = given.get(name, option.default), f"options[{name!r}]"
+            if isinstance(option.default, int):
+                values[name] = check_int(what, value, int(option.minimum), int(option.maximum))
+            else:
+                values[name] = check_float(what, value, option.minimum, option.maximum)
+        return Options(values) if values else None
 
     def _check_schedule(self) -> None:
         """Checks what it was trained on."""
@@ -139,6 +186,11 @@ class PredictorConfig:
         self._put(name, tuple(check(name, value, **limits) for value in values))
 
     @property
+    def forecaster(self) -> Forecaster:
+        """Who makes the weights: the forecaster that `mixer` names."""
+        return forecaster_of(self.mixer)
+
+    @property
     def num_stages(self) -> int:
         """Number of noise stages; each has an expert of its own."""
         return len(self.stage_bounds) + 1
@@ -154,8 +206,10 @@ class PredictorConfig:
         return max(self.lengths)
 
     def to_dict(self) -> dict:
-        """The fields as a dict for JSON."""
-        return asdict(self)
+        """The fields as a dict for JSON: those that its format version has."""
+        values = asdict(self)
+        options = values.pop("options")
+        return values if self.format_version == 1 else {**values, "options": options and dict(options)}
 
     @classmethod
     def from_dict(cls, values: dict) -> "PredictorConfig":
@@ -167,8 +221,10 @@ class PredictorConfig:
         """
         if not isinstance(values, dict):
             raise argument_error("config", "be a dict", values, "Pass what `to_dict` returned.", TypeError)
-        _check_format_version(values.get("format_version"))  # first, since other versions have other fields
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        version = values.get("format_version")  # first, since other versions have other fields
+        _check_format_version(version, values.get("mixer"), optional=False)
+        known = {f.name for f in fields(cls)} - ({"options"} if version == 1 else set())
+        unknown = sorted(set(values) - known)
         if unknown:
             remedy = "Remove them. If a newer release of lesa-kernels wrote it, use that release."
             raise usage_error(f"`config` has unknown fields: {', '.join(unknown)}.", remedy)
@@ -178,7 +234,12 @@ class PredictorConfig:
         return cls(**arguments)
 
 
-def _check_format_version(version: Any) -> None:
-    if isinstance(version, bool) or version != FORMAT_VERSION:
+def _check_format_version(version: Any, mixer: Any, optional: bool = True) -> int:
+    """The format version of a configuration with this mixer; raises `ValueError` if `version` does not fit it."""
+    known = FORECASTERS.get(mixer) if isinstance(mixer, str) else None
+    latest = max(FORMAT_VERSIONS) if known is None else known.format_version
+    if isinstance(version, bool) or (version not in FORMAT_VERSIONS[:latest] and not (optional and version is None)):
+        must = f"be {' or '.join(map(str, FORMAT_VERSIONS[:latest]))}"
         remedy = "Train the predictor again, or use the release of lesa-kernels that wrote it."
-        raise argument_error("format_version", f"be {FORMAT_VERSION}", version, remedy)
+        raise argument_error("format_version", must, version, remedy)
+    return latest

@@ -4,35 +4,30 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
-from lesa_kernels.checks import Said, argument_error, check_choice, check_float, check_tensor
+from lesa_kernels.checks import Said, argument_error, check_choice, check_float, check_int, check_tensor
 from lesa_kernels.dispatch import BACKENDS
 from lesa_kernels.feature_ring import FeatureRing, TieredRing, make_ring
 from lesa_kernels.feature_ring.reference import RingBuffers
-from lesa_kernels.predictor.arguments import DenseExperts, Experts, NewtonExperts, RingState, Shape
+from lesa_kernels.forecasters.base import USUAL_STEPS, Forecaster, Steps
+from lesa_kernels.predictor.arguments import RingState, Shape
 from lesa_kernels.predictor.config import PredictorConfig
 from lesa_kernels.predictor.files import CONFIG_NAME, WEIGHTS_NAME, find_files
-from lesa_kernels.predictor.ops.coefficients import run_newton_coefficients
-from lesa_kernels.predictor.ops.dense import run_dense_predict
-from lesa_kernels.predictor.ops.newton import newton_backend, run_newton_predict
-from lesa_kernels.predictor.ops.velocity import newton_velocity_is_fused, run_newton_velocity
+from lesa_kernels.predictor.uploads import by_step, unbound, uploaded
 from lesa_kernels.stream.arguments import NO_RESIDUAL, NO_SUMS, HeadSums, LowRank, OutputHead, StoredFeatures, Weights
-from lesa_kernels.stream.extension import has_fused_head
 from lesa_kernels.stream.op import output_head, stream_forecast, stream_velocity
-from lesa_kernels.stream.reference import forecast_dtype
 from lesa_kernels.torch_modes import default_modes
 
 
 class FusedKANPredictor(nn.Module):
     """Forecasts the features of a skipped denoising step from those of a `FeatureRing`.
 
-    There is one expert for each noise stage; the stage of a sample follows from its sigma. Before training, a newton
-    predictor extrapolates linearly from the two newest anchors, and a dense one repeats the newest feature.
+    Who makes the weights of the stored features is one of `lesa_kernels.forecasters`, which `config.mixer` names.
 
     Args:
         config: the predictor to build.
@@ -41,12 +36,8 @@ class FusedKANPredictor(nn.Module):
     Raises:
         TypeError: `config` is not a `PredictorConfig`.
 
-    Source: `newton_predict` and `dense_predict` give the formulas; both build on LESA, arXiv 2602.20497.
+    Source: the forecasters name theirs. Those that are trained build on LESA, arXiv 2602.20497.
     """
-
-    down: nn.Parameter | None
-    up: nn.Parameter | None
-    up_bias: nn.Parameter | None
 
     @torch.inference_mode(False)  # parameters that are made in an inference mode could never be trained
     def __init__(self, config: PredictorConfig, backend: str = "auto"):
@@ -57,33 +48,21 @@ class FusedKANPredictor(nn.Module):
             )
         self.config = config
         self.backend = check_choice("backend", backend, BACKENDS)
-        stages, width = config.num_stages, config.feature_dim
-        hidden = cast(int, config.hidden)  # the configuration replaces None
-        taps = config.max_history - 1
-        newton = config.mixer == "newton"
-        inputs = config.max_history + newton  # newton's KAN sees the noise level itself too
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(shape, dtype=torch.float32))
-
-        self.in_weight = parameter(stages, hidden, inputs)
-        self.in_bias = parameter(stages, hidden)
-        self.spline = parameter(stages, hidden, config.grid_size + config.spline_order)
-        if newton:
-            self.out_weight = parameter(stages, taps, width, hidden)
-            self.out_bias = parameter(stages, taps, width)
-            if config.rank:
-                self.down = parameter(stages, config.rank, taps, width)
-                self.up = parameter(stages, width, config.rank)
-                self.up_bias = parameter(stages, width)
-            else:
-                self.down = self.up = self.up_bias = None
-        else:
-            self.out_weight = parameter(stages, hidden)
-            self.out_bias = parameter(stages)
-            self.mix_weight = parameter(sum(config.lengths), width, width)
-            self.mix_bias = parameter(stages, width)
+        self.forecaster.build(self, config)
         self.reset_parameters()
+
+    @property
+    def forecaster(self) -> Forecaster:
+        """Who makes the weights: the forecaster that `config.mixer` names."""
+        return self.config.forecaster
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the parameters are; None if there are none. Then it forecasts on any device."""
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                return parameter.device
+        return None
 
     # In an inference mode, copies and moves would give parameters that can be used in inference modes only.
 
@@ -100,29 +79,12 @@ class FusedKANPredictor(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Initialises the parameters again: random spline units with output weights of zero.
-
-        So the forecast is exactly the baseline that the class describes.
+        """Initialises the parameters again, as the forecaster begins.
 
         Args:
             generator: of the random numbers, on the device of the parameters. None: the default one of that device.
         """
-        self.in_weight.normal_(std=self.in_weight.shape[2] ** -0.5, generator=generator)
-        self.in_bias.normal_(std=0.5, generator=generator)
-        self.spline.normal_(std=0.3, generator=generator)
-        self.out_weight.zero_()
-        self.out_bias.zero_()
-        if self.config.mixer == "newton":
-            self.out_bias[:, :1] = 1.0
-            if self.down is not None:
-                self.down.uniform_(-1, 1, generator=generator).div_((self.down.shape[2] * self.down.shape[3]) ** 0.5)
-            for parameter in (self.up, self.up_bias):
-                if parameter is not None:
-                    parameter.zero_()
-        else:
-            self.out_bias.fill_(1.0)
-            self.mix_weight.zero_()
-            self.mix_bias.zero_()
+        self.forecaster.reset(self, generator)
 
     def make_ring(
         self,
@@ -131,20 +93,38 @@ class FusedKANPredictor(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         max_device_bytes: int | None = None,
+        feature_dim: int | None = None,
     ) -> FeatureRing | TieredRing:
         """A ring for this predictor: it can hold the longest history, of `[batch, tokens, feature_dim]` features.
 
         If it would need more than `max_device_bytes`, its oldest features are in host memory, as `TieredRing` says.
+        `feature_dim` is that of the configuration; it is needed if the configuration has none.
         """
-        sizes = (self.config.max_history, batch, tokens, self.config.feature_dim)
+        known = self.config.feature_dim
+        width = check_int("feature_dim", known if feature_dim is None else feature_dim)
+        if known not in (None, width):
+            remedy = "Leave it out."
+            raise argument_error("feature_dim", f"be the predictor's feature_dim, {known}", feature_dim, remedy)
+        sizes = (self.config.max_history, batch, tokens, width)
         return make_ring(*sizes, dtype, device, max_device_bytes=max_device_bytes)
 
-    def forward(self, ring: FeatureRing | TieredRing, sigma: float | torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        ring: FeatureRing | TieredRing,
+        sigma: float | torch.Tensor,
+        times: Sequence[float] | torch.Tensor | None = None,
+        stream: str | None = None,
+    ) -> torch.Tensor:
         """Forecasts the features at `sigma`.
 
         Args:
-            ring: history of `[B, T, D]` features, D the predictor's `feature_dim`.
+            ring: history of `[B, T, D]` features, D the predictor's `feature_dim` if it has one.
             sigma: the target's noise level, a float or `[B]`.
+            times: the falling noise levels of all steps of the run, and 0 at the end; `[S + 1]`, a tensor on the ring's
+                device. Only some forecasters read them. None: from 1 to 0 in equal steps, as many as the predictor was
+                trained for, else 50.
+            stream: the name of the stream of calls that the features belong to, such as "uncond" for the calls without
+                a prompt. Only some forecasters read it.
 
         Returns:
             `[B, T, D]` in the ring's dtype, bfloat16 for a float8 ring. Rows without any anchor are NaN.
@@ -153,10 +133,10 @@ class FusedKANPredictor(nn.Module):
             ValueError, TypeError: the ring's width is not `feature_dim`, the ring is too small, or `sigma` does not
                 fit.
         """
-        target = self._target(ring, sigma)
+        target, more = self._target(ring, sigma), self._more(ring, times, stream)
 
         def forecast(*state):
-            return self.forecast(*state, target)
+            return self.forecast(*state, target, **more)
 
         return self._over(ring, forecast)
 
@@ -168,22 +148,26 @@ class FusedKANPredictor(nn.Module):
         cursor: torch.Tensor,
         count: torch.Tensor,
         sigma: torch.Tensor,
+        times: torch.Tensor | None = None,
+        stream: str | None = None,
     ) -> torch.Tensor:
         """`forward` for the buffers of a ring; see `newton_predict` and `dense_predict` for their contents."""
-        state, experts = RingState(storage, scales, sigmas, cursor, count, sigma), self.experts()
-        if isinstance(experts, NewtonExperts):
-            return run_newton_predict(state, experts, self.shape(), self.backend)
-        return run_dense_predict(state, experts, self.shape(), self.backend)
+        return self.forecaster.forecast(self, RingState(storage, scales, sigmas, cursor, count, sigma), times, stream)
 
     def predict_velocity(
-        self, ring: FeatureRing | TieredRing, sigma: float | torch.Tensor, head: OutputHead
+        self,
+        ring: FeatureRing | TieredRing,
+        sigma: float | torch.Tensor,
+        head: OutputHead,
+        times: Sequence[float] | torch.Tensor | None = None,
+        stream: str | None = None,
     ) -> torch.Tensor:
         """Forecasts the features at `sigma` and applies the output head to them.
 
-        For a newton predictor on Triton the forecast is not written to memory; see `newton_velocity`.
+        Except for a dense predictor, the forecast is not written to memory on Triton; see `stream_velocity`.
 
         Args:
-            ring, sigma: as in `forward`.
+            ring, sigma, times, stream: as in `forward`.
             head: the weights of the head, and the modulation of this step.
 
         Returns:
@@ -192,15 +176,12 @@ class FusedKANPredictor(nn.Module):
         Raises:
             ValueError, TypeError: as in `forward`, or a tensor of `head` does not fit.
         """
+        target, more = self._target(ring, sigma), self._more(ring, times, stream)
         if _has_pieces_apart(ring, head):
-            return output_head(self(ring, sigma), head)
-        target = self._target(ring, sigma)
-        experts, shape = self.experts(), self.shape()
+            return output_head(self(ring, sigma, **more), head)
 
         def velocity(*state):
-            if isinstance(experts, DenseExperts):
-                return output_head(self.forecast(*state, target), head)
-            return run_newton_velocity(RingState(*state, target), experts, head, shape, self.backend)
+            return self.forecaster.velocity(self, RingState(*state, target), head, **more)
 
         return self._over(ring, velocity)
 
@@ -213,92 +194,80 @@ class FusedKANPredictor(nn.Module):
             ring: as in `forward`.
             head: the head. If None, the answer is for a head that the kernel supports.
         """
-        experts = self.experts()
-        if isinstance(experts, DenseExperts):
-            return False
-        state = RingState(*self._state(ring), ring.sigmas[0])
-        chosen = newton_backend(state, experts, self.shape(), self.backend, "newton_velocity")
-        if chosen == "extension":
-            return has_fused_head(StoredFeatures(state.storage, state.scales, state.cursor, state.count))
-        return chosen == "triton" and (head is None or newton_velocity_is_fused(state, experts, head))
+        return self.forecaster.fuses(self, RingState(*self._state(ring), ring.sigmas[0]), head)
 
     def reads_sums(self, ring: FeatureRing | TieredRing) -> bool:
         """Whether `velocity_with` from this ring reads the sums that `head_sums` makes: on Triton only."""
         state = RingState(*self._state(ring), ring.sigmas[0])
-        experts = self.experts()
-        return not isinstance(experts, DenseExperts) and (
-            newton_backend(state, experts, self.shape(), self.backend, "newton_velocity") == "triton"
-        )
+        return self.forecaster.plans and self.forecaster.velocity_backend(self, state) == "triton"
 
-    def plan(self, levels: Sequence[Sequence[float]], sigmas: Sequence[float], batch: int) -> list[Weights]:
+    def plan(
+        self,
+        levels: Sequence[Sequence[float]],
+        sigmas: Sequence[float],
+        batch: int,
+        times: Sequence[float] | None = None,
+        device: torch.device | str | None = None,
+        stream: str | None = None,
+    ) -> list[Weights]:
         """The weights of the forecasts of several steps of a run, for `forecast_with` and `velocity_with`.
 
-        They depend on noise levels only. So they can be computed in one launch when a run begins.
+        They depend on noise levels only. So they can be computed at once when a run begins: in one launch, or on the
+        CPU if there are no parameters. The numbers are copied to the device in one copy.
 
         Args:
             levels: for each step, the noise levels of the computed steps before it, newest first. Only the newest
                 `config.max_history` are used.
             sigmas: for each step, its noise level.
             batch: samples of the run, which all have the same noise levels.
+            times: the noise levels of the whole run, as in `forward`.
+            device: where the weights are needed. Default: where the parameters are, else the CPU.
+            stream: as in `forward`.
 
         Returns:
-            One `Weights` for each step, on the device of the parameters. The host does not wait for the device.
+            One `Weights` for each step. The host does not wait for the device.
 
         Raises:
             ValueError: `levels` and `sigmas` have different lengths.
-            RuntimeError: the predictor is a dense one, which has no such weights; or `backend` can't run here, such as
-                Triton where a gradient is recorded.
+            RuntimeError: the forecaster has no such weights, such as the dense variant; or `backend` can't run here,
+                such as Triton where a gradient is recorded.
         """
-        experts, shape = self.experts(), self.shape()
-        if isinstance(experts, DenseExperts):
-            raise argument_error(
-                "config.mixer", 'be "newton" for a plan', self.config.mixer, "Call the predictor itself.", RuntimeError
-            )
-        steps, longest = len(sigmas), shape.longest
-        if len(levels) != steps:
-            must = f"have one entry for each of the {steps} steps in `sigmas`"
+        forecaster, longest, count = self.forecaster, self.config.max_history, len(sigmas)
+        if not forecaster.plans:
+            must, remedy = "be a forecaster of weights for a plan", "Call the predictor itself."
+            raise argument_error("config.mixer", must, self.config.mixer, remedy, RuntimeError)
+        if len(levels) != count:
+            must = f"have one entry for each of the {count} steps in `sigmas`"
             raise argument_error("levels", must, Said(f"{len(levels)}"), "Pass the computed steps before each of them.")
-        if not steps:
+        if not count:
             return []
         numbers: list[float] = []
         for each in levels:
             numbers += each[:longest]
             numbers += [0.0] * (longest - len(each))  # not read
         numbers += sigmas
-        values = self._uploaded(numbers, [min(len(each), longest) for each in levels])
-        near, target, count = values.split([steps * longest, steps, steps])
-        weights = run_newton_coefficients(
-            near.view(steps, 1, longest),
-            count.view(torch.int32).view(steps, 1),
-            target.view(steps, 1),
-            experts,
-            shape,
-            self.backend,
+        if forecaster.reads_times:
+            total = self.config.num_inference_steps or USUAL_STEPS
+            numbers += [1 - step / total for step in range(total + 1)] if times is None else times
+        own = self.device
+        values = uploaded(numbers, [min(len(each), longest) for each in levels], own or torch.device("cpu"))
+        sizes = [count * longest, count, len(numbers) - count * (longest + 1), count]
+        near, target, all_times, there = values.split(sizes)
+        steps = Steps(
+            near.view(count, 1, longest),
+            there.view(torch.int32).view(count, 1),
+            target.view(count, 1),
+            all_times,
+            stream,
         )
-        each_step = [
-            [None] * steps if value is None else value.expand(-1, batch, *value.shape[2:]).unbind() for value in weights
-        ]
-        return [Weights(*step) for step in zip(*each_step)]
-
-    def _uploaded(self, numbers: Sequence[float], counts: Sequence[int]) -> torch.Tensor:
-        """The numbers as float32, then the bits of the counts as int32, in one copy to the device of the parameters."""
-        device = self.in_weight.device
-        host = torch.empty(
-            len(numbers) + len(counts), dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda"
-        )
-        host[: len(numbers)] = torch.tensor(numbers, dtype=torch.float32, device="cpu")
-        host[len(numbers) :].view(torch.int32).copy_(torch.tensor(counts, dtype=torch.int32, device="cpu"))
-        return host.to(device, non_blocking=True)
+        if own is None:
+            weights = forecaster.weights(self, steps)
+            return by_step(weights, batch, torch.device("cpu" if device is None else device))
+        return unbound(forecaster.weights(self, steps), batch)
 
     def low_rank(self, dtype: torch.dtype) -> LowRank:
         """The residual for `forecast_with` and `velocity_with`, from features of `dtype`: prepared once for a run."""
-        experts = self.experts()
-        if isinstance(experts, DenseExperts) or experts.residual is None or not experts.rank:
-            return NO_RESIDUAL
-        down, up, _ = experts.residual
-        with torch.autocast(up.device.type, enabled=False):
-            wide, dtype = up.float(), forecast_dtype(dtype)
-            return LowRank(down.to(dtype), up.to(dtype), wide.mT @ wide, wide.sum(1))
+        return self.forecaster.low_rank(self, dtype)
 
     def forecast_with(
         self, ring: FeatureRing | TieredRing, weights: Weights, low_rank: LowRank = NO_RESIDUAL
@@ -334,10 +303,11 @@ class FusedKANPredictor(nn.Module):
         return ring.by_pieces(function) if isinstance(ring, TieredRing) else function(*state)
 
     def _state(self, ring: FeatureRing | TieredRing) -> RingBuffers:
-        if ring.dim != self.config.feature_dim:
+        width = self.config.feature_dim
+        if width != ring.dim and width is not None:
             raise argument_error(
                 "ring.dim",
-                f"be the predictor's feature_dim, {self.config.feature_dim}",
+                f"be the predictor's feature_dim, {width}",
                 ring.dim,
                 "Use a predictor that was trained for this model.",
             )
@@ -347,16 +317,24 @@ class FusedKANPredictor(nn.Module):
         if isinstance(sigma, torch.Tensor):
             return sigma.to(torch.float32).expand(ring.batch) if sigma.ndim == 0 else sigma
         number = check_float("sigma", sigma)
-        if self.config.mixer == "newton" and not torch.compiler.is_compiling():
+        if self.forecaster.reads_one_sigma and not torch.compiler.is_compiling():
             return torch.tensor(number, dtype=torch.float32, device="cpu")  # a kernel takes it as it is
         return torch.full((ring.batch,), number, dtype=torch.float32, device=ring.device)
 
-    def experts(self) -> Experts:
-        """The parameters of all stages, as `newton_predict` or `dense_predict` takes them."""
-        units = (self.in_weight, self.in_bias, self.spline, self.out_weight, self.out_bias)
-        if self.config.mixer == "newton":
-            return NewtonExperts(*units, self.down, self.up, self.up_bias)
-        return DenseExperts(*units, self.mix_weight, self.mix_bias)
+    def _more(
+        self, ring: FeatureRing | TieredRing, times: Sequence[float] | torch.Tensor | None, stream: str | None
+    ) -> dict[str, Any]:
+        """What the forecaster reads beside the ring, as arguments: the times on the ring's device, and the stream."""
+        more: dict[str, Any] = {}
+        if times is not None and self.forecaster.reads_times:
+            more["times"] = times if isinstance(times, torch.Tensor) else uploaded(times, (), ring.device)
+        if stream is not None and self.forecaster.reads_stream:
+            more["stream"] = stream
+        return more
+
+    def experts(self) -> tuple:
+        """The parameters of all stages, as the forecaster's own operation takes them, such as `newton_predict`."""
+        return self.forecaster.experts(self)
 
     def shape(self) -> Shape:
         """The stages and splines of the configuration, as `newton_predict` and `dense_predict` take them."""
@@ -426,6 +404,47 @@ class FusedKANPredictor(nn.Module):
         for name, value in weights.items():
             check_tensor(f"{WEIGHTS_NAME}: {name}", value, dtypes=FLOAT_DTYPES)
         predictor.load_state_dict(weights, assign=True)
+        return predictor
+
+    @classmethod
+    @default_modes()
+    def from_lesa_checkpoint(
+        cls,
+        file: str | os.PathLike,
+        feature_dim: int | None = None,
+        family: str | None = None,
+        backend: str = "auto",
+    ) -> "FusedKANPredictor":
+        """Loads a predictor that the released training code of LESA saved, for `mixer="lesa"`.
+
+        Such a file is what `torch.save` makes of a dict. Only its state dict `model` is read; the state of the
+        optimiser and others may be there. Nothing in the file is executed.
+
+        Args:
+            file: path of the checkpoint, such as "predictor_flux_N7_E3.pt".
+            feature_dim: width D of the features of the model, which the file does not know. None: it fits any width.
+            family: the model family for which it was trained, such as "flux"; the file does not know it either.
+            backend: as in the constructor.
+
+        Returns:
+            A float32 predictor on the CPU, without a schedule. `Schedule.interval(N, steps, first=4)` is that of the
+            released code. Its bounds of the stages are 0.9 and 0.5, or 0.9 and 0.4 if the file has experts for two
+            streams of guidance.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError, TypeError: it cannot be read; it holds something else than tensors, numbers and the
+                configuration of the released code; or a parameter is missing, unknown, has another shape or another
+                grid of knots. The message names it.
+
+        Source: github.com/caipeiliang2004/LESA.
+        """
+        from lesa_kernels.forecasters.lesa_checkpoint import read_lesa_checkpoint
+
+        config, parameters = read_lesa_checkpoint(file, feature_dim, family)
+        with torch.device("meta"):  # all parameters are replaced
+            predictor = cls(config, backend)
+        predictor.load_state_dict(parameters, assign=True)
         return predictor
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:

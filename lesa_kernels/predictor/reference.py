@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from lesa_kernels.bspline_kan.reference import bspline_evaluate
 from lesa_kernels.feature_ring.reference import dequantise_float8, newest_slots
 from lesa_kernels.predictor.arguments import DenseExperts, Experts, NewtonExperts, RingState, Shape
+from lesa_kernels.stages import of_stage, stage_index
 from lesa_kernels.stream.arguments import OutputHead, StoredFeatures, Weights
 from lesa_kernels.stream.reference import (
     compute_dtype,
@@ -24,22 +25,6 @@ from lesa_kernels.stream.reference import (
 
 # Offsets between noise levels are multiplied by five for the KAN, so that usual gaps use most of the grid.
 OFFSET_SCALE = 5.0
-
-
-def stage_index(sigma: torch.Tensor, stage_bounds: tuple[float, ...]) -> torch.Tensor:
-    """The stage of each sample: how many bounds are at or above its noise level. `[B]` -> `[B]`, int64."""
-    stage = torch.zeros_like(sigma, dtype=torch.int64)
-    for bound in stage_bounds:  # numbers: a tensor of bounds would have to be copied to the device
-        stage += sigma <= bound
-    return stage
-
-
-def of_stage(stage: torch.Tensor, values: tuple[int, ...]) -> torch.Tensor:
-    """`values[stage]` without waiting for the device: `[B]` int64 -> `[B]` int64."""
-    found = torch.zeros_like(stage)
-    for number, value in enumerate(values):
-        found += (stage == number) * value
-    return found
 
 
 def newton_weights(anchor_sigmas: torch.Tensor, count: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -348,12 +348,8 @@ def _predicted_work(
 ) -> tuple[float, float]:
     """Bytes and FLOPs of a predicted step of one stream; the mean over the stages."""
     parts = []
-    hidden = cast(int, config.hidden)  # the configuration replaces None
     for history in config.lengths:
-        if config.mixer == "newton":
-            parts.append(work.predict_velocity(*sizes, out_channels, history, config.rank, hidden))
-        else:
-            parts.append(work.both(work.dense_predict(*sizes, history), work.output_head(*sizes, out_channels)))
+        parts.append(config.forecaster.work(config, sizes, out_channels, history))
         if config.history == "steps":
             parts[-1] = work.both(parts[-1], work.ring_push(*sizes))
     moved, flops = (sum(part[name] for part in parts) / len(parts) for name in ("bytes", "flops"))

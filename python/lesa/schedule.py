@@ -63,11 +63,18 @@ class Schedule:
                 )
 
     @classmethod
-    def interval(cls, interval: int, num_inference_steps: int) -> "Schedule":
-        """Steps 0, 1 and 2, then every `interval`-th: 0, 1, 2, 2 + N, 2 + 2N, ..."""
+    def interval(cls, interval: int, num_inference_steps: int, first: int = 3) -> "Schedule":
+        """The first steps, then every N-th of those after step 2: 2 + N, 2 + 2N, ...
+
+        Args:
+            interval: N.
+            num_inference_steps: number of steps of the run.
+            first: how many steps are computed at the start: 0, 1 and 2 by default. With 4 of them, it is the schedule
+                that the released code of LESA calls N; for N = 7 it is 0, 1, 2, 3, 9, 16, 23, 30, 37, 44.
+        """
         interval = check_int("interval", interval)
         total = check_int("num_inference_steps", num_inference_steps)
-        steps = sorted({*range(min(3, total)), *range(2, total, interval)})
+        steps = sorted({*range(min(check_int("first", first), total)), *range(2, total, interval)})
         return cls(tuple(steps), total)
 
     @classmethod

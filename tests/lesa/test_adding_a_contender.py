@@ -285,7 +285,7 @@ def test_nobody_else_knows_a_peer_by_name(file):
 
 def test_a_name_in_a_file_is_found():
     assert peers_in(ROOT / "python/lesa/contenders/mag_cache.py") == {"MagCache", "mag-cache"}
-    assert peers_in(ROOT / "python/lesa/contenders/dense.py") == set()
+    assert peers_in(ROOT / "python/lesa/contenders/ours.py") == set()
     assert len(GENERAL) > 15
 
 

@@ -49,7 +49,7 @@ def evaluated(_digits_pipeline, inputs, tmp_path_factory):
     """An evaluation with every kind of contender, and its folder."""
     pipe, folder = _digits_pipeline, tmp_path_factory.mktemp("evaluation")
     predictors = {"mine": predictor(pipe), "other": predictor(pipe), "whole": predictor(pipe, tuple(range(STEPS)))}
-    predictors["paper"] = predictor(pipe, mixer="dense")
+    predictors["dense"] = predictor(pipe, mixer="dense")
     against = ("steps-4", TaylorSeer(5), TaylorSeer(5, order=3, lite=True))
     return lesa.evaluate(pipe, inputs, predictors, against, STEPS, seed=7, out_dir=folder, progress=False), folder
 

@@ -10,8 +10,11 @@ import torch
 from PIL import Image
 
 import lesa
+import lesa_kernels
+import released_lesa
 import small_pipelines as small
 from lesa.cache.placement import installed_hook
+from lesa.demo import digits
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,6 +147,29 @@ def test_the_training_example_runs(stand_ins, tmp_path, monkeypatch, capsys):
     exec(compile(example, "example", "exec"), {"pipe": pipe, "prompts": prompts, "test_prompts": prompts})
     assert (tmp_path / "flux-predictor" / "model.safetensors").exists()
     assert "newton-5" in capsys.readouterr().out
+
+
+def test_the_examples_of_released_lesa_run(tmp_path, monkeypatch):
+    """On 12 steps of a small model, and with short training."""
+    monkeypatch.chdir(tmp_path)
+    train_example, load_example = python_blocks(ROOT / "docs" / "lesa.md")
+    pipe, inputs = digits.load_pipeline(), digits.inputs_for([3, 4])
+    recorded = lesa.record(pipe, inputs, "flux-trajectories", 12, progress=False)
+    train, refine, config = lesa.train, lesa.refine, lesa_kernels.PredictorConfig
+    short = {"epochs": 1, "progress": False}
+    monkeypatch.setattr(lesa, "train", lambda *a, **k: train(*a, **k, **short), raising=False)
+    monkeypatch.setattr(lesa, "refine", lambda *a, **k: refine(*a, **k, **short, rounds=1), raising=False)
+    monkeypatch.setattr(lesa_kernels, "PredictorConfig", lambda *a, **k: config(*a, **k, hidden=4), raising=False)
+    names = {"pipe": pipe, "prompts": inputs}
+    exec(compile(train_example.replace("50", "12"), "example", "exec"), names)
+    assert names["predictor"].config.schedule == (0, 1, 2, 3, 9)
+    released_lesa.save("predictor_flux_N7_E3.pt", released_lesa.state_dict(steps=12))
+    width = str(recorded.feature_dim)
+    assert "3072" in load_example
+    exec(compile(load_example.replace("50", "12").replace("3072", width), "example", "exec"), names)
+    pipe(**inputs[0], num_inference_steps=12, output_type="latent")
+    assert names["handle"].stats.predicted_steps == 7
+    names["handle"].disable()
 
 
 @pytest.mark.parametrize("example", [*examples()])

@@ -18,6 +18,7 @@ from lesa.training import recording, refinement
 from lesa.training.batches import Batch, Head, Plan
 from lesa.training.losses import off_after_gaps
 from lesa.training.refinement import RollOuts
+from lesa.training.settings import TrainingSettings
 from lesa.training.training_run import CHECKPOINT_NAME, Training
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
@@ -215,9 +216,12 @@ def test_what_does_not_belong_together_is_refused(pipe, recorded, predictor, tmp
         lesa.refine(predictor, trajectories, fresh_pipe, inputs, **QUICK)
     with pytest.raises(TypeError, match="`predictor` must be a FusedKANPredictor, but got 'newton-4'"):
         lesa.refine("newton-4", trajectories, pipe, inputs, **QUICK)
-    dense = FusedKANPredictor(PredictorConfig(128, mixer="dense"))
-    with pytest.raises(ValueError, match="`predictor` must forecast from computed steps only"):
-        lesa.refine(dense, trajectories, pipe, inputs, **QUICK)
+    linear = FusedKANPredictor(PredictorConfig(128, mixer="linear"))
+    with pytest.raises(ValueError, match="`predictor.config.mixer` must be one that has something to train"):
+        lesa.refine(linear, trajectories, pipe, inputs, **QUICK)
+    loaded = FusedKANPredictor(PredictorConfig(mixer="lesa", hidden=4, family="flux", num_inference_steps=STEPS))
+    with pytest.raises(ValueError, match="`predictor.config.schedule` must be the steps to compute, but got None"):
+        lesa.refine(loaded, trajectories, pipe, inputs, **QUICK)
     with pytest.raises(ValueError, match=r"`predictor.config.family` must be 'flux', but got None"):
         lesa.refine(FusedKANPredictor(PredictorConfig(128)), trajectories, pipe, inputs, **QUICK)
     with pytest.raises(ValueError, match="`epochs` must be an integer of at least 1"):
@@ -547,3 +551,59 @@ def test_a_pipeline_that_is_not_as_it_was_recorded_is_refused(recorded, predicto
     change(fresh_pipe)
     with pytest.raises(ValueError, match=words):
         lesa.refine(predictor, recorded[0], fresh_pipe, recorded[1], **QUICK)
+
+
+@pytest.fixture(scope="module")
+def released(recorded):
+    """A predictor of LESA after its first stage."""
+    config = PredictorConfig(128, mixer="lesa", hidden=8, num_inference_steps=STEPS)
+    return lesa.train(recorded[0], config, SCHEDULE, epochs=8, learning_rate=1e-2, batch_size=4, progress=False)
+
+
+def test_a_history_with_forecasts_is_compared_with_the_recorded_features(pipe, recorded, released, tmp_path):
+    """The second stage of LESA: along a roll-out, whose forecasts are those of the pipeline."""
+    trajectories, inputs = recorded
+    predicted = [step for step in range(STEPS) if step not in SCHEDULE]
+    rolled = RollOuts(trajectories, released, pipe, inputs, tmp_path / "r", 8)
+    settings = TrainingSettings(head_aware=False, validation_fraction=0)
+    run = refinement._Refinement(trajectories, released.config, settings)
+    run.start_from(released, [rolled])
+    seen = FeaturesSeen(released)
+    with lesa.enable_cache(pipe, seen):
+        arguments = {name: torch.cat([i[name] for i in inputs]) for name in ("prompt_embeds", "pooled_prompt_embeds")}
+        generator = [torch.Generator().manual_seed(number) for number in range(8)]
+        size = {"height": digits.SIDE, "width": digits.SIDE, "output_type": "latent"}
+        pipe(**arguments, **size, num_inference_steps=STEPS, generator=generator)
+    features = torch.stack(seen.features)  # of the predicted steps, as the pipeline had them
+    for number, trajectory in enumerate(trajectories):
+        batch = Batch([trajectory], run.head, None, None, "cpu", [[rolled.of(number)]])
+        truth = trajectory.features[predicted]
+        off = (features[:, number][:, trajectory.token_index] - truth).abs().mean() / truth.abs().mean()
+        assert run.loss_of(batch, guided=False).item() == pytest.approx(off.item(), rel=1e-3)
+
+
+class FeaturesSeen(FusedKANPredictor):
+    """Keeps its forecasts."""
+
+    def __init__(self, predictor):
+        super().__init__(predictor.config)
+        self.load_state_dict(predictor.state_dict())
+        self.features = []
+
+    def forward(self, *arguments, **more):
+        self.features.append(super().forward(*arguments, **more))
+        return self.features[-1]
+
+
+def test_refining_a_history_with_forecasts_lowers_its_loss(pipe, recorded, released, tmp_path):
+    trajectories, inputs = recorded
+    refined = lesa.refine(released, trajectories, pipe, inputs, rounds=1, learning_rate=3e-3, **QUICK)
+    run = refinement._Refinement(trajectories, released.config, TrainingSettings(head_aware=False))
+    losses = []
+    for predictor in (refined, released):
+        run.start_from(predictor, [RollOuts(trajectories, predictor, pipe, inputs, tmp_path / f"{len(losses)}", 8)])
+        with torch.no_grad():
+            losses.append(run.mean_loss(range(8), None, guided=False).item())
+    assert losses[0] < 0.98 * losses[1]
+    assert refined.config == released.config
+    assert not torch.equal(refined.latent_weight, released.latent_weight)

@@ -1,5 +1,6 @@
 import pytest
 
+import released_lesa
 from lesa import Schedule
 from lesa.schedule import as_schedule
 
@@ -11,6 +12,12 @@ def test_interval_is_three_steps_and_then_every_nth():
     assert Schedule.interval(10, 50).steps == (0, 1, 2, 12, 22, 32, 42)
     assert Schedule.interval(1, 5).steps == (0, 1, 2, 3, 4)
     assert Schedule.interval(99, 50).steps == (0, 1, 2)
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3, 5, 7, 10, 60])
+@pytest.mark.parametrize("total", [3, 4, 8, 50])
+def test_interval_with_four_first_steps_is_that_of_released_lesa(interval, total):
+    assert list(Schedule.interval(interval, total, first=4).steps) == released_lesa.computed_steps(interval, total)
 
 
 @pytest.mark.parametrize("total, steps", [(1, (0,)), (2, (0, 1)), (3, (0, 1, 2)), (4, (0, 1, 2))])

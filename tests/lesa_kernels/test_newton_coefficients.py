@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lesa_kernels import FeatureRing, FusedKANPredictor, PredictorConfig, newton_coefficients
-from lesa_kernels.predictor import module
+from lesa_kernels.forecasters import newton
 from lesa_kernels.predictor.arguments import NewtonExperts
 from lesa_kernels.predictor.reference import newton_coefficients_ref
 from lesa_kernels.stream.arguments import Weights
@@ -190,7 +190,7 @@ def test_a_plan_needs_the_levels_of_each_step():
 
 @torch.no_grad()
 def test_a_dense_predictor_has_no_plan():
-    with pytest.raises(RuntimeError, match='`config.mixer` must be "newton" for a plan'):
+    with pytest.raises(RuntimeError, match="`config.mixer` must be a forecaster of weights for a plan"):
         make_predictor(mixer="dense").plan([[0.9]], [0.8], 1)
 
 
@@ -211,7 +211,7 @@ def test_a_plan_is_one_copy_to_the_device_and_the_host_does_not_wait(monkeypatch
         assert (count.shape, count.dtype, sigma.shape, sigma.dtype) == ((4, 1), torch.int32, (4, 1), torch.float32)
         return Weights(levels.new_empty(4, 1, 4, 24), count, None, None, None)
 
-    monkeypatch.setattr(module, "run_newton_coefficients", coefficients)
+    monkeypatch.setattr(newton, "run_newton_coefficients", coefficients)
     predictor = trained(CONFIGS["rank0"], "torch").to("meta")
     with Copies():
         plan = predictor.plan(LEVELS, TARGETS, 2)

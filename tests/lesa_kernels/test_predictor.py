@@ -600,7 +600,7 @@ def test_config_must_be_a_config():
     [
         ("feature_dim", 0),
         ("feature_dim", 1.5),
-        ("mixer", "linear"),
+        ("mixer", "quadratic"),
         ("history", "tokens"),
         ("stage_bounds", (0.3, 0.6)),
         ("stage_bounds", (0.3, 0.3)),
@@ -815,7 +815,7 @@ def edit_config(folder, **changes):
         ({"format_version": "drop"}, "`format_version` must be 1, but got None"),
         ({"colour": "red"}, r"`config` has unknown fields: colour\. Remove them\."),
         ({"feature_dim": "drop"}, "`feature_dim` is required, but `config` does not have it"),
-        ({"mixer": "quadratic"}, "`mixer` must be one of 'newton', 'dense', but got 'quadratic'"),
+        ({"mixer": "quadratic"}, "`mixer` must be one of 'newton', 'dense'.*, but got 'quadratic'"),
         ({"hidden": 7}, r"safetensors: in_bias` must match its config, which says shape \[3, 7\], .* shape \[3, 5\]"),
         ({"rank": 0}, "`model.safetensors: down` must match its config, which says nothing, but got shape"),
         ({"stage_bounds": [0.5], "history_length": 4}, "must match its config, which says shape"),

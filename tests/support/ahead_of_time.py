@@ -148,8 +148,13 @@ def velocity(rank: int, **options) -> Callable[[FeatureShape], object]:
     return call
 
 
-def stream(rank: int = 0, outputs: int = 0, history: int = 4) -> Callable[[FeatureShape], object]:
-    """A call of the weighted sum of features, with a head if there are outputs, as in a run: all sums are made."""
+def stream(
+    rank: int = 0, outputs: int = 0, history: int = 4, scalars: bool = False
+) -> Callable[[FeatureShape], object]:
+    """A call of the weighted sum of features, with a head if there are outputs, as in a run: all sums are made.
+
+    With `scalars`, there is one weight for each feature instead of one for each channel, and one constant.
+    """
 
     def call(size):
         dtype, stages = torch.bfloat16 if size.dtype.itemsize == 1 else size.dtype, 3
@@ -158,6 +163,8 @@ def stream(rank: int = 0, outputs: int = 0, history: int = 4) -> Callable[[Featu
         features = StoredFeatures(torch.empty(*shape, size.dim, dtype=size.dtype), scales, number, number)
         anchors, added = torch.empty(size.batch, history, size.dim), torch.empty(size.batch, size.dim)
         weights, low_rank = Weights(anchors, number, None, None, None), LowRank()
+        if scalars:
+            weights = Weights(torch.empty(size.batch, history), number, torch.empty(size.batch), None, None)
         through = None
         if rank:
             weights = Weights(anchors, number, added, torch.empty(size.batch, history - 1, history), number)
@@ -244,6 +251,7 @@ def stream_cases() -> list[Case]:
         Case("stream_forecast", stream(), (FLUX, HUNYUAN_VIDEO), bf16, vectorised=True, architectures=every),
         Case("stream_forecast-others", stream(), large, others, vectorised=True, architectures=(80, 90)),
         Case("stream_forecast-16-anchors", stream(history=16), large, bf16, vectorised=True, architectures=(90,)),
+        Case("stream_forecast-scalars", stream(0, 0, 10, True), large, bf16, vectorised=True, architectures=(90,)),
         Case("stream_forecast-rank32", stream(32), large, bf16, architectures=(90, 120), **sums),
         *(
             Case(f"stream_forecast-rank{rank}", stream(rank), large, bf16, may_spill=bf16, architectures=each, **sums)
@@ -260,6 +268,7 @@ def stream_cases() -> list[Case]:
         ),
         Case("stream_velocity-rank0", stream(0, 64), large, bf16, architectures=(80, 89, 90, 100, 120), **sums),
         Case("stream_velocity-rank0-others", stream(0, 64), large, others, architectures=(90,), **sums),
+        Case("stream_velocity-scalars", stream(0, 64, 10, True), large, bf16, architectures=(80, 90), **sums),
         Case("stream_velocity-rank32", stream(32, 64), large, bf16, architectures=(90,), **sums),
         Case(
             "stream_velocity-rank32-mma", stream(32, 64), large, bf16, may_spill=bf16, architectures=(80, 120), **sums

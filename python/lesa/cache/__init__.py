@@ -165,15 +165,15 @@ def _check_predictor(pipe: Any, adapter: Adapter, predictor: FusedKANPredictor) 
             config.family,
             "Use a predictor of this model's family.",
         )
-    if config.feature_dim != adapter.feature_dim:
+    if config.feature_dim not in (None, adapter.feature_dim):
         raise argument_error(
             "predictor.config.feature_dim",
             f"be the transformer's width, {adapter.feature_dim}",
             config.feature_dim,
             "Use a predictor that was trained for this model.",
         )
-    device, head_device = (next(m.parameters()).device for m in (predictor, adapter.head_entry))
-    if device != head_device == pipe._execution_device:  # an offloaded model does not run where it is
+    device, head_device = predictor.device, next(adapter.head_entry.parameters()).device
+    if device != head_device == pipe._execution_device and device is not None:  # an offloaded model runs elsewhere
         raise argument_error(
             "predictor",
             f"be on the transformer's device, {head_device}",

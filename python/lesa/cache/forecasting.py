@@ -159,7 +159,7 @@ class ForecastingHook(StepHook[ForecastState]):
         stream = state.streams.get(call.stream)
         if stream is None:
             stats = self.stats.streams.setdefault(call.stream, StreamStats())
-            stream = state.streams[call.stream] = Stream(stats, Conditioner(self.adapter))
+            stream = state.streams[call.stream] = Stream(call.stream, stats, Conditioner(self.adapter))
         stream.stats.begin(call.step, call.arguments["hidden_states"].device)
         if state.needs_values:
             state.choose_next_step()
@@ -185,8 +185,8 @@ class ForecastingHook(StepHook[ForecastState]):
             return "the text changed", "Keep the texts the same in a run, and the order of their calls."
         if stream.is_unclear:
             return reasons.UNCLEAR
-        device = self.predictor.in_weight.device
-        if device != stream.ring.device:
+        device = self.predictor.device
+        if device != stream.ring.device and device is not None:
             return (
                 f"the predictor is on {device}, and the features on {stream.ring.device}",
                 f"Move it with `predictor.to('{stream.ring.device}')`.",
@@ -226,8 +226,18 @@ class ForecastingHook(StepHook[ForecastState]):
     def _features(self, ring: FeatureRing | TieredRing, call: Call, plan: Plan | None) -> torch.Tensor:
         """The forecast of the features."""
         if plan is None:  # with the predictor's hooks
-            return self.predictor(ring, call.sigma)
+            return self.predictor(ring, call.sigma, **self._more(call))
         return self.predictor.forecast_with(ring, plan.weights[call.step], plan.low_rank)
+
+    def _more(self, call: Call) -> dict[str, Any]:
+        """What some forecasters read in addition. Others do not get it: a subclass may have another `forward`."""
+        forecaster = self.predictor.forecaster
+        more: dict[str, Any] = {}
+        if self.state is not None and forecaster.reads_times:
+            more["times"] = [*self.state.run.executed_sigmas, 0.0]
+        if forecaster.reads_stream:
+            more["stream"] = call.stream
+        return more
 
     def on_predicted(self, state: ForecastState, call: Call, output: Any) -> None:
         """Asks for the sum of the output, which says whether it is finite. A CPU answers at once, a GPU later."""
@@ -291,11 +301,12 @@ class ForecastingHook(StepHook[ForecastState]):
         if ring is None or not stream.fits(features):
             stream.ring = ring = None  # nothing else holds it: it is freed before another one takes memory
             stream.planner = None
-            batch, tokens, _ = features.shape
-            ring = self.predictor.make_ring(batch, tokens, features.dtype, features.device, self.max_device_bytes)
+            batch, tokens, width = features.shape
+            sizes = (batch, tokens, features.dtype, features.device, self.max_device_bytes, width)
+            ring = self.predictor.make_ring(*sizes)
             stream.ring, stream.fuses = ring, self.predictor.fuses_velocity(ring)
             stream.reads_sums = stream.fuses and self.predictor.reads_sums(ring)
-            stream.planner = Planner(self.predictor, ring) if can_plan(self.predictor) else None
+            stream.planner = Planner(self.predictor, ring, stream.name) if can_plan(self.predictor) else None
             stream.stats.ring_device_bytes, stream.stats.ring_host_bytes = ring.device_nbytes, ring.host_nbytes
         stream.push(features, sigma)
 

@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence, Set
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,14 +16,14 @@ _FORECASTS = ("forward", "forecast")
 def can_plan(predictor: FusedKANPredictor) -> bool:
     """Whether a predictor forecasts by weights that depend on noise levels only.
 
-    A dense predictor has no such weights. What another class, an exchanged method or a hook computes is not known, nor
+    The dense variant has no such weights. What another class, an exchanged method or a hook computes is not known, nor
     when modules inside of the predictor, such as parametrizations, change its parameters.
     """
     if predictor._forward_hooks or predictor._forward_pre_hooks or predictor._modules:
         return False
     methods = (getattr(getattr(predictor, name), "__func__", None) for name in _FORECASTS)
     are_own = all(method is getattr(FusedKANPredictor, name) for method, name in zip(methods, _FORECASTS))
-    return are_own and predictor.config.mixer == "newton"
+    return are_own and predictor.forecaster.plans
 
 
 class Plan(NamedTuple):
@@ -50,11 +50,13 @@ class Planner:
     Args:
         predictor: makes the weights; `can_plan` is true for it.
         ring: the stream's history, still empty. It is not kept.
+        stream: the name of the stream.
     """
 
-    def __init__(self, predictor: FusedKANPredictor, ring: FeatureRing | TieredRing):
-        self.predictor = predictor
+    def __init__(self, predictor: FusedKANPredictor, ring: FeatureRing | TieredRing, stream: str | None = None):
+        self.predictor, self._stream = predictor, stream
         self._capacity, self._batch, self._dtype = ring.capacity, ring.batch, ring.dtype
+        self._device = ring.device
         self._keeps_forecasts = predictor.config.history == "steps"
         self._levels: tuple[float, ...] = ()  # in the ring, newest first
         self._plan = Plan({}, {}, LowRank())
@@ -86,10 +88,22 @@ class Planner:
                 planned[later] = levels
             if later in computed or self._keeps_forecasts:
                 levels = _pushed(levels, sigmas[later], self._capacity)
-        weights = self.predictor.plan([*planned.values()], [sigmas[later] for later in planned], self._batch)
+        targets, more = [sigmas[later] for later in planned], self._more(sigmas)
+        weights = self.predictor.plan([*planned.values()], targets, self._batch, **more)
         self._plan = Plan(planned, dict(zip(planned, weights)), self.predictor.low_rank(self._dtype))
         self._made_from = self._parameters()
         self._held = [parameter.detach() for parameter in self.predictor.parameters()]
+
+    def _more(self, sigmas: Sequence[float]) -> dict[str, Any]:
+        """What some forecasters need in addition. Others do not get it: a subclass may replace `plan`."""
+        more: dict[str, Any] = {}
+        if self.predictor.forecaster.reads_times:
+            more["times"] = [*sigmas, 0.0]
+        if self.predictor.forecaster.reads_stream:
+            more["stream"] = self._stream
+        if self.predictor.device is None:
+            more["device"] = self._device
+        return more
 
     def _parameters(self) -> tuple:
         """What changes when a parameter is changed, replaced or moved."""

@@ -18,6 +18,7 @@ from lesa_kernels import FeatureRing, TieredRing
 class Stream:
     """What a run keeps of one stream of calls."""
 
+    name: str
     stats: StreamStats
     conditioner: Conditioner
     ring: FeatureRing | TieredRing | None = None

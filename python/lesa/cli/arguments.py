@@ -69,6 +69,16 @@ def frame_rate(text: str) -> float:
     return value
 
 
+def mixer(text: str) -> str:
+    """The name of a forecaster that can be trained."""
+    from lesa_kernels.forecasters import FORECASTERS  # not at the top: the help needs no torch
+
+    trained = [name for name, forecaster in FORECASTERS.items() if forecaster.is_trained]
+    if text not in trained:
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(map(repr, trained))})")
+    return text
+
+
 def schedule(text: str) -> int | list[int]:
     """An interval, or the list of computed steps."""
     steps = _numbers(int, "an interval such as 7, or computed steps such as 0,2,6,12")(text)

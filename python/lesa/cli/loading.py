@@ -107,7 +107,7 @@ def check_schedules(predictors: Mapping[str, FusedKANPredictor], pipe: Any) -> N
     adapter = adapter_for(pipe)
     for source, predictor in predictors.items():
         config = predictor.config
-        fits = config.feature_dim == adapter.feature_dim and config.family in (None, adapter.family)
+        fits = config.feature_dim in (None, adapter.feature_dim) and config.family in (None, adapter.family)
         if fits and config.schedule is None:
             remedy = "Train one with `lesa train`."
             raise UsageError(f"argument --predictor: {source} was trained without a schedule. {remedy}")

@@ -30,19 +30,19 @@ def add_arguments(parser) -> None:
     parser.add_argument("--schedule", type=arguments.schedule, help=text)
     text = "number of computed steps, instead of --schedule; lesa searches for the best steps"
     parser.add_argument("--budget", type=arguments.positive, help=text)
-    parser.add_argument("--mixer", choices=("newton", "dense"), help="kind of predictor (default: newton)")
-    parser.add_argument(
-        "--rank", type=arguments.natural, help="rank of newton's linear residual, 0 for none (default: 32)"
-    )
-    text = "number of spline units (default: 64 for newton, 256 for dense)"
+    text = "kind of predictor: a mixer that can be trained (default: that of `lesa.train`)"
+    parser.add_argument("--mixer", type=arguments.mixer, help=text)
+    text = "rank of the linear residual, where the mixer has one; 0 for none (default: 32)"
+    parser.add_argument("--rank", type=arguments.natural, help=text)
+    text = "number of spline units (default: that of the mixer)"
     parser.add_argument("--hidden", type=arguments.positive, help=text)
-    text = "how many stored features to use: one number, or one per noise stage (default: 4; for dense 4,6,8)"
+    text = "how many stored features to use: one number, or one per noise stage (default: that of the mixer)"
     parser.add_argument("--history-length", type=arguments.lengths, help=text)
-    text = "noise levels between the noise stages, or auto to search for them (default: 0.67,0.33)"
+    text = "noise levels between the noise stages, or auto to search for them (default: those of the mixer)"
     parser.add_argument("--stage-bounds", type=arguments.stage_bounds, help=text)
     text = (
-        "passes over the trajectories in closed loop (default: 60); guided passes come first: a sixth as many for "
-        "newton, a third as many for dense; with --controlled, all passes are guided"
+        "passes over the trajectories in closed loop (default: 60); guided passes come first, how many depends on the "
+        "mixer; with --controlled, all passes are guided"
     )
     parser.add_argument("--epochs", type=arguments.positive, help=text)
     parser.add_argument("--controlled", action="store_true", help="train for `lesa generate --tolerance`")

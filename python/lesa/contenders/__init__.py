@@ -1,6 +1,7 @@
 """What `evaluate` compares: predictors of lesa, runs of fewer steps, and the caches of others.
 
-A contender is one file in this folder, and its entry in `CONTENDERS`; docs/adding-a-contender.md shows an example.
+A contender is one file in this folder, and its entry in `CONTENDERS`; docs/adding-a-contender.md shows an example. The
+predictors of each registered forecaster are one kind of contender, without a file of their own.
 Evaluation, table, picture, report and command line use only what `lesa.contenders.base` says that contenders have.
 """
 
@@ -10,16 +11,16 @@ from collections.abc import Sequence
 from lesa.cache.error_control import ErrorControl
 from lesa.contenders.base import BISECTED, THRESHOLDS, UNKNOWN_COLOR, Color, Contender, Grid, Ours, Peer, Plain
 from lesa.contenders.cache_dit import CacheDiT
-from lesa.contenders.dense import Dense
 from lesa.contenders.fewer_steps import FewerSteps
 from lesa.contenders.first_block_cache import FirstBlockCache
 from lesa.contenders.mag_cache import MagCache
-from lesa.contenders.newton import Newton
+from lesa.contenders.ours import ours_of
 from lesa.contenders.reference import Reference
 from lesa.contenders.taylorseer import TaylorSeer, taylorseer_grid
 from lesa.schedule import Schedule
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error
+from lesa_kernels.forecasters import FORECASTERS
 
 __all__ = [
     "AGAINST",
@@ -44,12 +45,15 @@ __all__ = [
     "against_names",
     "budget_of",
     "check_contenders",
+    "every_contender",
     "kind_of",
     "opponents",
     "order_of",
     "ours_with",
     "taylorseer_grid",
 ]
+
+Newton, Dense, *_NEWER = map(ours_of, FORECASTERS.values())
 
 # The order is that of the report. A contender's mark there follows from its place, so new ones go to the end.
 CONTENDERS: tuple[type[Contender], ...] = (
@@ -61,6 +65,7 @@ CONTENDERS: tuple[type[Contender], ...] = (
     FirstBlockCache,
     MagCache,
     CacheDiT,
+    *_NEWER,
 )
 
 AGAINST = (FewerSteps.name, TaylorSeer.name)
@@ -87,14 +92,20 @@ def check_contenders(contenders: Sequence[type[Contender]]) -> None:
 check_contenders(CONTENDERS)
 
 
+def every_contender() -> tuple[type[Contender], ...]:
+    """`CONTENDERS`, and the predictors of forecasters that were registered later."""
+    known = {kind.name for kind in CONTENDERS}
+    return (*CONTENDERS, *(ours_of(each) for name, each in FORECASTERS.items() if name not in known))
+
+
 def kind_of(name: str) -> type[Contender] | None:
     """The contender that has this name, or None."""
-    return next((kind for kind in CONTENDERS if kind.name == name), None)
+    return next((kind for kind in every_contender() if kind.name == name), None)
 
 
 def order_of(name: str) -> int:
-    """The place of the contender in `CONTENDERS`, without the reference; unknown ones come last."""
-    names = [kind.name for kind in CONTENDERS if kind is not Reference]
+    """The place of the contender in `every_contender()`, without the reference; unknown ones come last."""
+    names = [kind.name for kind in every_contender() if kind is not Reference]
     return names.index(name) if name in names else len(names)
 
 
@@ -138,11 +149,10 @@ def ours_with(predictor: FusedKANPredictor, schedule: Schedule | ErrorControl | 
     """The contender for a predictor and a schedule, None for the trained one.
 
     Raises:
-        ValueError: no contender has the name of the predictor's mixer.
+        ValueError: the name of the predictor's mixer is that of another contender.
     """
-    for kind in CONTENDERS:
-        if issubclass(kind, Ours) and kind.name == predictor.config.mixer:
-            return kind(predictor, schedule)
-    names = ", ".join(kind.name for kind in CONTENDERS if issubclass(kind, Ours))
-    remedy = "Add a contender of that name to lesa.contenders."
-    raise argument_error("predictor.config.mixer", f"be one of {names}", predictor.config.mixer, remedy)
+    kind, mixer = kind_of(predictor.config.mixer), predictor.config.mixer
+    if kind is None or not issubclass(kind, Ours):
+        remedy = "Give the forecaster another name."
+        raise argument_error("predictor.config.mixer", "not be the name of another contender", mixer, remedy)
+    return kind(predictor, schedule)

@@ -1,6 +1,6 @@
 """Batches of recorded tokens, and forecasts of them. Training and the search for schedules use them."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lesa.training.trajectories import Trajectories, Trajectory
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import argument_error
+from lesa_kernels.stream import StoredFeatures, stream_forecast
 
 
 class Split(NamedTuple):
@@ -84,6 +85,7 @@ class Batch:
         tokens: how many tokens to take of each trajectory, at random; None for all.
         device: where to put the tensors.
         roll_outs: of each trajectory, its roll-outs. The same tokens are taken of them.
+        stream: the name of the stream of calls that all trajectories are of, for a forecaster that reads it.
 
     Attributes:
         features: `[S, N, D]`, N tokens of all trajectories.
@@ -91,6 +93,7 @@ class Batch:
         velocities: `[S, N, O]`, the head's output for the features.
         sigmas: `[S]`.
         widths: `[S]`, by how much sigma falls in each step.
+        times: `[S + 1]`, `sigmas` and 0.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Batch:
         tokens: int | None,
         device: torch.device | str,
         roll_outs: Sequence[Sequence[RollOut]] = (),
+        stream: str | None = None,
     ):
         def chosen(trajectory: Trajectory) -> slice | torch.Tensor:
             total = trajectory.features.shape[1]
@@ -119,8 +123,9 @@ class Batch:
             rows = [getattr(t, name)[:, None].float() for t in trajectories]
             return torch.cat([row.expand(-1, part.shape[1], -1) for row, part in zip(rows, parts)], 1).to(device)
 
-        self.head = head
+        self.head, self.stream = head, stream
         self.sigmas = trajectories[0].sigmas.to(device)
+        self.times = torch.cat([self.sigmas, self.sigmas.new_zeros(1)])
         self.widths = -torch.diff(self.sigmas, append=self.sigmas.new_zeros(1))
         self.features = torch.cat(parts, 1)
         self.roll_outs = [
@@ -191,23 +196,60 @@ def predict(
     sigmas = batch.sigmas
     rows = history if steps is None else torch.searchsorted(steps, history)
     cursor = torch.zeros_like(plan.count)
-    return predictor.forecast(features[rows], None, sigmas[history], cursor, plan.count, sigmas[plan.steps])
+    state = (features[rows], None, sigmas[history], cursor, plan.count, sigmas[plan.steps])
+    return predictor.forecast(*state, times=batch.times, stream=batch.stream)
 
 
-def roll_out(predictor: FusedKANPredictor, batch: Batch, plan: Plan) -> torch.Tensor:
-    """Forecasts `[P, N, D]` one after the other, each from a history that holds the earlier forecasts."""
-    features, sigmas = batch.features, batch.sigmas
-    length = predictor.config.max_history
+def roll_out(
+    predictor: FusedKANPredictor,
+    batch: Batch,
+    plan: Plan,
+    features: torch.Tensor | None = None,
+    steps: torch.Tensor | None = None,
+    detach: bool = False,
+) -> torch.Tensor:
+    """Forecasts `[P, N, D]` one after the other, each from a history that holds the earlier forecasts.
+
+    Args:
+        predictor, batch, plan: what forecasts what.
+        features: `[S, N, D]` of all steps, or of those in `steps` only. Default: those of the batch.
+        steps: a tensor of rising steps, among them all that are computed.
+        detach: whether a forecast has no gradient with respect to the forecasts before it.
+    """
+    features, sigmas = batch.features if features is None else features, batch.sigmas
+    length, total = predictor.config.max_history, len(sigmas)
+    rows = {step: row for row, step in enumerate(range(total) if steps is None else steps.tolist())}
     seen, forecasts = [features[:1]], []
     cursor, predicted = torch.zeros(1, dtype=torch.int32, device=features.device), set(plan.steps)
-    for step in range(1, len(features)):
+    forecast_of = _step_by_step(predictor, batch, plan)
+    for step in range(1, total):
         if step not in predicted:
-            seen.append(features[step : step + 1])
+            seen.append(features[rows[step]][None])
             continue
         newest = torch.stack([seen[max(step - k, 0)] for k in range(length, 0, -1)])
-        at = torch.arange(step - length, step).clamp(min=0)
         count = torch.full_like(cursor, min(step, length))
-        forecast = predictor.forecast(newest, None, sigmas[at][:, None], cursor, count, sigmas[step : step + 1])
-        seen.append(forecast)
+        forecast = forecast_of(step, StoredFeatures(newest, None, cursor, count))
+        seen.append(forecast.detach() if detach else forecast)
         forecasts.append(forecast)
     return torch.cat(forecasts)
+
+
+def _step_by_step(
+    predictor: FusedKANPredictor, batch: Batch, plan: Plan
+) -> Callable[[int, StoredFeatures], torch.Tensor]:
+    """What forecasts a step of the plan from the newest features, oldest first. The history has all earlier steps."""
+    length, sigmas = predictor.config.max_history, batch.sigmas
+    if predictor.forecaster.plans:  # the weights of all steps are made at once
+        levels = sigmas.tolist()
+        before = [levels[max(step - length, 0) : step][::-1] for step in plan.steps]
+        targets, times = [levels[step] for step in plan.steps], batch.times.tolist()
+        weights = dict(zip(plan.steps, predictor.plan(before, targets, 1, times, stream=batch.stream)))
+        low_rank = predictor.low_rank(batch.features.dtype)
+        return lambda step, features: stream_forecast(features, weights[step], low_rank, predictor.backend)
+
+    def forecast(step: int, features: StoredFeatures) -> torch.Tensor:
+        at = torch.arange(step - length, step).clamp(min=0)
+        state = (features.storage, None, sigmas[at][:, None], features.cursor, features.count, sigmas[step : step + 1])
+        return predictor.forecast(*state, times=batch.times, stream=batch.stream)
+
+    return forecast

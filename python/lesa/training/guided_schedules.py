@@ -1,4 +1,4 @@
-"""Random schedules around a given one, for the guided phase of the training of a newton predictor."""
+"""Random schedules around a given one, for the guided phase of a training on computed steps only."""
 
 import math
 from collections.abc import Sequence, Set

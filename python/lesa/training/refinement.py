@@ -4,6 +4,10 @@ In a run with forecasts, the sample drifts away from where all steps would have 
 drifted sample. A predictor that was trained on true histories has never seen such features. Here the predictor is
 rolled out through the pipeline. Then it is trained to lead the sample back, on the features that the model gave along
 the roll-out. This is DAgger (Ross et al., AISTATS 2011, arXiv 1011.0686), where the expert is the run of all steps.
+
+A predictor that uses its own forecasts as history is trained as in the second stage of LESA: its forecasts along the
+roll-out are compared with the recorded features of the same steps. LESA runs the model anew before each step of the
+optimiser. Here it runs once in a round. The forecasts between its computed steps are made anew each time.
 """
 
 import contextlib
@@ -31,8 +35,8 @@ from lesa.artifacts import (
 )
 from lesa.inputs import check_inputs
 from lesa.models import adapter_for
-from lesa.training.batches import Batch, Plan, RollOut, check_is_predictor, check_whole
-from lesa.training.losses import roll_out_loss
+from lesa.training.batches import Batch, Plan, RollOut, check_is_predictor, check_whole, roll_out
+from lesa.training.losses import feature_loss, head_aware_loss, roll_out_loss
 from lesa.training.recording import Recording, check_same_conditions
 from lesa.training.settings import TrainingSettings, usable_device
 from lesa.training.training_run import Training, is_finished
@@ -43,6 +47,8 @@ from lesa_kernels.torch_modes import default_modes
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+MOST_LEARNING_RATE = 1e-3
 
 ROLL_OUTS, PREDICTOR, SETTINGS_NAME = "roll-outs", "predictor", "refinement.json"
 
@@ -58,7 +64,7 @@ def refine(
     epochs: int = 20,
     batch_size: int = 8,
     tokens_per_batch: int | None = 32,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
     samples_per_call: int = 1,
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -67,11 +73,11 @@ def refine(
     """Trains a predictor further, on its own roll-outs.
 
     In each round the pipeline runs on the recorded inputs with the predictor on. Then the predictor is trained on these
-    roll-outs and those of earlier rounds, together with the recorded trajectories. For each input, a round costs the
-    computed steps of the schedule.
+    roll-outs and those of earlier rounds. If its history has computed steps only, it is trained on the recorded
+    trajectories too. For each input, a round costs the computed steps of the schedule.
 
     Args:
-        predictor: a newton predictor that `train` made on these trajectories. It is not changed.
+        predictor: what `train` made on these trajectories. It is not changed.
         trajectories: what `lesa.record` made of plain runs, or its folder.
         pipe: the pipeline that was recorded.
         inputs: the inputs that were recorded.
@@ -80,7 +86,8 @@ def refine(
             is kept.
         rounds: how often to make roll-outs and train on them.
         epochs: passes over the trajectories in each round.
-        batch_size, tokens_per_batch, learning_rate: see `train`; they apply to each round.
+        batch_size, tokens_per_batch, learning_rate: see `train`; they apply to each round. The default learning rate is
+            that of `train`, but at most 1e-3.
         samples_per_call: how many samples share a call of the pipeline.
         seed: seed of the order, the tokens and the validation samples.
         device: where to train; the pipeline runs where it is.
@@ -90,13 +97,15 @@ def refine(
         The predictor of the last round, on the CPU.
 
     Raises:
-        TypeError, ValueError: the predictor uses its own forecasts as history or was trained for something else, an
+        TypeError, ValueError: the predictor has nothing to train, has no schedule or was trained for something else, an
             argument is out of range, a file of the recording is damaged or has NaN or Inf, or the pipeline, the inputs
             or `out_dir` are not those of the recording. The message names it.
         RuntimeError: another process works in `out_dir`, or see `lesa.record` and `train`.
 
-    Source: DAgger, arXiv 1011.0686. The loss measures the drift at the end of each gap. This is the drift at the start
-    of the gap, plus what the velocities of the gap add to it in Euler steps. Flow-matching schedulers make such steps.
+    Source: DAgger, arXiv 1011.0686. For a history of computed steps, the loss measures the drift at the end of each
+    gap. This is the drift at the start of the gap, plus what the velocities of the gap add to it in Euler steps.
+    Flow-matching schedulers make such steps. For a history with forecasts, it is the loss of `train`, as in LESA, arXiv
+    2602.20497.
     """
     trajectories = as_trajectories(trajectories)
     _check_predictor(predictor, trajectories)
@@ -105,11 +114,13 @@ def refine(
     inputs = check_inputs(inputs)
     _check_recorded(trajectories, pipe, inputs)
     rounds = check_int("rounds", rounds)
+    forecaster = predictor.config.forecaster
     settings = TrainingSettings(
         epochs=check_int("epochs", epochs),
         batch_size=batch_size,
         tokens_per_batch=tokens_per_batch,
-        learning_rate=learning_rate,
+        learning_rate=min(MOST_LEARNING_RATE, forecaster.learning_rate) if learning_rate is None else learning_rate,
+        head_aware=forecaster.head_aware,
         seed=seed,
     )
     samples_per_call, device = check_int("samples_per_call", samples_per_call), usable_device(device)
@@ -141,14 +152,18 @@ def _check_predictor(predictor: FusedKANPredictor, trajectories: Trajectories) -
     """Raises `ValueError` unless the predictor was trained on trajectories like these, and can be refined."""
     check_is_predictor(predictor)
     config = predictor.config
-    if config.history != "anchors":
-        remedy = "Use a newton predictor. A dense one sees its own forecasts in `train` already."
-        raise argument_error("predictor", "forecast from computed steps only", config.history, remedy)
+    if not config.forecaster.is_trained:
+        remedy = "Use it as it is."
+        raise argument_error("predictor.config.mixer", "be one that has something to train", config.mixer, remedy)
     for field in ("feature_dim", "family", "num_inference_steps"):
         wanted = getattr(trajectories, field)
-        if getattr(config, field) != wanted:
+        fits_any = field == "feature_dim" and config.feature_dim is None
+        if getattr(config, field) != wanted and not fits_any:
             remedy = "Train it on these trajectories first."
             raise argument_error(f"predictor.config.{field}", f"be {wanted!r}", getattr(config, field), remedy)
+    if config.schedule is None:
+        remedy = "Give the predictor a configuration with `schedule` and `schedule_sigmas`, or train it first."
+        raise argument_error("predictor.config.schedule", "be the steps to compute", None, remedy)
 
 
 def _check_recorded(trajectories: Trajectories, pipe: "DiffusionPipeline", inputs: list[dict]) -> None:
@@ -278,10 +293,17 @@ class _Refinement(Training):
         return [rolled.of(number) for rolled in self.roll_outs]
 
     def loss_of(self, batch: Batch, guided: bool) -> torch.Tensor:
-        loss = super().loss_of(batch, guided)
+        every_step = self.config.history == "steps"
         computed = sorted(self.schedule.computed_in(batch.sigmas.tolist()))
-        plan = Plan(computed, len(batch.sigmas), self.config.max_history, device=self.device)
+        plan = Plan(computed, len(batch.sigmas), self.config.max_history, every_step, self.device)
         steps = torch.tensor(computed, device=self.device)
-        for roll_out in batch.roll_outs:
-            loss = loss + roll_out_loss(self.predictor, batch, plan, steps, roll_out)
+        if every_step:
+            loss_of = head_aware_loss if self.settings.head_aware else feature_loss
+            forecasts = [
+                roll_out(self.predictor, batch, plan, each.features, steps, detach=True) for each in batch.roll_outs
+            ]
+            return torch.stack([loss_of(batch, plan, forecast) for forecast in forecasts]).mean()
+        loss = super().loss_of(batch, guided)
+        for each in batch.roll_outs:
+            loss = loss + roll_out_loss(self.predictor, batch, plan, steps, each)
         return loss

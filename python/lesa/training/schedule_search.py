@@ -44,12 +44,13 @@ def find_schedule(
     """Chooses which steps to compute. It alternates between a search and a brief training.
 
     The first search is for an untrained predictor. Each later search is for a predictor that was trained briefly on
-    many schedules around the latest one, so that it favours none of them.
+    many schedules around the latest one, so that it favours none of them. If there is nothing to train, there is only
+    the first search.
 
     Args:
         trajectories: what `lesa.record` made.
         budget: how many steps to compute.
-        config: configuration of a newton predictor. Default: that of `train`.
+        config: configuration of a predictor whose history has computed steps only. Default: that of `train`.
         seed: seed of all random choices.
         device: where to train.
         progress: whether to show progress bars.
@@ -59,7 +60,7 @@ def find_schedule(
 
     Raises:
         TypeError, ValueError: an argument is out of range, `config` or `budget` does not fit the trajectories, a file
-            of the recording is damaged or has NaN or Inf, or the predictor is not a newton one.
+            of the recording is damaged or has NaN or Inf, or the predictor uses its own forecasts as history.
     """
     check_plain(trajectories)
     check_searchable(config)
@@ -73,7 +74,7 @@ def find_schedule(
 def check_searchable(config: PredictorConfig | None) -> None:
     """Raises `ValueError` if no schedule can be searched for such a predictor."""
     if config is not None and check_config(config).history != "anchors":
-        remedy = "Use the configuration of a newton predictor."
+        remedy = "Use the default mixer."
         raise argument_error("config.history", "be 'anchors' for a schedule to be searched", config.history, remedy)
 
 
@@ -104,7 +105,8 @@ def found_schedule(
         errors = ScheduleErrors(trajectories, run.predictor.cpu(), SAMPLES, TOKENS_PER_SAMPLE, seed)
         return _cheapest_steps(errors, budget, progress, search, name)
 
-    for turn in range(SEARCH_TURNS + 1):
+    is_trained = config is None or config.forecaster.is_trained
+    for turn in range(SEARCH_TURNS + 1 if is_trained else 1):
         schedule = _with_levels(trajectories, search.part(f"turn-{turn}", steps_of, turn))
     return schedule
 
@@ -131,7 +133,7 @@ def search_schedule(
 
     Args:
         trajectories: recorded with all steps computed.
-        predictor: a newton predictor, trained or not.
+        predictor: one whose history has computed steps only, trained or not.
         num_computed: how many steps to compute.
         samples: how many trajectories to use at most. If guidance combines several streams of calls, each stream
             counts.
@@ -153,7 +155,7 @@ def search_schedule(
             "predictor",
             "forecast from computed steps only",
             predictor.config.history,
-            "Use a newton predictor, or set the schedule by hand.",
+            "Use one of the default mixer, or set the schedule by hand.",
         )
     total = trajectories.num_inference_steps
     count = check_int("num_computed", num_computed, minimum=2, maximum=total - 1)
@@ -223,7 +225,8 @@ class ScheduleErrors:
         for batch, weight in zip(self.batches, self.weights):
             features = batch.features[slots][:, None].expand(-1, length, -1, -1)
             sigmas = batch.sigmas[slots][:, None].expand(-1, length)
-            forecast = self.predictor.forecast(features, None, sigmas, cursor, held, batch.sigmas[targets])
+            state = (features, None, sigmas, cursor, held, batch.sigmas[targets])
+            forecast = self.predictor.forecast(*state, times=batch.times)
             error = batch.velocity(forecast, targets) - batch.velocities[targets]
             off = off + weight[:, None] * error * batch.widths[targets, None, None]
         return torch.cat([torch.zeros_like(self.batches[0].velocities[:1]), off.cumsum(0)])

@@ -79,6 +79,16 @@ def check_config(config: Any) -> PredictorConfig:
     return config
 
 
+def check_trainable(config: PredictorConfig) -> None:
+    """Raises `ValueError` if such a predictor has nothing to train."""
+    if not config.forecaster.is_trained:
+        must, remedy = (
+            "be one that has something to train",
+            "Use `FusedKANPredictor(config)` as it is, with a schedule.",
+        )
+        raise argument_error("config.mixer", must, config.mixer, remedy)
+
+
 def config_settings(config: PredictorConfig) -> dict[str, Any]:
     """The configuration by name, as a checkpoint holds it. The first two determine others."""
     return {"mixer": config.mixer, "stage_bounds": config.stage_bounds, **config.to_dict()}

@@ -13,6 +13,7 @@ from lesa.training.training_run import MOST_TOKENS, Training
 from lesa.training.trajectories import Trajectories, check_plain
 from lesa_kernels import PredictorConfig
 from lesa_kernels.checks import argument_error, check_int
+from lesa_kernels.forecasters import FORECASTERS
 from lesa_kernels.torch_modes import default_modes
 
 LEAST_GAIN = 0.02
@@ -50,7 +51,7 @@ def find_stages(
     Args:
         trajectories: what `lesa.record` made.
         schedule: the computed steps; see `train`.
-        config: configuration of a newton predictor; its `stage_bounds` are not used. Default: that of `train`.
+        config: configuration of the predictor; its `stage_bounds` are not used. Default: that of `train`.
         most: the largest number of stages.
         seed: seed of all random choices.
         device: where to train.
@@ -61,8 +62,8 @@ def find_stages(
 
     Raises:
         TypeError, ValueError: `config` or `schedule` does not fit the trajectories, a file of the recording is damaged
-            or has NaN or Inf, the predictor is not a newton one or has other history lengths in other stages, or an
-            argument is out of range. The message names it.
+            or has NaN or Inf, the stages of such a predictor can't be found, as those of the dense variant, or its
+            history has other lengths in other stages, or an argument is out of range. The message names it.
     """
     check_plain(trajectories)
     most, seed = check_int("most", most), check_seed(seed)
@@ -78,9 +79,10 @@ def check_divisible(trajectories: Trajectories, config: PredictorConfig) -> None
     if len(set(trajectories.samples)) < 2:
         remedy = "Record more: at least one is for validation."
         raise argument_error("trajectories", "be of two samples or more", trajectories, remedy)
-    if config.mixer != "newton":
-        remedy = "Use a newton predictor, or set the stage bounds by hand."
-        raise argument_error("config.mixer", "be 'newton' for stages to be found", config.mixer, remedy)
+    if not config.forecaster.can_find_stages:
+        those = " or ".join(repr(name) for name, forecaster in FORECASTERS.items() if forecaster.can_find_stages)
+        remedy = "Change the mixer, or set the stage bounds by hand."
+        raise argument_error("config.mixer", f"be {those} for stages to be found", config.mixer, remedy)
     if len(set(config.lengths)) > 1:
         remedy = "Pass one int, or set the stage bounds by hand."
         raise argument_error("config.history_length", "be equal in all stages", config.history_length, remedy)

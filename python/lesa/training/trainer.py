@@ -15,6 +15,7 @@ from lesa.training.searching import Search, has_search
 from lesa.training.settings import (
     TrainingSettings,
     check_config,
+    check_trainable,
     complete_config,
     config_settings,
     usable_device,
@@ -52,12 +53,13 @@ def train(
     """Trains a predictor on recorded trajectories, in two phases: guided, then in closed loop.
 
     In the guided phase, the history has the recorded features. In closed loop, it has the features that it has at
-    inference.
+    inference. For a lesa predictor there is only the guided phase: the second stage of LESA runs the model, which
+    `lesa.refine` does.
 
     Args:
         trajectories: what `lesa.record` made, or its folder.
-        config: configuration of the predictor. Default: newton, four anchors, rank 32, three stages, for the
-            trajectories' model.
+        config: configuration of the predictor. Default: the newton predictor with four anchors, rank 32 and three
+            stages, for the trajectories' model.
         schedule: the computed steps to train for: a `lesa.Schedule`, a list of steps or an interval. Default: that of
             `config`, else 9 spread steps.
         budget: instead of `schedule`, how many steps to compute; `find_schedule` chooses which.
@@ -65,18 +67,19 @@ def train(
             those of `config`.
         out_dir: folder for the predictor, `losses.json` and the picture `losses.png`. After an interruption, the same
             call continues there, also with a search that `budget` or `find_stages` asks for. None: nothing is written.
-        guided_epochs: passes over the trajectories in the guided phase. Default: a third of `epochs` for dense, a sixth
-            for newton, whose history has true features in closed loop too.
+        guided_epochs: passes over the trajectories in the guided phase. Default: a part of `epochs` that depends on the
+            mixer: a sixth for newton, whose history has true features in closed loop too, a third for dense.
         controlled: whether to train for `lesa.ErrorControl`: all epochs are guided, on schedules with gaps half to
             twice as long. The forecasts are less close on the schedule itself, and closer on others.
-        epochs: passes over the trajectories in closed loop. With `controlled`, they are guided too.
+        epochs: passes over the trajectories in closed loop. They are guided too with `controlled`, and for a lesa
+            predictor.
         batch_size: trajectories per step of the optimiser.
         tokens_per_batch: how many random tokens of each trajectory to use per step; None for all. A part is enough,
             because predictor and head process each token separately.
-        learning_rate: learning rate of AdamW at the start; it falls to zero along a cosine. Default: 3e-3 for newton,
-            1e-4 for dense as in the LESA paper.
+        learning_rate: learning rate of AdamW at the start; it falls to zero along a cosine. Default: that of the
+            mixer: 3e-3 for newton, 1e-4 for lesa, as in its released code, and for dense.
         head_aware: whether the loss compares what the output head computes from the features. If false, it compares the
-            features only, as in the LESA paper. Default: True for newton, False for dense.
+            features only, as in the LESA paper. Default: that of the mixer: True for newton, False for dense.
         validation_fraction: share of the samples that is kept for validation. If there are two samples or more, at
             least one is kept.
         seed: seed of the initialisation, the order, the tokens, the validation samples and the guided schedules.
@@ -88,9 +91,9 @@ def train(
 
     Raises:
         TypeError, ValueError: an argument is out of range; `config` does not fit the trajectories, `controlled` or
-            `find_stages`; the schedule does not fit the steps; a file of the recording is damaged or has NaN or Inf; or
-            `out_dir` is no folder, or contains something other than an unfinished training with these arguments. The
-            message names the field.
+            `find_stages`, or has a mixer with nothing to train; the schedule does not fit the steps; a file of the
+            recording is damaged or has NaN or Inf; or `out_dir` is no folder, or contains something other than an
+            unfinished training with these arguments. The message names the field.
         OSError: nothing can be written to `out_dir`.
         RuntimeError: the loss became NaN or Inf, and a lower learning rate helps; or another process works in
             `out_dir`. The message names the process.
@@ -101,20 +104,23 @@ def train(
     trajectories = as_trajectories(trajectories)
     check_plain(trajectories)
     config = PredictorConfig(trajectories.feature_dim) if config is None else check_config(config)
-    newton = config.mixer == "newton"
+    check_trainable(config)
+    forecaster = config.forecaster
     _check_choices(config, schedule, budget, controlled)
     epochs = check_int("epochs", epochs)
+    part = forecaster.guided_part
+    all_guided = controlled or part is None
     if guided_epochs is None:
-        guided_epochs = epochs // 6 if newton else epochs // 3
+        guided_epochs = 0 if part is None else epochs // part
     if learning_rate is None:
-        learning_rate = 3e-3 if newton else 1e-4
+        learning_rate = forecaster.learning_rate
     settings = TrainingSettings(
-        guided_epochs=check_int("guided_epochs", guided_epochs, minimum=0) + (epochs if controlled else 0),
-        epochs=0 if controlled else epochs,
+        guided_epochs=check_int("guided_epochs", guided_epochs, minimum=0) + (epochs if all_guided else 0),
+        epochs=0 if all_guided else epochs,
         batch_size=batch_size,
         tokens_per_batch=tokens_per_batch,
         learning_rate=learning_rate,
-        head_aware=newton if head_aware is None else head_aware,
+        head_aware=forecaster.head_aware if head_aware is None else head_aware,
         validation_fraction=validation_fraction,
         seed=seed,
         controlled=controlled,
@@ -151,12 +157,12 @@ def _check_choices(
 ) -> None:
     """Raises `ValueError` if arguments of `train` contradict each other."""
     if budget is not None and config.history != "anchors":
-        remedy = "Use a newton predictor, or pass a `schedule`."
+        remedy = "Use the default mixer, or pass a `schedule`."
         raise usage_error("`budget` needs a predictor whose history holds computed features only.", remedy)
     if budget is not None and schedule is not None:
         raise usage_error("`schedule` and `budget` cannot both be given.", "Pass one of the two.")
     if controlled and config.history != "anchors":
-        remedy = "Train a newton predictor."
+        remedy = "Train one of the default mixer."
         must = "be left out for a predictor that uses its own forecasts as history"
         raise argument_error("controlled", must, controlled, remedy)
 

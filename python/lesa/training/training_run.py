@@ -1,8 +1,10 @@
 """One training of a predictor, in two phases, and its checkpoint.
 
-Guided phase: the history is true. A newton predictor sees schedules near its own, a dense one the step before.
-Closed loop: the history is as at inference. A newton predictor trains on the schedule itself, a dense one on a history
-that holds its own forecasts.
+Guided phase: the history is true. A predictor whose history has computed steps only sees schedules near its own. One
+whose history has every step, such as the dense variant, sees the steps before. If there are guided epochs only, these
+forecast the steps that the schedule predicts, and otherwise all steps but the first.
+Closed loop: the history is as at inference. It has the computed steps of the schedule itself, or also the forecasts of
+the predictor.
 """
 
 import io
@@ -107,7 +109,7 @@ class Training:
         config, every_step = self.config, self.config.history == "steps"
         total = len(batch.sigmas)
         computed: Set[int]
-        if not guided:
+        if not guided or config.forecaster.guided_part is None:
             computed = self.schedule.computed_in(batch.sigmas.tolist())
         elif every_step:
             computed = {0}
@@ -173,22 +175,26 @@ class Training:
         return self.predictor.cpu().eval()
 
     def mean_loss(self, numbers: Sequence[int], tokens: int | None, guided: bool) -> torch.Tensor:
-        """Mean loss over trajectories; those of equal noise levels share one batch.
+        """Mean loss over trajectories. Those of equal noise levels share one batch.
+
+        For a forecaster that reads the stream of calls, those of a batch are also of the same stream.
 
         Args:
             numbers: of the trajectories.
             tokens: random tokens taken of each; None for all.
             guided: whether as in the guided phase or in closed loop.
         """
-        groups: dict[tuple[float, ...], list[int]] = {}
+        groups: dict[tuple, list[int]] = {}
+        streams = self.trajectories.streams if self.config.forecaster.reads_stream else None
         read = {number: self.trajectories[number] for number in numbers}
         for number, trajectory in read.items():
-            groups.setdefault(tuple(trajectory.sigmas.tolist()), []).append(number)
+            stream = None if streams is None else streams[number]
+            groups.setdefault((stream, *trajectory.sigmas.tolist()), []).append(number)
         mean = torch.zeros((), dtype=torch.float32, device=self.device)
-        for group in groups.values():
+        for (stream, *_), group in groups.items():
             roll_outs = [self.roll_outs_of(number) for number in group]
             alike = [read[number] for number in group]
-            batch = Batch(alike, self.head, self.generator, tokens, self.device, roll_outs)
+            batch = Batch(alike, self.head, self.generator, tokens, self.device, roll_outs, stream)
             mean = mean + len(group) / len(numbers) * self.loss_of(batch, guided)
         return mean
 
@@ -235,7 +241,8 @@ class Training:
             return (0.0,)
         found: dict[int, np.ndarray] = {}
         for number in numbers:
-            batch = Batch([self.trajectories[number]], self.head, generator, MOST_TOKENS, self.device)
+            alike, stream = [self.trajectories[number]], self.trajectories.streams[number]
+            batch = Batch(alike, self.head, generator, MOST_TOKENS, self.device, stream=stream)
             computed = sorted(self.schedule.computed_in(batch.sigmas.tolist()))
             plan = Plan(computed, len(batch.sigmas), config.max_history, device=self.device, steps=computed[1:])
             truth = batch.velocities[plan.steps].flatten(1)

@@ -173,6 +173,12 @@ class Trajectories:
         self.samples = [number for number, paths in found.whole.items() for _ in paths]
 
     @property
+    def streams(self) -> list[str | None]:
+        """For each trajectory, the name of its stream of calls; None for the first stream of a sample."""
+        parts = (name.split("-", 2) for name in self.names)  # "sample", the number, and the name
+        return [part[2] if len(part) > 2 else None for part in parts]
+
+    @property
     def by_sample(self) -> list[list[int]]:
         """The numbers of the trajectories of each sample: one for each stream of calls."""
         numbers: dict[int, list[int]] = {}

@@ -1,0 +1,171 @@
+"""A forecaster is one class: the example of the page runs, and nothing in `lesa` knows a forecaster by name."""
+
+import ast
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import lesa
+from forecasts import TRANSCRIPTIONS
+from lesa import contenders
+from lesa.contenders.ours import COLORS, ours_of
+from lesa.training.batches import Batch, Head, Plan, predict
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+from lesa_kernels.forecasters import FORECASTERS, Forecaster
+from made_recordings import write_recording
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "adding-a-forecaster.md"
+TEMPORARY = "damped"
+
+
+@pytest.fixture
+def registry():
+    """What a test registers ends with it."""
+    before = dict(FORECASTERS)
+    yield
+    FORECASTERS.clear()
+    FORECASTERS.update(before)
+
+
+def test_the_example_of_the_page_works(registry, tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    definition = example[: example.index("pipe, inputs")]
+    assert len([line for line in definition.splitlines() if line.strip()]) <= 30
+    module = types.ModuleType("damped")
+    monkeypatch.setitem(sys.modules, "damped", module)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "damped.py", "exec"), vars(module))
+    assert module.cache.stats.predicted_steps == 8 and module.image.size == (16, 16)
+    (run,) = [run for run in module.evaluation.runs if run.contender == TEMPORARY]
+    assert (run.name, run.is_ours, run.whole_steps) == ("damped-4", True, 4)
+    assert run.setting.startswith("damped, damping 0.8, steps 0,") and 15 < run.psnr < 100
+    assert len(module.found.steps) == 4
+    table, html = capsys.readouterr().out, (tmp_path / "evaluation/report.html").read_text()
+    assert "\ndamped-4 " in table and "damped line" in html and "--c-damped: #" in html
+    # What the words of the page say of the formula.
+    ring = module.predictor.make_ring(1, 2, feature_dim=3)
+    features = torch.randn(2, 1, 2, 3)
+    for feature, level in zip(features, (1.0, 0.8)):
+        ring.push(feature, level)
+    expected = features[1] + 0.8 * 0.5 * (features[1] - features[0])
+    torch.testing.assert_close(module.predictor(ring, 0.7), expected)
+    module.predictor.save_pretrained(tmp_path / "saved")
+    assert FusedKANPredictor.from_pretrained(tmp_path / "saved").config == module.predictor.config
+
+
+def test_the_page_names_what_a_class_can_say():
+    named = set(re.findall(r"`(\w+)`", PAGE.read_text()))
+    public = {name for name in vars(Forecaster) if not name.startswith("_")}
+    public |= {name for name in Forecaster.__annotations__ if not name.startswith("_")}
+    assert public - {"step_weights", "read", "weights"} <= named  # `read` and `weights` stand with their arguments
+
+
+def test_each_forecaster_is_a_contender_with_a_colour_of_its_own(registry):
+    for number in range(2 * len(COLORS)):
+        text = {"name": f"made-up{number}x", "title": f"made up {number}", "__abstractmethods__": frozenset()}
+        kind = type(f"MadeUp{number}", (Forecaster,), {**text, "history_length": None, "weights": None})
+        FORECASTERS[kind.name] = kind()
+    ours = [ours_of(forecaster) for forecaster in FORECASTERS.values()]
+    assert len({kind.color for kind in ours}) == len(ours) > 20
+    last = contenders.every_contender()[-1]
+    assert last is ours[-1] and contenders.kind_of(last.name) is last
+    assert contenders.order_of(last.name) == len(contenders.every_contender()) - 2
+
+
+def test_a_forecaster_with_the_name_of_another_contender_is_refused(registry):
+    kind = type(
+        "Steps", (Forecaster,), {"name": "steps", "title": "s", "history_length": lambda s, c: 1, "weights": None}
+    )
+    FORECASTERS["steps"] = kind()
+    predictor = FusedKANPredictor(PredictorConfig(mixer="steps"))
+    with pytest.raises(ValueError, match=r"`predictor.config.mixer` must not be the name of another contender"):
+        contenders.ours_with(predictor, None)
+
+
+# Nobody knows a forecaster by name
+
+KNOWING = {  # the names of contenders that files of users import, and the bundled predictors
+    "contenders/__init__.py": {"Newton", "Dense"},
+    "demo/run.py": {"newton", "dense"},
+    "demo/make_weights.py": {"newton"},
+    "models/plain_head.py": {"linear"},  # the function of torch
+}
+WORDS = {"dense", "linear", "universal", "lesa"}  # these names are words that mean something else too
+
+
+def names_in(file):
+    """Names of mixers and of their classes in a file, without its docstrings."""
+    tree = ast.parse(file.read_text())
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts, identifiers = [], set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            texts.append(node.value)
+        elif isinstance(node, ast.Name):
+            identifiers.add(node.id)
+        elif isinstance(node, (ast.ClassDef, ast.alias)):
+            identifiers.add(node.name)
+    found = {type(forecaster).__name__ for forecaster in FORECASTERS.values()} & identifiers - {"Linear"}  # of torch
+    for name in FORECASTERS:
+        said = rf"\b{name}(?= predictor| variant| mixer|'s\b|-\d)" if name in WORDS else rf"\b{name}\b"
+        if any(re.search(said, text) or (text == name != "lesa") for text in texts) or name in identifiers - WORDS:
+            found.add(name)
+    return found
+
+
+FILES = sorted((ROOT / "python/lesa").rglob("*.py"))
+
+
+def test_nobody_knows_a_forecaster_by_name():
+    found = {str(file.relative_to(ROOT / "python/lesa")): names for file in FILES if (names := names_in(file))}
+    assert found == KNOWING
+
+
+def test_the_predictor_knows_no_forecaster_by_name():
+    for file in ("predictor/module.py", "predictor/config.py", "predictor/uploads.py", "forecasters/base.py"):
+        assert names_in(ROOT / "lesa_kernels" / file) <= {"newton"}, file  # the default of `PredictorConfig.mixer`
+    assert names_in(ROOT / "lesa_kernels/predictor/module.py") == set()
+    assert {"newton", "Newton"} <= names_in(ROOT / "lesa_kernels/forecasters/newton.py")
+
+
+# Training and search
+
+
+@pytest.fixture
+def trajectories(tmp_path):
+    return write_recording(tmp_path / "recording", samples=3, shifts=(3.0,))
+
+
+def test_what_has_nothing_to_train_says_so(trajectories):
+    config = PredictorConfig(trajectories.feature_dim, "taylor")
+    with pytest.raises(ValueError, match=r"`config\.mixer` must be one that has something to train, but got 'taylor'"):
+        lesa.train(trajectories, config, 4)
+    with pytest.raises(ValueError, match=r"`predictor\.config\.mixer` must be one that has something to train"):
+        lesa.refine(FusedKANPredictor(config), trajectories, None, ["a"])
+    with pytest.raises(ValueError, match=r"`config\.mixer` must be 'newton' for stages to be found, but got 'taylor'"):
+        lesa.find_stages(trajectories, 4, config)
+
+
+def test_forecasts_of_recorded_steps_are_from_the_times_of_the_recording(trajectories):
+    batch = Batch([trajectories[0]], Head(trajectories, "cpu"), None, None, "cpu")
+    total = len(batch.sigmas)
+    predictor = FusedKANPredictor(PredictorConfig(mixer="taylor", options={"order": 2}))
+    plan = Plan([0, 2, 3], total, predictor.config.max_history)
+    forecasts = predict(predictor, batch, plan, batch.features)
+    for step, forecast in zip(plan.steps, forecasts, strict=True):
+        before = [c for c in (3, 2, 0) if c < step]
+        weights = TRANSCRIPTIONS["taylor"]({"order": 2}, [], None, before, step, total)
+        expected = sum(weight * batch.features[c] for weight, c in zip(weights, before))
+        torch.testing.assert_close(forecast.double(), expected.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_schedule_is_searched_without_training(trajectories):
+    predictor = FusedKANPredictor(PredictorConfig(mixer="chebyshev"))
+    searched = lesa.search_schedule(trajectories, predictor, 4, progress=False)
+    found = lesa.find_schedule(trajectories, 4, predictor.config, progress=False)
+    assert len(found.steps) == 4 and found == searched
