@@ -76,7 +76,7 @@ class Run:
         Before the first `scheduler.step`, most schedulers know at most where the run begins.
         """
         scheduler = self.scheduler
-        index = getattr(scheduler, "step_index", _ABSENT)
+        index: Any = getattr(scheduler, "step_index", _ABSENT)
         if index is _ABSENT:
             index = getattr(scheduler, "counter", None)  # PNDM
         return getattr(scheduler, "begin_index", None) if index is None and self.begin is None else index
