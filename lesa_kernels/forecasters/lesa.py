@@ -107,15 +107,16 @@ class Lesa(Forecaster):
             raise argument_error("num_inference_steps", must, Said(f"{len(steps.times) - 1}"), remedy)
         expert = int(steps.stream == _SECOND_STREAM) if _streams(config) == 2 else 0
         stage = stage_index(steps.sigma.float(), config.stage_bounds)  # [P, B]
-        alpha = _alpha(predictor, steps, expert).gather(-1, stage[..., None])  # [P, B, 1]
+        with torch.autocast(steps.sigma.device.type, enabled=False):
+            alpha = _alpha(predictor, steps, expert).gather(-1, stage[..., None])  # [P, B, 1]
         wide = torch.promote_types(alpha.dtype, torch.float32)
         alpha = alpha.to(wide)
         order = torch.arange(config.max_history, device=alpha.device)
         beyond = order >= of_stage(stage, config.lengths)[..., None]  # a stage may read less than the longest one
         scaled = alpha * p.latent_weight[expert].to(wide)[stage].masked_fill(beyond, 0.0)  # [P, B, K]
         read = self.read(config, steps)
-        oldest = (read - 1).clamp(min=0)[..., None].long()
-        anchors = torch.zeros_like(scaled).scatter_add(-1, torch.minimum(order, oldest), scaled) + (order == 0)
+        repeated = torch.minimum(order, (read - 1).clamp(min=0)[..., None])  # the feature that each weight is of
+        anchors = (scaled[..., None] * (repeated[..., None] == order)).sum(-2) + (order == 0)
         return Weights(anchors, read, alpha[..., 0] * p.latent_bias[expert].to(wide)[stage], None, None)
 
 

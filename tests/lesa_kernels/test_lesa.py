@@ -229,6 +229,18 @@ def _assert_uniform(values, bound):
 
 
 @torch.no_grad()
+def test_autocast_changes_nothing(tmp_path):
+    predictor, times = loaded(tmp_path, released_lesa.state_dict()), shifted()
+
+    def anchors():
+        return predictor.plan([levels_before(times, 30)], [times[30]], 1, times)[0].anchors
+
+    with torch.autocast("cpu", torch.bfloat16):
+        under = anchors()
+    torch.testing.assert_close(under, anchors(), rtol=0, atol=0)
+
+
+@torch.no_grad()
 def test_a_ring_of_features_gives_what_a_plan_gives(tmp_path):
     predictor, times = loaded(tmp_path, released_lesa.state_dict()), shifted()
     ring = predictor.make_ring(*SHAPE[:2])
