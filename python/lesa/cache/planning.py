@@ -9,7 +9,7 @@ import torch
 from lesa_kernels import FeatureRing, FusedKANPredictor, TieredRing
 from lesa_kernels.stream import LowRank, Weights
 
-_FORECASTS = ("forward", "forecast")
+_FORECASTS = ("forward", "forecast", "predict_velocity")
 """The methods that a plan is used instead of."""
 
 
