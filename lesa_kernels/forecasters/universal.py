@@ -57,20 +57,23 @@ class Universal(Forecaster):
         levels = steps.levels.double().masked_fill(order >= count[..., None], 0.0)[..., :LONGEST].flatten(0, -2)
         levels = torch.nn.functional.pad(levels, (0, LONGEST - levels.shape[-1]))
         there, sigma = count.flatten().clamp(max=LONGEST), steps.sigma.double().flatten()
-        scales = tap_scales(levels, there, sigma)
+        scales = tap_scales(levels, there, sigma, coefficients(sigma.device))
         anchors = (scales[:, None] @ newton_weights(levels.T, there, sigma)).squeeze(1)  # [P * B, K]
         anchors[:, 0] += 1
         anchors = torch.nn.functional.pad(anchors, (0, longest - LONGEST))
         return Weights(anchors.unflatten(0, count.shape), count, None, None, None)
 
 
-def tap_scales(levels: torch.Tensor, count: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+def tap_scales(
+    levels: torch.Tensor, count: torch.Tensor, sigma: torch.Tensor, numbers: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
     """The numbers c: `[N, 3]`.
 
     Args:
         levels: `[N, 4]`, the noise levels of the newest features, newest first; any finite number beyond `count`.
         count: `[N]`, how many there are.
         sigma: `[N]`, the noise level to forecast.
+        numbers: of the KAN, as `coefficients` gives them.
     """
     gaps = levels.diff(dim=1)
     gaps = torch.where(count[:, None] > torch.arange(1, LONGEST, device=count.device), gaps, gaps.new_ones(()))
@@ -87,7 +90,7 @@ def tap_scales(levels: torch.Tensor, count: torch.Tensor, sigma: torch.Tensor) -
         1,
     )
     stage, found = stage_index(sigma.float(), BOUNDS), inputs.new_zeros(len(inputs), LONGEST - 1)
-    in_weight, in_bias, spline, out_weight, out_bias = coefficients(sigma.device)
+    in_weight, in_bias, spline, out_weight, out_bias = numbers
     for number in range(len(BOUNDS) + 1):
         units = kan_hidden(inputs, in_weight[number], in_bias[number], spline[number], GRID_SIZE, SPLINE_ORDER)
         found = found + (stage == number)[:, None] * (units @ out_weight[number].T + out_bias[number])
