@@ -11,9 +11,10 @@ from lesa_kernels.forecasters.linear import Linear
 from lesa_kernels.forecasters.newton import Newton
 from lesa_kernels.forecasters.registry import FORECASTERS, forecaster_of, register
 from lesa_kernels.forecasters.taylor import Taylor
+from lesa_kernels.forecasters.universal import Universal
 
 __all__ = ["FORECASTERS", "Forecaster", "Option", "Steps", "forecaster_of", "register"]
 
 # The order is that of tables and colours, so new ones go to the end.
-for _kind in (Newton, Dense, Linear, Taylor, Chebyshev, Lesa):
+for _kind in (Newton, Dense, Linear, Taylor, Chebyshev, Lesa, Universal):
     register(_kind())

@@ -166,7 +166,7 @@ def estimate(
             and one frame.
         num_inference_steps: steps of a run.
         schedule: the computed steps, as in `enable_cache`; all must be below `num_inference_steps`. None: those that
-            the predictor was trained for, or nine evenly spread ones.
+            the predictor was trained for, or nine that `Schedule.spread` chooses.
         predictor: its configuration, or the folder of one. None: what `lesa.train` makes by default.
         device: a name in `lesa_kernels.work.DATASHEETS`.
         bandwidth: bytes per second, instead of the datasheet's.

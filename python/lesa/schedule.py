@@ -78,18 +78,45 @@ class Schedule:
         return cls(tuple(steps), total)
 
     @classmethod
-    def spread(cls, num_computed: int, num_inference_steps: int = 50) -> "Schedule":
-        """Evenly spread steps with a short first gap, so that the predictor has two anchors early.
+    def spread(
+        cls, num_computed: int, num_inference_steps: int = 50, sigmas: Sequence[float] | None = None
+    ) -> "Schedule":
+        """The default schedule: gaps that rise from a short first one and become shorter again at the end of the run.
 
-        The first two steps are 0 and 4 % of the run. The other gaps are equal, and the last one ends with the run.
+        Of n computed steps, gap j (0, ..., n - 1; the last one ends with the run) has the relative length
+        `x^0.7 (1 - x)^0.5` with `x = (j + 1/2) / n`. Lengths are measured in the mean of two parts of the run: that of
+        its steps, and that of its noise levels. The first gap is at most 6 % of the run, because only one feature is
+        known in it. A computed step is the one that is nearest. Of less than three computed steps, all are at the
+        start.
+
+        Args:
+            num_computed: how many steps are computed.
+            num_inference_steps: number of steps S of the run.
+            sigmas: the falling noise levels of the S steps of the run. None: they fall evenly from 1 to 1/S.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above.
         """
         total = check_int("num_inference_steps", num_inference_steps)
         count = check_int("num_computed", num_computed, maximum=total)
+        levels = [1 - i / total for i in range(total)] if sigmas is None else list(sigmas)
+        if len(levels) != total or levels[0] <= 0:
+            raise argument_error(
+                "sigmas",
+                f"have the {total} noise levels of the run, the first one above 0",
+                levels,
+                "Leave out the final 0.",
+            )
         if count < 3:
             return cls(tuple(range(count)), total)
-        start = min(max(1, round(0.04 * total)), total - count + 1)
-        gap = (total - start) / (count - 1)
-        return cls((0, *(start + round(i * gap) for i in range(count - 1))), total)
+        parts = [(i / total + 1 - level / levels[0]) / 2 for i, level in enumerate(levels)]
+        shares = [((j + 0.5) / count) ** 0.7 * (1 - (j + 0.5) / count) ** 0.5 for j in range(count)]
+        steps = [0]
+        for j in range(1, count):
+            part = min(sum(shares[:j]) / sum(shares), 0.06 if j == 1 else 1.0)
+            nearest = min(range(total), key=lambda i: abs(parts[i] - part))
+            steps.append(min(max(nearest, steps[-1] + 1), total - count + j))
+        return cls(tuple(steps), total)
 
     def computed_in(self, run_sigmas: Sequence[float]) -> frozenset[int]:
         """The steps to compute in a run with the falling noise levels `run_sigmas`.

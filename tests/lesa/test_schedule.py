@@ -26,13 +26,15 @@ def test_interval_of_short_runs(total, steps):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 9, 25, 49, 50])
-def test_spread_has_the_count_and_no_gap_much_larger_than_the_others(count):
+def test_spread_has_the_count_and_gaps_that_rise_and_fall(count):
     schedule = Schedule.spread(count, 50)
     assert len(schedule) == count and schedule.steps[-1] < 50
-    if count > 3:
+    if 3 < count < 20:
         gaps = [b - a for a, b in zip(schedule.steps, (*schedule.steps[1:], 50))]
-        assert gaps[0] <= 2
-        assert max(gaps[1:]) - min(gaps[1:]) <= 1
+        assert gaps[0] <= 3 and gaps[-1] <= max(gaps)
+        largest = gaps.index(max(gaps))
+        assert all(b - a >= -1 for a, b in zip(gaps[:largest], gaps[1:]))
+        assert all(b - a <= 1 for a, b in zip(gaps[largest:], gaps[largest + 1 :]))
 
 
 @pytest.mark.parametrize(
@@ -40,18 +42,27 @@ def test_spread_has_the_count_and_no_gap_much_larger_than_the_others(count):
     [
         (1, 50, (0,)),
         (2, 50, (0, 1)),
-        (3, 50, (0, 2, 26)),
-        (9, 50, (0, 2, 8, 14, 20, 26, 32, 38, 44)),
-        (5, 28, (0, 1, 8, 15, 21)),  # from 1, every 6.75
-        (5, 100, (0, 4, 28, 52, 76)),
-        (4, 10, (0, 1, 4, 7)),
-        (98, 100, (0, *range(3, 100))),  # no room for a first gap of 4
+        (3, 50, (0, 3, 33)),
+        (7, 50, (0, 3, 10, 18, 27, 36, 45)),
+        (9, 50, (0, 2, 6, 12, 19, 26, 33, 40, 46)),
+        (12, 50, (0, 1, 4, 8, 12, 17, 22, 28, 33, 39, 44, 48)),
+        (8, 28, (0, 1, 4, 8, 13, 17, 22, 26)),
         (10, 10, tuple(range(10))),
     ],
 )
 def test_spread_by_hand(count, total, steps):
     assert Schedule.spread(count, total).steps == steps
     assert Schedule.spread(count, total).num_inference_steps == total
+
+
+def test_spread_depends_on_the_noise_levels():
+    even = [1 - i / 50 for i in range(50)]
+    assert Schedule.spread(9, 50, even) == Schedule.spread(9, 50)
+    shifted = [3 * s / (1 + 2 * s) for s in even]
+    assert Schedule.spread(9, 50, shifted).steps == (0, 3, 9, 17, 25, 33, 39, 44, 48)
+    assert Schedule.spread(9, 50, [10 * s for s in shifted]) == Schedule.spread(9, 50, shifted)
+    with pytest.raises(ValueError, match="`sigmas` must have the 50 noise levels of the run"):
+        Schedule.spread(9, 50, [*even, 0.0])
 
 
 def test_spread_of_short_runs_fits():

@@ -37,6 +37,9 @@ CASES = {
     "chebyshev-0": ("chebyshev", {"options": {"degree": 0, "ridge": 1.0}}),
     "chebyshev-blend": ("chebyshev", {"options": {"degree": 3, "ridge": 1e-3, "blend": 0.4}, "history_length": 6}),
     "chebyshev-line": ("chebyshev", {"options": {"blend": 0.0}, "history_length": 1}),
+    "universal": ("universal", {}),
+    "universal-of-two": ("universal", {"history_length": 2}),
+    "universal-of-six": ("universal", {"history_length": 6}),
 }
 each_case = pytest.mark.parametrize("name", CASES)
 

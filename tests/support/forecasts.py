@@ -6,8 +6,13 @@ the step to forecast, and how many steps the run has.
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file
+from scipy.interpolate import BSpline
+
+import lesa_kernels
 
 
 def linear_weights(options, levels, sigma, steps, step, total):
@@ -45,4 +50,31 @@ def chebyshev_weights(options, levels, sigma, steps, step, total):
     return blend * fitted + (1 - blend) * line
 
 
-TRANSCRIPTIONS = {"linear": linear_weights, "taylor": taylor_weights, "chebyshev": chebyshev_weights}
+def universal_weights(options, levels, sigma, steps, step, total):
+    """With spline units from SciPy, and each divided difference from the solution of a linear system."""
+    folder = Path(lesa_kernels.__file__).parent / "forecasters"
+    p = {name: value.astype(np.float64) for name, value in load_file(folder / "universal.safetensors").items()}
+    count, found = len(levels), np.eye(len(levels))[0]
+    if count == 1:
+        return found
+    gap = levels[1] - levels[0]
+    ratios = [(levels[k + 1] - levels[k]) / gap if count > k + 1 else 1.0 for k in (1, 2)]
+    inputs = [np.clip(math.log((levels[0] - sigma) / gap), -4, 3), *np.clip(np.log(ratios), -3, 3), 2 * sigma - 1]
+    stage = sum(np.float32(sigma) <= np.float32(bound) for bound in (0.67, 0.33))
+    u = np.tanh(p["in_weight"][stage] @ [*inputs, math.log(max(gap, 1e-3)) / 2 + 1.2] + p["in_bias"][stage])
+    knots = -1 + 0.4 * (np.arange(12) - 3)
+    units = [float(BSpline(knots, c, 3)(v)) + v / (1 + math.exp(-v)) for c, v in zip(p["spline"][stage], u)]
+    scales = p["out_weight"][stage] @ units + p["out_bias"][stage]
+    for order in range(1, min(count, 4)):
+        powers = np.vander(levels[: order + 1], order + 1, increasing=True)
+        leading = np.linalg.solve(powers, np.eye(order + 1))[-1]  # of the polynomial through the features
+        found[: order + 1] += scales[order - 1] * math.prod(sigma - s for s in levels[:order]) * leading
+    return found
+
+
+TRANSCRIPTIONS = {
+    "linear": linear_weights,
+    "taylor": taylor_weights,
+    "chebyshev": chebyshev_weights,
+    "universal": universal_weights,
+}
