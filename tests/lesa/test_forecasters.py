@@ -139,7 +139,7 @@ def test_other_ways_to_run_give_the_same(pipe, generate, monkeypatch, name):
     outputs = []
     for bytes_, fuses in ((None, False), (400_000, False), (None, True)):
         with monkeypatch.context() as patch, lesa.enable_cache(pipe, make(name), SOME, bytes_, strict=True) as cache:
-            patch.setattr(FusedKANPredictor, "fuses_velocity", lambda self, ring, head=None: fuses)
+            patch.setattr(FusedKANPredictor, "fuses_velocity", lambda self, ring, head=None, fuses=fuses: fuses)
             outputs.append(generate(pipe))
         (stream,) = cache.stats.streams.values()
         assert bool(stream.ring_host_bytes) == (bytes_ is not None and name == "chebyshev")
