@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lesa
+from lesa.demo import digits
 from lesa.training.batches import split
 from lesa_kernels import FeatureRing, FusedKANPredictor, PredictorConfig
 from made_recordings import STEPS, WIDTH, write_recording
@@ -90,3 +91,38 @@ def test_the_noise_levels_survive_a_conversion(trajectories):
 def test_a_search_takes_it(trajectories):
     found = lesa.find_schedule(trajectories, 4, PredictorConfig(mixer="l2p"), progress=False)
     assert len(found) == 4 and found.steps[0] == 0
+
+
+def test_runs_of_other_noise_levels_are_refused(tmp_path):
+    other = write_recording(tmp_path / "recording", shifts=(1.0, 3.0))
+    with pytest.raises(ValueError, match="`trajectories` must have the same noise levels in each sample"):
+        train(other)
+
+
+def test_a_forecaster_without_a_closed_form_says_so():
+    predictor = FusedKANPredictor(PredictorConfig(mixer="linear"))
+    with pytest.raises(NotImplementedError, match="Linear has no closed form"):
+        predictor.forecaster.fit(predictor, [])
+
+
+def test_a_run_uses_the_fitted_weights(tmp_path):
+    pipe, inputs = digits.load_pipeline(), digits.inputs_for([3, 8])
+    recorded = lesa.record(pipe, inputs, tmp_path / "recording", num_inference_steps=12, progress=False)
+    predictor = train(recorded)
+
+    def run(mixer):
+        with lesa.enable_cache(pipe, mixer, SCHEDULE) as cache:
+            noise = torch.Generator().manual_seed(5)
+            call = {**inputs[0], "generator": noise, "output_type": "latent"}
+            image = pipe(**call, num_inference_steps=12).images
+        return image, cache.stats.summary()
+
+    fitted, summary = run(predictor)
+    line, _ = run(FusedKANPredictor(PredictorConfig(mixer="linear")))
+    assert not torch.equal(fitted, line)
+    with torch.no_grad():
+        unfitted = FusedKANPredictor(predictor.config)
+        unfitted.load_state_dict(predictor.state_dict())
+        unfitted.level_bits.zero_()  # no step was fitted
+    assert torch.allclose(run(unfitted)[0], line, atol=1e-5)
+    assert "5 computed" in summary, summary
