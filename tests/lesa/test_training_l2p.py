@@ -125,4 +125,4 @@ def test_a_run_uses_the_fitted_weights(tmp_path):
         unfitted.load_state_dict(predictor.state_dict())
         unfitted.level_bits.zero_()  # no step was fitted
     assert torch.allclose(run(unfitted)[0], line, atol=1e-5)
-    assert "5 computed" in summary, summary
+    assert "computed 5 (0,1,3,6,9), predicted 7 steps" in summary
