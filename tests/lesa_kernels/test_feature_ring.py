@@ -127,9 +127,9 @@ small, large = torch.randn(1, 8, 8), torch.randn(1, 1024, 1024) + 1  # on PyTorc
 for pushed in (None, small, large):
     if pushed is not None:
         FeatureRing(2, *pushed.shape, backend="extension").push(pushed, 0.5)
+    ring = FeatureRing(2, 1, 1024, 1024, backend="extension")  # PyTorch would wait for its threads in the child
     child = os.fork()
     if child == 0:
-        ring = FeatureRing(2, 1, 1024, 1024, backend="extension")
         ring.push(large, 0.25)
         os._exit(ring.storage[0].numpy().tobytes() != large.numpy().tobytes())
     if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
