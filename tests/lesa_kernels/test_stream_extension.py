@@ -223,6 +223,14 @@ def test_the_public_function_takes_it_without_gradients_only(monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("backend", ["extension", "torch"])
+def test_a_negative_number_of_anchors_is_none(backend, rank):
+    features, weights, low_rank = case(17, count=(4, 4, 4), read=(-1, 4, -(2**31)), rank=rank)
+    actual = stream_forecast(features, weights, low_rank, backend=backend)
+    assert actual[[0, 2]].isnan().all() and actual[1].isfinite().all()
+
+
 def test_the_operator_passes_torchs_checks():
     torch.library.opcheck(torch.ops.lesa_kernels.stream_forecast_cpu.default, tuple(itertools.chain(*case(8, rank=5))))
 
