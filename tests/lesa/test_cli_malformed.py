@@ -113,8 +113,6 @@ LINES = [
     (f"{TRAIN} --mixer lesa --option streams", "--option: must be a name and a number such as streams=2"),
     (f"{TRAIN} --mixer lesa --option =2", "--option"),
     (f"{TRAIN} --mixer lesa --option streams=two", "--option"),
-    (f"{TRAIN} --mixer lesa --option streams=3", "--option"),
-    (f"{TRAIN} --option streams=2", "--option"),
     # words and options
     ("", "arguments are required: command"),
     ("paint", "invalid choice: 'paint'"),
