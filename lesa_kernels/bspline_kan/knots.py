@@ -38,13 +38,14 @@ def knots_refusal(
     )
     order = grid.shape[-1] - 1 - bases if grid.ndim else -1  # G + 2p knots beyond the first, G + p bases
     size = bases - order
-    if grid.ndim != 2 or order < 0 or size < 1:
+    if grid.ndim != 2 or not len(grid) or order < 0 or size < 1:
         return argument_error(name, must, grid, "Load the state dict of a B-spline KAN layer.")
-    # The knots were rounded to their dtype after a product and after a sum.
-    knots = grid.detach().to("cpu", torch.float64)
+    # The knots were rounded to their dtype after a product and after a sum, in the same way for each input.
+    knots = grid[0].detach().to("cpu", torch.float64)
     tolerance = 4 * torch.finfo(grid.dtype).eps * knots.abs().max()
-    lo, hi = float(knots[0, order]), float(knots[0, order + size])
-    if not ((knots - uniform_knots(size, order, (lo, hi))).abs() <= tolerance).all():
+    lo, hi = float(knots[order]), float(knots[order + size])
+    is_uniform = ((knots - uniform_knots(size, order, (lo, hi))).abs() <= tolerance).all()
+    if not is_uniform or not (grid == grid[0]).all():
         return argument_error(
             name,
             must,

@@ -14,8 +14,11 @@ from lesa_kernels.forecasters.registry import FORECASTERS, forecaster_of, regist
 from lesa_kernels.forecasters.taylor import Taylor
 from lesa_kernels.forecasters.universal import Universal
 
-__all__ = ["FORECASTERS", "Forecaster", "Option", "RecordedRun", "Steps", "forecaster_of", "register"]
+__all__ = ["FORECASTERS", "SHIPPED", "Forecaster", "Option", "RecordedRun", "Steps", "forecaster_of", "register"]
 
 # The order is that of tables and colours, so new ones go to the end.
 for _kind in (Newton, Dense, Linear, Taylor, Chebyshev, Lesa, Universal, L2P):
     register(_kind())
+
+SHIPPED = tuple(FORECASTERS.values())
+"""The forecasters of this package. What users register is in `FORECASTERS` only."""

@@ -6,7 +6,7 @@ kernels, cache, training, search and evaluation know no forecaster by name. They
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
@@ -144,6 +144,16 @@ class Forecaster(ABC):
     def describe(self, config: "PredictorConfig") -> str:
         """What a reader of a table must know about a predictor, such as "taylor, order 2"."""
         return ", ".join([self.name, *(f"{name} {value:g}" for name, value in (config.options or {}).items())])
+
+    def default_bounds(self, config: "PredictorConfig") -> tuple[float, ...]:
+        """`stage_bounds`, where they depend on `config.options`, which are complete when this is called."""
+        return self.stage_bounds
+
+    def check_streams(self, config: "PredictorConfig", streams: Set[str | None]) -> None:  # noqa: B027
+        """Raises `ValueError` if it cannot be trained on a recording with these streams of calls.
+
+        Only a forecaster with `reads_stream` is asked. The name of the first stream of each sample is None.
+        """
 
     @abstractmethod
     def history_length(self, config: "PredictorConfig") -> int | tuple[int, ...]:

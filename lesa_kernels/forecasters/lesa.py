@@ -1,6 +1,7 @@
 """LESA as its authors released it: scalar weights of the newest steps, scaled by a KAN of all times of the run."""
 
 import math
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 
 LAYERS = 3
 GRID_SIZE, SPLINE_ORDER, GRID_RANGE = 5, 3, (-3.0, 3.0)
+BOUNDS = {1: (0.9, 0.5), 2: (0.9, 0.4)}
+"""The bounds of the stages in the released code, by the number of streams."""
+
 _SHORT, _LONG = 4, 8  # features that the first stage reads, and the others
-_SECOND_STREAM = "uncond"
+_FIRST_STREAM, _SECOND_STREAM = "cond", "uncond"
 
 
 class Lesa(Forecaster):
@@ -35,8 +39,9 @@ class Lesa(Forecaster):
     So a predictor is for runs of S steps only. S is `config.num_inference_steps`, or 50 if there is none. `grid_size`
     and `spline_order` of the configuration are ignored.
 
-    With `options["streams"] = 2`, the stream of calls named "uncond" has experts of its own, and all others share the
-    first ones. This is how the authors train Qwen-Image.
+    With `options["streams"] = 2`, the stream of calls named "cond" has the first experts, and that named "uncond" has
+    the second ones. A stream with another name is refused; one without a name has the first experts. This is how the
+    authors train Qwen-Image, with 0.9 and 0.4 as bounds of the stages.
 
     Where fewer than K features exist, the oldest one is repeated. The released code has no rule for this case. It
     computes the steps 0 to 3, and stage 0 reads 4 features. But the later stages read 8, and it fails if one of them
@@ -52,7 +57,6 @@ class Lesa(Forecaster):
     name = "lesa"
     title = "LESA"
     history = "steps"
-    stage_bounds = (0.9, 0.5)
     options = {"streams": Option(1, 1, 2)}
     hidden = 256
     is_trained = True
@@ -60,6 +64,20 @@ class Lesa(Forecaster):
     learning_rate = 1e-4  # of the released code, like the loss of features only
     head_aware = False
     guided_part = None
+
+    def default_bounds(self, config: "PredictorConfig") -> tuple[float, ...]:
+        return BOUNDS[_streams(config)]
+
+    def check_streams(self, config: "PredictorConfig", streams: Set[str | None]) -> None:
+        if _streams(config) == 2 and streams != {None, _SECOND_STREAM}:
+            others = ", ".join(map(repr, sorted(filter(None, streams))))
+            got = Said(f"a first stream and then {others}" if others else "a single stream")
+            must = f"have the stream {_FIRST_STREAM!r} first and {_SECOND_STREAM!r} second, for options['streams'] = 2"
+            remedy = (
+                f"Record a pipeline that calls its transformer in `cache_context({_FIRST_STREAM!r})` first, and then "
+                f"in `cache_context({_SECOND_STREAM!r})`, or train a predictor for one stream."
+            )
+            raise argument_error("trajectories", must, got, remedy)
 
     def history_length(self, config: "PredictorConfig") -> int | tuple[int, ...]:
         return (_SHORT, *(_LONG,) * (config.num_stages - 1))
@@ -102,10 +120,13 @@ class Lesa(Forecaster):
         p: Any = predictor
         config = predictor.config
         if len(steps.times) != _total(config) + 1:
-            remedy = "Run it with that number of steps, or train another one for this number."
-            must = f"be the {_total(config)} of the predictor's config"
-            raise argument_error("num_inference_steps", must, Said(f"{len(steps.times) - 1}"), remedy)
-        expert = int(steps.stream == _SECOND_STREAM) if _streams(config) == 2 else 0
+            remedy = (
+                "Choose `num_inference_steps` so that the run executes that number of steps (with a `strength` below 1 "
+                "it executes fewer), or train another predictor for this number."
+            )
+            must = f"be of a run that executes {_total(config)} steps, as the predictor's config says"
+            raise argument_error("times", must, Said(f"those of {len(steps.times) - 1} executed steps"), remedy)
+        expert = _expert(config, steps.stream)
         stage = stage_index(steps.sigma.float(), config.stage_bounds)  # [P, B]
         with torch.autocast(steps.sigma.device.type, enabled=False):
             alpha = _alpha(predictor, steps, expert).gather(-1, stage[..., None])  # [P, B, 1]
@@ -122,6 +143,20 @@ class Lesa(Forecaster):
 
 def _streams(config: "PredictorConfig") -> int:
     return int((config.options or {})["streams"])
+
+
+def _expert(config: "PredictorConfig", stream: str | None) -> int:
+    """Which experts forecast a stream of calls."""
+    if _streams(config) == 1:
+        return 0
+    if stream not in (None, _FIRST_STREAM, _SECOND_STREAM):
+        must = f"be {_FIRST_STREAM!r}, {_SECOND_STREAM!r} or None for a predictor with options['streams'] = 2"
+        remedy = (
+            f"Call the transformer in `cache_context({_FIRST_STREAM!r})` and in `cache_context({_SECOND_STREAM!r})`, "
+            "or use a predictor for one stream."
+        )
+        raise argument_error("stream", must, stream, remedy)
+    return int(stream == _SECOND_STREAM)
 
 
 def _total(config: "PredictorConfig") -> int:

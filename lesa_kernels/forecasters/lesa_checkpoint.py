@@ -13,16 +13,13 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from lesa_kernels.bspline_kan.knots import knots_refusal
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
 from lesa_kernels.checks import Said, argument_error, check_tensor
-from lesa_kernels.forecasters.lesa import GRID_RANGE, GRID_SIZE, LAYERS, SPLINE_ORDER
+from lesa_kernels.forecasters.lesa import BOUNDS, GRID_RANGE, GRID_SIZE, LAYERS, SPLINE_ORDER
 from lesa_kernels.predictor.config import PredictorConfig
 
 _PREFIXES = re.compile(r"(?:(?:module|model|_orig_mod)\.)+")
 """What wrappers of a module put before the names of its parameters."""
 
 _STAGES = 3
-_BOUNDS = {("",): (0.9, 0.5), ("_cond", "_uncond"): (0.9, 0.4)}
-"""The bounds of the stages in the released code, by the endings of its keys. A file does not hold them."""
-
 _REMEDY = "Pass a file that the released training of LESA saved."
 
 
@@ -49,13 +46,13 @@ def read_lesa_checkpoint(
     tensors = _tensors_of(_load(file))
     endings = ("_cond", "_uncond") if any("_cond." in name or "_uncond." in name for name in tensors) else ("",)
     stages = [_Reader(tensors, ending, stage) for ending in endings for stage in range(_STAGES)]
-    hidden, inputs = stages[0].tensor("layers.0.base_weight", ("hidden", "S + 1")).shape
+    hidden, inputs = stages[0].sizes()
     lengths = tuple(each.history() for each in stages[:_STAGES])
     config = PredictorConfig(
         feature_dim,
         mixer="lesa",
         history_length=lengths,
-        stage_bounds=_BOUNDS[endings],
+        stage_bounds=BOUNDS[len(endings)],  # a file does not hold them
         hidden=hidden,
         family=family,
         num_inference_steps=inputs - 1,
@@ -132,11 +129,31 @@ class _Reader:
         return f"{part}{self.ending}.{self.stage}.{name}"
 
     def tensor(self, name: str, shape: tuple[int | str, ...]) -> torch.Tensor:
-        """The parameter, which must have that shape; strings are sizes that are not known yet."""
+        """The parameter, which must have that shape; strings are sizes that are not known yet.
+
+        The file must have as many elements as the shape says, so a small file cannot ask for much memory.
+        """
         key = self.key(name)
         if key not in self.tensors:
             raise argument_error("file", f"hold {key!r} in `model`", Said("a file without it"), _REMEDY)
-        return check_tensor(f"model[{key!r}]", self.tensors[key], shape, FLOAT_DTYPES, remedy=_REMEDY)
+        value = check_tensor(f"model[{key!r}]", self.tensors[key], shape, FLOAT_DTYPES, remedy=_REMEDY)
+        if value.layout != torch.strided or value.device.type != "cpu":
+            got = Said(f"one of layout {value.layout} on the device {value.device}")
+            raise argument_error(f"model[{key!r}]", "be a dense tensor with values", got, _REMEDY)
+        there = value.untyped_storage().nbytes() // value.element_size()
+        if there < value.numel():
+            got = Said(f"{there} in the file for the shape {list(value.shape)}")
+            raise argument_error(f"model[{key!r}]", "have all of its elements in the file", got, _REMEDY)
+        return value
+
+    def sizes(self) -> tuple[int, int]:
+        """The hidden width, and S + 1, the number of inputs."""
+        name = "layers.0.base_weight"
+        hidden, inputs = self.tensor(name, ("hidden", "S + 1")).shape
+        if hidden < 1 or inputs < 2:
+            must = "have at least one row, and two columns for a run of one step"
+            raise argument_error(f"model[{self.key(name)!r}]", must, Said(f"shape [{hidden}, {inputs}]"), _REMEDY)
+        return hidden, inputs
 
     def history(self) -> int:
         """K, the history length of the stage."""

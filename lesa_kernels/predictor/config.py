@@ -47,7 +47,7 @@ class PredictorConfig:
             dense and 4, 8, 8 for lesa.
         stage_bounds: the noise levels between the stages, falling, strictly within (0, 1). n bounds make n + 1 stages.
             The stage of a sample is the number of bounds at or above its noise level. Default: that of the forecaster,
-            0.67 and 0.33 for newton and dense, 0.9 and 0.5 for lesa.
+            0.67 and 0.33 for newton and dense, 0.9 and 0.5 for lesa, or 0.9 and 0.4 with two streams.
         rank: rank of the linear residual over newton's taps; 0 means no residual. Forecasters without a residual ignore
             it.
         hidden: number M of spline units of the KAN. Default: 64 for newton, 256 for dense and lesa. None for
@@ -97,7 +97,7 @@ class PredictorConfig:
         put("format_version", _check_format_version(self.format_version, self.mixer))
         put("history", check_choice("history", self.history or forecaster.history, ("anchors", "steps")))
         if self.stage_bounds is None:
-            put("stage_bounds", forecaster.stage_bounds)
+            put("stage_bounds", forecaster.default_bounds(self))
         put_all("stage_bounds", check_float, minimum=0.0, maximum=1.0)
         edges = (1.0, *self.stage_bounds, 0.0)
         if any(a <= b for a, b in zip(edges, edges[1:])):

@@ -69,12 +69,15 @@ class Schedule:
         Args:
             interval: N.
             num_inference_steps: number of steps of the run.
-            first: how many steps are computed at the start: 0, 1 and 2 by default. With 4 of them, it is the schedule
-                that the released code of LESA calls N; for N = 7 it is 0, 1, 2, 3, 9, 16, 23, 30, 37, 44.
+            first: how many steps are computed at the start, at least 3: 0, 1 and 2 by default. With 4 of them, it is
+                the schedule that the released code of LESA calls N; for N = 7 it is 0, 1, 2, 3, 9, 16, 23, 30, 37, 44.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above.
         """
         interval = check_int("interval", interval)
         total = check_int("num_inference_steps", num_inference_steps)
-        steps = sorted({*range(min(check_int("first", first), total)), *range(2, total, interval)})
+        steps = sorted({*range(min(check_int("first", first, minimum=3), total)), *range(2, total, interval)})
         return cls(tuple(steps), total)
 
     @classmethod

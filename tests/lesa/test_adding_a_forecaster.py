@@ -1,6 +1,7 @@
 """A forecaster is one class: the example of the page runs, and nothing in `lesa` knows a forecaster by name."""
 
 import ast
+import importlib.util
 import re
 import sys
 import types
@@ -11,11 +12,11 @@ import torch
 
 import lesa
 from forecasts import TRANSCRIPTIONS
-from lesa import contenders
+from lesa import cli, contenders
 from lesa.contenders.ours import COLORS, ours_of
 from lesa.training.batches import Batch, Head, Plan, predict
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-from lesa_kernels.forecasters import FORECASTERS, Forecaster
+from lesa_kernels.forecasters import FORECASTERS, Forecaster, register
 from made_recordings import write_recording
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,8 +35,7 @@ def registry():
 
 def test_the_example_of_the_page_works(registry, tmp_path, monkeypatch, capsys):
     (example,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    definition = example[: example.index("pipe, inputs")]
-    assert len([line for line in definition.splitlines() if line.strip()]) <= 30
+    assert len([line for line in example.splitlines() if line.strip()]) <= 30  # with imports, and with what uses it
     module = types.ModuleType("damped")
     monkeypatch.setitem(sys.modules, "damped", module)
     monkeypatch.chdir(tmp_path)
@@ -77,23 +77,71 @@ def test_each_forecaster_is_a_contender_with_a_colour_of_its_own(registry):
     assert contenders.order_of(last.name) == len(contenders.every_contender()) - 2
 
 
-def test_a_forecaster_with_the_name_of_another_contender_is_refused(registry):
-    kind = type(
-        "Steps", (Forecaster,), {"name": "steps", "title": "s", "history_length": lambda s, c: 1, "weights": None}
-    )
-    FORECASTERS["steps"] = kind()
-    predictor = FusedKANPredictor(PredictorConfig(mixer="steps"))
-    with pytest.raises(ValueError, match=r"`predictor.config.mixer` must not be the name of another contender"):
-        contenders.ours_with(predictor, None)
+def made_up(name, title):
+    """An instance of a class `MadeUp`, each time of another one, as in a notebook whose cell runs again."""
+    parts = {"name": name, "title": title, "history_length": lambda self, config: 1, "weights": None}
+    return register(type("MadeUp", (Forecaster,), parts)())
+
+
+def imported_again():
+    """The module `lesa.contenders` as it would be if it were imported now for the first time."""
+    found = importlib.util.spec_from_file_location("contenders_again", contenders.__file__)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize(
+    ("name", "title", "message"),
+    [
+        ("steps", "mine", r"`MadeUp\.name` must differ from that of the contender FewerSteps, but got 'steps'"),
+        (
+            "mine",
+            "TaylorSeer",
+            r"`MadeUp\.title` must differ from that of the contender TaylorSeer, but got 'TaylorSeer'",
+        ),
+    ],
+)
+def test_a_forecaster_with_the_texts_of_another_contender_is_refused(registry, name, title, message, is_first):
+    """By its name, whether it was registered before the contenders are imported or after that."""
+    if is_first:
+        made_up(name, title)
+    module = imported_again()
+    if not is_first:
+        made_up(name, title)
+    predictor = FusedKANPredictor(PredictorConfig(mixer=name))
+    for call in (module.every_contender, lambda: module.ours_with(predictor, None), lambda: module.kind_of("newton")):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_forecaster_that_is_defined_again_has_its_new_title(registry, is_first):
+    if is_first:
+        made_up("mine", "old")
+    module = imported_again()
+    assert [kind.name for kind in module.CONTENDERS] == [kind.name for kind in contenders.CONTENDERS]
+    if not is_first:
+        made_up("mine", "old")
+    assert module.kind_of("mine").title == "old"
+    made_up("mine", "new")
+    ours = module.ours_with(FusedKANPredictor(PredictorConfig(mixer="mine")), None)
+    assert module.kind_of("mine").title == ours.title == "new"
 
 
 # Nobody knows a forecaster by name
 
-KNOWING = {  # the names of contenders that files of users import, and the bundled predictors
-    "contenders/__init__.py": {"Newton", "Dense"},
-    "demo/run.py": {"newton", "dense"},
+KNOWING = {
+    "contenders/__init__.py": {"Newton", "Dense"},  # which files of users import
+    "demo/run.py": {"newton", "dense"},  # the bundled predictors
     "demo/make_weights.py": {"newton"},
+    "cli/train.py": {"newton"},  # a help, which needs no torch; see the test of it
     "models/plain_head.py": {"linear"},  # the function of torch
+    "cli/__init__.py": {"lesa"},  # the command
+    "conditions.py": {"lesa"},  # the package
+    "cache/placement.py": {"lesa"},  # the hook
+    "training/shards.py": {"lesa"},  # the metadata
 }
 WORDS = {"dense", "linear", "universal", "lesa"}  # these names are words that mean something else too
 
@@ -110,10 +158,10 @@ def names_in(file):
             identifiers.add(node.id)
         elif isinstance(node, (ast.ClassDef, ast.alias)):
             identifiers.add(node.name)
-    found = {type(forecaster).__name__ for forecaster in FORECASTERS.values()} & identifiers - {"Linear"}  # of torch
+    found = {type(forecaster).__name__ for forecaster in FORECASTERS.values()} & identifiers
     for name in FORECASTERS:
         said = rf"\b{name}(?= predictor| variant| mixer|'s\b|-\d)" if name in WORDS else rf"\b{name}\b"
-        if any(re.search(said, text) or (text == name != "lesa") for text in texts) or name in identifiers - WORDS:
+        if any(re.search(said, text) or text == name for text in texts) or name in identifiers - WORDS:
             found.add(name)
     return found
 
@@ -124,6 +172,21 @@ FILES = sorted((ROOT / "python/lesa").rglob("*.py"))
 def test_nobody_knows_a_forecaster_by_name():
     found = {str(file.relative_to(ROOT / "python/lesa")): names for file in FILES if (names := names_in(file))}
     assert found == KNOWING
+
+
+@pytest.mark.parametrize("name", [*FORECASTERS])
+def test_a_comparison_with_a_name_is_found(tmp_path, name):
+    file = tmp_path / "some.py"
+    file.write_text(f"if mixer == {name!r}:\n    pass\n")
+    assert names_in(file) == {name}
+
+
+def test_the_help_of_train_names_the_mixers_that_can_be_trained(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    (said,) = re.findall(r"kind of predictor: (.*?) \(default: (\w+)\)", " ".join(capsys.readouterr().out.split()))
+    trained = [name for name, forecaster in FORECASTERS.items() if forecaster.is_trained]
+    assert re.split(", | or ", said[0]) == trained and said[1] == PredictorConfig(8).mixer
 
 
 def test_the_predictor_knows_no_forecaster_by_name():

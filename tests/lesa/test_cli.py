@@ -102,6 +102,19 @@ def test_train_makes_a_dense_predictor_with_an_interval(folder, tmp_path):
     assert (config.mixer, config.history_length, config.schedule) == ("dense", (2, 3, 3), (0, 1, 2, 7))
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--mixer lesa --option streams=3", "`--option['streams']` must be .* at most 2, but got 3"),
+        ("--mixer lesa --option order=2", "`--option` must hold 'streams' for 'lesa', but got 'order'"),
+        ("--option streams=2", "`--option` must hold nothing for 'newton', but got 'streams'"),
+    ],
+)
+def test_train_names_the_option_that_the_mixer_does_not_have(folder, tmp_path, capsys, words, said):
+    line = refused(capsys, "train", "--trajectories", folder / "recording", "--out", tmp_path / "no", *words.split())
+    assert re.search(said.replace("[", r"\[").replace("]", r"\]"), line), line
+
+
 def test_train_without_options_leaves_the_choices_to_the_library(folder, tmp_path, monkeypatch, capsys):
     seen = {}
 

@@ -110,6 +110,9 @@ ESTIMATE = "estimate --model flux-1024"
 EVALUATE = f"evaluate --model {MODEL} --device cpu --out new --predictor {{}}/p --inputs {{}}/fine.safetensors"
 
 LINES = [
+    (f"{TRAIN} --mixer lesa --option streams", "--option: must be a name and a number such as streams=2"),
+    (f"{TRAIN} --mixer lesa --option =2", "--option"),
+    (f"{TRAIN} --mixer lesa --option streams=two", "--option"),
     # words and options
     ("", "arguments are required: command"),
     ("paint", "invalid choice: 'paint'"),

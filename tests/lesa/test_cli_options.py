@@ -320,6 +320,7 @@ COMMANDS = {
             ("--budget 6", {"train.budget": 6}),
             ("--mixer dense", config(mixer="dense")),
             ("--mixer newton", config(mixer="newton")),
+            ("--mixer lesa --option streams=2", config(mixer="lesa", options={"streams": 2})),
             ("--rank 0", config(rank=0)),
             ("--hidden 5", config(hidden=5)),
             ("--history-length 3", config(history_length=3)),

@@ -394,7 +394,9 @@ def test_errors_of_an_abandoned_run_do_not_reach_the_next(pipe, generate, monkey
 
 
 def test_a_dense_predictor_is_refused(pipe):
-    with pytest.raises(ValueError, match="`ErrorControl` needs a predictor that does not use its own"):
+    with pytest.raises(
+        ValueError, match="`ErrorControl` needs a predictor that does not use its own.*`history='anchors'`"
+    ):
         lesa.enable_cache(pipe, bundled("dense-9"), lesa.ErrorControl())
 
 

@@ -67,7 +67,9 @@ def test_what_each_stream_forecasts_comes_from_its_experts(qwen, predictor):
 def test_a_run_of_another_number_of_steps_is_an_error(qwen, predictor):
     with (
         lesa.enable_cache(qwen, predictor, SCHEDULE),
-        pytest.raises(ValueError, match="`num_inference_steps` must be the 12 of the predictor's config, but got 13"),
+        pytest.raises(
+            ValueError, match="`times` must be of a run that executes 12 steps.*got those of 13 executed steps"
+        ),
     ):
         CASE.run(qwen, 13)
 

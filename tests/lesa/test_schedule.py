@@ -20,6 +20,12 @@ def test_interval_with_four_first_steps_is_that_of_released_lesa(interval, total
     assert list(Schedule.interval(interval, total, first=4).steps) == released_lesa.computed_steps(interval, total)
 
 
+@pytest.mark.parametrize("first", [1, 2])
+def test_interval_computes_three_first_steps_at_least(first):
+    with pytest.raises(ValueError, match=f"`first` must be an integer of at least 3, but got {first}"):
+        Schedule.interval(7, 50, first=first)
+
+
 @pytest.mark.parametrize("total, steps", [(1, (0,)), (2, (0, 1)), (3, (0, 1, 2)), (4, (0, 1, 2))])
 def test_interval_of_short_runs(total, steps):
     assert Schedule.interval(5, total).steps == steps

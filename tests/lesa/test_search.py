@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     dense = FusedKANPredictor(PredictorConfig(WIDTH, mixer="dense", hidden=4))
     with pytest.raises(TypeError, match="`predictor` must be a FusedKANPredictor, but got None"):
         search_schedule(trajectories, None, 4)
-    with pytest.raises(ValueError, match="`predictor` must forecast from computed steps only"):
+    with pytest.raises(ValueError, match="`predictor` must forecast from computed steps only.*`history='anchors'`"):
         search_schedule(trajectories, dense, 4)
     with pytest.raises(ValueError, match="`num_computed` must be an integer of at least 2 and at most 13, but got 14"):
         search_schedule(trajectories, line(), 14)

@@ -106,6 +106,23 @@ def test_each_stream_trains_its_own_experts(trajectories):
     assert single[1].item() == pytest.approx(relative_l1(own, trajectories[1]), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "second, said",
+    [("main-2", "a first stream and then 'main-2'"), ("cond", "a first stream and then 'cond'"), (None, "a single")],
+)
+def test_experts_of_two_streams_are_trained_on_streams_of_their_names_only(tmp_path, second, said):
+    """With other names, or in another order, experts would be trained on the wrong stream, or not at all."""
+    folder = tmp_path / "recording"
+    write_recording(folder, streams=2)
+    for file in folder.glob("*-uncond.safetensors"):
+        file.unlink() if second is None else file.rename(str(file).replace("uncond", second))
+    trajectories = lesa.Trajectories(folder)
+    assert set(trajectories.streams) == {None, second}
+    message = f"`trajectories` must have the stream 'cond' first and 'uncond' second.*got {said}"
+    with pytest.raises(ValueError, match=message):
+        lesa.train(trajectories, config(options={"streams": 2}), SCHEDULE, epochs=1, progress=False)
+
+
 def test_a_roll_out_takes_the_computed_steps_from_elsewhere_and_can_cut_the_gradient(trajectories):
     predictor, trajectory = random_predictor(), trajectories[0]
     batch = Batch([trajectory], Head(trajectories, "cpu"), None, None, "cpu")

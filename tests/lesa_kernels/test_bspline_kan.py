@@ -14,6 +14,7 @@ from lesa_kernels.bspline_kan import (
     bspline_kan_ref,
     local_basis,
 )
+from lesa_kernels.bspline_kan.knots import knots_refusal, uniform_knots
 
 GRIDS = [(1, (-1, 1)), (5, (-1, 1)), (8, (-2.5, 0.5)), (3, (10.0, 10.75))]
 DEGREES = [1, 2, 3, 4, 5]
@@ -391,6 +392,24 @@ def test_refuses_another_uniform_grid_with_the_arguments_to_use(arguments, remed
     with pytest.raises(RuntimeError, match=r"`kan.grid` must .*Build the layer as " + remedy):
         network.load_state_dict({f"kan.{name}": value for name, value in state.items()})
     BSplineKAN(4, 3, *arguments).load_state_dict(state)  # the remedy works
+
+
+def test_a_grid_of_many_inputs_is_checked_without_a_wide_copy():
+    """A file can hold a grid with very many rows, all of which are the same."""
+    largest = 0
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+            nonlocal largest
+            made = function(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+                largest = max(largest, made.numel())
+            return made
+
+    grid = uniform_knots(5, 3, (-1.0, 1.0)).float().repeat(1000, 1)
+    with Watched():
+        assert knots_refusal("grid", grid, 8, 1000, 5, 3, (-1.0, 1.0), "") is None
+    assert largest == grid.shape[1]
 
 
 def test_refuses_a_malformed_grid():

@@ -1,5 +1,6 @@
 """Forecasters without parameters: their weights against transcriptions in plain Python and NumPy, and how they run."""
 
+import contextlib
 import copy
 import json
 import math
@@ -297,20 +298,29 @@ def test_a_plan_is_one_copy_to_the_device(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["linear", "taylor-3", "chebyshev-blend"])
-def test_outside_of_a_run_the_host_reads_nothing(name):
+@pytest.mark.parametrize("has_times", [True, False])
+@pytest.mark.parametrize("name", ["linear", "taylor-3", "chebyshev-blend", "universal", "lesa"])
+def test_outside_of_a_run_the_host_reads_nothing(name, has_times, monkeypatch):
     """As on a GPU: on the meta device a number that is read would raise."""
-    predictor = make(name, backend="torch")
-    config = predictor.config
-    batch, history = 2, config.max_history
-    steps = Steps(
-        torch.empty(1, batch, history, device="meta"),
-        torch.empty(1, batch, dtype=torch.int32, device="meta"),
-        torch.empty(1, batch, device="meta"),
-        torch.empty(TOTAL + 1, device="meta"),
-    )
+    # Autocast does not know this device.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    with torch.device("meta"):
+        if name == "lesa":
+            config = PredictorConfig(DIM, "lesa", hidden=4, num_inference_steps=TOTAL)
+            predictor = FusedKANPredictor(config, backend="torch")
+        else:
+            predictor = make(name, backend="torch")
+        batch, history = 2, predictor.config.max_history
+        count, sigma = torch.empty(batch, dtype=torch.int32), torch.empty(batch)
+        times = torch.empty(TOTAL + 1)
+        steps = Steps(torch.empty(1, batch, history), count[None], sigma[None], times)
+        storage, levels = torch.empty(history, batch, 3, DIM), torch.empty(history, batch)
+        state = (storage, None, levels, torch.empty_like(count), count, sigma)
     weights = predictor.forecaster.weights(predictor, steps)
     assert weights.anchors.is_meta and weights.anchors.shape == (1, batch, history)
+    forecast = predictor.forecast(*state, times=times if has_times else None)
+    assert forecast.is_meta and forecast.shape == (batch, 3, DIM)
 
 
 # The configuration

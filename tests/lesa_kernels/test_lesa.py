@@ -111,11 +111,12 @@ def test_outside_of_a_run_the_times_are_equally_spaced(tmp_path):
 @torch.no_grad()
 def test_another_step_count_is_refused_by_name(tmp_path):
     predictor = loaded(tmp_path, released_lesa.state_dict())
-    with pytest.raises(ValueError, match="`num_inference_steps` must be the 50 of the predictor's config, but got 28"):
+    message = r"`times` must be of a run that executes 50 steps.*, but got those of 28 executed steps\..*`strength`"
+    with pytest.raises(ValueError, match=message):
         predictor.plan([[1.0]], [0.9], 1, shifted(steps=28))
     ring = predictor.make_ring(1, 2)
     ring.push(torch.ones(1, 2, SHAPE[-1]), 1.0)
-    with pytest.raises(ValueError, match="`num_inference_steps` must be the 50"):
+    with pytest.raises(ValueError, match="executes 50 steps.*got those of 49"):
         predictor(ring, 0.9, times=shifted(steps=49))
 
 
@@ -129,7 +130,9 @@ def test_only_the_stream_of_its_name_has_the_second_experts(tmp_path):
     first, second = anchors("cond"), anchors("uncond")
     assert not torch.allclose(first, second)
     torch.testing.assert_close(anchors(None), first, rtol=0, atol=0)
-    torch.testing.assert_close(anchors("main"), first, rtol=0, atol=0)
+    for other in ("main", "main-2", "main-with-prompt"):
+        with pytest.raises(ValueError, match=f"`stream` must be 'cond', 'uncond' or None.*but got '{other}'"):
+            anchors(other)
     one = loaded(tmp_path, released_lesa.state_dict())
     ring = one.make_ring(*SHAPE[:2])
     for step in range(9):
@@ -193,6 +196,7 @@ def test_gradients_reach_every_parameter_that_is_read(tmp_path):
 def test_it_begins_as_the_released_code_does():
     """The ranges of its initialisation, and the same numbers for the same seed."""
     config = PredictorConfig(SHAPE[-1], mixer="lesa")
+    assert PredictorConfig(mixer="lesa", options={"streams": 2}).stage_bounds == (0.9, 0.4)
     predictor, other = FusedKANPredictor(config), FusedKANPredictor(config)
     for each in (predictor, other):
         each.reset_parameters(torch.Generator().manual_seed(3))

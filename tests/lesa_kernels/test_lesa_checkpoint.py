@@ -175,6 +175,42 @@ BROKEN = {
         changed(f"{FIRST}.grid", lambda value: value + torch.linspace(0, 1, 12) ** 2),
         r"knots that are not uniform",
     ),
+    "one number for a whole weight": (
+        changed(f"{FIRST}.base_weight", lambda value: torch.zeros(1).expand(8, 10**7)),
+        r"0\.base_weight'\]` must have all of its elements in the file, but got 1 in the file for the shape \[8,",
+    ),
+    "one number for a latent weight": (
+        changed("latent.1.weight", lambda value: torch.zeros(1).expand(1, 10**9)),
+        r"`model\['latent\.1\.weight'\]` must have all of its elements in the file",
+    ),
+    "one row for a whole grid": (
+        changed(f"{FIRST}.grid", lambda value: value[0].clone().expand(51, -1)),
+        r"0\.grid'\]` must have all of its elements in the file, but got 12 in the file",
+    ),
+    "a sparse weight": (
+        changed(f"{FIRST}.base_weight", lambda value: value.to_sparse()),
+        r"0\.base_weight'\]` must be a dense tensor with values, but got one of layout torch.sparse_coo",
+    ),
+    "a weight without values": (
+        changed("latent.0.bias", lambda value: value.to("meta")),
+        r"bias'\]` must be a dense tensor with values, but got one of layout torch.strided on the device meta",
+    ),
+    "a grid without values": (
+        changed(f"{FIRST}.grid", lambda value: value.to("meta")),
+        r"0\.grid'\]` must be a dense tensor with values",
+    ),
+    "no hidden units": (
+        changed(f"{FIRST}.base_weight", lambda value: value[:0]),
+        r"0\.base_weight'\]` must have at least one row, and two columns .* got shape \[0, 51\]",
+    ),
+    "a run of no steps": (
+        changed(f"{FIRST}.base_weight", lambda value: value[:, :1]),
+        r"0\.base_weight'\]` must have at least one row, and two columns .* got shape \[8, 1\]",
+    ),
+    "rows of a grid that differ": (
+        changed(f"{FIRST}.grid", lambda value: torch.cat([value[:-1], value[-1:] + 1])),
+        r"knots that are not uniform, or not the same for all input features",
+    ),
     "a grid of other inputs": (
         changed(f"{FIRST}.grid", lambda value: value[:-1]),
         r"`model\['timestep\.0\.layers\.0\.grid'\]` must have shape \[51, knots\]",

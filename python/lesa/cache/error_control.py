@@ -132,7 +132,7 @@ def check_controllable(adapter: Adapter, config: PredictorConfig) -> None:
     if config.history != "anchors":
         raise usage_error(
             "`ErrorControl` needs a predictor that does not use its own forecasts as history.",
-            "Use one of the default mixer, or pass a list of steps.",
+            "Use a predictor with `history='anchors'`, or pass a list of steps.",
         )
     if len(config.schedule_errors or ()) < 2:
         raise usage_error(

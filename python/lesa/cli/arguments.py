@@ -1,6 +1,7 @@
 """Types of option values, and groups of options that several commands share. Nothing here needs torch."""
 
 import argparse
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,16 @@ def mixer(text: str) -> str:
     if text not in trained:
         raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(map(repr, trained))})")
     return text
+
+
+def option(text: str) -> tuple[str, int | float]:
+    """The name and the value of an option of a forecaster."""
+    name, sign, number = text.partition("=")
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            if name and sign:
+                return name, kind(number)
+    raise argparse.ArgumentTypeError(f"must be a name and a number such as streams=2, but got {text!r}")
 
 
 def schedule(text: str) -> int | list[int]:

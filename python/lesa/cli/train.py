@@ -3,9 +3,10 @@
 import lesa
 from lesa.cli import arguments
 
-_OF_THE_CONFIG = ("mixer", "rank", "hidden", "history_length", "stage_bounds")
+_OF_THE_CONFIG = ("mixer", "rank", "hidden", "history_length", "stage_bounds", "options")
 
 _CONFIG_OPTIONS = {name: f"--{name.replace('_', '-')}" for name in (*_OF_THE_CONFIG, "schedule")}
+_CONFIG_OPTIONS["options"] = "--option"
 OPTIONS = {
     "out_dir": "--out",
     "trajectories": "--trajectories",
@@ -30,8 +31,12 @@ def add_arguments(parser) -> None:
     parser.add_argument("--schedule", type=arguments.schedule, help=text)
     text = "number of computed steps, instead of --schedule; lesa searches for the best steps"
     parser.add_argument("--budget", type=arguments.positive, help=text)
-    text = "kind of predictor: a mixer that can be trained (default: that of `lesa.train`)"
+    text = "kind of predictor: newton, dense or lesa (default: newton)"
     parser.add_argument("--mixer", type=arguments.mixer, help=text)
+    text = "setting of the mixer, such as streams=2 for lesa; may be repeated (default: those of the mixer)"
+    parser.add_argument(
+        "--option", dest="options", action="append", type=arguments.option, metavar="NAME=VALUE", help=text
+    )
     text = "rank of the linear residual, where the mixer has one; 0 for none (default: 32)"
     parser.add_argument("--rank", type=arguments.natural, help=text)
     text = "number of spline units (default: that of the mixer)"
@@ -60,6 +65,8 @@ def run(options) -> None:
     find_stages = of_config.get("stage_bounds") == "auto"
     if find_stages:
         del of_config["stage_bounds"]
+    if options.options:
+        of_config["options"] = dict(options.options)
     config = PredictorConfig(trajectories.feature_dim, **of_config) if of_config else None
     more = {name: getattr(options, name) for name in ("epochs", "budget") if getattr(options, name) is not None}
     more |= {"controlled": True} if options.controlled else {}

@@ -20,7 +20,7 @@ from lesa.contenders.taylorseer import TaylorSeer, taylorseer_grid
 from lesa.schedule import Schedule
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error
-from lesa_kernels.forecasters import FORECASTERS
+from lesa_kernels.forecasters import FORECASTERS, SHIPPED, Forecaster
 
 __all__ = [
     "AGAINST",
@@ -53,7 +53,7 @@ __all__ = [
     "taylorseer_grid",
 ]
 
-Newton, Dense, *_NEWER = map(ours_of, FORECASTERS.values())
+Newton, Dense, *_NEWER = map(ours_of, SHIPPED)
 
 # The order is that of the report. A contender's mark there follows from its place, so new ones go to the end.
 CONTENDERS: tuple[type[Contender], ...] = (
@@ -93,9 +93,24 @@ check_contenders(CONTENDERS)
 
 
 def every_contender() -> tuple[type[Contender], ...]:
-    """`CONTENDERS`, and the predictors of forecasters that were registered later."""
-    known = {kind.name for kind in CONTENDERS}
-    return (*CONTENDERS, *(ours_of(each) for name, each in FORECASTERS.items() if name not in known))
+    """`CONTENDERS`, and the predictors of the forecasters that users registered.
+
+    Raises:
+        ValueError: one of these has the name or the title of a contender.
+    """
+    known = {kind.name for kind in CONTENDERS if issubclass(kind, Ours)}
+    return (*CONTENDERS, *(_user_kind(each) for name, each in FORECASTERS.items() if name not in known))
+
+
+def _user_kind(forecaster: Forecaster) -> type[Ours]:
+    """The contender that predictors of a registered forecaster are; raises `ValueError` if it is not one of its own."""
+    for kind in CONTENDERS:
+        for text in ("name", "title"):
+            if getattr(kind, text) == getattr(forecaster, text):
+                must, remedy = f"differ from that of the contender {kind.__name__}", "Change it, and register it again."
+                name = f"{type(forecaster).__qualname__}.{text}"
+                raise argument_error(name, must, getattr(forecaster, text), remedy)
+    return ours_of(forecaster)
 
 
 def kind_of(name: str) -> type[Contender] | None:
@@ -149,10 +164,8 @@ def ours_with(predictor: FusedKANPredictor, schedule: Schedule | ErrorControl | 
     """The contender for a predictor and a schedule, None for the trained one.
 
     Raises:
-        ValueError: the name of the predictor's mixer is that of another contender.
+        ValueError: a registered forecaster has the name or the title of another contender.
     """
-    kind, mixer = kind_of(predictor.config.mixer), predictor.config.mixer
-    if kind is None or not issubclass(kind, Ours):
-        remedy = "Give the forecaster another name."
-        raise argument_error("predictor.config.mixer", "not be the name of another contender", mixer, remedy)
+    mixer = predictor.config.mixer
+    kind = next(kind for kind in every_contender() if issubclass(kind, Ours) and kind.name == mixer)
     return kind(predictor, schedule)

@@ -74,7 +74,7 @@ def find_schedule(
 def check_searchable(config: PredictorConfig | None) -> None:
     """Raises `ValueError` if no schedule can be searched for such a predictor."""
     if config is not None and check_config(config).history != "anchors":
-        remedy = "Use the default mixer."
+        remedy = "Use a predictor with `history='anchors'`."
         raise argument_error("config.history", "be 'anchors' for a schedule to be searched", config.history, remedy)
 
 
@@ -155,7 +155,7 @@ def search_schedule(
             "predictor",
             "forecast from computed steps only",
             predictor.config.history,
-            "Use one of the default mixer, or set the schedule by hand.",
+            "Use a predictor with `history='anchors'`, or set the schedule by hand.",
         )
     total = trajectories.num_inference_steps
     count = check_int("num_computed", num_computed, minimum=2, maximum=total - 1)

@@ -157,12 +157,12 @@ def _check_choices(
 ) -> None:
     """Raises `ValueError` if arguments of `train` contradict each other."""
     if budget is not None and config.history != "anchors":
-        remedy = "Use the default mixer, or pass a `schedule`."
+        remedy = "Use a predictor with `history='anchors'`, or pass a `schedule`."
         raise usage_error("`budget` needs a predictor whose history holds computed features only.", remedy)
     if budget is not None and schedule is not None:
         raise usage_error("`schedule` and `budget` cannot both be given.", "Pass one of the two.")
     if controlled and config.history != "anchors":
-        remedy = "Train one of the default mixer."
+        remedy = "Use a predictor with `history='anchors'`."
         must = "be left out for a predictor that uses its own forecasts as history"
         raise argument_error("controlled", must, controlled, remedy)
 

@@ -81,6 +81,8 @@ class Training:
         device: torch.device | str = "cpu",
         bar: str | None = None,
     ):
+        if config.forecaster.reads_stream:
+            config.forecaster.check_streams(config, set(trajectories.streams))
         self.trajectories, self.config, self.settings = trajectories, config, settings
         self.numbers = numbers or split(trajectories, settings.validation_fraction, settings.seed)
         self.out_dir = None if out_dir is None else Path(out_dir)
