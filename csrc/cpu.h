@@ -10,10 +10,6 @@
 #include <mutex>
 #include <thread>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "elements.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -46,19 +42,10 @@ class Helpers {
   static Helpers& get() {
 #ifdef LESA_POSIX
     // A forked process has none of the threads, and another thread may have held the mutexes at the fork.
-    static const int at_fork = pthread_atfork(nullptr, nullptr, [] {
-      instance() = new Helpers;
-      is_forked() = true;
-    });
+    static const int at_fork = pthread_atfork(nullptr, nullptr, [] { instance() = new Helpers; });
     static_cast<void>(at_fork);
 #endif
     return *instance();
-  }
-
-  // Whether this process was forked after the first call of `get`.
-  static bool& is_forked() {
-    static bool forked = false;
-    return forked;
   }
 
   // Runs `work` in this thread and in up to `count` others. `work` takes its items from a common store, so a thread
@@ -162,35 +149,6 @@ void parallel_chunks(int64_t total, int64_t chunk, int64_t threads, const Body& 
   };
   const int64_t chunks = (total + chunk - 1) / chunk;
   Helpers::get().run(std::min(threads, chunks) - 1, work);
-}
-
-// Calls body(begin, end) with an equal part of [0, total) on each of `threads` threads. For copies: with OpenMP, these
-// are PyTorch's own threads. After each of its operations they wait for the next one without sleeping, and would take
-// the cores from other threads. They also get the parts that PyTorch's operations give them, which are in their caches.
-template <class Body>
-void parallel_parts(int64_t total, int64_t threads, const Body& body) {
-  const int64_t part = (total + threads - 1) / threads;
-  if (threads == 1) return body(0, total);
-  Helpers::get();
-  // In a forked process, OpenMP waits for threads that do not exist.
-  if (Helpers::is_forked()) return parallel_chunks(total, part, threads, body);
-#ifdef _OPENMP
-  std::exception_ptr failure;
-#pragma omp parallel num_threads(static_cast<int>(threads))
-  {
-    try {
-      for (int64_t i = omp_get_thread_num(); i * part < total; i += omp_get_num_threads()) {
-        body(i * part, std::min((i + 1) * part, total));
-      }
-    } catch (...) {
-#pragma omp critical
-      failure = std::current_exception();
-    }
-  }
-  if (failure) std::rethrow_exception(failure);
-#else
-  parallel_chunks(total, part, threads, body);
-#endif
 }
 
 }  // namespace lesa

@@ -17,7 +17,8 @@
 namespace lesa {
 namespace {
 
-constexpr int64_t kOneThreadBytes = int64_t{1} << 20;  // fewer than these are for one thread
+constexpr int64_t kThreadBytes = int64_t{1} << 20;  // bytes of a push for each further thread
+constexpr int64_t kChunkBytes = int64_t{1} << 18;   // what a thread takes at a time
 
 // Copies `n` elements from `source`, `stride` apart, to contiguous `target`.
 
@@ -203,12 +204,13 @@ DequantiseToken dequantiser() {
   return dequantise_token;
 }
 
-// Calls body(begin, end) for ranges of `total` items of `item_bytes` each, on as many threads as pay: on one or on all,
-// since OpenMP ends threads that a call leaves out.
+// Calls body(begin, end) for ranges of `total` items of `item_bytes` each, on as many threads as pay.
 template <class Body>
 void in_parallel(int64_t total, int64_t item_bytes, int64_t most_threads, const Body& body) {
   if (total == 0) return;
-  parallel_parts(total, total * item_bytes < kOneThreadBytes ? 1 : most_threads, body);
+  const int64_t threads = std::min<int64_t>(most_threads, 1 + total * item_bytes / kThreadBytes);
+  const int64_t chunk = threads == 1 ? total : std::max<int64_t>(1, kChunkBytes / item_bytes);
+  parallel_chunks(total, chunk, threads, body);
 }
 
 // In the dtype of a gather from storage of `dtype`.

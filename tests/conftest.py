@@ -113,6 +113,17 @@ def no_backend_override(monkeypatch):
     monkeypatch.delenv("LESA_TUNED", raising=False)
 
 
+@pytest.fixture(scope="session")
+def triton_cache(tmp_path_factory):
+    """Where processes that compile Triton's kernels keep them: new in each run, and shared by all of its workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # its own folder is in that of the run
+        folder = folder.parent
+    folder = folder / "triton_cache"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture
 def without_interpreter(monkeypatch):
     """As in a process that was not started with TRITON_INTERPRET: Triton takes no CPU tensors."""

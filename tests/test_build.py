@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import hasty_compiler
 import lesa_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,9 +111,11 @@ def path_without_nvcc(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def hasty_compiler(tmp_path_factory):
-    """A C++ compiler that never optimises, for builds whose speed is not looked at."""
-    path = path_with(tmp_path_factory.mktemp("hasty"), "c++", f'exec {shutil.which("c++")} "$@" -O0')
+def hasty_cxx(tmp_path_factory):
+    """A C++ compiler that never optimises and compiles the same text once, for builds whose speed is not looked at."""
+    folder = tmp_path_factory.mktemp("hasty")
+    words = [sys.executable, "-I", "-S", hasty_compiler.__file__, shutil.which("c++"), folder]
+    path = path_with(folder, "c++", f'exec {shlex.join(map(str, words))} "$@"')
     return shutil.which("c++", path=path)
 
 
@@ -132,11 +136,11 @@ def sdist(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wheel(sdist, path_without_nvcc, hasty_compiler, tmp_path_factory):
+def wheel(sdist, path_without_nvcc, hasty_cxx, tmp_path_factory):
     """What the build of a wheel without nvcc and network said, and the wheel unpacked."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", ".", "-v", *NO_NETWORK, "-w", folder]
-    made = run(pip, sdist, path_without_nvcc, LESA_CUDA="", MAX_JOBS="2", CXX=hasty_compiler)
+    made = run(pip, sdist, path_without_nvcc, LESA_CUDA="", MAX_JOBS="2", CXX=hasty_cxx)
     assert made.returncode == 0, made.stdout
     (archive,) = folder.glob("*.whl")
     with zipfile.ZipFile(archive) as file:
@@ -288,14 +292,14 @@ def test_the_wheel_works_where_nothing_else_is_installed(wheel, tmp_path):
 
 @pytest.mark.slow
 def test_an_editable_install_without_network_is_imported_from_the_checkout(
-    sdist, path_without_nvcc, hasty_compiler, tmp_path
+    sdist, path_without_nvcc, hasty_cxx, tmp_path
 ):
     checkout = shutil.copytree(sdist, tmp_path / "check out")
     python = bare_python(tmp_path)
     here = os.pathsep.join(folder for folder in sys.path if folder.endswith("-packages"))
     pip = [python, "-m", "pip", "install", "--ignore-installed", *NO_NETWORK, "-e", "."]
     path = os.pathsep.join([path_without_nvcc, SCRIPTS])
-    installed = run(pip, checkout, path, PYTHONPATH=here, CXX=hasty_compiler)
+    installed = run(pip, checkout, path, PYTHONPATH=here, CXX=hasty_cxx)
     assert installed.returncode == 0, installed.stdout
     program = "import lesa_kernels.extension as it; print(it.__file__, it.extension().__file__, sep='\\n')"
     said = run([python, "-c", program], tmp_path, PYTHONPATH="")
@@ -360,7 +364,7 @@ def test_an_old_compiler_is_an_error_with_the_remedy(tmp_path):
 
 @pytest.mark.parametrize("which", [min, max], ids=["oldest", "newest"])
 @pytest.mark.slow
-def test_another_python_has_its_own_build(tmp_path, hasty_compiler, which):
+def test_another_python_has_its_own_build(tmp_path, hasty_cxx, which):
     pythons = other_pythons()
     if not pythons:
         pytest.skip("needs a second CPython, 3.10 or newer, with its headers")
@@ -370,7 +374,7 @@ def test_another_python_has_its_own_build(tmp_path, hasty_compiler, which):
     package = shutil.copytree(ROOT / "lesa_kernels", tmp_path / "lesa_kernels", ignore=NOT_SOURCES)
     definitions = [f"-DPython_EXECUTABLE={python}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={package}"]
     definitions += ["-DLESA_CUDA=0", f"-DLESA_VERSION={lesa_kernels.__version__}"]
-    status, said = configure(tmp_path, *definitions, CXX=hasty_compiler)
+    status, said = configure(tmp_path, *definitions, CXX=hasty_cxx)
     assert status == 0, said
     built = run([find("cmake"), "--build", tmp_path / "build"], tmp_path)
     assert built.returncode == 0, built.stdout
@@ -383,12 +387,50 @@ def test_another_python_has_its_own_build(tmp_path, hasty_compiler, which):
     assert result.stdout.strip() == f"{lesa_kernels.__version__} {PUSHED}"
 
 
+def known_to_nvcc():
+    said = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    return said.split()
+
+
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory):
+    """What CMake says with CUDAARCHS, and `again(up_to_90)`: what it says later without it, in the same folder.
+
+    There CMake has tried its compilers already, which takes seconds. With `up_to_90`, nvcc knows no newer GPUs.
+    """
+    nvcc, folder = shutil.which("nvcc"), tmp_path_factory.mktemp("configured")
+    up_to_90 = f'[ "$1" = --list-gpu-code ] && [ -n "$UP_TO_90" ] && {nvcc} "$@" | grep -x "sm_[0-9][0-9]" && exit'
+    path = path_with(folder, "nvcc", up_to_90, f'exec {nvcc} "$@"')
+
+    def again(up_to_90, **variables):
+        status, said = configure(folder, "-DLESA_CUDA=1", path=path, UP_TO_90="1" if up_to_90 else "", **variables)
+        assert status == 0, said
+        return said
+
+    return again(False, CUDAARCHS="80;90"), again
+
+
 @needs_nvcc
 @pytest.mark.slow
-def test_cudaarchs_is_respected(tmp_path):
-    status, said = configure(tmp_path, "-DLESA_CUDA=1", CUDAARCHS="80;90")
-    assert status == 0, said
+def test_cudaarchs_is_respected(configured):
+    said, _ = configured
     assert "for the architectures 80;90." in said
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_the_default_architectures_are_those_of_this_nvcc(configured):
+    if not {"sm_110", "sm_120"} <= set(known_to_nvcc()):
+        pytest.skip("needs an nvcc that knows sm_110 and sm_120")
+    said = configured[1](up_to_90=False)
+    assert "for the architectures 80-real;86-real;89-real;90-real;100-real;110-real;120-real;120-virtual." in said
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_the_default_architectures_are_what_an_older_nvcc_knows(configured):
+    said = configured[1](up_to_90=True)
+    assert "for the architectures 80-real;86-real;89-real;90-real;90-virtual." in said
 
 
 @needs_nvcc
@@ -404,39 +446,13 @@ def test_an_old_nvcc_is_not_used(tmp_path):
     assert "asks for a build with CUDA, but nvcc 11.4" in said and "Install the CUDA toolkit, 12.0 or newer" in said
 
 
-def known_to_nvcc():
-    said = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    return said.split()
-
-
-@needs_nvcc
-@pytest.mark.slow
-def test_the_default_architectures_are_those_of_this_nvcc(tmp_path):
-    if not {"sm_110", "sm_120"} <= set(known_to_nvcc()):
-        pytest.skip("needs an nvcc that knows sm_110 and sm_120")
-    status, said = configure(tmp_path, "-DLESA_CUDA=1")
-    assert status == 0, said
-    assert "for the architectures 80-real;86-real;89-real;90-real;100-real;110-real;120-real;120-virtual." in said
-
-
-@needs_nvcc
-@pytest.mark.slow
-def test_the_default_architectures_are_what_an_older_nvcc_knows(tmp_path):
-    nvcc = shutil.which("nvcc")
-    up_to_90 = f'[ "$1" = --list-gpu-code ] && {nvcc} "$@" | grep -x "sm_[0-9][0-9]" && exit'
-    path = path_with(tmp_path, "nvcc", up_to_90, f'exec {nvcc} "$@"')
-    status, said = configure(tmp_path, "-DLESA_CUDA=1", path=path)
-    assert status == 0, said
-    assert "for the architectures 80-real;86-real;89-real;90-real;90-virtual." in said
-
-
 @pytest.fixture(scope="module")
-def cuda_build(sdist, hasty_compiler, tmp_path_factory):
+def cuda_build(sdist, hasty_cxx, tmp_path_factory):
     """The architectures that were built, and the folder with the extension for them."""
     architectures = [80, 90, 100] if "sm_100" in known_to_nvcc() else [80, 90]
     asked = ";".join([*(f"{older}-real" for older in architectures[:-1]), str(architectures[-1])])
     out = tmp_path_factory.mktemp("cuda")
-    variables = {"LESA_CUDA": "1", "LESA_CUDA_ARCHS": asked, "CUDAARCHS": "75", "CXX": hasty_compiler}
+    variables = {"LESA_CUDA": "1", "LESA_CUDA_ARCHS": asked, "CUDAARCHS": "75", "CXX": hasty_cxx}
     result = build(sdist, os.environ["PATH"], out, **variables)
     assert result.returncode == 0, result.stdout
     return architectures, out

@@ -258,13 +258,13 @@ def test_scratch_memory_fits_into_32_mib():
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory):
-    """What the model says of the code as it is."""
+def figures(tmp_path_factory, triton_cache):
+    """What the model says of the code as it is. Most of its kernels are those of `test_ahead_of_time.py`."""
     pytest.importorskip("triton", reason="there is nothing to compile with")
     file = tmp_path_factory.mktemp("static_model") / "figures.json"
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "LESA_TUNED")}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    environment["TRITON_CACHE_DIR"] = str(file.parent / "cache")
+    environment["TRITON_CACHE_DIR"] = str(triton_cache)
     command = [sys.executable, ROOT / "benchmarks" / "static_model.py", "--json", file]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr

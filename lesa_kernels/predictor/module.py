@@ -416,7 +416,9 @@ class FusedKANPredictor(nn.Module):
                     f"{CONFIG_NAME} and {WEIGHTS_NAME} are from different predictors: save or download both again.",
                 )
         for name, value in weights.items():
-            check_tensor(f"{WEIGHTS_NAME}: {name}", value, dtypes=FLOAT_DTYPES)
+            kept = expected[name].dtype
+            dtypes = FLOAT_DTYPES if kept.is_floating_point else (kept,)
+            check_tensor(f"{WEIGHTS_NAME}: {name}", value, dtypes=dtypes)
         predictor.load_state_dict(weights, assign=True)
         return predictor
 

@@ -370,8 +370,18 @@ def name_of(f):
     return f.__name__ if hasattr(f, "__name__") else "accelerator_keeping_its_wrapper"
 
 
-@pytest.mark.parametrize("wrap", PRECISION, ids=name_of)
-@pytest.mark.parametrize("order", ["wrap, enable", "enable, wrap", "wrap, enable, unwrap", "enable, wrap, unwrap"])
+ORDERS = ["wrap, enable", "enable, wrap", "wrap, enable, unwrap", "enable, wrap, unwrap"]
+
+
+@pytest.mark.parametrize(
+    "family, wrap, order",
+    [
+        # Each wrapper in each order, and each of both with each family: the three together have no code of their own.
+        pytest.param([*FAMILIES][(w + o) % len(FAMILIES)], wrap, order, id=f"{name_of(wrap)}-{order}")
+        for w, wrap in enumerate(PRECISION)
+        for o, order in enumerate(ORDERS)
+    ],
+)
 @slow
 def test_precision_wrappers(pipe, generate, wrap, order):
     t = pipe.transformer

@@ -219,7 +219,7 @@ OPERATIONS = {
     "save_pretrained": (saved, MODES),
     "rings": (rings, MODES),
     "train": (train(), MODES),
-    "train dense": (train(DENSE), MODES),
+    "train dense": (train(DENSE), FEW),
     "train controlled": (train(controlled=True), FEW),
     "train with a budget": (train(schedule=None, budget=4, epochs=1), FEW),
     "train with stages": (train(find_stages=True, epochs=1), FEW),

@@ -87,8 +87,8 @@ def whole(recording, tmp_path_factory):
     return files(folder), {place: len(counted) for place, counted in counts.items()}
 
 
-def points(total, count=5):
-    """A few of the numbers from 1 to `total`, with both ends."""
+def points(total, count=3):
+    """A few of the numbers from 1 to `total`, with both ends. The search that is stopped again and again has others."""
     return sorted({1 + round(n * (total - 1) / (count - 1)) for n in range(count)})
 
 

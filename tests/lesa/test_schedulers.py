@@ -210,6 +210,24 @@ def table():
 EXPECTED = table()
 
 
+def is_tried(scheduler, case):
+    """Whether the combination says more than others do.
+
+    A pipeline that refuses a scheduler with options as it does without them refuses it before the cache is asked. And
+    the options of the family's own scheduler only change its noise levels: each is tried in half of the pipelines.
+    """
+    kind, *options = scheduler.split()
+    if not options or case not in CASES or (scheduler, case) in FAST:
+        return True
+    expected = EXPECTED[scheduler, case]
+    if expected in REFUSALS:
+        return expected != EXPECTED.get((kind, case))
+    return kind != "FlowMatchEulerDiscrete" or (SCHEDULERS.index(scheduler) + CASES.index(case)) % 2 == 0
+
+
+SCHEDULERS = list(dict.fromkeys(scheduler for scheduler, _ in EXPECTED))
+
+
 def class_of(scheduler):
     return scheduler.split()[0] + "Scheduler"
 
@@ -269,7 +287,7 @@ def attempt(pipe, case):
 
 @pytest.mark.parametrize(
     "scheduler, case",
-    [pytest.param(*pair, marks=[] if pair in FAST else [pytest.mark.slow]) for pair in EXPECTED],
+    [pytest.param(*pair, marks=[] if pair in FAST else [pytest.mark.slow]) for pair in EXPECTED if is_tried(*pair)],
 )
 def test_a_scheduler_is_exact_or_refused_by_the_pipeline(pipe, scheduler, case):
     kind = getattr(diffusers, class_of(scheduler), None)

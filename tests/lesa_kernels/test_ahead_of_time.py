@@ -19,12 +19,12 @@ TENSOR_CORES = {80: "mma", 86: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05", 12
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """Id -> what `compile_unit` returned. A cache of its own: nothing may be taken from an earlier run."""
+def report(tmp_path_factory, triton_cache):
+    """Id -> what `compile_unit` returned. Nothing may be taken from an earlier run, so the cache is this one's."""
     folder = tmp_path_factory.mktemp("ahead_of_time")
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "LESA_TUNED")}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    environment["TRITON_CACHE_DIR"] = str(triton_cache)
     command = [sys.executable, ahead_of_time.__file__, "--out", folder / "report.json"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert (folder / "report.json").is_file(), result.stdout + result.stderr

@@ -1,7 +1,4 @@
 import itertools
-import os
-import subprocess
-import sys
 import warnings
 from types import SimpleNamespace
 
@@ -116,29 +113,6 @@ def test_threads_cover_large_features(source, target):
         assert_same_after_push(both_rings(*sizes, dtype=target), torch.randn(2, 2101, 1010).to(source)[..., :1003], 0.5)
     finally:
         torch.set_num_threads(threads)
-
-
-FORKED = """
-import os, torch
-from lesa_kernels import FeatureRing
-torch.set_num_threads(2)
-features, more = torch.randn(2, 1, 1024, 1024)
-ring = FeatureRing(2, 1, 1024, 1024, backend="extension")
-ring.push(features, 0.5)
-child = os.fork()
-if child == 0:
-    ring.push(more, 0.25)
-    os._exit(ring.storage[1].numpy().tobytes() != more.numpy().tobytes())
-raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-@pytest.mark.slow
-@needs_extension
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_forked_process_pushes_too():
-    # The threads of OpenMP do not exist there, and its next parallel region would wait for them.
-    subprocess.run([sys.executable, "-c", FORKED], timeout=60, check=True)
 
 
 @backends

@@ -246,10 +246,14 @@ def test_ranks_and_outputs(rank, outputs, kernel_device, divided):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("splits, groups", [(1, 1), (1, 2), (2, 3), (4, 1), (8, 2)])
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(
+    "splits, groups, rank", [(1, 1, 3), (1, 2, 3), (2, 3, 3), (4, 1, 3), (8, 2, 3), (1, 2, 0), (8, 2, 0)]
+)
 def test_every_way_to_divide_the_work(splits, groups, rank, kernel_device, divided):
-    """Several groups, several tiles in a program, and up to eight parts that meet."""
+    """Several groups, several tiles in a program, and up to eight parts that meet.
+
+    The ways divide the work alike for each rank, so without one there are two of them: one part, and eight that meet.
+    """
     divided(splits, groups)
     case = Case(kernel_device, batch=2, tokens=70, width=150, rank=rank, counts=[4, 3])
     check_velocity(case)
