@@ -7,6 +7,7 @@ kernels, cache, training, search and evaluation know no forecaster by name. They
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -284,7 +285,8 @@ class Forecaster(ABC):
 
     def weights_in(self, predictor: "FusedKANPredictor", steps: Steps, dtype: torch.dtype) -> Weights:
         """`weights`, made outside of autocast, in `dtype`. What counts something stays int32."""
-        with torch.autocast(steps.sigma.device.type, enabled=False):
+        kind = steps.sigma.device.type
+        with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):  # which meta does not know
             made = self.weights(predictor, steps)
         parts: list[Any] = [None if part is None else _in_dtype(part, dtype) for part in made]
         return Weights(*parts)

@@ -211,6 +211,7 @@ class FusedKANPredictor(nn.Module):
         times: Sequence[float] | None = None,
         device: torch.device | str | None = None,
         stream: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> list[Weights]:
         """The weights of the forecasts of several steps of a run, for `forecast_with` and `velocity_with`.
 
@@ -225,6 +226,7 @@ class FusedKANPredictor(nn.Module):
             times: the noise levels of the whole run, as in `forward`.
             device: where the weights are needed. Default: where the parameters are, else the CPU.
             stream: as in `forward`.
+            dtype: of the weights. Kernels take float32 only. Default: float64 if the parameters are, else float32.
 
         Returns:
             One `Weights` for each step. The host does not wait for the device.
@@ -262,8 +264,9 @@ class FusedKANPredictor(nn.Module):
             all_times,
             stream,
         )
-        own = torch.float32 if parameter is None else parameter.dtype
-        weights = forecaster.weights_in(self, steps, torch.promote_types(own, torch.float32))
+        if dtype is None:
+            dtype = torch.float32 if parameter is None else torch.promote_types(parameter.dtype, torch.float32)
+        weights = forecaster.weights_in(self, steps, dtype)
         if parameter is None:
             return by_step(weights, batch, torch.device("cpu" if device is None else device))
         return unbound(weights, batch)

@@ -185,6 +185,18 @@ def test_a_rising_noise_level_begins_a_new_history(fresh_pipe, monkeypatch, with
             torch.testing.assert_close(torch.tensor(made[sigma]), torch.tensor(weights), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mixer", ["l2p", "newton"])
+def test_parameters_in_float64_make_weights_that_kernels_take(mixer):
+    predictor = FusedKANPredictor(PredictorConfig(4, mixer))
+    if mixer == "newton":
+        predictor.double()
+    planner = Planner(predictor, predictor.make_ring(2, 3))
+    planner.push(1.0)
+    with torch.no_grad():
+        plan = planner.plan(1, [1.0, 0.5, 0.25], {0})
+    assert [weights.anchors.dtype for weights in plan.weights.values()] == [torch.float32] * 2
+
+
 def test_after_a_forecast_that_is_not_finite_nothing_is_planned(pipe, plans):
     with lesa.enable_cache(pipe, make_predictor(below=0.45), SOME), pytest.warns(RuntimeWarning, match="not finite"):
         drive(pipe, lambda step: [("it", FIRST)])

@@ -488,16 +488,15 @@ def test_the_plan_of_trained_parameters_has_the_dtype_of_a_forecast(monkeypatch,
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "wanted"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
 def test_the_plan_of_converted_parameters(monkeypatch, dtype, wanted):
+    def weights(self, predictor, steps):
+        return Weights(predictor.gain.expand(*steps.sigma.shape, 1), steps.count, None, None, None)
+
     monkeypatch.setitem(FORECASTERS, "trained-line", Trained())
-    monkeypatch.setattr(
-        Trained,
-        "weights",
-        lambda self, predictor, steps: Weights(
-            predictor.gain.expand(*steps.sigma.shape, 1), steps.count, None, None, None
-        ),
-    )
-    predictor = FusedKANPredictor(PredictorConfig(None, "trained-line")).to(dtype)
-    assert predictor.plan([LEVELS], [0.33], 2)[0].anchors.dtype == wanted
+    monkeypatch.setattr(Trained, "weights", weights)
+    for mixer in ("trained-line", "l2p"):
+        predictor = FusedKANPredictor(PredictorConfig(None, mixer)).to(dtype)
+        assert predictor.plan([LEVELS], [0.33], 2)[0].anchors.dtype == wanted
+        assert predictor.plan([LEVELS], [0.33], 2, dtype=torch.float32)[0].anchors.dtype == torch.float32
 
 
 @torch.no_grad()

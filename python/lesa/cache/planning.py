@@ -99,6 +99,8 @@ class Planner:
     def _more(self, sigmas: Sequence[float], step: int) -> dict[str, Any]:
         """What some forecasters need in addition. Others do not get it: a subclass may replace `plan`."""
         more = self.predictor.extra(times_at(sigmas, step), self._stream)
+        if any(parameter.dtype == torch.float64 for parameter in self.predictor.parameters()):
+            more["dtype"] = torch.float32  # in which the features of every ring are added up
         if self.predictor.device is None:
             more["device"] = self._device
         return more
