@@ -190,7 +190,7 @@ class FusedKANPredictor(nn.Module):
     def fuses_velocity(self, ring: FeatureRing | TieredRing, head: OutputHead | None = None) -> bool:
         """Whether `velocity_with` from this ring does not write the forecast to memory.
 
-        On Triton the answer is that for `predict_velocity` too.
+        On Triton, this also holds for `predict_velocity`. On a CPU, `predict_velocity` always writes the forecast.
 
         Args:
             ring: as in `forward`.
