@@ -45,7 +45,7 @@ class MLPPredictor(FusedKANPredictor):
         super().__init__(config, "torch")
         self.spline = nn.Parameter(self.spline.new_zeros(config.num_stages, config.hidden, 0))
 
-    def forecast(self, *state, times=None):
+    def forecast(self, *state):
         newton = self.config.mixer == "newton"
         predict = reference.newton_predict_ref if newton else reference.dense_predict_ref
         with patch.object(reference, "kan_hidden", _silu_units):

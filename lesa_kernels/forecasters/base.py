@@ -7,7 +7,8 @@ kernels, cache, training, search and evaluation know no forecaster by name. They
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Set
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
@@ -17,7 +18,7 @@ from lesa_kernels.stages import of_stage, stage_index
 from lesa_kernels.stream.arguments import NO_RESIDUAL, LowRank, OutputHead, StoredFeatures, Weights
 from lesa_kernels.stream.extension import has_fused_head
 from lesa_kernels.stream.fused import stream_backend, stream_velocity_is_fused
-from lesa_kernels.stream.op import stream_forecast, stream_velocity
+from lesa_kernels.stream.op import output_head, stream_forecast, stream_velocity
 from lesa_kernels.stream.reference import compute_dtype
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class Steps(NamedTuple):
         count: `[P, B]` int32, how many features the history has.
         sigma: `[P, B]`, the noise levels to forecast.
         times: `[S + 1]`, the falling noise levels of all steps of the run, and 0 at the end. Empty for a forecaster
-            whose `reads_times` is False.
+            whose `reads_times` is False. Where the level rises in a run, a new history begins: then they are those of
+            the part of the run over which it falls.
         stream: the name of the stream of calls that they belong to, such as "cond"; None if it is not known, or not
             read.
     """
@@ -111,7 +113,6 @@ class Forecaster(ABC):
         plans: whether its forecasts are `weights`, which can be made for all steps of a run at once.
         can_find_stages: whether `lesa.find_stages` can find its noise stages.
         learning_rate, head_aware: the defaults of `lesa.train`.
-        format_version: of the configuration of such a predictor. 1 is only for those that the first releases know.
         guided_part: by default, `lesa.train` has one guided epoch for so many epochs in closed loop. None: all epochs
             are guided, on the steps that the schedule predicts, and `lesa.refine` closes the loop.
     """
@@ -134,7 +135,6 @@ class Forecaster(ABC):
     can_find_stages: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 3e-3
     head_aware: ClassVar[bool] = True
-    format_version: ClassVar[int] = 2
     guided_part: ClassVar[int | None] = 6
 
     def __init_subclass__(cls, **options) -> None:
@@ -221,6 +221,8 @@ class Forecaster(ABC):
         stream: str | None = None,
     ) -> torch.Tensor:
         """The forecast of one step, and the output head applied to it: `[B, T, O]`."""
+        if not self.plans:
+            return output_head(predictor.forecast(*state, **predictor.extra(times, stream)), head)
         weights = self.step_weights(predictor, state, times, stream)
         low_rank = self.low_rank(predictor, state.storage.dtype)
         return stream_velocity(_stored(state), weights, head, low_rank, backend=predictor.backend)
@@ -286,15 +288,21 @@ class Forecaster(ABC):
         levels = state.sigmas.gather(0, slots.long()).T[None]
         if times is None:
             times = default_times(predictor.config, state.device) if self.reads_times else levels.new_empty(0)
-        with torch.autocast(state.device.type, enabled=False):
-            made = self.weights(predictor, Steps(levels, state.count[None], state.sigma[None], times, stream))
-        dtype = compute_dtype(state.storage)
-        anchors, count, *rest = made
-        others = [None if part is None else _in_dtype(part[0], dtype) for part in rest]
-        return Weights(anchors[0].to(dtype), count[0], *others)
+        steps = Steps(levels, state.count[None], state.sigma[None], times, stream)
+        made = self.weights_in(predictor, steps, compute_dtype(state.storage))
+        parts: list[Any] = [None if part is None else part[0] for part in made]
+        return Weights(*parts)
+
+    def weights_in(self, predictor: "FusedKANPredictor", steps: Steps, dtype: torch.dtype) -> Weights:
+        """`weights`, made outside of autocast, in `dtype`. What counts something stays int32."""
+        kind = steps.sigma.device.type
+        with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):  # which meta does not know
+            made = self.weights(predictor, steps)
+        parts: list[Any] = [None if part is None else _in_dtype(part, dtype) for part in made]
+        return Weights(*parts)
 
 
-def default_times(config: "PredictorConfig", device: torch.device) -> torch.Tensor:
+def default_times(config: "PredictorConfig", device: torch.device | str) -> torch.Tensor:
     """The times of a run that nobody describes: from 1 to 0 in equal steps."""
     steps = config.num_inference_steps or USUAL_STEPS
     return torch.linspace(1, 0, steps + 1, dtype=torch.float32, device=device)

@@ -10,8 +10,7 @@ from lesa_kernels.forecasters.base import Forecaster, Steps
 from lesa_kernels.forecasters.units import build_units, parameter, reset_units
 from lesa_kernels.predictor.arguments import DenseExperts, RingState
 from lesa_kernels.predictor.ops.dense import run_dense_predict
-from lesa_kernels.stream.arguments import OutputHead, Weights
-from lesa_kernels.stream.op import output_head
+from lesa_kernels.stream.arguments import Weights
 
 if TYPE_CHECKING:
     from lesa_kernels.predictor.config import PredictorConfig
@@ -31,7 +30,6 @@ class Dense(Forecaster):
     label = "dense"
     history = "steps"
     stage_bounds = (0.67, 0.33)
-    format_version = 1
     knows_width = True
     hidden = 256
     is_trained = True
@@ -77,16 +75,6 @@ class Dense(Forecaster):
         stream: str | None = None,
     ) -> torch.Tensor:
         return run_dense_predict(state, self.experts(predictor), predictor.shape(), predictor.backend)
-
-    def velocity(
-        self,
-        predictor: "FusedKANPredictor",
-        state: RingState,
-        head: OutputHead,
-        times: torch.Tensor | None = None,
-        stream: str | None = None,
-    ) -> torch.Tensor:
-        return output_head(predictor.forecast(*state), head)
 
     def work(
         self,

@@ -25,7 +25,6 @@ class Newton(Forecaster):
     name = "newton"
     title = "newton"
     stage_bounds = (0.67, 0.33)
-    format_version = 1
     knows_width = True
     hidden = 64
     has_residual = True

@@ -5,6 +5,9 @@ the operators from the fields and their types, and is the only place where the t
 """
 
 import functools
+import math
+import numbers
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -314,6 +317,31 @@ def has_kernels(ring: RingState, experts: Experts, shape: Shape) -> bool:
         and (storage.stride(3) == 1 or storage.shape[3] == 1)
         and not needs_gradient(ring.sigmas, ring.sigma)
     )
+
+
+def check_times(times: Sequence[float] | torch.Tensor) -> Sequence[float] | torch.Tensor:
+    """Returns the times of a run; raises `ValueError` or `TypeError` unless they are as `FusedKANPredictor` says.
+
+    Of a tensor on a GPU, or while a graph is compiled, the shape is checked and the values are not read.
+    """
+    must = "be at least 2 finite noise levels in one dimension, which fall and never rise"
+    remedy = "Pass the noise levels of all steps of the run, and 0 at the end."
+    if not isinstance(times, (torch.Tensor, Sequence)) or isinstance(times, str):
+        raise argument_error("times", must, times, remedy, TypeError)
+    values = times
+    if isinstance(times, torch.Tensor):
+        if times.ndim != 1 or len(times) < 2 or not times.is_floating_point():
+            raise argument_error("times", must, times, remedy)
+        if times.device.type != "cpu" or torch.compiler.is_compiling():
+            return times
+        values = times.tolist()
+    if not all(isinstance(value, numbers.Real) for value in values):
+        raise argument_error("times", must, times, remedy, TypeError)
+    are_finite = all(math.isfinite(value) for value in values)
+    rises = any(before < after for before, after in zip(values, values[1:]))
+    if len(values) < 2 or not are_finite or rises or values[0] == values[-1]:
+        raise argument_error("times", must, Said(f"{list(values)}"), remedy)
+    return times
 
 
 _Tensors = TypeVar("_Tensors", RingState, NewtonExperts, DenseExperts)

@@ -6,10 +6,12 @@ from typing import Any, cast
 
 from lesa_kernels.checks import argument_error, check_choice, check_float, check_int, usage_error
 from lesa_kernels.forecasters.base import Forecaster
-from lesa_kernels.forecasters.registry import FORECASTERS, forecaster_of
+from lesa_kernels.forecasters.registry import forecaster_of
 
 FORMAT_VERSIONS = (1, 2)
 """Version 2 may have `options`, and no width. Version 1 is what earlier releases know; what they can read has it."""
+_OF_VERSION_1 = ("newton", "dense")
+"""The mixers that the first releases know."""
 
 
 class Options(dict[str, int | float]):
@@ -61,7 +63,8 @@ class PredictorConfig:
         schedule_sigmas: the noise levels of those steps, falling, or None.
         schedule_errors: for each of those steps, the typical relative L2 error of the velocity when the step is
             forecast; 0 for the first step. Or None. `lesa.ErrorControl` compares with these errors.
-        format_version: version of the format of a saved predictor. Default: the oldest that can hold it.
+        format_version: version of the format of a saved predictor. It is always the oldest that can hold the other
+            fields, also if another known version is given.
         options: settings of the forecaster by name, such as `{"order": 2}`; its class lists them. What is not given has
             its default. None for a forecaster without options.
 
@@ -94,7 +97,9 @@ class PredictorConfig:
         put("options", self._complete_options(forecaster))
         if self.feature_dim is not None or forecaster.knows_width:
             put("feature_dim", check_int("feature_dim", self.feature_dim))
-        put("format_version", _check_format_version(self.format_version, self.mixer))
+        if self.format_version is not None:
+            _check_format_version(self.format_version, max(FORMAT_VERSIONS))
+        put("format_version", _format_version_of(self.mixer))
         put("history", check_choice("history", self.history or forecaster.history, ("anchors", "steps")))
         if self.stage_bounds is None:
             put("stage_bounds", forecaster.default_bounds(self))
@@ -222,7 +227,7 @@ class PredictorConfig:
         if not isinstance(values, dict):
             raise argument_error("config", "be a dict", values, "Pass what `to_dict` returned.", TypeError)
         version = values.get("format_version")  # first, since other versions have other fields
-        _check_format_version(version, values.get("mixer"), optional=False)
+        _check_format_version(version, _format_version_of(values.get("mixer")))
         known = {f.name for f in fields(cls)} - ({"options"} if version == 1 else set())
         unknown = sorted(set(values) - known)
         if unknown:
@@ -234,12 +239,14 @@ class PredictorConfig:
         return cls(**arguments)
 
 
-def _check_format_version(version: Any, mixer: Any, optional: bool = True) -> int:
-    """The format version of a configuration with this mixer; raises `ValueError` if `version` does not fit it."""
-    known = FORECASTERS.get(mixer) if isinstance(mixer, str) else None
-    latest = max(FORMAT_VERSIONS) if known is None else known.format_version
-    if isinstance(version, bool) or (version not in FORMAT_VERSIONS[:latest] and not (optional and version is None)):
+def _format_version_of(mixer: Any) -> int:
+    """The oldest format version that can hold a configuration with this mixer."""
+    return 1 if mixer in _OF_VERSION_1 else max(FORMAT_VERSIONS)
+
+
+def _check_format_version(version: Any, latest: int) -> None:
+    """Raises `ValueError` unless `version` is one of those up to the latest one that is expected."""
+    if isinstance(version, bool) or version not in FORMAT_VERSIONS[:latest]:
         must = f"be {' or '.join(map(str, FORMAT_VERSIONS[:latest]))}"
         remedy = "Train the predictor again, or use the release of lesa-kernels that wrote it."
         raise argument_error("format_version", must, version, remedy)
-    return latest

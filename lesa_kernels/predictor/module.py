@@ -14,8 +14,8 @@ from lesa_kernels.checks import Said, argument_error, check_choice, check_float,
 from lesa_kernels.dispatch import BACKENDS
 from lesa_kernels.feature_ring import FeatureRing, TieredRing, make_ring
 from lesa_kernels.feature_ring.reference import RingBuffers
-from lesa_kernels.forecasters.base import USUAL_STEPS, Forecaster, Steps
-from lesa_kernels.predictor.arguments import RingState, Shape
+from lesa_kernels.forecasters.base import Forecaster, Steps, default_times
+from lesa_kernels.predictor.arguments import RingState, Shape, check_times
 from lesa_kernels.predictor.config import PredictorConfig
 from lesa_kernels.predictor.files import CONFIG_NAME, WEIGHTS_NAME, find_files
 from lesa_kernels.predictor.uploads import by_step, unbound, uploaded
@@ -59,10 +59,11 @@ class FusedKANPredictor(nn.Module):
     @property
     def device(self) -> torch.device | None:
         """Where the parameters are; None if there are none. Then it forecasts on any device."""
-        for parameter in self._parameters.values():
-            if parameter is not None:
-                return parameter.device
-        return None
+        parameter = self._first_parameter()
+        return None if parameter is None else parameter.device
+
+    def _first_parameter(self) -> nn.Parameter | None:
+        return next((parameter for parameter in self._parameters.values() if parameter is not None), None)
 
     # In an inference mode, copies and moves would give parameters that can be used in inference modes only.
 
@@ -121,8 +122,9 @@ class FusedKANPredictor(nn.Module):
             ring: history of `[B, T, D]` features, D the predictor's `feature_dim` if it has one.
             sigma: the target's noise level, a float or `[B]`.
             times: the falling noise levels of all steps of the run, and 0 at the end; `[S + 1]`, a tensor on the ring's
-                device. Only some forecasters read them. None: from 1 to 0 in equal steps, as many as the predictor was
-                trained for, else 50.
+                device. Two steps may have the same level. Where the level rises in a run, a new history begins: pass
+                the part of the run around this step over which it falls. Only some forecasters read the times. None:
+                from 1 to 0 in equal steps, as many as the predictor was trained for, else 50.
             stream: the name of the stream of calls that the features belong to, such as "uncond" for the calls without
                 a prompt. Only some forecasters read it.
 
@@ -130,8 +132,8 @@ class FusedKANPredictor(nn.Module):
             `[B, T, D]` in the ring's dtype, bfloat16 for a float8 ring. Rows without any anchor are NaN.
 
         Raises:
-            ValueError, TypeError: the ring's width is not `feature_dim`, the ring is too small, or `sigma` does not
-                fit.
+            ValueError, TypeError: the ring's width is not `feature_dim`, the ring is too small, or `sigma` or `times`
+                does not fit. Of a tensor on a GPU, the host checks the shape and does not read the values.
         """
         target, more = self._target(ring, sigma), self._more(ring, times, stream)
 
@@ -209,6 +211,7 @@ class FusedKANPredictor(nn.Module):
         times: Sequence[float] | None = None,
         device: torch.device | str | None = None,
         stream: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> list[Weights]:
         """The weights of the forecasts of several steps of a run, for `forecast_with` and `velocity_with`.
 
@@ -223,12 +226,13 @@ class FusedKANPredictor(nn.Module):
             times: the noise levels of the whole run, as in `forward`.
             device: where the weights are needed. Default: where the parameters are, else the CPU.
             stream: as in `forward`.
+            dtype: of the weights. Kernels take float32 only. Default: float64 if the parameters are, else float32.
 
         Returns:
             One `Weights` for each step. The host does not wait for the device.
 
         Raises:
-            ValueError: `levels` and `sigmas` have different lengths.
+            ValueError: `levels` and `sigmas` have different lengths, or `times` does not fit.
             RuntimeError: the forecaster has no such weights, such as the dense variant; or `backend` can't run here,
                 such as Triton where a gradient is recorded.
         """
@@ -247,10 +251,10 @@ class FusedKANPredictor(nn.Module):
             numbers += [0.0] * (longest - len(each))  # not read
         numbers += sigmas
         if forecaster.reads_times:
-            total = self.config.num_inference_steps or USUAL_STEPS
-            numbers += [1 - step / total for step in range(total + 1)] if times is None else times
-        own = self.device
-        values = uploaded(numbers, [min(len(each), longest) for each in levels], own or torch.device("cpu"))
+            numbers += default_times(self.config, "cpu").tolist() if times is None else check_times(times)
+        parameter = self._first_parameter()
+        near_parameters = torch.device("cpu") if parameter is None else parameter.device
+        values = uploaded(numbers, [min(len(each), longest) for each in levels], near_parameters)
         sizes = [count * longest, count, len(numbers) - count * (longest + 1), count]
         near, target, all_times, there = values.split(sizes)
         steps = Steps(
@@ -260,10 +264,12 @@ class FusedKANPredictor(nn.Module):
             all_times,
             stream,
         )
-        if own is None:
-            weights = forecaster.weights(self, steps)
+        if dtype is None:
+            dtype = torch.float32 if parameter is None else torch.promote_types(parameter.dtype, torch.float32)
+        weights = forecaster.weights_in(self, steps, dtype)
+        if parameter is None:
             return by_step(weights, batch, torch.device("cpu" if device is None else device))
-        return unbound(forecaster.weights(self, steps), batch)
+        return unbound(weights, batch)
 
     def low_rank(self, dtype: torch.dtype) -> LowRank:
         """The residual for `forecast_with` and `velocity_with`, from features of `dtype`: prepared once for a run."""
@@ -324,10 +330,21 @@ class FusedKANPredictor(nn.Module):
     def _more(
         self, ring: FeatureRing | TieredRing, times: Sequence[float] | torch.Tensor | None, stream: str | None
     ) -> dict[str, Any]:
-        """What the forecaster reads beside the ring, as arguments: the times on the ring's device, and the stream."""
+        """`extra` for checked times on the ring's device."""
+        if times is not None:
+            times = check_times(times)
+            if self.forecaster.reads_times and not isinstance(times, torch.Tensor):
+                times = uploaded(times, (), ring.device)
+        return self.extra(times, stream)
+
+    def extra(self, times: Sequence[float] | torch.Tensor | None, stream: str | None) -> dict[str, Any]:
+        """Those of the two that are given and that the forecaster reads, as arguments for the methods above.
+
+        A subclass may replace a method by one without these arguments, for a forecaster that does not read them.
+        """
         more: dict[str, Any] = {}
         if times is not None and self.forecaster.reads_times:
-            more["times"] = times if isinstance(times, torch.Tensor) else uploaded(times, (), ring.device)
+            more["times"] = times
         if stream is not None and self.forecaster.reads_stream:
             more["stream"] = stream
         return more

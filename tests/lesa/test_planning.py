@@ -13,9 +13,9 @@ import lesa
 from driven_loops import FIRST, SECOND, SOME, STEPS, call_arguments, drive, guided
 from lesa.cache import conditioning
 from lesa.cache.forecasting import ForecastingHook
-from lesa.cache.planning import Planner, can_plan
+from lesa.cache.planning import Planner, can_plan, falling, times_at
 from lesa.demo import digits
-from lesa_kernels import FeatureRing, FusedKANPredictor
+from lesa_kernels import FeatureRing, FusedKANPredictor, PredictorConfig
 from lesa_kernels.stream import head_sums
 from predictors import make_predictor
 
@@ -138,6 +138,63 @@ def test_a_step_that_is_computed_after_all_is_planned_with(pipe, plans, compared
     with lesa.enable_cache(pipe, trained(), SOME), pytest.warns(RuntimeWarning, match="of a test"):
         drive(pipe, lambda step: [("it", FIRST)])
     assert plans == [STEPS - len(SOME), 3] and compared == [3, 4, 6, 8, 10, 11]
+
+
+RISING = [1.0, 0.8, 0.6, 0.9, 0.7, 0.5, 0.3, 0.1]
+
+
+def test_the_part_of_a_run_over_which_the_level_falls():
+    parts = [[*falling(RISING, step)] for step in range(len(RISING))]
+    assert parts == [[0, 1, 2]] * 3 + [[3, 4, 5, 6, 7]] * 5
+    assert times_at(RISING, 1) == [1.0, 0.8, 0.6, 0.0] and times_at(RISING, 3) == [0.9, 0.7, 0.5, 0.3, 0.1, 0.0]
+    assert [*falling([0.5, 0.5, 0.2], 0)] == [0, 1, 2] and [*falling([0.1, 0.2, 0.3], 1)] == [1]
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_a_rising_noise_level_begins_a_new_history(fresh_pipe, monkeypatch, with_gradients):
+    """A series over step numbers counts the steps of the part of the run over which the level falls."""
+    made, forecasts, plan, forward = {}, [], FusedKANPredictor.plan, FusedKANPredictor.forward
+
+    def seen(self, levels, sigmas, batch, *args, **more):
+        weights = plan(self, levels, sigmas, batch, *args, **more)
+        made.update({round(s, 3): each.anchors[0].tolist() for s, each in zip(sigmas, weights)})
+        return weights
+
+    def forecast(self, ring, sigma, times):
+        forecasts.append((round(sigma, 3), times))
+        return forward(self, ring, sigma, times)
+
+    monkeypatch.setattr(FusedKANPredictor, "plan", seen)
+    monkeypatch.setattr(FusedKANPredictor, "forward", forecast)
+    predictor = FusedKANPredictor(PredictorConfig(mixer="taylor"))
+    with lesa.enable_cache(fresh_pipe, predictor, [0, 1, 3, 4]) as cache, torch.set_grad_enabled(with_gradients):
+        fresh_pipe.scheduler.set_timesteps(sigmas=RISING)
+        for timestep in fresh_pipe.scheduler.timesteps:
+            fresh_pipe.transformer(**FIRST, timestep=(timestep / 1000).expand(2))
+    assert cache.stats.predicted_steps == 4
+    if with_gradients:
+        times = [0.9, 0.7, 0.5, 0.3, 0.1, 0.0]
+        expected = [(0.6, [1.0, 0.8, 0.6, 0.0]), (0.5, times), (0.3, times), (0.1, times)]
+        assert [sigma for sigma, _ in forecasts] == [sigma for sigma, _ in expected]
+        for (_, found), (_, wanted) in zip(forecasts, expected):
+            torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted))
+    else:
+        expected = {0.6: [2.0, -1.0], 0.5: [2.0, -1.0], 0.3: [3.0, -2.0], 0.1: [4.0, -3.0]}
+        assert made.keys() == expected.keys()
+        for sigma, weights in expected.items():
+            torch.testing.assert_close(torch.tensor(made[sigma]), torch.tensor(weights), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mixer", ["l2p", "newton"])
+def test_parameters_in_float64_make_weights_that_kernels_take(mixer):
+    predictor = FusedKANPredictor(PredictorConfig(4, mixer))
+    if mixer == "newton":
+        predictor.double()
+    planner = Planner(predictor, predictor.make_ring(2, 3))
+    planner.push(1.0)
+    with torch.no_grad():
+        plan = planner.plan(1, [1.0, 0.5, 0.25], {0})
+    assert [weights.anchors.dtype for weights in plan.weights.values()] == [torch.float32] * 2
 
 
 def test_after_a_forecast_that_is_not_finite_nothing_is_planned(pipe, plans):

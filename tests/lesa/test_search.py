@@ -11,11 +11,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lesa
 from lesa.training import trainer
-from lesa.training.batches import Batch, Head
+from lesa.training.batches import Batch, Head, Plan, predict, roll_out
 from lesa.training.schedule_search import ScheduleErrors, find_schedule, search_schedule
 from lesa.training.training_run import Training
 from lesa.training.trajectories import FORMAT_VERSION, HEAD, MANIFEST, Trajectory
 from lesa_kernels import FusedKANPredictor, PredictorConfig
+from lesa_kernels.forecasters import FORECASTERS, Forecaster
+from lesa_kernels.stream import Weights
+from made_recordings import write_recording
 
 STEPS, TOKENS, WIDTH = 14, 4, 8
 
@@ -265,3 +268,59 @@ def test_what_does_not_fit_is_refused(tmp_path):
         lesa.train(trajectories, None, 7, budget=4)
     with pytest.raises(ValueError, match="`budget` must be an integer of at least 2 and at most 13"):
         lesa.train(trajectories, budget=1)
+
+
+# What a forecaster reads
+
+
+class Older(FusedKANPredictor):
+    """Of a user: its `forecast` knows no times and no stream of calls."""
+
+    def forecast(self, storage, scales, sigmas, cursor, count, sigma):
+        return super().forecast(storage, scales, sigmas, cursor, count, sigma) / 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("history", ["anchors", "steps"])
+def test_a_subclass_with_the_older_signature(tmp_path, history):
+    trajectories = write_trajectories(tmp_path / "t", bent, samples=2)
+    config = PredictorConfig(WIDTH, rank=0, hidden=4, history=history)
+    older, own = Older(config), FusedKANPredictor(config)
+    batch = Batch([trajectories[0]], Head(trajectories, "cpu"), None, None, "cpu", stream="cond")
+    plan = Plan([0, 3, 7], STEPS, config.max_history, every_step=history == "steps")
+    half = predict(own, batch, plan, batch.features) / 2
+    torch.testing.assert_close(predict(older, batch, plan, batch.features), half)
+    if history == "steps":
+        # A plan would not have what the subclass computes.
+        torch.testing.assert_close(roll_out(older, batch, plan)[0], roll_out(own, batch, plan)[0] / 2)
+    else:
+        found = search_schedule(trajectories, older, 3, samples=2, tokens_per_sample=TOKENS, progress=False)
+        assert len(found) == 3
+
+
+class Noting(Forecaster):
+    """Repeats the newest feature, and notes the streams of calls and the times that it is asked for."""
+
+    name = "noting"
+    title = "noting"
+    reads_stream = True
+
+    def __init__(self):
+        self.seen = []
+
+    def history_length(self, config):
+        return 1
+
+    def weights(self, predictor, steps):
+        self.seen.append((steps.stream, steps.times.tolist()))
+        return Weights(torch.ones(*steps.sigma.shape, 1), steps.count.clamp(max=1), None, None, None)
+
+
+def test_a_search_tells_the_forecaster_the_stream(tmp_path, monkeypatch):
+    noting = Noting()
+    monkeypatch.setitem(FORECASTERS, "noting", noting)
+    trajectories = write_recording(tmp_path / "t", samples=2, streams=2)
+    predictor = FusedKANPredictor(PredictorConfig(None, "noting"))
+    ScheduleErrors(trajectories, predictor, samples=4, tokens=2, seed=0).after((0, 1), 2)
+    times = [*trajectories[0].sigmas.tolist(), 0.0]
+    assert noting.seen == [(None, times), ("uncond", times)]

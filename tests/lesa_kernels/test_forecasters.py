@@ -396,6 +396,139 @@ def test_format_versions():
         PredictorConfig.from_dict({**PredictorConfig(DIM).to_dict(), "options": None})
 
 
+def test_a_configuration_made_from_another_has_a_format_version_of_its_own():
+    for mixer, other, version in (("linear", "newton", 1), ("newton", "linear", 2), ("taylor", "dense", 1)):
+        config = replace(PredictorConfig(DIM, mixer), mixer=other, options=None, history_length=None)
+        assert config.format_version == version and PredictorConfig.from_dict(config.to_dict()) == config
+    assert replace(PredictorConfig(DIM), format_version=2).format_version == 1
+
+
+# The times of a run
+
+
+WRONG_TIMES = [
+    [],
+    [1.0],
+    [0.0, 1.0],
+    [1.0, 0.5, 0.75, 0.0],
+    [0.5] * 5,
+    [1.0, math.nan, 0.0],
+    [math.inf, 0.5, 0.0],
+    [[1.0, 0.0]],
+    [1.0, None, 0.0],
+    0.5,
+    "10",
+]
+
+
+@pytest.mark.parametrize("times", WRONG_TIMES, ids=str)
+@pytest.mark.parametrize("name", ["linear", "taylor"])
+def test_wrong_times_are_named(name, times):
+    """Also for a forecaster that does not read them, outside of a run."""
+    predictor, ring = make(name), filled(2, LEVELS[:2])
+    calls = [lambda t: predictor(ring, 0.3, t), lambda t: predictor.predict_velocity(ring, 0.3, make_head(2), t)]
+    if name == "taylor":
+        calls.append(lambda t: predictor.plan([LEVELS], [0.3], 2, t))
+    given = [times]
+    if isinstance(times, list) and None not in times:
+        given.append(torch.tensor(times))
+    for call in calls:
+        for value in given:
+            with pytest.raises((ValueError, TypeError), match="`times` must be at least 2 finite noise levels in one"):
+                call(value)
+
+
+def test_times_may_repeat_a_level_and_end_early():
+    predictor, ring = make("taylor"), filled(2, LEVELS[:2])
+    for times in ([1.0, 0.9, 0.5, 0.5, 0.41, 0.2], (1.0, 0.0), np.linspace(1, 0, 5).tolist()):
+        expected = predictor(ring, 0.3, torch.tensor(times))
+        assert torch.equal(predictor(ring, 0.3, times), expected) and expected.isfinite().all()
+
+
+# What is trained
+
+
+class Trained(Forecaster):
+    """A line over the step number, in float64, whose slope has a factor, by a product that autocast would round."""
+
+    name = "trained-line"
+    title = "trained line"
+    is_trained = True
+
+    def history_length(self, config):
+        return 2
+
+    def build(self, predictor, config):
+        predictor.gain = torch.nn.Parameter(torch.empty(1, 1))
+
+    def reset(self, predictor, generator):
+        predictor.gain.fill_(0.3)
+
+    def weights(self, predictor, steps):
+        count = self.read(predictor.config, steps)
+        at = steps.positions(torch.where(steps.levels.isnan(), 0.0, steps.levels))
+        ahead = (steps.positions(steps.sigma) - at[..., 0]) / (at[..., 0] - at[..., 1])
+        ahead = torch.where(count > 1, ahead, 0.0)
+        slope = ahead * (steps.sigma[..., None] @ predictor.gain)[..., 0]
+        return Weights(torch.stack([1 + slope, -slope], -1), count, None, None, None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["triton", "extension", "torch", "auto"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_plan_of_trained_parameters_has_the_dtype_of_a_forecast(monkeypatch, kernel_device, autocast, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    elif backend == "extension" and (extension_error() is not None or kernel_device.type != "cpu"):
+        pytest.skip("needs the compiled extension on a CPU")
+    monkeypatch.setitem(FORECASTERS, "trained-line", Trained())
+    predictor = FusedKANPredictor(PredictorConfig(None, "trained-line"), backend).to(kernel_device)
+    ring = filled(2, LEVELS[:2], torch.bfloat16, device=kernel_device)
+    with torch.autocast(kernel_device.type, torch.bfloat16, enabled=autocast):
+        (weights,) = predictor.plan([LEVELS], [0.33], 2, TIMES.tolist())
+        forecasts = predictor.forecast_with(ring, weights), predictor(ring, 0.33, TIMES.to(kernel_device))
+    assert weights.anchors.dtype == torch.float32 and weights.count.dtype == torch.int32
+    first, second = (position(level) for level in rounded(LEVELS[:2]))
+    slope = 0.3 * 0.33 * (position(rounded(0.33)) - first) / (first - second)
+    expected = torch.tensor([1 + slope, -slope], device=kernel_device).expand(2, 2)
+    torch.testing.assert_close(weights.anchors, expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(*forecasts)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "wanted"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_the_plan_of_converted_parameters(monkeypatch, dtype, wanted):
+    def weights(self, predictor, steps):
+        return Weights(predictor.gain.expand(*steps.sigma.shape, 1), steps.count, None, None, None)
+
+    monkeypatch.setitem(FORECASTERS, "trained-line", Trained())
+    monkeypatch.setattr(Trained, "weights", weights)
+    for mixer in ("trained-line", "l2p"):
+        predictor = FusedKANPredictor(PredictorConfig(None, mixer)).to(dtype)
+        assert predictor.plan([LEVELS], [0.33], 2)[0].anchors.dtype == wanted
+        assert predictor.plan([LEVELS], [0.33], 2, dtype=torch.float32)[0].anchors.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_a_run_that_nobody_describes_has_the_same_times_in_a_plan(monkeypatch):
+    """Up to the last bit."""
+    seen = []
+    monkeypatch.setattr(
+        Repeat,
+        "weights",
+        lambda self, predictor, steps: (
+            seen.append(steps.times) or Weights(torch.ones(*steps.sigma.shape, 1), steps.count, None, None, None)
+        ),
+    )
+    monkeypatch.setitem(FORECASTERS, "repeat", Repeat())
+    for total in (None, 3, 7, 28, 49):
+        predictor = FusedKANPredictor(PredictorConfig(None, "repeat", num_inference_steps=total))
+        predictor.plan([LEVELS], [0.33], 2)
+        predictor(filled(1, LEVELS[:1]), 0.33)
+        in_plan, outside = seen[-2:]
+        assert torch.equal(in_plan, outside)
+
+
 # The registry
 
 
@@ -447,6 +580,42 @@ def test_what_can_not_be_registered_is_named(change, message):
     with pytest.raises(TypeError, match="`forecaster` must be a Forecaster"):
         register(Repeat)
     assert before == FORECASTERS
+
+
+@torch.no_grad()
+def test_a_forecaster_of_its_own_forecasts_needs_no_velocity(monkeypatch):
+    """One without weights: the velocity is the output head of what the predictor forecasts."""
+
+    class Mean(Repeat):
+        name = "mean"
+        title = "mean"
+        plans = False
+
+        def weights(self, predictor, steps):
+            raise RuntimeError("it has none")
+
+        def forecast(self, predictor, state, times=None, stream=None):
+            return state.storage.mean(0) * (1.0 if times is None else times[0])
+
+    monkeypatch.setitem(FORECASTERS, "mean", Mean())
+    predictor, ring, head = FusedKANPredictor(PredictorConfig(None, "mean")), filled(1, LEVELS[:1]), make_head(2)
+    assert torch.equal(predictor.predict_velocity(ring, 0.3, head), output_head(predictor(ring, 0.3), head))
+    times = [0.5, 0.25, 0.0]
+    half = predictor.predict_velocity(ring, 0.3, head, times)
+    assert torch.equal(half, output_head(predictor(ring, 0.3, times), head))
+    assert torch.equal(predictor(ring, 0.3, times), ring.storage.mean(0) / 2) and not predictor.fuses_velocity(ring)
+
+
+def test_what_is_registered_can_be_saved(monkeypatch, tmp_path):
+    """The format version does not depend on what a class says of itself."""
+    changes = {"name": "with-options", "title": "with options", "options": {"a": Option(1, 1, 3)}}
+    for version in (1, 3):
+        kind = type("WithOptions", (Repeat,), {**changes, "format_version": version})
+        monkeypatch.setitem(FORECASTERS, "with-options", kind())
+        predictor = FusedKANPredictor(PredictorConfig(None, "with-options", options={"a": 2}))
+        predictor.save_pretrained(tmp_path / str(version))
+        loaded = FusedKANPredictor.from_pretrained(tmp_path / str(version)).config
+        assert loaded == predictor.config and loaded.options == {"a": 2} and loaded.format_version == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])

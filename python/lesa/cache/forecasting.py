@@ -13,7 +13,7 @@ from lesa.cache.controlnet import DeferredControl, computed
 from lesa.cache.device_values import DeviceValues
 from lesa.cache.error_control import ControlledSteps, ErrorControl, forecast_error
 from lesa.cache.hook import StepHook
-from lesa.cache.planning import Plan, Planner, can_plan
+from lesa.cache.planning import Plan, Planner, can_plan, times_at
 from lesa.cache.run import Call, Run, StepObserver
 from lesa.cache.stats import CacheStats, StreamStats
 from lesa.cache.streams import ForecastState, Stream
@@ -230,14 +230,9 @@ class ForecastingHook(StepHook[ForecastState]):
         return self.predictor.forecast_with(ring, plan.weights[call.step], plan.low_rank)
 
     def _more(self, call: Call) -> dict[str, Any]:
-        """What some forecasters read in addition. Others do not get it: a subclass may have another `forward`."""
-        forecaster = self.predictor.forecaster
-        more: dict[str, Any] = {}
-        if self.state is not None and forecaster.reads_times:
-            more["times"] = [*self.state.run.executed_sigmas, 0.0]
-        if forecaster.reads_stream:
-            more["stream"] = call.stream
-        return more
+        """What some forecasters read in addition."""
+        times = None if self.state is None else times_at(self.state.run.executed_sigmas, call.step)
+        return self.predictor.extra(times, call.stream)
 
     def on_predicted(self, state: ForecastState, call: Call, output: Any) -> None:
         """Asks for the sum of the output, which says whether it is finite. A CPU answers at once, a GPU later."""

@@ -45,7 +45,8 @@ class Planner:
 
     They depend on parameters, and on noise levels that are known when a run begins. So the first step that is predicted
     makes those of all later ones too, in one launch. The host follows which noise levels the ring holds. If they are
-    not those that a step was planned for, or if a parameter has changed, the rest of the run is planned again.
+    not those that a step was planned for, or if a parameter has changed, the rest of the run is planned again. For a
+    forecaster that reads the times of the run, a plan ends where the noise level rises.
 
     Args:
         predictor: makes the weights; `can_plan` is true for it.
@@ -82,25 +83,24 @@ class Planner:
 
     def _make(self, step: int, sigmas: Sequence[float], computed: Set[int], measures: bool) -> None:
         levels, planned = self._levels, {}
-        end = min(max(step, *computed) + 1, len(sigmas)) if measures else len(sigmas)
+        end = falling(sigmas, step).stop if self.predictor.forecaster.reads_times else len(sigmas)
+        end = min(max(step, *computed) + 1, end) if measures else end
         for later in range(step, end):
             if later == step or measures or later not in computed:
                 planned[later] = levels
             if later in computed or self._keeps_forecasts:
                 levels = _pushed(levels, sigmas[later], self._capacity)
-        targets, more = [sigmas[later] for later in planned], self._more(sigmas)
+        targets, more = [sigmas[later] for later in planned], self._more(sigmas, step)
         weights = self.predictor.plan([*planned.values()], targets, self._batch, **more)
         self._plan = Plan(planned, dict(zip(planned, weights)), self.predictor.low_rank(self._dtype))
         self._made_from = self._parameters()
         self._held = [parameter.detach() for parameter in self.predictor.parameters()]
 
-    def _more(self, sigmas: Sequence[float]) -> dict[str, Any]:
+    def _more(self, sigmas: Sequence[float], step: int) -> dict[str, Any]:
         """What some forecasters need in addition. Others do not get it: a subclass may replace `plan`."""
-        more: dict[str, Any] = {}
-        if self.predictor.forecaster.reads_times:
-            more["times"] = [*sigmas, 0.0]
-        if self.predictor.forecaster.reads_stream:
-            more["stream"] = self._stream
+        more = self.predictor.extra(times_at(sigmas, step), self._stream)
+        if any(parameter.dtype == torch.float64 for parameter in self.predictor.parameters()):
+            more["dtype"] = torch.float32  # in which the features of every ring are added up
         if self.predictor.device is None:
             more["device"] = self._device
         return more
@@ -109,6 +109,18 @@ class Planner:
         """What changes when a parameter is changed, replaced or moved."""
         parameters = [p for p in self.predictor._parameters.values() if p is not None]
         return [p.data_ptr() for p in parameters], [0 if p.is_inference() else p._version for p in parameters]
+
+
+def falling(sigmas: Sequence[float], step: int) -> range:
+    """The steps around a step over which the noise level does not rise. Where it rises, a new history begins."""
+    rises = [later for later in range(1, len(sigmas)) if sigmas[later] > sigmas[later - 1]]
+    begin = max((rise for rise in rises if rise <= step), default=0)
+    return range(begin, min((rise for rise in rises if rise > step), default=len(sigmas)))
+
+
+def times_at(sigmas: Sequence[float], step: int) -> list[float]:
+    """The times for the forecast of a step: the noise levels of `falling`, and 0."""
+    return [*(sigmas[near] for near in falling(sigmas, step)), 0.0]
 
 
 def _pushed(levels: tuple[float, ...], sigma: float, capacity: int) -> tuple[float, ...]:

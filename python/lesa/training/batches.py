@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from lesa.cache.planning import can_plan
 from lesa.training.trajectories import Trajectories, Trajectory
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import argument_error
@@ -197,7 +198,7 @@ def predict(
     rows = history if steps is None else torch.searchsorted(steps, history)
     cursor = torch.zeros_like(plan.count)
     state = (features[rows], None, sigmas[history], cursor, plan.count, sigmas[plan.steps])
-    return predictor.forecast(*state, times=batch.times, stream=batch.stream)
+    return predictor.forecast(*state, **predictor.extra(batch.times, batch.stream))
 
 
 def roll_out(
@@ -239,17 +240,17 @@ def _step_by_step(
 ) -> Callable[[int, StoredFeatures], torch.Tensor]:
     """What forecasts a step of the plan from the newest features, oldest first. The history has all earlier steps."""
     length, sigmas = predictor.config.max_history, batch.sigmas
-    if predictor.forecaster.plans:  # the weights of all steps are made at once
+    if can_plan(predictor):  # the weights of all steps are made at once
         levels = sigmas.tolist()
         before = [levels[max(step - length, 0) : step][::-1] for step in plan.steps]
-        targets, times = [levels[step] for step in plan.steps], batch.times.tolist()
-        weights = dict(zip(plan.steps, predictor.plan(before, targets, 1, times, stream=batch.stream)))
+        targets, more = [levels[step] for step in plan.steps], predictor.extra(batch.times.tolist(), batch.stream)
+        weights = dict(zip(plan.steps, predictor.plan(before, targets, 1, **more)))
         low_rank = predictor.low_rank(batch.features.dtype)
         return lambda step, features: stream_forecast(features, weights[step], low_rank, predictor.backend)
 
     def forecast(step: int, features: StoredFeatures) -> torch.Tensor:
         at = torch.arange(step - length, step).clamp(min=0)
         state = (features.storage, None, sigmas[at][:, None], features.cursor, features.count, sigmas[step : step + 1])
-        return predictor.forecast(*state, times=batch.times, stream=batch.stream)
+        return predictor.forecast(*state, **predictor.extra(batch.times, batch.stream))
 
     return forecast

@@ -191,12 +191,14 @@ class ScheduleErrors:
         count = len(numbers[order[0]])
         order = order[: max(1, samples // count)]
         chosen = [[trajectories[number] for number in numbers[i]] for i in order]
+        names = [trajectories.streams[number] for number in numbers[order[0]]]
         levels = chosen[0][0].sigmas
         alike = [streams for streams in chosen if len(streams) == count and torch.equal(streams[0].sigmas, levels)]
         self.total = len(levels)
         head, state = Head(trajectories, "cpu"), generator.get_state()
         self.batches = [  # the generator begins each batch in the same state: all get the same tokens
-            Batch([*stream], head, generator.set_state(state), tokens, "cpu") for stream in zip(*alike)
+            Batch([*stream], head, generator.set_state(state), tokens, "cpu", stream=name)
+            for name, stream in zip(names, zip(*alike))
         ]
         self.weights = torch.ones(1, 1, dtype=torch.float32)
         if count > 1:
@@ -226,7 +228,7 @@ class ScheduleErrors:
             features = batch.features[slots][:, None].expand(-1, length, -1, -1)
             sigmas = batch.sigmas[slots][:, None].expand(-1, length)
             state = (features, None, sigmas, cursor, held, batch.sigmas[targets])
-            forecast = self.predictor.forecast(*state, times=batch.times)
+            forecast = self.predictor.forecast(*state, **self.predictor.extra(batch.times, batch.stream))
             error = batch.velocity(forecast, targets) - batch.velocities[targets]
             off = off + weight[:, None] * error * batch.widths[targets, None, None]
         return torch.cat([torch.zeros_like(self.batches[0].velocities[:1]), off.cumsum(0)])
