@@ -242,7 +242,7 @@ def _checked_schedule(
         if trained is None and predictor.forecaster.is_trained:
             raise usage_error(
                 "`schedule` is required: this predictor was trained without one.",
-                "Pass an interval such as 7, or a list of the steps to compute.",
+                "Pass an interval such as 7, a list of the steps to compute, or their number as `steps`.",
             )
         return Spread() if trained is None else trained
     if isinstance(schedule, Spread):

@@ -97,14 +97,13 @@ class ForecastingHook(StepHook[ForecastState]):
         if trained is not None and spread.steps is None:
             self.stats.note(f"every quality is the {len(trained)} computed steps that the predictor was trained for")
             return self._scheduled(trained, sigmas)
-        own = None if trained is None else trained.computed_in(sigmas)
-        if own is not None and len(own) == count:  # nothing fits the predictor better
-            chosen = own
-        else:
+        chosen = frozenset() if trained is None else trained.computed_in(sigmas)
+        if len(chosen) != count:
             chosen = spread.computed_in(sigmas)
-        if count == total:
-            few = f"{total} steps are too few to predict any"
-            self.stats.note(f"computed everything: {few if spread.steps is None else f'the run has {total} steps'}")
+        if count == total and spread.steps is None:
+            self._note_few(total)
+        elif count == total:
+            self.stats.note(f"computed everything: the run has {total} steps")
         else:
             steps, name = ",".join(map(str, sorted(chosen))), self.predictor.config.mixer
             self.stats.note(f"the forecaster is {name!r}, and {count} of {total} steps are computed: {steps}")
@@ -115,7 +114,7 @@ class ForecastingHook(StepHook[ForecastState]):
         """The computed steps of a run with these noise levels. Notes what the user may not expect."""
         config, total = self.predictor.config, len(sigmas)
         if self.as_trained and total < FEW_STEPS and total != config.num_inference_steps:
-            self.stats.note(f"computed everything: {total} steps are too few to predict any")
+            self._note_few(total)
             return frozenset(range(total))
         schedule = as_schedule(schedule, total)
         if schedule.sigmas is None and schedule.num_inference_steps not in (None, total):
@@ -130,6 +129,9 @@ class ForecastingHook(StepHook[ForecastState]):
         chosen = schedule.computed_in(sigmas)
         self._note_other_training(chosen, total)
         return chosen
+
+    def _note_few(self, total: int) -> None:
+        self.stats.note(f"computed everything: {total} steps are too few to predict any")
 
     def _note_other_training(self, chosen: frozenset[int], total: int) -> None:
         """Notes if the predictor was trained for a run of another length, or for other computed steps."""
