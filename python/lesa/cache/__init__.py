@@ -52,7 +52,7 @@ class CacheHandle:
 def enable_cache(
     pipe: "DiffusionPipeline | ModularPipeline",
     predictor: FusedKANPredictor | str | os.PathLike | None = None,
-    schedule: ScheduleLike | ErrorControl | None = None,
+    schedule: ScheduleLike | Spread | ErrorControl | None = None,
     max_device_bytes: int | None = None,
     strict: bool = False,
     *,
@@ -71,10 +71,10 @@ def enable_cache(
             saved one, which is loaded to that device. What exists as a folder is not asked of the hub. None: the
             forecaster "universal", which fits every model without training.
         schedule: which steps are computed: a `lesa.Schedule`, a list of step indices counted over the steps that a call
-            executes, an interval N for steps 0, 1, 2 and then every N, or a `lesa.ErrorControl`, which chooses them
-            during the run by the errors of the forecasts so far. None: as `steps` or `quality` says, else the steps
-            that the predictor was trained for. Then a run of fewer than 10 steps is computed in full, unless the
-            predictor was trained with that number of steps.
+            executes, an interval N for steps 0, 1, 2 and then every N, a `lesa.ErrorControl`, which chooses them during
+            the run by the errors of the forecasts so far, or a `lesa.schedule.Spread`, which stands for `steps` or
+            `quality`. None: as `steps` or `quality` says, else the steps that the predictor was trained for. Then a run
+            of fewer than 10 steps is computed in full, unless the predictor was trained with that number of steps.
         max_device_bytes: the most bytes that the stored features of one stream of calls may take on the device. Beyond
             it, the oldest features are kept in host memory, which costs time. Guidance by two calls per step has two
             streams.
@@ -108,7 +108,7 @@ def enable_cache(
 
 
 def _one_of(
-    schedule: ScheduleLike | ErrorControl | None, steps: int | None, quality: str | None
+    schedule: ScheduleLike | Spread | ErrorControl | None, steps: int | None, quality: str | None
 ) -> ScheduleLike | ErrorControl | Spread | None:
     """What says which steps are computed."""
     given = {"schedule": schedule, "steps": steps, "quality": quality}
