@@ -52,7 +52,7 @@ def test_examples_use_names_and_arguments_that_exist(example):
             arguments = {keyword.arg: None for keyword in node.keywords}
             inspect.signature(function).bind(*node.args, **arguments)
             checked += 1
-    assert checked >= 2
+    assert checked >= 1
 
 
 def test_the_readme_is_short():

@@ -14,7 +14,20 @@ from lesa_kernels.forecasters.registry import FORECASTERS, forecaster_of, regist
 from lesa_kernels.forecasters.taylor import Taylor
 from lesa_kernels.forecasters.universal import Universal
 
-__all__ = ["FORECASTERS", "SHIPPED", "Forecaster", "Option", "RecordedRun", "Steps", "forecaster_of", "register"]
+__all__ = [
+    "FORECASTERS",
+    "SHIPPED",
+    "UNTRAINED",
+    "Forecaster",
+    "Option",
+    "RecordedRun",
+    "Steps",
+    "forecaster_of",
+    "register",
+]
+
+UNTRAINED = Universal.name
+"""The forecaster that is used where there is no predictor: it has nothing to train, and fits every width."""
 
 # The order is that of tables and colours, so new ones go to the end.
 for _kind in (Newton, Dense, Linear, Taylor, Chebyshev, Lesa, Universal, L2P):

@@ -5,13 +5,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lesa_kernels.checks import argument_error, check_float, check_int
+from lesa_kernels.checks import argument_error, check_choice, check_float, check_int
 
 if TYPE_CHECKING:
     from lesa_kernels import PredictorConfig
 
 FEW_STEPS = 10
 """A run with fewer steps is computed completely, unless it has a schedule or the predictor was trained for it."""
+
+QUALITIES = {"high": 16, "balanced": 12, "fast": 9}
+"""By name, how many of 50 steps are computed."""
+DEFAULT_QUALITY = "balanced"
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,43 @@ class Schedule:
 
     def __str__(self) -> str:
         return ",".join(map(str, self.steps))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How many steps of each run are computed. `Schedule.spread` chooses them, by the noise levels of the run.
+
+    Args:
+        steps: how many; a shorter run is computed in full. None: as many as `quality` says.
+        quality: "high", "balanced" or "fast": 16, 12 or 9 of 50 steps. Of another number of steps it is the same part,
+            rounded up, and at least three. A run of fewer than 10 steps is computed in full.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+
+    steps: int | None = None
+    quality: str = DEFAULT_QUALITY
+
+    def __post_init__(self):
+        if self.steps is not None:
+            object.__setattr__(self, "steps", check_int("steps", self.steps))
+        check_choice("quality", self.quality, QUALITIES)
+
+    def count_of(self, total: int) -> int:
+        """How many steps of a run of `total` steps are computed."""
+        if self.steps is not None:
+            return min(self.steps, total)
+        return total if total < FEW_STEPS else max(3, -(-QUALITIES[self.quality] * total // 50))
+
+    def computed_in(self, run_sigmas: Sequence[float]) -> frozenset[int]:
+        """The steps to compute in a run with the noise levels `run_sigmas`.
+
+        Some schedulers have noise levels that rise, or begin at 0. They count as levels that fall evenly.
+        """
+        falls = run_sigmas[0] > 0 and all(a >= b for a, b in zip(run_sigmas, run_sigmas[1:]))
+        total = len(run_sigmas)
+        return frozenset(Schedule.spread(self.count_of(total), total, run_sigmas if falls else None).steps)
 
 
 ScheduleLike = Schedule | int | Iterable[int]

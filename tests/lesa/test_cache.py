@@ -388,7 +388,7 @@ def broken(**options):
 @pytest.mark.parametrize(
     "predictor, schedule, kind, message",
     [
-        ("newton-9", 3, TypeError, "`predictor` must be a FusedKANPredictor, but got 'newton-9'"),
+        (9, 3, TypeError, "`predictor` must be a FusedKANPredictor, or the folder or hub id of one, but got 9"),
         (
             make_predictor(family="hunyuan-video"),
             3,

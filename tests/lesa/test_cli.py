@@ -10,8 +10,10 @@ from PIL import Image
 
 import lesa
 from lesa import cli
+from lesa.cli.arguments import QUALITIES as OFFERED
 from lesa.demo import digits
 from lesa.inputs import write_inputs
+from lesa.schedule import QUALITIES
 from lesa.training.training_run import Training
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
@@ -142,6 +144,21 @@ def test_generate_writes_numbered_pictures_and_says_what_was_computed(folder, tm
     assert "computed 4 (0,1,4,8), predicted 8 steps" in out
 
 
+def test_generate_needs_no_predictor(tmp_path, capsys):
+    write_inputs(tmp_path / "one.safetensors", digits.inputs_for([3]))
+    words = f"generate --model {MODEL} --inputs {tmp_path}/one.safetensors --output {tmp_path}/x.png --steps 10"
+    cli.main([*words.split(), "--device", "cpu", "--computed", "4"])
+    out = capsys.readouterr().out
+    assert "4 of 10 steps computed" in out and "the forecaster is 'universal', and 4 of 10 steps" in out
+    assert (tmp_path / "x.png").stat().st_size > 100
+    with_tolerance = [*words.split(), "--device", "cpu", "--tolerance", "1"]
+    assert "`--tolerance` needs a predictor whose config has typical errors" in refused(capsys, *with_tolerance)
+
+
+def test_the_qualities_of_the_command_are_those_of_the_library():
+    assert tuple(QUALITIES) == OFFERED
+
+
 @pytest.mark.slow
 def test_generate_says_how_many_steps_the_run_had(folder, tmp_path, capsys):
     sigmas = [1.0, 0.6, 0.3]
@@ -157,9 +174,9 @@ def test_generate_says_how_many_steps_the_run_had(folder, tmp_path, capsys):
 def test_generate_chooses_steps_by_a_tolerance(folder, tmp_path, monkeypatch, capsys):
     seen, enable_cache = [], lesa.enable_cache
 
-    def spy(pipe, predictor, schedule):
+    def spy(pipe, predictor, schedule, **options):
         seen.append(schedule)
-        return enable_cache(pipe, predictor, schedule)
+        return enable_cache(pipe, predictor, schedule, **options)
 
     monkeypatch.setattr(lesa, "enable_cache", spy, raising=False)
     arguments = ["generate", "--model", MODEL, "--predictor", folder / "mine", "--inputs", folder / "two.safetensors"]

@@ -369,7 +369,16 @@ COMMANDS = {
     "generate": Command(
         f"--model {MODEL} --inputs {{}}/inputs.safetensors --predictor {{}}/mine --output x.png",
         LOADED
-        | called("enable_cache", pipe=pipe(), predictor=MINE, schedule=None, max_device_bytes=None, strict=False)
+        | called(
+            "enable_cache",
+            pipe=pipe(),
+            predictor=MINE,
+            schedule=None,
+            max_device_bytes=None,
+            strict=False,
+            steps=None,
+            quality=None,
+        )
         | both_drawn()
         | {"files": ["x-00000.png", "x-00001.png"]},
         [
@@ -398,6 +407,8 @@ COMMANDS = {
             ("--width 12", both_drawn(width=12)),
             ("--schedule 7", {"enable_cache.schedule": 7}),
             ("--schedule 0,3", {"enable_cache.schedule": [0, 3]}),
+            ("--computed 6", {"enable_cache.steps": 6}),
+            ("--quality fast", {"enable_cache.quality": "fast"}),
             ("--tolerance 0.5", {"enable_cache.schedule": lesa.ErrorControl(0.5)}),
             ("--output new/y.png", {"files": ["new", "new/y-00000.png", "new/y-00001.png"]}),
         ],
@@ -505,6 +516,10 @@ INSTEAD = {  # options that replace required words, and all that is then called
         ),
         "files": ["x.png"],
     },
+    f"generate --model {MODEL} --inputs {{}}/inputs.safetensors --output x.png": {
+        **COMMANDS["generate"].calls,
+        "enable_cache.predictor": None,
+    },
 }
 
 
@@ -541,7 +556,7 @@ def test_an_option_changes_what_it_says_and_nothing_else(calls_of, folder, capsy
     assert_calls(calls_of, folder, capsys, f"{name} {command.required} {words}", expected)
 
 
-@pytest.mark.parametrize("text", INSTEAD, ids=lambda text: re.search(r"--(export|prompt).*", text)[0][:30])
+@pytest.mark.parametrize("text", INSTEAD, ids=lambda text: re.search(r"--(export|prompt|inputs).*", text)[0][:30])
 def test_what_is_asked_for_instead(calls_of, folder, capsys, text):
     assert_calls(calls_of, folder, capsys, text, INSTEAD[text])
 
@@ -560,8 +575,8 @@ def test_no_command_and_no_option_is_left_out(capsys):
         known = set(re.findall(r"--[a-z][a-z-]*", summary)) - {"--help"}
         texts = [words for words, _ in command.options] + [text for text in INSTEAD if text.startswith(name + " ")]
         tried = {word.partition("=")[0] for text in texts for word in text.split() if word.startswith("--")}
-        # The first is in the required words of `generate`, the second only for videos: see test_cli_outputs.py.
-        assert known - tried == ({"--inputs", "--fps"} if name == "generate" else set())
+        # It is only for videos: see test_cli_outputs.py.
+        assert known - tried == ({"--fps"} if name == "generate" else set())
 
 
 INTERRUPTED = {

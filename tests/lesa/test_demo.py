@@ -73,13 +73,15 @@ def test_demo_with_the_bundled_predictors(tmp_path):
         "newton-9": 9,
         "newton-8": 8,
         "dense-9": 9,
+        "universal-9": 9,
         **{str(setting): setting.computed_in(50) for setting in TAYLORSEER},
         "fewer-steps-9": 9,
         "fewer-steps-8": 8,
     }
     taylorseer = {run.computed_steps: run.psnr for run in evaluation.shown if run.name.startswith("taylorseer")}
-    # Measured on these two samples: 9.0 and 12.2 dB.
+    # Measured on these two samples: 9.0, 5.5 and 12.2 dB.
     assert evaluation["newton-9"].psnr > taylorseer[10] + 6
+    assert evaluation["universal-9"].psnr > evaluation["fewer-steps-9"].psnr + 3
     assert evaluation["newton-8"].psnr > taylorseer[8] + 8
     assert taylorseer[10] > evaluation["fewer-steps-9"].psnr
     assert (tmp_path / "comparison.png").stat().st_size > 10_000

@@ -151,5 +151,3 @@ def test_other_ways_to_run_give_the_same(pipe, generate, monkeypatch, name):
 def test_a_width_that_does_not_fit_is_named(pipe):
     with pytest.raises(ValueError, match=r"`predictor\.config\.feature_dim` must be the transformer's width, 128"):
         lesa.enable_cache(pipe, make("taylor", 64), SOME)
-    with pytest.raises(ValueError, match="`schedule` is required"):
-        lesa.enable_cache(pipe, make("taylor"))

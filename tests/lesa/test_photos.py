@@ -121,6 +121,7 @@ def test_nine_of_fifty_steps_stay_close_to_all(tmp_path):
         "reference": 50,
         "newton-9": 9,
         "newton-8": 8,
+        "universal-9": 9,
         **{str(setting): setting.computed_in(50) for setting in settings},
         "fewer-steps-9": 9,
         "fewer-steps-8": 8,

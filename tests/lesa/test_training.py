@@ -99,7 +99,7 @@ def test_the_config_says_what_it_was_trained_on(trajectories):
 
 def test_the_default_schedule_is_nine_spread_steps(trajectories):
     predictor = lesa.train(trajectories, **QUICK)
-    assert predictor.config.schedule == Schedule.spread(9, STEPS).steps
+    assert predictor.config.schedule == Schedule.spread(9, STEPS, trajectories[0].sigmas.tolist()).steps
 
 
 def test_equal_seeds_give_equal_bits_and_leave_the_global_generator_alone(trajectories):

@@ -2,6 +2,7 @@
 
 import contextlib
 import numbers
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,10 @@ from lesa.cache.placement import hook_of
 from lesa.cache.run import StepObserver
 from lesa.cache.stats import CacheStats
 from lesa.models import Adapter, adapter_for
-from lesa.schedule import Schedule, ScheduleLike, as_schedule, schedule_of
-from lesa_kernels import FusedKANPredictor
-from lesa_kernels.checks import Said, argument_error, check_int, usage_error
+from lesa.schedule import Schedule, ScheduleLike, Spread, as_schedule, schedule_of
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+from lesa_kernels.checks import Said, argument_error, check_folder_or_id, check_int, usage_error
+from lesa_kernels.forecasters import UNTRAINED
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModularPipeline
@@ -49,40 +51,83 @@ class CacheHandle:
 
 def enable_cache(
     pipe: "DiffusionPipeline | ModularPipeline",
-    predictor: FusedKANPredictor,
-    schedule: ScheduleLike | ErrorControl | None = None,
+    predictor: FusedKANPredictor | str | os.PathLike | None = None,
+    schedule: ScheduleLike | Spread | ErrorControl | None = None,
     max_device_bytes: int | None = None,
     strict: bool = False,
+    *,
+    steps: int | None = None,
+    quality: str | None = None,
 ) -> CacheHandle:
-    """Lets `predictor` forecast the steps of `pipe` that `schedule` does not compute.
+    """Lets `predictor` forecast those steps of `pipe` that are not computed. `enable_cache(pipe)` needs no training.
+
+    At most one of `schedule`, `steps` and `quality` says which steps are computed. With none of them, they are the
+    steps that the predictor was trained for. A predictor that has nothing to train has no such steps, so its default is
+    `quality="balanced"`.
 
     Args:
         pipe: a diffusers pipeline of a supported family, modular or not.
-        predictor: trained for the pipeline's transformer, on the transformer's device.
+        predictor: trained for the pipeline's transformer, on the transformer's device; or the folder or hub id of a
+            saved one, which is loaded to that device. What exists as a folder is not asked of the hub. None: the
+            forecaster "universal", which fits every model without training.
         schedule: which steps are computed: a `lesa.Schedule`, a list of step indices counted over the steps that a call
-            executes, an interval N for steps 0, 1, 2 and then every N, or a `lesa.ErrorControl`, which chooses them
-            during the run by the errors of the forecasts so far. None: the steps that the predictor was trained for.
-            Then a run of fewer than 10 steps is computed in full, unless the predictor was trained with that number
-            of steps.
+            executes, an interval N for steps 0, 1, 2 and then every N, a `lesa.ErrorControl`, which chooses them during
+            the run by the errors of the forecasts so far, or a `lesa.schedule.Spread`, which stands for `steps` or
+            `quality`. None: as `steps` or `quality` says, else the steps that the predictor was trained for. Then a run
+            of fewer than 10 steps is computed in full, unless the predictor was trained with that number of steps.
         max_device_bytes: the most bytes that the stored features of one stream of calls may take on the device. Beyond
             it, the oldest features are kept in host memory, which costs time. Guidance by two calls per step has two
             streams.
         strict: raise `RuntimeError` if a step that the schedule leaves out cannot be predicted. If false, such a step
             is computed, with a warning, and `stats` says why. It is not an error if a run of few steps is computed in
             full.
+        steps: how many of the steps that a call executes are computed, also in a run of few steps. A run that has no
+            more is computed in full. `Schedule.spread` chooses them, by the noise levels of the run; the trained steps
+            of the predictor are used if there are as many of them.
+        quality: "high", "balanced" or "fast": 16, 12 or 9 of 50 steps are computed. Of another number of steps it is
+            the same part, rounded up, and at least three. `Schedule.spread` chooses them. Runs of fewer than 10 steps
+            are computed in full. A predictor with a trained schedule has been trained for these steps alone, so every
+            quality is its trained schedule, and `stats` has a note of it.
 
     Returns:
         A handle with `stats` and `disable()`, usable as a context manager.
 
     Raises:
         TypeError: `pipe` is of no supported family, or `predictor` is no predictor.
+        FileNotFoundError: `predictor` is the name of a folder that does not exist.
         ValueError: the predictor was made for another family or width, is on another device, has weights that are not
-            finite, has no schedule although `schedule` is None, or cannot be used with an `ErrorControl`. The first
-            computed step raises it if `max_device_bytes` is too small for its features.
+            finite, can be trained but has no schedule although nothing says which steps are computed, or cannot be used
+            with an `ErrorControl`. Two of `schedule`, `steps` and `quality` are given, or one is out of range. The
+            first computed step raises it if `max_device_bytes` is too small for its features.
         RuntimeError: a cache is on already. A run also raises it if another cache was enabled in the meantime, or if a
             second thread enters the transformer.
     """
-    return _enable(pipe, predictor, schedule, max_device_bytes, strict, None)
+    chosen = _one_of(schedule, steps, quality)
+    adapter_for(pipe)  # refuses what no cache can be on for, before a predictor is loaded
+    return _enable(pipe, _loaded(pipe, predictor), chosen, max_device_bytes, strict, None)
+
+
+def _one_of(
+    schedule: ScheduleLike | Spread | ErrorControl | None, steps: int | None, quality: str | None
+) -> ScheduleLike | ErrorControl | Spread | None:
+    """What says which steps are computed."""
+    given = {"schedule": schedule, "steps": steps, "quality": quality}
+    names = [f"`{name}`" for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise usage_error(f"{' and '.join(names)} cannot be given together.", "Pass only one of them.")
+    if steps is not None:
+        return Spread(steps=steps)
+    return schedule if quality is None else Spread(quality=quality)
+
+
+def _loaded(pipe: Any, predictor: FusedKANPredictor | str | os.PathLike | None) -> FusedKANPredictor:
+    """The predictor; one that is loaded is on the device of the transformer."""
+    if predictor is None:
+        return FusedKANPredictor(PredictorConfig(mixer=UNTRAINED))
+    if not isinstance(predictor, (str, os.PathLike)):
+        return predictor
+    check_folder_or_id("predictor", predictor)
+    return FusedKANPredictor.from_pretrained(predictor).to(pipe._execution_device)
 
 
 def disable_cache(pipe: "DiffusionPipeline | ModularPipeline") -> None:
@@ -131,7 +176,7 @@ def observed(
 def _enable(
     pipe: "DiffusionPipeline | ModularPipeline",
     predictor: FusedKANPredictor,
-    schedule: ScheduleLike | ErrorControl | None,
+    schedule: ScheduleLike | ErrorControl | Spread | None,
     max_device_bytes: int | None,
     strict: bool,
     observer: StepObserver | None,
@@ -141,7 +186,7 @@ def _enable(
     chosen = _checked_schedule(adapter, predictor, schedule)
     if max_device_bytes is not None:
         check_int("max_device_bytes", max_device_bytes)
-    as_trained = schedule is None
+    as_trained = schedule is None or isinstance(schedule, Spread)
     hook = ForecastingHook(pipe, adapter, predictor.eval(), chosen, as_trained, max_device_bytes, strict, observer)
     hook.install()
     return CacheHandle(hook)
@@ -152,9 +197,9 @@ def _check_predictor(pipe: Any, adapter: Adapter, predictor: FusedKANPredictor) 
     if not isinstance(predictor, FusedKANPredictor):
         raise argument_error(
             "predictor",
-            "be a FusedKANPredictor",
+            "be a FusedKANPredictor, or the folder or hub id of one",
             predictor,
-            "Load one with `FusedKANPredictor.from_pretrained`, or train one with `lesa.train`.",
+            "Train one with `lesa.train`, or leave it out.",
             TypeError,
         )
     config = predictor.config
@@ -189,17 +234,19 @@ def _check_predictor(pipe: Any, adapter: Adapter, predictor: FusedKANPredictor) 
 
 
 def _checked_schedule(
-    adapter: Adapter, predictor: FusedKANPredictor, schedule: ScheduleLike | ErrorControl | None
-) -> Schedule | int | ErrorControl:
-    """The schedule to follow: the given one, or the predictor's own if none is given."""
+    adapter: Adapter, predictor: FusedKANPredictor, schedule: ScheduleLike | ErrorControl | Spread | None
+) -> Schedule | int | Spread | ErrorControl:
+    """The schedule to follow: the given one, or the predictor's own or the default one if none is given."""
     if schedule is None:
         trained = schedule_of(predictor.config)
-        if trained is None:
+        if trained is None and predictor.forecaster.is_trained:
             raise usage_error(
                 "`schedule` is required: this predictor was trained without one.",
-                "Pass an interval such as 7, or a list of the steps to compute.",
+                "Pass an interval such as 7, a list of the steps to compute, or their number as `steps`.",
             )
-        return trained
+        return Spread() if trained is None else trained
+    if isinstance(schedule, Spread):
+        return schedule
     if isinstance(schedule, ErrorControl):
         check_controllable(adapter, predictor.config)
         return schedule

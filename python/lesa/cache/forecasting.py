@@ -18,7 +18,7 @@ from lesa.cache.run import Call, Run, StepObserver
 from lesa.cache.stats import CacheStats, StreamStats
 from lesa.cache.streams import ForecastState, Stream
 from lesa.models import Adapter
-from lesa.schedule import FEW_STEPS, Schedule, as_schedule, schedule_of
+from lesa.schedule import FEW_STEPS, Schedule, Spread, as_schedule, schedule_of
 from lesa_kernels import FeatureRing, FusedKANPredictor, TieredRing
 
 
@@ -28,7 +28,7 @@ class ForecastingHook(StepHook[ForecastState]):
     Args:
         pipe, adapter: as in `StepHook`.
         predictor: makes the forecasts.
-        schedule: which steps are computed: a `Schedule`, an interval, or an `ErrorControl`.
+        schedule: which steps are computed: a `Schedule`, an interval, a `Spread`, or an `ErrorControl`.
         as_trained: whether the schedule is the predictor's own.
         max_device_bytes, strict: as in `lesa.enable_cache`.
         observer: sees what is computed.
@@ -39,7 +39,7 @@ class ForecastingHook(StepHook[ForecastState]):
         pipe: Any,
         adapter: Adapter,
         predictor: FusedKANPredictor,
-        schedule: Schedule | int | ErrorControl,
+        schedule: Schedule | int | Spread | ErrorControl,
         as_trained: bool,
         max_device_bytes: int | None,
         strict: bool,
@@ -82,17 +82,39 @@ class ForecastingHook(StepHook[ForecastState]):
             trained, errors = cast(Schedule, schedule_of(config)), config.schedule_errors or ()
             state.controlled = ControlledSteps(self.schedule, trained, errors, sigmas)
             state.computed = state.controlled.chosen
+        elif isinstance(self.schedule, Spread):
+            state.computed = self._spread(self.schedule, sigmas)
         else:
             state.computed = self._scheduled(self.schedule, sigmas)
         state.was_predicting, self._is_predicting = self._is_predicting, len(state.computed) < len(sigmas)
         if self.observer is not None:
             self.observer.on_run(state.run, state.computed)
 
+    def _spread(self, spread: Spread, sigmas: list[float]) -> frozenset[int]:
+        """The computed steps of a run with these noise levels. Notes which they are."""
+        total, count = len(sigmas), spread.count_of(len(sigmas))
+        trained = schedule_of(self.predictor.config)
+        if trained is not None and spread.steps is None:
+            self.stats.note(f"every quality is the {len(trained)} computed steps that the predictor was trained for")
+            return self._scheduled(trained, sigmas)
+        chosen = frozenset() if trained is None else trained.computed_in(sigmas)
+        if len(chosen) != count:
+            chosen = spread.computed_in(sigmas)
+        if count == total and spread.steps is None:
+            self._note_few(total)
+        elif count == total:
+            self.stats.note(f"computed everything: the run has {total} steps")
+        else:
+            steps, name = ",".join(map(str, sorted(chosen))), self.predictor.config.mixer
+            self.stats.note(f"the forecaster is {name!r}, and {count} of {total} steps are computed: {steps}")
+        self._note_other_training(chosen, total)
+        return chosen
+
     def _scheduled(self, schedule: Schedule | int, sigmas: list[float]) -> frozenset[int]:
         """The computed steps of a run with these noise levels. Notes what the user may not expect."""
         config, total = self.predictor.config, len(sigmas)
         if self.as_trained and total < FEW_STEPS and total != config.num_inference_steps:
-            self.stats.note(f"computed everything: {total} steps are too few to predict any")
+            self._note_few(total)
             return frozenset(range(total))
         schedule = as_schedule(schedule, total)
         if schedule.sigmas is None and schedule.num_inference_steps not in (None, total):
@@ -105,13 +127,21 @@ class ForecastingHook(StepHook[ForecastState]):
             steps = ",".join(map(str, beyond))
             self.stats.note(f"the run has {total} steps, which leaves out the schedule's {steps}")
         chosen = schedule.computed_in(sigmas)
+        self._note_other_training(chosen, total)
+        return chosen
+
+    def _note_few(self, total: int) -> None:
+        self.stats.note(f"computed everything: {total} steps are too few to predict any")
+
+    def _note_other_training(self, chosen: frozenset[int], total: int) -> None:
+        """Notes if the predictor was trained for a run of another length, or for other computed steps."""
+        config = self.predictor.config
         if config.num_inference_steps not in (None, total):
             trained = config.num_inference_steps
             self.stats.note(f"the predictor was trained at {trained} steps, this run has {total}")
         elif config.schedule is not None and chosen != frozenset(config.schedule):
             steps = ",".join(map(str, config.schedule))
             self.stats.note(f"the predictor was trained with the computed steps {steps}")
-        return chosen
 
     def _note_adapters(self) -> None:
         names = dict.fromkeys(getattr(self.pipe, "fused_loras", ()))  # what is fused stays when it is unloaded

@@ -18,6 +18,7 @@ RUN_OPTIONS = {
 }
 """The options of commands that run a pipeline, by the names that the library has for them."""
 DTYPES = ("float32", "bfloat16", "float16")
+QUALITIES = ("high", "balanced", "fast")
 
 
 def positive(text: str) -> int:

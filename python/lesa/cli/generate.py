@@ -10,6 +10,7 @@ OPTIONS = {
     **arguments.RUN_OPTIONS,
     "predictor": "--predictor",
     "schedule": "--schedule",
+    "quality": "--quality",
     "folder_or_id": "--predictor",
     "tolerance": "--tolerance",
     "ErrorControl": "--tolerance",
@@ -23,10 +24,14 @@ def add_arguments(parser) -> None:
     arguments.add_inputs(source, required=False)
     source.add_argument("--prompt", help="what to draw")
     arguments.add_run(parser)
-    parser.add_argument("--predictor", required=True, type=arguments.model, help="folder or hub id of a predictor")
+    text = "folder or hub id of a predictor (default: a forecaster that fits every model, without training)"
+    parser.add_argument("--predictor", type=arguments.model, help=text)
     which = parser.add_mutually_exclusive_group()
-    text = f"{arguments.SCHEDULE} (default: those that the predictor was trained for)"
+    text = f"{arguments.SCHEDULE} (default: those that the predictor was trained for, else as with --quality balanced)"
     which.add_argument("--schedule", type=arguments.schedule, help=text)
+    which.add_argument("--computed", type=arguments.positive, metavar="N", help="how many of the steps are computed")
+    text = "compute 16 (high), 12 (balanced) or 9 (fast) of 50 steps, and of other numbers of steps the same part"
+    which.add_argument("--quality", choices=arguments.QUALITIES, help=text)
     text = (
         "choose the computed steps by the errors of the forecasts; 1 computes about as many steps as the predictor was "
         "trained for, a smaller X computes more"
@@ -58,15 +63,18 @@ def run(options) -> None:
     samples = read(options, kind)
     _check_schedule(options, samples)
     check_files(options.output, samples, kind and kind.__call__)
-    predictor = predictor_of(options.predictor)
+    predictor = None if options.predictor is None else predictor_of(options.predictor)
     pipe = pipeline_of(options)
     check_output(options.output, type(pipe).__call__, options.fps)
     check_files(options.output, samples, type(pipe).__call__)
     samples = prepare(options, pipe, _sized(options, samples), options.steps)
-    predictor.to(pipe.transformer.device)
-    schedule = options.schedule if options.tolerance is None else lesa.ErrorControl(options.tolerance)
+    if predictor is not None:
+        predictor.to(pipe.transformer.device)
+    which = {"schedule": options.schedule, "steps": options.computed, "quality": options.quality}
+    if options.tolerance is not None:
+        which["schedule"] = lesa.ErrorControl(options.tolerance)
     running: list = []  # the sample that is drawn
-    with explained(pipe, running, options.steps), lesa.enable_cache(pipe, predictor, schedule) as handle:
+    with explained(pipe, running, options.steps), lesa.enable_cache(pipe, predictor, **which) as handle:
         for number, sample in enumerate(samples):
             running[:] = [sample]
             generator = torch.Generator("cpu").manual_seed(options.seed + number)

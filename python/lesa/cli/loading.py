@@ -100,7 +100,7 @@ def predictor_of(source: str) -> FusedKANPredictor:
 
 
 def check_schedules(predictors: Mapping[str, FusedKANPredictor], pipe: Any) -> None:
-    """Raises `UsageError` if a predictor that fits the pipeline was trained without a schedule.
+    """Raises `UsageError` if a predictor that fits the pipeline can be trained, and has no schedule.
 
     For commands without `--schedule`. A predictor that does not fit has another error.
     """
@@ -108,7 +108,7 @@ def check_schedules(predictors: Mapping[str, FusedKANPredictor], pipe: Any) -> N
     for source, predictor in predictors.items():
         config = predictor.config
         fits = config.feature_dim in (None, adapter.feature_dim) and config.family in (None, adapter.family)
-        if fits and config.schedule is None:
+        if fits and config.schedule is None and config.forecaster.is_trained:
             remedy = "Train one with `lesa train`."
             raise UsageError(f"argument --predictor: {source} was trained without a schedule. {remedy}")
 

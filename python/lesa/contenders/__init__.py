@@ -17,7 +17,7 @@ from lesa.contenders.mag_cache import MagCache
 from lesa.contenders.ours import ours_of
 from lesa.contenders.reference import Reference
 from lesa.contenders.taylorseer import TaylorSeer, taylorseer_grid
-from lesa.schedule import Schedule
+from lesa.schedule import Schedule, Spread
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error
 from lesa_kernels.forecasters import FORECASTERS, SHIPPED, Forecaster
@@ -160,7 +160,7 @@ def budget_of(name: object) -> tuple[type[Plain] | type[Peer], int | None]:
     return kind, int(match[2]) if match[2] else None
 
 
-def ours_with(predictor: FusedKANPredictor, schedule: Schedule | ErrorControl | None) -> Ours:
+def ours_with(predictor: FusedKANPredictor, schedule: Schedule | Spread | ErrorControl | None) -> Ours:
     """The contender for a predictor and a schedule, None for the trained one.
 
     Raises:

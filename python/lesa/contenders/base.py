@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 from lesa.artifacts import digest
 from lesa.cache import CacheHandle, enable_cache
 from lesa.cache.error_control import ErrorControl
-from lesa.schedule import Schedule
+from lesa.schedule import Schedule, Spread
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import argument_error
 
@@ -156,7 +156,7 @@ class Ours(Contender, abstract=True):
     each_call = False
     _methods = ("detail",)
 
-    def __init__(self, predictor: FusedKANPredictor, schedule: Schedule | ErrorControl | None = None):
+    def __init__(self, predictor: FusedKANPredictor, schedule: Schedule | Spread | ErrorControl | None = None):
         self.predictor, self.schedule = predictor, schedule
 
     @classmethod
@@ -172,6 +172,8 @@ class Ours(Contender, abstract=True):
         text = self.detail(self.predictor.config)
         if isinstance(self.schedule, ErrorControl):
             return f"{text}, error control at {self.schedule.tolerance:g}"
+        if isinstance(self.schedule, Spread):
+            return f"{text}, steps by noise level"
         return text if self.schedule is None else f"{text}, steps {self.schedule}"
 
     def on(self, pipe: Pipeline, num_inference_steps: int) -> CacheHandle:

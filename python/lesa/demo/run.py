@@ -1,4 +1,4 @@
-"""`lesa demo`: compares a bundled model's predictors with TaylorSeer and fewer steps, or writes the model out."""
+"""`lesa demo`: compares a bundled model's predictors with what needs no training, or writes the model out."""
 
 import os
 import shlex
@@ -11,9 +11,12 @@ from types import ModuleType
 from lesa.contenders import FewerSteps, TaylorSeer
 from lesa.demo import digits, photos
 from lesa.evaluation import Evaluation, evaluate
+from lesa.evaluation.evaluator import Contestant
 from lesa.inputs import write_inputs
-from lesa_kernels import FusedKANPredictor
+from lesa.schedule import Spread
+from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import Said, argument_error, check_choice, check_int
+from lesa_kernels.forecasters import UNTRAINED
 
 SEED = 10_000
 """Of the first sample of the demo. Training samples have seeds from 0 on."""
@@ -84,7 +87,9 @@ def labels(count: int) -> list[int]:
 def run_demo(
     out_dir: str | os.PathLike, num_samples: int = TEST_SAMPLES, progress: bool = True, model: str = "digits"
 ) -> Evaluation:
-    """Compares a bundled model's predictors with its 50 steps, TaylorSeer and fewer steps.
+    """Compares a bundled model's predictors with its 50 steps, a cache without a predictor, TaylorSeer and fewer steps.
+
+    The cache without a predictor is `lesa.enable_cache(pipe, steps=9)`.
 
     Args:
         out_dir: gets `summary.json` and `comparison.png`.
@@ -97,10 +102,14 @@ def run_demo(
     """
     check_int("num_samples", num_samples)
     demo = DEMOS[check_choice("model", model, tuple(DEMOS))]
+    trained = {name: FusedKANPredictor.from_pretrained(digits.WEIGHTS / name) for name in demo.predictors}
+    budget = len(demo.schedule)
+    untrained = FusedKANPredictor(PredictorConfig(mixer=UNTRAINED)), Spread(budget)
+    predictors: dict[str, Contestant] = {**trained, f"{UNTRAINED}-{budget}": untrained}
     return evaluate(
         demo.model.load_pipeline(),
         demo.model.inputs_for(labels(num_samples)),
-        {name: FusedKANPredictor.from_pretrained(digits.WEIGHTS / name) for name in demo.predictors},
+        predictors,
         against=(FewerSteps.name, *demo.taylorseer),
         seed=SEED,
         out_dir=out_dir,

@@ -23,11 +23,11 @@ from lesa.inputs import check_inputs, steps_of
 from lesa.messages import is_message
 from lesa.models import adapter_for
 from lesa.pipelines import check_decodes, quiet_progress
-from lesa.schedule import ScheduleLike, as_schedule
+from lesa.schedule import ScheduleLike, Spread, as_schedule
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error, check_int, usage_error
 
-Contestant = FusedKANPredictor | tuple[FusedKANPredictor, ScheduleLike | ErrorControl | None]
+Contestant = FusedKANPredictor | tuple[FusedKANPredictor, ScheduleLike | Spread | ErrorControl | None]
 """A predictor, alone or with a schedule."""
 
 Opponent = type[Plain] | type[Peer]
@@ -272,7 +272,7 @@ def _with_schedule(contestant: Contestant, num_inference_steps: int) -> Ours:
             "Pass predictors, or `(predictor, schedule)`. `FusedKANPredictor.from_pretrained` loads a folder.",
         )
     predictor, schedule = pair
-    if schedule is None or isinstance(schedule, ErrorControl):
+    if schedule is None or isinstance(schedule, (ErrorControl, Spread)):
         return ours_with(predictor, schedule)
     return ours_with(predictor, as_schedule(schedule, num_inference_steps))
 

@@ -11,7 +11,14 @@ from tqdm import tqdm
 from lesa.schedule import Schedule
 from lesa.training.batches import Batch, Head, check_is_predictor, check_whole
 from lesa.training.searching import Search
-from lesa.training.settings import TrainingSettings, check_config, check_seed, complete_config, usable_device
+from lesa.training.settings import (
+    TrainingSettings,
+    check_config,
+    check_seed,
+    complete_config,
+    spread_over,
+    usable_device,
+)
 from lesa.training.training_run import Training
 from lesa.training.trajectories import Trajectories, Trajectory, check_plain, latents_of
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -65,7 +72,7 @@ def find_schedule(
     check_plain(trajectories)
     check_searchable(config)
     budget, seed = check_budget(trajectories, budget), check_seed(seed)
-    complete_config(trajectories, config, Schedule.spread(budget, trajectories.num_inference_steps))
+    complete_config(trajectories, config, spread_over(trajectories, budget))
     usable_device(device)
     check_whole(trajectories)
     return found_schedule(trajectories, budget, config, seed, device, progress, Search())
@@ -93,7 +100,7 @@ def found_schedule(
     search: Search,
 ) -> Schedule:
     """`find_schedule` for checked arguments; it continues what `search` has."""
-    schedule = Schedule.spread(budget, trajectories.num_inference_steps)
+    schedule = spread_over(trajectories, budget)
     settings, bar = replace(BRIEF, seed=seed), "train for the search" if progress else None
 
     def steps_of(turn: int) -> tuple[int, ...]:

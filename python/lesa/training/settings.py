@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lesa.schedule import Schedule, ScheduleLike, as_schedule
+from lesa.schedule import Schedule, ScheduleLike, Spread, as_schedule
 from lesa.training.trajectories import Trajectories
 from lesa_kernels import PredictorConfig
 from lesa_kernels.checks import Said, argument_error, check_float, check_int
@@ -128,7 +128,7 @@ def complete_config(
             remedy = "Change the configuration, or record other trajectories."
             raise argument_error(f"config.{field}", f"be that of the trajectories, {wanted!r}", given, remedy)
     if schedule is None:
-        schedule = config.schedule or Schedule.spread(min(DEFAULT_COMPUTED_STEPS, total), total)
+        schedule = config.schedule or spread_over(trajectories, min(DEFAULT_COMPUTED_STEPS, total))
     schedule = as_schedule(schedule, total)
     if schedule.steps[-1] >= total or schedule.num_inference_steps not in (None, total):
         raise argument_error(
@@ -148,6 +148,12 @@ def complete_config(
         schedule_sigmas=tuple(sigmas[s] for s in schedule.steps),
         schedule_errors=None,
     )
+
+
+def spread_over(trajectories: Trajectories, count: int) -> Schedule:
+    """The default schedule of `count` computed steps, by the noise levels of the recording."""
+    computed = Spread(count).computed_in(trajectories[0].sigmas.tolist())
+    return Schedule(tuple(sorted(computed)), trajectories.num_inference_steps)
 
 
 def with_stages(config: PredictorConfig, bounds: tuple[float, ...]) -> PredictorConfig:

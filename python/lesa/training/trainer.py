@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lesa.artifacts import CONTINUE, output_folder, owned
-from lesa.schedule import Schedule, ScheduleLike
+from lesa.schedule import ScheduleLike
 from lesa.training.batches import check_whole
 from lesa.training.schedule_search import check_budget, found_schedule
 from lesa.training.searching import Search, has_search
@@ -18,6 +18,7 @@ from lesa.training.settings import (
     check_trainable,
     complete_config,
     config_settings,
+    spread_over,
     usable_device,
     with_stages,
 )
@@ -127,7 +128,7 @@ def train(
     )
     if budget is not None:  # where a search begins
         budget = check_budget(trajectories, budget)
-        schedule = Schedule.spread(budget, trajectories.num_inference_steps)
+        schedule = spread_over(trajectories, budget)
     config = complete_config(trajectories, config, schedule)
     if find_stages:
         check_divisible(trajectories, config)
