@@ -206,7 +206,7 @@ lesa::StreamForecast stream_of(uintptr_t storage, const std::string& storage_dty
 }
 
 template <class... Arguments>
-void stream_forecast(Arguments... arguments) {
+void stream_forecast(const Arguments&... arguments) {
   const lesa::StreamForecast stream = stream_of(arguments...);
   lesa::check_stream_forecast(stream);
   lesa::stream_forecast_cpu(stream);
@@ -216,7 +216,7 @@ void stream_forecast(Arguments... arguments) {
 // samples and between tokens.
 template <class... Arguments>
 void stream_velocity(int64_t outputs, const std::array<uintptr_t, 4>& head, const std::array<int64_t, 4>& head_strides,
-                     float eps, Arguments... arguments) {
+                     float eps, const Arguments&... arguments) {
   const lesa::StreamForecast stream = stream_of(arguments...);
   const lesa::StreamHead output_head{
       outputs,         pointer<const float>(head[0]), pointer<const float>(head[1]), pointer<const float>(head[2]),

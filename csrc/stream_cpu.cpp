@@ -25,6 +25,8 @@ constexpr int64_t kGroup = 64;                      // channels that are project
 constexpr int64_t kStep = 4;                        // of these, the channels between other work
 constexpr int64_t kInputs = 4;                      // of a residual that are summed up together
 constexpr int64_t kCacheLine = 64;                  // bytes
+constexpr int64_t kStreamedBytes = int64_t{4} << 20;   // of output, from which on its stores are streamed
+constexpr int64_t kRecycledBytes = int64_t{32} << 20;  // the largest memory that glibc's `malloc` keeps for another use
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -63,6 +65,13 @@ LESA_INLINE void prefetch_to_write([[maybe_unused]] const void* address) {
 #endif
 }
 
+// What this thread stored is in memory before what it stores from now on, streamed stores included.
+LESA_INLINE void finish_streamed_stores() {
+#ifdef LESA_X86
+  _mm_sfence();
+#endif
+}
+
 // One feature that a residual reads, and its weight in each tap.
 struct Input {
   int64_t anchor;
@@ -89,6 +98,7 @@ struct Sample {
   float constant;
   const Matrices* matrices;  // or null without a residual
   void* output;              // [tokens, dim], or [tokens, outputs] with a head
+  bool streamed;             // whether its stores are, see vectors.h
   const float* scale;        // of the head, [tokens, dim] with its strides
   const float* shift;        // the same, or null
 };
@@ -109,6 +119,7 @@ struct Kernels {
   int64_t panel;
   Pack pack[3];  // of float32, float16 and bfloat16, as DType has them
   Forecast forecast[3];
+  bool streams[3];
   PackHead pack_head;
   Velocity velocity;
 };
@@ -218,6 +229,16 @@ Sample sample_at(const StreamForecast& p, const StreamHead* head, int64_t b) {
   return s;
 }
 
+// Whether the output's stores are streamed. Then its lines are not read before they are written. A small output is
+// still in the caches when its reader comes, so it stays there. A very large one usually has new pages, which the
+// system has just cleared, so that their lines are in the caches already.
+bool is_streamed(const StreamForecast& p) {
+  const int64_t row = p.dim * item_size(p.dtype);
+  const bool aligned = reinterpret_cast<uintptr_t>(p.output) % kCacheLine == 0 && row % kCacheLine == 0;
+  const int64_t bytes = p.batch * p.tokens * row;
+  return aligned && bytes >= kStreamedBytes && bytes <= kRecycledBytes;
+}
+
 void check_rows(const StreamForecast& p) {
   for (int64_t b = 0; b < p.batch; ++b) {
     if (p.cursor[b] < 0 || p.cursor[b] >= p.capacity || p.count[b] < 0 || p.count[b] > p.capacity) {
@@ -298,7 +319,11 @@ void run_stream(const StreamForecast& p, const StreamHead* head) {
 
   const Kernels& kernels = kernels_for(p.instructions);
   std::vector<Sample> samples;
-  for (int64_t b = 0; b < p.batch; ++b) samples.push_back(sample_at(p, head, b));
+  const bool streamed = !head && kernels.streams[static_cast<int>(p.dtype)] && is_streamed(p);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    samples.push_back(sample_at(p, head, b));
+    samples[b].streamed = streamed;
+  }
   std::vector<Matrices> matrices;
   const std::vector<int64_t> found = find_matrices(p, samples, matrices);
   const int64_t padded_dim = round_up(p.dim, kGroup);
@@ -365,6 +390,7 @@ void run_stream(const StreamForecast& p, const StreamHead* head) {
       kernels.velocity(p, *head, projection, sample, begin, end);
     } else {
       forecast(p, sample, begin, end);
+      if (streamed) finish_streamed_stores();
     }
   });
 }

@@ -66,7 +66,7 @@ LESA_INLINE LESA_KERNEL const typename Element::Bits* anchor(const StreamForecas
 
 // The weighted sum of the features of one token, for `kVectors` vectors of channels. It is added to `base`, or to the
 // sample's constant if that is null.
-template <class Element, bool kPerChannel, int kVectors>
+template <class Element, bool kPerChannel, int kVectors, bool kStreamed>
 LESA_INLINE LESA_KERNEL void mix_block(const StreamForecast& p, const Sample& s, int64_t token, int64_t d,
                                        const float* base, typename Element::Bits* output) {
   typename Vector::Register sums[kVectors];
@@ -82,17 +82,17 @@ LESA_INLINE LESA_KERNEL void mix_block(const StreamForecast& p, const Sample& s,
       sums[v] = Vector::multiply_add(weight, Vector::template load<Element>(feature + v * Vector::kLanes), sums[v]);
     }
   }
-  for (int v = 0; v < kVectors; ++v) Vector::template store<Element>(output + v * Vector::kLanes, sums[v]);
+  for (int v = 0; v < kVectors; ++v) Vector::template store<Element, kStreamed>(output + v * Vector::kLanes, sums[v]);
 }
 
 // The same for channels [first, first + n). `base` and `output` belong to the first one.
-template <class Element, bool kPerChannel, int kVectors>
+template <class Element, bool kPerChannel, int kVectors, bool kStreamed = false>
 LESA_INLINE LESA_KERNEL void mix(const StreamForecast& p, const Sample& s, int64_t token, int64_t first, int64_t n,
                                  const float* base, typename Element::Bits* output) {
   constexpr int64_t step = kVectors * Vector::kLanes;
   int64_t i = 0;
   for (; i + step <= n; i += step) {
-    mix_block<Element, kPerChannel, kVectors>(p, s, token, first + i, base ? base + i : nullptr, output + i);
+    mix_block<Element, kPerChannel, kVectors, kStreamed>(p, s, token, first + i, base ? base + i : nullptr, output + i);
   }
   for (; i < n; ++i) {
     float sum = base ? base[i] : s.constant;
@@ -209,7 +209,7 @@ LESA_KERNEL void project(const StreamForecast& p, const Sample& s, int64_t token
 
 // The forecast of kTile tokens from the residual's input. The features are added between the products.
 // Rows of `output` are `stride` elements apart.
-template <class Element, bool kPerChannel, int kTile>
+template <class Element, bool kPerChannel, int kTile, bool kStreamed = false>
 LESA_KERNEL void finish(const StreamForecast& p, const Sample& s, int64_t token, const float* input,
                         typename Element::Bits* output, int64_t stride) {
   const Matrices& m = *s.matrices;
@@ -239,15 +239,15 @@ LESA_KERNEL void finish(const StreamForecast& p, const Sample& s, int64_t token,
       LESA_UNROLL for (int row = 0; row < kTile; ++row) {
         const auto* from = feature + row * p.token_stride;
         prefetch_far(from + 4 * kPanel);
-        if (k == 0) prefetch_to_write(output + row * stride + d + 4 * kPanel);
+        if (!kStreamed && k == 0) prefetch_to_write(output + row * stride + d + 4 * kPanel);
         sums[row][0] = Vector::multiply_add(left, Vector::template load<Element>(from), sums[row][0]);
         sums[row][1] = Vector::multiply_add(right, Vector::template load<Element>(from + Vector::kLanes), sums[row][1]);
       }
     }
     if (added > 0) {
       LESA_UNROLL for (int row = 0; row < kTile; ++row) {
-        Vector::template store<Element>(output + row * stride + d, sums[row][0]);
-        Vector::template store<Element>(output + row * stride + d + Vector::kLanes, sums[row][1]);
+        Vector::template store<Element, kStreamed>(output + row * stride + d, sums[row][0]);
+        Vector::template store<Element, kStreamed>(output + row * stride + d + Vector::kLanes, sums[row][1]);
       }
       continue;
     }
@@ -264,34 +264,44 @@ LESA_KERNEL void finish(const StreamForecast& p, const Sample& s, int64_t token,
 }
 
 // The forecast of tokens [begin, end) with a residual, kTile at a time while there are so many.
-template <class Element, bool kPerChannel, int kTile>
+template <class Element, bool kPerChannel, int kTile, bool kStreamed>
 LESA_KERNEL void forecast_tiles(const StreamForecast& p, const Sample& s, int64_t begin, int64_t end,
                                 float* differences, float* input) {
   auto* output = static_cast<typename Element::Bits*>(s.output);
   for (; begin + kTile <= end; begin += kTile) {
     project<Element, kTile>(p, s, begin, differences, input);
-    finish<Element, kPerChannel, kTile>(p, s, begin, input, output + begin * p.dim, p.dim);
+    finish<Element, kPerChannel, kTile, kStreamed>(p, s, begin, input, output + begin * p.dim, p.dim);
   }
   if constexpr (kTile > 1) {
     if (begin < end) {
-      forecast_tiles<Element, kPerChannel, kTile / 2>(p, s, begin, end, differences, input);
+      forecast_tiles<Element, kPerChannel, kTile / 2, kStreamed>(p, s, begin, end, differences, input);
     }
   }
 }
 
-template <class Element, bool kPerChannel>
+template <class Element, bool kPerChannel, bool kStreamed>
 LESA_KERNEL void forecast_weighted(const StreamForecast& p, const Sample& s, int64_t begin, int64_t end) {
   if (s.matrices == nullptr) {
     auto* output = static_cast<typename Element::Bits*>(s.output);
     for (int64_t token = begin; token < end; ++token) {
-      mix<Element, kPerChannel, 4>(p, s, token, 0, p.dim, s.constants, output + token * p.dim);
+      mix<Element, kPerChannel, 4, kStreamed>(p, s, token, 0, p.dim, s.constants, output + token * p.dim);
     }
     return;
   }
   const int64_t inputs = static_cast<int64_t>(s.matrices->inputs.size());
   const int64_t differences = 2 * inputs * Vector::kRows * kGroup;
   const AlignedFloats scratch(differences + Vector::kRows * s.matrices->padded_rank);
-  forecast_tiles<Element, kPerChannel, Vector::kRows>(p, s, begin, end, scratch.begin(), scratch.begin() + differences);
+  forecast_tiles<Element, kPerChannel, Vector::kRows, kStreamed>(p, s, begin, end, scratch.begin(),
+                                                                 scratch.begin() + differences);
+}
+
+template <class Element, bool kStreamed>
+LESA_KERNEL void forecast_stored(const StreamForecast& p, const Sample& s, int64_t begin, int64_t end) {
+  if (p.anchors_per_channel) {
+    forecast_weighted<Element, true, kStreamed>(p, s, begin, end);
+  } else {
+    forecast_weighted<Element, false, kStreamed>(p, s, begin, end);
+  }
 }
 
 template <class Element>
@@ -299,10 +309,10 @@ LESA_KERNEL void forecast(const StreamForecast& p, const Sample& s, int64_t begi
   if (s.anchors == 0) {
     auto* output = static_cast<typename Element::Bits*>(s.output);
     std::fill(output + begin * p.dim, output + end * p.dim, Element::kNan);
-  } else if (p.anchors_per_channel) {
-    forecast_weighted<Element, true>(p, s, begin, end);
+  } else if (s.streamed) {
+    forecast_stored<Element, Vector::template kStreams<Element>>(p, s, begin, end);
   } else {
-    forecast_weighted<Element, false>(p, s, begin, end);
+    forecast_stored<Element, false>(p, s, begin, end);
   }
 }
 
@@ -456,5 +466,6 @@ LESA_KERNEL void velocity(const StreamForecast& p, const StreamHead& head, const
 constexpr Kernels kKernels{kPanel,
                            {pack<Float32>, pack<Float16>, pack<BFloat16>},
                            {forecast<Float32>, forecast<Float16>, forecast<BFloat16>},
+                           {Vector::kStreams<Float32>, Vector::kStreams<Float16>, Vector::kStreams<BFloat16>},
                            pack_head,
                            velocity};

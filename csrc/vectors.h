@@ -12,6 +12,10 @@
 // of a kernel are in a header that its source file includes once for each instruction set: in a namespace where
 // `Vector` is one of these, and LESA_KERNEL lets a function use its instructions. Compilers inline no function into one
 // that may use fewer instructions, so a template over the instruction set can't do this.
+//
+// A streamed store writes to memory without reading the cache line first, and leaves nothing in the caches. Its address
+// is a multiple of the bytes that it writes. The stores to one line should follow each other. `kStreams` is false where
+// two vectors are less than a line, or where there is no such instruction.
 
 #define LESA_TARGET_PLAIN
 #define LESA_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
@@ -50,6 +54,8 @@ namespace plain {
 struct Vector {
   static constexpr int64_t kLanes = 8;
   static constexpr int kRows = 6;  // rows of a block of a matrix product, two vectors wide, that stays in registers
+  template <class Element>
+  static constexpr bool kStreams = false;
   struct Register {
     float lane[kLanes];
   };
@@ -60,7 +66,7 @@ struct Vector {
     for (int64_t i = 0; i < kLanes; ++i) value.lane[i] = Element::load(from[i]);
     return value;
   }
-  template <class Element>
+  template <class Element, bool = false>
   static LESA_INLINE void store(typename Element::Bits* to, const Register& value) {
     for (int64_t i = 0; i < kLanes; ++i) to[i] = Element::store(value.lane[i]);
   }
@@ -98,6 +104,8 @@ namespace avx2 {
 struct Vector {
   static constexpr int64_t kLanes = 8;
   static constexpr int kRows = 6;
+  template <class Element>
+  static constexpr bool kStreams = std::is_same_v<Element, Float32>;
   using Register = __m256;
 
   template <class Element>
@@ -110,9 +118,12 @@ struct Vector {
       return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
     }
   }
-  template <class Element>
+  template <class Element, bool kStreamed = false>
   static LESA_INLINE LESA_TARGET_AVX2 void store(typename Element::Bits* to, Register value) {
-    if constexpr (std::is_same_v<Element, Float32>) {
+    static_assert(!kStreamed || kStreams<Element>);
+    if constexpr (kStreamed) {
+      _mm256_stream_ps(to, value);
+    } else if constexpr (std::is_same_v<Element, Float32>) {
       _mm256_storeu_ps(to, value);
     } else if constexpr (std::is_same_v<Element, Float16>) {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
@@ -159,6 +170,8 @@ namespace avx512 {
 struct Vector {
   static constexpr int64_t kLanes = 16;
   static constexpr int kRows = 12;
+  template <class Element>
+  static constexpr bool kStreams = true;
   using Register = __m512;
 
   template <class Element>
@@ -171,19 +184,31 @@ struct Vector {
       return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
     }
   }
-  template <class Element>
+  template <bool kStreamed>
+  static LESA_INLINE LESA_TARGET_AVX512 void store_half(void* to, __m256i value) {
+    if constexpr (kStreamed) {
+      _mm256_stream_si256(static_cast<__m256i*>(to), value);
+    } else {
+      _mm256_storeu_si256(static_cast<__m256i*>(to), value);
+    }
+  }
+  template <class Element, bool kStreamed = false>
   static LESA_INLINE LESA_TARGET_AVX512 void store(typename Element::Bits* to, Register value) {
     if constexpr (std::is_same_v<Element, Float32>) {
-      _mm512_storeu_ps(to, value);
+      if constexpr (kStreamed) {
+        _mm512_stream_ps(to, value);
+      } else {
+        _mm512_storeu_ps(to, value);
+      }
     } else if constexpr (std::is_same_v<Element, Float16>) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+      store_half<kStreamed>(to, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
     } else {
       const __m512i bits = _mm512_castps_si512(value);
       const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
       const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
       const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
       const __m512i chosen = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), is_nan, _mm512_set1_epi32(0x7fc0));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(chosen));
+      store_half<kStreamed>(to, _mm512_cvtepi32_epi16(chosen));
     }
   }
   static LESA_INLINE LESA_TARGET_AVX512 Register broadcast(float value) { return _mm512_set1_ps(value); }

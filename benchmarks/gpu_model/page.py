@@ -271,7 +271,9 @@ def misses(figures: dict) -> str:
 
 TRIED = """## What was tried for rank 32
 
-These are predicted times of other designs, none of which is in use. The operators' results were not tested.
+These are predicted times, in µs, of other designs, none of which is in use. They were computed by hand with the model's
+constants of 29 November 2026, and do not change with the tables of this page. The results of these variants of the
+stream forecast and of the stream velocity were not tested.
 
 | design | forecast, rank 32 | skipped step, rank 32 | why it was not kept |
 |---|---|---|---|
@@ -279,9 +281,10 @@ These are predicted times of other designs, none of which is in use. The operato
 hunyuan-video-480x640x65 221 | 40.9, 219 | the folded maps must be made for each step, which is another launch, or \
 memory for all steps of a run |
 | the same, products of the stored anchors, each map as a sum of two in bfloat16 | | flux-1024px 42.0; 42.2 with the \
-second part for the newest anchor only | more bytes of maps: the cache alone needs 34 and 30 µs |
+second part for the newest anchor only | more bytes of maps: the cache alone needs 34 µs, or 30 µs with \
+the second part for the newest anchor only |
 | the same with 128 tokens and 8 warps | | flux-1024px 48.8 to 76.8 | one program on a multiprocessor |
-| a program has all channels of its tokens, so nobody meets | flux-1024px 60 to 100, \
+| a program has all channels of its tokens, so no two programs share a token | flux-1024px 60 to 100, \
 hunyuan-video-480x640x65 272 to 284 | | with few tokens in a tile, each program reads all maps |
 | a second launch adds the residual | flux-1024px 47.8 (31.9 + 15.9) | | it reads and writes the forecast once more; a \
 step is one launch |
@@ -292,10 +295,11 @@ start and the end of a program, that is 32 to 34 µs, 1.5 times the floor. The t
 elsewhere. At hunyuan-video-480x640x65 the cache needs 154 µs, 1.45 times the floor, or about 1.36 without those rows,
 so tiles of 64 tokens can't meet the target of 1.15.
 
-A forecast must read all channels of a token before it knows the residual of any of them. Its end moves 16 KB of the
-forecast in, 16 KB out and 8 KB of the map for each 64 tokens and 128 channels. That takes 8.4 µs for all channels, at
-the 64 bytes per clock of one multiprocessor. The forecast of rank 0 takes 30 µs at flux-1024px. So a launch in which
-the last of the programs that meet does the end alone can't be faster than 38 µs, 1.4 times the floor."""
+A forecast must read all channels of a token before it knows the residual of any of them. The last part of
+the program reads 16 KB of the forecast and 8 KB of the map, and writes 16 KB of the forecast, for each 64 tokens and
+128 channels. That takes 8.4 µs for all channels, at the 64 bytes per clock of one multiprocessor. The forecast of rank
+0 takes 30 µs at flux-1024px. So a launch in which the last of the programs that meet does the end alone can't be faster
+than 38 µs, 1.4 times the floor."""
 
 DECIDES = """## What decides them
 

@@ -6,7 +6,7 @@ kernels, cache, training, search and evaluation know no forecaster by name. They
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
@@ -76,6 +76,20 @@ class Steps(NamedTuple):
         return step + (times[step] - levels) / torch.where(gap > 0, gap, 1.0)
 
 
+class RecordedRun(NamedTuple):
+    """A recorded run of one sample, from which a forecaster is fitted.
+
+    Args:
+        features: `[S, T, D]` float32, of all steps.
+        sigmas: `[S]`, the falling noise levels of the steps.
+        computed: the steps that the schedule computes, rising from 0.
+    """
+
+    features: torch.Tensor
+    sigmas: torch.Tensor
+    computed: list[int]
+
+
 class Forecaster(ABC):
     """A kind of forecaster. docs/adding-a-forecaster.md has a complete example.
 
@@ -90,6 +104,7 @@ class Forecaster(ABC):
         hidden: number of spline units of its KAN, by default; None if it has none.
         has_residual: whether it has a low-rank residual, so that `config.rank` has a meaning.
         is_trained: whether it has something to train.
+        is_fitted: whether `fit` trains it, in closed form, where others need an optimiser.
         reads_times: whether its weights depend on the times of the run, and not on noise levels alone.
         reads_stream: whether its weights depend on the stream of calls, such as that without a prompt.
         reads_one_sigma: whether `forecast` takes one noise level for all samples as a tensor without dimensions.
@@ -111,6 +126,7 @@ class Forecaster(ABC):
     hidden: ClassVar[int | None] = None
     has_residual: ClassVar[bool] = False
     is_trained: ClassVar[bool] = False
+    is_fitted: ClassVar[bool] = False
     reads_times: ClassVar[bool] = True
     reads_stream: ClassVar[bool] = False
     reads_one_sigma: ClassVar[bool] = False
@@ -154,6 +170,14 @@ class Forecaster(ABC):
 
     def reset(self, predictor: "FusedKANPredictor", generator: torch.Generator | None) -> None:  # noqa: B027
         """Initialises the parameters. Gradients are off."""
+
+    def fit(self, predictor: "FusedKANPredictor", runs: Iterable[RecordedRun]) -> None:
+        """Sets the parameters in closed form, if `is_fitted`. Each run is read once, so that memory does not grow.
+
+        Raises:
+            ValueError: the runs do not fit each other.
+        """
+        raise NotImplementedError(f"{type(self).__qualname__} has no closed form.")
 
     @abstractmethod
     def weights(self, predictor: "FusedKANPredictor", steps: Steps) -> Weights:

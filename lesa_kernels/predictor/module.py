@@ -188,7 +188,7 @@ class FusedKANPredictor(nn.Module):
     def fuses_velocity(self, ring: FeatureRing | TieredRing, head: OutputHead | None = None) -> bool:
         """Whether `velocity_with` from this ring does not write the forecast to memory.
 
-        On Triton the answer is that for `predict_velocity` too.
+        On Triton, this also holds for `predict_velocity`. On a CPU, `predict_velocity` always writes the forecast.
 
         Args:
             ring: as in `forward`.
@@ -402,7 +402,9 @@ class FusedKANPredictor(nn.Module):
                     f"{CONFIG_NAME} and {WEIGHTS_NAME} are from different predictors: save or download both again.",
                 )
         for name, value in weights.items():
-            check_tensor(f"{WEIGHTS_NAME}: {name}", value, dtypes=FLOAT_DTYPES)
+            kept = expected[name].dtype
+            dtypes = FLOAT_DTYPES if kept.is_floating_point else (kept,)
+            check_tensor(f"{WEIGHTS_NAME}: {name}", value, dtypes=dtypes)
         predictor.load_state_dict(weights, assign=True)
         return predictor
 

@@ -54,7 +54,7 @@ def read_anchors(features: StoredFeatures, count: torch.Tensor, history: int) ->
 def stream_forecast_ref(features: StoredFeatures, weights: Weights, low_rank: LowRank) -> torch.Tensor:
     """Plain torch form of `stream_forecast`; see there."""
     dtype = compute_dtype(features.storage)
-    there = torch.where(weights.count > features.count, 0, weights.count)
+    there = torch.where(weights.count > features.count, 0, weights.count).clamp_min(0)
     anchors = read_anchors(features, there, weights.anchors.shape[1])
     exist = torch.arange(len(anchors), device=features.device) < there[:, None]  # [B, K]
     per_channel = weights.anchors.ndim == 3

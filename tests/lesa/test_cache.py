@@ -960,7 +960,7 @@ def test_a_plain_head_is_computed_with_the_forecast(pipe, generate, monkeypatch,
         fused = generate(pipe, labels=(3,))
     stream = handle.stats.streams["cond"]
     assert stream.fused == stream.predicted == [7, 8, 10, 11]
-    assert "4 of them in one kernel with the output head" in handle.stats.summary()
+    assert "4 of them in one pass with the output head" in handle.stats.summary()
     torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4)
 
 

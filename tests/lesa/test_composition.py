@@ -30,9 +30,11 @@ def enable(pipe, schedule=SOME, **options):
 def own_head(transformer, is_on=True):
     """Runs the output head in the model's modules, as where a hook is on it: both compute the same bits."""
     hooks = [transformer.proj_out.register_forward_pre_hook(lambda module, args: None)] if is_on else []
-    yield
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def count_blocks(transformer):

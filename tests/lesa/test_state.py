@@ -1340,7 +1340,7 @@ def test_seconds_and_summary_say_what_happened(pipe, generate):
     mib = stream.ring_device_bytes / 2**20
     assert handle.stats.summary() == (
         "cond: computed 6 (0,1,2,5,9,11), predicted 6 steps, "
-        f"6 of them in one kernel with the output head, in {sum(computed):.3g} s and {sum(predicted):.3g} s; "
+        f"6 of them in one pass with the output head, in {sum(computed):.3g} s and {sum(predicted):.3g} s; "
         f"its features take {mib:.1f} MiB\n  step 11: the forecast was not finite"
     )
 

@@ -1,4 +1,8 @@
 import itertools
+import os
+import signal
+import subprocess
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -113,6 +117,38 @@ def test_threads_cover_large_features(source, target):
         assert_same_after_push(both_rings(*sizes, dtype=target), torch.randn(2, 2101, 1010).to(source)[..., :1003], 0.5)
     finally:
         torch.set_num_threads(threads)
+
+
+FORKS = """
+import os, torch
+from lesa_kernels import FeatureRing
+torch.set_num_threads(2)
+small, large = torch.randn(1, 8, 8), torch.randn(1, 1024, 1024) + 1  # on PyTorch's threads
+for pushed in (None, small, large):
+    if pushed is not None:
+        FeatureRing(2, *pushed.shape, backend="extension").push(pushed, 0.5)
+    ring = FeatureRing(2, 1, 1024, 1024, backend="extension")  # PyTorch would wait for its threads in the child
+    child = os.fork()
+    if child == 0:
+        ring.push(large, 0.25)
+        os._exit(ring.storage[0].numpy().tobytes() != large.numpy().tobytes())
+    if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        raise SystemExit(code)
+"""
+
+
+@pytest.mark.slow
+@needs_extension
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_pushes_whatever_its_parent_pushed():
+    """The threads of PyTorch and those of a push do not exist there, so no push may wait for them."""
+    process = subprocess.Popen([sys.executable, "-c", FORKS], start_new_session=True)
+    try:
+        assert process.wait(timeout=60) == 0
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with the child, which waits
+            process.wait()
 
 
 @backends

@@ -207,6 +207,34 @@ def test_any_number_of_threads_gives_the_same_bytes(dtype, rank):
     assert all(torch.equal(each, forecasts[0]) for each in forecasts)
 
 
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_streamed_stores_give_the_same_bytes(monkeypatch, instructions, dtype, rank, offset):
+    """The stores of a large output are streamed where its lines are aligned; those of a small one never are."""
+    features, *others = case(10, dtype, count=(3, 2), tokens=1010, dim=1056, history=3, rank=rank)
+    small = [
+        forecast(features._replace(storage=features.storage[:, :, first : first + 400]), *others)
+        for first in range(0, 1010, 400)
+    ]
+    expected = torch.cat(small, 1)
+    assert small[0].nbytes < 2**22 <= expected.nbytes
+    assert expected.isfinite().all()
+    buffer = torch.full((expected.numel() + 1,), NAN, dtype=dtype)
+    assert buffer.data_ptr() % 64 == 0
+    output = buffer[offset:][: expected.numel()].view(expected.shape)
+    limited = extension_module.extension()
+
+    def into_the_buffer(*call):
+        *inputs, _, threads = call
+        limited.stream_forecast(*inputs, output.data_ptr(), threads)
+
+    monkeypatch.setattr(extension_module, "extension", lambda: SimpleNamespace(stream_forecast=into_the_buffer))
+    forecast(features, *others)
+    assert torch.equal(output, expected)
+    assert buffer[0 if offset else -1].isnan()
+
+
 def test_the_public_function_takes_it_without_gradients_only(monkeypatch):
     features, weights, low_rank = case(7, rank=5)
     calls = []
@@ -221,6 +249,14 @@ def test_the_public_function_takes_it_without_gradients_only(monkeypatch):
     with torch.no_grad():
         stream_forecast(features, weights, learned)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("backend", ["extension", "torch"])
+def test_a_negative_number_of_anchors_is_none(backend, rank):
+    features, weights, low_rank = case(17, count=(4, 4, 4), read=(-1, 4, -(2**31)), rank=rank)
+    actual = stream_forecast(features, weights, low_rank, backend=backend)
+    assert actual[[0, 2]].isnan().all() and actual[1].isfinite().all()
 
 
 def test_the_operator_passes_torchs_checks():

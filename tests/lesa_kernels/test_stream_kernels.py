@@ -306,12 +306,13 @@ def test_nothing_is_finished_before_the_last_program_has_arrived(kernel_device, 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_rows_without_enough_features_are_nan(rank, kernel_device):
-    case = Case(kernel_device, batch=4, rank=rank, counts=[0, 4, 3, 1], capacity=6)
-    there = torch.tensor([6, 3, 3, 1], dtype=torch.int32, device=kernel_device)
+    case = Case(kernel_device, batch=5, rank=rank, counts=[0, 4, 3, 1, 4], capacity=6)
+    there = torch.tensor([6, 3, 3, 1, 6], dtype=torch.int32, device=kernel_device)
     case.features = case.features._replace(count=there)
+    case.weights.count[4] = -1
     for result in (case.forecast(), case.velocity()):
-        assert [bool(row.isnan().all()) for row in result] == [True, True, False, False]
-        assert result[2:].isfinite().all()
+        assert [bool(row.isnan().all()) for row in result] == [True, True, False, False, True]
+        assert result[2:4].isfinite().all()
     check_forecast(case)
     check_velocity(case)
 

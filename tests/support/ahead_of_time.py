@@ -301,7 +301,8 @@ CASES = [
         products="small",
         vectorised=True,
     ),
-    # Kernels of rank 32 take longest to compile. All sizes are for Hopper in bfloat16; the rest has one size each.
+    # Kernels of rank 32 take longest to compile. All sizes are for Hopper in bfloat16; the other dtypes there, and the
+    # other architectures, have one size each. As `ELSEWHERE` has it, float16 and float32 are for Hopper only.
     Case(
         "newton_predict-rank32-elsewhere",
         predict("newton", rank=32),

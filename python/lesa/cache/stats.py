@@ -13,7 +13,7 @@ class StreamStats:
     Args:
         computed: the executed steps that ran the transformer, in order.
         predicted: the executed steps that were forecast, in order.
-        fused: those of the predicted steps whose forecast and output head were one kernel.
+        fused: those of the predicted steps whose forecast and output head were computed in one pass.
         reasons: why each computed step was computed.
         errors: for each computed step from the third on, the relative L2 error of the velocity that was forecast for
             it, of the worst sample. Only with `lesa.ErrorControl`.
@@ -120,7 +120,7 @@ class CacheStats:
             steps, seconds = ",".join(map(str, stream.computed)), stream.seconds
             lines.append(f"{name}: computed {len(stream.computed)} ({steps}), predicted {len(stream.predicted)} steps")
             if stream.fused:
-                lines[-1] += f", {len(stream.fused)} of them in one kernel with the output head"
+                lines[-1] += f", {len(stream.fused)} of them in one pass with the output head"
             spent = [sum(seconds.get(step, 0) for step in steps) for steps in (stream.computed, stream.predicted)]
             lines[-1] += f", in {spent[0]:.3g} s and {spent[1]:.3g} s"
             if stream.ring_device_bytes:

@@ -289,6 +289,9 @@ class _Refinement(Training):
     def depends_on(self) -> dict[str, Any]:
         return {"roll_outs": [rolled.recorded.manifest["predictor"] for rolled in self.roll_outs]}
 
+    def is_fitted(self) -> bool:
+        return False  # there is no closed form for roll-outs
+
     def roll_outs_of(self, number: int) -> list[RollOut]:
         return [rolled.of(number) for rolled in self.roll_outs]
 

@@ -31,6 +31,7 @@ from lesa.training.settings import TrainingSettings, config_settings
 from lesa.training.trajectories import Trajectories
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import Said, argument_error
+from lesa_kernels.forecasters import RecordedRun
 from lesa_kernels.predictor.files import WEIGHTS_NAME
 
 CHECKPOINT_NAME = "checkpoint.pt"
@@ -47,7 +48,7 @@ MOST_TOKENS = 256
 class Training:
     """One training of a predictor: `fit`, then `finish`.
 
-    A subclass may replace `depends_on`, `roll_outs_of`, `loss_of` and `validation_name`.
+    A subclass may replace `depends_on`, `is_fitted`, `roll_outs_of`, `loss_of` and `validation_name`.
 
     Args:
         trajectories: to train on.
@@ -102,6 +103,10 @@ class Training:
         """What the training depends on beside configuration, trajectories and settings. A checkpoint holds it."""
         return {}
 
+    def is_fitted(self) -> bool:
+        """Whether the training is the closed form of the forecaster, without epochs."""
+        return self.config.forecaster.is_fitted
+
     def roll_outs_of(self, number: int) -> list[RollOut]:
         """Roll-outs that batches have beside the trajectory of this number."""
         return []
@@ -139,6 +144,9 @@ class Training:
         optimizer = torch.optim.AdamW(self.predictor.parameters(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY)
         total = settings.guided_epochs + settings.epochs
         first = self._resume(optimizer)
+        if self.is_fitted():
+            self._fit_at_once()
+            return
         epochs = tqdm(
             range(first, total),
             desc=self._phase_name(first),
@@ -199,6 +207,19 @@ class Training:
             batch = Batch(alike, self.head, self.generator, tokens, self.device, roll_outs, stream)
             mean = mean + len(group) / len(numbers) * self.loss_of(batch, guided)
         return mean
+
+    def _fit_at_once(self) -> None:
+        """The closed form, from all tokens. The losses are those after it."""
+        self.config.forecaster.fit(self.predictor, map(self._recorded_run, self.numbers.training))
+        tokens = self.settings.tokens_per_batch
+        with torch.no_grad():
+            for name, numbers in self.numbers._asdict().items():
+                self.losses[name] = [self.mean_loss(numbers, tokens, guided=False).item()] if numbers else []
+
+    def _recorded_run(self, number: int) -> RecordedRun:
+        trajectory = self.trajectories[number]
+        features = trajectory.features.to(self.device, torch.float32)
+        return RecordedRun(features, trajectory.sigmas, sorted(self.schedule.computed_in(trajectory.sigmas.tolist())))
 
     def _phase_name(self, epoch: int) -> str:
         """What the progress bar is called in the phase of this epoch."""

@@ -1,0 +1,118 @@
+"""L2P: for each step of a run, one scalar for each earlier computed step, found by least squares."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lesa_kernels.checks import Said, argument_error
+from lesa_kernels.forecasters.base import USUAL_STEPS, Forecaster, RecordedRun, Steps
+from lesa_kernels.forecasters.lines import line_weights
+from lesa_kernels.stream.arguments import Weights
+
+if TYPE_CHECKING:
+    from lesa_kernels.predictor.config import PredictorConfig
+    from lesa_kernels.predictor.module import FusedKANPredictor
+
+LONGEST = 8
+TOLERANCE = 1e-5
+"""Noise levels that differ by less are the same one, in the rounding of schedulers."""
+ROWS = 1 << 16
+"""Rows of one decomposition. They limit the memory of a fit."""
+
+
+class L2P(Forecaster):
+    """The weighted sum of the newest K computed features, with weights of its own for each step of the run.
+
+        h_hat_i = sum_k w_ik g_k
+
+    The scalars w_i minimise the squared error of the features over all tokens and channels of the recorded samples. So
+    all tokens, channels and streams of guidance share them, and each step is fitted alone, in closed form. If the data
+    do not determine the scalars, they are those of least norm.
+
+    The weights of a step belong to its noise level and to those of its history, which are stored beside them. A step
+    for which none were fitted gets a straight line over the noise level, through the two newest features. So does each
+    step before the fit, and each step of a run with another schedule, another number of steps or another shift.
+
+    As in the paper: one learned row of scalars for each step, the same for all tokens and channels; the squared error;
+    true values as history where the weights are learned. The released code weighs the outputs of the model instead of
+    the features before its head. Its history has all earlier steps, also the forecasts. 201 steps of Adam, which begin
+    with the identity, approximate the fit. Here, the history has the newest K computed steps only, so that no error
+    comes back, and the fit is exact.
+
+    Source: L2P, arXiv 2604.26365, and github.com/Aredstone/L2P-Cache.
+    """
+
+    name = "l2p"
+    title = "L2P"
+    is_trained = True
+    is_fitted = True
+    reads_times = False
+    head_aware = False
+    guided_part = None
+
+    def history_length(self, config: "PredictorConfig") -> int:
+        return LONGEST
+
+    def build(self, predictor: "FusedKANPredictor", config: "PredictorConfig") -> None:
+        p: Any = predictor
+        total, longest = config.num_inference_steps or USUAL_STEPS, config.max_history
+        p.rows = nn.Parameter(torch.zeros(total, longest, dtype=torch.float64))
+        # The bits of float32 numbers, which no conversion of the predictor rounds.
+        p.level_bits = nn.Parameter(torch.zeros(total, longest + 1, dtype=torch.int32), requires_grad=False)
+
+    def reset(self, predictor: "FusedKANPredictor", generator: torch.Generator | None) -> None:
+        p: Any = predictor
+        p.rows.zero_()
+        p.level_bits.fill_(0)  # the noise level 0 is never one that is forecast
+
+    def weights(self, predictor: "FusedKANPredictor", steps: Steps) -> Weights:
+        p: Any = predictor
+        count = self.read(predictor.config, steps)
+        longest = p.rows.shape[1]
+        known = p.level_bits.view(torch.float32).double()  # [S, 1 + K]: of a step, and of its history
+        sigma = steps.sigma.double()
+        row = (known[:, 0] - sigma[..., None]).abs().argmin(-1)  # [P, B]
+        order = torch.arange(steps.levels.shape[-1], device=count.device)
+        there = order < count[..., None]
+        levels = steps.levels.double().masked_fill(~there, 0.0)
+        found = torch.cat([sigma[..., None], levels[..., :longest]], -1)
+        fits = ((found - known[row]).abs() < TOLERANCE).all(-1, keepdim=True)
+        line = line_weights(levels, sigma, count)
+        return Weights(torch.where(fits, p.rows.double()[row], line), count, None, None, None)
+
+    @torch.no_grad()
+    def fit(self, predictor: "FusedKANPredictor", runs: Iterable[RecordedRun]) -> None:
+        p: Any = predictor
+        first, triangle = None, None
+        for run in runs:
+            if first is None:
+                first = run
+            elif first.computed != run.computed or not torch.equal(first.sigmas, run.sigmas):
+                must = "have the same noise levels in each sample"
+                raise argument_error("trajectories", must, Said("others"), "Record samples of one size.")
+            columns = run.features.flatten(1)  # [S, N]
+            for part in columns.split(ROWS, 1):
+                part = part.double().T  # [N, S]
+                stacked = part if triangle is None else torch.cat([triangle, part])
+                triangle = torch.linalg.qr(stacked, mode="r").R
+        if first is None or triangle is None:
+            raise argument_error("trajectories", "hold at least one sample", Said("none"), "Record some.")
+        self.reset(predictor, None)
+        triangle, levels = triangle.cpu(), first.sigmas.float().cpu()
+        rows, known = torch.zeros(p.rows.shape, dtype=torch.float64), torch.zeros(p.level_bits.shape)
+        for step in range(1, len(levels)):
+            history = sorted((c for c in first.computed if c < step), reverse=True)
+            history = history[: int(self.read(predictor.config, _one_step(levels[step], len(history))))]
+            solved = torch.linalg.lstsq(triangle[:, history], triangle[:, step : step + 1], driver="gelsd").solution
+            rows[step, : len(history)] = solved[:, 0]
+            known[step, : len(history) + 1] = levels[[step, *history]]
+        p.rows.copy_(rows)
+        p.level_bits.copy_(known.view(torch.int32))
+
+
+def _one_step(sigma: torch.Tensor, count: int) -> Steps:
+    """A step of which only the stage matters."""
+    nothing = torch.empty(1, 1, 0)
+    return Steps(nothing, torch.full((1, 1), count, dtype=torch.int32), sigma.view(1, 1), torch.empty(0))

@@ -1,0 +1,128 @@
+"""L2P: its closed form against NumPy's least squares, and what it does where it was not fitted."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import lesa
+from lesa.demo import digits
+from lesa.training.batches import split
+from lesa_kernels import FeatureRing, FusedKANPredictor, PredictorConfig
+from made_recordings import STEPS, WIDTH, write_recording
+
+SCHEDULE = [0, 1, 3, 6, 9]
+
+
+@pytest.fixture
+def trajectories(tmp_path):
+    return write_recording(tmp_path / "recording")
+
+
+def train(trajectories, schedule=SCHEDULE, **options):
+    config = PredictorConfig(mixer="l2p", **options)
+    return lesa.train(trajectories, config, schedule, progress=False)
+
+
+def expected_row(trajectories, step, longest):
+    """With the history that belongs to it, newest first."""
+    history = [c for c in reversed(SCHEDULE) if c < step][:longest]
+    numbers = split(trajectories, 0.1, 0).training
+    runs = [trajectories[n].features.double().flatten(1).numpy() for n in numbers]
+    table = np.concatenate(runs, 1)  # [S, N]
+    return history, np.linalg.lstsq(table[history].T, table[step], rcond=None)[0]
+
+
+@pytest.mark.parametrize("longest", [2, 8])
+def test_the_weights_are_those_of_least_squares(trajectories, longest, monkeypatch):
+    monkeypatch.setattr("lesa_kernels.forecasters.l2p.ROWS", 37)  # several parts, the last one smaller
+    predictor = train(trajectories, history_length=longest)
+    assert predictor.rows.dtype == torch.float64
+    for step in range(1, STEPS):
+        history, row = expected_row(trajectories, step, longest)
+        found = predictor.rows[step].detach().numpy()
+        assert np.abs(found[: len(row)] - row).max() <= 1e-10 * np.abs(row).max()
+        assert not found[len(row) :].any()
+
+
+def forecast(predictor, trajectory, history, step):
+    """From a ring with these steps, oldest first."""
+    ring = FeatureRing(8, 1, trajectory.features.shape[1], WIDTH, torch.float32, "cpu")
+    for each in history:
+        ring.push(trajectory.features[each][None], float(trajectory.sigmas[each]))
+    return predictor(ring, float(trajectory.sigmas[step]))[0]
+
+
+@torch.no_grad()
+def test_a_fitted_step_uses_its_row_and_another_one_a_line(trajectories):
+    predictor, trajectory = train(trajectories), trajectories[0]
+    history, row = expected_row(trajectories, 7, 8)
+    features = trajectory.features.double()
+    wanted = sum(float(w) * features[h] for w, h in zip(row, history))
+    torch.testing.assert_close(forecast(predictor, trajectory, [0, 1, 3, 6], 7).double(), wanted, rtol=1e-4, atol=1e-5)
+    line = FusedKANPredictor(PredictorConfig(mixer="linear"))
+    for other in ([0, 1, 3, 5], [1, 3, 6]):
+        made = forecast(predictor, trajectory, other, 7)
+        torch.testing.assert_close(made, forecast(line, trajectory, other, 7), rtol=1e-5, atol=1e-5)
+    untrained = FusedKANPredictor(replace(predictor.config, schedule_errors=None))
+    made = forecast(untrained, trajectory, [0, 1, 3, 6], 7)
+    torch.testing.assert_close(made, forecast(line, trajectory, [0, 1, 3, 6], 7), rtol=1e-5, atol=1e-5)
+
+
+def test_a_saved_predictor_has_the_same_bits(trajectories, tmp_path):
+    predictor = lesa.train(
+        trajectories, PredictorConfig(mixer="l2p"), SCHEDULE, out_dir=tmp_path / "l2p", progress=False
+    )
+    loaded = FusedKANPredictor.from_pretrained(tmp_path / "l2p")
+    assert json.loads((tmp_path / "l2p" / "config.json").read_text())["format_version"] == 2
+    assert loaded.config == predictor.config
+    for name, value in predictor.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]) and value.dtype == loaded.state_dict()[name].dtype
+
+
+def test_the_noise_levels_survive_a_conversion(trajectories):
+    predictor = train(trajectories)
+    bits = predictor.level_bits.clone()
+    assert torch.equal(predictor.to(torch.bfloat16).level_bits, bits)
+
+
+def test_a_search_takes_it(trajectories):
+    found = lesa.find_schedule(trajectories, 4, PredictorConfig(mixer="l2p"), progress=False)
+    assert len(found) == 4 and found.steps[0] == 0
+
+
+def test_runs_of_other_noise_levels_are_refused(tmp_path):
+    other = write_recording(tmp_path / "recording", shifts=(1.0, 3.0))
+    with pytest.raises(ValueError, match="`trajectories` must have the same noise levels in each sample"):
+        train(other)
+
+
+def test_a_forecaster_without_a_closed_form_says_so():
+    predictor = FusedKANPredictor(PredictorConfig(mixer="linear"))
+    with pytest.raises(NotImplementedError, match="Linear has no closed form"):
+        predictor.forecaster.fit(predictor, [])
+
+
+def test_a_run_uses_the_fitted_weights(tmp_path):
+    pipe, inputs = digits.load_pipeline(), digits.inputs_for([3, 8])
+    recorded = lesa.record(pipe, inputs, tmp_path / "recording", num_inference_steps=12, progress=False)
+    predictor = train(recorded)
+
+    def run(mixer):
+        with lesa.enable_cache(pipe, mixer, SCHEDULE) as cache:
+            noise = torch.Generator().manual_seed(5)
+            call = {**inputs[0], "generator": noise, "output_type": "latent"}
+            image = pipe(**call, num_inference_steps=12).images
+        return image, cache.stats.summary()
+
+    fitted, summary = run(predictor)
+    line, _ = run(FusedKANPredictor(PredictorConfig(mixer="linear")))
+    assert not torch.equal(fitted, line)
+    with torch.no_grad():
+        unfitted = FusedKANPredictor(predictor.config)
+        unfitted.load_state_dict(predictor.state_dict())
+        unfitted.level_bits.zero_()  # no step was fitted
+    assert torch.allclose(run(unfitted)[0], line, atol=1e-5)
+    assert "computed 5 (0,1,3,6,9), predicted 7 steps" in summary
