@@ -137,7 +137,7 @@ KNOWING = {
     "contenders/__init__.py": {"Newton", "Dense"},  # which files of users import
     "demo/run.py": {"newton", "dense"},  # the bundled predictors
     "demo/make_weights.py": {"newton"},
-    "cli/train.py": {"newton"},  # a help, which needs no torch; see the test of it
+    "cli/train.py": {"newton", "l2p"},  # a help, which needs no torch; see the test of it
     "models/plain_head.py": {"linear"},  # the function of torch
     "cli/__init__.py": {"lesa"},  # the command
     "conditions.py": {"lesa"},  # the package

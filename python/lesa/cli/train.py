@@ -31,7 +31,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--schedule", type=arguments.schedule, help=text)
     text = "number of computed steps, instead of --schedule; lesa searches for the best steps"
     parser.add_argument("--budget", type=arguments.positive, help=text)
-    text = "kind of predictor: newton, dense or lesa (default: newton)"
+    text = "kind of predictor: newton, dense, lesa or l2p (default: newton)"
     parser.add_argument("--mixer", type=arguments.mixer, help=text)
     text = "setting of the mixer, such as streams=2 for lesa; may be repeated (default: those of the mixer)"
     parser.add_argument(
