@@ -238,6 +238,7 @@ def test_the_wheel_holds_both_packages_and_the_demo(wheel):
     extension = f"lesa_kernels/_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     others = {name for name in files - sources - weights if ".dist-info/" not in name}
     data = {
+        "lesa_kernels/forecasters/universal.safetensors",
         "lesa_kernels/py.typed",
         "lesa_kernels/tuned/default.json",
         "lesa/py.typed",

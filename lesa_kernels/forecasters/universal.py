@@ -1,5 +1,6 @@
 """Newton's divided differences, scaled by a KAN that knows no width: its numbers come with the package."""
 
+import math
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,11 +36,12 @@ class Universal(Forecaster):
         h_hat = g_0 + c_1 t_1 + c_2 t_2 + c_3 t_3
 
     Logarithms are limited to [-4, 3] for x and [-3, 3] for r. A ratio that needs a missing feature is 1, and so is w.
-    Taps of missing features are zero, so a single feature is repeated. Inputs are ratios of noise levels, so that the
-    number of steps and the shift of a run matter little. The coefficients were trained on the two bundled models; they
+    Taps of missing features are zero, so a single feature is repeated. Most inputs are ratios of noise levels, so that
+    other numbers of steps and other shifts look alike. The coefficients were trained on the two bundled models; they
     are no parameters, and a saved predictor does not hold them.
 
     Source: this project; docs/research.md says how it was trained and what it is worth on models that it has not seen.
+    The README of the demo's weights names the data.
     """
 
     name = "universal"
@@ -82,7 +84,7 @@ def tap_scales(
     ratios = torch.stack([torch.where(count > k + 1, gaps[:, k] / last, 1.0) for k in (1, 2)])
     inputs = torch.stack(
         [
-            ahead.log().clamp(-4, 3),
+            ahead.clamp(math.exp(-4), math.exp(3)).log(),
             *ratios.log().clamp(-3, 3),
             2 * sigma - 1,
             last.clamp(min=1e-3).log() / 2 + 1.2,

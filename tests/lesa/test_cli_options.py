@@ -648,7 +648,10 @@ def test_what_the_demo_compares(monkeypatch, tmp_path, model, predictors, interv
     assert type(seen.pop("pipe")) is type(model.load_pipeline())
     labels = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     assert plain(seen.pop("inputs")) == plain(model.inputs_for(labels))
-    for label, predictor in seen.pop("predictors").items():
+    contestants, budget = seen.pop("predictors"), int(predictors[0][-1])
+    untrained, spread = contestants.pop(f"universal-{budget}")
+    assert (untrained.config.mixer, spread) == ("universal", lesa.schedule.Spread(budget))
+    for label, predictor in contestants.items():
         assert label == predictors.pop(0)
         bundled = FusedKANPredictor.from_pretrained(digits.WEIGHTS / label)
         assert predictor.config == bundled.config

@@ -104,7 +104,8 @@ def enable_cache(
     """
     chosen = _one_of(schedule, steps, quality)
     adapter_for(pipe)  # refuses what no cache can be on for, before a predictor is loaded
-    return _enable(pipe, _loaded(pipe, predictor), chosen, max_device_bytes, strict, None)
+    owns = not isinstance(predictor, FusedKANPredictor)
+    return _enable(pipe, _loaded(pipe, predictor), chosen, max_device_bytes, strict, None, owns)
 
 
 def _one_of(
@@ -180,6 +181,7 @@ def _enable(
     max_device_bytes: int | None,
     strict: bool,
     observer: StepObserver | None,
+    owns_predictor: bool = False,
 ) -> CacheHandle:
     adapter = adapter_for(pipe)
     _check_predictor(pipe, adapter, predictor)
@@ -187,7 +189,8 @@ def _enable(
     if max_device_bytes is not None:
         check_int("max_device_bytes", max_device_bytes)
     as_trained = schedule is None or isinstance(schedule, Spread)
-    hook = ForecastingHook(pipe, adapter, predictor.eval(), chosen, as_trained, max_device_bytes, strict, observer)
+    options = (chosen, as_trained, max_device_bytes, strict, observer, owns_predictor)
+    hook = ForecastingHook(pipe, adapter, predictor.eval(), *options)
     hook.install()
     return CacheHandle(hook)
 

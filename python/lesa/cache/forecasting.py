@@ -29,9 +29,10 @@ class ForecastingHook(StepHook[ForecastState]):
         pipe, adapter: as in `StepHook`.
         predictor: makes the forecasts.
         schedule: which steps are computed: a `Schedule`, an interval, a `Spread`, or an `ErrorControl`.
-        as_trained: whether the schedule is the predictor's own.
+        as_trained: whether nothing but the predictor or a quality chose the steps.
         max_device_bytes, strict: as in `lesa.enable_cache`.
         observer: sees what is computed.
+        owns_predictor: whether nobody else has the predictor, so that it follows the features to their device.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class ForecastingHook(StepHook[ForecastState]):
         max_device_bytes: int | None,
         strict: bool,
         observer: StepObserver | None,
+        owns_predictor: bool = False,
     ):
         super().__init__(pipe, adapter)
         self.predictor, self.schedule, self.as_trained = predictor, schedule, as_trained
         self.max_device_bytes, self.strict, self.observer = max_device_bytes, strict, observer
+        self.owns_predictor = owns_predictor
         controlnet = getattr(pipe, "controlnet", None)
         self._control = None if controlnet is None else DeferredControl.of(controlnet, adapter.control_outputs)
         self._keeps_forecasts = predictor.config.history == "steps"
@@ -97,16 +100,17 @@ class ForecastingHook(StepHook[ForecastState]):
         if trained is not None and spread.steps is None:
             self.stats.note(f"every quality is the {len(trained)} computed steps that the predictor was trained for")
             return self._scheduled(trained, sigmas)
-        chosen = frozenset() if trained is None else trained.computed_in(sigmas)
-        if len(chosen) != count:
-            chosen = spread.computed_in(sigmas)
-        if count == total and spread.steps is None:
-            self._note_few(total)
-        elif count == total:
-            self.stats.note(f"computed everything: the run has {total} steps")
-        else:
-            steps, name = ",".join(map(str, sorted(chosen))), self.predictor.config.mixer
-            self.stats.note(f"the forecaster is {name!r}, and {count} of {total} steps are computed: {steps}")
+        if count == total:
+            if spread.steps is None:
+                self._note_few(total)
+            else:
+                self.stats.note(f"computed everything: the run has {total} steps")
+            return frozenset(range(total))
+        chosen = spread.computed_in(sigmas)
+        if trained is not None and len(trained) == count and (trained.sigmas is not None or trained.num_inference_steps == total):
+            chosen = trained.computed_in(sigmas)
+        steps, name = ",".join(map(str, sorted(chosen))), self.predictor.config.mixer
+        self.stats.note(f"the forecaster is {name!r}, and {count} of {total} steps are computed: {steps}")
         self._note_other_training(chosen, total)
         return chosen
 
@@ -326,6 +330,8 @@ class ForecastingHook(StepHook[ForecastState]):
         if ring is None or not stream.fits(features):
             stream.ring = ring = None  # nothing else holds it: it is freed before another one takes memory
             stream.planner = None
+            if self.owns_predictor:
+                self.predictor.to(features.device)
             batch, tokens, width = features.shape
             sizes = (batch, tokens, features.dtype, features.device, self.max_device_bytes, width)
             ring = self.predictor.make_ring(*sizes)
