@@ -45,7 +45,7 @@ def knots_refusal(
     tolerance = 4 * torch.finfo(grid.dtype).eps * knots.abs().max()
     lo, hi = float(knots[order]), float(knots[order + size])
     is_uniform = ((knots - uniform_knots(size, order, (lo, hi))).abs() <= tolerance).all()
-    if not is_uniform or not (grid == grid[0]).all():
+    if not knots.isfinite().all() or not is_uniform or not (grid == grid[0]).all():
         return argument_error(
             name,
             must,

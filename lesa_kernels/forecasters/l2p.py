@@ -56,6 +56,9 @@ class L2P(Forecaster):
         return LONGEST
 
     def build(self, predictor: "FusedKANPredictor", config: "PredictorConfig") -> None:
+        if config.history != "anchors":
+            remedy = "Leave it out: weights are fitted for histories of computed steps."
+            raise argument_error("config.history", "be 'anchors' for l2p", config.history, remedy)
         p: Any = predictor
         total, longest = config.num_inference_steps or USUAL_STEPS, config.max_history
         p.rows = nn.Parameter(torch.zeros(total, longest, dtype=torch.float64))

@@ -166,7 +166,7 @@ class FusedKANPredictor(nn.Module):
     ) -> torch.Tensor:
         """Forecasts the features at `sigma` and applies the output head to them.
 
-        Except for a dense predictor, the forecast is not written to memory on Triton; see `stream_velocity`.
+        If the forecaster has weights (`plans`), the forecast is not written to memory on Triton; see `stream_velocity`.
 
         Args:
             ring, sigma, times, stream: as in `forward`.
@@ -190,7 +190,8 @@ class FusedKANPredictor(nn.Module):
     def fuses_velocity(self, ring: FeatureRing | TieredRing, head: OutputHead | None = None) -> bool:
         """Whether `velocity_with` from this ring does not write the forecast to memory.
 
-        On Triton, this also holds for `predict_velocity`. On a CPU, `predict_velocity` always writes the forecast.
+        On Triton, this also holds for `predict_velocity`. On a CPU, `predict_velocity` of a newton
+        predictor always writes the forecast.
 
         Args:
             ring: as in `forward`.

@@ -59,7 +59,8 @@ def universal_weights(options, levels, sigma, steps, step, total):
         return found
     gap = levels[1] - levels[0]
     ratios = [(levels[k + 1] - levels[k]) / gap if count > k + 1 else 1.0 for k in (1, 2)]
-    inputs = [math.log(np.clip((levels[0] - sigma) / gap, math.exp(-4), math.exp(3))), *np.clip(np.log(ratios), -3, 3), 2 * sigma - 1]
+    ahead = np.clip((levels[0] - sigma) / gap, math.exp(-4), math.exp(3))
+    inputs = [math.log(ahead), *np.clip(np.log(ratios), -3, 3), 2 * sigma - 1]
     stage = sum(np.float32(sigma) <= np.float32(bound) for bound in (0.67, 0.33))
     u = np.tanh(p["in_weight"][stage] @ [*inputs, math.log(max(gap, 1e-3)) / 2 + 1.2] + p["in_bias"][stage])
     knots = -1 + 0.4 * (np.arange(12) - 3)

@@ -134,6 +134,11 @@ def check_controllable(adapter: Adapter, config: PredictorConfig) -> None:
             "`ErrorControl` needs a predictor that does not use its own forecasts as history.",
             "Use a predictor with `history='anchors'`, or pass a list of steps.",
         )
+    if config.forecaster.is_fitted:
+        raise usage_error(
+            f"`ErrorControl` needs a predictor for any computed steps, and {config.mixer} is fitted for some.",
+            "Use another predictor, or pass a list of steps.",
+        )
     if len(config.schedule_errors or ()) < 2:
         raise usage_error(
             "`ErrorControl` needs a predictor whose config has typical errors, as `schedule_errors`.",

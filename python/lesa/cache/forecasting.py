@@ -107,11 +107,11 @@ class ForecastingHook(StepHook[ForecastState]):
                 self.stats.note(f"computed everything: the run has {total} steps")
             return frozenset(range(total))
         chosen = spread.computed_in(sigmas)
-        if trained is not None and len(trained) == count and (trained.sigmas is not None or trained.num_inference_steps == total):
+        if trained is not None and len(trained) == count and (trained.sigmas or trained.num_inference_steps == total):
             chosen = trained.computed_in(sigmas)
         steps, name = ",".join(map(str, sorted(chosen))), self.predictor.config.mixer
         self.stats.note(f"the forecaster is {name!r}, and {count} of {total} steps are computed: {steps}")
-        self._note_other_training(chosen, total)
+        self._note_other_training(chosen, sigmas)
         return chosen
 
     def _scheduled(self, schedule: Schedule | int, sigmas: list[float]) -> frozenset[int]:
@@ -131,21 +131,23 @@ class ForecastingHook(StepHook[ForecastState]):
             steps = ",".join(map(str, beyond))
             self.stats.note(f"the run has {total} steps, which leaves out the schedule's {steps}")
         chosen = schedule.computed_in(sigmas)
-        self._note_other_training(chosen, total)
+        self._note_other_training(chosen, sigmas)
         return chosen
 
     def _note_few(self, total: int) -> None:
         self.stats.note(f"computed everything: {total} steps are too few to predict any")
 
-    def _note_other_training(self, chosen: frozenset[int], total: int) -> None:
-        """Notes if the predictor was trained for a run of another length, or for other computed steps."""
-        config = self.predictor.config
+    def _note_other_training(self, chosen: frozenset[int], sigmas: list[float]) -> None:
+        """Notes if the predictor was trained for other steps, computed steps or noise levels than those of the run."""
+        config, total = self.predictor.config, len(sigmas)
         if config.num_inference_steps not in (None, total):
             trained = config.num_inference_steps
             self.stats.note(f"the predictor was trained at {trained} steps, this run has {total}")
         elif config.schedule is not None and chosen != frozenset(config.schedule):
             steps = ",".join(map(str, config.schedule))
             self.stats.note(f"the predictor was trained with the computed steps {steps}")
+        elif any(abs(sigmas[s] - level) > 1e-3 for s, level in zip(sorted(chosen), config.schedule_sigmas or ())):
+            self.stats.note("the predictor was trained at other noise levels than those of this run")
 
     def _note_adapters(self) -> None:
         names = dict.fromkeys(getattr(self.pipe, "fused_loras", ()))  # what is fused stays when it is unloaded

@@ -112,7 +112,8 @@ def found_schedule(
         errors = ScheduleErrors(trajectories, run.predictor.cpu(), SAMPLES, TOKENS_PER_SAMPLE, seed)
         return _cheapest_steps(errors, budget, progress, search, name)
 
-    is_trained = config is None or config.forecaster.is_trained
+    # A forecaster that is fitted for one schedule would favour that one.
+    is_trained = config is None or (config.forecaster.is_trained and not config.forecaster.is_fitted)
     for turn in range(SEARCH_TURNS + 1 if is_trained else 1):
         schedule = _with_levels(trajectories, search.part(f"turn-{turn}", steps_of, turn))
     return schedule

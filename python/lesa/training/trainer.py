@@ -55,7 +55,7 @@ def train(
 
     In the guided phase, the history has the recorded features. In closed loop, it has the features that it has at
     inference. For a lesa predictor there is only the guided phase: the second stage of LESA runs the model, which
-    `lesa.refine` does.
+    `lesa.refine` does. An l2p predictor is fitted in closed form: epochs, batch size and learning rate are not used.
 
     Args:
         trajectories: what `lesa.record` made, or its folder.
@@ -162,6 +162,9 @@ def _check_choices(
         raise usage_error("`budget` needs a predictor whose history holds computed features only.", remedy)
     if budget is not None and schedule is not None:
         raise usage_error("`schedule` and `budget` cannot both be given.", "Pass one of the two.")
+    if controlled and config.forecaster.is_fitted:
+        must = f"be left out for {config.mixer}, which is fitted for one schedule"
+        raise argument_error("controlled", must, controlled, "Use another mixer.")
     if controlled and config.history != "anchors":
         remedy = "Use a predictor with `history='anchors'`."
         must = "be left out for a predictor that uses its own forecasts as history"

@@ -214,7 +214,10 @@ class Training:
         tokens = self.settings.tokens_per_batch
         with torch.no_grad():
             for name, numbers in self.numbers._asdict().items():
-                self.losses[name] = [self.mean_loss(numbers, tokens, guided=False).item()] if numbers else []
+                size = self.settings.batch_size  # so that memory does not grow with the recording
+                parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+                total = sum(len(part) * self.mean_loss(part, tokens, guided=False).item() for part in parts)
+                self.losses[name] = [total / len(numbers)] if numbers else []
 
     def _recorded_run(self, number: int) -> RecordedRun:
         trajectory = self.trajectories[number]
