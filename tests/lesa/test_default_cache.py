@@ -200,6 +200,22 @@ def test_a_predictor_may_be_a_folder(pipe, generate, as_text):
     assert torch.equal(*made)
 
 
+def test_a_loaded_predictor_follows_the_features(pipe, generate, monkeypatch):
+    moved, move = [], FusedKANPredictor.to
+
+    def remember(self, *args, **kwargs):
+        moved.append(args)
+        return move(self, *args, **kwargs)
+
+    own = FusedKANPredictor.from_pretrained(NEWTON_9)
+    monkeypatch.setattr(FusedKANPredictor, "to", remember)
+    for predictor, times in ((NEWTON_9, 1), (own, 0)):
+        with lesa.enable_cache(pipe, predictor, [0, 1, 4, 8], strict=True):
+            moved.clear()  # of the moves when it was loaded
+            generate(pipe)
+        assert moved == [(torch.device("cpu"),)] * times
+
+
 def test_a_folder_wins_over_a_hub_id(pipe, tmp_path, monkeypatch):
     asked = []
 

@@ -93,6 +93,16 @@ def test_a_search_takes_it(trajectories):
     assert len(found) == 4 and found.steps[0] == 0
 
 
+def test_what_a_fit_for_one_schedule_cannot_do_is_refused(trajectories):
+    with pytest.raises(ValueError, match="`config.history` must be 'anchors' for l2p"):
+        FusedKANPredictor(PredictorConfig(mixer="l2p", history="steps"))
+    with pytest.raises(ValueError, match="`controlled` must be left out for l2p, which is fitted for one schedule"):
+        lesa.train(trajectories, PredictorConfig(mixer="l2p"), SCHEDULE, controlled=True, progress=False)
+    predictor = FusedKANPredictor(replace(train(trajectories).config, family=None, feature_dim=None))
+    with pytest.raises(ValueError, match="`ErrorControl` needs a predictor for any computed steps, and l2p is fitted"):
+        lesa.enable_cache(digits.load_pipeline(), predictor, lesa.ErrorControl())
+
+
 def test_runs_of_other_noise_levels_are_refused(tmp_path):
     other = write_recording(tmp_path / "recording", shifts=(1.0, 3.0))
     with pytest.raises(ValueError, match="`trajectories` must have the same noise levels in each sample"):
@@ -126,3 +136,7 @@ def test_a_run_uses_the_fitted_weights(tmp_path):
         unfitted.level_bits.zero_()  # no step was fitted
     assert torch.allclose(run(unfitted)[0], line, atol=1e-5)
     assert "computed 5 (0,1,3,6,9), predicted 7 steps" in summary
+    assert "other noise levels" not in summary
+    pipe.scheduler.register_to_config(shift=1.1)
+    pipe.scheduler.set_shift(1.1)
+    assert "the predictor was trained at other noise levels than those of this run" in run(predictor)[1]

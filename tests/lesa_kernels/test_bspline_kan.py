@@ -412,6 +412,13 @@ def test_a_grid_of_many_inputs_is_checked_without_a_wide_copy():
     assert largest == grid.shape[1]
 
 
+def test_refuses_knots_that_are_not_finite():
+    state = efficient_kan_state(4, 3)
+    state["grid"][:, 0] = -math.inf
+    with pytest.raises(RuntimeError, match="`grid` must hold the uniform knots .* not uniform"):
+        BSplineKAN(4, 3).load_state_dict(state)
+
+
 def test_refuses_a_malformed_grid():
     layer = BSplineKAN(4, 3)
     for bad in (torch.zeros(4, 5), torch.zeros(12)):

@@ -633,3 +633,10 @@ def test_a_plan_is_made_of_stored_features_alone():
     (weights,) = predictor.plan([LEVELS], [0.33], 2)
     features = StoredFeatures(ring.storage, ring.scales, ring.cursor, ring.count)
     assert torch.equal(predictor.forecast_with(ring, weights), stream_forecast(features, weights))
+
+
+def test_the_universal_coefficients_are_finite_where_the_noise_level_rises():
+    levels = [0.6, 0.8, 1.0]
+    (weights,) = FusedKANPredictor(PredictorConfig(mixer="universal")).plan([levels], [0.9], 1)
+    expected = TRANSCRIPTIONS["universal"]({}, levels, 0.9, None, None, None)
+    np.testing.assert_allclose(weights.anchors[0, :3], expected, rtol=1e-5, atol=1e-6)
