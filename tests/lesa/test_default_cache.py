@@ -191,6 +191,12 @@ def test_as_many_steps_as_a_predictor_was_trained_for_are_those(pipe, generate, 
     assert (note in cache.stats.notes) == (count != 9) and trained != spread
 
 
+def test_steps_is_exact_where_trained_steps_fall_together(pipe, generate):
+    with lesa.enable_cache(pipe, NEWTON_9, steps=9, strict=True) as cache:
+        generate(pipe, steps=12, labels=(3,))
+    assert cache.stats.streams["cond"].computed == own_steps(9, executed(pipe, 12))
+
+
 @pytest.mark.parametrize("as_text", [True, False])
 def test_a_predictor_may_be_a_folder(pipe, generate, as_text):
     made = []

@@ -224,8 +224,11 @@ def test_a_modular_pipeline_refines_and_evaluates_as_the_ordinary_one(paired, re
     ours = lesa.evaluate(pipe, known, {"a": refined}, **options)
     theirs = lesa.evaluate(plain, inputs, {"a": refined}, **options)
     for one, other in zip(ours.runs, theirs.runs, strict=True):
-        for field in ("name", "steps", "psnr", "ssim", "step_equivalents", "step_errors", "per_sample"):
+        for field in ("name", "steps", "psnr", "ssim", "step_equivalents", "step_errors"):
             assert getattr(one, field) == getattr(other, field), field
+        for field, values in one.per_sample.items():
+            # Equal latents in another order in memory have a norm that may differ in the last bit.
+            assert values == pytest.approx(other.per_sample[field], rel=0 if field != "latent_error" else 1e-15, abs=0)
     assert [run.steps for run in ours.runs][:2] == [tuple(range(STEPS)), tuple(SOME)]
 
 

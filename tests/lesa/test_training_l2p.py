@@ -10,6 +10,7 @@ import torch
 import lesa
 from lesa.demo import digits
 from lesa.training.batches import split
+from lesa.training.training_run import Training
 from lesa_kernels import FeatureRing, FusedKANPredictor, PredictorConfig
 from made_recordings import STEPS, WIDTH, write_recording
 
@@ -103,6 +104,18 @@ def test_what_a_fit_for_one_schedule_cannot_do_is_refused(trajectories):
         lesa.enable_cache(digits.load_pipeline(), predictor, lesa.ErrorControl())
 
 
+def test_the_losses_of_a_fit_are_measured_in_batches(trajectories, monkeypatch):
+    sizes, mean = [], Training.mean_loss
+
+    def watched(self, numbers, *args, **kwargs):
+        sizes.append(len(numbers))
+        return mean(self, numbers, *args, **kwargs)
+
+    monkeypatch.setattr(Training, "mean_loss", watched)
+    lesa.train(trajectories, PredictorConfig(mixer="l2p"), SCHEDULE, batch_size=1, progress=False)
+    assert {*sizes} == {1} and len(sizes) == len(trajectories) > 2
+
+
 def test_runs_of_other_noise_levels_are_refused(tmp_path):
     other = write_recording(tmp_path / "recording", shifts=(1.0, 3.0))
     with pytest.raises(ValueError, match="`trajectories` must have the same noise levels in each sample"):
@@ -139,4 +152,4 @@ def test_a_run_uses_the_fitted_weights(tmp_path):
     assert "other noise levels" not in summary
     pipe.scheduler.register_to_config(shift=1.1)
     pipe.scheduler.set_shift(1.1)
-    assert "the predictor was trained at other noise levels than those of this run" in run(predictor)[1]
+    assert "the predictor's schedule was made for other noise levels than those of this run" in run(predictor)[1]

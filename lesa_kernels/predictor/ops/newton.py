@@ -131,7 +131,9 @@ def newton_backend(ring: RingState, experts: NewtonExperts, shape: Shape, backen
             names = ("extension", *names)
         names = ("triton", *names)
     chosen = resolve_backend(backend, ring.storage, names, operation)
-    if backend == "triton" and (reason := _why_no_residual(ring, experts)) is not None:
+    # The reason depends on sizes, so a compiler would compile again for each of them.
+    asks = backend == "triton" and not torch.compiler.is_compiling()
+    if asks and (reason := _why_no_residual(ring, experts)) is not None:
         remedy = 'Pass backend="auto" or "torch".'
         raise argument_error("backend", f'not be "triton" here: {reason}', backend, remedy, RuntimeError)
     return chosen

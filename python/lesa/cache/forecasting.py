@@ -106,9 +106,9 @@ class ForecastingHook(StepHook[ForecastState]):
             else:
                 self.stats.note(f"computed everything: the run has {total} steps")
             return frozenset(range(total))
-        chosen = spread.computed_in(sigmas)
-        if trained is not None and len(trained) == count and (trained.sigmas or trained.num_inference_steps == total):
-            chosen = trained.computed_in(sigmas)
+        chosen = frozenset() if trained is None else trained.computed_in(sigmas)
+        if len(chosen) != count:
+            chosen = spread.computed_in(sigmas)
         steps, name = ",".join(map(str, sorted(chosen))), self.predictor.config.mixer
         self.stats.note(f"the forecaster is {name!r}, and {count} of {total} steps are computed: {steps}")
         self._note_other_training(chosen, sigmas)
@@ -138,16 +138,17 @@ class ForecastingHook(StepHook[ForecastState]):
         self.stats.note(f"computed everything: {total} steps are too few to predict any")
 
     def _note_other_training(self, chosen: frozenset[int], sigmas: list[float]) -> None:
-        """Notes if the predictor was trained for other steps, computed steps or noise levels than those of the run."""
+        """Notes if the predictor's steps, computed steps or noise levels are others than those of the run."""
         config, total = self.predictor.config, len(sigmas)
+        near = 1e-5 if config.forecaster.is_fitted else 1e-3  # a fit is for its own noise levels only
         if config.num_inference_steps not in (None, total):
             trained = config.num_inference_steps
             self.stats.note(f"the predictor was trained at {trained} steps, this run has {total}")
         elif config.schedule is not None and chosen != frozenset(config.schedule):
             steps = ",".join(map(str, config.schedule))
             self.stats.note(f"the predictor was trained with the computed steps {steps}")
-        elif any(abs(sigmas[s] - level) > 1e-3 for s, level in zip(sorted(chosen), config.schedule_sigmas or ())):
-            self.stats.note("the predictor was trained at other noise levels than those of this run")
+        elif any(abs(sigmas[s] - level) > near for s, level in zip(sorted(chosen), config.schedule_sigmas or ())):
+            self.stats.note("the predictor's schedule was made for other noise levels than those of this run")
 
     def _note_adapters(self) -> None:
         names = dict.fromkeys(getattr(self.pipe, "fused_loras", ()))  # what is fused stays when it is unloaded

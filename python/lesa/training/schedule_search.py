@@ -51,8 +51,8 @@ def find_schedule(
     """Chooses which steps to compute. It alternates between a search and a brief training.
 
     The first search is for an untrained predictor. Each later search is for a predictor that was trained briefly on
-    many schedules around the latest one, so that it favours none of them. If there is nothing to train, there is only
-    the first search.
+    many schedules around the latest one, so that it favours none of them. If there is nothing to train, or the
+    predictor is fitted for one schedule (l2p), there is only the first search.
 
     Args:
         trajectories: what `lesa.record` made.

@@ -55,7 +55,8 @@ def train(
 
     In the guided phase, the history has the recorded features. In closed loop, it has the features that it has at
     inference. For a lesa predictor there is only the guided phase: the second stage of LESA runs the model, which
-    `lesa.refine` does. An l2p predictor is fitted in closed form: epochs, batch size and learning rate are not used.
+    `lesa.refine` does. An l2p predictor is fitted in closed form, without epochs or a learning rate;
+    `batch_size` limits the memory in which its losses are measured.
 
     Args:
         trajectories: what `lesa.record` made, or its folder.
