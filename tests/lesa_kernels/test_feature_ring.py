@@ -140,9 +140,9 @@ for pushed in (None, small, large):
 @pytest.mark.slow
 @needs_extension
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_forked_process_pushes_whatever_its_parent_pushed():
+def test_a_forked_process_pushes_whatever_its_parent_pushed(tmp_path):
     """The threads of PyTorch and those of a push do not exist there, so no push may wait for them."""
-    process = subprocess.Popen([sys.executable, "-c", FORKS], start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", FORKS], cwd=tmp_path, start_new_session=True)
     try:
         assert process.wait(timeout=60) == 0
     finally:
