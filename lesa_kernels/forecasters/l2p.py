@@ -73,14 +73,13 @@ class L2P(Forecaster):
     def weights(self, predictor: "FusedKANPredictor", steps: Steps) -> Weights:
         p: Any = predictor
         count = self.read(predictor.config, steps)
-        longest = p.rows.shape[1]
         known = p.level_bits.view(torch.float32).double()  # [S, 1 + K]: of a step, and of its history
         sigma = steps.sigma.double()
         row = (known[:, 0] - sigma[..., None]).abs().argmin(-1)  # [P, B]
         order = torch.arange(steps.levels.shape[-1], device=count.device)
         there = order < count[..., None]
         levels = steps.levels.double().masked_fill(~there, 0.0)
-        found = torch.cat([sigma[..., None], levels[..., :longest]], -1)
+        found = torch.cat([sigma[..., None], levels], -1)
         fits = ((found - known[row]).abs() < TOLERANCE).all(-1, keepdim=True)
         line = line_weights(levels, sigma, count)
         return Weights(torch.where(fits, p.rows.double()[row], line), count, None, None, None)
