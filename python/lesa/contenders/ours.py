@@ -30,6 +30,7 @@ def ours_of(forecaster: Forecaster) -> type[Ours]:
         "name": forecaster.name,
         "title": forecaster.title,
         "label": forecaster.label,
+        "trained": forecaster.is_trained,
         "color": _color([*FORECASTERS].index(forecaster.name)),
         "detail": classmethod(lambda cls, config: _detail(config)),
     }
