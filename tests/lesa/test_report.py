@@ -14,7 +14,7 @@ from PIL import Image
 import lesa
 from lesa import cli
 from lesa.demo import digits
-from lesa.evaluation import budgets, report_pictures
+from lesa.evaluation import budgets, report_pictures, rivals
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from made_evaluations import PEERS, STEPS, make_evaluation
 
@@ -369,28 +369,87 @@ def test_a_budget_takes_the_best_setting_that_keeps_to_it():
     }  # fmt: skip
 
 
+def rows_of(group: dict, table: int = 0) -> dict[str, list]:
+    """By contender, what its cells say."""
+    cells = {row["title"]: row["cells"] for row in group["tables"][table]["rows"]}
+    return {title: [cell.get("why") or tuple(cell.values()) for cell in found] for title, found in cells.items()}
+
+
 def test_every_contender_is_shown_at_its_best_or_as_out_of_reach():
-    heads, rows = budgets.rivals(RUNS, RUNS[0])
-    assert heads == ["at most 9 step equivalents", "at most 9 whole steps"]
-    assert {row["title"]: row["cells"] for row in rows} == {
-        "TaylorSeer": [("36.0 dB with 7", "taylorseer-7")] * 2,
-        "fewer steps": [("no difference with 9", "steps-9")] * 2,
-        "cache-dit": [("cannot reach this budget; the least is 15.2", ""), ("33.0 dB with 8", "cache-dit-15.25")],
-    }
+    """And with no more steps than ours, where a picture may have one more."""
+    (group,) = rivals.rivals(RUNS, "newton", RUNS[:1])  # newton alone is no group
+    assert (group["title"], group["own"], group["is_inside"]) == ("Without training", "newton", False)
+    assert group["tables"][0]["heads"] == ["at most 8 step equivalents", "at most 8 whole steps"]
+    assert rows_of(group) == {
+        "TaylorSeer": [("taylorseer-7", "36.00", "7", "+4.00, no interval")] * 2,
+        "fewer steps": ["cannot reach this budget; the least is 9"] * 2,
+        "cache-dit": [
+            "cannot reach this budget; the least is 15.2", ("cache-dit-15.25", "33.00", "8", "+7.00, no interval")
+        ],
+    }  # fmt: skip
     without = [{key: value for key, value in run.items() if key != "whole_steps"} for run in RUNS]
-    assert budgets.rivals(without, without[0])[0] == ["at most 9 step equivalents"]
+    (group,) = rivals.rivals(without, "newton", without[:1])
+    assert group["tables"][0]["heads"] == ["at most 8 step equivalents"]
+
+
+def test_trained_contenders_and_those_without_training_are_compared_apart():
+    made = {
+        ("newton", 9): [50.0, 52.0, 54.0],
+        ("lesa", 9): [46.0, 50.0, 50.0],
+        ("l2p", 10): [60.0, 60.0, 60.0],  # needs more than ours
+        ("l2p", 8): [40.0, 41.0, 42.0],
+        ("universal", 8): [40.0, 44.0, 45.0],
+        ("universal", 7): [39.0, 43.0, 44.0],
+        ("chebyshev", 9.4): [41.0, 43.0, 45.5],
+        ("cache-dit", 9): [43.0, 46.0, 47.0],
+        ("a<b", 6): [43.0, None, 46.0],  # a contender that nobody registered
+    }
+    runs = []
+    for (contender, count), values in made.items():
+        mean = None if None in values else float(np.mean(values))
+        runs.append({**made_run(contender, count, mean), "per_sample": {"psnr": values}})
+    trained, untrained = rivals.rivals(runs, "newton", runs[:1])
+    assert [(g["title"], g["own"], g["is_inside"]) for g in (trained, untrained)] == [
+        ("Trained for this model", "newton", True),
+        ("Without training", "universal coefficients", True),
+    ]
+    assert list(rows_of(trained).items()) == [
+        ("newton", [("newton-9", "52.00", "9", "\N{EN DASH}")]),
+        ("LESA", [("lesa-9", "48.67", "9", "+3.33 (+2.00 to +4.00)")]),
+        ("L2P", [("l2p-8", "41.00", "8", "+11.00 (+10.00 to +12.00)")]),
+    ]
+    assert trained["tables"][0]["lead"] == "lead of newton, dB"
+    minus = "\N{MINUS SIGN}"
+    assert list(rows_of(untrained).values()) == [
+        [("cache-dit-9", "45.33", "9", f"{minus}2.33 ({minus}3.00 to {minus}2.00)")],
+        [("chebyshev-9.4", "43.17", "9.4", f"{minus}0.17 ({minus}1.00 to +1.00), not certain")],
+        [("universal-8", "43.00", "8", "\N{EN DASH}")],
+        [("a<b-6", "no difference", "6", "\N{EN DASH}")],
+    ]
+    assert [row["ours"] for row in untrained["tables"][0]["rows"]] == [False, False, True, False]
+    assert untrained["tables"][0]["lead"] == "lead of universal, dB"
+
+
+def test_ours_is_the_first_that_was_trained_and_else_the_default_forecaster():
+    assert budgets.ours_among({"universal", "lesa", "newton", "taylorseer"}) == "newton"
+    assert budgets.ours_among({"universal", "lesa", "taylor"}) == "lesa"
+    assert budgets.ours_among({"universal", "taylor", "linear", "chebyshev"}) == "universal"
+    assert budgets.ours_among({"taylor", "mag-cache"}) == "taylor"
+    assert budgets.ours_among({"mag-cache", "unknown"}) is None
 
 
 def test_the_page_shows_them_for_each_budget(folder, tmp_path, page):
-    assert page.count('<table class="rivals">') == 5
+    assert page.count('<table class="rivals"') == 2 * 5
+    assert page.count("The leads are those of newton, which was trained for this model.") == 1
 
     def late(summary):
         for run in summary["runs"]:
             run["step_equivalents"] += 7 * (run["contender"] == "cache-dit")
+        summary["runs"] = [run for run in summary["runs"] if run["contender"] != "dense"]
 
     html = lesa.report(changed(folder, tmp_path / "e", late)).read_text()
     (chosen,) = re.findall(r'data-budget="1".*?</table>', html, re.DOTALL)
-    assert "cannot reach this budget; the least is 12.7" in chosen
+    assert "cannot reach this budget; the least is 12.7" in chosen and "at most 9 whole steps" in chosen
     assert data_of(html)["budgets"][1]["absent"] == ["cache-dit"]
 
 

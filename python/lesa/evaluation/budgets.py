@@ -1,15 +1,14 @@
-"""What a report compares: each of our runs, and every other contender at its best within the same budget."""
+"""Which of our runs a report shows, what stands beside each of them, and what its first lines say."""
 
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Container, Sequence
+from typing import Any
 
-from lesa.contenders import kind_of, order_of
+from lesa.contenders import Ours, every_contender, kind_of, order_of
 from lesa.contenders.base import Count
+from lesa_kernels.forecasters import UNTRAINED
 
 EXTRA_STEPS = 1
 """How many steps more than ours a run of the others may need. Settings of caches rarely meet a count exactly."""
-
-COUNTS: tuple[Count, ...] = get_args(Count)
 
 
 def title_of(contender: str) -> str:
@@ -27,6 +26,20 @@ def label_of(contender: str) -> str:
 def color_of(contender: str) -> str:
     """Name of the page's colour of a contender."""
     return "--other" if kind_of(contender) is None else f"--c-{contender}"
+
+
+def ours_among(evaluated: Container[str]) -> str | None:
+    """The contender that a report calls ours, or None.
+
+    It is the first one that was trained, in the order of the report; else the forecaster that `enable_cache` takes by
+    default; else the one that was registered last.
+
+    Args:
+        evaluated: names of contenders.
+    """
+    kinds = [kind for kind in every_contender() if issubclass(kind, Ours) and kind.name in evaluated]
+    trained, others = ([kind.name for kind in kinds if kind.trained == part] for part in (True, False))
+    return next(iter([*trained, *(name for name in others if name == UNTRAINED), *reversed(others)]), None)
 
 
 def budgets_of(runs: Sequence[dict], ours: str | None) -> list[dict[str, Any]]:
@@ -73,49 +86,16 @@ def best_within(runs: Sequence[dict], contender: str, run: dict, count: Count) -
         for peer in runs
         if peer["contender"] == contender and peer.get(count) is not None and peer[count] <= run[count] + EXTRA_STEPS
     ]
-    return max(within, key=_quality, default=None)
+    return max(within, key=quality_of, default=None)
 
 
-def _quality(run: dict) -> float:
+def quality_of(run: dict) -> float:
     """PSNR in dB; runs without one are last."""
     return float("-inf") if run["psnr"] is None else run["psnr"]
 
 
-def rivals(runs: Sequence[dict], run: dict) -> tuple[list[str], list[dict[str, Any]]]:
-    """A table of every other contender at its best within the budget of `run`.
-
-    Args:
-        runs: those of `summary.json`, without the reference.
-        run: ours.
-
-    Returns:
-        The heads of the columns, one for each count; and for each contender its title, its colour and its cells, each a
-        text and the name of the run.
-    """
-    counts = [count for count in COUNTS if run.get(count) is not None]
-    heads = [f"at most {run[count] + EXTRA_STEPS:.4g} {_words(count)}" for count in counts]
-    rows = [
-        {
-            "title": title_of(name),
-            "color": color_of(name),
-            "cells": [_cell(runs, name, run, count) for count in counts],
-        }
-        for name in others(runs, run["contender"])
-    ]
-    return heads, rows
-
-
-def _cell(runs: Sequence[dict], contender: str, run: dict, count: Count) -> tuple[str, str]:
-    """What a cell says, and the name of the run."""
-    best = best_within(runs, contender, run, count)
-    if best is None:
-        needed = [peer[count] for peer in runs if peer["contender"] == contender and peer.get(count) is not None]
-        return "cannot reach this budget" + (f"; the least is {min(needed):.3g}" if needed else ""), ""
-    quality = "no difference" if best["psnr"] is None else f"{best['psnr']:.1f} dB"
-    return f"{quality} with {best[count]:.3g}", best["name"]
-
-
-def _words(count: Count) -> str:
+def words_of(count: Count) -> str:
+    """What people call a count."""
     return count.replace("_", " ")
 
 
@@ -164,11 +144,11 @@ def headline(summary: dict, budget: dict | None) -> tuple[str, str, list[tuple[s
 
 def _best_of_all(runs: Sequence[dict], names: Sequence[str], run: dict, count: Count) -> dict | None:
     found = [best_within(runs, name, run, count) for name in names]
-    return max((peer for peer in found if peer is not None and peer["psnr"] is not None), key=_quality, default=None)
+    return max((peer for peer in found if peer is not None and peer["psnr"] is not None), key=quality_of, default=None)
 
 
 def _figures(run: dict, count: Count) -> str:
-    return f"{title_of(run['contender'])} with {run[count]:.3g} {_words(count)}, {run['psnr']:.1f} dB"
+    return f"{title_of(run['contender'])} with {run[count]:.3g} {words_of(count)}, {run['psnr']:.1f} dB"
 
 
 def _by_whole_steps(runs: Sequence[dict], names: Sequence[str], run: dict, best: dict | None) -> str:

@@ -66,6 +66,19 @@ def bootstrap_interval(differences: Sequence[float], seed: int = 0) -> tuple[flo
     return float(low), float(high)
 
 
+def paired_lead(ours: Sequence[float | None], others: Sequence[float | None]) -> tuple[float, float, float]:
+    """The mean of the paired differences, ours less the others, and the ends of its 95 % interval.
+
+    Args:
+        ours, others: a figure of each sample, in the same order. None is an unknown one. If any is unknown, NaN or
+            infinite, the ends of the interval are NaN.
+    """
+    pairs = np.array([ours, others], dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        differences = pairs[0] - pairs[1]
+    return float(differences.mean()) if len(differences) else math.nan, *bootstrap_interval(differences)
+
+
 def learned_qualities(
     device: torch.device, prompts: Sequence[str | None], size: Sequence[int]
 ) -> tuple[dict[str, Measure], dict[str, str]]:

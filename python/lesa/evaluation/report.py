@@ -11,10 +11,11 @@ import numpy as np
 
 from lesa import contenders
 from lesa.artifacts import write_text
-from lesa.contenders import UNKNOWN_COLOR, Ours, Reference, order_of
-from lesa.evaluation.budgets import budgets_of, chosen, color_of, headline, label_of, rivals, title_of
+from lesa.contenders import UNKNOWN_COLOR, Reference, order_of
+from lesa.evaluation.budgets import budgets_of, chosen, color_of, headline, label_of, ours_among, title_of
 from lesa.evaluation.naming import SEPARATOR
 from lesa.evaluation.report_pictures import pictures_of
+from lesa.evaluation.rivals import rivals
 from lesa.evaluation.summaries import read_summary
 
 _PAGE = Path(__file__).with_name("page")
@@ -47,8 +48,7 @@ def report(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> P
     out = folder / "report.html" if out is None else Path(out)
     summary = read_summary(folder, "folder", "Run `lesa evaluate` of this release again.")
     runs = summary["runs"][1:]
-    evaluated = {run["contender"] for run in runs}
-    ours = next((k.name for k in contenders.every_contender() if issubclass(k, Ours) and k.name in evaluated), None)
+    ours = ours_among({run["contender"] for run in runs})
     page = _page(summary, ours, folder)
     sentence, comparison, tiles = headline(summary, page["budgets"][page["chosen"]] if page["budgets"] else None)
     columns, rows = _table(summary, ours)
@@ -68,7 +68,7 @@ def report(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> P
         comparison=comparison,
         tiles=tiles,
         page=page,
-        rivals=[rivals(runs, by_name[budget["ours"]]) for budget in page["budgets"]],
+        rivals=rivals(runs, ours, [by_name[budget["ours"]] for budget in page["budgets"]]),
         columns=columns,
         rows=rows,
         has_others=any(row["other"] for row in rows),

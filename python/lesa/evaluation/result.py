@@ -18,7 +18,7 @@ from lesa.artifacts import digest, whole_file, write_text
 from lesa.contenders import Ours, Peer, Reference, kind_of
 from lesa.contenders.base import Count
 from lesa.evaluation.picture import draw_comparison
-from lesa.evaluation.quality import LEARNED, bootstrap_interval
+from lesa.evaluation.quality import LEARNED, paired_lead
 from lesa_kernels.checks import check_choice
 
 FORMAT_VERSION = 1
@@ -175,11 +175,7 @@ class Evaluation:
         if run.is_ours or run.contender == Reference.name or not ours:
             return None
         nearest = max(ours, key=lambda r: (getattr(r, by), _rank(r)))
-        pairs = np.array([nearest.per_sample.get("psnr", ()), run.per_sample.get("psnr", ())], dtype=np.float64)
-        with np.errstate(invalid="ignore"):
-            differences = pairs[0] - pairs[1]
-        low, high = bootstrap_interval(differences)
-        mean = float(differences.mean()) if len(differences) else math.nan
+        mean, low, high = paired_lead(nearest.per_sample.get("psnr", ()), run.per_sample.get("psnr", ()))
         return {"ours": nearest.name, "psnr_difference": mean, "low": low, "high": high}
 
     def table(self) -> str:
