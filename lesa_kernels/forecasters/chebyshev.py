@@ -34,7 +34,7 @@ class Chebyshev(Forecaster):
     """
 
     name = "chebyshev"
-    title = "Chebyshev polynomials"
+    title = "Chebyshev polynomials (Spectrum)"
     label = "Chebyshev"
     options = {"degree": Option(4, 0, 9), "ridge": Option(0.1, 1e-9, 1e9), "blend": Option(1.0, 0.0, 1.0)}
 

@@ -35,7 +35,7 @@ class Taylor(Forecaster):
     """
 
     name = "taylor"
-    title = "Taylor series"
+    title = "Taylor series at the head (TaylorSeer's formula)"
     label = "Taylor"
     options = {"order": Option(1, 1, 3)}
 
