@@ -249,7 +249,7 @@ def test_the_page_names_what_a_class_has():
     public = {name for kind in (Contender, Peer) for name in vars(kind) if not name.startswith("_")}
     annotated = {name for kind in (Contender, Peer) for name in kind.__annotations__ if not name.startswith("_")}
     # Peers leave these as they are.
-    others = {"contender", "steps_of", "identity", "with_threshold", "each_call", "trained"}
+    others = {"contender", "steps_of", "identity", "with_threshold", "each_call", "is_trained"}
     assert named == (public | annotated | {"__str__"}) - others
 
 

@@ -272,6 +272,22 @@ def test_of_several_of_ours_at_the_same_cost_the_best_is_compared():
     assert (lead["ours"], lead["psnr_difference"]) == ("newton-9-b", 8.0)
 
 
+def test_ours_are_of_one_contender_and_the_other_forecasters_are_held_against_it():
+    figures = {"newton": 30.0, "lesa": 40.0, "universal": 28.0, "taylor": 25.0}
+    runs = [
+        replace(evaluated_run("newton-9", 9, psnr=psnr, per_sample=[psnr] * 2), name=f"{kind}-9", contender=kind)
+        for kind, psnr in figures.items()
+    ]
+    runs.append(replace(runs[-1], name="taylor-9@other", psnr=24.0))
+    evaluation = Evaluation(tuple(runs), {}, {})
+    leads = [evaluation.against_ours(run) for run in evaluation.runs]
+    assert leads[0] is None and {lead["ours"] for lead in leads[1:]} == {"newton-9"}
+    assert [lead["psnr_difference"] for lead in leads[1:]] == [-10.0, 2.0, 5.0, 5.0]
+    assert [run.name for run in evaluation.shown] == ["newton-9", "lesa-9", "universal-9", "taylor-9"]  # the best
+    assert "to the most expensive run of newton that" in " ".join(evaluation.table().split())
+    assert Evaluation(tuple(runs[2:]), {}, {}).against_ours(runs[3])["ours"] == "universal-9"
+
+
 def test_the_picture_has_each_runs_own_figures_and_images(tmp_path, monkeypatch):
     names = ["reference", "fewer-steps-9", "newton-9", "cache-dit-a", "taylorseer-lite-order2-interval7"]
     runs = [evaluated_run(name, 50 if name == "reference" else 9, psnr=20.0 + i) for i, name in enumerate(names)]

@@ -72,7 +72,7 @@ class Contender(ABC):
         color: in the report and in the picture.
         each_call: whether it is switched on for each call of the pipeline separately, so that nothing that it stores
             gets from one call into the next.
-        trained: whether it was trained for the model with which it is evaluated. The report compares such contenders
+        is_trained: whether it was trained for the model with which it is evaluated. The report compares such contenders
             with each other, and the others with each other.
     """
 
@@ -81,7 +81,7 @@ class Contender(ABC):
     label: ClassVar[str]
     color: ClassVar[Color]
     each_call: ClassVar[bool] = True
-    trained: ClassVar[bool] = False
+    is_trained: ClassVar[bool] = False
 
     _texts: ClassVar[tuple[str, ...]] = ("name", "title", "label")
     _methods: ClassVar[tuple[str, ...]] = ("__str__", "describe", "on")

@@ -30,8 +30,8 @@ def ours_of(forecaster: Forecaster) -> type[Ours]:
         "name": forecaster.name,
         "title": forecaster.title,
         "label": forecaster.label,
-        "trained": forecaster.is_trained,
         "color": _color([*FORECASTERS].index(forecaster.name)),
+        "is_trained": forecaster.is_trained,
         "detail": classmethod(lambda cls, config: _detail(config)),
     }
     return types.new_class(type(forecaster).__name__, (Ours,), exec_body=lambda namespace: namespace.update(parts))

@@ -38,7 +38,7 @@ def ours_among(evaluated: Container[str]) -> str | None:
         evaluated: names of contenders.
     """
     kinds = [kind for kind in every_contender() if issubclass(kind, Ours) and kind.name in evaluated]
-    trained, others = ([kind.name for kind in kinds if kind.trained == part] for part in (True, False))
+    trained, others = ([kind.name for kind in kinds if kind.is_trained == part] for part in (True, False))
     return next(iter([*trained, *(name for name in others if name == UNTRAINED), *reversed(others)]), None)
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from lesa.artifacts import digest, whole_file, write_text
 from lesa.contenders import Ours, Peer, Reference, kind_of
 from lesa.contenders.base import Count
+from lesa.evaluation.budgets import ours_among
 from lesa.evaluation.picture import draw_comparison
 from lesa.evaluation.quality import LEARNED, paired_lead
 from lesa_kernels.checks import check_choice
@@ -114,6 +115,12 @@ class EvaluatedRun:
         kind = kind_of(self.contender)
         return kind is None or issubclass(kind, Peer)
 
+    @property
+    def is_searched(self) -> bool:
+        """Whether its setting can come from a search: it is a cache, or a forecaster that needs no training."""
+        kind = kind_of(self.contender)
+        return self.is_peer or (self.is_ours and self.predictor is None and kind is not None and not kind.is_trained)
+
     def to_dict(self) -> dict[str, Any]:
         """A dict for JSON. A figure that is infinite or NaN is None."""
         return finite({"name": self.name, "computed_steps": self.computed_steps, **asdict(self)})
@@ -148,8 +155,13 @@ class Evaluation:
 
     @property
     def shown(self) -> list[EvaluatedRun]:
-        """The runs for people: of each peer only the best at each rounded number of step equivalents."""
-        return [run for run in self.runs if not run.is_peer or self.is_best(run)]
+        """The runs for people: of what was searched, only the best at each rounded number of step equivalents."""
+        return [run for run in self.runs if not run.is_searched or self.is_best(run)]
+
+    @property
+    def ours(self) -> str | None:
+        """The contender with which the others are compared, or None. See `against_ours`."""
+        return ours_among({run.contender for run in self.runs})
 
     @property
     def timed_apart(self) -> list[EvaluatedRun]:
@@ -159,6 +171,9 @@ class Evaluation:
 
     def against_ours(self, run: EvaluatedRun, by: Count = "step_equivalents") -> dict[str, Any] | None:
         """How far a run of ours that costs no more is ahead of a run in PSNR.
+
+        Ours are the runs of one contender: the first that was trained, in the order of `lesa.contenders`; else the
+        forecaster that `lesa.enable_cache` takes by default; else the one that was registered last.
 
         Args:
             run: any of `runs`.
@@ -171,8 +186,9 @@ class Evaluation:
         """
         check_choice("by", by, ("step_equivalents", "whole_steps"))
         most = run.step_equivalents + 1e-6 if by == "step_equivalents" else round(run.whole_steps)
-        ours = [r for r in self.runs if r.is_ours and getattr(r, by) <= most]
-        if run.is_ours or run.contender == Reference.name or not ours:
+        name = self.ours
+        ours = [r for r in self.runs if r.contender == name and getattr(r, by) <= most]
+        if run.contender in (name, Reference.name) or not ours:
             return None
         nearest = max(ours, key=lambda r: (getattr(r, by), _rank(r)))
         mean, low, high = paired_lead(nearest.per_sample.get("psnr", ()), run.per_sample.get("psnr", ()))
@@ -207,9 +223,10 @@ class Evaluation:
         return run.name, whole, f"{run.step_equivalents:.2f}", *speed, *quality, ahead
 
     def _notes(self) -> list[str]:
+        ours = "our most expensive run" if self.ours is None else f"the most expensive run of {self.ours}"
         notes = [
             "Step eq.: how often a block ran, divided by the number of blocks. The lead is the mean difference in PSNR "
-            "to our most expensive run that needs no more of them, with its 95 % interval."
+            f"to {ours} that needs no more of them, with its 95 % interval."
         ]
         for name in dict.fromkeys(run.contender for run in self.shown):
             kind = kind_of(name)

@@ -44,7 +44,7 @@ def rivals(runs: Sequence[dict], ours: str | None, chosen: Sequence[dict]) -> li
 def is_trained(contender: str) -> bool:
     """Whether a contender was trained for the model; one that is not registered counts as not trained."""
     kind = kind_of(contender)
-    return kind is not None and kind.trained
+    return kind is not None and kind.is_trained
 
 
 def best_at_most(runs: Sequence[dict], contender: str, run: dict, count: Count) -> dict | None:
