@@ -72,10 +72,9 @@ class SettingSearch(ABC):
         key = setting.identity()
         if key not in self._figures:
             self._tried[key] = setting
+            words = f"{_words(setting)}, {len(self._tried)} tried"
             try:
-                values = self._once(
-                    key, lambda: self._measured(setting), f"{_words(setting)}, {len(self._tried)} tried"
-                )
+                values = self._once(key, lambda: self._measured(setting), words)
             except NotAvailableError as error:
                 self._failed[key], values = error, (math.nan, math.inf, math.inf)
             self._figures[key] = dict(zip(("psnr", "whole_steps", "step_equivalents"), values))
