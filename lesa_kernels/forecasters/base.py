@@ -6,7 +6,7 @@ kernels, cache, training, search and evaluation know no forecaster by name. They
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -102,6 +102,8 @@ class Forecaster(ABC):
         history: what the ring holds: "anchors" (computed steps only) or "steps" (every step, also the forecasts).
         stage_bounds: the noise levels between the stages, by default.
         options: what `config.options` may hold, by name.
+        variants: the options that `lesa.evaluate` tries if it searches the best ones, where nothing is trained. By
+            default it tries the defaults only.
         knows_width: whether it has parameters for features of one width, so that `config.feature_dim` is needed.
         hidden: number of spline units of its KAN, by default; None if it has none.
         has_residual: whether it has a low-rank residual, so that `config.rank` has a meaning.
@@ -123,6 +125,7 @@ class Forecaster(ABC):
     history: ClassVar[str] = "anchors"
     stage_bounds: ClassVar[tuple[float, ...]] = ()
     options: ClassVar[Mapping[str, Option]] = {}
+    variants: ClassVar[Sequence[Mapping[str, int | float]]] = ({},)
     knows_width: ClassVar[bool] = False
     hidden: ClassVar[int | None] = None
     has_residual: ClassVar[bool] = False

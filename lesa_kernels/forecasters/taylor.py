@@ -38,6 +38,7 @@ class Taylor(Forecaster):
     title = "Taylor series at the head (TaylorSeer's formula)"
     label = "Taylor"
     options = {"order": Option(1, 1, 3)}
+    variants = ({"order": 1}, {"order": 2}, {"order": 3})
 
     def history_length(self, config: "PredictorConfig") -> int:
         return int((config.options or {})["order"]) + 1

@@ -1,6 +1,7 @@
 """Which denoising steps are computed."""
 
 import bisect
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -82,6 +83,32 @@ class Schedule:
         interval = check_int("interval", interval)
         total = check_int("num_inference_steps", num_inference_steps)
         steps = sorted({*range(min(check_int("first", first, minimum=3), total)), *range(2, total, interval)})
+        return cls(tuple(steps), total)
+
+    @classmethod
+    def windows(cls, window: float, flex: float, num_inference_steps: int, first: int = 5) -> "Schedule":
+        """The first steps, then gaps that grow: the schedule of Spectrum.
+
+        Each computed step lies `floor(window)` steps after the one before it. After each of these gaps, the window
+        grows by `flex`. With the window 2 and a flex of 3, of 50 steps it is 0, 1, 2, 3, 4, 6, 11, 19, 30, 44.
+
+        Args:
+            window: the first window in steps, at least 1.
+            flex: by how many steps the window grows, at least 0. It need not be a whole number.
+            num_inference_steps: number of steps of the run.
+            first: how many steps are computed at the start, at least 1; 5 in the released code.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above.
+
+        Source: Spectrum, arXiv 2603.01623.
+        """
+        total = check_int("num_inference_steps", num_inference_steps)
+        window, flex = check_float("window", window, minimum=1.0), check_float("flex", flex, minimum=0.0)
+        steps = [*range(min(check_int("first", first), total))]
+        while (step := steps[-1] + math.floor(window)) < total:
+            steps.append(step)
+            window += flex
         return cls(tuple(steps), total)
 
     @classmethod

@@ -188,7 +188,7 @@ def test_a_made_up_contender_goes_all_the_way(registered, pipe, tmp_path, capsys
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "--help"])
     help_text = "".join(capsys.readouterr().out.split())
-    assert "steps,taylorseer,first-block-cache," in help_text and "coarse,separatedbycommas" in help_text
+    assert "steps,taylorseer,first-block-cache," in help_text and ",coarse," in help_text
 
 
 def test_a_setting_that_is_not_registered_can_be_compared_too(pipe, tmp_path):

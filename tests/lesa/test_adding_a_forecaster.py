@@ -41,12 +41,14 @@ def test_the_example_of_the_page_works(registry, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "damped.py", "exec"), vars(module))
     assert module.cache.stats.predicted_steps == 8 and module.image.size == (16, 16)
-    (run,) = [run for run in module.evaluation.runs if run.contender == TEMPORARY]
-    assert (run.name, run.is_ours, run.whole_steps) == ("damped-4", True, 4)
+    run, searched = [run for run in module.evaluation.runs if run.contender == TEMPORARY]
+    assert re.fullmatch("damped-4@[0-9a-f]{8}", run.name) and run.predictor and searched.predictor is None
+    assert (run.is_ours, run.whole_steps, searched.is_ours, searched.whole_steps) == (True, 4, True, 4)
+    assert module.evaluation.facts["searched"][TEMPORARY]["budgets"][0]["run"] == searched.name
     assert run.setting.startswith("damped, damping 0.8, steps 0,") and 15 < run.psnr < 100
     assert len(module.found.steps) == 4
     table, html = capsys.readouterr().out, (tmp_path / "evaluation/report.html").read_text()
-    assert "\ndamped-4 " in table and "damped line" in html and "--c-damped: #" in html
+    assert "\ndamped-4@" in table and "damped line" in html and "--c-damped: #" in html
     # What the words of the page say of the formula.
     ring = module.predictor.make_ring(1, 2, feature_dim=3)
     features = torch.randn(2, 1, 2, 3)

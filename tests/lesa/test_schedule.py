@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 import released_lesa
@@ -24,6 +26,34 @@ def test_interval_with_four_first_steps_is_that_of_released_lesa(interval, total
 def test_interval_computes_three_first_steps_at_least(first):
     with pytest.raises(ValueError, match=f"`first` must be an integer of at least 3, but got {first}"):
         Schedule.interval(7, 50, first=first)
+
+
+def released_windows(window, flex, total, warm_up):
+    """The steps that the released code of Spectrum computes, which counts the skipped steps in a row."""
+    computed, skipped = [], 0
+    for step in range(total):
+        is_computed = step < warm_up or (skipped + 1) % math.floor(window) == 0
+        if is_computed and step >= warm_up:
+            window += flex
+        skipped = 0 if is_computed else skipped + 1
+        computed += [step] * is_computed
+    return tuple(computed)
+
+
+@pytest.mark.parametrize("window", [1, 2, 2.5, 7])
+@pytest.mark.parametrize("flex", [0, 0.75, 3])
+@pytest.mark.parametrize(("total", "first"), [(50, 5), (50, 1), (7, 3), (3, 5)])
+def test_windows_are_those_of_released_spectrum(window, flex, total, first):
+    schedule = Schedule.windows(window, flex, total, first)
+    assert schedule.steps == released_windows(window, flex, total, first) and schedule.num_inference_steps == total
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [({"window": 0.5}, "window"), ({"flex": -1}, "flex"), ({"first": 0}, "first")]
+)
+def test_windows_that_cannot_be_are_refused(change, name):
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        Schedule.windows(**{"window": 2, "flex": 0.75, "num_inference_steps": 50, **change})
 
 
 @pytest.mark.parametrize("total, steps", [(1, (0,)), (2, (0, 1)), (3, (0, 1, 2)), (4, (0, 1, 2))])

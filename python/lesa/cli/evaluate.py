@@ -30,7 +30,7 @@ def add_arguments(parser) -> None:
     text = f"what to compare with: {names}; NAME-N sets a budget of N computed steps (default: {','.join(AGAINST)})"
     parser.add_argument("--against", type=lambda value: value.split(","), default=[*AGAINST], help=text)
     parser.add_argument("--batch-size", type=arguments.positive, help="samples per pipeline call (default: all)")
-    text = "how many samples the search for the best settings of the other caches uses (default: 4)"
+    text = "how many samples the search for the best settings uses (default: 4)"
     parser.add_argument("--search-samples", type=arguments.positive, default=4, help=text)
     parser.add_argument("--out", required=True, type=arguments.folder, help="folder for the results")
 

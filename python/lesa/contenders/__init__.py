@@ -1,7 +1,8 @@
 """What `evaluate` compares: predictors of lesa, runs of fewer steps, and the caches of others.
 
 A contender is one file in this folder, and its entry in `CONTENDERS`; docs/adding-a-contender.md shows an example. The
-predictors of each registered forecaster are one kind of contender, without a file of their own.
+predictors of each registered forecaster are one kind of contender, without a file of their own. If they need no
+training, their best settings are searched like those of a cache of others.
 Evaluation, table, picture, report and command line use only what `lesa.contenders.base` says that contenders have.
 """
 
@@ -37,6 +38,7 @@ __all__ = [
     "Grid",
     "MagCache",
     "Newton",
+    "Opponent",
     "Ours",
     "Peer",
     "Plain",
@@ -67,6 +69,9 @@ CONTENDERS: tuple[type[Contender], ...] = (
     CacheDiT,
     *_NEWER,
 )
+
+Opponent = type[Plain] | type[Peer] | type[Ours]
+"""A kind of contender that `against` can name."""
 
 AGAINST = (FewerSteps.name, TaylorSeer.name)
 """What predictors are compared with by default."""
@@ -124,10 +129,15 @@ def order_of(name: str) -> int:
     return names.index(name) if name in names else len(names)
 
 
-def opponents() -> list[type[Plain] | type[Peer]]:
-    """The contenders that `against` can name: runs without a cache, then the caches of others."""
-    plain = [kind for kind in CONTENDERS if issubclass(kind, Plain)]
-    return [*plain, *(kind for kind in CONTENDERS if issubclass(kind, Peer))]
+def opponents() -> list[Opponent]:
+    """The contenders that `against` can name.
+
+    These are runs without a cache, then the caches of others, then the forecasters that need no training.
+    """
+    kinds = every_contender()
+    plain = [kind for kind in kinds if issubclass(kind, Plain)]
+    peers = [kind for kind in kinds if issubclass(kind, Peer)]
+    return [*plain, *peers, *(kind for kind in kinds if issubclass(kind, Ours) and not kind.is_trained)]
 
 
 def against_names() -> list[str]:
@@ -135,7 +145,7 @@ def against_names() -> list[str]:
     return [kind.name for kind in opponents()]
 
 
-def budget_of(name: object) -> tuple[type[Plain] | type[Peer], int | None]:
+def budget_of(name: object) -> tuple[Opponent, int | None]:
     """The contender and the budget that an entry of `against` names.
 
     Args:
@@ -145,11 +155,16 @@ def budget_of(name: object) -> tuple[type[Plain] | type[Peer], int | None]:
         The contender and its budget, None if the name has none.
 
     Raises:
-        ValueError: there is no such contender, or the budget is not a whole number of at least 1.
+        ValueError: there is no such contender, it must be trained, or the budget is not a whole number of at least 1.
     """
     match = re.fullmatch("(.*?)(?:-([1-9][0-9]*))?", str(name), re.DOTALL)
-    kind = next((kind for kind in opponents() if match is not None and kind.name == match[1]), None)
+    asked = "" if match is None else match[1]
+    kind = next((kind for kind in opponents() if kind.name == asked), None)
     if match is None or kind is None:
+        trained = kind_of(asked)
+        if trained is not None and issubclass(trained, Ours):
+            must = "name contenders that need no training"
+            raise argument_error("against", must, name, f"Train a {asked} predictor, and pass it in `predictors`.")
         raise argument_error(
             "against",
             f"hold {', '.join(map(repr, against_names()))}, these with a budget such as '{FewerSteps.name}-9', or "

@@ -154,10 +154,16 @@ class Ours(Contender, abstract=True):
     Args:
         predictor: on the pipeline's device.
         schedule: the computed steps, or how they are chosen. None: as the predictor was trained.
+
+    Attributes:
+        is_trained: whether its predictors must be trained. Of the others, `evaluate` can search the best settings.
+        counted_in: what the budgets of that search count.
     """
 
     each_call = False
-    _methods = ("detail",)
+    is_trained: ClassVar[bool]
+    counted_in: ClassVar[tuple[Count, ...]] = ("step_equivalents",)
+    _methods = ("detail", "variants")
 
     def __init__(self, predictor: FusedKANPredictor, schedule: Schedule | Spread | ErrorControl | None = None):
         self.predictor, self.schedule = predictor, schedule
@@ -166,6 +172,11 @@ class Ours(Contender, abstract=True):
     @abstractmethod
     def detail(cls, config: PredictorConfig) -> str:
         """What a reader must know about a predictor, such as "newton, rank 32"."""
+
+    @classmethod
+    @abstractmethod
+    def variants(cls, feature_dim: int) -> list[FusedKANPredictor]:
+        """The predictors whose settings the search tries, for features of this width; not trained."""
 
     def __str__(self) -> str:
         return f"{self.name}-{{whole}}"

@@ -5,7 +5,7 @@ import functools
 import types
 
 from lesa.contenders.base import Color, Ours
-from lesa_kernels import PredictorConfig
+from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.forecasters import FORECASTERS, Forecaster
 
 COLORS = (
@@ -33,12 +33,19 @@ def ours_of(forecaster: Forecaster) -> type[Ours]:
         "color": _color([*FORECASTERS].index(forecaster.name)),
         "is_trained": forecaster.is_trained,
         "detail": classmethod(lambda cls, config: _detail(config)),
+        "variants": classmethod(lambda cls, feature_dim: _variants(forecaster, feature_dim)),
     }
     return types.new_class(type(forecaster).__name__, (Ours,), exec_body=lambda namespace: namespace.update(parts))
 
 
 def _detail(config: PredictorConfig) -> str:
     return config.forecaster.describe(config)
+
+
+def _variants(forecaster: Forecaster, feature_dim: int) -> list[FusedKANPredictor]:
+    width = feature_dim if forecaster.knows_width else None
+    every = [PredictorConfig(width, mixer=forecaster.name, options=dict(options)) for options in forecaster.variants]
+    return [FusedKANPredictor(config) for config in dict.fromkeys(every)]
 
 
 def _color(number: int) -> Color:

@@ -70,7 +70,7 @@ class Contest:
         self.not_available: dict[str, str] = {}
         self._reference: Outcome | None = None
         self._learned: Mapping[str, Callable] = {}
-        self._done: dict[Contender, EvaluatedRun] = {}
+        self._done: dict[str, EvaluatedRun] = {}  # by the identity of the setting
         self._timed = False
 
     @property
@@ -94,17 +94,23 @@ class Contest:
 
     def run_ours(self, label: str, ours: Ours) -> EvaluatedRun:
         """Runs a predictor, which is known by its label."""
-        return self._run(ours, [f"{ours.name}{SEPARATOR}{label}"], label)
+        run = self._run(ours, [f"{ours.name}{SEPARATOR}{label}"], label)
+        self._done.setdefault(ours.identity(), run)
+        return run
 
     def run(self, contender: Contender) -> EvaluatedRun:
         """Runs a setting, if that was not done."""
-        if contender not in self._done:
+        identity = contender.identity()
+        if identity not in self._done:
             self.bar.total += bool(self.entries)  # the bar counts the reference already
-            name = str(contender)
-            mark = digest(contender.identity())[:8]  # different settings can have the same text
-            files = [name] if isinstance(contender, Reference) else [f"{name}{SEPARATOR}{mark}", name]
-            self._done[contender] = self._run(contender, files)
-        return self._done[contender]
+            mark = digest(identity)[:8]  # different settings can have the same text
+            files = [str(contender)]
+            if isinstance(contender, Ours):
+                files = [f"{contender.name}{SEPARATOR}{mark}"]
+            elif not isinstance(contender, Reference):
+                files = [f"{contender}{SEPARATOR}{mark}", *files]
+            self._done[identity] = self._run(contender, files)
+        return self._done[identity]
 
     def _run(self, contender: Contender, files: Sequence[str], label: str | None = None) -> EvaluatedRun:
         """Runs a contender on all inputs, or reads what is kept of its run.
@@ -166,7 +172,7 @@ class Contest:
             peak_memory_bytes=made.peak_memory_bytes,
         )
         self.entries[0] = replace(kept, run=run)
-        self._done[contender] = run
+        self._done[contender.identity()] = run
         self.store.write_figures(contender.name, contender.identity(), run, self.sigmas, len(made.latents))
 
     def outcome(self, batches: Sequence[Batch], contender: Contender, keep: bool = False, warm: bool = True) -> Outcome:

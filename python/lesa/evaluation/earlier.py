@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lesa.artifacts import check_same_settings
-from lesa.contenders import Ours, Reference, kind_of
+from lesa.contenders import Reference
 from lesa.evaluation.naming import unique_names
 from lesa.evaluation.result import EvaluatedRun
 from lesa.evaluation.store import REMEDY, UNREADABLE, Kept, Store, read_run
@@ -38,21 +38,19 @@ class Entry:
     @property
     def mark(self) -> str | None:
         """The suffix of the name if other runs have the same name."""
-        if kind_is_ours(self.run.contender):
+        if self.run.predictor is not None:
             return self.run.predictor
         return None if self.identity is None else self.identity[:8]
 
     def is_same_contender(self, other: "Entry") -> bool:
         """Whether `other` is a run of the same predictor or setting.
 
-        A predictor is known by its folder or its name, whatever its weights. If one of the two is not known, the runs
-        are the same if they gave the same.
+        A predictor is known by its folder or its name, whatever its weights. If one of the two is not known, or was
+        searched, the runs are the same if their settings are, or else if they gave the same.
         """
         ours, theirs = self.run, other.run
-        if kind_is_ours(ours.contender) and kind_is_ours(theirs.contender):
-            if None not in (ours.predictor, theirs.predictor):
-                return ours.predictor == theirs.predictor
-            return ours.contender == theirs.contender and _made(ours) == _made(theirs)
+        if None not in (ours.predictor, theirs.predictor):
+            return ours.predictor == theirs.predictor
         if ours.contender != theirs.contender or ours.name != theirs.name:
             return False
         if None not in (self.identity, other.identity):
@@ -73,12 +71,6 @@ class Earlier:
     entries: Mapping[str, Entry] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     absent: Sequence[str] = ()
-
-
-def kind_is_ours(contender: str) -> bool:
-    """Whether it is the name of a contender with a predictor."""
-    kind = kind_of(contender)
-    return kind is not None and issubclass(kind, Ours)
 
 
 def earlier_in(

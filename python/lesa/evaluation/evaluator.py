@@ -3,7 +3,7 @@
 import inspect
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -13,15 +13,17 @@ from lesa.artifacts import digest
 from lesa.cache import enable_cache
 from lesa.cache.error_control import ErrorControl
 from lesa.cache.placement import check_uncached
-from lesa.contenders import AGAINST, Ours, Peer, Plain, Reference, budget_of, opponents, ours_with
+from lesa.contenders import AGAINST, Opponent, Ours, Peer, Plain, Reference, budget_of, opponents, ours_with
 from lesa.evaluation.contest import Contest
 from lesa.evaluation.earlier import Earlier, earlier_in, is_replaced, merged, merged_facts
+from lesa.evaluation.forecaster_search import ForecasterSearch, SearchRecording
 from lesa.evaluation.result import Evaluation
-from lesa.evaluation.search import NotAvailableError, SettingSearch
+from lesa.evaluation.search import NotAvailableError, PeerSearch
 from lesa.evaluation.store import Store, facts_of
 from lesa.inputs import check_inputs, steps_of
 from lesa.messages import is_message
 from lesa.models import adapter_for
+from lesa.models.adapter import Adapter
 from lesa.pipelines import check_decodes, quiet_progress
 from lesa.schedule import ScheduleLike, Spread, as_schedule
 from lesa_kernels import FusedKANPredictor
@@ -29,9 +31,6 @@ from lesa_kernels.checks import Said, argument_error, check_int, usage_error
 
 Contestant = FusedKANPredictor | tuple[FusedKANPredictor, ScheduleLike | Spread | ErrorControl | None]
 """A predictor, alone or with a schedule."""
-
-Opponent = type[Plain] | type[Peer]
-"""A kind of contender that `against` can name."""
 
 
 def evaluate(
@@ -50,9 +49,11 @@ def evaluate(
 
     Every contender runs in the pipeline itself, with the same inputs. Input i starts from noise of seed `seed + i`.
 
-    For each other cache, the best setting of a grid is searched. `facts["searched"]` describes the grid. The search
-    uses the first few inputs. Then, for each budget, the setting within the budget that has the best PSNR is run on all
-    inputs. An adaptive setting can need more than the budget on all inputs. Then the next best setting is run. Caches
+    For each other cache, the best setting of a grid is searched; and so are the options and the schedule of each
+    forecaster that needs no training. `facts["searched"]` describes the grid. For a forecaster, schedules that
+    `lesa.find_schedule` finds on a recording of the same inputs are in it. The search uses the first few inputs. Then,
+    for each budget, the setting within the budget that has the best PSNR is run on all inputs. An adaptive setting can
+    need more than the budget on all inputs. Then the next best setting is run. Caches
     that run a block in every step have two kinds of budget: step equivalents and whole steps. An adaptive cache decides
     once for all samples of a pipeline call; with `batch_size=1` it decides for each sample separately.
 
@@ -65,9 +66,10 @@ def evaluate(
             number of computed steps, "@" and the last part of it follow, as in "newton-9@mine". A predictor in a list
             is known by the first digits of its digest.
         against: names from `lesa.contenders.against_names()`: "steps" for plain runs of as many steps as the predictors
-            compute, and the names of caches, such as "taylorseer", for each cache at the predictors' budgets. "steps-N"
-            or "taylorseer-N" sets a budget of N. Or a setting from `lesa.contenders`, such as `TaylorSeer(7)`, which is
-            run without a search.
+            compute, and the names of caches and of forecasters that need no training, such as "mag-cache" or "linear",
+            for each of these at the predictors' budgets. "steps-N" or "linear-N" sets a budget of N. Or a setting of
+            another cache from `lesa.contenders`, which is run without a search. Predictors that must be trained are
+            given in `predictors`.
         num_inference_steps: number of steps of the reference run.
         seed: seed of the first input.
         batch_size: inputs per pipeline call. None: all in one. Inputs that cannot share a call, such as images of two
@@ -98,13 +100,7 @@ def evaluate(
     settings, named = _opponents(against, num_inference_steps)
     check_int("search_samples", search_samples)
     contestants = _contestants(predictors, num_inference_steps)
-    for ours in contestants.values():
-        enable_cache(pipe, ours.predictor, ours.schedule).disable()  # one that does not fit is refused at once
-    for kind in (type(setting) for setting in settings if isinstance(setting, Peer)):
-        if (why := kind.why_not_on(pipe)) is not None:
-            raise argument_error(
-                "against", "hold settings for this pipeline", Said(f"{kind.title}: {why}"), "Leave it out."
-            )
+    _check_fits(pipe, adapter, contestants.values(), settings, named)
     seed = check_int("seed", seed, minimum=0)
     store = Store(out_dir, pipe, adapter, inputs, seed, size, num_inference_steps)
     kinds = {contender.name for contender in (*contestants.values(), *settings, *named)}
@@ -131,6 +127,25 @@ def evaluate(
         if out_dir is not None:
             evaluation.save(out_dir)
     return evaluation
+
+
+def _check_fits(
+    pipe: Any,
+    adapter: Adapter,
+    contestants: Iterable[Ours],
+    settings: Iterable[Peer | Plain],
+    named: Iterable[Opponent],
+) -> None:
+    """Raises `TypeError` or `ValueError` if a predictor or a setting does not fit the pipeline."""
+    for ours in contestants:
+        enable_cache(pipe, ours.predictor, ours.schedule).disable()
+    for kind in named:
+        for predictor in kind.variants(adapter.feature_dim) if issubclass(kind, Ours) else ():
+            enable_cache(pipe, predictor.to(pipe.transformer.device), Spread()).disable()
+    for peer in (type(setting) for setting in settings if isinstance(setting, Peer)):
+        if (why := peer.why_not_on(pipe)) is not None:
+            must, got = "hold settings for this pipeline", Said(f"{peer.title}: {why}")
+            raise argument_error("against", must, got, "Leave it out.")
 
 
 def _together(earlier: Earlier, contest: Contest, facts: dict[str, Any]) -> Evaluation:
@@ -201,6 +216,14 @@ def _run_all(
     counts = {round(run.step_equivalents) for run in contest.results[1:]}
     for setting in settings:
         _run_setting(contest, setting)
+    with SearchRecording(contest, contest.inputs[:search_samples]) as recording:
+        return _run_named(contest, named, counts, recording)
+
+
+def _run_named(
+    contest: Contest, named: Mapping[Opponent, set[int | None]], counts: set[int], recording: SearchRecording
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Runs what `against` names, with the budgets there, or else with those in `counts`. See `_run_all`."""
     searched, not_available = {}, {}
     kinds = sorted((kind for kind in opponents() if kind in named), key=lambda kind: issubclass(kind, Plain))
     for kind in kinds:
@@ -214,9 +237,12 @@ def _run_all(
                 contest.run(setting)
             continue
         try:
+            if issubclass(kind, Ours):
+                searched[kind.name] = ForecasterSearch(contest, recording, kind, budgets).run()
+                continue
             if (why := kind.why_not_on(contest.pipe)) is not None:
                 raise NotAvailableError(why)
-            searched[kind.name] = SettingSearch(contest, contest.inputs[:search_samples], kind, budgets).run()
+            searched[kind.name] = PeerSearch(contest, recording.inputs, kind, budgets).run()
         except NotAvailableError as error:
             not_available[kind.name] = str(error)
     return searched, not_available
