@@ -255,7 +255,8 @@ def test_searching_by_turns_with_training(tmp_path):
 
 def test_a_history_with_forecasts_is_searched_after_one_brief_training(tmp_path, monkeypatch):
     monkeypatch.setattr(schedule_search, "BRIEF", replace(schedule_search.BRIEF, guided_epochs=2))
-    trajectories = write_trajectories(tmp_path / "t", bent)
+    monkeypatch.setattr(schedule_search, "LEAST_UPDATES", 5)
+    trajectories = write_trajectories(tmp_path / "t", bent, samples=9)
     config = PredictorConfig(WIDTH, mixer="lesa", hidden=4)
     plans, brief = [], Training.fit
     monkeypatch.setattr(training_run, "Plan", lambda *args: plans.append(Plan(*args)) or plans[-1])
@@ -267,13 +268,13 @@ def test_a_history_with_forecasts_is_searched_after_one_brief_training(tmp_path,
     monkeypatch.setattr(Training, "fit", fit)
     found = find_schedule(trajectories, 4, config, progress=False)
     assert len(found) == 4 and found.steps[0] == 0
-    assert [plan.steps for plan in plans] == [[*range(1, STEPS)]] * 2  # two epochs of one batch, of all steps
+    assert [plan.steps for plan in plans] == [[*range(1, STEPS)]] * 6  # three epochs of two batches, of all steps
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["lesa", "dense", "l2p"])
 def test_a_budget_is_for_each_forecaster_that_can_be_trained(tmp_path, monkeypatch, mixer):
-    monkeypatch.setattr(schedule_search, "BRIEF", replace(schedule_search.BRIEF, guided_epochs=2))
+    monkeypatch.setattr(schedule_search, "LEAST_UPDATES", 2)
     trajectories = write_trajectories(tmp_path / "t", bent)
     config = PredictorConfig(mixer=mixer, feature_dim=WIDTH, history_length=2, stage_bounds=())
     found = find_schedule(trajectories, 4, config, progress=False)
