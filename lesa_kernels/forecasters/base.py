@@ -6,7 +6,7 @@ kernels, cache, training, search and evaluation know no forecaster by name. They
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -84,12 +84,10 @@ class RecordedRun(NamedTuple):
     Args:
         features: `[S, T, D]` float32, of all steps.
         sigmas: `[S]`, the falling noise levels of the steps.
-        computed: the steps that the schedule computes, rising from 0.
     """
 
     features: torch.Tensor
     sigmas: torch.Tensor
-    computed: list[int]
 
 
 class Forecaster(ABC):
@@ -108,7 +106,8 @@ class Forecaster(ABC):
         hidden: number of spline units of its KAN, by default; None if it has none.
         has_residual: whether it has a low-rank residual, so that `config.rank` has a meaning.
         is_trained: whether it has something to train.
-        is_fitted: whether `fit` trains it, in closed form, where others need an optimiser.
+        is_fitted: whether `summarise` and `fit_steps` train it, in closed form, where others need an optimiser. Its
+            history has computed steps only.
         reads_times: whether its weights depend on the times of the run, and not on noise levels alone.
         reads_stream: whether its weights depend on the stream of calls, such as that without a prompt.
         reads_one_sigma: whether `forecast` takes one noise level for all samples as a tensor without dimensions.
@@ -174,13 +173,49 @@ class Forecaster(ABC):
     def reset(self, predictor: "FusedKANPredictor", generator: torch.Generator | None) -> None:  # noqa: B027
         """Initialises the parameters. Gradients are off."""
 
-    def fit(self, predictor: "FusedKANPredictor", runs: Iterable[RecordedRun]) -> None:
-        """Sets the parameters in closed form, if `is_fitted`. Each run is read once, so that memory does not grow.
+    def summarise(self, predictor: "FusedKANPredictor", runs: Iterable[RecordedRun]) -> Any:
+        """What `fit_steps` must know of recorded runs, if `is_fitted`. It is needed once for all schedules.
+
+        Each run is read once, so that memory does not grow.
 
         Raises:
-            ValueError: the runs do not fit each other.
+            ValueError: the runs do not fit each other, or the predictor.
         """
         raise NotImplementedError(f"{type(self).__qualname__} has no closed form.")
+
+    def fit_steps(
+        self, predictor: "FusedKANPredictor", summary: Any, history: Sequence[int], targets: Sequence[int]
+    ) -> None:
+        """Sets the parameters for some steps of a run in closed form, if `is_fitted`.
+
+        A search for schedules does this for each gap that it considers, so it must be cheap. The parameters for other
+        steps stay as they are.
+
+        Args:
+            predictor: whose parameters.
+            summary: what `summarise` gave.
+            history: the steps that are computed before these, rising from 0 or a later step. It has at least as many as
+                the predictor reads, or all that there are.
+            targets: the steps to forecast from this history.
+        """
+        raise NotImplementedError(f"{type(self).__qualname__} has no closed form.")
+
+    @torch.no_grad()
+    def fit(self, predictor: "FusedKANPredictor", runs: Iterable[RecordedRun], computed: Collection[int]) -> None:
+        """Sets all parameters in closed form, if `is_fitted`.
+
+        Args:
+            predictor: made for runs of as many steps as were recorded.
+            runs: the recorded runs. Each is read once.
+            computed: the steps that the schedule computes.
+
+        Raises:
+            ValueError: the runs do not fit each other, or the predictor.
+        """
+        summary = self.summarise(predictor, runs)
+        self.reset(predictor, None)
+        for step in range(1, predictor.config.num_inference_steps or USUAL_STEPS):
+            self.fit_steps(predictor, summary, sorted(c for c in computed if c < step), [step])
 
     @abstractmethod
     def weights(self, predictor: "FusedKANPredictor", steps: Steps) -> Weights:

@@ -1,7 +1,7 @@
 """L2P: for each step of a run, one scalar for each earlier computed step, found by least squares."""
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,19 @@ TOLERANCE = 1e-5
 """Noise levels that differ by less are the same one, in the rounding of schedulers."""
 ROWS = 1 << 16
 """Rows of one decomposition. They limit the memory of a fit."""
+
+
+class Summary(NamedTuple):
+    """What the fit of any history needs of recorded runs.
+
+    Args:
+        triangle: `[S, S]` float64, R of a QR decomposition of all features `[N, S]`. Least squares with columns of R
+            have the same solution as with those of the features.
+        levels: `[S]` float32, the noise levels.
+    """
+
+    triangle: torch.Tensor
+    levels: torch.Tensor
 
 
 class L2P(Forecaster):
@@ -85,13 +98,12 @@ class L2P(Forecaster):
         return Weights(torch.where(fits, p.rows.double()[row], line), count, None, None, None)
 
     @torch.no_grad()
-    def fit(self, predictor: "FusedKANPredictor", runs: Iterable[RecordedRun]) -> None:
-        p: Any = predictor
-        first, triangle = None, None
+    def summarise(self, predictor: "FusedKANPredictor", runs: Iterable[RecordedRun]) -> Summary:
+        levels, triangle = None, None
         for run in runs:
-            if first is None:
-                first = run
-            elif first.computed != run.computed or not torch.equal(first.sigmas, run.sigmas):
+            if levels is None:
+                levels = run.sigmas
+            elif not torch.equal(levels, run.sigmas):
                 must = "have the same noise levels in each sample"
                 raise argument_error("trajectories", must, Said("others"), "Record samples of one size.")
             columns = run.features.flatten(1)  # [S, N]
@@ -99,22 +111,35 @@ class L2P(Forecaster):
                 part = part.double().T  # [N, S]
                 stacked = part if triangle is None else torch.cat([triangle, part])
                 triangle = torch.linalg.qr(stacked, mode="r").R
-        if first is None or triangle is None:
+        if levels is None or triangle is None:
             raise argument_error("trajectories", "hold at least one sample", Said("none"), "Record some.")
-        self.reset(predictor, None)
-        triangle, levels = triangle.cpu(), first.sigmas.float().cpu()
-        rows, known = torch.zeros(p.rows.shape, dtype=torch.float64), torch.zeros(p.level_bits.shape)
-        for step in range(1, len(levels)):
-            history = sorted((c for c in first.computed if c < step), reverse=True)
-            history = history[: int(self.read(predictor.config, _one_step(levels[step], len(history))))]
-            solved = torch.linalg.lstsq(triangle[:, history], triangle[:, step : step + 1], driver="gelsd").solution
-            rows[step, : len(history)] = solved[:, 0]
-            known[step, : len(history) + 1] = levels[[step, *history]]
-        p.rows.copy_(rows)
-        p.level_bits.copy_(known.view(torch.int32))
+        most = predictor.config.num_inference_steps or USUAL_STEPS
+        if len(levels) > most:
+            remedy = "Set `num_inference_steps` of the predictor's config."
+            raise argument_error("trajectories", f"have at most {most} steps", Said(f"{len(levels)}"), remedy)
+        return Summary(triangle.cpu(), levels.float().cpu())
 
+    @torch.no_grad()
+    def fit_steps(
+        self, predictor: "FusedKANPredictor", summary: Summary, history: Sequence[int], targets: Sequence[int]
+    ) -> None:
+        p: Any = predictor
+        newest, steps = torch.tensor([*history][::-1]), torch.tensor([*targets])
+        known = p.level_bits.view(torch.float32)  # the same memory
+        for read, alike in self._by_length(predictor, summary.levels[steps], len(newest), steps):
+            seen = newest[:read]
+            table, wanted = summary.triangle[:, seen], summary.triangle[:, alike]
+            rows = torch.zeros(len(alike), p.rows.shape[1], dtype=torch.float64)
+            rows[:, :read] = torch.linalg.lstsq(table, wanted, driver="gelsd").solution.T
+            levels = torch.zeros(len(alike), known.shape[1])
+            levels[:, 0], levels[:, 1 : read + 1] = summary.levels[alike], summary.levels[seen]
+            p.rows[alike], known[alike] = rows.to(p.rows), levels.to(known)
 
-def _one_step(sigma: torch.Tensor, count: int) -> Steps:
-    """A step of which only the stage matters."""
-    nothing = torch.empty(1, 1, 0)
-    return Steps(nothing, torch.full((1, 1), count, dtype=torch.int32), sigma.view(1, 1), torch.empty(0))
+    def _by_length(
+        self, predictor: "FusedKANPredictor", levels: torch.Tensor, count: int, steps: torch.Tensor
+    ) -> list[tuple[int, torch.Tensor]]:
+        """How many features are read, and the steps for which so many are."""
+        counts = torch.full((len(levels), 1), count, dtype=torch.int32)
+        nothing = torch.empty(0)  # only the stage matters
+        read = self.read(predictor.config, Steps(nothing, counts, levels[:, None], nothing))[:, 0]
+        return [(length, steps[read == length]) for length in sorted({*read.tolist()})]

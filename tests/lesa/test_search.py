@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lesa
-from lesa.training import trainer
+from lesa.training import schedule_search, trainer, training_run
 from lesa.training.batches import Batch, Head, Plan, predict, roll_out
 from lesa.training.schedule_search import ScheduleErrors, find_schedule, search_schedule
 from lesa.training.training_run import Training
@@ -45,9 +46,9 @@ def write_trajectories(folder, feature, samples=4):
     return lesa.Trajectories(folder)
 
 
-def line():
-    """Draws a line through the newest two computed features."""
-    return FusedKANPredictor(PredictorConfig(WIDTH, rank=0, hidden=4))
+def line(history="anchors"):
+    """Draws a line through the newest two features of the history."""
+    return FusedKANPredictor(PredictorConfig(WIDTH, rank=0, hidden=4, history=history))
 
 
 def bent(step):
@@ -55,16 +56,17 @@ def bent(step):
     return min(max(step - 5, 0), 4)
 
 
-def errors(trajectories):
-    return ScheduleErrors(trajectories, line(), samples=4, tokens=TOKENS, seed=0)
+def errors(trajectories, history="anchors"):
+    return ScheduleErrors(trajectories, line(history), samples=4, tokens=TOKENS, seed=0)
 
 
-@pytest.mark.parametrize("count", [3, 4, 5])
-def test_the_found_schedule_is_the_best_of_all(tmp_path, count):
+@pytest.mark.parametrize("count, history", [(3, "anchors"), (4, "anchors"), (5, "anchors"), (4, "steps")])
+def test_the_found_schedule_is_the_best_of_all(tmp_path, count, history):
     """Against all schedules, tried one by one."""
     trajectories = write_trajectories(tmp_path / "t", bent)
-    found = search_schedule(trajectories, line(), count, samples=4, tokens_per_sample=TOKENS, progress=False)
-    of = errors(trajectories).of
+    predictor = line(history)
+    found = search_schedule(trajectories, predictor, count, samples=4, tokens_per_sample=TOKENS, progress=False)
+    of = errors(trajectories, history).of
     every = {steps: of((0, *steps)) for steps in itertools.combinations(range(1, STEPS), count - 1)}
     assert of(found.steps) <= min(every.values()) * 1.05 + 1e-12
     assert of(found.steps) < 0.3 * sorted(every.values())[len(every) // 2]
@@ -92,6 +94,26 @@ def test_the_error_is_that_of_forecasts_written_out_here(tmp_path):
     order = torch.randperm(TOKENS, generator=torch.Generator())  # any order: the error is a mean over tokens
     expected = float(off[order].square().mean())
     assert ScheduleErrors(trajectories, line(), 1, TOKENS, 0).of(steps) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_error_of_a_history_with_forecasts_is_that_of_roll_outs_written_out_here(tmp_path):
+    """Each gap begins with the recorded features, also of the steps before it that are not computed."""
+    trajectories, steps = write_trajectories(tmp_path / "t", bent, samples=1), (0, 6, 7, 10)
+    features = trajectories[0].features
+
+    def head(h):
+        return torch.nn.functional.layer_norm(h, (WIDTH,), eps=1e-6)
+
+    off = 0
+    for start, end in zip(steps, (*steps[1:], STEPS)):
+        seen = [*features[: start + 1]]
+        for step in range(start + 1, end):
+            seen.append(2 * seen[-1] - seen[-2] if len(seen) > 1 else seen[-1])
+            off = off + (head(seen[-1]) - head(features[step])) / STEPS
+    expected = float(off.square().mean())
+    found = ScheduleErrors(trajectories, line("steps"), 1, TOKENS, 0)
+    assert found.of(steps) == pytest.approx(expected, rel=1e-4)
+    assert found.costs((0, 2, 10), 3) == found.costs((10,), 3)  # only the start counts
 
 
 def write_guided(folder, weights=(2.5, -1.5), samples=3):
@@ -231,6 +253,35 @@ def test_searching_by_turns_with_training(tmp_path):
     assert predictor.config.schedule == found.steps and predictor.config.schedule_sigmas == found.sigmas
 
 
+def test_a_history_with_forecasts_is_searched_after_one_brief_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(schedule_search, "BRIEF", replace(schedule_search.BRIEF, guided_epochs=2))
+    monkeypatch.setattr(schedule_search, "LEAST_UPDATES", 5)
+    trajectories = write_trajectories(tmp_path / "t", bent, samples=9)
+    config = PredictorConfig(WIDTH, mixer="lesa", hidden=4)
+    plans, brief = [], Training.fit
+    monkeypatch.setattr(training_run, "Plan", lambda *args: plans.append(Plan(*args)) or plans[-1])
+
+    def fit(self):
+        brief(self)
+        assert self.settings.learning_rate == 3e-3 and not self.settings.head_aware
+
+    monkeypatch.setattr(Training, "fit", fit)
+    found = find_schedule(trajectories, 4, config, progress=False)
+    assert len(found) == 4 and found.steps[0] == 0
+    assert [plan.steps for plan in plans] == [[*range(1, STEPS)]] * 6  # three epochs of two batches, of all steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["lesa", "dense", "l2p"])
+def test_a_budget_is_for_each_forecaster_that_can_be_trained(tmp_path, monkeypatch, mixer):
+    monkeypatch.setattr(schedule_search, "LEAST_UPDATES", 2)
+    trajectories = write_trajectories(tmp_path / "t", bent)
+    config = PredictorConfig(mixer=mixer, feature_dim=WIDTH, history_length=2, stage_bounds=())
+    found = find_schedule(trajectories, 4, config, progress=False)
+    predictor = lesa.train(trajectories, config, budget=4, epochs=1, progress=False)
+    assert len(found) == 4 and predictor.config.schedule == found.steps
+
+
 def test_a_stopped_training_with_a_budget_keeps_its_schedule(tmp_path, monkeypatch):
     trajectories, config = write_trajectories(tmp_path / "t", bent), PredictorConfig(WIDTH, rank=2, hidden=4)
     options = {"budget": 4, "epochs": 3, "out_dir": tmp_path / "out", "progress": False}
@@ -257,11 +308,8 @@ def test_a_stopped_training_with_a_budget_keeps_its_schedule(tmp_path, monkeypat
 
 def test_what_does_not_fit_is_refused(tmp_path):
     trajectories = write_trajectories(tmp_path / "t", bent, samples=1)
-    dense = FusedKANPredictor(PredictorConfig(WIDTH, mixer="dense", hidden=4))
     with pytest.raises(TypeError, match="`predictor` must be a FusedKANPredictor, but got None"):
         search_schedule(trajectories, None, 4)
-    with pytest.raises(ValueError, match="`predictor` must forecast from computed steps only.*`history='anchors'`"):
-        search_schedule(trajectories, dense, 4)
     with pytest.raises(ValueError, match="`num_computed` must be an integer of at least 2 and at most 13, but got 14"):
         search_schedule(trajectories, line(), 14)
     with pytest.raises(ValueError, match="^`schedule` and `budget` cannot both be given. Pass one"):
@@ -293,9 +341,8 @@ def test_a_subclass_with_the_older_signature(tmp_path, history):
     if history == "steps":
         # A plan would not have what the subclass computes.
         torch.testing.assert_close(roll_out(older, batch, plan)[0], roll_out(own, batch, plan)[0] / 2)
-    else:
-        found = search_schedule(trajectories, older, 3, samples=2, tokens_per_sample=TOKENS, progress=False)
-        assert len(found) == 3
+    found = search_schedule(trajectories, older, 3, samples=2, tokens_per_sample=TOKENS, progress=False)
+    assert len(found) == 3
 
 
 class Noting(Forecaster):
@@ -316,11 +363,12 @@ class Noting(Forecaster):
         return Weights(torch.ones(*steps.sigma.shape, 1), steps.count.clamp(max=1), None, None, None)
 
 
-def test_a_search_tells_the_forecaster_the_stream(tmp_path, monkeypatch):
+@pytest.mark.parametrize("history", ["anchors", "steps"])
+def test_a_search_tells_the_forecaster_the_stream(tmp_path, monkeypatch, history):
     noting = Noting()
     monkeypatch.setitem(FORECASTERS, "noting", noting)
     trajectories = write_recording(tmp_path / "t", samples=2, streams=2)
-    predictor = FusedKANPredictor(PredictorConfig(None, "noting"))
+    predictor = FusedKANPredictor(PredictorConfig(None, "noting", history=history))
     ScheduleErrors(trajectories, predictor, samples=4, tokens=2, seed=0).after((0, 1), 2)
     times = [*trajectories[0].sigmas.tolist(), 0.0]
     assert noting.seen == [(None, times), ("uncond", times)]

@@ -9,10 +9,11 @@ import torch
 
 import lesa
 from lesa.demo import digits
-from lesa.training.batches import split
+from lesa.training.batches import Plan, predict, split
+from lesa.training.schedule_search import ScheduleErrors
 from lesa.training.training_run import Training
 from lesa_kernels import FeatureRing, FusedKANPredictor, PredictorConfig
-from made_recordings import STEPS, WIDTH, write_recording
+from made_recordings import STEPS, TOKENS, WIDTH, write_recording
 
 SCHEDULE = [0, 1, 3, 6, 9]
 
@@ -89,9 +90,39 @@ def test_the_noise_levels_survive_a_conversion(trajectories):
     assert torch.equal(predictor.to(torch.bfloat16).level_bits, bits)
 
 
+STAGES = {"stage_bounds": (0.5,), "history_length": (2, 3)}
+
+
+@torch.no_grad()
+def test_a_search_fits_each_schedule_that_it_considers(trajectories):
+    """The error of a schedule is that of a predictor which was trained on it."""
+    config = PredictorConfig(mixer="l2p", **STAGES)
+    unfitted = FusedKANPredictor(config)
+    errors = ScheduleErrors(trajectories, unfitted, len(trajectories), TOKENS, 0)
+    (batch,) = errors.batches
+    for steps in (SCHEDULE, [0, 5]):
+        trained = lesa.train(trajectories, config, steps, validation_fraction=0.0, progress=False)
+        plan = Plan(steps, STEPS, config.max_history)
+        forecasts = predict(trained, batch, plan, batch.features)
+        error = batch.velocity(forecasts, plan.steps) - batch.velocities[plan.steps]
+        displacement = (error * batch.widths[plan.steps, None, None]).sum(0)
+        assert errors.of(tuple(steps)) == pytest.approx(float(displacement.square().mean()), rel=1e-5)
+    assert not unfitted.rows.any() and not unfitted.level_bits.any()
+
+
 def test_a_search_takes_it(trajectories):
+    """What it was fitted for before does not matter."""
     found = lesa.find_schedule(trajectories, 4, PredictorConfig(mixer="l2p"), progress=False)
     assert len(found) == 4 and found.steps[0] == 0
+    assert lesa.search_schedule(trajectories, train(trajectories), 4, progress=False) == found
+    errors = ScheduleErrors(trajectories, train(trajectories), 24, 16, 0)
+    assert errors.of(found.steps) <= min(errors.of(steps) for steps in ((0, 1, 4, 8), (0, 3, 6, 9), (0, 2, 5, 8)))
+
+
+def test_a_recording_of_more_steps_than_the_predictor_has_is_refused(trajectories):
+    predictor = FusedKANPredictor(PredictorConfig(mixer="l2p", num_inference_steps=STEPS - 1))
+    with pytest.raises(ValueError, match=f"`trajectories` must have at most {STEPS - 1} steps, but got {STEPS}"):
+        lesa.search_schedule(trajectories, predictor, 4, progress=False)
 
 
 def test_what_a_fit_for_one_schedule_cannot_do_is_refused(trajectories):
@@ -125,7 +156,9 @@ def test_runs_of_other_noise_levels_are_refused(tmp_path):
 def test_a_forecaster_without_a_closed_form_says_so():
     predictor = FusedKANPredictor(PredictorConfig(mixer="linear"))
     with pytest.raises(NotImplementedError, match="Linear has no closed form"):
-        predictor.forecaster.fit(predictor, [])
+        predictor.forecaster.fit(predictor, [], [0])
+    with pytest.raises(NotImplementedError, match="Linear has no closed form"):
+        predictor.forecaster.fit_steps(predictor, None, [0], [1])
 
 
 def test_a_run_uses_the_fitted_weights(tmp_path):

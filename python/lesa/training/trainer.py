@@ -158,9 +158,6 @@ def _check_choices(
     config: PredictorConfig, schedule: ScheduleLike | None, budget: int | None, controlled: bool
 ) -> None:
     """Raises `ValueError` if arguments of `train` contradict each other."""
-    if budget is not None and config.history != "anchors":
-        remedy = "Use a predictor with `history='anchors'`, or pass a `schedule`."
-        raise usage_error("`budget` needs a predictor whose history holds computed features only.", remedy)
     if budget is not None and schedule is not None:
         raise usage_error("`schedule` and `budget` cannot both be given.", "Pass one of the two.")
     if controlled and config.forecaster.is_fitted:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -210,7 +210,9 @@ class Training:
 
     def _fit_at_once(self) -> None:
         """The closed form, from all tokens. The losses are those after it."""
-        self.config.forecaster.fit(self.predictor, map(self._recorded_run, self.numbers.training))
+        numbers = self.numbers.training
+        computed = self.schedule.computed_in(self.trajectories[numbers[0]].sigmas.tolist())
+        self.config.forecaster.fit(self.predictor, recorded_runs(self.trajectories, numbers, self.device), computed)
         tokens = self.settings.tokens_per_batch
         with torch.no_grad():
             for name, numbers in self.numbers._asdict().items():
@@ -218,11 +220,6 @@ class Training:
                 parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
                 total = sum(len(part) * self.mean_loss(part, tokens, guided=False).item() for part in parts)
                 self.losses[name] = [total / len(numbers)] if numbers else []
-
-    def _recorded_run(self, number: int) -> RecordedRun:
-        trajectory = self.trajectories[number]
-        features = trajectory.features.to(self.device, torch.float32)
-        return RecordedRun(features, trajectory.sigmas, sorted(self.schedule.computed_in(trajectory.sigmas.tolist())))
 
     def _phase_name(self, epoch: int) -> str:
         """What the progress bar is called in the phase of this epoch."""
@@ -324,6 +321,15 @@ class Training:
         torch.save(checkpoint, contents)
         with whole_file(self.out_dir / CHECKPOINT_NAME) as temporary:
             temporary.write_bytes(contents.getbuffer())
+
+
+def recorded_runs(
+    trajectories: Trajectories, numbers: Iterable[int], device: torch.device | str
+) -> Iterator[RecordedRun]:
+    """The trajectories of these numbers, one by one, as a forecaster is fitted from them."""
+    for number in numbers:
+        trajectory = trajectories[number]
+        yield RecordedRun(trajectory.features.to(device, torch.float32), trajectory.sigmas)
 
 
 def check_folder(out_dir: str | os.PathLike) -> Path:
