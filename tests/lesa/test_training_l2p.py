@@ -1,5 +1,6 @@
 """L2P: its closed form against NumPy's least squares, and what it does where it was not fitted."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 import lesa
+from lesa.artifacts import predictor_identity
+from lesa.cache.planning import Planner
 from lesa.demo import digits
 from lesa.training.batches import split
 from lesa.training.training_run import Training
@@ -87,6 +90,24 @@ def test_the_noise_levels_survive_a_conversion(trajectories):
     predictor = train(trajectories)
     bits = predictor.level_bits.clone()
     assert torch.equal(predictor.to(torch.bfloat16).level_bits, bits)
+
+
+def test_the_noise_levels_are_no_parameter_and_count_like_one():
+    predictor = FusedKANPredictor(PredictorConfig(mixer="l2p")).requires_grad_(True)
+    assert [name for name, _ in predictor.named_parameters()] == ["rows"]
+    assert [*predictor.state_dict()] == ["rows", "level_bits"]
+    with torch.inference_mode():
+        copied = copy.deepcopy(predictor)
+    other = predictor_identity(copied)
+    assert other == predictor_identity(predictor)
+    planner = Planner(copied, copied.make_ring(1, 1, feature_dim=4))
+    planner.push(1.0)
+    with torch.no_grad():
+        first = planner.plan(1, [1.0, 0.5], {0})
+        assert planner.plan(1, [1.0, 0.5], {0}) is first
+        copied.level_bits.fill_(1)  # outside of the inference mode
+        assert planner.plan(1, [1.0, 0.5], {0}) is not first
+    assert predictor_identity(copied) != other
 
 
 def test_a_search_takes_it(trajectories):
