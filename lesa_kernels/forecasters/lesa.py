@@ -128,8 +128,7 @@ class Lesa(Forecaster):
             raise argument_error("times", must, Said(f"those of {len(steps.times) - 1} executed steps"), remedy)
         expert = _expert(config, steps.stream)
         stage = stage_index(steps.sigma.float(), config.stage_bounds)  # [P, B]
-        with torch.autocast(steps.sigma.device.type, enabled=False):
-            alpha = _alpha(predictor, steps, expert).gather(-1, stage[..., None])  # [P, B, 1]
+        alpha = _alpha(predictor, steps, expert).gather(-1, stage[..., None])  # [P, B, 1]
         wide = torch.promote_types(alpha.dtype, torch.float32)
         alpha = alpha.to(wide)
         order = torch.arange(config.max_history, device=alpha.device)
