@@ -438,6 +438,16 @@ def test_wrong_times_are_named(name, times):
                 call(value)
 
 
+def test_times_on_another_device_are_named():
+    predictor, ring = make("taylor"), filled(2, LEVELS[:2])
+    calls = [predictor, lambda *given: predictor.predict_velocity(*given[:2], make_head(2), given[2])]
+    for call in (*calls, lambda ring, sigma, times: predictor.plan([LEVELS], [sigma], 2, times)):
+        with pytest.raises(ValueError, match="`times` must be on cpu, but got a tensor on meta.*times.to"):
+            call(ring, 0.3, TIMES.to("meta"))
+    line = make("linear")  # reads no times
+    assert torch.equal(line(ring, 0.3, TIMES.to("meta")), line(ring, 0.3))
+
+
 def test_times_may_repeat_a_level_and_end_early():
     predictor, ring = make("taylor"), filled(2, LEVELS[:2])
     for times in ([1.0, 0.9, 0.5, 0.5, 0.41, 0.2], (1.0, 0.0), np.linspace(1, 0, 5).tolist()):
