@@ -185,6 +185,33 @@ def test_a_rising_noise_level_begins_a_new_history(fresh_pipe, monkeypatch, with
             torch.testing.assert_close(torch.tensor(made[sigma]), torch.tensor(weights), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mixer", ["taylor", "linear"])  # with the times of the run, and without
+def test_the_first_step_after_a_rise_is_computed(fresh_pipe, monkeypatch, mixer):
+    """The level rises at step 3, and stays below that of the computed step before it."""
+    histories, plan = {}, FusedKANPredictor.plan
+
+    def seen(self, levels, sigmas, *args, **more):
+        histories.update({round(s, 3): [round(level, 3) for level in each] for s, each in zip(sigmas, levels)})
+        return plan(self, levels, sigmas, *args, **more)
+
+    def run():
+        fresh_pipe.scheduler.set_timesteps(sigmas=[1.0, 0.6, 0.5, 0.9, 0.7, 0.4, 0.8, 0.7])
+        for timestep in fresh_pipe.scheduler.timesteps:
+            fresh_pipe.transformer(**FIRST, timestep=(timestep / 1000).expand(2))
+
+    monkeypatch.setattr(FusedKANPredictor, "plan", seen)
+    predictor = FusedKANPredictor(PredictorConfig(mixer=mixer))
+    with lesa.enable_cache(fresh_pipe, predictor, [0, 4, 6]) as cache, torch.no_grad():
+        with pytest.warns(RuntimeWarning, match="the noise level rose: computing. Choose a schedule that computes"):
+            run()
+    (stream,) = cache.stats.streams.values()
+    assert stream.reasons == dict.fromkeys([0, 4, 6], "scheduled") | {3: "the noise level rose"}
+    assert histories == {0.6: [1.0], 0.5: [1.0], 0.4: [0.7, 0.9], 0.7: [0.8]}
+    with lesa.enable_cache(fresh_pipe, predictor, [0, 4, 6], strict=True), torch.no_grad():
+        with pytest.raises(RuntimeError, match="a step can't be predicted: the noise level rose"):
+            run()
+
+
 @pytest.mark.parametrize("mixer", ["l2p", "newton"])
 def test_parameters_in_float64_make_weights_that_kernels_take(mixer):
     predictor = FusedKANPredictor(PredictorConfig(4, mixer))

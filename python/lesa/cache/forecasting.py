@@ -13,7 +13,7 @@ from lesa.cache.controlnet import DeferredControl, computed
 from lesa.cache.device_values import DeviceValues
 from lesa.cache.error_control import ControlledSteps, ErrorControl, forecast_error
 from lesa.cache.hook import StepHook
-from lesa.cache.planning import Plan, Planner, can_plan, times_at
+from lesa.cache.planning import Plan, Planner, can_plan, falling, times_at
 from lesa.cache.run import Call, Run, StepObserver
 from lesa.cache.stats import CacheStats, StreamStats
 from lesa.cache.streams import ForecastState, Stream
@@ -80,6 +80,7 @@ class ForecastingHook(StepHook[ForecastState]):
         self.stats.begin_run()
         self._note_adapters()
         sigmas = state.run.executed_sigmas
+        state.parts = [falling(sigmas, step) for step in range(len(sigmas))]
         if isinstance(self.schedule, ErrorControl):
             config = self.predictor.config  # `check_controllable` has seen that it has a schedule and its errors
             trained, errors = cast(Schedule, schedule_of(config)), config.schedule_errors or ()
@@ -198,6 +199,7 @@ class ForecastingHook(StepHook[ForecastState]):
             stats = self.stats.streams.setdefault(call.stream, StreamStats())
             stream = state.streams[call.stream] = Stream(call.stream, stats, Conditioner(self.adapter))
         stream.stats.begin(call.step, call.arguments["hidden_states"].device)
+        stream.has_risen = stream.step < state.parts[call.step].start
         if state.needs_values:
             state.choose_next_step()
         if call.step in state.computed:
@@ -216,6 +218,8 @@ class ForecastingHook(StepHook[ForecastState]):
         """Why a step that the schedule leaves out cannot be predicted, or None; and what helps."""
         if stream.ring is None:
             return "no history", "Compute an earlier step of this stream: choose another schedule."
+        if stream.has_risen:
+            return "the noise level rose", "Choose a schedule that computes the first step after each rise."
         if stream.shape != self.adapter.shape(call.arguments):
             return "the shape changed", "Keep batch and size the same in a run."
         if stream.is_other_text:
@@ -311,8 +315,8 @@ class ForecastingHook(StepHook[ForecastState]):
         if len(stream.stats.computed) > 1 and stream.fits(features):
             self._measure(state, stream, call, features, conditioning)
         self._push(stream, features, call.sigma)
-        stream.shape = self.adapter.shape(call.arguments)
-        stream.is_other_text = stream.is_unclear = False
+        stream.shape, stream.step = self.adapter.shape(call.arguments), call.step
+        stream.has_risen = stream.is_other_text = stream.is_unclear = False
 
     def _measure(
         self, state: ForecastState, stream: Stream, call: Call, features: torch.Tensor, conditioning: torch.Tensor

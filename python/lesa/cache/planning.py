@@ -45,8 +45,8 @@ class Planner:
 
     They depend on parameters, and on noise levels that are known when a run begins. So the first step that is predicted
     makes those of all later ones too, in one launch. The host follows which noise levels the ring holds. If they are
-    not those that a step was planned for, or if a parameter or buffer has changed, the rest of the run is planned again. For a
-    forecaster that reads the times of the run, a plan ends where the noise level rises.
+    not those that a step was planned for, or if a parameter or buffer has changed, the rest of the run is planned
+    again. A plan ends where the noise level rises, because a new history begins there.
 
     Args:
         predictor: makes the weights; `can_plan` is true for it.
@@ -83,7 +83,7 @@ class Planner:
 
     def _make(self, step: int, sigmas: Sequence[float], computed: Set[int], measures: bool) -> None:
         levels, planned = self._levels, {}
-        end = falling(sigmas, step).stop if self.predictor.forecaster.reads_times else len(sigmas)
+        end = falling(sigmas, step).stop
         end = min(max(step, *computed) + 1, end) if measures else end
         for later in range(step, end):
             if later == step or measures or later not in computed:
