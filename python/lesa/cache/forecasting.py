@@ -91,6 +91,9 @@ class ForecastingHook(StepHook[ForecastState]):
         else:
             state.computed = self._scheduled(self.schedule, sigmas)
         state.was_predicting, self._is_predicting = self._is_predicting, len(state.computed) < len(sigmas)
+        predicted = (step for step in range(len(sigmas)) if step not in state.computed)
+        for length in {len(state.parts[step]) for step in predicted if step > state.parts[step].start}:
+            self.predictor.forecaster.check_run(self.predictor.config, length)
         if self.observer is not None:
             self.observer.on_run(state.run, state.computed)
 
