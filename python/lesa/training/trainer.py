@@ -94,8 +94,8 @@ def train(
     Raises:
         TypeError, ValueError: an argument is out of range; `config` does not fit the trajectories, `controlled` or
             `find_stages`, or has a mixer with nothing to train; the schedule does not fit the steps; a file of the
-            recording is damaged or has NaN or Inf; or `out_dir` is no folder, or contains something other than an
-            unfinished training with these arguments. The message names the field.
+            recording is damaged or has NaN or Inf; the noise level rises in a recorded run; or `out_dir` is no folder,
+            or contains something other than an unfinished training with these arguments. The message names the field.
         OSError: nothing can be written to `out_dir`.
         RuntimeError: the loss became NaN or Inf, and a lower learning rate helps; or another process works in
             `out_dir`. The message names the process.
