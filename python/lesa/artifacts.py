@@ -309,7 +309,9 @@ def sum_of_bits(values: torch.Tensor) -> int | None:
 
 def predictor_identity(predictor: FusedKANPredictor) -> dict[str, Any]:
     """What distinguishes a predictor from others: its weights and its configuration. Only types that JSON has."""
-    return json.loads(json.dumps({"weights": fingerprint(predictor, with_buffers=True), "config": predictor.config.to_dict()}))
+    return json.loads(
+        json.dumps({"weights": fingerprint(predictor, with_buffers=True), "config": predictor.config.to_dict()})
+    )
 
 
 def _update(running: "hashlib._Hash", value: Any) -> None:

@@ -201,15 +201,15 @@ def test_the_first_step_after_a_rise_is_computed(fresh_pipe, monkeypatch, mixer)
 
     monkeypatch.setattr(FusedKANPredictor, "plan", seen)
     predictor = FusedKANPredictor(PredictorConfig(mixer=mixer))
-    with lesa.enable_cache(fresh_pipe, predictor, [0, 4, 6]) as cache, torch.no_grad():
-        with pytest.warns(RuntimeWarning, match="the noise level rose: computing. Choose a schedule that computes"):
-            run()
+    warned = pytest.warns(RuntimeWarning, match="the noise level rose: computing. Choose a schedule that computes")
+    with lesa.enable_cache(fresh_pipe, predictor, [0, 4, 6]) as cache, torch.no_grad(), warned:
+        run()
     (stream,) = cache.stats.streams.values()
     assert stream.reasons == dict.fromkeys([0, 4, 6], "scheduled") | {3: "the noise level rose"}
     assert histories == {0.6: [1.0], 0.5: [1.0], 0.4: [0.7, 0.9], 0.7: [0.8]}
-    with lesa.enable_cache(fresh_pipe, predictor, [0, 4, 6], strict=True), torch.no_grad():
-        with pytest.raises(RuntimeError, match="a step can't be predicted: the noise level rose"):
-            run()
+    refused = pytest.raises(RuntimeError, match="a step can't be predicted: the noise level rose")
+    with lesa.enable_cache(fresh_pipe, predictor, [0, 4, 6], strict=True), torch.no_grad(), refused:
+        run()
 
 
 @pytest.mark.parametrize("mixer", ["l2p", "newton"])

@@ -150,6 +150,19 @@ def test_out_dir_gets_the_predictor_the_losses_and_their_picture(trajectories, t
     assert not (out / CHECKPOINT_NAME).exists()
 
 
+@pytest.mark.parametrize(
+    "options, begins",
+    [({"guided_epochs": 1}, [1.5]), ({"guided_epochs": 0}, []), ({"guided_epochs": 1, "controlled": True}, [])],
+)
+def test_the_picture_of_the_losses_says_where_the_closed_loop_begins(
+    trajectories, tmp_path, monkeypatch, options, begins
+):
+    lines = []
+    monkeypatch.setattr("matplotlib.axes.Axes.axvline", lambda self, x, **_: lines.append(x))
+    lesa.train(trajectories, schedule=4, out_dir=tmp_path / "out", **{**QUICK, "epochs": 1, **options})
+    assert lines == begins and (tmp_path / "out" / CURVE_NAME).exists()
+
+
 def test_a_finished_predictor_is_not_overwritten(trajectories, tmp_path):
     lesa.train(trajectories, schedule=4, out_dir=tmp_path / "out", **QUICK)
     before = (tmp_path / "out" / "model.safetensors").read_bytes()

@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -75,10 +76,19 @@ def test_a_fitted_step_uses_its_row_and_another_one_a_line(trajectories):
     torch.testing.assert_close(made, forecast(line, trajectory, [0, 1, 3, 6], 7), rtol=1e-5, atol=1e-5)
 
 
-def test_a_saved_predictor_has_the_same_bits(trajectories, tmp_path):
-    predictor = lesa.train(
-        trajectories, PredictorConfig(mixer="l2p"), SCHEDULE, out_dir=tmp_path / "l2p", progress=False
-    )
+def test_a_saved_predictor_has_the_same_bits(trajectories, tmp_path, monkeypatch):
+    """Also of a fit that was interrupted. It has no losses over epochs to draw, and needs no optimiser."""
+    monkeypatch.delattr("torch.optim.AdamW")
+
+    def train():
+        config = PredictorConfig(mixer="l2p")
+        return lesa.train(trajectories, config, SCHEDULE, out_dir=tmp_path / "l2p", progress=False)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FusedKANPredictor, "save_pretrained", Mock(side_effect=KeyboardInterrupt))
+        train()
+    predictor = train()
+    assert {file.name for file in (tmp_path / "l2p").iterdir()} == {"config.json", "model.safetensors", "losses.json"}
     loaded = FusedKANPredictor.from_pretrained(tmp_path / "l2p")
     assert json.loads((tmp_path / "l2p" / "config.json").read_text())["format_version"] == 2
     assert loaded.config == predictor.config

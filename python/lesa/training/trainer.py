@@ -67,8 +67,9 @@ def train(
         budget: instead of `schedule`, how many steps to compute; `find_schedule` chooses which.
         find_stages: whether to find the noise stages first, as `lesa.find_stages` does, and to use them instead of
             those of `config`.
-        out_dir: folder for the predictor, `losses.json` and the picture `losses.png`. After an interruption, the same
-            call continues there, also with a search that `budget` or `find_stages` asks for. None: nothing is written.
+        out_dir: folder for the predictor, `losses.json` and the picture `losses.png`, which shows the losses of the
+            epochs; a fit in closed form has none. After an interruption, the same call continues there, also with a
+            search that `budget` or `find_stages` asks for. None: nothing is written.
         guided_epochs: passes over the trajectories in the guided phase. Default: a part of `epochs` that depends on the
             mixer: a sixth for newton, whose history has true features in closed loop too, a third for dense.
         controlled: whether to train for `lesa.ErrorControl`: all epochs are guided, on schedules with gaps half to
