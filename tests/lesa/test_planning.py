@@ -322,8 +322,13 @@ def test_sums_of_the_head_are_made_at_once(pipe, generate, monkeypatch, rank, mo
         seen.append(1)
         return velocity_with(self, ring, weights, head, low_rank, sums)
 
+    def fuses(self, ring, head=None):
+        asked.append(head is not None)
+        return True
+
+    asked = []
     monkeypatch.setattr(FusedKANPredictor, "velocity_with", compare)
-    monkeypatch.setattr(FusedKANPredictor, "fuses_velocity", lambda self, ring, head=None: True)
+    monkeypatch.setattr(FusedKANPredictor, "fuses_velocity", fuses)
     monkeypatch.setattr(FusedKANPredictor, "reads_sums", lambda self, ring: True)
     monkeypatch.setattr(conditioning, "head_sums", counted)
     monkeypatch.setattr(conditioning, "_MOST_BYTES", most)
@@ -331,6 +336,7 @@ def test_sums_of_the_head_are_made_at_once(pipe, generate, monkeypatch, rank, mo
     with lesa.enable_cache(pipe, predictor, SOME, strict=True) as cache:
         fused = generate(pipe)
     assert len(seen) == STEPS - len(SOME) == len(cache.stats.streams["cond"].fused)
+    assert asked == [False, True]  # with the ring, and with the first head; the answer may need the residual
     assert calls == ([2 * len(seen)] if most > 1 else [2] * len(seen))
     monkeypatch.undo()
     monkeypatch.setattr(ForecastingHook, "_reads_head", lambda *arguments: False)

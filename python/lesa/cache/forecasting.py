@@ -19,7 +19,7 @@ from lesa.cache.stats import CacheStats, StreamStats
 from lesa.cache.streams import ForecastState, Stream
 from lesa.models import Adapter
 from lesa.schedule import FEW_STEPS, Schedule, Spread, as_schedule, schedule_of
-from lesa_kernels import FeatureRing, FusedKANPredictor, TieredRing
+from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, TieredRing
 
 
 class ForecastingHook(StepHook[ForecastState]):
@@ -247,7 +247,7 @@ class ForecastingHook(StepHook[ForecastState]):
         if plan is not None and self._reads_head(stream):
             summed = plan if stream.reads_sums else None
             head, sums = conditioner.head(state.run, arguments, ring.dtype, is_passed, summed)
-            if self.predictor.fuses_velocity(ring, head):
+            if self._is_fused(stream, plan, head):
                 stream.stats.fused.append(call.step)
             weights = plan.weights[call.step]
             velocity = self.predictor.velocity_with(ring, weights, head, plan.low_rank, sums)
@@ -257,6 +257,19 @@ class ForecastingHook(StepHook[ForecastState]):
             stream.push(features, call.sigma)  # before the head, which may overwrite them
         conditioning = conditioner.conditioning(state.run, arguments, ring.dtype, is_passed)
         return self.adapter.output(arguments, self.adapter.head(features, conditioning, arguments))
+
+    def _is_fused(self, stream: Stream, plan: Plan, head: OutputHead) -> bool:
+        """Whether forecast and output head are one kernel.
+
+        A predictor may need its residual to answer, so it is asked once for each plan and kind of head.
+        """
+        parts = (head.weight, head.bias, head.scale, head.shift)
+        kind = [None if part is None else (part.shape, part.dtype) for part in parts]
+        known = stream.known_fused
+        if known is None or known[0] is not plan or known[1] != kind:
+            known = plan, kind, self.predictor.fuses_velocity(cast(FeatureRing, stream.ring), head)
+            stream.known_fused = known
+        return known[2]
 
     def _reads_head(self, stream: Stream) -> bool:
         """Whether the output head is computed from its weights, and not by its modules."""

@@ -8,7 +8,7 @@ import torch
 
 from lesa.cache.conditioning import Conditioner
 from lesa.cache.error_control import ControlledSteps
-from lesa.cache.planning import Planner
+from lesa.cache.planning import Plan, Planner
 from lesa.cache.run import RunState
 from lesa.cache.stats import StreamStats
 from lesa_kernels import FeatureRing, TieredRing
@@ -26,6 +26,7 @@ class Stream:
     shape: tuple[int, int] | None = None  # batch and tokens of the call whose features are the newest in the ring
     fuses: bool = False  # whether the predictor has one kernel for forecast and output head
     reads_sums: bool = False  # whether that kernel reads the sums of `head_sums`
+    known_fused: tuple[Plan, list, bool] | None = None  # for a plan and a kind of head, what `fuses_velocity` said
     step: int = 0  # of that call
     has_risen: bool = False  # whether the noise level has risen since that call
     is_other_text: bool = False  # whether the text has differed since that call
