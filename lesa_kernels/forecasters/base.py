@@ -157,6 +157,13 @@ class Forecaster(ABC):
         Only a forecaster with `reads_stream` is asked. The name of the first stream of each sample is None.
         """
 
+    def check_run(self, config: "PredictorConfig", num_steps: int) -> None:  # noqa: B027
+        """Raises `ValueError` if it cannot forecast steps of a run that executes this number of steps.
+
+        It is asked when such a run begins. Where the noise level rises in a run, the parts over which it falls count
+        like runs.
+        """
+
     @abstractmethod
     def history_length(self, config: "PredictorConfig") -> int | tuple[int, ...]:
         """K, how many features are read, by default: for all stages, or one for each of `config.num_stages`.

@@ -76,7 +76,7 @@ class L2P(Forecaster):
         total, longest = config.num_inference_steps or USUAL_STEPS, config.max_history
         p.rows = nn.Parameter(torch.zeros(total, longest, dtype=torch.float64))
         # The bits of float32 numbers, which no conversion of the predictor rounds.
-        p.level_bits = nn.Parameter(torch.zeros(total, longest + 1, dtype=torch.int32), requires_grad=False)
+        predictor.register_buffer("level_bits", torch.zeros(total, longest + 1, dtype=torch.int32))
 
     def reset(self, predictor: "FusedKANPredictor", generator: torch.Generator | None) -> None:
         p: Any = predictor

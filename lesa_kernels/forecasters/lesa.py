@@ -79,6 +79,15 @@ class Lesa(Forecaster):
             )
             raise argument_error("trajectories", must, got, remedy)
 
+    def check_run(self, config: "PredictorConfig", num_steps: int) -> None:
+        if num_steps != _total(config):
+            remedy = (
+                "Choose `num_inference_steps` so that the run executes that number of steps (with a `strength` below 1 "
+                "it executes fewer), or train another predictor for this number."
+            )
+            must = f"be of a run that executes {_total(config)} steps, as the predictor's config says"
+            raise argument_error("times", must, Said(f"those of {num_steps} executed steps"), remedy)
+
     def history_length(self, config: "PredictorConfig") -> int | tuple[int, ...]:
         return (_SHORT, *(_LONG,) * (config.num_stages - 1))
 
@@ -119,17 +128,10 @@ class Lesa(Forecaster):
     def weights(self, predictor: "FusedKANPredictor", steps: Steps) -> Weights:
         p: Any = predictor
         config = predictor.config
-        if len(steps.times) != _total(config) + 1:
-            remedy = (
-                "Choose `num_inference_steps` so that the run executes that number of steps (with a `strength` below 1 "
-                "it executes fewer), or train another predictor for this number."
-            )
-            must = f"be of a run that executes {_total(config)} steps, as the predictor's config says"
-            raise argument_error("times", must, Said(f"those of {len(steps.times) - 1} executed steps"), remedy)
+        self.check_run(config, len(steps.times) - 1)
         expert = _expert(config, steps.stream)
         stage = stage_index(steps.sigma.float(), config.stage_bounds)  # [P, B]
-        with torch.autocast(steps.sigma.device.type, enabled=False):
-            alpha = _alpha(predictor, steps, expert).gather(-1, stage[..., None])  # [P, B, 1]
+        alpha = _alpha(predictor, steps, expert).gather(-1, stage[..., None])  # [P, B, 1]
         wide = torch.promote_types(alpha.dtype, torch.float32)
         alpha = alpha.to(wide)
         order = torch.arange(config.max_history, device=alpha.device)

@@ -319,10 +319,16 @@ def has_kernels(ring: RingState, experts: Experts, shape: Shape) -> bool:
     )
 
 
-def check_times(times: Sequence[float] | torch.Tensor) -> Sequence[float] | torch.Tensor:
+def check_times(
+    times: Sequence[float] | torch.Tensor, device: torch.device | str | None = None
+) -> Sequence[float] | torch.Tensor:
     """Returns the times of a run; raises `ValueError` or `TypeError` unless they are as `FusedKANPredictor` says.
 
     Of a tensor on a GPU, or while a graph is compiled, the shape is checked and the values are not read.
+
+    Args:
+        times: to check.
+        device: where a tensor must be. None: anywhere.
     """
     must = "be at least 2 finite noise levels in one dimension, which fall and never rise"
     remedy = "Pass the noise levels of all steps of the run, and 0 at the end."
@@ -332,6 +338,9 @@ def check_times(times: Sequence[float] | torch.Tensor) -> Sequence[float] | torc
     if isinstance(times, torch.Tensor):
         if times.ndim != 1 or len(times) < 2 or not times.is_floating_point():
             raise argument_error("times", must, times, remedy)
+        if device is not None and times.device != torch.device(device):
+            on, move = Said(f"a tensor on {times.device}"), f"Move it with `times.to('{device}')`, or pass a list."
+            raise argument_error("times", f"be on {device}", on, move)
         if times.device.type != "cpu" or torch.compiler.is_compiling():
             return times
         values = times.tolist()

@@ -77,6 +77,9 @@ class FusedKANPredictor(nn.Module):
         for name, value in self.named_parameters():
             if value.is_inference():
                 setattr(self, name, nn.Parameter(value.detach().clone(), value.requires_grad))
+        for name, value in self.named_buffers():
+            if value.is_inference():
+                setattr(self, name, value.clone())
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -224,7 +227,7 @@ class FusedKANPredictor(nn.Module):
                 `config.max_history` are used.
             sigmas: for each step, its noise level.
             batch: samples of the run, which all have the same noise levels.
-            times: the noise levels of the whole run, as in `forward`.
+            times: the noise levels of the whole run, as in `forward`; a tensor must be on the CPU.
             device: where the weights are needed. Default: where the parameters are, else the CPU.
             stream: as in `forward`.
             dtype: of the weights. Kernels take float32 only. Default: float64 if the parameters are, else float32.
@@ -252,7 +255,7 @@ class FusedKANPredictor(nn.Module):
             numbers += [0.0] * (longest - len(each))  # not read
         numbers += sigmas
         if forecaster.reads_times:
-            numbers += default_times(self.config, "cpu").tolist() if times is None else check_times(times)
+            numbers += default_times(self.config, "cpu").tolist() if times is None else check_times(times, "cpu")
         parameter = self._first_parameter()
         near_parameters = torch.device("cpu") if parameter is None else parameter.device
         values = uploaded(numbers, [min(len(each), longest) for each in levels], near_parameters)
@@ -333,7 +336,7 @@ class FusedKANPredictor(nn.Module):
     ) -> dict[str, Any]:
         """`extra` for checked times on the ring's device."""
         if times is not None:
-            times = check_times(times)
+            times = check_times(times, ring.device if self.forecaster.reads_times else None)
             if self.forecaster.reads_times and not isinstance(times, torch.Tensor):
                 times = uploaded(times, (), ring.device)
         return self.extra(times, stream)

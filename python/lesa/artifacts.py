@@ -278,17 +278,22 @@ def digest(value: Any) -> str:
     return running.hexdigest()
 
 
-def fingerprint(module: torch.nn.Module) -> str:
+def fingerprint(module: torch.nn.Module, with_buffers: bool = False) -> str:
     """SHA-256 of the names, shapes and sums of a module's parameters, and of the names of its active adapters.
 
     A sum adds up the bits of the values as integers. It is exact: device and threads do not change it. Of a parameter
     whose values are elsewhere (offloaded to the meta device, sharded or packed), name and shape are used.
+
+    Args:
+        module: the module.
+        with_buffers: whether its buffers count like parameters.
     """
     model: Any = module  # a model of diffusers, where it has adapters
     adapters = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else []
     running = hashlib.sha256(f"{adapters}\n".encode())
-    for name, parameter in sorted(module.named_parameters()):
-        values = parameter.detach()
+    buffers = module.named_buffers() if with_buffers else ()
+    for name, tensor in sorted([*module.named_parameters(), *buffers]):
+        values = tensor.detach()
         running.update(f"{name} {values.dtype} {list(values.shape)} {sum_of_bits(values)}\n".encode())
     return running.hexdigest()
 
@@ -304,7 +309,9 @@ def sum_of_bits(values: torch.Tensor) -> int | None:
 
 def predictor_identity(predictor: FusedKANPredictor) -> dict[str, Any]:
     """What distinguishes a predictor from others: its weights and its configuration. Only types that JSON has."""
-    return json.loads(json.dumps({"weights": fingerprint(predictor), "config": predictor.config.to_dict()}))
+    return json.loads(
+        json.dumps({"weights": fingerprint(predictor, with_buffers=True), "config": predictor.config.to_dict()})
+    )
 
 
 def _update(running: "hashlib._Hash", value: Any) -> None:

@@ -201,7 +201,7 @@ def estimate(
     predicted_seconds = max(moved / bandwidth, predicted_flops / rate)
     seconds = len(computed) * (plain + push) + (total - len(computed)) * predicted_seconds
     with torch.device("meta"):
-        predictor_bytes = sum(p.nbytes for p in FusedKANPredictor(predictor_config).parameters())
+        predictor_bytes = sum(value.nbytes for value in FusedKANPredictor(predictor_config).state_dict().values())
     full_hours, hours, saved = _day(images_per_day, batch, total * plain, seconds, price)
     measured = "as given" if step_seconds is not None else f"at {rate / 1e12:.4g} TFLOP/s"
     return Estimate(

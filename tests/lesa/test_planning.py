@@ -185,6 +185,33 @@ def test_a_rising_noise_level_begins_a_new_history(fresh_pipe, monkeypatch, with
             torch.testing.assert_close(torch.tensor(made[sigma]), torch.tensor(weights), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mixer", ["taylor", "linear"])  # with the times of the run, and without
+def test_the_first_step_after_a_rise_is_computed(fresh_pipe, monkeypatch, mixer):
+    """The level rises at step 3, and stays below that of the computed step before it."""
+    histories, plan = {}, FusedKANPredictor.plan
+
+    def seen(self, levels, sigmas, *args, **more):
+        histories.update({round(s, 3): [round(level, 3) for level in each] for s, each in zip(sigmas, levels)})
+        return plan(self, levels, sigmas, *args, **more)
+
+    def run():
+        fresh_pipe.scheduler.set_timesteps(sigmas=[1.0, 0.6, 0.5, 0.9, 0.7, 0.4, 0.8, 0.7])
+        for timestep in fresh_pipe.scheduler.timesteps:
+            fresh_pipe.transformer(**FIRST, timestep=(timestep / 1000).expand(2))
+
+    monkeypatch.setattr(FusedKANPredictor, "plan", seen)
+    predictor = FusedKANPredictor(PredictorConfig(mixer=mixer))
+    warned = pytest.warns(RuntimeWarning, match="the noise level rose: computing. Choose a schedule that computes")
+    with lesa.enable_cache(fresh_pipe, predictor, [0, 4, 6]) as cache, torch.no_grad(), warned:
+        run()
+    (stream,) = cache.stats.streams.values()
+    assert stream.reasons == dict.fromkeys([0, 4, 6], "scheduled") | {3: "the noise level rose"}
+    assert histories == {0.6: [1.0], 0.5: [1.0], 0.4: [0.7, 0.9], 0.7: [0.8]}
+    refused = pytest.raises(RuntimeError, match="a step can't be predicted: the noise level rose")
+    with lesa.enable_cache(fresh_pipe, predictor, [0, 4, 6], strict=True), torch.no_grad(), refused:
+        run()
+
+
 @pytest.mark.parametrize("mixer", ["l2p", "newton"])
 def test_parameters_in_float64_make_weights_that_kernels_take(mixer):
     predictor = FusedKANPredictor(PredictorConfig(4, mixer))
@@ -295,8 +322,13 @@ def test_sums_of_the_head_are_made_at_once(pipe, generate, monkeypatch, rank, mo
         seen.append(1)
         return velocity_with(self, ring, weights, head, low_rank, sums)
 
+    def fuses(self, ring, head=None):
+        asked.append(head is not None)
+        return True
+
+    asked = []
     monkeypatch.setattr(FusedKANPredictor, "velocity_with", compare)
-    monkeypatch.setattr(FusedKANPredictor, "fuses_velocity", lambda self, ring, head=None: True)
+    monkeypatch.setattr(FusedKANPredictor, "fuses_velocity", fuses)
     monkeypatch.setattr(FusedKANPredictor, "reads_sums", lambda self, ring: True)
     monkeypatch.setattr(conditioning, "head_sums", counted)
     monkeypatch.setattr(conditioning, "_MOST_BYTES", most)
@@ -304,6 +336,7 @@ def test_sums_of_the_head_are_made_at_once(pipe, generate, monkeypatch, rank, mo
     with lesa.enable_cache(pipe, predictor, SOME, strict=True) as cache:
         fused = generate(pipe)
     assert len(seen) == STEPS - len(SOME) == len(cache.stats.streams["cond"].fused)
+    assert asked == [False, True]  # with the ring, and with the first head; the answer may need the residual
     assert calls == ([2 * len(seen)] if most > 1 else [2] * len(seen))
     monkeypatch.undo()
     monkeypatch.setattr(ForecastingHook, "_reads_head", lambda *arguments: False)

@@ -64,14 +64,16 @@ def test_what_each_stream_forecasts_comes_from_its_experts(qwen, predictor):
     assert not torch.allclose(pictures[0], pictures[1]) and not torch.allclose(pictures[1], pictures[2])
 
 
-def test_a_run_of_another_number_of_steps_is_an_error(qwen, predictor):
-    with (
-        lesa.enable_cache(qwen, predictor, SCHEDULE),
-        pytest.raises(
-            ValueError, match="`times` must be of a run that executes 12 steps.*got those of 13 executed steps"
-        ),
-    ):
+def test_a_run_of_another_number_of_steps_is_an_error_before_anything_is_computed(qwen, predictor):
+    message, ran = "`times` must be of a run that executes 12 steps.*got those of 13 executed steps", []
+    handle = qwen.transformer.transformer_blocks[0].register_forward_hook(lambda *_: ran.append(1))
+    with lesa.enable_cache(qwen, predictor, SCHEDULE), pytest.raises(ValueError, match=message):
         CASE.run(qwen, 13)
+    assert not ran
+    with lesa.enable_cache(qwen, predictor, range(13)):  # nothing is forecast
+        CASE.run(qwen, 13)
+    handle.remove()
+    assert len(ran) == 26
 
 
 def test_both_streams_are_trained_and_refined(qwen, tmp_path):

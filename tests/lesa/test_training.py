@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lesa
 from lesa.schedule import Schedule
@@ -148,6 +148,19 @@ def test_out_dir_gets_the_predictor_the_losses_and_their_picture(trajectories, t
     assert len(losses["training"]) == len(losses["validation"]) == 6
     assert (out / CURVE_NAME).read_bytes().startswith(b"\x89PNG")
     assert not (out / CHECKPOINT_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    "options, begins",
+    [({"guided_epochs": 1}, [1.5]), ({"guided_epochs": 0}, []), ({"guided_epochs": 1, "controlled": True}, [])],
+)
+def test_the_picture_of_the_losses_says_where_the_closed_loop_begins(
+    trajectories, tmp_path, monkeypatch, options, begins
+):
+    lines = []
+    monkeypatch.setattr("matplotlib.axes.Axes.axvline", lambda self, x, **_: lines.append(x))
+    lesa.train(trajectories, schedule=4, out_dir=tmp_path / "out", **{**QUICK, "epochs": 1, **options})
+    assert lines == begins and (tmp_path / "out" / CURVE_NAME).exists()
 
 
 def test_a_finished_predictor_is_not_overwritten(trajectories, tmp_path):
@@ -326,6 +339,26 @@ def test_arguments_are_checked(trajectories):
         lesa.train(trajectories, learning_rate=0.0)
     with pytest.raises(ValueError, match="`config.num_inference_steps` must be that of the trajectories, 12"):
         lesa.train(trajectories, PredictorConfig(WIDTH, num_inference_steps=50))
+
+
+def test_a_recording_in_which_the_noise_level_rises_is_refused(trajectories):
+    """Also where the level rises in the last sample only."""
+    file = trajectories.folder / "sample-00005.safetensors"
+    tensors = load_file(file)
+    tensors["sigmas"][7] = 0.75
+    save_file(tensors, file)
+    predictor, l2p = FusedKANPredictor(PredictorConfig(WIDTH)), PredictorConfig(mixer="l2p")
+    message = "`trajectories` must have noise levels that never rise in a run, but got sample-00005, in which it rises"
+    for call in (
+        lambda: lesa.train(trajectories, **QUICK),
+        lambda: lesa.train(trajectories, l2p, [0, 1, 5, 8], progress=False),
+        lambda: lesa.train(trajectories, budget=4, **QUICK),
+        lambda: lesa.find_stages(trajectories),
+        lambda: lesa.find_schedule(trajectories, 4),
+        lambda: lesa.search_schedule(trajectories, predictor, 4),
+    ):
+        with pytest.raises(ValueError, match=f"{message} from 0.5 to 0.75 at step 7. Record again"):
+            call()
 
 
 @pytest.mark.parametrize("wrong", [None, 3, ["recording"]])

@@ -1,13 +1,17 @@
 """L2P: its closed form against NumPy's least squares, and what it does where it was not fitted."""
 
+import copy
 import json
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 import lesa
+from lesa.artifacts import predictor_identity
+from lesa.cache.planning import Planner
 from lesa.demo import digits
 from lesa.training.batches import Plan, predict, split
 from lesa.training.schedule_search import ScheduleErrors
@@ -73,10 +77,19 @@ def test_a_fitted_step_uses_its_row_and_another_one_a_line(trajectories):
     torch.testing.assert_close(made, forecast(line, trajectory, [0, 1, 3, 6], 7), rtol=1e-5, atol=1e-5)
 
 
-def test_a_saved_predictor_has_the_same_bits(trajectories, tmp_path):
-    predictor = lesa.train(
-        trajectories, PredictorConfig(mixer="l2p"), SCHEDULE, out_dir=tmp_path / "l2p", progress=False
-    )
+def test_a_saved_predictor_has_the_same_bits(trajectories, tmp_path, monkeypatch):
+    """Also of a fit that was interrupted. It has no losses over epochs to draw, and needs no optimiser."""
+    monkeypatch.delattr("torch.optim.AdamW")
+
+    def train():
+        config = PredictorConfig(mixer="l2p")
+        return lesa.train(trajectories, config, SCHEDULE, out_dir=tmp_path / "l2p", progress=False)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FusedKANPredictor, "save_pretrained", Mock(side_effect=KeyboardInterrupt))
+        train()
+    predictor = train()
+    assert {file.name for file in (tmp_path / "l2p").iterdir()} == {"config.json", "model.safetensors", "losses.json"}
     loaded = FusedKANPredictor.from_pretrained(tmp_path / "l2p")
     assert json.loads((tmp_path / "l2p" / "config.json").read_text())["format_version"] == 2
     assert loaded.config == predictor.config
@@ -108,6 +121,24 @@ def test_a_search_fits_each_schedule_that_it_considers(trajectories):
         displacement = (error * batch.widths[plan.steps, None, None]).sum(0)
         assert errors.of(tuple(steps)) == pytest.approx(float(displacement.square().mean()), rel=1e-5)
     assert not unfitted.rows.any() and not unfitted.level_bits.any()
+
+
+def test_the_noise_levels_are_no_parameter_and_count_like_one():
+    predictor = FusedKANPredictor(PredictorConfig(mixer="l2p")).requires_grad_(True)
+    assert [name for name, _ in predictor.named_parameters()] == ["rows"]
+    assert [*predictor.state_dict()] == ["rows", "level_bits"]
+    with torch.inference_mode():
+        copied = copy.deepcopy(predictor)
+    other = predictor_identity(copied)
+    assert other == predictor_identity(predictor)
+    planner = Planner(copied, copied.make_ring(1, 1, feature_dim=4))
+    planner.push(1.0)
+    with torch.no_grad():
+        first = planner.plan(1, [1.0, 0.5], {0})
+        assert planner.plan(1, [1.0, 0.5], {0}) is first
+        copied.level_bits.fill_(1)  # outside of the inference mode
+        assert planner.plan(1, [1.0, 0.5], {0}) is not first
+    assert predictor_identity(copied) != other
 
 
 def test_a_search_takes_it(trajectories):

@@ -1,4 +1,4 @@
-"""Forecasters without parameters: their weights against transcriptions in plain Python and NumPy, and how they run."""
+"""Forecasters without parameters, and l2p: their weights against transcriptions in plain Python, and how they run."""
 
 import contextlib
 import copy
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from forecasts import TRANSCRIPTIONS
+from forecasts import TRANSCRIPTIONS, l2p_row
 from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig
 from lesa_kernels.extension import extension_error
 from lesa_kernels.forecasters import FORECASTERS, Forecaster, Option, Steps, forecaster_of, register
@@ -41,13 +41,29 @@ CASES = {
     "universal": ("universal", {}),
     "universal-of-two": ("universal", {"history_length": 2}),
     "universal-of-six": ("universal", {"history_length": 6}),
+    "l2p": ("l2p", {}),
+    "l2p-of-three": ("l2p", {"history_length": 3}),
 }
 each_case = pytest.mark.parametrize("name", CASES)
 
 
 def make(name, width=DIM, backend="auto", **options):
     mixer, given = CASES[name]
-    return FusedKANPredictor(PredictorConfig(width, mixer, **{**given, **options}), backend)
+    predictor = FusedKANPredictor(PredictorConfig(width, mixer, **{**given, **options}), backend)
+    if mixer == "l2p":
+        fit_even_steps(predictor)
+    return predictor
+
+
+@torch.no_grad()
+def fit_even_steps(predictor):
+    """Gives an l2p predictor the weights of `l2p_row` for the even steps, from the computed ones before them."""
+    levels = torch.zeros(predictor.level_bits.shape)
+    for step in (step for step in range(2, TOTAL, 2) if step not in COMPUTED):
+        before = [c for c in reversed(COMPUTED) if c < step][: predictor.config.max_history]
+        predictor.rows[step, : len(before)] = torch.tensor(l2p_row(step, len(before)), dtype=torch.float64)
+        levels[step, : len(before) + 1] = TIMES[[step, *before]]
+    predictor.level_bits.copy_(levels.view(torch.int32))
 
 
 def position(level):
@@ -79,6 +95,7 @@ def steps_of(config, pairs):
     return Steps(torch.tensor(rows, dtype=torch.float64)[:, None], count, sigma, TIMES)
 
 
+@torch.no_grad()
 @each_case
 def test_weights_equal_the_transcription(name):
     predictor, pairs = make(name), histories()
@@ -105,7 +122,8 @@ def test_a_plan_has_the_weights_of_each_step(name):
     plan = predictor.plan([levels for levels, _ in pairs], [sigma for _, sigma in pairs], 3, TIMES.tolist())
     for weights, pair in zip(plan, pairs, strict=True):
         expected = torch.tensor(oracle(predictor.config, *map(rounded, pair)), dtype=torch.float64)
-        assert weights.anchors.dtype == torch.float32 and weights.anchors.shape == (3, predictor.config.max_history)
+        wide = torch.float64 if predictor.config.mixer == "l2p" else torch.float32  # l2p has parameters, in float64
+        assert weights.anchors.dtype == wide and weights.anchors.shape == (3, predictor.config.max_history)
         torch.testing.assert_close(weights.anchors.double(), expected.expand(3, -1), rtol=1e-6, atol=1e-6)
         assert (
             weights.count.tolist() == [min(len(pair[0]), predictor.config.history_length[stage(predictor, pair)])] * 3
@@ -436,6 +454,16 @@ def test_wrong_times_are_named(name, times):
         for value in given:
             with pytest.raises((ValueError, TypeError), match="`times` must be at least 2 finite noise levels in one"):
                 call(value)
+
+
+def test_times_on_another_device_are_named():
+    predictor, ring = make("taylor"), filled(2, LEVELS[:2])
+    calls = [predictor, lambda *given: predictor.predict_velocity(*given[:2], make_head(2), given[2])]
+    for call in (*calls, lambda ring, sigma, times: predictor.plan([LEVELS], [sigma], 2, times)):
+        with pytest.raises(ValueError, match="`times` must be on cpu, but got a tensor on meta.*times.to"):
+            call(ring, 0.3, TIMES.to("meta"))
+    line = make("linear")  # reads no times
+    assert torch.equal(line(ring, 0.3, TIMES.to("meta")), line(ring, 0.3))
 
 
 def test_times_may_repeat_a_level_and_end_early():

@@ -236,12 +236,16 @@ def _assert_uniform(values, bound):
 def test_autocast_changes_nothing(tmp_path):
     predictor, times = loaded(tmp_path, released_lesa.state_dict()), shifted()
 
-    def anchors():
-        return predictor.plan([levels_before(times, 30)], [times[30]], 1, times)[0].anchors
+    ring = predictor.make_ring(*SHAPE[:2])
+    for step, feature in enumerate(true_features()[:30]):
+        ring.push(feature.float(), times[step])
+
+    def forecasts():
+        return predictor.plan([levels_before(times, 30)], [times[30]], 1, times)[0].anchors, predictor(ring, 0.6, times)
 
     with torch.autocast("cpu", torch.bfloat16):
-        under = anchors()
-    torch.testing.assert_close(under, anchors(), rtol=0, atol=0)
+        under = forecasts()
+    torch.testing.assert_close(under, forecasts(), rtol=0, atol=0)
 
 
 @torch.no_grad()

@@ -13,13 +13,13 @@ from lesa.cache.controlnet import DeferredControl, computed
 from lesa.cache.device_values import DeviceValues
 from lesa.cache.error_control import ControlledSteps, ErrorControl, forecast_error
 from lesa.cache.hook import StepHook
-from lesa.cache.planning import Plan, Planner, can_plan, times_at
+from lesa.cache.planning import Plan, Planner, can_plan, falling, times_at
 from lesa.cache.run import Call, Run, StepObserver
 from lesa.cache.stats import CacheStats, StreamStats
 from lesa.cache.streams import ForecastState, Stream
 from lesa.models import Adapter
 from lesa.schedule import FEW_STEPS, Schedule, Spread, as_schedule, schedule_of
-from lesa_kernels import FeatureRing, FusedKANPredictor, TieredRing
+from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, TieredRing
 
 
 class ForecastingHook(StepHook[ForecastState]):
@@ -80,6 +80,7 @@ class ForecastingHook(StepHook[ForecastState]):
         self.stats.begin_run()
         self._note_adapters()
         sigmas = state.run.executed_sigmas
+        state.parts = [falling(sigmas, step) for step in range(len(sigmas))]
         if isinstance(self.schedule, ErrorControl):
             config = self.predictor.config  # `check_controllable` has seen that it has a schedule and its errors
             trained, errors = cast(Schedule, schedule_of(config)), config.schedule_errors or ()
@@ -90,6 +91,9 @@ class ForecastingHook(StepHook[ForecastState]):
         else:
             state.computed = self._scheduled(self.schedule, sigmas)
         state.was_predicting, self._is_predicting = self._is_predicting, len(state.computed) < len(sigmas)
+        predicted = (step for step in range(len(sigmas)) if step not in state.computed)
+        for length in {len(state.parts[step]) for step in predicted if step > state.parts[step].start}:
+            self.predictor.forecaster.check_run(self.predictor.config, length)
         if self.observer is not None:
             self.observer.on_run(state.run, state.computed)
 
@@ -198,6 +202,7 @@ class ForecastingHook(StepHook[ForecastState]):
             stats = self.stats.streams.setdefault(call.stream, StreamStats())
             stream = state.streams[call.stream] = Stream(call.stream, stats, Conditioner(self.adapter))
         stream.stats.begin(call.step, call.arguments["hidden_states"].device)
+        stream.has_risen = stream.step < state.parts[call.step].start
         if state.needs_values:
             state.choose_next_step()
         if call.step in state.computed:
@@ -216,6 +221,8 @@ class ForecastingHook(StepHook[ForecastState]):
         """Why a step that the schedule leaves out cannot be predicted, or None; and what helps."""
         if stream.ring is None:
             return "no history", "Compute an earlier step of this stream: choose another schedule."
+        if stream.has_risen:
+            return "the noise level rose", "Choose a schedule that computes the first step after each rise."
         if stream.shape != self.adapter.shape(call.arguments):
             return "the shape changed", "Keep batch and size the same in a run."
         if stream.is_other_text:
@@ -240,7 +247,7 @@ class ForecastingHook(StepHook[ForecastState]):
         if plan is not None and self._reads_head(stream):
             summed = plan if stream.reads_sums else None
             head, sums = conditioner.head(state.run, arguments, ring.dtype, is_passed, summed)
-            if self.predictor.fuses_velocity(ring, head):
+            if self._is_fused(stream, plan, head):
                 stream.stats.fused.append(call.step)
             weights = plan.weights[call.step]
             velocity = self.predictor.velocity_with(ring, weights, head, plan.low_rank, sums)
@@ -250,6 +257,19 @@ class ForecastingHook(StepHook[ForecastState]):
             stream.push(features, call.sigma)  # before the head, which may overwrite them
         conditioning = conditioner.conditioning(state.run, arguments, ring.dtype, is_passed)
         return self.adapter.output(arguments, self.adapter.head(features, conditioning, arguments))
+
+    def _is_fused(self, stream: Stream, plan: Plan, head: OutputHead) -> bool:
+        """Whether forecast and output head are one kernel.
+
+        A predictor may need its residual to answer, so it is asked once for each plan and kind of head.
+        """
+        parts = (head.weight, head.bias, head.scale, head.shift)
+        kind = [None if part is None else (part.shape, part.dtype) for part in parts]
+        known = stream.known_fused
+        if known is None or known[0] is not plan or known[1] != kind:
+            known = plan, kind, self.predictor.fuses_velocity(cast(FeatureRing, stream.ring), head)
+            stream.known_fused = known
+        return known[2]
 
     def _reads_head(self, stream: Stream) -> bool:
         """Whether the output head is computed from its weights, and not by its modules."""
@@ -311,8 +331,8 @@ class ForecastingHook(StepHook[ForecastState]):
         if len(stream.stats.computed) > 1 and stream.fits(features):
             self._measure(state, stream, call, features, conditioning)
         self._push(stream, features, call.sigma)
-        stream.shape = self.adapter.shape(call.arguments)
-        stream.is_other_text = stream.is_unclear = False
+        stream.shape, stream.step = self.adapter.shape(call.arguments), call.step
+        stream.has_risen = stream.is_other_text = stream.is_unclear = False
 
     def _measure(
         self, state: ForecastState, stream: Stream, call: Call, features: torch.Tensor, conditioning: torch.Tensor

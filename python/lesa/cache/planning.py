@@ -45,8 +45,8 @@ class Planner:
 
     They depend on parameters, and on noise levels that are known when a run begins. So the first step that is predicted
     makes those of all later ones too, in one launch. The host follows which noise levels the ring holds. If they are
-    not those that a step was planned for, or if a parameter has changed, the rest of the run is planned again. For a
-    forecaster that reads the times of the run, a plan ends where the noise level rises.
+    not those that a step was planned for, or if a parameter or buffer has changed, the rest of the run is planned
+    again. A plan ends where the noise level rises, because a new history begins there.
 
     Args:
         predictor: makes the weights; `can_plan` is true for it.
@@ -61,8 +61,8 @@ class Planner:
         self._keeps_forecasts = predictor.config.history == "steps"
         self._levels: tuple[float, ...] = ()  # in the ring, newest first
         self._plan = Plan({}, {}, LowRank())
-        self._made_from: tuple = ()  # the state of the parameters
-        self._held: list[torch.Tensor] = []  # so that no other memory gets the address of a parameter
+        self._made_from: tuple = ()  # the state of the parameters and buffers
+        self._held: list[torch.Tensor] = []  # so that no other memory gets the address of one of them
 
     def push(self, sigma: float) -> None:
         """Follows a push into the ring."""
@@ -77,13 +77,13 @@ class Planner:
             computed: the steps that will be computed.
             measures: whether the computed steps are forecast too, and those after the last of them are not known yet.
         """
-        if self._plan.levels.get(step) != self._levels or self._parameters() != self._made_from:
+        if self._plan.levels.get(step) != self._levels or self._state() != self._made_from:
             self._make(step, sigmas, computed, measures)
         return self._plan
 
     def _make(self, step: int, sigmas: Sequence[float], computed: Set[int], measures: bool) -> None:
         levels, planned = self._levels, {}
-        end = falling(sigmas, step).stop if self.predictor.forecaster.reads_times else len(sigmas)
+        end = falling(sigmas, step).stop
         end = min(max(step, *computed) + 1, end) if measures else end
         for later in range(step, end):
             if later == step or measures or later not in computed:
@@ -93,8 +93,8 @@ class Planner:
         targets, more = [sigmas[later] for later in planned], self._more(sigmas, step)
         weights = self.predictor.plan([*planned.values()], targets, self._batch, **more)
         self._plan = Plan(planned, dict(zip(planned, weights)), self.predictor.low_rank(self._dtype))
-        self._made_from = self._parameters()
-        self._held = [parameter.detach() for parameter in self.predictor.parameters()]
+        self._made_from = self._state()
+        self._held = [tensor.detach() for tensor in self._tensors()]
 
     def _more(self, sigmas: Sequence[float], step: int) -> dict[str, Any]:
         """What some forecasters need in addition. Others do not get it: a subclass may replace `plan`."""
@@ -105,10 +105,15 @@ class Planner:
             more["device"] = self._device
         return more
 
-    def _parameters(self) -> tuple:
-        """What changes when a parameter is changed, replaced or moved."""
-        parameters = [p for p in self.predictor._parameters.values() if p is not None]
-        return [p.data_ptr() for p in parameters], [0 if p.is_inference() else p._version for p in parameters]
+    def _state(self) -> tuple:
+        """What changes when a parameter or a buffer is changed, replaced or moved."""
+        tensors = self._tensors()
+        return [t.data_ptr() for t in tensors], [0 if t.is_inference() else t._version for t in tensors]
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """The parameters and buffers of the predictor, which has no modules inside of it."""
+        predictor = self.predictor
+        return [t for t in (*predictor._parameters.values(), *predictor._buffers.values()) if t is not None]
 
 
 def falling(sigmas: Sequence[float], step: int) -> range:

@@ -1,6 +1,6 @@
 """What a run keeps of each stream of calls, in order to forecast."""
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -8,7 +8,7 @@ import torch
 
 from lesa.cache.conditioning import Conditioner
 from lesa.cache.error_control import ControlledSteps
-from lesa.cache.planning import Planner
+from lesa.cache.planning import Plan, Planner
 from lesa.cache.run import RunState
 from lesa.cache.stats import StreamStats
 from lesa_kernels import FeatureRing, TieredRing
@@ -26,13 +26,16 @@ class Stream:
     shape: tuple[int, int] | None = None  # batch and tokens of the call whose features are the newest in the ring
     fuses: bool = False  # whether the predictor has one kernel for forecast and output head
     reads_sums: bool = False  # whether that kernel reads the sums of `head_sums`
+    known_fused: tuple[Plan, list, bool] | None = None  # for a plan and a kind of head, what `fuses_velocity` said
+    step: int = 0  # of that call
+    has_risen: bool = False  # whether the noise level has risen since that call
     is_other_text: bool = False  # whether the text has differed since that call
     is_unclear: bool = False  # whether a feature of another stream may be in the ring
 
     def fits(self, features: torch.Tensor) -> bool:
         """Whether the stream has a history that these features belong to."""
         ring = self.ring
-        if ring is None or self.is_other_text or self.is_unclear:
+        if ring is None or self.has_risen or self.is_other_text or self.is_unclear:
             return False
         if (ring.batch, ring.tokens, ring.dim) != features.shape:
             return False
@@ -51,6 +54,7 @@ class ForecastState(RunState):
 
     Attributes:
         streams: by name.
+        parts: for each executed step, the steps of `falling` around it.
         computed: the executed steps that are computed; with `controlled`, those that have been chosen so far.
         controlled: chooses the computed steps, in a run under `lesa.ErrorControl`.
         forecasts_are_finite: whether no forecast of this run is known to hold NaN or Inf.
@@ -58,6 +62,7 @@ class ForecastState(RunState):
     """
 
     streams: dict[str, Stream] = field(default_factory=dict)
+    parts: Sequence[range] = ()
     computed: Set[int] = frozenset()
     controlled: ControlledSteps | None = None
     forecasts_are_finite: bool = True

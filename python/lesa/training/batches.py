@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lesa.cache.planning import can_plan
 from lesa.training.trajectories import Trajectories, Trajectory
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels.checks import argument_error
+from lesa_kernels.checks import Said, argument_error
 from lesa_kernels.stream import StoredFeatures, stream_forecast
 
 
@@ -36,9 +36,17 @@ def split(trajectories: Trajectories, validation_fraction: float, seed: int) -> 
 
 
 def check_whole(trajectories: Trajectories) -> None:
-    """Raises `ValueError` if a file of the recording is damaged, or has NaN or Inf. Reads each of them once."""
-    for _ in trajectories:  # what is read is checked
-        pass
+    """Raises `ValueError` unless all files of the recording can be trained on. Reads each of them once.
+
+    A file may be damaged, or have NaN or Inf, or the noise level may rise in its run, where a new history begins.
+    """
+    for name, trajectory in zip(trajectories.names, trajectories):  # what is read is checked
+        levels = trajectory.sigmas.tolist()
+        for step, (before, level) in enumerate(zip(levels, levels[1:]), 1):
+            if level > before:
+                got = Said(f"{name}, in which it rises from {before:.6g} to {level:.6g} at step {step}")
+                remedy = "Record again, with a scheduler and noise levels that fall."
+                raise argument_error("trajectories", "have noise levels that never rise in a run", got, remedy)
 
 
 def check_is_predictor(predictor: FusedKANPredictor) -> None:

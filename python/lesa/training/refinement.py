@@ -98,8 +98,8 @@ def refine(
 
     Raises:
         TypeError, ValueError: the predictor has nothing to train, has no schedule or was trained for something else, an
-            argument is out of range, a file of the recording is damaged or has NaN or Inf, or the pipeline, the inputs
-            or `out_dir` are not those of the recording. The message names it.
+            argument is out of range, a file of the recording is damaged or has NaN or Inf, the noise level rises in a
+            recorded run, or the pipeline, the inputs or `out_dir` are not those of the recording. The message names it.
         RuntimeError: another process works in `out_dir`, or see `lesa.record` and `train`.
 
     Source: DAgger, arXiv 1011.0686. For a history of computed steps, the loss measures the drift at the end of each

@@ -62,8 +62,9 @@ def find_stages(
 
     Raises:
         TypeError, ValueError: `config` or `schedule` does not fit the trajectories, a file of the recording is damaged
-            or has NaN or Inf, the stages of such a predictor can't be found, as those of the dense variant, or its
-            history has other lengths in other stages, or an argument is out of range. The message names it.
+            or has NaN or Inf, the noise level rises in a recorded run, the stages of such a predictor can't be found,
+            as those of the dense variant, or its history has other lengths in other stages, or an argument is out of
+            range. The message names it.
     """
     check_plain(trajectories)
     most, seed = check_int("most", most), check_seed(seed)

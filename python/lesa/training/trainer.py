@@ -67,8 +67,9 @@ def train(
         budget: instead of `schedule`, how many steps to compute; `find_schedule` chooses which.
         find_stages: whether to find the noise stages first, as `lesa.find_stages` does, and to use them instead of
             those of `config`.
-        out_dir: folder for the predictor, `losses.json` and the picture `losses.png`. After an interruption, the same
-            call continues there, also with a search that `budget` or `find_stages` asks for. None: nothing is written.
+        out_dir: folder for the predictor, `losses.json` and the picture `losses.png`, which shows the losses of the
+            epochs; a fit in closed form has none. After an interruption, the same call continues there, also with a
+            search that `budget` or `find_stages` asks for. None: nothing is written.
         guided_epochs: passes over the trajectories in the guided phase. Default: a part of `epochs` that depends on the
             mixer: a sixth for newton, whose history has true features in closed loop too, a third for dense.
         controlled: whether to train for `lesa.ErrorControl`: all epochs are guided, on schedules with gaps half to
@@ -94,8 +95,8 @@ def train(
     Raises:
         TypeError, ValueError: an argument is out of range; `config` does not fit the trajectories, `controlled` or
             `find_stages`, or has a mixer with nothing to train; the schedule does not fit the steps; a file of the
-            recording is damaged or has NaN or Inf; or `out_dir` is no folder, or contains something other than an
-            unfinished training with these arguments. The message names the field.
+            recording is damaged or has NaN or Inf; the noise level rises in a recorded run; or `out_dir` is no folder,
+            or contains something other than an unfinished training with these arguments. The message names the field.
         OSError: nothing can be written to `out_dir`.
         RuntimeError: the loss became NaN or Inf, and a lower learning rate helps; or another process works in
             `out_dir`. The message names the process.

@@ -141,12 +141,13 @@ class Training:
             ValueError: the folder holds something else than an unfinished training with the same settings.
         """
         settings = self.settings
+        if self.is_fitted():
+            self._resume(None)
+            self._fit_at_once()
+            return
         optimizer = torch.optim.AdamW(self.predictor.parameters(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY)
         total = settings.guided_epochs + settings.epochs
         first = self._resume(optimizer)
-        if self.is_fitted():
-            self._fit_at_once()
-            return
         epochs = tqdm(
             range(first, total),
             desc=self._phase_name(first),
@@ -180,7 +181,9 @@ class Training:
             self.predictor.save_pretrained(self.out_dir)
             losses = json.dumps({"guided_epochs": guided_epochs, **self.losses})
             write_text(self.out_dir / LOSSES_NAME, losses + "\n")
-            _plot_losses(self.losses, guided_epochs, self.out_dir / CURVE_NAME)
+            if not self.is_fitted():  # a fit has no losses over epochs
+                begin = guided_epochs if self.settings.epochs else None
+                _plot_losses(self.losses, begin, self.out_dir / CURVE_NAME)
             (self.out_dir / CHECKPOINT_NAME).unlink()
         return self.predictor.cpu().eval()
 
@@ -288,8 +291,11 @@ class Training:
             **self.depends_on(),
         }
 
-    def _resume(self, optimizer: torch.optim.Optimizer) -> int:
-        """Loads the checkpoint if there is one; returns the epoch to continue with."""
+    def _resume(self, optimizer: torch.optim.Optimizer | None) -> int:
+        """Loads the checkpoint if there is one; returns the epoch to continue with.
+
+        A fit has no optimizer. Its checkpoint only says that it is not finished, and with which settings it began.
+        """
         if self.out_dir is None:
             return 0
         check_folder(self.out_dir)
@@ -300,19 +306,20 @@ class Training:
             work = f"the unfinished training in {self.out_dir}"
             check_same_settings(work, checkpoint["settings"], self._all_settings())
             self.predictor.load_state_dict(checkpoint["predictor"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            if optimizer is not None:
+                optimizer.load_state_dict(checkpoint["optimizer"])
             self.generator.set_state(checkpoint["generator"].cpu())
             self.losses = checkpoint["losses"]
         discard_search(self.out_dir)  # the checkpoint says what it found
         return 0 if checkpoint is None else checkpoint["epoch"]
 
-    def _save_checkpoint(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    def _save_checkpoint(self, optimizer: torch.optim.Optimizer | None, epoch: int) -> None:
         if self.out_dir is None:
             return
         checkpoint = {
             "settings": self._all_settings(),
             "predictor": self.predictor.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizer": None if optimizer is None else optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "losses": self.losses,
             "epoch": epoch,
@@ -383,15 +390,16 @@ def is_finished(out_dir: Path) -> bool:
     return (out_dir / WEIGHTS_NAME).exists() and not (out_dir / CHECKPOINT_NAME).exists()
 
 
-def _plot_losses(losses: dict[str, list[float]], guided_epochs: int, file: Path) -> None:
+def _plot_losses(losses: dict[str, list[float]], closed_loop: int | None, file: Path) -> None:
+    """Draws the losses over the epochs, and where the closed loop begins if that is after some epochs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for name, values in losses.items():
-        axes.plot(range(1, len(values) + 1), values, label=name)
-    if guided_epochs:
-        axes.axvline(guided_epochs + 0.5, color="grey", linestyle=":", label="closed loop begins")
+        axes.plot(range(1, len(values) + 1), values, label=name, marker="o" if len(values) == 1 else None)
+    if closed_loop:
+        axes.axvline(closed_loop + 0.5, color="grey", linestyle=":", label="closed loop begins")
     axes.set(xlabel="epoch", ylabel="loss", yscale="log", title="Training of the predictor")
     axes.grid(alpha=0.3)
     axes.legend()
