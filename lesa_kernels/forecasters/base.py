@@ -6,7 +6,7 @@ kernels, cache, training, search and evaluation know no forecaster by name. They
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Set
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -125,7 +125,7 @@ class Forecaster(ABC):
     history: ClassVar[str] = "anchors"
     stage_bounds: ClassVar[tuple[float, ...]] = ()
     options: ClassVar[Mapping[str, Option]] = {}
-    variants: ClassVar[Sequence[Mapping[str, int | float]]] = ({},)
+    variants: ClassVar[tuple[Mapping[str, int | float], ...]] = ({},)
     knows_width: ClassVar[bool] = False
     hidden: ClassVar[int | None] = None
     has_residual: ClassVar[bool] = False

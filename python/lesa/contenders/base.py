@@ -72,6 +72,8 @@ class Contender(ABC):
         color: in the report and in the picture.
         each_call: whether it is switched on for each call of the pipeline separately, so that nothing that it stores
             gets from one call into the next.
+        is_trained: whether it was trained for the model with which it is evaluated. The report compares such contenders
+            with each other, and the others with each other.
     """
 
     name: ClassVar[str]
@@ -79,6 +81,7 @@ class Contender(ABC):
     label: ClassVar[str]
     color: ClassVar[Color]
     each_call: ClassVar[bool] = True
+    is_trained: ClassVar[bool] = False
 
     _texts: ClassVar[tuple[str, ...]] = ("name", "title", "label")
     _methods: ClassVar[tuple[str, ...]] = ("__str__", "describe", "on")
@@ -153,12 +156,10 @@ class Ours(Contender, abstract=True):
         schedule: the computed steps, or how they are chosen. None: as the predictor was trained.
 
     Attributes:
-        is_trained: whether its predictors must be trained. Of the others, `evaluate` can search the best settings.
-        counted_in: what the budgets of that search count.
+        counted_in: what the budgets count, where `evaluate` searches the best settings. It does so if nothing is trained.
     """
 
     each_call = False
-    is_trained: ClassVar[bool]
     counted_in: ClassVar[tuple[Count, ...]] = ("step_equivalents",)
     _methods = ("detail", "variants")
 
