@@ -156,7 +156,7 @@ class Ours(Contender, abstract=True):
         schedule: the computed steps, or how they are chosen. None: as the predictor was trained.
 
     Attributes:
-        counted_in: what the budgets count, where `evaluate` searches the best settings. It does so if nothing is trained.
+        counted_in: what the budgets count, where `evaluate` searches the best settings: it does if nothing is trained.
     """
 
     each_call = False
