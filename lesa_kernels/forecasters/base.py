@@ -124,7 +124,7 @@ class Forecaster(ABC):
     history: ClassVar[str] = "anchors"
     stage_bounds: ClassVar[tuple[float, ...]] = ()
     options: ClassVar[Mapping[str, Option]] = {}
-    variants: ClassVar[Sequence[Mapping[str, int | float]]] = ({},)
+    variants: ClassVar[tuple[Mapping[str, int | float], ...]] = ({},)
     knows_width: ClassVar[bool] = False
     hidden: ClassVar[int | None] = None
     has_residual: ClassVar[bool] = False

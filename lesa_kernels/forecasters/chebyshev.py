@@ -37,14 +37,7 @@ class Chebyshev(Forecaster):
     title = "Chebyshev polynomials (Spectrum)"
     label = "Chebyshev"
     options = {"degree": Option(4, 0, 9), "ridge": Option(0.1, 1e-9, 1e9), "blend": Option(1.0, 0.0, 1.0)}
-    variants = (
-        {},
-        {"blend": 0.5},
-        {"degree": 2},
-        {"degree": 3, "ridge": 0.01},
-        {"ridge": 0.001},
-        {"ridge": 0.001, "blend": 0.5},
-    )
+    variants = ({}, {"blend": 0.5}, {"blend": 0.25}, {"degree": 3, "blend": 0.5})
 
     def history_length(self, config: "PredictorConfig") -> int:
         return 10

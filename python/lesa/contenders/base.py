@@ -156,12 +156,10 @@ class Ours(Contender, abstract=True):
         schedule: the computed steps, or how they are chosen. None: as the predictor was trained.
 
     Attributes:
-        is_trained: whether its predictors must be trained. Of the others, `evaluate` can search the best settings.
-        counted_in: what the budgets of that search count.
+        counted_in: what the budgets count, where `evaluate` searches the best settings: it does if nothing is trained.
     """
 
     each_call = False
-    is_trained: ClassVar[bool]
     counted_in: ClassVar[tuple[Count, ...]] = ("step_equivalents",)
     _methods = ("detail", "variants")
 

@@ -314,7 +314,7 @@ def _opponents(
     for opponent in against:
         if isinstance(opponent, (Peer, Plain)):
             settings.append(opponent)
-            kind = type(opponent)
+            kind: Opponent = type(opponent)
             _check_number(str(opponent), opponent.steps_of(num_inference_steps), num_inference_steps)
         else:
             kind, budget = budget_within(opponent, num_inference_steps)
