@@ -77,9 +77,9 @@ class FusedKANPredictor(nn.Module):
         for name, value in self.named_parameters():
             if value.is_inference():
                 setattr(self, name, nn.Parameter(value.detach().clone(), value.requires_grad))
-        for name, value in self.named_buffers():
-            if value.is_inference():
-                setattr(self, name, value.clone())
+        for name, buffer in self.named_buffers():
+            if buffer.is_inference():
+                setattr(self, name, buffer.clone())
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
