@@ -2,9 +2,9 @@
 
 The trained ones (newton, LESA as released, L2P) are made first, for 10, 9, 8 and 7 of 50 steps. Each of them is trained
 on several schedules: the one that `lesa.find_schedule` finds for it, and `Schedule.spread`. LESA and L2P are also
-trained on the schedule of LESA's code and on that of the newton predictor. The one that is best on 16 samples of other
-seeds is refined, except for L2P, which is fitted in closed form. For 9 and 8 steps, the newton predictors are the
-bundled ones.
+trained on the schedule of LESA's code and on that of the newton predictor. A training with a quarter of the epochs
+tells which schedule is best, on 16 samples of other seeds. With that one, the predictor is trained and refined, except
+for L2P, which is fitted in closed form. For 9 and 8 steps, the newton predictors are the bundled ones.
 
 Then `lesa.evaluate` compares them, the forecasters without training, the caches of others and fewer steps, with batch
 size 1. What is finished in DIR is kept. `python benchmarks/studies/targets.py DIR/evaluation` makes tables of it.
@@ -29,6 +29,8 @@ from lesa_kernels import FusedKANPredictor, PredictorConfig
 STEPS, BUDGETS = 50, (10, 9, 8, 7)
 VALIDATION_SEED, VALIDATION_SAMPLES = 30_000, 16
 SEED = 40_000
+BRIEF = 4
+"""A schedule is chosen after this part of the epochs."""
 SAMPLES = {"digits": 32, "photos": 16}
 TRAINED = ("newton", "lesa", "l2p")
 LESA_LEARNING_RATE = 3e-3
@@ -79,24 +81,18 @@ class Workshop:
         config = PredictorConfig(self.trajectories.feature_dim, mixer=mixer)
         rate = LESA_LEARNING_RATE if mixer == "lesa" else None
         epochs, refining = self.demo.epochs, self.demo.refining_epochs
-        found: list[tuple[float, FusedKANPredictor]] = []
+        more = {"learning_rate": rate, "progress": False}
+        found: list[tuple[float, Schedule]] = []
         for kind, schedule in self._schedules(config, budget).items():
-            trained = lesa.train(self.trajectories, config, schedule, epochs=epochs, learning_rate=rate)
-            quality = self.score(trained)
-            found.append((quality, trained))
-            self._note(mixer, budget, kind, schedule, "trained", quality)
-        quality, best = max(found, key=lambda entry: entry[0])
+            brief = lesa.train(self.trajectories, config, schedule, epochs=epochs // BRIEF, **more)
+            found.append((self._noted(mixer, budget, kind, brief), schedule))
+        _, schedule = max(found, key=lambda entry: entry[0])
+        best = lesa.train(self.trajectories, config, schedule, epochs=epochs, **more)
+        self._noted(mixer, budget, "trained", best)
         if mixer != "l2p":
-            best = lesa.refine(
-                best,
-                self.trajectories,
-                self.pipe,
-                self.inputs,
-                epochs=refining,
-                learning_rate=rate,
-                samples_per_call=16,
-            )
-            self._note(mixer, budget, "the best", best.config.schedule, "refined", self.score(best))
+            more["samples_per_call"] = 16
+            best = lesa.refine(best, self.trajectories, self.pipe, self.inputs, epochs=refining, **more)
+            self._noted(mixer, budget, "refined", best)
         return best
 
     def _schedules(self, config: PredictorConfig, budget: int) -> dict[str, Schedule]:
@@ -112,12 +108,15 @@ class Workshop:
             candidates["newton's"] = Schedule(tuple(self.predictor("newton", budget).config.schedule or ()), STEPS)
         return dict({schedule.steps: (kind, schedule) for kind, schedule in candidates.items()}.values())
 
-    def _note(self, mixer: str, budget: int, kind: str, schedule, stage: str, quality: float) -> None:
-        steps = list(getattr(schedule, "steps", schedule))
-        row = {"mixer": mixer, "budget": budget, "schedule": kind, "steps": steps, stage: round(quality, 2)}
+    def _noted(self, mixer: str, budget: int, what: str, predictor: FusedKANPredictor) -> float:
+        """The score of a predictor, which is kept."""
+        score = self.score(predictor)
+        steps = list(predictor.config.schedule or ())
+        row = {"mixer": mixer, "budget": budget, "what": what, "steps": steps, "psnr": round(score, 2)}
         tqdm.write(json.dumps(row))
         with (self.folder / "training.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+        return score
 
     def score(self, predictor: FusedKANPredictor) -> float:
         """Mean PSNR of the latents in dB, for a peak of 2, on the validation samples."""
