@@ -1,10 +1,11 @@
 """Compares all forecasters on a bundled model: `python benchmarks/studies/forecasters.py --model digits --out DIR`.
 
 The trained ones (newton, LESA as released, L2P) are made first, for 10, 9, 8 and 7 of 50 steps. Each of them is trained
-on several schedules: the one that `lesa.find_schedule` finds for it, and `Schedule.spread`. LESA and L2P are also
-trained on the schedule of LESA's code and on that of the newton predictor. A training with a quarter of the epochs
-tells which schedule is best, on 16 samples of other seeds. With that one, the predictor is trained and refined, except
-for L2P, which is fitted in closed form. For 9 and 8 steps, the newton predictors are the bundled ones.
+on several schedules: the one that `lesa.find_schedule` finds for it; `Schedule.spread`, and one with an early second
+step (newton, L2P); that of LESA's code (LESA, L2P); and that of the newton predictor (L2P). A training with a quarter of
+the epochs tells which schedule is best, on 16 samples of other seeds. With that one, the predictor is trained and
+refined, except for L2P, which is fitted in closed form. For 9 and 8 steps, the newton predictors of the digits are the
+bundled ones.
 
 Then `lesa.evaluate` compares them, the forecasters without training, the caches of others and fewer steps, with batch
 size 1. What is finished in DIR is kept. `python benchmarks/studies/targets.py DIR/evaluation` makes tables of it.
@@ -35,7 +36,14 @@ SAMPLES = {"digits": 32, "photos": 16}
 TRAINED = ("newton", "lesa", "l2p")
 LESA_LEARNING_RATE = 3e-3
 """LESA's own 1e-4 is for more steps of the optimiser than there are here: docs/lesa.md."""
-BUNDLED = {"digits": {9: "newton-9", 8: "newton-8"}, "photos": {9: "photos-newton-9", 8: "photos-newton-8"}}
+BUNDLED = {"digits": {9: "newton-9", 8: "newton-8"}, "photos": {}}
+EARLY = {
+    10: (0, 1, 4, 8, 14, 20, 27, 34, 41, 47),
+    9: (0, 1, 5, 10, 18, 26, 34, 41, 47),
+    8: (0, 1, 5, 11, 19, 29, 38, 46),
+    7: (0, 1, 6, 14, 23, 33, 43),
+}
+"""Schedules with an early second step, set by hand."""
 AGAINST = (
     "universal",
     "linear",
@@ -98,13 +106,14 @@ class Workshop:
     def _schedules(self, config: PredictorConfig, budget: int) -> dict[str, Schedule]:
         """The schedules to train on, without repeats."""
         levels = self.trajectories[0].sigmas.tolist()
-        candidates = {
-            "found": lesa.find_schedule(self.trajectories, budget, config),
-            "spread": Schedule.spread(budget, STEPS, levels),
-        }
+        candidates = {"found": lesa.find_schedule(self.trajectories, budget, config)}
+        if config.mixer != "lesa":
+            candidates["spread"] = Schedule.spread(budget, STEPS, levels)
+            candidates["early"] = Schedule(EARLY[budget], STEPS)
         if config.mixer != "newton":
             intervals = (Schedule.interval(n, STEPS, first=4) for n in range(2, STEPS))
             candidates["LESA's"] = next(schedule for schedule in intervals if len(schedule) == budget)
+        if config.mixer == "l2p":
             candidates["newton's"] = Schedule(tuple(self.predictor("newton", budget).config.schedule or ()), STEPS)
         return dict({schedule.steps: (kind, schedule) for kind, schedule in candidates.items()}.values())
 
