@@ -87,10 +87,8 @@ def test_steps_is_exact(pipe, generate, count, total):
 @pytest.mark.parametrize(
     "kind, options",
     [
-        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}),
         ("FlowMatchHeunDiscreteScheduler", {}),
         ("DDIMScheduler", {}),
-        ("DDIMInverseScheduler", {}),
         ("EDMEulerScheduler", {}),
     ],
 )
@@ -104,6 +102,21 @@ def test_steps_is_exact_with_every_kind_of_noise_levels(kind, options):
     assert (cache.stats.computed_steps, cache.stats.predicted_steps) == (5, total - 5)
     (stream,) = cache.stats.streams.values()
     assert max(b - a for a, b in zip(stream.computed, [*stream.computed[1:], total])) <= total // 2
+
+
+@pytest.mark.parametrize(
+    "kind, options", [("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}), ("DDIMInverseScheduler", {})]
+)
+def test_a_run_whose_noise_levels_rise_is_computed_in_full(kind, options):
+    """Each step begins a new history."""
+    case = small.ALL["sd3"]
+    pipe = case.build()
+    pipe.scheduler = getattr(diffusers, kind)(**options)
+    with lesa.enable_cache(pipe, steps=5) as cache, pytest.warns(RuntimeWarning, match="the noise level rose"):
+        case.run(pipe, steps=12)
+    (stream,) = cache.stats.streams.values()
+    assert (stream.computed, stream.predicted) == ([*range(12)], [])
+    assert [*stream.reasons.values()].count("the noise level rose") == 7
 
 
 def test_the_spread_follows_the_noise_levels_of_each_run():

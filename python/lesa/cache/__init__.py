@@ -83,7 +83,8 @@ def enable_cache(
             full.
         steps: how many of the steps that a call executes are computed, also in a run of few steps. A run that has no
             more is computed in full. `Schedule.spread` chooses them, by the noise levels of the run; the trained steps
-            of the predictor are used if there are as many of them.
+            of the predictor are used if there are as many of them. Where the noise level rises in a run, the first step
+            after the rise is computed too.
         quality: "high", "balanced" or "fast": 16, 12 or 9 of 50 steps are computed. Of another number of steps it is
             the same part, rounded up, and at least three. `Schedule.spread` chooses them. Runs of fewer than 10 steps
             are computed in full. A predictor with a trained schedule has been trained for these steps alone, so every
