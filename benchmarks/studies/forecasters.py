@@ -2,8 +2,8 @@
 
 The trained ones (newton, LESA as released, L2P) are made first, for 10, 9, 8 and 7 of 50 steps. Each of them is trained
 on several schedules: the one that `lesa.find_schedule` finds for it; `Schedule.spread`, and one with an early second
-step (newton, L2P); that of LESA's code (LESA, L2P); and that of the newton predictor (L2P). A training with a quarter of
-the epochs tells which schedule is best, on 16 samples of other seeds. With that one, the predictor is trained and
+step (newton, L2P); that of LESA's code (LESA, L2P); and that of the newton predictor (L2P). A training with a quarter
+of the epochs tells which schedule is best, on 16 samples of other seeds. With that one, the predictor is trained and
 refined, except for L2P, which is fitted in closed form. For 9 and 8 steps, the newton predictors of the digits are the
 bundled ones.
 
@@ -13,6 +13,7 @@ size 1. What is finished in DIR is kept. `python benchmarks/studies/targets.py D
 
 import argparse
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -32,6 +33,7 @@ VALIDATION_SEED, VALIDATION_SAMPLES = 30_000, 16
 SEED = 40_000
 BRIEF = 4
 """A schedule is chosen after this part of the epochs."""
+KINDS = ("found", "spread", "early", "lesa", "newton")
 SAMPLES = {"digits": 32, "photos": 16}
 TRAINED = ("newton", "lesa", "l2p")
 LESA_LEARNING_RATE = 3e-3
@@ -63,10 +65,11 @@ class Workshop:
     Args:
         name: of the model.
         folder: where everything is kept.
+        kinds: of the schedules to train on, of `KINDS`.
     """
 
-    def __init__(self, name: str, folder: Path):
-        self.name, self.folder, self.demo = name, folder, DEMOS[name]
+    def __init__(self, name: str, folder: Path, kinds: Sequence[str]):
+        self.name, self.folder, self.kinds, self.demo = name, folder, kinds, DEMOS[name]
         self.pipe = self.demo.model.load_pipeline()
         self.inputs = self.demo.model.inputs_for(labels(self.demo.training_samples))
         recorded = folder / "trajectories"
@@ -88,7 +91,7 @@ class Workshop:
     def _chosen(self, mixer: str, budget: int) -> FusedKANPredictor:
         config = PredictorConfig(self.trajectories.feature_dim, mixer=mixer)
         rate = LESA_LEARNING_RATE if mixer == "lesa" else None
-        epochs, refining = self.demo.epochs, self.demo.refining_epochs
+        epochs, refining = self.demo.epochs // (2 if mixer == "lesa" else 1), self.demo.refining_epochs
         more = {"learning_rate": rate, "progress": False}
         found: list[tuple[float, Schedule]] = []
         for kind, schedule in self._schedules(config, budget).items():
@@ -106,16 +109,19 @@ class Workshop:
     def _schedules(self, config: PredictorConfig, budget: int) -> dict[str, Schedule]:
         """The schedules to train on, without repeats."""
         levels = self.trajectories[0].sigmas.tolist()
-        candidates = {"found": lesa.find_schedule(self.trajectories, budget, config)}
+        candidates: dict[str, Schedule] = {}
+        if "found" in self.kinds:
+            candidates["found"] = lesa.find_schedule(self.trajectories, budget, config)
         if config.mixer != "lesa":
             candidates["spread"] = Schedule.spread(budget, STEPS, levels)
             candidates["early"] = Schedule(EARLY[budget], STEPS)
         if config.mixer != "newton":
             intervals = (Schedule.interval(n, STEPS, first=4) for n in range(2, STEPS))
-            candidates["LESA's"] = next(schedule for schedule in intervals if len(schedule) == budget)
+            candidates["lesa"] = next(schedule for schedule in intervals if len(schedule) == budget)
         if config.mixer == "l2p":
-            candidates["newton's"] = Schedule(tuple(self.predictor("newton", budget).config.schedule or ()), STEPS)
-        return dict({schedule.steps: (kind, schedule) for kind, schedule in candidates.items()}.values())
+            candidates["newton"] = Schedule(tuple(self.predictor("newton", budget).config.schedule or ()), STEPS)
+        different = {schedule.steps: (kind, schedule) for kind, schedule in candidates.items() if kind in self.kinds}
+        return dict(different.values())
 
     def _noted(self, mixer: str, budget: int, what: str, predictor: FusedKANPredictor) -> float:
         """The score of a predictor, which is kept."""
@@ -149,9 +155,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder; what is finished there is kept")
     parser.add_argument("--only", choices=TRAINED, action="append", help="make predictors of this kind, and stop")
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="numbers of computed steps")
+    text = f"the schedules to train on, of {', '.join(KINDS)} (default: all)"
+    parser.add_argument("--kinds", choices=KINDS, nargs="+", default=KINDS, metavar="KIND", help=text)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    workshop = Workshop(options.model, options.out)
+    workshop = Workshop(options.model, options.out, options.kinds)
     predictors = {
         f"{mixer}-{budget}": workshop.predictor(mixer, budget)
         for mixer in options.only or TRAINED
