@@ -120,9 +120,11 @@ def levels_of(setting: Setting) -> list[float]:
 
 
 def compared(setting: Setting, count: int, forecaster: str, schedule: str) -> bool:
-    """Whether this is run: most schedules are for two forecasters only."""
-    ours, spread = forecaster in ("linear", "universal"), schedule == "spread"
-    return ours or spread if count in COMPARED.get(setting, ()) else ours and spread
+    """Whether this is run."""
+    if schedule == "spread" and forecaster in ("linear", "universal"):
+        return True
+    others = schedule == "spread" or forecaster == "linear" or (schedule, forecaster) == ("by hand", "universal")
+    return others and count in COMPARED.get(setting, ())
 
 
 def cases(models: list[str]) -> list[tuple]:
