@@ -1,9 +1,10 @@
 """Trains the coefficients of `mixer="universal"`: `python benchmarks/studies/train_universal.py --out DIR`.
 
-Records 16 samples of each bundled model with 50 steps: as the demo runs it, with a shift of 3, and with guidance on
-where the demo has none or off where it has some. Then it takes random schedules of these runs, and of every second step
-of them. The loss compares velocities, which the model's head makes of true and of forecast features: their error summed
-up over the whole run, and over each gap. Nothing in it runs the model with its own forecasts.
+Records 16 samples of each bundled model with 50 steps: as the demo runs it, with shifts of 2 and 3, and with guidance
+on where the demo has none or off where it has some. Then it takes random schedules of these runs, and of every second
+step of them. They compute between a tenth and a half of the steps. The loss compares velocities, which the model's head
+makes of true and of forecast features: their error summed up over the whole run, and over each gap. Nothing in it runs
+the model with its own forecasts.
 
 `--leave-out MODEL` trains on the other model alone, to judge the coefficients on a model that they have not seen. A
 minute of one core for the recording of each setting at most, and another one for the training.
@@ -27,7 +28,9 @@ from lesa_kernels.predictor.reference import newton_weights
 
 STEPS = 50
 SAMPLES, SEED = 16, 20_000
-SETTINGS = ((1.0, "as the demo"), (3.0, "as the demo"), (1.0, "other guidance"))
+SETTINGS = ((1.0, "as the demo"), (3.0, "as the demo"), (1.0, "other guidance"), (2.0, "as the demo"))
+COUNTS = (5, 27)
+"""Limits of the computed steps of 50: at least the first, and less than the second."""
 NEGATIVE_DIGITS_SCALE = 1.5
 HIDDEN, STAGES, INPUTS = 16, len(universal.BOUNDS) + 1, 5
 TAPS = universal.LONGEST - 1
@@ -57,9 +60,9 @@ class Run(NamedTuple):
     guide: object
 
 
-def inputs_for(name: str, other_guidance: bool) -> tuple[list[dict], float | None]:
-    """Inputs of the samples, and the scale of their guidance."""
-    module, classes = DEMOS[name].model, labels(SAMPLES)
+def inputs_for(name: str, other_guidance: bool, samples: int = SAMPLES) -> tuple[list[dict], float | None]:
+    """Inputs of so many samples, and the scale of their guidance."""
+    module, classes = DEMOS[name].model, labels(samples)
     inputs = [dict(one) for one in module.inputs_for(classes)]
     if name == "photos":
         return [{**one, "true_cfg_scale": 1.0} for one in inputs] if other_guidance else inputs, (
@@ -122,9 +125,9 @@ def record(name: str, shift: float, other_guidance: bool) -> Run:
 
 
 def random_schedule(levels: np.ndarray, rng: np.random.Generator) -> list[int]:
-    """Computed steps of a run with these noise levels, whose gaps rise and fall at random."""
+    """Computed steps of a run with these noise levels: mostly few ones, whose gaps rise and fall at random."""
     total = len(levels)
-    count = int(rng.integers(7, 15) if total == STEPS else rng.integers(6, 10))
+    count = int(np.exp(rng.uniform(*(np.log(np.ceil(limit * total / STEPS)) for limit in COUNTS))))
     at = (np.arange(count) + 0.5) / count
     gaps = at ** rng.uniform(0.4, 0.9) * (1 - at) ** rng.uniform(0.1, 0.6) * np.exp(rng.normal(0, 0.15, count))
     by_level = rng.choice([0, 0.5, 1])

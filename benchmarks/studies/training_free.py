@@ -16,10 +16,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from tqdm import tqdm
+from train_universal import inputs_for
 
 import lesa
 from lesa import Schedule
-from lesa.demo.run import DEMOS, labels
+from lesa.demo.run import DEMOS
 from lesa.evaluation.quality import psnr
 from lesa.inputs import collate
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -39,17 +40,31 @@ BY_HAND = {
     9: (0, 2, 6, 12, 18, 25, 32, 39, 46),
     10: (0, 2, 6, 11, 17, 23, 29, 35, 41, 46),
 }
+KEY = ("model", "steps", "shift", "guidance", "forecaster", "schedule", "computed")
+"""What tells two results apart."""
 
 
 class Setting(NamedTuple):
-    """Steps and shift of a run."""
+    """Steps and shift of a run, and whether guidance is on where the demo has none, and off where it has some."""
 
     steps: int
     shift: float
+    other_guidance: bool = False
 
 
 USUAL = Setting(50, 1.0)
-BUDGETS = {USUAL: (7, 8, 9, 10, 12, 16), Setting(50, 3.0): (9,), Setting(28, 1.0): (8,), Setting(28, 3.0): (8,)}
+BUDGETS = {
+    USUAL: (7, 8, 9, 10, 12, 16, 20),
+    Setting(50, 2.0): (9,),
+    Setting(50, 3.0): (9, 12, 16),
+    Setting(28, 1.0): (6, 8, 10, 14),
+    Setting(28, 3.0): (6, 8, 10, 14),
+    Setting(50, 1.0, other_guidance=True): (9, 12, 16),
+    Setting(28, 1.0, other_guidance=True): (8,),
+}
+"""Of "linear" and "universal" with `Schedule.spread`."""
+COMPARED = {USUAL: (7, 8, 9, 10, 12, 16), Setting(50, 3.0): (9,), Setting(28, 1.0): (8,), Setting(28, 3.0): (8,)}
+"""Of the other schedules and forecasters."""
 
 
 def even(count: int, total: int) -> tuple[int, ...]:
@@ -77,9 +92,8 @@ class Model:
     """A bundled model and its samples."""
 
     def __init__(self, name: str, count: int):
-        demo = DEMOS[name]
-        self.pipe, self.count = demo.model.load_pipeline(), count
-        self.arguments = collate(demo.model.inputs_for(labels(count)))
+        self.pipe, self.count = DEMOS[name].model.load_pipeline(), count
+        self.arguments = {other: collate(inputs_for(name, other, count)[0]) for other in (False, True)}
         self.wanted: dict[Setting, torch.Tensor] = {}
 
     def run(self, setting: Setting, cache) -> torch.Tensor:
@@ -87,7 +101,7 @@ class Model:
         options = {"num_inference_steps": setting.steps, "output_type": "latent", "return_dict": False}
         generators = [torch.Generator().manual_seed(SEED + number) for number in range(self.count)]
         with cache:
-            return self.pipe(**self.arguments, **options, generator=generators)[0].float()
+            return self.pipe(**self.arguments[setting.other_guidance], **options, generator=generators)[0].float()
 
     def score(self, setting: Setting, forecaster: str, steps: tuple[int, ...]) -> float:
         """Mean PSNR of the latents against all steps, in dB, for a peak of 2."""
@@ -105,8 +119,16 @@ def levels_of(setting: Setting) -> list[float]:
     return [setting.shift * s / (1 + (setting.shift - 1) * s) for s in shares]
 
 
+def compared(setting: Setting, count: int, forecaster: str, schedule: str) -> bool:
+    """Whether this is run."""
+    if schedule == "spread" and forecaster in ("linear", "universal"):
+        return True
+    others = schedule == "spread" or forecaster == "linear" or (schedule, forecaster) == ("by hand", "universal")
+    return others and count in COMPARED.get(setting, ())
+
+
 def cases(models: list[str]) -> list[tuple]:
-    """Model, setting, budget, forecaster, name of the schedule, and steps; most schedules for two forecasters only."""
+    """Model, setting, budget, forecaster, name of the schedule, and steps."""
     return [
         (model, setting, count, forecaster, name, steps)
         for model in models
@@ -114,21 +136,22 @@ def cases(models: list[str]) -> list[tuple]:
         for count in counts
         for name, steps in schedules(setting, levels_of(setting), count).items()
         for forecaster in FORECASTERS
-        if forecaster in ("linear", "universal") or name == "spread"
+        if compared(setting, count, forecaster, name)
     ]
 
 
 def table(results: list[dict]) -> str:
     """The results in Markdown: one row per model, setting and budget."""
     columns = list(dict.fromkeys((r["schedule"], r["forecaster"]) for r in results))
-    lines = ["| model | steps, shift | computed | " + " | ".join(f"{s}: {f}" for s, f in columns) + " |"]
-    lines.append("|---" * (len(columns) + 3) + "|")
+    lines = ["| model | steps, shift | guidance | computed | " + " | ".join(f"{s}: {f}" for s, f in columns) + " |"]
+    lines.append("|---" * (len(columns) + 4) + "|")
     found: dict[tuple, dict] = {}
     for r in results:
-        found.setdefault((r["model"], r["steps"], r["shift"], r["computed"]), {})[r["schedule"], r["forecaster"]] = r
-    for (model, steps, shift, count), row in found.items():
+        key = r["model"], r["steps"], r["shift"], r["guidance"], r["computed"]
+        found.setdefault(key, {})[r["schedule"], r["forecaster"]] = r
+    for (model, steps, shift, guidance, count), row in found.items():
         cells = [f"{row[c]['psnr']:.1f}" if c in row else "" for c in columns]
-        lines.append(f"| {model} | {steps}, {shift:g} | {count} | " + " | ".join(cells) + " |")
+        lines.append(f"| {model} | {steps}, {shift:g} | {guidance} | {count} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -145,11 +168,14 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     kept = options.out / "results.jsonl"
     results = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    finished = {(r["model"], r["steps"], r["shift"], r["forecaster"], r["schedule"], r["computed"]) for r in results}
+    finished = {tuple(r[part] for part in KEY) for r in results}
     names = ("in_weight", "in_bias", "spline", "out_weight", "out_bias")
     models: dict[str, Model] = {}
     for model, setting, count, forecaster, schedule, steps in tqdm(cases(options.models), unit="run"):
-        if (model, setting.steps, setting.shift, forecaster, schedule, count) in finished:
+        guidance = (model == "photos") != setting.other_guidance
+        found = {"model": model, "steps": setting.steps, "shift": setting.shift, "guidance": ("off", "on")[guidance]}
+        found |= {"forecaster": forecaster, "schedule": schedule, "computed": count, "computed_steps": steps}
+        if tuple(found[part] for part in KEY) in finished:
             continue
         if model not in models:
             models = {model: Model(model, options.samples)}
@@ -157,9 +183,7 @@ def main() -> None:
         own = [numbers[name].double() for name in names] if numbers else None
         with patch.object(universal, "coefficients", lambda device, own=own: own) if own else nullcontext():
             quality = models[model].score(setting, forecaster, steps)
-        found = {"model": model, "steps": setting.steps, "shift": setting.shift, "forecaster": forecaster}
-        found |= {"schedule": schedule, "computed": count, "computed_steps": steps, "psnr": round(quality, 3)}
-        results.append(found | {"coefficients": "left out" if own else "shipped"})
+        results.append(found | {"psnr": round(quality, 3), "coefficients": "left out" if own else "shipped"})
         with kept.open("a") as file:
             file.write(json.dumps(results[-1]) + "\n")
     print(table(results))
