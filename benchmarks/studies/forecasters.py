@@ -7,6 +7,9 @@ of the epochs tells which schedule is best, on 16 samples of other seeds. With t
 refined, except for L2P, which is fitted in closed form. For 9 and 8 steps, the newton predictors of the digits are the
 bundled ones.
 
+The coefficients of "universal" are those that `--coefficients FILE` names: for a judgement on a model that they have
+not seen, those of `train_universal.py --leave-out MODEL`.
+
 Then `lesa.evaluate` compares them, the forecasters without training, the caches of others and fewer steps, with batch
 size 1. What is finished in DIR is kept. `python benchmarks/studies/targets.py DIR/evaluation` makes tables of it.
 """
@@ -16,8 +19,10 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import lesa
@@ -27,6 +32,7 @@ from lesa.demo.run import DEMOS, labels
 from lesa.evaluation.quality import psnr
 from lesa.inputs import collate
 from lesa_kernels import FusedKANPredictor, PredictorConfig
+from lesa_kernels.forecasters import universal
 
 STEPS, BUDGETS = 50, (10, 9, 8, 7)
 VALIDATION_SEED, VALIDATION_SAMPLES = 30_000, 16
@@ -153,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(DEMOS), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder; what is finished there is kept")
+    parser.add_argument("--coefficients", type=Path, help="other ones for universal")
     parser.add_argument("--only", choices=TRAINED, action="append", help="make predictors of this kind, and stop")
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="numbers of computed steps")
     text = f"the schedules to train on, of {', '.join(KINDS)} (default: all)"
@@ -166,16 +173,12 @@ def main() -> None:
         for budget in options.budgets
     }
     if options.only is None:
-        count = SAMPLES[options.model]
-        lesa.evaluate(
-            workshop.pipe,
-            workshop.demo.model.inputs_for(labels(count)),
-            predictors,
-            against=AGAINST,
-            seed=SEED,
-            batch_size=1,
-            out_dir=options.out / "evaluation",
-        )
+        stored = load_file(options.coefficients or universal.COEFFICIENTS)
+        numbers = [stored[name].double() for name in ("in_weight", "in_bias", "spline", "out_weight", "out_bias")]
+        inputs = workshop.demo.model.inputs_for(labels(SAMPLES[options.model]))
+        more = {"seed": SEED, "batch_size": 1, "out_dir": options.out / "evaluation"}
+        with patch.object(universal, "coefficients", lambda device: numbers):
+            lesa.evaluate(workshop.pipe, inputs, predictors, AGAINST, **more)
 
 
 if __name__ == "__main__":
