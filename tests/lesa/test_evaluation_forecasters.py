@@ -103,7 +103,7 @@ def test_what_must_be_trained_is_refused(pipe, name):
 
 
 def test_windows_grow_as_fast_as_a_budget_needs():
-    assert lesa.Schedule((0, 1, 2, 3, 4, 6, 23), 50) in schedules_within(7, 50)  # 6 + floor(2 + 15)
+    assert lesa.Schedule((0, 1, 2, 3, 4, 6, 21), 50) in schedules_within(7, 50)  # a flex of 13.5
     of_windows = [s for s in schedules_within(6, 50) if isinstance(s, lesa.Schedule) and s.steps[:5] == (0, 1, 2, 3, 4)]
     assert [s.steps for s in of_windows] == [(0, 1, 2, 3, 4, 6)]
 
@@ -140,7 +140,7 @@ def test_a_setting_that_was_given_too_runs_once(pipe, tmp_path, monkeypatch):
     again = evaluate(pipe, tmp_path, ["universal-2"])
     assert sorted(run.name for run in again.runs) == sorted(names)
     assert again.facts["searched"]["universal"]["budgets"][0]["run"] in names[1:]
-    assert {run.name for run in evaluate(pipe, tmp_path, ["universal-1"]).runs} > {*names}
+    assert {run.name for run in evaluate(pipe, tmp_path, ["universal-1"]).runs} == {*names}
 
 
 @pytest.mark.slow
