@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from lesa.contenders import Dense, Newton, Reference
-from lesa.evaluation.budgets import title_of
-from lesa.evaluation.quality import RESAMPLES, paired_lead
+from lesa.evaluation.budgets import rounded, title_of
+from lesa.evaluation.quality import RESAMPLES, paired_lead, signed
 from lesa.evaluation.rivals import is_trained
 from lesa_kernels.forecasters import UNTRAINED
 
@@ -37,7 +37,7 @@ MEAN_HEAD = ("step equivalents", "evaluations", "ahead by, dB", "target", "reach
 
 def cost(run: dict, by: str) -> float:
     """What a run costs, rounded where it is a count."""
-    return run[by] if by == "seconds" else round(run[by])
+    return run[by] if by == "seconds" else rounded(run[by])
 
 
 def best_at_most(runs: list[dict], limit: float, by: str) -> dict | None:
@@ -73,7 +73,7 @@ def row_of(run: dict, by: str, kind: str, other: dict | None, target: float, cer
 
 def figures(mean: float, low: float, high: float) -> str:
     """A lead and its interval."""
-    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+    return f"{signed(mean)} ({signed(low)} to {signed(high)})"
 
 
 def rows_of(runs: list[dict]) -> list[tuple[str, ...]]:
@@ -84,9 +84,10 @@ def rows_of(runs: list[dict]) -> list[tuple[str, ...]]:
         for by, target in TARGETS.items():
             rows.append(row_of(run, by, "the best without training", best_at_most(others, cost(run, by), by), target))
         for name, target in OVER_TRAINED.items():
-            best = best_at_most(of_contender(runs, name), cost(run, "whole_steps"), "whole_steps")
-            rows.append(row_of(run, "whole_steps", title_of(name), best, target))
-        if round(run["whole_steps"]) == 5:
+            if theirs := of_contender(runs, name):
+                best = best_at_most(theirs, cost(run, "whole_steps"), "whole_steps")
+                rows.append(row_of(run, "whole_steps", title_of(name), best, target))
+        if rounded(run["whole_steps"]) == 5:
             far = best_at_most(others, 8, "step_equivalents")
             rows.append(row_of(run, "step_equivalents", "the best without training at 8", far, AT_FIVE))
     return rows
@@ -95,8 +96,8 @@ def rows_of(runs: list[dict]) -> list[tuple[str, ...]]:
 def untrained_pairs(runs: list[dict]) -> dict[int, tuple[dict, dict | None]]:
     """By step equivalents, from many to few: our best run without training, and the best other that costs no more."""
     by, ours = "step_equivalents", of_contender(runs, UNTRAINED)
-    budgets = sorted({round(run[by]) for run in ours}, reverse=True)
-    best = {count: best_at_most([run for run in ours if round(run[by]) == count], count, by) for count in budgets}
+    budgets = sorted({rounded(run[by]) for run in ours}, reverse=True)
+    best = {count: best_at_most([run for run in ours if rounded(run[by]) == count], count, by) for count in budgets}
     others = others_without_training(runs)
     return {count: (run, best_at_most(others, count, by)) for count, run in best.items() if run is not None}
 

@@ -420,6 +420,12 @@ def test_a_missing_predictor_is_named_by_its_option(folder, capsys, arguments, m
     assert message in refused(capsys, *arguments, *model, "--predictor", "/nowhere/p")
 
 
+def test_evaluate_needs_a_predictor_or_budgets(folder, capsys):
+    words = ("evaluate", "--model", MODEL, "--inputs", folder / "two.safetensors", "--out", "o", "--steps", "4")
+    message = "argument --predictor: without a predictor, linear has no budget. Give a predictor, or write --against "
+    assert f"{message}linear-4." in refused(capsys, *words, "--against", "steps-2,linear")
+
+
 def test_errors_of_record_and_estimate_name_their_options(folder, capsys):
     record = ("record", "--model", MODEL, "--device", "cpu", "--steps", STEPS)
     record += ("--tokens-per-sample", "16", "--out", folder / "recording")

@@ -102,16 +102,45 @@ def test_what_must_be_trained_is_refused(pipe, name):
         evaluate(pipe, None, [name])
 
 
+def test_windows_grow_as_fast_as_a_budget_needs():
+    assert lesa.Schedule((0, 1, 2, 3, 4, 6, 21), 50) in schedules_within(7, 50)  # a flex of 13.5
+    of_windows = [s for s in schedules_within(6, 50) if isinstance(s, lesa.Schedule) and s.steps[:5] == (0, 1, 2, 3, 4)]
+    assert [s.steps for s in of_windows] == [(0, 1, 2, 3, 4, 6)]
+
+
 @pytest.mark.slow
-def test_a_setting_that_was_given_too_runs_once(pipe, tmp_path):
+def test_schedules_are_those_of_the_steps_that_are_executed(monkeypatch):
+    """With `strength`, a run begins later."""
+    case = small.ALL["flux img2img"]
+    tried = []
+    figures_of = forecaster_search.ForecasterSearch._figures_of
+    monkeypatch.setattr(
+        forecaster_search.ForecasterSearch, "_figures_of", lambda *a: tried.append(a[1]) or figures_of(*a)
+    )
+    inputs = [{**case.inputs(1), "strength": 0.5}]
+    evaluation = lesa.evaluate(case.build(), inputs, [], ["linear-4"], 2 * STEPS, progress=False)
+    assert evaluation.runs[0].steps == tuple(range(STEPS))
+    given = [*schedules_within(4, STEPS)]
+    assert [setting.schedule for setting in tried[: len(given)]] == given
+    assert {s.num_inference_steps for s in (t.schedule for t in tried) if isinstance(s, lesa.Schedule)} == {STEPS}
+
+
+@pytest.mark.slow
+def test_a_setting_that_was_given_too_runs_once(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(forecaster_search, "find_schedule", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(forecaster_search, "schedules_within", lambda *_: [Spread(2)])
     setting = kind_of("universal").variants(small.DIM)[0]
     given = {"mine": (setting, Spread(2)), "too": (setting, Spread(2))}
     evaluation = evaluate(pipe, tmp_path, ["universal-2"], given)
-    assert {"universal-2@mine", "universal-2@too"} <= {run.name for run in evaluation.runs}
-    settings, _ = kept_in(tmp_path, "universal")
-    best = max(settings, key=lambda key: settings[key][0])
-    is_given = best == kind_of("universal")(setting, Spread(2)).identity()
-    assert len(evaluation.runs) == (3 if is_given else 4)
+    names = [run.name for run in evaluation.runs]
+    assert names == ["reference", "universal-2@mine", "universal-2@too"]
+    (row,) = evaluation.facts["searched"]["universal"]["budgets"]
+    assert row["run"] in names[1:]
+    # A later search in this folder finds the run too, and the run keeps its name.
+    again = evaluate(pipe, tmp_path, ["universal-2"])
+    assert sorted(run.name for run in again.runs) == sorted(names)
+    assert again.facts["searched"]["universal"]["budgets"][0]["run"] in names[1:]
+    assert {run.name for run in evaluate(pipe, tmp_path, ["universal-1"]).runs} == {*names}
 
 
 @pytest.mark.slow
@@ -131,7 +160,17 @@ def test_forecasters_of_users_that_fail_or_cannot_be_searched_are_told_of(regist
         def weights(self, predictor, steps):
             raise ZeroDivisionError("no weights")
 
-    for forecaster in (Repeated(), Broken()):
+    class Unbuilt(Repeated):
+        name, title = "unbuilt", "one without parts"
+
+        def build(self, predictor, config):
+            raise ZeroDivisionError("no parts")
+
+    class Unknown(Repeated):
+        name, title = "unknown", "one of other options"
+        variants = ({"nothing": 1},)
+
+    for forecaster in (Repeated(), Broken(), Unbuilt(), Unknown()):
         register(forecaster)
     calls = []
 
@@ -140,9 +179,39 @@ def test_forecasters_of_users_that_fail_or_cannot_be_searched_are_told_of(regist
         raise ValueError("no recording")
 
     monkeypatch.setattr(forecaster_search, "record", fail)
-    evaluation = evaluate(pipe, tmp_path, ["repeated-4", "repeated-3", "broken-4"])
-    assert "ZeroDivisionError: no weights" in evaluation.facts["not_available"]["broken"]
+    evaluation = evaluate(pipe, tmp_path, ["repeated-4", "repeated-3", "broken-4", "unbuilt-4", "unknown-4"])
+    why = evaluation.facts["not_available"]
+    assert "ZeroDivisionError: no weights" in why["broken"] and "ZeroDivisionError: no parts" in why["unbuilt"]
+    assert "nothing" in why["unknown"]
     searched = evaluation.facts["searched"]["repeated"]
     assert searched["grid"].endswith("it finds none for 4, 3: it fails on this model: ValueError: no recording")
     assert [evaluation[row["run"]].name for row in searched["budgets"]] == ["repeated-4", "repeated-3"]
     assert len(calls) == 1
+
+
+def test_another_formula_is_another_setting(registry):
+    """So an evaluation that is continued runs it again."""
+
+    class Scaled(Forecaster):
+        name, title, factor = "scaled", "scaled feature", 1.0
+
+        def history_length(self, config):
+            return 1
+
+        def weights(self, predictor, steps):
+            anchors = torch.full_like(steps.levels, self.factor)
+            return Weights(anchors, self.read(predictor.config, steps), None, None, None)
+
+    register(Scaled())
+    setting = kind_of("scaled")(FusedKANPredictor(PredictorConfig(mixer="scaled")), Spread(2))
+    before = setting.identity()
+    assert setting.identity() == before
+    Scaled.factor = 0.5
+    assert setting.identity() != before
+
+
+@pytest.mark.parametrize("against", [["linear"], ["steps-2", "steps"], lesa.contenders.AGAINST])
+def test_without_predictors_a_name_needs_a_budget(pipe, against):
+    name = next(each for each in against if "-" not in each)
+    with pytest.raises(ValueError, match=f"`against` has '{name}' without a budget.*Write '{name}-8', or pass"):
+        evaluate(pipe, None, against)

@@ -24,8 +24,8 @@ def add_arguments(parser) -> None:
     arguments.add_model(parser)
     arguments.add_inputs(parser)
     arguments.add_run(parser)
-    text = "folder or hub id of a predictor; can be given several times"
-    parser.add_argument("--predictor", required=True, action="append", type=arguments.model, help=text)
+    text = "folder or hub id of a predictor; can be given several times, or not at all if all of --against have budgets"
+    parser.add_argument("--predictor", default=[], action="append", type=arguments.model, help=text)
     names = f"{', '.join(against_names())}, separated by commas"
     text = f"what to compare with: {names}; NAME-N sets a budget of N computed steps (default: {','.join(AGAINST)})"
     parser.add_argument("--against", type=lambda value: value.split(","), default=[*AGAINST], help=text)
@@ -42,7 +42,12 @@ def run(options) -> None:
     from lesa.evaluation.evaluator import budget_within, check_own_steps
 
     for name in options.against:
-        budget_within(name, options.steps)
+        _, budget = budget_within(name, options.steps)
+        if budget is None and not options.predictor:
+            raise UsageError(
+                f"argument --predictor: without a predictor, {name} has no budget. "
+                f"Give a predictor, or write --against {name}-{min(9, options.steps)}."
+            )
     kind = check_model(options)
     labels = [_label(source) for source in options.predictor]
     for number, label in enumerate(labels):

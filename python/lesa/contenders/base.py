@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
+import torch
+
 from lesa.artifacts import digest
 from lesa.cache import CacheHandle, enable_cache
 from lesa.cache.error_control import ErrorControl
@@ -193,9 +195,23 @@ class Ours(Contender, abstract=True):
         return enable_cache(pipe, self.predictor, self.schedule)
 
     def identity(self) -> str:
-        """A digest of weights, configuration and schedule."""
+        """A digest of weights, configuration and schedule; without parameters, also of what the formula gives."""
         state = {name: value.detach().cpu() for name, value in self.predictor.state_dict().items()}
-        return digest([state, repr(self.predictor.config), repr(self.schedule)])
+        has_formula = self.predictor.forecaster.plans and not state and not self.is_trained
+        formula = [_example_of(self.predictor)] if has_formula else []
+        return digest([state, repr(self.predictor.config), repr(self.schedule), *formula])
+
+
+def _example_of(predictor: FusedKANPredictor) -> list[list[float]]:
+    """The weights for a run of 50 steps, to six digits. They change with the code of the forecaster."""
+    total = 50
+    times = [1 - step / total for step in range(total + 1)]
+    computed = sorted(Spread(9).computed_in(times[:-1]))
+    steps = [step for step in range(total) if step not in computed]
+    levels = [[times[before] for before in reversed(computed) if before < step] for step in steps]
+    made = predictor.plan(levels, [times[step] for step in steps], 1, times, "cpu", dtype=torch.float64)
+    parts = [part for weights in made for part in weights if part is not None]
+    return [[round(number, 6) + 0.0 for number in part.double().flatten().tolist()] for part in parts]
 
 
 class Plain(Contender, abstract=True):

@@ -1,5 +1,6 @@
 """The schedules that are tried for a forecaster that needs no training."""
 
+import math
 from collections.abc import Iterable
 
 from lesa.schedule import Schedule, Spread
@@ -11,10 +12,7 @@ WINDOWS = ((2, 5), (4, 3))
 """The first window and the number of steps at the start, for schedules with growing windows."""
 
 FLEX = 0.25
-"""The window grows by multiples of this."""
-
-WIDEST_FLEX = 40
-"""The largest multiple."""
+"""The window grows by multiples of this, up to the length of the run: then the second window is the last one."""
 
 SCHEDULES = (
     "by noise level; 3 or 4 steps and then every N-th, with the smallest N; 5 steps and then windows from 2 steps, or "
@@ -23,17 +21,16 @@ SCHEDULES = (
 """`schedules_within` in words."""
 
 
-def schedules_within(budget: int, num_inference_steps: int) -> list[Schedule | Spread]:
+def schedules_within(budget: int, total: int) -> list[Schedule | Spread]:
     """The schedules to try for a budget, those of `SCHEDULES`. No two are equal.
 
     Args:
         budget: how many steps may be computed.
-        num_inference_steps: steps of a run.
+        total: steps that a run executes.
     """
-    total = num_inference_steps
     found = [_most((Schedule.interval(n, total, first) for n in range(1, total + 1)), budget) for first in INTERVALS]
     for window, first in WINDOWS:
-        flexes = [FLEX * multiple for multiple in range(WIDEST_FLEX + 1)]
+        flexes = [FLEX * multiple for multiple in range(math.ceil(total / FLEX) + 1)]
         found.append(_most((Schedule.windows(window, flex, total, first) for flex in flexes), budget))
     return [Spread(budget), *dict.fromkeys(schedule for schedule in found if schedule is not None)]
 

@@ -1,14 +1,13 @@
 """Which of our runs a report shows, what stands beside each of them, and what its first lines say."""
 
+import math
 from collections.abc import Container, Sequence
 from typing import Any
 
 from lesa.contenders import Ours, every_contender, kind_of, order_of
 from lesa.contenders.base import Count
+from lesa.evaluation.quality import signed
 from lesa_kernels.forecasters import UNTRAINED
-
-EXTRA_STEPS = 1
-"""How many steps more than ours a run of the others may need. Settings of caches rarely meet a count exactly."""
 
 
 def title_of(contender: str) -> str:
@@ -28,16 +27,18 @@ def color_of(contender: str) -> str:
     return "--other" if kind_of(contender) is None else f"--c-{contender}"
 
 
-def ours_among(evaluated: Container[str]) -> str | None:
+def ours_among(evaluated: Container[str], given: Container[str] = ()) -> str | None:
     """The contender that a report calls ours, or None.
 
     It is the first one that was trained, in the order of the report; else the forecaster that `enable_cache` takes by
-    default; else the one that was registered last.
+    default; else the one that was registered last. Those that the user gave come before those that were searched.
 
     Args:
         evaluated: names of contenders.
+        given: those of them that have runs of predictors which the user gave.
     """
     kinds = [kind for kind in every_contender() if issubclass(kind, Ours) and kind.name in evaluated]
+    kinds = [kind for kind in kinds if kind.is_trained or kind.name in given] or kinds
     trained, others = ([kind.name for kind in kinds if kind.is_trained == part] for part in (True, False))
     return next(iter([*trained, *(name for name in others if name == UNTRAINED), *reversed(others)]), None)
 
@@ -56,7 +57,7 @@ def budgets_of(runs: Sequence[dict], ours: str | None) -> list[dict[str, Any]]:
     mine = [run for run in runs if run["contender"] == ours and run.get("is_best", True)]
     budgets = []
     for run in sorted(mine, key=lambda run: -run["step_equivalents"]):
-        best = {name: best_within(runs, name, run, "step_equivalents") for name in others(runs, ours)}
+        best = {name: best_at_most(runs, name, run, "step_equivalents") for name in others(runs, ours)}
         budgets.append(
             {
                 "ours": run["name"],
@@ -79,13 +80,15 @@ def others(runs: Sequence[dict], ours: str | None) -> list[str]:
     return sorted(dict.fromkeys(run["contender"] for run in runs if run["contender"] != ours), key=order_of)
 
 
-def best_within(runs: Sequence[dict], contender: str, run: dict, count: Count) -> dict | None:
-    """The run of a contender with the best PSNR that needs at most one step more than `run`, or None."""
-    within = [
-        peer
-        for peer in runs
-        if peer["contender"] == contender and peer.get(count) is not None and peer[count] <= run[count] + EXTRA_STEPS
-    ]
+def rounded(count: float) -> int:
+    """A count of steps as a whole number. A half is rounded up."""
+    return math.floor(count + 0.5 + 1e-6)
+
+
+def best_at_most(runs: Sequence[dict], contender: str, run: dict, count: Count) -> dict | None:
+    """The run of a contender with the best PSNR that needs no more than `run`, or None. Counts are rounded."""
+    theirs = [peer for peer in runs if peer["contender"] == contender and peer.get(count) is not None]
+    within = [peer for peer in theirs if rounded(peer[count]) <= rounded(run[count])]
     return max(within, key=quality_of, default=None)
 
 
@@ -124,7 +127,7 @@ def headline(summary: dict, budget: dict | None) -> tuple[str, str, list[tuple[s
     names = others(runs, run["contender"])
     if not names:
         return f"{sentence}.", same, tiles
-    most = f"{run['step_equivalents'] + EXTRA_STEPS:.3g} step equivalents"
+    most = f"{rounded(run['step_equivalents'])} step equivalents"
     best = _best_of_all(runs, names, run, "step_equivalents")
     by_whole_steps = _by_whole_steps(runs, names, run, best)
     if best is None:
@@ -134,7 +137,7 @@ def headline(summary: dict, budget: dict | None) -> tuple[str, str, list[tuple[s
     sentence += (
         f": {abs(ahead):.1f} dB {'above' if ahead >= 0 else 'below'} the best of the others with at most {most}."
     )
-    tiles.append((f"{ahead:+.1f} dB".replace("-", "\N{MINUS SIGN}"), f"to {title_of(best['contender'])}"))
+    tiles.append((f"{signed(ahead, 1)} dB".replace("-", "\N{MINUS SIGN}"), f"to {title_of(best['contender'])}"))
     text = f"By this count, the best of the others is {_figures(best, 'step_equivalents')}. {by_whole_steps}{same}"
     paired = best.get("against_ours") or {}
     if paired.get("ours") == run["name"] and paired.get("low") is not None:
@@ -143,7 +146,7 @@ def headline(summary: dict, budget: dict | None) -> tuple[str, str, list[tuple[s
 
 
 def _best_of_all(runs: Sequence[dict], names: Sequence[str], run: dict, count: Count) -> dict | None:
-    found = [best_within(runs, name, run, count) for name in names]
+    found = [best_at_most(runs, name, run, count) for name in names]
     return max((peer for peer in found if peer is not None and peer["psnr"] is not None), key=quality_of, default=None)
 
 

@@ -79,6 +79,11 @@ class Contest:
         return [entry.run for entry in self.entries]
 
     @property
+    def executed_steps(self) -> int:
+        """How many steps a run executes: fewer than `num_inference_steps` if, with `strength`, it begins later."""
+        return len(self.results[0].steps)
+
+    @property
     def reference(self) -> Outcome:
         """What the reference made."""
         if self._reference is None:

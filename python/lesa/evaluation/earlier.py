@@ -169,6 +169,15 @@ def merged(earlier: Earlier, entries: Sequence[Entry]) -> Merged:
         name: next((number for number, entry in enumerate(entries) if entry.is_same_contender(old)), None)
         for name, old in earlier.entries.items()
     }
+    named: dict[int, Entry] = {}
+    for name, number in successors.items():
+        old = earlier.entries[name]
+        is_named = old.run.predictor is not None
+        # A search can find the setting of a named predictor. Its run keeps the name. Further names are other runs.
+        if number is not None and is_named and entries[number].run.predictor is None:
+            first = named.setdefault(number, old)
+            successors[name] = number if first is old else None
+    entries = [named.get(number, entry) for number, entry in enumerate(entries)]
     kept = [name for name, number in successors.items() if number is None]
     every = [*entries, *(earlier.entries[name] for name in kept)]
     names = unique_names([(entry.run.name, entry.mark) for entry in every])

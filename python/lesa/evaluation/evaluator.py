@@ -23,7 +23,6 @@ from lesa.evaluation.store import Store, facts_of
 from lesa.inputs import check_inputs, steps_of
 from lesa.messages import is_message
 from lesa.models import adapter_for
-from lesa.models.adapter import Adapter
 from lesa.pipelines import check_decodes, quiet_progress
 from lesa.schedule import ScheduleLike, Spread, as_schedule
 from lesa_kernels import FusedKANPredictor
@@ -67,9 +66,9 @@ def evaluate(
             is known by the first digits of its digest.
         against: names from `lesa.contenders.against_names()`: "steps" for plain runs of as many steps as the predictors
             compute, and the names of caches and of forecasters that need no training, such as "mag-cache" or "linear",
-            for each of these at the predictors' budgets. "steps-N" or "linear-N" sets a budget of N. Or a setting of
-            another cache from `lesa.contenders`, which is run without a search. Predictors that must be trained are
-            given in `predictors`.
+            for each of these at the predictors' budgets. "steps-N" or "linear-N" sets a budget of N, which is needed
+            if there are no predictors. Or a setting of another cache from `lesa.contenders`, which is run without a
+            search. Predictors that must be trained are given in `predictors`.
         num_inference_steps: number of steps of the reference run.
         seed: seed of the first input.
         batch_size: inputs per pipeline call. None: all in one. Inputs that cannot share a call, such as images of two
@@ -100,7 +99,11 @@ def evaluate(
     settings, named = _opponents(against, num_inference_steps)
     check_int("search_samples", search_samples)
     contestants = _contestants(predictors, num_inference_steps)
-    _check_fits(pipe, adapter, contestants.values(), settings, named)
+    without_budget = next((kind.name for kind, budgets in named.items() if None in budgets), None)
+    if not contestants and without_budget is not None:
+        sentence = f"`against` has '{without_budget}' without a budget, and `predictors` is empty, so it has none."
+        raise usage_error(sentence, f"Write '{without_budget}-{min(9, num_inference_steps)}', or pass a predictor.")
+    _check_fits(pipe, contestants.values(), settings)
     seed = check_int("seed", seed, minimum=0)
     store = Store(out_dir, pipe, adapter, inputs, seed, size, num_inference_steps)
     kinds = {contender.name for contender in (*contestants.values(), *settings, *named)}
@@ -131,17 +134,12 @@ def evaluate(
 
 def _check_fits(
     pipe: Any,
-    adapter: Adapter,
     contestants: Iterable[Ours],
     settings: Iterable[Peer | Plain],
-    named: Iterable[Opponent],
 ) -> None:
     """Raises `TypeError` or `ValueError` if a predictor or a setting does not fit the pipeline."""
     for ours in contestants:
         enable_cache(pipe, ours.predictor, ours.schedule).disable()
-    for kind in named:
-        for predictor in kind.variants(adapter.feature_dim) if issubclass(kind, Ours) else ():
-            enable_cache(pipe, predictor.to(pipe.transformer.device), Spread()).disable()
     for peer in (type(setting) for setting in settings if isinstance(setting, Peer)):
         if (why := peer.why_not_on(pipe)) is not None:
             must, got = "hold settings for this pipeline", Said(f"{peer.title}: {why}")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from tempfile import TemporaryDirectory
 
+from lesa.cache import enable_cache
 from lesa.contenders import Ours
 from lesa.contenders.schedules import SCHEDULES, schedules_within
 from lesa.evaluation.contest import Contest
@@ -70,14 +71,14 @@ class ForecasterSearch(SettingSearch):
         self._recording = recording
 
     def _try_all(self) -> str:
-        variants = self.kind.variants(self.contest.adapter.feature_dim)
-        predictors = [predictor.to(self.contest.pipe.transformer.device) for predictor in variants]
+        predictors = self._attempt(self._variants)
+        total = self.contest.executed_steps
         why: dict[str, list[int]] = {}  # by the reason, the budgets for which no schedule is found
         for budget in self.budgets:
-            schedules = schedules_within(budget, self.contest.num_inference_steps)
+            schedules = schedules_within(budget, total)
             best = [max(self._psnr(predictor, schedule) for schedule in schedules) for predictor in predictors]
             ranked = sorted(range(len(predictors)), key=lambda number: -best[number])
-            for number in ranked[:FOUND_FOR] if 2 <= budget < self.contest.num_inference_steps else ():
+            for number in ranked[:FOUND_FOR] if 2 <= budget < total else ():
                 if best[number] == -math.inf:
                     continue
                 try:
@@ -85,6 +86,15 @@ class ForecasterSearch(SettingSearch):
                 except NotAvailableError as error:
                     why.setdefault(str(error), []).append(budget)
         return _grid_text(predictors, why)
+
+    def _variants(self) -> list[FusedKANPredictor]:
+        """The predictors with the options to try. Each of them can be switched on."""
+        pipe = self.contest.pipe
+        made = [p.to(pipe.transformer.device) for p in self.kind.variants(self.contest.adapter.feature_dim)]
+        for predictor in made:
+            enable_cache(pipe, predictor, Spread()).disable()
+            self.kind(predictor, Spread()).identity()
+        return made
 
     def _psnr(self, predictor: FusedKANPredictor, schedule: Schedule | Spread) -> float:
         """With this schedule; minus infinity if the setting fails."""
@@ -99,7 +109,7 @@ class ForecasterSearch(SettingSearch):
 
         words = f"{self.kind.detail(predictor.config)}, which {budget} steps to compute"
         found = self._once(f"{budget} steps for {predictor.config!r}", find, words)
-        return Schedule(tuple(found["steps"]), self.contest.num_inference_steps, tuple(found["sigmas"]))
+        return Schedule(tuple(found["steps"]), self.contest.executed_steps, tuple(found["sigmas"]))
 
 
 def _grid_text(predictors: Sequence[FusedKANPredictor], why: Mapping[str, Sequence[int]]) -> str:

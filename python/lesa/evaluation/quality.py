@@ -66,6 +66,12 @@ def bootstrap_interval(differences: Sequence[float], seed: int = 0) -> tuple[flo
     return float(low), float(high)
 
 
+def signed(value: float, digits: int = 2) -> str:
+    """A difference with its sign; none if it is rounded to 0."""
+    text = f"{value:+.{digits}f}"
+    return text if text.strip("+-0.") else text[1:]
+
+
 def paired_lead(ours: Sequence[float | None], others: Sequence[float | None]) -> tuple[float, float, float]:
     """The mean of the paired differences, ours less the others, and the ends of its 95 % interval.
 

@@ -14,6 +14,7 @@ from lesa.artifacts import write_text
 from lesa.contenders import UNKNOWN_COLOR, Reference, order_of
 from lesa.evaluation.budgets import budgets_of, chosen, color_of, headline, label_of, ours_among, title_of
 from lesa.evaluation.naming import SEPARATOR
+from lesa.evaluation.quality import signed
 from lesa.evaluation.report_pictures import pictures_of
 from lesa.evaluation.rivals import rivals
 from lesa.evaluation.summaries import read_summary
@@ -48,7 +49,7 @@ def report(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> P
     out = folder / "report.html" if out is None else Path(out)
     summary = read_summary(folder, "folder", "Run `lesa evaluate` of this release again.")
     runs = summary["runs"][1:]
-    ours = ours_among({run["contender"] for run in runs})
+    ours = ours_among({run["contender"] for run in runs}, {run["contender"] for run in runs if run.get("predictor")})
     page = _page(summary, ours, folder)
     sentence, comparison, tiles = headline(summary, page["budgets"][page["chosen"]] if page["budgets"] else None)
     columns, rows = _table(summary, ours)
@@ -166,7 +167,7 @@ def _table(summary: dict, ours: str | None) -> tuple[list[dict], list[dict]]:
         value, low, high = (paired.get(key) for key in ("psnr_difference", "low", "high"))
         if value is None:
             return None, ""
-        return value, f"{value:+.2f}" + ("" if low is None or high is None else f" [{low:+.2f}, {high:+.2f}]")
+        return value, signed(value) + ("" if low is None or high is None else f" [{signed(low)}, {signed(high)}]")
 
     every = [
         ("Run", "name of the run", text("name"), False),

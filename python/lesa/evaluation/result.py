@@ -19,7 +19,7 @@ from lesa.contenders import Ours, Peer, Reference, kind_of
 from lesa.contenders.base import Count
 from lesa.evaluation.budgets import ours_among
 from lesa.evaluation.picture import draw_comparison
-from lesa.evaluation.quality import LEARNED, paired_lead
+from lesa.evaluation.quality import LEARNED, paired_lead, signed
 from lesa_kernels.checks import check_choice
 
 FORMAT_VERSION = 1
@@ -161,7 +161,7 @@ class Evaluation:
     @property
     def ours(self) -> str | None:
         """The contender with which the others are compared, or None. See `against_ours`."""
-        return ours_among({run.contender for run in self.runs})
+        return ours_among({run.contender for run in self.runs}, {run.contender for run in self.runs if run.predictor})
 
     @property
     def timed_apart(self) -> list[EvaluatedRun]:
@@ -173,7 +173,8 @@ class Evaluation:
         """How far a run of ours that costs no more is ahead of a run in PSNR.
 
         Ours are the runs of one contender: the first that was trained, in the order of `lesa.contenders`; else the
-        forecaster that `lesa.enable_cache` takes by default; else the one that was registered last.
+        forecaster that `lesa.enable_cache` takes by default; else the one that was registered last. Forecasters that
+        were given as predictors come before those that were searched.
 
         Args:
             run: any of `runs`.
@@ -218,7 +219,8 @@ class Evaluation:
         lead = finite(self.against_ours(run) or {})
         ahead = "-"
         if lead.get("low") is not None:
-            ahead = "{psnr_difference:.2f} ({low:.2f} to {high:.2f})".format(**lead)
+            mean, *ends = (signed(lead[key]).removeprefix("+") for key in ("psnr_difference", "low", "high"))
+            ahead = f"{mean} ({' to '.join(ends)})"
         speed = f"{run.seconds:.2f}", f"{run.speedup:.2f}x"
         return run.name, whole, f"{run.step_equivalents:.2f}", *speed, *quality, ahead
 

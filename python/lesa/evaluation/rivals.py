@@ -7,8 +7,8 @@ from typing import Any, get_args
 
 from lesa.contenders import kind_of, order_of
 from lesa.contenders.base import Count
-from lesa.evaluation.budgets import color_of, label_of, quality_of, title_of, words_of
-from lesa.evaluation.quality import paired_lead
+from lesa.evaluation.budgets import best_at_most, color_of, label_of, quality_of, rounded, title_of, words_of
+from lesa.evaluation.quality import paired_lead, signed
 from lesa_kernels.forecasters import UNTRAINED
 
 COUNTS: tuple[Count, ...] = get_args(Count)
@@ -47,16 +47,6 @@ def is_trained(contender: str) -> bool:
     return kind is not None and kind.is_trained
 
 
-def best_at_most(runs: Sequence[dict], contender: str, run: dict, count: Count) -> dict | None:
-    """The run of a contender with the best PSNR that needs no more than `run`, or None. Counts are rounded."""
-    within = [
-        peer
-        for peer in runs
-        if peer["contender"] == contender and peer.get(count) is not None and round(peer[count]) <= round(run[count])
-    ]
-    return max(within, key=quality_of, default=None)
-
-
 def _table(runs: Sequence[dict], names: Sequence[str], own: str, run: dict) -> dict[str, Any]:
     """Contenders within the budget of a run, the best first.
 
@@ -86,7 +76,7 @@ def _table(runs: Sequence[dict], names: Sequence[str], own: str, run: dict) -> d
         for name in sorted(names, key=rank)
     ]
     return {
-        "heads": [f"at most {round(run[count])} {words_of(count)}" for count in counts],
+        "heads": [f"at most {rounded(run[count])} {words_of(count)}" for count in counts],
         "lead": f"lead of {label_of(own)}, dB",
         "rows": rows,
     }
@@ -110,11 +100,11 @@ def _lead(own: dict, other: dict) -> str:
     ours, theirs = (tuple((run.get("per_sample") or {}).get("psnr") or ()) for run in (own, other))
     mean, low, high = _paired_lead(ours, theirs) if len(ours) == len(theirs) > 1 else (math.nan,) * 3
     if not math.isnan(low):
-        text = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" + ("" if low > 0 or high < 0 else ", not certain")
+        text = f"{signed(mean)} ({signed(low)} to {signed(high)})" + ("" if low > 0 or high < 0 else ", not certain")
     elif own["psnr"] is None or other["psnr"] is None:
         return "\N{EN DASH}"
     else:
-        text = f"{own['psnr'] - other['psnr']:+.2f}, no interval"
+        text = f"{signed(own['psnr'] - other['psnr'])}, no interval"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
