@@ -6,7 +6,7 @@ kernels, cache, training, search and evaluation know no forecaster by name. They
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -212,16 +212,24 @@ class Forecaster(ABC):
         """Sets all parameters in closed form, if `is_fitted`.
 
         Args:
-            predictor: made for runs of as many steps as were recorded.
+            predictor: made for runs of as many steps as were recorded, or of any number.
             runs: the recorded runs. Each is read once.
             computed: the steps that the schedule computes.
 
         Raises:
             ValueError: the runs do not fit each other, or the predictor.
         """
-        summary = self.summarise(predictor, runs)
+        recorded = 0
+
+        def counted() -> Iterator[RecordedRun]:
+            nonlocal recorded
+            for run in runs:
+                recorded = max(recorded, len(run.sigmas))
+                yield run
+
+        summary = self.summarise(predictor, counted())
         self.reset(predictor, None)
-        for step in range(1, predictor.config.num_inference_steps or USUAL_STEPS):
+        for step in range(1, recorded):
             self.fit_steps(predictor, summary, sorted(c for c in computed if c < step), [step])
 
     @abstractmethod

@@ -113,7 +113,11 @@ class L2P(Forecaster):
                 triangle = torch.linalg.qr(stacked, mode="r").R
         if levels is None or triangle is None:
             raise argument_error("trajectories", "hold at least one sample", Said("none"), "Record some.")
-        most = predictor.config.num_inference_steps or USUAL_STEPS
+        total = predictor.config.num_inference_steps
+        if total not in (None, len(levels)):
+            remedy = "Set `num_inference_steps` of the predictor's config to the steps of the recording."
+            raise argument_error("trajectories", f"have {total} steps", Said(f"{len(levels)}"), remedy)
+        most = total or USUAL_STEPS
         if len(levels) > most:
             remedy = "Set `num_inference_steps` of the predictor's config."
             raise argument_error("trajectories", f"have at most {most} steps", Said(f"{len(levels)}"), remedy)

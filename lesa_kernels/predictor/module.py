@@ -212,7 +212,7 @@ class FusedKANPredictor(nn.Module):
         levels: Sequence[Sequence[float]],
         sigmas: Sequence[float],
         batch: int,
-        times: Sequence[float] | None = None,
+        times: Sequence[float] | torch.Tensor | None = None,
         device: torch.device | str | None = None,
         stream: str | None = None,
         dtype: torch.dtype | None = None,

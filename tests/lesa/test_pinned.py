@@ -1,7 +1,6 @@
 """Ways to run a pipeline that must stay right: guidance in windows, two ControlNets, IP-Adapters, odd noise levels."""
 
 import importlib
-import warnings
 
 import diffusers
 import pytest
@@ -247,15 +246,13 @@ def test_noise_levels_of_the_callers_own(pipes, name, levels):
         return
     risen = [step for step in REST if SIGMAS[levels][step] > SIGMAS[levels][step - 1]]  # they begin a new history
     rest = [step for step in REST if step not in risen]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "lesa: the noise level rose")
-        if rest:
-            plain, cached, stats = compare(pipe, run, strict=not risen)
-        else:
-            plain = run()
-            with lesa.enable_cache(pipe, predictor(), SOME) as handle:
-                cached, stats = run(), handle.stats
-            assert torch.equal(cached, plain)
+    if rest:
+        plain, cached, stats = compare(pipe, run)
+    else:
+        plain = run()
+        with lesa.enable_cache(pipe, predictor(), SOME, strict=True) as handle:
+            cached, stats = run(), handle.stats
+        assert torch.equal(cached, plain)
     assert stats.unlocated == 0
     streams = {name: (s.computed, s.predicted) for name, s in stats.streams.items()}
     assert streams == dict.fromkeys(case.streams, (sorted(SOME + risen), rest))

@@ -185,6 +185,16 @@ def test_a_rising_noise_level_begins_a_new_history(fresh_pipe, monkeypatch, with
             torch.testing.assert_close(torch.tensor(made[sigma]), torch.tensor(weights), rtol=1e-4, atol=1e-4)
 
 
+TWO_RISES = [1.0, 0.6, 0.5, 0.9, 0.7, 0.4, 0.8, 0.7]
+
+
+def run_of(pipe, sigmas, skipped=()):
+    pipe.scheduler.set_timesteps(sigmas=sigmas)
+    for step, timestep in enumerate(pipe.scheduler.timesteps):
+        with pipe.transformer.cache_context("other" if step in skipped else "it"):
+            pipe.transformer(**FIRST, timestep=(timestep / 1000).expand(2))
+
+
 @pytest.mark.parametrize("mixer", ["taylor", "linear"])  # with the times of the run, and without
 def test_the_first_step_after_a_rise_is_computed(fresh_pipe, monkeypatch, mixer):
     """The level rises at step 3, and stays below that of the computed step before it."""
@@ -194,22 +204,36 @@ def test_the_first_step_after_a_rise_is_computed(fresh_pipe, monkeypatch, mixer)
         histories.update({round(s, 3): [round(level, 3) for level in each] for s, each in zip(sigmas, levels)})
         return plan(self, levels, sigmas, *args, **more)
 
-    def run():
-        fresh_pipe.scheduler.set_timesteps(sigmas=[1.0, 0.6, 0.5, 0.9, 0.7, 0.4, 0.8, 0.7])
-        for timestep in fresh_pipe.scheduler.timesteps:
-            fresh_pipe.transformer(**FIRST, timestep=(timestep / 1000).expand(2))
-
     monkeypatch.setattr(FusedKANPredictor, "plan", seen)
     predictor = FusedKANPredictor(PredictorConfig(mixer=mixer))
-    warned = pytest.warns(RuntimeWarning, match="the noise level rose: computing. Choose a schedule that computes")
-    with lesa.enable_cache(fresh_pipe, predictor, [0, 4, 6]) as cache, torch.no_grad(), warned:
-        run()
+    with lesa.enable_cache(fresh_pipe, predictor, [0, 4, 6], strict=True) as cache, torch.no_grad():
+        run_of(fresh_pipe, TWO_RISES)
     (stream,) = cache.stats.streams.values()
     assert stream.reasons == dict.fromkeys([0, 4, 6], "scheduled") | {3: "the noise level rose"}
     assert histories == {0.6: [1.0], 0.5: [1.0], 0.4: [0.7, 0.9], 0.7: [0.8]}
+    assert cache.stats.notes == ["the noise level rises in the run, so the first step after each rise is computed: 3"]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_of_a_number_of_steps_some_are_those_after_a_rise(fresh_pipe, count):
+    with lesa.enable_cache(fresh_pipe, steps=count, strict=True) as cache, torch.no_grad():
+        run_of(fresh_pipe, TWO_RISES)
+    (stream,) = cache.stats.streams.values()
+    assert len(stream.computed) == max(count, 3) and {0, 3, 6} <= {*stream.computed}
+    steps = ",".join(map(str, stream.computed))
+    assert cache.stats.notes[0].endswith(f"{len(stream.computed)} of 8 steps are computed: {steps}")
+
+
+def test_a_stream_without_a_call_at_the_rise_is_computed_at_the_next_one(fresh_pipe):
+    predictor = FusedKANPredictor(PredictorConfig(mixer="linear"))
+    warned = pytest.warns(RuntimeWarning, match="the noise level rose: computing. Pass a list of steps that has this")
+    with lesa.enable_cache(fresh_pipe, predictor, [0, 6]) as cache, torch.no_grad(), warned:
+        run_of(fresh_pipe, TWO_RISES, skipped=[3])
+    stream = cache.stats.streams["it"]
+    assert stream.reasons == {0: "scheduled", 4: "the noise level rose", 6: "scheduled"}
     refused = pytest.raises(RuntimeError, match="a step can't be predicted: the noise level rose")
-    with lesa.enable_cache(fresh_pipe, predictor, [0, 4, 6], strict=True), torch.no_grad(), refused:
-        run()
+    with lesa.enable_cache(fresh_pipe, predictor, [0, 6], strict=True), torch.no_grad(), refused:
+        run_of(fresh_pipe, TWO_RISES, skipped=[3])
 
 
 @pytest.mark.parametrize("mixer", ["l2p", "newton"])

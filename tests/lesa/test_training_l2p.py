@@ -15,7 +15,7 @@ from lesa.cache.planning import Planner
 from lesa.demo import digits
 from lesa.training.batches import Plan, predict, split
 from lesa.training.schedule_search import ScheduleErrors
-from lesa.training.training_run import Training
+from lesa.training.training_run import Training, recorded_runs
 from lesa_kernels import FeatureRing, FusedKANPredictor, PredictorConfig
 from made_recordings import STEPS, TOKENS, WIDTH, write_recording
 
@@ -150,10 +150,20 @@ def test_a_search_takes_it(trajectories):
     assert errors.of(found.steps) <= min(errors.of(steps) for steps in ((0, 1, 4, 8), (0, 3, 6, 9), (0, 2, 5, 8)))
 
 
-def test_a_recording_of_more_steps_than_the_predictor_has_is_refused(trajectories):
-    predictor = FusedKANPredictor(PredictorConfig(mixer="l2p", num_inference_steps=STEPS - 1))
-    with pytest.raises(ValueError, match=f"`trajectories` must have at most {STEPS - 1} steps, but got {STEPS}"):
+@pytest.mark.parametrize("total", [STEPS - 1, STEPS + 1])
+def test_a_recording_of_other_steps_than_the_predictor_has_is_refused(trajectories, total):
+    predictor = FusedKANPredictor(PredictorConfig(mixer="l2p", num_inference_steps=total))
+    with pytest.raises(ValueError, match=f"`predictor` must be for the {STEPS} steps of the recording, but got one"):
         lesa.search_schedule(trajectories, predictor, 4, progress=False)
+    runs = recorded_runs(trajectories, range(2), "cpu")
+    with pytest.raises(ValueError, match=f"`trajectories` must have {total} steps, but got {STEPS}"):
+        predictor.forecaster.fit(predictor, runs, SCHEDULE)
+
+
+def test_a_predictor_for_any_number_of_steps_is_fitted_for_the_recorded_ones(trajectories):
+    predictor = FusedKANPredictor(PredictorConfig(mixer="l2p"))
+    predictor.forecaster.fit(predictor, recorded_runs(trajectories, range(2), "cpu"), SCHEDULE)
+    assert predictor.rows[1:STEPS].any(1).all() and not predictor.rows[STEPS:].any()
 
 
 def test_what_a_fit_for_one_schedule_cannot_do_is_refused(trajectories):

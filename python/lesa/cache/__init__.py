@@ -73,8 +73,10 @@ def enable_cache(
         schedule: which steps are computed: a `lesa.Schedule`, a list of step indices counted over the steps that a call
             executes, an interval N for steps 0, 1, 2 and then every N, a `lesa.ErrorControl`, which chooses them during
             the run by the errors of the forecasts so far, or a `lesa.schedule.Spread`, which stands for `steps` or
-            `quality`. None: as `steps` or `quality` says, else the steps that the predictor was trained for. Then a run
-            of fewer than 10 steps is computed in full, unless the predictor was trained with that number of steps.
+            `quality`. Where the noise level rises in a run, the first step after each rise is computed in addition, and
+            `stats` has a note of it. None: as `steps` or `quality` says, else the steps that the predictor was trained
+            for. Then a run of fewer than 10 steps is computed in full, unless the predictor was trained with that
+            number of steps.
         max_device_bytes: the most bytes that the stored features of one stream of calls may take on the device. Beyond
             it, the oldest features are kept in host memory, which costs time. Guidance by two calls per step has two
             streams.
@@ -84,7 +86,7 @@ def enable_cache(
         steps: how many of the steps that a call executes are computed, also in a run of few steps. A run that has no
             more is computed in full. `Schedule.spread` chooses them, by the noise levels of the run; the trained steps
             of the predictor are used if there are as many of them. Where the noise level rises in a run, the first step
-            after the rise is computed too.
+            after each rise is one of them. If there are too many rises, more steps are computed.
         quality: "high", "balanced" or "fast": 16, 12 or 9 of 50 steps are computed. Of another number of steps it is
             the same part, rounded up, and at least three. `Schedule.spread` chooses them. Runs of fewer than 10 steps
             are computed in full. A predictor with a trained schedule has been trained for these steps alone, so every

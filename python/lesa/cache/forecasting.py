@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from lesa.cache.controlnet import DeferredControl, computed
 from lesa.cache.device_values import DeviceValues
 from lesa.cache.error_control import ControlledSteps, ErrorControl, forecast_error
 from lesa.cache.hook import StepHook
-from lesa.cache.planning import Plan, Planner, can_plan, falling, times_at
+from lesa.cache.planning import Plan, Planner, can_plan, falling, making_room, times_at
 from lesa.cache.run import Call, Run, StepObserver
 from lesa.cache.stats import CacheStats, StreamStats
 from lesa.cache.streams import ForecastState, Stream
@@ -86,10 +86,14 @@ class ForecastingHook(StepHook[ForecastState]):
             trained, errors = cast(Schedule, schedule_of(config)), config.schedule_errors or ()
             state.controlled = ControlledSteps(self.schedule, trained, errors, sigmas)
             state.computed = state.controlled.chosen
-        elif isinstance(self.schedule, Spread):
-            state.computed = self._spread(self.schedule, sigmas)
         else:
-            state.computed = self._scheduled(self.schedule, sigmas)
+            begins = frozenset(part.start for part in state.parts)
+            if isinstance(self.schedule, Spread):
+                chosen = self._spread(self.schedule, sigmas, begins)
+            else:
+                chosen = self._scheduled(self.schedule, sigmas)
+            state.risen, state.computed = begins - chosen, begins | chosen
+            self._note_risen(state.risen)
         state.was_predicting, self._is_predicting = self._is_predicting, len(state.computed) < len(sigmas)
         predicted = (step for step in range(len(sigmas)) if step not in state.computed)
         for length in {len(state.parts[step]) for step in predicted if step > state.parts[step].start}:
@@ -97,8 +101,8 @@ class ForecastingHook(StepHook[ForecastState]):
         if self.observer is not None:
             self.observer.on_run(state.run, state.computed)
 
-    def _spread(self, spread: Spread, sigmas: list[float]) -> frozenset[int]:
-        """The computed steps of a run with these noise levels. Notes which they are."""
+    def _spread(self, spread: Spread, sigmas: list[float], begins: frozenset[int]) -> frozenset[int]:
+        """The computed steps of a run with these noise levels, beside `begins`. Notes which they are."""
         total, count = len(sigmas), spread.count_of(len(sigmas))
         trained = schedule_of(self.predictor.config)
         if trained is not None and spread.steps is None:
@@ -112,10 +116,11 @@ class ForecastingHook(StepHook[ForecastState]):
             return frozenset(range(total))
         chosen = frozenset() if trained is None else trained.computed_in(sigmas)
         if len(chosen) != count:
-            chosen = spread.computed_in(sigmas)
-        steps, name = ",".join(map(str, sorted(chosen))), self.predictor.config.mixer
-        self.stats.note(f"the forecaster is {name!r}, and {count} of {total} steps are computed: {steps}")
-        self._note_other_training(chosen, sigmas)
+            chosen = making_room(spread.computed_in(sigmas), begins)
+        computed = chosen | begins
+        steps, name = ",".join(map(str, sorted(computed))), self.predictor.config.mixer
+        self.stats.note(f"the forecaster is {name!r}, and {len(computed)} of {total} steps are computed: {steps}")
+        self._note_other_training(computed, sigmas)
         return chosen
 
     def _scheduled(self, schedule: Schedule | int, sigmas: list[float]) -> frozenset[int]:
@@ -137,6 +142,11 @@ class ForecastingHook(StepHook[ForecastState]):
         chosen = schedule.computed_in(sigmas)
         self._note_other_training(chosen, sigmas)
         return chosen
+
+    def _note_risen(self, risen: Set[int]) -> None:
+        if risen:
+            steps = ",".join(map(str, sorted(risen)))
+            self.stats.note(f"the noise level rises in the run, so the first step after each rise is computed: {steps}")
 
     def _note_few(self, total: int) -> None:
         self.stats.note(f"computed everything: {total} steps are too few to predict any")
@@ -206,7 +216,7 @@ class ForecastingHook(StepHook[ForecastState]):
         if state.needs_values:
             state.choose_next_step()
         if call.step in state.computed:
-            stream.stats.reasons[call.step] = "scheduled"
+            stream.stats.reasons[call.step] = reasons.RISEN[0] if call.step in state.risen else "scheduled"
             return False
         if not state.forecasts_are_finite:  # the user was told when it was found
             stream.stats.reasons[call.step] = "an earlier forecast was not finite"
@@ -222,7 +232,7 @@ class ForecastingHook(StepHook[ForecastState]):
         if stream.ring is None:
             return "no history", "Compute an earlier step of this stream: choose another schedule."
         if stream.has_risen:
-            return "the noise level rose", "Choose a schedule that computes the first step after each rise."
+            return reasons.RISEN
         if stream.shape != self.adapter.shape(call.arguments):
             return "the shape changed", "Keep batch and size the same in a run."
         if stream.is_other_text:

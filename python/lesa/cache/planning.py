@@ -123,6 +123,17 @@ def falling(sigmas: Sequence[float], step: int) -> range:
     return range(begin, min((rise for rise in rises if rise > step), default=len(sigmas)))
 
 
+def making_room(chosen: frozenset[int], begins: frozenset[int]) -> frozenset[int]:
+    """The chosen steps that are left, so that with `begins` there are as many as before if that can be.
+
+    For each step of `begins` that was not chosen, the nearest other one is left out.
+    """
+    left = chosen
+    for begin in sorted(begins - chosen):
+        left -= {*sorted(left - begins, key=lambda step: abs(step - begin))[:1]}
+    return left
+
+
 def times_at(sigmas: Sequence[float], step: int) -> list[float]:
     """The times for the forecast of a step: the noise levels of `falling`, and 0."""
     return [*(sigmas[near] for near in falling(sigmas, step)), 0.0]

@@ -24,10 +24,10 @@ class Stream:
     ring: FeatureRing | TieredRing | None = None
     planner: Planner | None = None  # of forecasts from the ring; None if each is made on its own
     shape: tuple[int, int] | None = None  # batch and tokens of the call whose features are the newest in the ring
+    step: int = 0  # of that call
     fuses: bool = False  # whether the predictor has one kernel for forecast and output head
     reads_sums: bool = False  # whether that kernel reads the sums of `head_sums`
     known_fused: tuple[Plan, list, bool] | None = None  # for a plan and a kind of head, what `fuses_velocity` said
-    step: int = 0  # of that call
     has_risen: bool = False  # whether the noise level has risen since that call
     is_other_text: bool = False  # whether the text has differed since that call
     is_unclear: bool = False  # whether a feature of another stream may be in the ring
@@ -56,6 +56,7 @@ class ForecastState(RunState):
         streams: by name.
         parts: for each executed step, the steps of `falling` around it.
         computed: the executed steps that are computed; with `controlled`, those that have been chosen so far.
+        risen: those of them that the schedule leaves out, and that are computed because the noise level rises there.
         controlled: chooses the computed steps, in a run under `lesa.ErrorControl`.
         forecasts_are_finite: whether no forecast of this run is known to hold NaN or Inf.
         was_predicting: whether the schedule of the run before left out steps.
@@ -64,6 +65,7 @@ class ForecastState(RunState):
     streams: dict[str, Stream] = field(default_factory=dict)
     parts: Sequence[range] = ()
     computed: Set[int] = frozenset()
+    risen: Set[int] = frozenset()
     controlled: ControlledSteps | None = None
     forecasts_are_finite: bool = True
     was_predicting: bool = False

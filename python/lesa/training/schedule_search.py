@@ -22,7 +22,7 @@ from lesa.training.settings import (
 from lesa.training.training_run import Training, recorded_runs
 from lesa.training.trajectories import Trajectories, Trajectory, check_plain, latents_of
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-from lesa_kernels.checks import check_int
+from lesa_kernels.checks import Said, argument_error, check_int
 from lesa_kernels.torch_modes import default_modes
 
 SEARCH_TURNS = 2
@@ -77,7 +77,7 @@ def find_schedule(
 
     Raises:
         TypeError, ValueError: an argument is out of range, `config` or `budget` does not fit the trajectories, or a
-            file of the recording is damaged or has NaN or Inf.
+            file of the recording is damaged or has NaN or Inf, or the noise level rises in a recorded run.
     """
     check_plain(trajectories)
     budget, seed = check_budget(trajectories, budget), check_seed(seed)
@@ -110,11 +110,12 @@ def found_schedule(
         epochs = math.ceil(LEAST_UPDATES / math.ceil(len(trajectories) / settings.batch_size))
         settings = replace(settings, guided_epochs=max(settings.guided_epochs, epochs))
     bar = "train for the search" if progress else None
+    turn_name = "turn-fitted" if forecaster.is_fitted else "turn"  # parts of earlier versions had other costs
 
     def steps_of(turn: int) -> tuple[int, ...]:
         # A schedule of one step: all others are forecast in training.
         trained_for = Schedule((0,), len(trajectories[0].sigmas)) if every_step else schedule
-        complete, name = complete_config(trajectories, config, trained_for), f"turn-{turn}"
+        complete, name = complete_config(trajectories, config, trained_for), f"{turn_name}-{turn}"
         out_dir = search.training_folder(name) if turn else None
         run = Training(trajectories, complete, settings, out_dir=out_dir, device=device, bar=bar)
         if turn:
@@ -126,7 +127,7 @@ def found_schedule(
     if forecaster.is_trained and not forecaster.is_fitted:
         turns = range(1, 2) if every_step else range(SEARCH_TURNS + 1)
     for turn in turns:
-        schedule = _with_levels(trajectories, search.part(f"turn-{turn}", steps_of, turn))
+        schedule = _with_levels(trajectories, search.part(f"{turn_name}-{turn}", steps_of, turn))
     return schedule
 
 
@@ -154,7 +155,8 @@ def search_schedule(
     as its history, and the forecasts within the gap. In a run, the steps before the gap are partly forecasts. With this
     approximation, the cost of a gap depends on its start and its length only.
 
-    A predictor that is trained in closed form (l2p) is fitted again for each gap, on all trajectories. What it was
+    A predictor that is trained in closed form (l2p) is fitted again for each gap, on all trajectories that have the
+    noise levels of the chosen ones. What it was
     fitted for before does not matter, and it is not changed.
 
     Args:
@@ -172,11 +174,17 @@ def search_schedule(
 
     Raises:
         TypeError, ValueError: the predictor is none, or for another number of steps; an argument is out of range, such
-            as more steps than there are; a file of the recording is damaged or has NaN or Inf; or the trajectories have
-            several streams but no latents, which show how guidance combines the streams.
+            as more steps than there are; a file of the recording is damaged or has NaN or Inf; the noise level rises in
+            a recorded run; or the trajectories have several streams but no latents, which show how guidance combines
+            the streams.
     """
     check_is_predictor(predictor)
-    total = trajectories.num_inference_steps
+    total, steps = trajectories.num_inference_steps, predictor.config.num_inference_steps
+    if steps not in (None, total):
+        remedy = "Set `num_inference_steps` of the predictor's config."
+        raise argument_error(
+            "predictor", f"be for the {total} steps of the recording", Said(f"one for {steps}"), remedy
+        )
     count = check_int("num_computed", num_computed, minimum=2, maximum=total - 1)
     samples, tokens_per_sample = check_int("samples", samples), check_int("tokens_per_sample", tokens_per_sample)
     seed = check_seed(seed)
@@ -229,7 +237,8 @@ class ScheduleErrors:
         if config.forecaster.is_fitted:
             self.predictor = copy.deepcopy(predictor)  # it is fitted for each gap
             runs = recorded_runs(trajectories, range(len(trajectories)), "cpu")
-            self._summary = config.forecaster.summarise(self.predictor, runs)
+            of_levels = (run for run in runs if torch.equal(run.sigmas, levels))
+            self._summary = config.forecaster.summarise(self.predictor, of_levels)
         self._every_step = config.history == "steps"
         self._longest = 1 if self._every_step else config.max_history  # of the computed steps that a gap depends on
         self._gaps: dict[tuple[int, ...], torch.Tensor] = {}  # by history and end, the displacement over the gap

@@ -307,7 +307,7 @@ class Training:
             check_same_settings(work, checkpoint["settings"], self._all_settings())
             self.predictor.load_state_dict(checkpoint["predictor"])
             if optimizer is not None:
-                optimizer.load_state_dict(checkpoint["optimizer"])
+                _load_optimizer(optimizer, checkpoint["optimizer"], work)
             self.generator.set_state(checkpoint["generator"].cpu())
             self.losses = checkpoint["losses"]
         discard_search(self.out_dir)  # the checkpoint says what it found
@@ -337,6 +337,15 @@ def recorded_runs(
     for number in numbers:
         trajectory = trajectories[number]
         yield RecordedRun(trajectory.features.to(device, torch.float32), trajectory.sigmas)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, work: str) -> None:
+    """Loads the state; raises `ValueError` if it is that of another optimiser, as an earlier version had it."""
+    try:
+        optimizer.load_state_dict(state or {"state": {}, "param_groups": []})
+    except ValueError as error:
+        must, got = "hold an optimizer with the same parameters", Said(work + ", made by another version")
+        raise argument_error("out_dir", must, got, "Start again in another folder.") from error
 
 
 def check_folder(out_dir: str | os.PathLike) -> Path:
