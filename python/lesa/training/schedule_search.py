@@ -38,6 +38,9 @@ These are twelve epochs of 160 trajectories. With 48 steps, or with the learning
 search finds what it finds for an untrained predictor.
 """
 
+CHECKPOINT_UPDATES = 20
+"""Such a training writes a checkpoint after so many steps of the optimiser, or more."""
+
 WIDEST = 2.5
 """The largest gap, as a multiple of the mean gap."""
 
@@ -105,9 +108,11 @@ def found_schedule(
     schedule = spread_over(trajectories, budget)
     config = complete_config(trajectories, config, schedule)
     forecaster, every_step = config.forecaster, config.history == "steps"
+    epochs_per_checkpoint = 1
     settings = replace(BRIEF, seed=seed, head_aware=forecaster.head_aware)
     if every_step:
-        epochs = math.ceil(LEAST_UPDATES / math.ceil(len(trajectories) / settings.batch_size))
+        updates = math.ceil(len(trajectories) / settings.batch_size)  # in an epoch
+        epochs, epochs_per_checkpoint = math.ceil(LEAST_UPDATES / updates), math.ceil(CHECKPOINT_UPDATES / updates)
         settings = replace(settings, guided_epochs=max(settings.guided_epochs, epochs))
     bar = "train for the search" if progress else None
     turn_name = "turn-fitted" if forecaster.is_fitted else "turn"  # parts of earlier versions had other costs
@@ -118,6 +123,7 @@ def found_schedule(
         complete, name = complete_config(trajectories, config, trained_for), f"{turn_name}-{turn}"
         out_dir = search.training_folder(name) if turn else None
         run = Training(trajectories, complete, settings, out_dir=out_dir, device=device, bar=bar)
+        run.epochs_per_checkpoint = epochs_per_checkpoint
         if turn:
             run.fit()
         errors = ScheduleErrors(trajectories, run.predictor.cpu(), SAMPLES, TOKENS_PER_SAMPLE, seed)

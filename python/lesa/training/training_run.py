@@ -67,6 +67,8 @@ class Training:
         schedule: the computed steps, with their noise levels.
     """
 
+    epochs_per_checkpoint = 1
+
     validation_name = "validation"
     """What the progress bar calls the validation loss."""
 
@@ -135,7 +137,7 @@ class Training:
     # What a training does
 
     def fit(self) -> None:
-        """Trains the predictor, from the checkpoint on if there is one, and writes a checkpoint after each epoch.
+        """Trains the predictor, from the checkpoint on if there is one, and writes checkpoints after epochs.
 
         Raises:
             ValueError: the folder holds something else than an unfinished training with the same settings.
@@ -165,7 +167,8 @@ class Training:
                     loss = self.mean_loss(self.numbers.validation, settings.tokens_per_batch, guided=False).item()
                 self.losses["validation"].append(loss)
                 epochs.set_postfix({self.validation_name: f"{loss:.4f}"})
-            self._save_checkpoint(optimizer, epoch + 1)
+            if (epoch + 1) % self.epochs_per_checkpoint == 0 or epoch + 1 == total:
+                self._save_checkpoint(optimizer, epoch + 1)
 
     def finish(self) -> FusedKANPredictor:
         """Measures the typical errors of the trained predictor, and writes what belongs into the folder.
