@@ -543,7 +543,7 @@ COMMANDS = {
     "a b": ({"a": A, "b": B}, ()),
     "b a": ({"b": B, "a": A}, ["steps-2"]),
     "a again": ({"a": OTHER_A}, ()),
-    "taylorseer": ({}, [TaylorSeer(2), "steps"]),
+    "taylorseer": ({}, [TaylorSeer(2), "steps-3"]),
     "search": ({}, ["first-block-cache-3"]),
     "a with a search": ({"a": A}, ["first-block-cache"]),
     "listed": ([B], ()),
