@@ -5,6 +5,16 @@ from diffusers.utils import logging as diffusers_logging
 import digits_pipelines
 import lesa
 from lesa.demo import digits
+from lesa_kernels.forecasters import FORECASTERS
+
+
+@pytest.fixture
+def registry():
+    """The forecasters that a test registers end with it."""
+    before = dict(FORECASTERS)
+    yield
+    FORECASTERS.clear()
+    FORECASTERS.update(before)
 
 
 @pytest.fixture(scope="session")

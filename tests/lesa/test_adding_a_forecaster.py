@@ -24,15 +24,6 @@ PAGE = ROOT / "docs" / "adding-a-forecaster.md"
 TEMPORARY = "damped"
 
 
-@pytest.fixture
-def registry():
-    """What a test registers ends with it."""
-    before = dict(FORECASTERS)
-    yield
-    FORECASTERS.clear()
-    FORECASTERS.update(before)
-
-
 def test_the_example_of_the_page_works(registry, tmp_path, monkeypatch, capsys):
     (example,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     assert len([line for line in example.splitlines() if line.strip()]) <= 30  # with imports, and with what uses it

@@ -14,7 +14,7 @@ from lesa.evaluation import forecaster_search
 from lesa.evaluation.contest import Contest
 from lesa.schedule import Spread
 from lesa_kernels import FusedKANPredictor, PredictorConfig, Weights
-from lesa_kernels.forecasters import FORECASTERS, Forecaster, register
+from lesa_kernels.forecasters import Forecaster, register
 
 STEPS, BUDGET = 8, 4
 
@@ -28,15 +28,6 @@ def pipe():
 def _no_picture(monkeypatch):
     """It takes most of the time."""
     monkeypatch.setattr("lesa.evaluation.result.draw_comparison", lambda runs, images, file: file.touch())
-
-
-@pytest.fixture
-def registry():
-    """What a test registers ends with it."""
-    before = dict(FORECASTERS)
-    yield
-    FORECASTERS.clear()
-    FORECASTERS.update(before)
 
 
 def evaluate(pipe, folder, against, predictors=(), samples=1, **options):

@@ -162,8 +162,7 @@ def search_schedule(
     approximation, the cost of a gap depends on its start and its length only.
 
     A predictor that is trained in closed form (l2p) is fitted again for each gap, on all trajectories that have the
-    noise levels of the chosen ones. What it was
-    fitted for before does not matter, and it is not changed.
+    noise levels of the chosen ones. What it was fitted for before does not matter, and it is not changed.
 
     Args:
         trajectories: recorded with all steps computed.
