@@ -4,7 +4,9 @@ from importlib import import_module
 
 from small_pipelines import Small
 
-_FILES: dict[str, str] = {}
+_FILES: dict[str, str] = {
+    "sd3": "small_sd3_others",
+}
 """For each family, the file beside this one that has its `CASES`."""
 
 QUICK: set[str] = set()
