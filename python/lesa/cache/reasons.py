@@ -37,6 +37,7 @@ UNSEEN = (
     "Compile with `pipe.transformer.compile(...)`, and don't replace the transformer's forward.",
 )
 RISEN = ("the noise level rose", "Pass a list of steps that has this one.")
+FIRST_OF_EXPERT = "the first step of {}"
 UNCLEAR = (
     "the transformer was called twice with the same text in the first step of the run, and once in the second",
     "Call `scheduler.set_timesteps` again after a call that does not belong to the loop, such as one for warm-up.",

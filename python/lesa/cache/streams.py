@@ -1,6 +1,6 @@
 """What a run keeps of each stream of calls, in order to forecast."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -56,7 +56,8 @@ class ForecastState(RunState):
         streams: by name.
         parts: for each executed step, the steps of `falling` around it.
         computed: the executed steps that are computed; with `controlled`, those that have been chosen so far.
-        risen: those of them that the schedule leaves out, and that are computed because the noise level rises there.
+        added: those of them that the schedule leaves out, and why they are computed.
+        switch: the step at which the pipeline goes over to its second transformer, if that is known.
         controlled: chooses the computed steps, in a run under `lesa.ErrorControl`.
         forecasts_are_finite: whether no forecast of this run is known to hold NaN or Inf.
         was_predicting: whether the schedule of the run before left out steps.
@@ -65,14 +66,27 @@ class ForecastState(RunState):
     streams: dict[str, Stream] = field(default_factory=dict)
     parts: Sequence[range] = ()
     computed: Set[int] = frozenset()
-    risen: Set[int] = frozenset()
+    added: Mapping[int, str] = field(default_factory=dict)
+    switch: int | None = None
     controlled: ControlledSteps | None = None
     forecasts_are_finite: bool = True
     was_predicting: bool = False
+    _begun: dict[str, int] = field(default_factory=dict)  # by transformer, its first step
 
     @property
     def needs_values(self) -> bool:
         return self.controlled is not None and self.run.step > max(self.computed)
+
+    def is_first_of_another(self, transformer: str, step: int) -> bool:
+        """Whether a step is the first one of a transformer, and another transformer was called before it.
+
+        If the pipeline has gone over to it for good, what is kept for the calls of the other one is freed.
+        """
+        if transformer not in self._begun:
+            self._begun[transformer] = step
+            if self.switch is not None and step >= self.switch:
+                self.streams = {}
+        return len(self._begun) > 1 and self._begun[transformer] == step
 
     def choose_next_step(self) -> None:
         """Adds the computed step after the last one, by the errors that were measured there."""
