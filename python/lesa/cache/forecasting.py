@@ -207,9 +207,10 @@ class ForecastingHook(StepHook[ForecastState]):
         return self.adapter.shape(arguments) in ((ring.batch, ring.tokens), self.adapter.shape(call.arguments))
 
     def wants_prediction(self, state: ForecastState, call: Call) -> bool:
-        stream = state.streams.get(call.stream)
+        stream, begins = state.streams.get(call.stream), False
         if stream is None:
             stats = self.stats.streams.setdefault(call.stream, StreamStats())
+            begins = call.step > 0 and not stats.computed and not stats.predicted
             stream = state.streams[call.stream] = Stream(call.stream, stats, Conditioner(self.adapter))
         stream.stats.begin(call.step, self.adapter.sample(call.arguments).device)
         stream.has_risen = stream.step < state.parts[call.step].start
@@ -220,6 +221,9 @@ class ForecastingHook(StepHook[ForecastState]):
             return False
         if not state.forecasts_are_finite:  # the user was told when it was found
             stream.stats.reasons[call.step] = "an earlier forecast was not finite"
+            return False
+        if begins:  # such as guidance that is on in a part of the run
+            stream.stats.reasons[call.step] = reasons.BEGINS
             return False
         reason, remedy = self._why_not(stream, call)
         if reason is not None:

@@ -36,6 +36,7 @@ UNSEEN = (
     "the output head did not run where lesa sees it",
     "Compile with `pipe.transformer.compile(...)`, and don't replace the transformer's forward.",
 )
+BEGINS = "the first call of this stream"
 RISEN = ("the noise level rose", "Pass a list of steps that has this one.")
 UNCLEAR = (
     "the transformer was called twice with the same text in the first step of the run, and once in the second",
