@@ -161,7 +161,7 @@ class ForecastingHook(StepHook[ForecastState]):
         """Notes why these steps are computed, which the schedule leaves out."""
         added = dict.fromkeys(steps, reasons.RISEN[0])
         if (switch := state.switch) is not None and switch in steps:
-            added[switch] = reasons.FIRST_OF_EXPERT.format(SECOND)
+            added[switch] = reasons.FIRST_OF_SECOND
             self.stats.note(f"step {switch} is computed in addition, because it is the first one of {SECOND}")
         state.added = added
         if risen := steps - {switch}:
@@ -225,10 +225,12 @@ class ForecastingHook(StepHook[ForecastState]):
         return self.adapter.shape(arguments) in ((ring.batch, ring.tokens), self.adapter.shape(call.arguments))
 
     def wants_prediction(self, state: ForecastState, call: Call) -> bool:
-        is_first = len(self.sites) > 1 and state.is_first_of_another(call.transformer, call.step)
-        stream = state.streams.get(call.stream)
+        stream, begins = state.streams.get(call.stream), False
         if stream is None:
             stats = self.stats.streams.setdefault(call.stream, StreamStats())
+            begins = call.step > 0 and not stats.computed and not stats.predicted
+            if state.switch is not None and call.step >= state.switch:
+                state.forget_others(self.site.prefix)
             stream = state.streams[call.stream] = Stream(call.stream, stats, Conditioner(self.adapter))
         stream.stats.begin(call.step, self.adapter.sample(call.arguments).device)
         stream.has_risen = stream.step < state.parts[call.step].start
@@ -237,11 +239,11 @@ class ForecastingHook(StepHook[ForecastState]):
         if call.step in state.computed:
             stream.stats.reasons[call.step] = state.added.get(call.step, "scheduled")
             return False
-        if is_first:
-            stream.stats.reasons[call.step] = reasons.FIRST_OF_EXPERT.format(call.transformer)
-            return False
         if not state.forecasts_are_finite:  # the user was told when it was found
             stream.stats.reasons[call.step] = "an earlier forecast was not finite"
+            return False
+        if begins:  # such as guidance that is on in a part of the run
+            stream.stats.reasons[call.step] = reasons.BEGINS
             return False
         reason, remedy = self._why_not(stream, call)
         if reason is not None:
@@ -276,7 +278,7 @@ class ForecastingHook(StepHook[ForecastState]):
         ring, conditioner = cast(FeatureRing, stream.ring), stream.conditioner
         timestep = self.adapter.timestep_argument
         is_passed = arguments[timestep] is call.arguments[timestep]
-        plan = _plan(state, stream, call.step)
+        plan = state.plan(stream, call.step)
         if plan is not None and self._reads_head(stream):
             summed = plan if stream.reads_sums else None
             head, sums = conditioner.head(state.run, arguments, ring.dtype, is_passed, summed)
@@ -380,7 +382,7 @@ class ForecastingHook(StepHook[ForecastState]):
         if why is not None:
             self.stats.note(f"errors are not measured, so the trained gaps are used: {why}")
             return
-        forecast = self._features(cast(FeatureRing, stream.ring), call, _plan(state, stream, call.step))
+        forecast = self._features(cast(FeatureRing, stream.ring), call, state.plan(stream, call.step))
         error = forecast_error(forecast, features, self.adapter.output_head(conditioning))
         state.values.ask(error, functools.partial(_on_error, state.controlled, stream.stats, call.step))
 
@@ -409,13 +411,6 @@ class ForecastingHook(StepHook[ForecastState]):
             self._fall_back(*reasons.REPEATED)
         elif not call.heads:
             self._fall_back(*reasons.UNSEEN)
-
-
-def _plan(state: ForecastState, stream: Stream, step: int) -> Plan | None:
-    """A plan with the weights of a forecast, or None if they are computed with the forecast."""
-    if stream.planner is None or torch.is_grad_enabled():
-        return None
-    return stream.planner.plan(step, state.run.executed_sigmas, state.computed, state.controlled is not None)
 
 
 def _on_error(controlled: ControlledSteps, stats: StreamStats, step: int, error: float) -> None:

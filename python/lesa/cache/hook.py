@@ -19,11 +19,6 @@ from lesa.models import Adapter
 from lesa_kernels.checks import usage_error
 from lesa_kernels.dispatch import users_level
 
-COMPILE_FIRST = (
-    "lesa decides outside of the compiled graph: compile with `pipe.transformer.compile(...)`, or call "
-    "`torch.compile(pipe.transformer, fullgraph=True)` before `lesa.enable_cache`"
-)
-
 State = TypeVar("State", bound=RunState)
 
 
@@ -204,11 +199,7 @@ class StepHook(ModelHook, Generic[State]):
         self.reset_state(self.adapter.transformer)
 
     def _check_steps(self, is_unused: bool) -> None:
-        """Tells `on_bypassed` if the scheduler has gone on after the last call, or tells `on_no_call`.
-
-        Args:
-            is_unused: whether a run has ended in which the hook got no call.
-        """
+        """Tells `on_bypassed` if the scheduler has gone on after the last call, or tells `on_no_call`."""
         stepped, last = getattr(self.pipe.scheduler, "step_index", None), self._last_index
         if stepped is not None and (is_unused or (last is not None and stepped > last + 1)):
             self.bypass(*reasons.SKIPPED)
@@ -216,11 +207,7 @@ class StepHook(ModelHook, Generic[State]):
             self.on_no_call()
 
     def _check_driven(self, is_unused: bool) -> None:
-        """Tells `on_bypassed` if the pipeline has another transformer than one with the hook.
-
-        Args:
-            is_unused: whether a run has ended in which the hook got no call.
-        """
+        """Tells `on_bypassed` if the pipeline has another transformer than one with the hook; see `Site.is_swapped`."""
         if any(site.is_swapped(is_unused) for site in self.sites):
             self.bypass(*reasons.SWAPPED)
 
@@ -231,7 +218,7 @@ class StepHook(ModelHook, Generic[State]):
 
     # The calls of a transformer, which come through the gate of its site
 
-    @torch.compiler.disable(recursive=False, reason=COMPILE_FIRST)
+    @torch.compiler.disable(recursive=False, reason=reasons.COMPILE_FIRST)
     def enter(self, site: Site, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Computes a call, or predicts it."""
         if not self._entered.acquire(blocking=False):

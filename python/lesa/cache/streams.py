@@ -71,22 +71,20 @@ class ForecastState(RunState):
     controlled: ControlledSteps | None = None
     forecasts_are_finite: bool = True
     was_predicting: bool = False
-    _begun: dict[str, int] = field(default_factory=dict)  # by transformer, its first step
 
     @property
     def needs_values(self) -> bool:
         return self.controlled is not None and self.run.step > max(self.computed)
 
-    def is_first_of_another(self, transformer: str, step: int) -> bool:
-        """Whether a step is the first one of a transformer, and another transformer was called before it.
+    def plan(self, stream: Stream, step: int) -> Plan | None:
+        """A plan with the weights of a forecast, or None if they are computed with the forecast."""
+        if stream.planner is None or torch.is_grad_enabled():
+            return None
+        return stream.planner.plan(step, self.run.executed_sigmas, self.computed, self.controlled is not None)
 
-        If the pipeline has gone over to it for good, what is kept for the calls of the other one is freed.
-        """
-        if transformer not in self._begun:
-            self._begun[transformer] = step
-            if self.switch is not None and step >= self.switch:
-                self.streams = {}
-        return len(self._begun) > 1 and self._begun[transformer] == step
+    def forget_others(self, prefix: str) -> None:
+        """Frees what is kept of streams whose names begin otherwise: those of a transformer that has no more calls."""
+        self.streams = {name: stream for name, stream in self.streams.items() if name.startswith(prefix)}
 
     def choose_next_step(self) -> None:
         """Adds the computed step after the last one, by the errors that were measured there."""
