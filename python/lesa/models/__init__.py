@@ -7,14 +7,42 @@ from lesa.models.flux import FluxAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.sd3 import SD3Adapter
+from lesa.models.wan import WanAdapter
 from lesa_kernels.checks import Said, argument_error
 
-ADAPTERS: tuple[type[Adapter], ...] = (FluxAdapter, QwenImageAdapter, HunyuanVideoAdapter, SD3Adapter)
+ADAPTERS: tuple[type[Adapter], ...] = (FluxAdapter, QwenImageAdapter, HunyuanVideoAdapter, SD3Adapter, WanAdapter)
 """The adapters of all supported families."""
 
 
+FIRST, SECOND = "transformer", "transformer_2"
+"""The components of a pipeline that lesa caches. Pipelines of Wan 2.2 have an expert for low noise as the second."""
+
+
+def transformers_of(pipe: Any) -> dict[str, Any]:
+    """The transformers of a pipeline by the names of the components, without what `torch.compile` put around them."""
+    found: dict[str, Any] = {}
+    for name in (FIRST, SECOND):
+        module = getattr(pipe, name, None)
+        module = getattr(module, "_orig_mod", module)  # from `torch.compile(transformer)`
+        if module is not None and not any(module is other for other in found.values()):
+            found[name] = module
+    return found
+
+
+def adapters_for(pipe: Any) -> dict[str, Adapter]:
+    """The adapters of the pipeline's transformers, by the names of the components.
+
+    Args:
+        pipe: a diffusers pipeline.
+
+    Raises:
+        TypeError: the pipeline has no transformer, or one of no supported family.
+    """
+    return {name: _adapter_of(pipe, found) for name, found in (transformers_of(pipe) or {FIRST: None}).items()}
+
+
 def adapter_for(pipe: Any) -> Adapter:
-    """The adapter of the pipeline's transformer.
+    """The adapter of the pipeline's transformer, of the first one if there are two.
 
     Args:
         pipe: a diffusers pipeline.
@@ -22,8 +50,10 @@ def adapter_for(pipe: Any) -> Adapter:
     Raises:
         TypeError: the pipeline has no transformer of a supported family.
     """
-    transformer = getattr(pipe, "transformer", None)
-    transformer = getattr(transformer, "_orig_mod", transformer)  # from `torch.compile(transformer)`
+    return next(iter(adapters_for(pipe).values()))
+
+
+def _adapter_of(pipe: Any, transformer: Any) -> Adapter:
     for adapter in ADAPTERS:
         if adapter.handles(transformer):
             return adapter(transformer)

@@ -1,0 +1,65 @@
+"""Wan 2.1 and 2.2: the transformers for text, images and videos, VACE and Animate, and the pipelines built on them."""
+
+import math
+
+import torch
+
+from lesa.models.adapter import Adapter
+from lesa.models.costs import Costs
+from lesa.models.heads import TableHead
+
+
+class WanCosts(Costs):
+    """What a Wan transformer costs."""
+
+
+class WanAdapter(Adapter):
+    """A Wan transformer.
+
+    TI2V-5B gets a timestep for each token, so each token is modulated in its own way.
+    """
+
+    family = "wan"
+    costs = WanCosts
+    transformer_classes = ("WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel")
+    embedders = ("condition_embedder.time_embedder",)
+    block_lists = {"vace_blocks": "attn1.norm_q", "blocks": "attn1.norm_q"}
+
+    def make_head(self):
+        return TableHead(self.transformer, in_float32=True)
+
+    def condition(self, timestep, inputs, dtype):
+        embedder = self.transformer.condition_embedder
+        waves = embedder.timesteps_proj(timestep.flatten()).unflatten(0, timestep.shape)
+        kind = next(embedder.time_embedder.parameters()).dtype
+        return embedder.time_embedder(waves if kind == torch.int8 else waves.to(kind)).to(dtype)
+
+    def shape(self, call):
+        return len(call["hidden_states"]), math.prod(self._token_grid(call))
+
+    def arrange(self, call, velocity):
+        patch, (frames, rows, columns) = self.transformer.config.patch_size, self._token_grid(call)
+        patches = velocity.reshape(len(velocity), frames, rows, columns, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return patches.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    @torch.no_grad()
+    def decode(self, pipe, latents, height=None, width=None):
+        """See the base. Reference images of VACE become the first frames, which the pipeline itself leaves out.
+
+        Of a video that Animate makes in several segments, the pipeline returns the latents of the last one.
+        """
+        latents = latents.to(pipe.vae.dtype)
+        if hasattr(self.transformer, "motion_encoder"):  # Animate: scaled already; the first frame is the character's
+            latents = latents[:, :, 1:]
+        else:
+            config = pipe.vae.config
+            levels = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+            mean, deviation = (level.to(latents) for level in levels)
+            latents = latents / (1.0 / deviation) + mean
+        video = pipe.vae.decode(latents, return_dict=False)[0]
+        return pipe.video_processor.postprocess_video(video, output_type="np")
+
+    def _token_grid(self, call) -> tuple[int, ...]:
+        """Frames, rows and columns of the tokens."""
+        sizes = zip(call["hidden_states"].shape[2:], self.transformer.config.patch_size)
+        return tuple(size // patch for size, patch in sizes)
