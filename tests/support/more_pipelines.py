@@ -4,10 +4,10 @@ from importlib import import_module
 
 from small_pipelines import Small
 
-_FILES: dict[str, str] = {}
+_FILES: dict[str, str] = {"flux2": "small_flux2"}
 """For each family, the file beside this one that has its `CASES`."""
 
-QUICK: set[str] = set()
+QUICK: set[str] = {"flux2 klein cfg"}
 """The cases that are no slow tests: one for each family, the cheapest."""
 
 NOT_FUSED: dict[str, str] = {}
