@@ -11,6 +11,10 @@ _FILES: dict[str, str] = {
 """For each family, the file beside this one that has its `CASES`."""
 
 QUICK: set[str] = {"wan cfg"}
+_FILES: dict[str, str] = {"flux2": "small_flux2"}
+"""For each family, the file beside this one that has its `CASES`."""
+
+QUICK: set[str] = {"flux2 klein cfg"}
 """The cases that are no slow tests: one for each family, the cheapest."""
 
 NOT_FUSED: dict[str, str] = {}

@@ -4,6 +4,7 @@ from typing import Any
 
 from lesa.models.adapter import Adapter
 from lesa.models.flux import FluxAdapter
+from lesa.models.flux2 import Flux2Adapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.sd3 import SD3Adapter
@@ -11,6 +12,7 @@ from lesa.models.wan import WanAdapter
 from lesa_kernels.checks import Said, argument_error
 
 ADAPTERS: tuple[type[Adapter], ...] = (FluxAdapter, QwenImageAdapter, HunyuanVideoAdapter, SD3Adapter, WanAdapter)
+ADAPTERS: tuple[type[Adapter], ...] = (FluxAdapter, QwenImageAdapter, HunyuanVideoAdapter, SD3Adapter, Flux2Adapter)
 """The adapters of all supported families."""
 
 
