@@ -284,7 +284,7 @@ def test_conditioning_and_head_are_those_of_the_forward(pipe, name):
             made = adapter.conditioning(bound, features.dtype)
             assert made.dtype == conditioning.dtype == transformer.dtype and torch.equal(made, conditioning)
             assert adapter.shape(bound) == features.shape[:2] and adapter.feature_dim == features.shape[2]
-            ours = adapter.output(bound, adapter.head(features, conditioning, bound))
+            ours = adapter.output(bound, adapter.run_head(features, conditioning, bound))
             assert type(ours) is type(output) is (Transformer2DModelOutput if return_dict else tuple)
             assert len(ours) == 1 and torch.equal(ours[0], output[0])
 

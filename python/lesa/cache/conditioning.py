@@ -42,7 +42,7 @@ class Conditioner:
         self._begin = 0
 
     def conditioning(self, run: Run, arguments: dict, dtype: torch.dtype, is_passed: bool) -> torch.Tensor:
-        """The conditioning `[B, D]` of the run's current step.
+        """The conditioning of the run's current step.
 
         Args:
             run: the current run.
@@ -99,24 +99,23 @@ class Conditioner:
         """Makes a plan if there is none yet. Says whether the current step is planned."""
         if not run.exact or torch.is_grad_enabled() or self.adapter.has_adapters:
             return False
-        timestep = arguments["timestep"]
+        timestep = arguments[self.adapter.timestep_argument]
         given = {name: arguments[name] for name in self.adapter.conditioned_on}
-        scale = (arguments[self.adapter.attention_kwargs] or {}).get("scale")
+        scale, shape = self.adapter.lora_scale(arguments), self.adapter.shape(arguments)
         tensors = tuple((id(t), version_of(t)) for t in given.values())
-        inputs = (tensors, scale, dtype, timestep.dtype, timestep.device, arguments["hidden_states"].shape)
+        inputs = (tensors, scale, dtype, timestep.dtype, timestep.device, timestep.ndim, shape)
         if inputs == self._inputs:
             return bool(self._conditioning)
         self._inputs, self._given = inputs, given  # while they are held, no other tensor gets their ids
         self._conditioning = self._heads = ()
         self._summed = None
         self._plans += 1
-        if self._plans > _MOST_PLANS:
+        if self._plans > _MOST_PLANS or self.adapter.modulates_tokens(arguments):  # of each token, it would be large
             return False
         self._begin = run.index
         passed = run.identity[run.index :].to(timestep.device, timestep.dtype, non_blocking=True)
-        if run.timestep_scale != 1:
-            passed = passed / run.timestep_scale
-        steps, batch = len(passed), self.adapter.shape(arguments)[0]
+        passed = run.passes(passed)
+        steps, batch = len(passed), shape[0]
         repeated = {name: _repeated(value, batch, steps) for name, value in given.items()}
         timesteps = passed.repeat_interleave(batch)
         rows = self.adapter.scaled(arguments, self.adapter.condition, timesteps, repeated, dtype)

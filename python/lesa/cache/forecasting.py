@@ -211,7 +211,7 @@ class ForecastingHook(StepHook[ForecastState]):
         if stream is None:
             stats = self.stats.streams.setdefault(call.stream, StreamStats())
             stream = state.streams[call.stream] = Stream(call.stream, stats, Conditioner(self.adapter))
-        stream.stats.begin(call.step, call.arguments["hidden_states"].device)
+        stream.stats.begin(call.step, self.adapter.sample(call.arguments).device)
         stream.has_risen = stream.step < state.parts[call.step].start
         if state.needs_values:
             state.choose_next_step()
@@ -252,7 +252,8 @@ class ForecastingHook(StepHook[ForecastState]):
     def predict(self, state: ForecastState, call: Call, arguments: dict[str, Any]) -> Any:
         stream = state.streams[call.stream]
         ring, conditioner = cast(FeatureRing, stream.ring), stream.conditioner
-        is_passed = arguments["timestep"] is call.arguments["timestep"]
+        timestep = self.adapter.timestep_argument
+        is_passed = arguments[timestep] is call.arguments[timestep]
         plan = _plan(state, stream, call.step)
         if plan is not None and self._reads_head(stream):
             summed = plan if stream.reads_sums else None
@@ -266,7 +267,7 @@ class ForecastingHook(StepHook[ForecastState]):
         if self._keeps_forecasts:
             stream.push(features, call.sigma)  # before the head, which may overwrite them
         conditioning = conditioner.conditioning(state.run, arguments, ring.dtype, is_passed)
-        return self.adapter.output(arguments, self.adapter.head(features, conditioning, arguments))
+        return self.adapter.output(arguments, self.adapter.run_head(features, conditioning, arguments))
 
     def _is_fused(self, stream: Stream, plan: Plan, head: OutputHead) -> bool:
         """Whether forecast and output head are one kernel.
@@ -334,7 +335,10 @@ class ForecastingHook(StepHook[ForecastState]):
 
     # What is pushed
 
-    def keep(self, state: ForecastState, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
+    def reads_conditioning(self, state: ForecastState) -> bool:
+        return self.observer is not None or state.controlled is not None
+
+    def keep(self, state: ForecastState, call: Call, features: torch.Tensor, conditioning: Any) -> None:
         if self.observer is not None:
             self.observer.keep(call, features, conditioning)
         stream = state.streams[call.stream]
@@ -345,7 +349,7 @@ class ForecastingHook(StepHook[ForecastState]):
         stream.has_risen = stream.is_other_text = stream.is_unclear = False
 
     def _measure(
-        self, state: ForecastState, stream: Stream, call: Call, features: torch.Tensor, conditioning: torch.Tensor
+        self, state: ForecastState, stream: Stream, call: Call, features: torch.Tensor, conditioning: Any
     ) -> None:
         """Under `lesa.ErrorControl`, asks for the error of the forecast for a step that was computed."""
         if state.controlled is None:
@@ -377,7 +381,7 @@ class ForecastingHook(StepHook[ForecastState]):
     def finish(self, state: ForecastState, call: Call) -> None:
         stats = state.streams[call.stream].stats
         stats.computed.append(call.step)
-        stats.end(call.step, call.arguments["hidden_states"].device)
+        stats.end(call.step, self.adapter.sample(call.arguments).device)
         if call.heads > 1:
             state.streams[call.stream].ring = None
             self._fall_back(*reasons.REPEATED)

@@ -153,8 +153,15 @@ class StepHook(ModelHook, Generic[State]):
         """The transformer's keyword arguments for a call that is computed."""
         return kwargs
 
-    def keep(self, state: State, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
-        """Gets the inputs of the output head, `[B, T, D]` and `[B, D]`, of a call that is computed."""
+    def reads_conditioning(self, state: State) -> bool:
+        """Whether `keep` reads the conditioning."""
+        return True
+
+    def keep(self, state: State, call: Call, features: torch.Tensor, conditioning: torch.Tensor | None) -> None:
+        """Gets the features `[B, T, D]` and the conditioning of the output head in a call that is computed.
+
+        The conditioning may be None if `reads_conditioning` says so.
+        """
         raise NotImplementedError
 
     def finish(self, state: State, call: Call) -> None:
@@ -256,7 +263,7 @@ class StepHook(ModelHook, Generic[State]):
         self.placement.look_at_forward()
         check_no_other_cache(self.adapter.transformer)
         arguments = self.adapter.bind(args, kwargs)
-        timestep = arguments.get("timestep")
+        timestep = self.adapter.timestep(arguments)
         if self.state is not None and not self.state.run.covers(self.pipe.scheduler):
             self.state = None
         state = self._locate(timestep)
@@ -272,7 +279,7 @@ class StepHook(ModelHook, Generic[State]):
             run.begin = run.index
             self.on_run(state)
             self._count_run(state)
-        stream = state.stream_of(self.context.name or "main", arguments.get("encoder_hidden_states"))
+        stream = state.stream_of(self.context.name or "main", self.adapter.text(arguments))
         call = Call(run.step, stream, run.sigmas[run.index], arguments)
         call.predicted = self.wants_prediction(state, call)
         return state, call
@@ -329,31 +336,36 @@ class StepHook(ModelHook, Generic[State]):
             self.finish(state, call)
             state.end_call()
 
-    def on_head_entry(self, module: torch.nn.Module, args: tuple) -> None:
+    def on_head_entry(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Keeps the inputs of the head at once, because later steps may overwrite them; a graph copies them out."""
+        features, conditioning = self.adapter.head_form.entered(args, kwargs)
         if self.inside == "compute":
             if torch.compiler.is_compiling():
-                self._captured = tuple(arg.detach().clone() for arg in args[:2])
+                conditioning = None if conditioning is None else conditioning.detach().clone()
+                self._captured = features.detach().clone(), conditioning
             else:
-                self._keep(*args[:2])
+                self._keep(features, conditioning)
         else:
-            self._on_other_head_entry(args)
+            self._on_other_head_entry(features, conditioning)
 
     @torch.compiler.disable
-    def _on_other_head_entry(self, args: tuple) -> None:
+    def _on_other_head_entry(self, features: torch.Tensor, conditioning: torch.Tensor | None) -> None:
         """The head ran in a call that is not computed: to make the output of a forecast, or because it was computed."""
         if self.inside is None:
             if self.adapter.own_forward.is_running():  # otherwise the user calls the head alone
                 self.bypass(*reasons.DIRECT)
         elif self._located is not None and not self._located[1].forecasts:
-            self._keep(*args[:2])
+            self._keep(features, conditioning)
 
     @torch.compiler.disable
-    def _keep(self, features: torch.Tensor, conditioning: torch.Tensor) -> None:
+    def _keep(self, entered: torch.Tensor, conditioning: torch.Tensor | None) -> None:
         if self._located is not None:
             state, call = self._located
             call.heads += 1
             if call.heads == 1:
+                features = self.adapter.features(call.arguments, entered)
+                if conditioning is None and self.reads_conditioning(state):
+                    conditioning = self.adapter.conditioning(call.arguments, features.dtype, features.device)
                 self.keep(state, call, features, conditioning)
 
     # Finding out which step a call is
@@ -408,4 +420,6 @@ class StepHook(ModelHook, Generic[State]):
 
     def _begin_state(self) -> State:
         is_shared = getattr(self.adapter.transformer, "_parallel_config", None) is not None  # by several processes
-        return self.new_state(Run(self.pipe.scheduler, self.adapter.timestep_scale), DeviceValues(waits=is_shared))
+        scheduler = self.pipe.scheduler
+        run = Run(scheduler, lambda timesteps: self.adapter.pass_timesteps(timesteps, scheduler))
+        return self.new_state(run, DeviceValues(waits=is_shared))

@@ -29,7 +29,7 @@ class ComputingHook(StepHook[RunState]):
     def on_run(self, state: RunState) -> None:
         self.observer.on_run(state.run, frozenset(range(len(state.run.executed_sigmas))))
 
-    def keep(self, state: RunState, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
+    def keep(self, state: RunState, call: Call, features: torch.Tensor, conditioning: Any) -> None:
         self.observer.keep(call, features, conditioning)
 
     def finish(self, state: RunState, call: Call) -> None:

@@ -116,7 +116,9 @@ class Placement:
         self.compiled: Callable | None = attributes.get("_compiled_call_impl")
         attributes["_compiled_call_impl"] = self._gate = hook.gate
         attributes["compile"] = self._own_compile = self._compile
-        self._capture = hook.adapter.head_entry.register_forward_pre_hook(hook.on_head_entry, prepend=True)
+        self._capture = hook.adapter.head_entry.register_forward_pre_hook(
+            hook.on_head_entry, prepend=True, with_kwargs=True
+        )
         self._known: list[Any] = []  # bound forwards that belong to wrappers, which set them when they are removed
         self._forward: types.MethodType | None = None
         self._seen: Any = None  # the wrapper whose forwards are known

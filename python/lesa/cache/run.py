@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ class Run:
 
     Args:
         scheduler: the pipeline's scheduler, whose timesteps are set for this run.
-        timestep_scale: the number by which the pipeline divides a timestep before it passes it to the transformer.
+        passes: what the pipeline passes to the transformer for some of the scheduler's timesteps.
 
     Attributes:
         timesteps: the scheduler's timesteps.
@@ -28,8 +28,8 @@ class Run:
         exact: whether all samples are known to get the timesteps that `passed` gives, up to the last bit of float32.
     """
 
-    def __init__(self, scheduler: Any, timestep_scale: float):
-        self.scheduler, self.timestep_scale = scheduler, timestep_scale
+    def __init__(self, scheduler: Any, passes: Callable[[torch.Tensor], torch.Tensor]):
+        self.scheduler, self.passes = scheduler, passes
         self.identity: torch.Tensor = scheduler.timesteps  # a new tensor every run; held, so its address stays taken
         self.timesteps: list[float] = scheduler.timesteps.tolist()
         self.sigmas = _sigmas_of(scheduler, self.timesteps)
@@ -37,6 +37,10 @@ class Run:
         self.index = -1
         self.exact = False
         self._passed: dict[torch.dtype, list[float]] = {}
+        given = self._given = self.passed(self.identity.dtype)
+        self._largest = max(map(abs, given), default=0.0)
+        # If they rise where the timesteps fall, they are differences of rounded numbers, which are less exact.
+        self._is_reversed = len(given) > 1 and (given[-1] > given[0]) != (self.timesteps[-1] > self.timesteps[0])
 
     def covers(self, scheduler: Any) -> bool:
         """Whether the scheduler is still in this run. A new run sets new timesteps, and no step has begun yet.
@@ -82,18 +86,18 @@ class Run:
         return getattr(scheduler, "begin_index", None) if index is None and self.begin is None else index
 
     def passed(self, dtype: torch.dtype) -> list[float]:
-        """The timesteps as a pipeline passes them to the transformer in `dtype`: rounded, then divided."""
+        """The timesteps as a pipeline passes them to the transformer in `dtype`."""
         if dtype not in self._passed:
             timesteps = torch.tensor(self.timesteps, dtype=self.identity.dtype, device="cpu").to(dtype)
-            self._passed[dtype] = (timesteps / self.timestep_scale if self.timestep_scale != 1 else timesteps).tolist()
+            self._passed[dtype] = self.passes(timesteps).tolist()
         return self._passed[dtype]
 
     def is_near(self, index: int, value: float, dtype: torch.dtype) -> bool:
         """Whether the passed `value` is the timestep of a step, within the precision of `dtype`."""
-        value *= self.timestep_scale
         precision = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-        tolerance = max(precision, 1e-6) * abs(value) + 1e-3
-        return 0 <= index < len(self.timesteps) and abs(self.timesteps[index] - value) <= tolerance
+        size = self._largest if self._is_reversed else abs(value)
+        tolerance = max(precision, 1e-6) * size + 1e-6 * self._largest
+        return 0 <= index < len(self._given) and abs(self._given[index] - value) <= tolerance
 
     def value_of(self, timestep: torch.Tensor, waits: bool) -> float | None:
         """The number in a timestep, or None where that would wait for a GPU and the scheduler has a position.
@@ -125,16 +129,15 @@ class Run:
             return position if self.is_near(position, value, dtype) else None
         end = len(self.timesteps) if self.begin is None else self.index + 2
         near = [index for index in range(end) if self.is_near(index, value, dtype)]
-        value *= self.timestep_scale
-        return min(near, key=lambda i: (i < self.index, abs(self.timesteps[i] - value)), default=None)
+        return min(near, key=lambda i: (i < self.index, abs(self._given[i] - value)), default=None)
 
 
 def _sigmas_of(scheduler: Any, timesteps: list[float]) -> list[float]:
     """The scheduler's noise levels; for a scheduler without any, the parts of its training steps."""
-    sigmas = getattr(scheduler, "sigmas", None)
+    sigmas, config = getattr(scheduler, "sigmas", None), getattr(scheduler, "config", None)
     if isinstance(sigmas, torch.Tensor) and len(sigmas) >= len(timesteps):
-        return sigmas.tolist()
-    train_steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
+        return (1 - sigmas if getattr(config, "invert_sigmas", False) else sigmas).tolist()
+    train_steps = getattr(config, "num_train_timesteps", 1000)
     return [t / train_steps for t in timesteps]
 
 
@@ -179,8 +182,8 @@ class StepObserver(Protocol):
 
         Args:
             call: the call.
-            features: the first input of the output head, `[B, T, D]`. The model may overwrite it afterwards.
-            conditioning: the second input of the output head, `[B, D]`.
+            features: what enters the output head, `[B, T, D]`. The model may overwrite it afterwards.
+            conditioning: of the output head, as `Adapter.condition` gives it.
         """
 
 

@@ -1,15 +1,18 @@
-"""What lesa needs to know of a transformer whose output head is an AdaLN and a linear projection."""
+"""What lesa needs to know of a transformer whose output head is a norm, scale and shift, and a linear projection."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils.peft_utils import apply_lora_scale
 
 from lesa.models.costs import Costs
+from lesa.models.heads import AdaLayerNormHead, HeadForm
 from lesa.models.own_forward import OwnForward
 from lesa.models.plain_head import why_not_plain
 from lesa_kernels import OutputHead
@@ -20,33 +23,45 @@ class Adapter:
     """Base of the adapters, one for each model family.
 
     A family names its classes and says what conditions its head. If the transformer's output is not just the projected
-    tokens, the family also says how the output is built from them. The base expects the modules `norm_out` (an
-    `AdaLayerNormContinuous`), `proj_out` (a linear layer) and `time_text_embed`, and blocks in `transformer_blocks`.
-    If the first three have other names, a family overrides `head_entry`, `projection` or `embedder`.
+    tokens, the family also says how the output is built from them. The base expects the head to be the modules
+    `norm_out` (an `AdaLayerNormContinuous`) and `proj_out` (a linear layer); a family with another head overrides
+    `make_head`.
 
     Args:
         transformer: an instance of one of `transformer_classes`.
 
     Attributes:
         family: its name, which predictors and recordings store.
-        transformer_classes: the classes of its transformers.
+        transformer_classes: the names of its transformers' classes in diffusers. They are imported when they are used,
+            so a version of diffusers that lacks one does not matter.
         costs: what `lesa estimate` knows about the family.
+        embedders: paths of the modules that `condition` calls.
         timestep_scale: the family's pipelines divide the scheduler's timesteps by this for the transformer.
-        attention_kwargs: name of the argument of `forward` that holds the scale of LoRA.
+        sample_argument, timestep_argument, text_argument: names of the arguments of `forward` with the sample, its
+            timestep and the embedded text.
+        attention_kwargs: name of the argument of `forward` that holds the scale of LoRA; None if there is none.
         control_outputs: how many lists of residuals the family's ControlNets return in a tuple; 0 for one bare list.
-        conditioned_on: names of the arguments, other than `timestep`, that `condition` reads. Each is None or has a
+        conditioned_on: names of the arguments, other than the timestep, that `condition` reads. Each is None or has a
             leading dimension of B.
+        block_lists: the lists of blocks, in the order in which they run, and for each the path of a module in a block
+            that runs exactly when the block's attention is computed.
+        head_form: the form of the output head.
         feature_dim: D, the width of the features.
         own_forward: the forward of the transformer's class.
     """
 
     family: str
-    transformer_classes: tuple[type, ...]
+    transformer_classes: tuple[str, ...]
     costs: type[Costs]
+    embedders: tuple[str, ...] = ("time_text_embed",)
     timestep_scale = 1.0
-    attention_kwargs = "attention_kwargs"
+    sample_argument = "hidden_states"
+    timestep_argument = "timestep"
+    text_argument = "encoder_hidden_states"
+    attention_kwargs: str | None = "attention_kwargs"
     control_outputs = 0
     conditioned_on: tuple[str, ...] = ()
+    block_lists: Mapping[str, str] = {"transformer_blocks": "attn.norm_q", "single_transformer_blocks": "attn.norm_q"}
 
     def __init_subclass__(cls):
         super().__init_subclass__()
@@ -58,33 +73,82 @@ class Adapter:
 
     def __init__(self, transformer: Any):
         self.transformer = transformer
-        config = transformer.config
-        self.feature_dim: int = config.num_attention_heads * config.attention_head_dim
-        self.own_forward = OwnForward(transformer, self.transformer_classes)
+        self.head_form = self.make_head()
+        self.feature_dim = self.width()
+        self.own_forward = OwnForward(transformer, self.present_classes())
+        self._embedders = [attrgetter(path) for path in self.embedders]
         self._head = _HeadModules((), [])
 
     # What a family must define, or may override
 
     def condition(self, timestep: torch.Tensor, inputs: dict, dtype: torch.dtype) -> torch.Tensor:
-        """The second input of `head_entry`, as the transformer's forward makes it.
+        """What conditions the output head, as the transformer's forward makes it; see `HeadForm.modulation`.
 
         Args:
-            timestep: `[B]`, as it was passed to the transformer.
+            timestep: `[B]`, or as it was passed to the transformer.
             inputs: the arguments that `conditioned_on` names.
             dtype: of the features.
 
         Returns:
-            `[B, D]`.
+            A tensor with a leading dimension of B, such as `[B, D]`.
         """
         raise NotImplementedError
 
+    def make_head(self) -> HeadForm:
+        """The form of the output head."""
+        return AdaLayerNormHead(self.transformer)
+
+    def width(self) -> int:
+        """D, the width of the features."""
+        return self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
+
+    def pass_timesteps(self, timesteps: torch.Tensor, scheduler: Any) -> torch.Tensor:
+        """What the family's pipelines pass to the transformer for the scheduler's timesteps.
+
+        Args:
+            timesteps: some of the scheduler's, in the dtype in which they are passed.
+            scheduler: the pipeline's scheduler.
+        """
+        return timesteps if self.timestep_scale == 1 else timesteps / self.timestep_scale
+
+    def sample(self, call: dict) -> torch.Tensor:
+        """The sample of a call, whose device and dtype are those of the call."""
+        return call[self.sample_argument]
+
+    def timestep(self, call: dict) -> Any:
+        """The timesteps `[B]` of a call, by which its step is found.
+
+        If each token has one, these are the largest ones: the tokens of what is given have others.
+        """
+        timestep: Any = call.get(self.timestep_argument)
+        is_of_tokens = isinstance(timestep, torch.Tensor) and timestep.ndim > 1
+        return timestep.flatten(1).amax(1) if is_of_tokens else timestep
+
+    def text(self, call: dict) -> torch.Tensor | None:
+        """The embedded text of a call, by which streams of calls are told apart."""
+        return call.get(self.text_argument)
+
+    def modulates_tokens(self, call: dict) -> bool:
+        """Whether the tokens of a sample are modulated each in its own way in this call."""
+        return call[self.timestep_argument].ndim > 1
+
     def shape(self, call: dict) -> tuple[int, int]:
         """Batch and tokens of the features that this call computes."""
-        return tuple(call["hidden_states"].shape[:2])
+        batch, tokens = self.sample(call).shape[:2]
+        return batch, tokens
+
+    def features(self, call: dict, entered: torch.Tensor) -> torch.Tensor:
+        """The features `[B, T, D]` of a call, from what entered the head. Other tokens, such as text, are left out."""
+        return entered.to(self.sample(call).dtype) if self.head_form.enters_in_float32 else entered
 
     def arrange(self, call: dict, velocity: torch.Tensor) -> torch.Tensor:
         """The transformer's output from the projected tokens `[B, T, O]`."""
         return velocity
+
+    def output(self, call: dict, velocity: torch.Tensor) -> Any:
+        """Projected tokens `[B, T, O]` as the transformer returns them."""
+        sample = self.arrange(call, velocity)
+        return Transformer2DModelOutput(sample=sample) if call["return_dict"] else (sample,)
 
     def decode(
         self, pipe: Any, latents: torch.Tensor, height: int | None = None, width: int | None = None
@@ -104,24 +168,25 @@ class Adapter:
     # What follows from that
 
     @classmethod
+    def present_classes(cls) -> tuple[type, ...]:
+        """Those of the transformers' classes that the installed diffusers has."""
+        return tuple(getattr(diffusers, name) for name in cls.transformer_classes if hasattr(diffusers, name))
+
+    @classmethod
     def handles(cls, transformer: Any) -> bool:
         """Whether `transformer` is of this family."""
-        return isinstance(transformer, cls.transformer_classes)
+        names = {base.__name__ for base in type(transformer).__mro__}
+        return not names.isdisjoint(cls.transformer_classes) and isinstance(transformer, cls.present_classes())
 
     @property
     def head_entry(self) -> Any:
-        """The module whose inputs are the features to forecast `[B, T, D]` and the conditioning."""
-        return self.transformer.norm_out
+        """The module whose first input is the features to forecast."""
+        return self.head_form.entry
 
     @property
     def projection(self) -> Any:
         """The head's last layer. A recording stores its weights."""
-        return self.transformer.proj_out
-
-    @property
-    def embedder(self) -> Any:
-        """The module that embeds the timestep. `condition` calls it."""
-        return self.transformer.time_text_embed
+        return self.head_form.projection
 
     @property
     def head_modules(self) -> torch.nn.ModuleList:
@@ -136,31 +201,30 @@ class Adapter:
     @property
     def _known_head(self) -> "_HeadModules":
         if not self._head.is_current():  # peft replaces a plain layer by one with LoRA
-            modules = self.embedder, self.head_entry, self.projection
+            modules = *(embedder(self.transformer) for embedder in self._embedders), *self.head_form.modules
             paths = [name.split(".") for name, module in self.transformer.named_modules() if module in modules]
             around = {".".join(path[:depth]) for path in paths for depth in range(len(path))}
             self._head = _HeadModules(modules, [self.transformer.get_submodule(name) for name in around])
         return self._head
 
     @property
-    def counted_module(self) -> torch.nn.Module:
-        """A module inside the first block's attention. It runs exactly when that attention is computed.
-
-        lesa skips a whole step or nothing. A cache that skips only attentions computes the rest in every step.
-        """
-        return self.transformer.transformer_blocks[0].attn.norm_q
-
-    @property
     def blocks(self) -> list[torch.nn.Module]:
         """The transformer's blocks, in the order in which they run."""
-        return [*self.transformer.transformer_blocks, *getattr(self.transformer, "single_transformer_blocks", ())]
+        return [block for name in self.block_lists for block in getattr(self.transformer, name, ())]
 
     @property
     def counted_modules(self) -> list[torch.nn.Module]:
-        """For each of `blocks`, the module that `counted_module` is in the first one."""
-        first = self.blocks[0]
-        path = next(name for name, module in first.named_modules() if module is self.counted_module)
-        return [block.get_submodule(path) for block in self.blocks]
+        """For each of `blocks`, a module inside its attention. It runs exactly when that attention is computed.
+
+        lesa skips a whole step or nothing. A cache that skips only attentions computes the rest in every step.
+        """
+        lists = ((getattr(self.transformer, name, ()), path) for name, path in self.block_lists.items())
+        return [block.get_submodule(path) for blocks, path in lists for block in blocks]
+
+    @property
+    def counted_module(self) -> torch.nn.Module:
+        """The first of `counted_modules`."""
+        return self.counted_modules[0]
 
     def latents(self, call: dict) -> torch.Tensor:
         """The sample that a call was given, as tokens `[B, T, O]` in the layout of the projected tokens.
@@ -168,7 +232,7 @@ class Adapter:
         Pipelines may append other channels to it, such as masks. These are left out.
         """
         batch, tokens = self.shape(call)
-        width, sample = self.projection.out_features, call["hidden_states"]
+        width, sample = self.projection.out_features, self.sample(call)
         places = torch.arange(tokens * width, device=sample.device).reshape(1, tokens, width).expand(batch, -1, -1)
         places = self.arrange(call, places)
         sample = sample[tuple(map(slice, places.shape))]
@@ -179,39 +243,40 @@ class Adapter:
         """The transformer's arguments by name. Unknown ones stay, and the transformer refuses them."""
         return self.own_forward.bind(args, kwargs)
 
-    def conditioning(self, call: dict, dtype: torch.dtype) -> torch.Tensor:
-        """`condition` for one call `[B, D]`, under the call's LoRA scale."""
-        inputs = {name: call[name] for name in self.conditioned_on}
-        return self.scaled(call, self.condition, call["timestep"], inputs, dtype)
+    def conditioning(self, call: dict, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+        """`condition` for one call, under the call's LoRA scale. Its inputs are moved to `device`, if it is given."""
 
-    def head(self, features: torch.Tensor, conditioning: torch.Tensor, call: dict) -> torch.Tensor:
-        """The model's own `norm_out` and `proj_out` `[B, T, O]`, under the call's LoRA scale."""
-        return self.scaled(call, lambda: self.projection(self.head_entry(features, conditioning)))
+        def there(value: Any) -> Any:
+            return value.to(device) if device is not None and isinstance(value, torch.Tensor) else value
+
+        inputs = {name: there(call[name]) for name in self.conditioned_on}
+        return self.scaled(call, self.condition, there(call[self.timestep_argument]), inputs, dtype)
+
+    def run_head(self, features: torch.Tensor, conditioning: torch.Tensor, call: dict) -> torch.Tensor:
+        """The projected tokens `[B, T, O]` by the model's own modules, under the call's LoRA scale."""
+        return self.scaled(call, self.head_form.run, features, conditioning)
+
+    def lora_scale(self, call: dict) -> float | None:
+        """The scale of LoRA in this call, or None if the call does not name one."""
+        return None if self.attention_kwargs is None else (call[self.attention_kwargs] or {}).get("scale")
 
     def scaled(self, call: dict, function: Callable, *args: Any) -> Any:
         """`function(*args)`, with the LoRA scale of this call in the head's layers."""
-        if (call[self.attention_kwargs] or {}).get("scale", 1.0) == 1.0:  # as the layers are
+        if self.attention_kwargs is None or self.lora_scale(call) in (None, 1.0):  # as the layers are
             return function(*args)
         return _scaled(self.head_modules, function, args, joint_attention_kwargs=call[self.attention_kwargs])
 
-    def output(self, call: dict, velocity: torch.Tensor) -> Any:
-        """Projected tokens `[B, T, O]` as the transformer returns them."""
-        sample = self.arrange(call, velocity)
-        return Transformer2DModelOutput(sample=sample) if call["return_dict"] else (sample,)
-
     def why_head_not_plain(self, own_hook: int, device: torch.device) -> str | None:
         """Why the head must run in the model's own modules, or None; see `why_not_plain`."""
-        return why_not_plain(self.head_entry, self.projection, own_hook, device)
+        return why_not_plain(self.head_form.parts(), own_hook, device)
 
     def output_head(self, conditioning: torch.Tensor) -> OutputHead:
         """The head as plain tensors, modulated for one step.
 
         Args:
-            conditioning: `[B, D]`, the second input of `head_entry`.
+            conditioning: as `condition` gives it.
         """
-        norm, projection = self.head_entry, self.projection
-        scale, shift = norm.linear(norm.silu(conditioning).to(norm.linear.weight.dtype)).chunk(2, dim=1)
-        return OutputHead(projection.weight, projection.bias, scale, shift, norm.norm.eps)
+        return self.head_form.output_head(conditioning)
 
 
 class _HeadModules:

@@ -1,7 +1,5 @@
 """FLUX: `FluxTransformer2DModel` and the pipelines built on it."""
 
-from diffusers import FluxTransformer2DModel
-
 from lesa.models.adapter import Adapter, decoded, packed_grid
 from lesa.models.costs import Costs
 
@@ -32,7 +30,7 @@ class FluxAdapter(Adapter):
 
     family = "flux"
     costs = FluxCosts
-    transformer_classes = (FluxTransformer2DModel,)
+    transformer_classes = ("FluxTransformer2DModel",)
     timestep_scale = 1000.0
     attention_kwargs = "joint_attention_kwargs"
     control_outputs = 2

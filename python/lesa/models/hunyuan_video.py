@@ -2,14 +2,10 @@
 
 import math
 
-import diffusers
 import torch
-from diffusers import HunyuanVideoTransformer3DModel
 
 from lesa.models.adapter import Adapter
 from lesa.models.costs import Costs, attention_flops, feed_forward_flops, product_flops, timestep_flops
-
-_FRAMEPACK = getattr(diffusers, "HunyuanVideoFramepackTransformer3DModel", None)
 
 
 class HunyuanVideoCosts(Costs):
@@ -55,7 +51,7 @@ class HunyuanVideoAdapter(Adapter):
 
     family = "hunyuan-video"
     costs = HunyuanVideoCosts
-    transformer_classes = tuple(c for c in (HunyuanVideoTransformer3DModel, _FRAMEPACK) if c is not None)
+    transformer_classes = ("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel")
     conditioned_on = ("guidance", "pooled_projections")
 
     def condition(self, timestep, inputs, dtype):

@@ -2,7 +2,6 @@
 
 import diffusers
 import torch
-from diffusers import QwenImageTransformer2DModel
 
 from lesa.models.adapter import Adapter, decoded, packed_grid
 from lesa.models.costs import Costs
@@ -34,7 +33,7 @@ class QwenImageAdapter(Adapter):
 
     family = "qwen-image"
     costs = QwenImageCosts
-    transformer_classes = (QwenImageTransformer2DModel,)
+    transformer_classes = ("QwenImageTransformer2DModel",)
     timestep_scale = 1000.0
     conditioned_on = ("additional_t_cond",)
 

@@ -1,7 +1,5 @@
 """Stable Diffusion 3 and 3.5: `SD3Transformer2DModel` and the pipelines built on it."""
 
-from diffusers import SD3Transformer2DModel
-
 from lesa.models.adapter import Adapter, decoded
 from lesa.models.costs import Costs, attention_flops, feed_forward_flops, product_flops
 
@@ -45,10 +43,11 @@ class SD3Adapter(Adapter):
 
     family = "sd3"
     costs = SD3Costs
-    transformer_classes = (SD3Transformer2DModel,)
+    transformer_classes = ("SD3Transformer2DModel",)
     attention_kwargs = "joint_attention_kwargs"
     control_outputs = 1
     conditioned_on = ("pooled_projections",)
+    block_lists = {"transformer_blocks": "attn.to_out.0"}  # not all of these models have attn.norm_q
 
     def condition(self, timestep, inputs, dtype):
         return self.transformer.time_text_embed(timestep, inputs["pooled_projections"])
@@ -66,7 +65,3 @@ class SD3Adapter(Adapter):
 
     def decode(self, pipe, latents, height=None, width=None):
         return decoded(pipe, latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor)
-
-    @property
-    def counted_module(self):
-        return self.transformer.transformer_blocks[0].attn.to_out[0]  # not all of these models have norm_q

@@ -1,0 +1,233 @@
+"""Every pipeline class of the families in `more_pipelines`, small and random: the same checks for each of them."""
+
+from contextlib import contextmanager
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import lesa
+import more_pipelines as small
+from lesa.models import ADAPTERS, adapter_for
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+from small_pipelines import FAMILIES as FIRST_FAMILIES
+
+STEPS = 12
+SOME = [0, 1, 2, 5, 9]
+REST = [step for step in range(STEPS) if step not in SOME]
+NEAR = 0.02
+"""Relative error that forecasts along a line stay below."""
+
+NOT_FUSED: dict[str, str] = {}
+"""Cases whose output head runs in the model's own modules, and why."""
+
+NOT_DECODED_ALIKE: dict[str, str] = {}
+"""Cases whose pipeline makes other images than `decode`, and why."""
+
+RECORDED: dict[str, str] = {}
+"""For each family, the case that is recorded, trained on and evaluated."""
+
+NOT_RECORDED: dict[str, str] = {}
+"""Families that cannot be recorded, and why."""
+
+every_case = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in small.QUICK else [pytest.mark.slow]) for name in small.ALL]
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet():
+    verbosity = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity_error()
+    yield
+    diffusers.logging.set_verbosity(verbosity)
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    """`pipes(name)` -> the small pipeline of that name, one for the whole file."""
+    made = {}
+
+    def pipe_of(name):
+        if name not in made:
+            made[name] = small.ALL[name].build()
+        return made[name]
+
+    return pipe_of
+
+
+@pytest.fixture
+def pipe(pipes, request):
+    pipe = pipes(request.getfixturevalue("name"))
+    yield pipe
+    lesa.disable_cache(pipe)
+    assert "forward" not in vars(pipe.transformer)
+
+
+@pytest.fixture(scope="module")
+def plain(pipes):
+    """`plain(name)` -> latents of the pipeline without lesa."""
+    made = {}
+
+    def latents_of(name):
+        if name not in made:
+            made[name] = small.ALL[name].latents(pipes(name), steps=STEPS)
+        return made[name]
+
+    return latents_of
+
+
+def line():
+    return FusedKANPredictor(PredictorConfig(mixer="linear"))
+
+
+def distance(latents, wanted):
+    return float((latents - wanted).norm() / wanted.norm())
+
+
+@contextmanager
+def counted_blocks(adapter):
+    """Gives a list of how often each block ran."""
+    counts = [0] * len(adapter.blocks)
+    handles = []
+
+    def watch(number, block):
+        def count(*_):
+            counts[number] += 1
+
+        handles.append(block.register_forward_pre_hook(count))
+
+    for number, block in enumerate(adapter.blocks):
+        watch(number, block)
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_no_family_is_left_out():
+    assert {*small.FAMILIES, *FIRST_FAMILIES} == {adapter.family for adapter in ADAPTERS}
+    assert small.FAMILIES.keys() == {*RECORDED, *NOT_RECORDED}
+    for family, cases in small.FAMILIES.items():
+        assert not small.QUICK.isdisjoint(cases), family
+        assert family in NOT_RECORDED or RECORDED[family] in cases
+
+
+@every_case
+def test_all_steps_computed_and_disabled_are_bit_exact(pipe, plain, name):
+    case, wanted = small.ALL[name], plain(name)
+    adapter = adapter_for(pipe)
+    with counted_blocks(adapter) as counts, lesa.enable_cache(pipe, line(), range(STEPS)) as handle:
+        assert torch.equal(case.latents(pipe, steps=STEPS), wanted)
+    assert [*handle.stats.streams] == [*case.streams]
+    assert all(s.computed == [*range(STEPS)] and not s.predicted for s in handle.stats.streams.values())
+    assert counts == [STEPS * len(case.streams) * case.runs] * len(counts)
+    assert handle.stats.unlocated == 0
+    assert torch.equal(case.latents(pipe, steps=STEPS), wanted)
+
+
+@every_case
+def test_forecasts_skip_the_blocks_and_stay_near(pipe, plain, name):
+    case, wanted = small.ALL[name], plain(name)
+    adapter = adapter_for(pipe)
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
+        with counted_blocks(adapter) as counts:
+            fused = case.latents(pipe, steps=STEPS)
+        streams = handle.stats.streams
+        assert [*streams] == [*case.streams]
+        for stream in streams.values():
+            assert (stream.computed, stream.predicted) == (SOME, REST)
+            assert stream.fused == ([] if name in NOT_FUSED else REST), handle.stats.notes
+        assert counts == [len(SOME) * len(streams) * case.runs] * len(counts)
+        with adapter.head_entry.register_forward_hook(lambda *_: None):
+            own = case.latents(pipe, steps=STEPS)
+        assert not any(stream.fused for stream in handle.stats.streams.values())
+    with lesa.enable_cache(pipe, line(), [0]):
+        held = case.latents(pipe, steps=STEPS)
+    assert own.shape == wanted.shape and own.isfinite().all()
+    assert 0 < distance(own, wanted) < NEAR
+    assert distance(own, wanted) < distance(held, wanted) / 4
+    # The fused head adds up in another order. Each step adds some of float32's rounding, and models amplify it.
+    assert distance(fused, own) < 100 * torch.finfo(torch.float32).eps
+
+
+@contextmanager
+def calls_of(adapter):
+    """Gives a list of `(arguments, features, conditioning or None, output)` of each call of the transformer."""
+    calls, entered = [], []
+
+    def enter(module, args, kwargs):
+        features, conditioning = adapter.head_form.entered(args, kwargs)
+        entered.append((features.clone(), conditioning))
+
+    def leave(module, args, kwargs, output):
+        calls.append((adapter.bind(args, kwargs), *entered.pop(), output))
+
+    hooks = [
+        adapter.head_entry.register_forward_pre_hook(enter, with_kwargs=True),
+        adapter.transformer.register_forward_hook(leave, with_kwargs=True),
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def tensors_in(output):
+    values = output.values() if isinstance(output, dict) else output
+    values = [values] if isinstance(values, torch.Tensor) else values
+    return [tensor for value in values for tensor in (value if isinstance(value, list) else [value])]
+
+
+@every_case
+@torch.no_grad()
+def test_conditioning_and_head_are_those_of_the_forward(pipe, name):
+    adapter = adapter_for(pipe)
+    with calls_of(adapter) as calls:
+        small.ALL[name].latents(pipe, steps=3)
+    for call, entered, conditioning, output in calls:
+        features = adapter.features(call, entered)
+        made = adapter.conditioning(call, features.dtype)
+        assert conditioning is None or (made.dtype == conditioning.dtype and torch.equal(made, conditioning))
+        assert adapter.shape(call) == features.shape[:2] and adapter.feature_dim == features.shape[2]
+        ours = adapter.output(call, adapter.run_head(features, made, call))
+        assert type(ours) is type(output)
+        for one, other in zip(tensors_in(ours), tensors_in(output), strict=True):
+            assert torch.allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
+@every_case
+def test_decode_gives_what_the_pipeline_gives(pipe, name):
+    case = small.ALL[name]
+    images = np.stack(case.run(pipe, steps=2, output_type="np"))
+    decoded = adapter_for(pipe).decode(
+        pipe, case.latents(pipe, steps=2), case.size.get("height"), case.size.get("width")
+    )
+    assert decoded.dtype == np.float32 and decoded.shape == images.shape
+    assert decoded.min() >= 0 and decoded.max() <= 1 and decoded.std() > 0.01
+    assert np.allclose(decoded, images, atol=1e-6) == (name not in NOT_DECODED_ALIKE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECORDED.values())
+def test_recordings_can_be_trained_on_and_evaluated(pipe, name, tmp_path):
+    case, family = small.ALL[name], adapter_for(pipe).family
+    inputs = [case.inputs(1)] * 2
+    wanted = case.latents(pipe)
+    recorded = lesa.record(pipe, inputs, tmp_path, STEPS, progress=False)
+    assert torch.equal(case.latents(pipe), wanted)
+    assert recorded.manifest["family"] == family and set(recorded.samples) == {0, 1}
+    config = PredictorConfig(adapter_for(pipe).feature_dim, rank=2, hidden=4, family=family)
+    predictor = lesa.train(recorded, config, SOME, epochs=1, guided_epochs=1, tokens_per_batch=4, progress=False)
+    with lesa.enable_cache(pipe, predictor) as handle:
+        cached = case.latents(pipe)
+    assert all(s.computed == SOME and s.predicted == REST for s in handle.stats.streams.values())
+    assert 0 < distance(cached, wanted) < 2 * NEAR
+    result = lesa.evaluate(pipe, inputs, [predictor], [], STEPS, batch_size=1, progress=False)
+    reference, mine = result.runs
+    assert (reference.computed_steps, mine.steps) == (STEPS, tuple(SOME))
+    assert mine.whole_steps == mine.step_equivalents == mine.block_passes == len(SOME)
+    assert 20 < mine.psnr < 100 and 0.5 < mine.ssim <= 1
