@@ -80,8 +80,7 @@ def _z_image(pipeline, named=None, *, negative=False, extra=dict, parts=None, op
         transformer,
         partial(_arguments, named=named or {}, negative=negative, parts=parts),
         {"height": HEIGHT, "width": WIDTH},
-        options={"guidance_scale": 3.0 if negative else 0.0, **(options or {})},
-        scheduler_options={"shift": 3.0},
+        options={"guidance_scale": 1.0 if negative else 0.0, **(options or {})},
         **rest,
     )
 

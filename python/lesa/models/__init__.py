@@ -7,9 +7,10 @@ from lesa.models.flux import FluxAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.sd3 import SD3Adapter
+from lesa.models.z_image import ZImageAdapter
 from lesa_kernels.checks import Said, argument_error
 
-ADAPTERS: tuple[type[Adapter], ...] = (FluxAdapter, QwenImageAdapter, HunyuanVideoAdapter, SD3Adapter)
+ADAPTERS: tuple[type[Adapter], ...] = (FluxAdapter, QwenImageAdapter, HunyuanVideoAdapter, SD3Adapter, ZImageAdapter)
 """The adapters of all supported families."""
 
 
