@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, partial
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import diffusers
@@ -49,6 +50,7 @@ class Small:
         runs: how often a call goes through the steps.
         most: of prompts in a call, as the class allows.
         returns_latents: whether the class can; else they are taken from the last step.
+        prepare: called with a new pipeline, to make it smaller than its class does.
     """
 
     pipeline: str
@@ -64,6 +66,7 @@ class Small:
     runs: int = 1
     most: int | None = None
     returns_latents: bool = True
+    prepare: Callable[[Any], None] | None = None
 
     @property
     def pipeline_class(self) -> type:
@@ -79,6 +82,8 @@ class Small:
         pipe.set_progress_bar_config(disable=True)
         for part in (pipe.transformer, pipe.vae):
             part.requires_grad_(False)
+        if self.prepare is not None:
+            self.prepare(pipe)
         return pipe
 
     def inputs(self, batch: int = 1, **changed) -> dict:

@@ -4,13 +4,15 @@ from typing import Any
 
 from lesa.models.adapter import Adapter
 from lesa.models.flux import FluxAdapter
+from lesa.models.hidream import HiDreamAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
+from lesa.models.lumina import Lumina2Adapter, LuminaNextAdapter
 from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.sd3 import SD3Adapter
 from lesa.models.z_image import ZImageAdapter
 from lesa_kernels.checks import Said, argument_error
 
-ADAPTERS: tuple[type[Adapter], ...] = (FluxAdapter, QwenImageAdapter, HunyuanVideoAdapter, SD3Adapter, ZImageAdapter)
+ADAPTERS: tuple[type[Adapter], ...] = (FluxAdapter, QwenImageAdapter, HunyuanVideoAdapter, SD3Adapter, ZImageAdapter, Lumina2Adapter, LuminaNextAdapter, HiDreamAdapter)
 """The adapters of all supported families."""
 
 
