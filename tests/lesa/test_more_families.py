@@ -25,10 +25,20 @@ NOT_FUSED: dict[str, str] = {}
 NOT_DECODED_ALIKE: dict[str, str] = {}
 """Cases whose pipeline makes other images than `decode`, and why."""
 
-RECORDED: dict[str, str] = {"z-image": "z-image cfg"}
+RECORDED: dict[str, str] = {
+    "z-image": "z-image cfg",
+    "lumina2": "lumina2 cfg",
+    "lumina-next": "lumina-next cfg",
+    "hidream": "hidream cfg",
+}
 """For each family, the case that is recorded, trained on and evaluated."""
 
-NOT_RECORDED: dict[str, str] = {"z-image": "z-image cfg"}
+NOT_RECORDED: dict[str, str] = {
+    "z-image": "z-image cfg",
+    "lumina2": "lumina2 cfg",
+    "lumina-next": "lumina-next cfg",
+    "hidream": "hidream cfg",
+}
 """Families that cannot be recorded, and why."""
 
 every_case = pytest.mark.parametrize(

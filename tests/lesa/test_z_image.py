@@ -44,7 +44,9 @@ def test_images_and_captions_of_different_sizes(omni):
         call["cap_feats"] = [[captions[0]], [captions[1], captions[0], captions[1]]]
         call |= {"siglip_feats": [None, None], "image_noise_mask": [[1], [0, 1]]}
     entered = []
-    hook = adapter.head_entry.register_forward_pre_hook(lambda module, args, kwargs: entered.append(args[0]), with_kwargs=True)
+    hook = adapter.head_entry.register_forward_pre_hook(
+        lambda module, args, kwargs: entered.append(args[0]), with_kwargs=True
+    )
     with hook:
         wanted = model(**call)
     bound = adapter.bind((), call)

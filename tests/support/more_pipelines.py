@@ -4,10 +4,15 @@ from importlib import import_module
 
 from small_pipelines import Small
 
-_FILES: dict[str, str] = {"z-image": "small_z_image"}
+_FILES: dict[str, str] = {
+    "z-image": "small_z_image",
+    "lumina2": "small_lumina2",
+    "lumina-next": "small_lumina_next",
+    "hidream": "small_hidream",
+}
 """For each family, the file beside this one that has its `CASES`."""
 
-QUICK: set[str] = {"z-image cfg"}
+QUICK: set[str] = {"z-image cfg", "lumina2 cfg", "lumina-next cfg", "hidream cfg"}
 """The cases that are no slow tests: one for each family, the cheapest."""
 
 FAMILIES: dict[str, dict[str, Small]] = {family: import_module(file).CASES for family, file in _FILES.items()}

@@ -12,7 +12,16 @@ from lesa.models.sd3 import SD3Adapter
 from lesa.models.z_image import ZImageAdapter
 from lesa_kernels.checks import Said, argument_error
 
-ADAPTERS: tuple[type[Adapter], ...] = (FluxAdapter, QwenImageAdapter, HunyuanVideoAdapter, SD3Adapter, ZImageAdapter, Lumina2Adapter, LuminaNextAdapter, HiDreamAdapter)
+ADAPTERS: tuple[type[Adapter], ...] = (
+    FluxAdapter,
+    QwenImageAdapter,
+    HunyuanVideoAdapter,
+    SD3Adapter,
+    ZImageAdapter,
+    Lumina2Adapter,
+    LuminaNextAdapter,
+    HiDreamAdapter,
+)
 """The adapters of all supported families."""
 
 

@@ -16,7 +16,7 @@ class Lumina2Costs(Costs):
     streams = 2
 
 
-class LuminaNextCosts(Costs):
+class LuminaNextCosts(Lumina2Costs):
     """What a Lumina-Next transformer costs."""
 
     usual_config = {"_class_name": "LuminaNextDiT2DModel"}
@@ -92,7 +92,7 @@ class LuminaNextAdapter(Lumina2Adapter):
     transformer_classes = ("LuminaNextDiT2DModel",)
     embedders = ("time_caption_embed",)
     attention_kwargs = None
-    block_lists = {"layers": "attn1.to_out.0"}
+    block_lists = {"layers": "attn1.to_q"}
     conditioned_on = ("encoder_hidden_states", "encoder_mask")
 
     def condition(self, timestep, inputs, dtype):

@@ -1,4 +1,4 @@
-"""Small pipelines of Lumina 2 and Lumina-Next, of random weights, with and without guidance."""
+"""Small Lumina 2 pipelines of random weights, with and without guidance."""
 
 import diffusers
 import torch
@@ -27,27 +27,6 @@ def _transformer(**options):
     )
 
 
-def _next_transformer(**options):
-    model = diffusers.LuminaNextDiT2DModel(
-        **{
-            "sample_size": 8,
-            "in_channels": LATENT_CHANNELS,
-            "hidden_size": DIM,
-            "num_layers": 2,
-            "num_attention_heads": 2,
-            "num_kv_heads": 1,
-            "multiple_of": 8,
-            "cross_attention_dim": TEXT_DIM,
-            **options,
-        }
-    )
-    with torch.no_grad():
-        model.pad_token.zero_()  # it is made without values
-        for layer in model.layers:
-            layer.gate.fill_(0.5)
-    return model
-
-
 def _prompts(batch, negative=False):
     """Prompts of different lengths, with their masks."""
     generator = torch.Generator().manual_seed(100 + negative)
@@ -59,7 +38,7 @@ def _prompts(batch, negative=False):
     }
 
 
-def _lumina(pipeline, transformer, *, negative=False, options=None, **rest):
+def lumina(pipeline, transformer, *, negative=False, options=None, **rest):
     def arguments(batch):
         return {**_prompts(batch), **(_prompts(batch, negative=True) if negative else {})}
 
@@ -75,10 +54,6 @@ def _lumina(pipeline, transformer, *, negative=False, options=None, **rest):
 
 
 CASES = {
-    "lumina2": _lumina("Lumina2Pipeline", _transformer),
-    "lumina2 cfg": _lumina("Lumina2Pipeline", _transformer, negative=True, streams=("main", "main-2")),
-}
-NEXT_CASES = {
-    "lumina-next": _lumina("LuminaPipeline", _next_transformer),
-    "lumina-next cfg": _lumina("LuminaPipeline", _next_transformer, negative=True),
+    "lumina2": lumina("Lumina2Pipeline", _transformer),
+    "lumina2 cfg": lumina("Lumina2Pipeline", _transformer, negative=True, streams=("main", "main-2")),
 }
