@@ -3,26 +3,55 @@
 import torch
 
 from lesa.models.adapter import Adapter, decoded
-from lesa.models.costs import Costs
+from lesa.models.costs import CountedCosts, near_square, valueless
 from lesa.models.final_layer import FinalLayerHead
 
 
-class Lumina2Costs(Costs):
+class Lumina2Costs(CountedCosts):
     """What a Lumina 2 transformer costs."""
 
-    usual_config = {"_class_name": "Lumina2Transformer2DModel"}
+    usual_config = {"_class_name": "Lumina2Transformer2DModel", "patch_size": 2, "in_channels": 16, "cap_feat_dim": 2304}
     presets = {"lumina2-1024": (1024, 1024, 1)}
     text_tokens = 256
     streams = 2
+    projection = "norm_out.linear_2"
+
+    def call(self, image_tokens, text_tokens):
+        rows, columns = near_square(image_tokens)
+        side = self.config["patch_size"]
+        return {
+            "hidden_states": valueless(1, self.config["in_channels"], side * rows, side * columns),
+            "timestep": valueless(1),
+            "encoder_hidden_states": valueless(1, text_tokens, self.config["cap_feat_dim"]),
+            "encoder_attention_mask": torch.ones(1, text_tokens, dtype=torch.int64),
+        }
 
 
 class LuminaNextCosts(Lumina2Costs):
     """What a Lumina-Next transformer costs."""
 
-    usual_config = {"_class_name": "LuminaNextDiT2DModel"}
+    usual_config = {
+        "_class_name": "LuminaNextDiT2DModel",
+        "patch_size": 2,
+        "in_channels": 4,
+        "hidden_size": 2304,
+        "num_attention_heads": 32,
+        "num_kv_heads": 8,
+        "cross_attention_dim": 2048,
+    }
     presets = {"lumina-next-1024": (1024, 1024, 1)}
-    text_tokens = 256
-    streams = 2
+
+    def call(self, image_tokens, text_tokens):
+        rows, columns = near_square(image_tokens)
+        side, half = self.config["patch_size"], self.config["hidden_size"] // self.config["num_attention_heads"] // 2
+        return {
+            "hidden_states": valueless(1, self.config["in_channels"], side * rows, side * columns),
+            "timestep": valueless(1),
+            "encoder_hidden_states": valueless(1, text_tokens, self.config["cross_attention_dim"]),
+            "encoder_mask": valueless(1, text_tokens),
+            "image_rotary_emb": valueless(rows, columns, half, dtype=torch.complex64),
+            "cross_attention_kwargs": {},
+        }
 
 
 class Lumina2Adapter(Adapter):

@@ -4,23 +4,28 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from lesa.models.adapter import Adapter, decoded
-from lesa.models.costs import Costs
+from lesa.models.costs import CountedCosts, near_square, valueless
 from lesa.models.final_layer import FinalLayerHead
 
 _MULTIPLE = 32
 """The transformer pads captions and images to a multiple of so many tokens."""
 
 
-class ZImageCosts(Costs):
+class ZImageCosts(CountedCosts):
     """What a Z-Image transformer costs."""
 
-    usual_config = {
-        "_class_name": "ZImageTransformer2DModel",
-        "in_channels": 16,
-    }
+    usual_config = {"_class_name": "ZImageTransformer2DModel"}
     presets = {"z-image-1024": (1024, 1024, 1)}
     text_tokens = 128
     streams = 2
+    projection = "all_final_layer.2-1.linear"
+    patch = (1, 2)
+
+    def call(self, image_tokens, text_tokens):
+        rows, columns = near_square(image_tokens)
+        channels, width = self.config.get("in_channels", 16), self.config.get("cap_feat_dim", 2560)
+        image, caption = valueless(channels, 1, 2 * rows, 2 * columns), valueless(text_tokens, width)
+        return {"x": [image], "t": valueless(1), "cap_feats": [caption]}
 
 
 class ZImageAdapter(Adapter):
