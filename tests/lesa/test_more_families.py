@@ -19,21 +19,8 @@ REST = [step for step in range(STEPS) if step not in SOME]
 NEAR = 0.02
 """Relative error that forecasts along a line stay below."""
 
-NOT_DECODED_ALIKE: dict[str, str] = {
-    "wan vace reference": "`decode` does not know how many of the frames are reference images",
-    "wan animate segments": "the pipeline returns the latents of the last segment only",
-}
-"""Cases whose pipeline makes other images than `decode`, and why."""
-
-RECORDED: dict[str, str] = {"wan": "wan cfg"}
-RECORDED: dict[str, str] = {"flux2": "flux2"}
-"""For each family, the case that is recorded, trained on and evaluated."""
-
-NOT_RECORDED: dict[str, str] = {"flux2": "flux2"}
-"""Families that cannot be recorded, and why."""
-
 every_case = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in small.QUICK else [pytest.mark.slow]) for name in small.ALL]
+    "name", [pytest.param(name, marks=[] if name in small.QUICK.values() else [pytest.mark.slow]) for name in small.ALL]
 )
 
 
@@ -112,8 +99,8 @@ def test_no_family_is_left_out():
     assert {*small.FAMILIES, *FIRST_FAMILIES} == {adapter.family for adapter in ADAPTERS}
     for family in small.FAMILIES.keys() - FIRST_FAMILIES.keys():
         cases = small.FAMILIES[family]
-        assert not small.QUICK.isdisjoint(cases), family
-        assert (family in NOT_RECORDED) != (RECORDED.get(family) in cases), family
+        assert small.QUICK[family] in cases
+        assert (family in small.NOT_RECORDED) != (small.RECORDED.get(family) in cases), family
 
 
 @every_case
@@ -212,11 +199,11 @@ def test_decode_gives_what_the_pipeline_gives(pipe, name):
     assert decoded.dtype == np.float32
     assert decoded.min() >= 0 and decoded.max() <= 1 and decoded.std() > 0.01
     is_alike = decoded.shape == images.shape and np.allclose(decoded, images, atol=1e-6)
-    assert is_alike == (name not in NOT_DECODED_ALIKE)
+    assert is_alike == (name not in small.NOT_DECODED_ALIKE)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECORDED.values())
+@pytest.mark.parametrize("name", small.RECORDED.values())
 def test_recordings_can_be_trained_on_and_evaluated(pipe, name, tmp_path):
     case, family = small.ALL[name], adapter_for(pipe).family
     inputs = [case.inputs(1)] * 2

@@ -10,12 +10,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, partial
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import diffusers
 import numpy as np
 import torch
-from diffusers.models.embeddings import TimestepEmbedding
 from PIL import Image
 
 from lesa.models import adapter_for
@@ -50,6 +50,7 @@ class Small:
         runs: how often a call goes through the steps.
         most: of prompts in a call, as the class allows.
         returns_latents: whether the class can; else they are taken from the last step.
+        prepare: called with a new pipeline, to make it smaller than its class does.
     """
 
     pipeline: str
@@ -65,6 +66,7 @@ class Small:
     runs: int = 1
     most: int | None = None
     returns_latents: bool = True
+    prepare: Callable[[Any], None] | None = None
 
     @property
     def pipeline_class(self) -> type:
@@ -81,6 +83,8 @@ class Small:
         pipe.set_progress_bar_config(disable=True)
         for part in (pipe.transformer, pipe.vae):
             part.requires_grad_(False)
+        if self.prepare is not None:
+            self.prepare(pipe)
         return pipe
 
     def inputs(self, batch: int = 1, **changed) -> dict:
@@ -129,7 +133,7 @@ def smooth_in_time(transformer):
     Random weights on the fast waves of the time embedding would jump from step to step, and no forecast could follow.
     """
     head = adapter_for(SimpleNamespace(transformer=transformer)).head_modules.modules()
-    first = next(module for module in head if isinstance(module, TimestepEmbedding)).linear_1
+    first = next(module for module in head if isinstance(module, torch.nn.Linear) and module.in_features == 256)
     half = first.in_features // 2
     slow = torch.exp(torch.arange(half) / half * torch.log(torch.tensor(10000.0))) > 300  # their period is above 1900
     with torch.no_grad():

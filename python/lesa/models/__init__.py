@@ -5,14 +5,27 @@ from typing import Any
 from lesa.models.adapter import Adapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.flux2 import Flux2Adapter
+from lesa.models.hidream import HiDreamAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
+from lesa.models.lumina import Lumina2Adapter, LuminaNextAdapter
 from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.sd3 import SD3Adapter
 from lesa.models.wan import WanAdapter
+from lesa.models.z_image import ZImageAdapter
 from lesa_kernels.checks import Said, argument_error
 
-ADAPTERS: tuple[type[Adapter], ...] = (FluxAdapter, QwenImageAdapter, HunyuanVideoAdapter, SD3Adapter, WanAdapter)
-ADAPTERS: tuple[type[Adapter], ...] = (FluxAdapter, QwenImageAdapter, HunyuanVideoAdapter, SD3Adapter, Flux2Adapter)
+ADAPTERS: tuple[type[Adapter], ...] = (
+    FluxAdapter,
+    QwenImageAdapter,
+    HunyuanVideoAdapter,
+    SD3Adapter,
+    WanAdapter,
+    Flux2Adapter,
+    ZImageAdapter,
+    Lumina2Adapter,
+    LuminaNextAdapter,
+    HiDreamAdapter,
+)
 """The adapters of all supported families."""
 
 
