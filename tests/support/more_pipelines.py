@@ -1,4 +1,4 @@
-"""Small pipelines of more families than the four of `small_pipelines`, collected from the files `small_*.py` beside this.
+"""Small pipelines of more families than the four of `small_pipelines`, from the files `small_*.py` beside this.
 
 Such a file has `FAMILY`, the family's name, and `CASES`. It may have
 
