@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lesa.cache.run import Call, Run
+from lesa.cache.stats import CacheStats
 from lesa.models.adapter import Adapter
 from lesa_kernels import OutputHead
 from lesa_kernels.checks import Said, argument_error, usage_error
@@ -21,6 +22,7 @@ class _Stream:
     scale: torch.Tensor  # [B, S, D]
     shift: torch.Tensor  # [B, S, D]
     token_index: torch.Tensor  # [B, T]
+    called: str  # the stream of calls that it is, or is a half of
     steps: set[int] = field(default_factory=set)
 
 
@@ -33,6 +35,7 @@ class Recorder:
 
     Attributes:
         head: the output head, as it was called last.
+        left_out: why streams of calls are not recorded, by name.
     """
 
     head: OutputHead
@@ -40,6 +43,7 @@ class Recorder:
     def __init__(self, pipe: Any, adapter: Adapter, tokens_per_sample: int | None, seed: int):
         self.pipe, self.adapter = pipe, adapter
         self.tokens_per_sample, self.seed = tokens_per_sample, seed
+        self.left_out: dict[str, str] = {}
 
     def begin(self, numbers: list[int], on_step: Callable[[float], None]) -> None:
         """Prepares for a call of the pipeline on the samples `numbers`.
@@ -48,6 +52,7 @@ class Recorder:
         """
         self.numbers, self.on_step = numbers, on_step
         self.sigmas: list[float] = []
+        self._rows: dict[str, int] = {}  # by stream of calls, the batch of its calls
         self.computed: Set[int] = frozenset()
         self.streams: dict[str, _Stream] = {}
 
@@ -62,14 +67,22 @@ class Recorder:
                 RuntimeError,
             )
         self.sigmas, self.computed = run.executed_sigmas, computed
-        self.streams = {}
+        self.streams, self._rows = {}, {}
 
-    def check_complete(self) -> None:
-        """Raises `RuntimeError` unless every stream has all steps that were to be computed."""
-        steps = self.computed
+    def check_complete(self, stats: CacheStats | None) -> None:
+        """Leaves out the streams that were called in a part of the run only, such as guidance in an interval.
+
+        Args:
+            stats: of the cache that predicts the other steps; None without one.
+
+        Raises:
+            RuntimeError: no stream was called in each step, or one of those lacks a step that was to be computed.
+        """
+        steps, calls = self.computed, self._calls(stats)
         seen = {name: stream.steps for name, stream in self.streams.items()} or {"any": set()}
+        whole = [name for name, stream in self.streams.items() if calls[stream.called] == len(self.sigmas)]
         for name, had in seen.items():
-            if had != steps or not had:
+            if (name in whole or not whole) and (had != steps or not had):
                 raise argument_error(
                     "pipe",
                     "call its transformer once for each of its scheduler's steps",
@@ -77,6 +90,15 @@ class Recorder:
                     "Use a scheduler with one call per step, and let the pipeline run to its end.",
                     RuntimeError,
                 )
+        for name in [name for name in self.streams if name not in whole]:
+            count = calls[self.streams.pop(name).called]
+            self.left_out.setdefault(name, f"it is called in {count} of the {len(self.sigmas)} steps")
+
+    def _calls(self, stats: CacheStats | None) -> dict[str, int]:
+        """By stream of calls, the number of steps in which the transformer was called."""
+        if stats is None:
+            return {stream.called: len(stream.steps) for stream in self.streams.values()}
+        return {name: len({*stream.computed, *stream.predicted}) for name, stream in stats.streams.items()}
 
     def facts(self) -> dict[str, Any]:
         """The part of the manifest that is known after a run."""
@@ -118,6 +140,7 @@ class Recorder:
                 "Record in bfloat16 or float32, and check the sample's input.",
                 RuntimeError,
             )
+        self._check_rows(call, len(features))
         halves = {call.stream: slice(None)}
         if len(features) == 2 * len(self.numbers) and getattr(self.pipe, "do_classifier_free_guidance", False):
             # Guidance in one batch: without the prompts, then with them. Each half is a stream of its own.
@@ -126,22 +149,33 @@ class Recorder:
         latents = self.adapter.latents(call.arguments)
         shift = torch.zeros_like(head.scale) if head.shift is None else head.shift  # a head without one adds nothing
         for name, rows in halves.items():
-            self._keep_rows(name, step, features[rows], latents[rows], head.scale[rows], shift[rows])
+            self._keep_rows(name, call, features[rows], latents[rows], head.scale[rows], shift[rows])
         self.on_step((step + 1) / len(self.sigmas))
+
+    def _check_rows(self, call: Call, rows: int) -> None:
+        """Raises `ValueError` if the batch of a stream changes in a run: its halves would not be told apart."""
+        if self._rows.setdefault(call.stream, rows) != rows:
+            before = self._rows[call.stream]
+            raise argument_error(
+                "inputs",
+                "keep the batch of the transformer the same in a run",
+                Said(f"{rows} instead of {before} rows at step {call.step}, as if guidance had begun or ended"),
+                "Leave guidance on in the whole run.",
+            )
 
     def _keep_rows(
         self,
         name: str,
-        step: int,
+        call: Call,
         features: torch.Tensor,
         latents: torch.Tensor,
         scale: torch.Tensor,
         shift: torch.Tensor,
     ) -> None:
         """Copies the chosen tokens of one stream at one step."""
-        stream = self.streams.get(name)
+        stream, step = self.streams.get(name), call.step
         if stream is None:
-            stream = self.streams[name] = self._new_stream(features, latents, scale)
+            stream = self.streams[name] = self._new_stream(call.stream, features, latents, scale)
         index = stream.token_index.to(features.device)[:, :, None]
         stream.features[:, step] = features.gather(1, index.expand(-1, -1, features.shape[2]))
         stream.latents[:, step] = latents.gather(1, index.expand(-1, -1, latents.shape[2]))
@@ -149,7 +183,7 @@ class Recorder:
         stream.shift[:, step] = shift
         stream.steps.add(step)
 
-    def _new_stream(self, features: torch.Tensor, latents: torch.Tensor, scale: torch.Tensor) -> _Stream:
+    def _new_stream(self, called: str, features: torch.Tensor, latents: torch.Tensor, scale: torch.Tensor) -> _Stream:
         batch, tokens, width = features.shape
         steps = len(self.sigmas)
         if batch != len(self.numbers):
@@ -176,6 +210,7 @@ class Recorder:
             torch.empty(batch, steps, width, dtype=scale.dtype, device="cpu"),
             torch.empty(batch, steps, width, dtype=scale.dtype, device="cpu"),
             torch.stack([_choose_tokens(tokens, kept, self.seed + number) for number in self.numbers]),
+            called,
         )
 
 
