@@ -131,6 +131,9 @@ class Recorder:
         if head.scale.ndim != 2:
             sentence = "`inputs` make the model modulate each token in its own way, which a recording cannot store."
             raise usage_error(sentence, "Use inputs without given images, or a forecaster without training.")
+        if head.norm != "layer":
+            sentence = "`pipe` has a model whose output head has no layer norm, which a recording cannot store."
+            raise usage_error(sentence, "Use a forecaster without training.")
         step = call.step
         if bad:
             raise argument_error(
