@@ -19,6 +19,7 @@ REST = [step for step in range(STEPS) if step not in SOME]
 NEAR = 0.02
 """Relative error that forecasts along a line stay below."""
 
+slow_case = pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow]) for name in small.ALL])
 every_case = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in small.QUICK.values() else [pytest.mark.slow]) for name in small.ALL]
 )
@@ -170,7 +171,7 @@ def tensors_in(output):
     return [tensor for value in values for tensor in (value if isinstance(value, list) else [value])]
 
 
-@every_case
+@slow_case
 @torch.no_grad()
 def test_conditioning_and_head_are_those_of_the_forward(pipe, name):
     adapter = adapter_for(pipe)
@@ -189,7 +190,7 @@ def test_conditioning_and_head_are_those_of_the_forward(pipe, name):
             assert torch.allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
-@every_case
+@slow_case
 def test_decode_gives_what_the_pipeline_gives(pipe, name):
     case = small.ALL[name]
     images = np.stack(case.run(pipe, steps=2, output_type="np"))

@@ -415,8 +415,9 @@ class ForecastingHook(StepHook[ForecastState]):
 
 def _sum(output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
     """The sum of an output, which may be a list of samples."""
-    parts = output if isinstance(output, list) else [output]
-    return torch.stack([part.sum(dtype=torch.float32) for part in parts]).sum()
+    if isinstance(output, torch.Tensor):
+        return output.sum(dtype=torch.float32)
+    return torch.stack([part.sum(dtype=torch.float32) for part in output]).sum()
 
 
 def _on_error(controlled: ControlledSteps, stats: StreamStats, step: int, error: float) -> None:
