@@ -162,7 +162,7 @@ class ForecastingHook(StepHook[ForecastState]):
         added = dict.fromkeys(steps, reasons.RISEN[0])
         if (switch := state.switch) is not None and switch in steps:
             added[switch] = reasons.FIRST_OF_SECOND
-            self.stats.note(f"step {switch} is computed in addition, because it is the first one of {SECOND}")
+            self.stats.note(f"step {switch} is computed because it is the first one of {SECOND}")
         state.added = added
         if risen := steps - {switch}:
             rises = ",".join(map(str, sorted(risen)))

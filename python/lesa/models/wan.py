@@ -5,12 +5,42 @@ import math
 import torch
 
 from lesa.models.adapter import Adapter
-from lesa.models.costs import Costs
+from lesa.models.costs import CountedCosts, near_square, valueless
 from lesa.models.heads import TableHead
 
 
-class WanCosts(Costs):
-    """What a Wan transformer costs."""
+class WanCosts(CountedCosts):
+    """What a Wan transformer costs; the usual model is that of Wan 2.1 and 2.2 with 14 billion parameters."""
+
+    usual_config = {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": (1, 2, 2),
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_attention_heads": 40,
+        "attention_head_dim": 128,
+        "num_layers": 40,
+        "ffn_dim": 13824,
+        "text_dim": 4096,
+        "freq_dim": 256,
+    }
+    presets = {"wan-480p": (480, 832, 81), "wan-720p": (720, 1280, 81)}
+    text_tokens = 512
+    streams = 2
+
+    def layers(self, frames, frame_scale):
+        return (frames - 1) // frame_scale + 1
+
+    def call(self, image_tokens, text_tokens):
+        (rows, columns), (duration, side) = near_square(image_tokens), self.patch
+        call = {
+            "hidden_states": valueless(1, self.config["in_channels"], duration, rows * side, columns * side),
+            "timestep": valueless(1),
+            "encoder_hidden_states": valueless(1, text_tokens, self.config["text_dim"]),
+        }
+        if self.config.get("image_dim"):  # of an image that CLIP embeds
+            call["encoder_hidden_states_image"] = valueless(1, 257, self.config["image_dim"])
+        return call
 
 
 class WanAdapter(Adapter):
