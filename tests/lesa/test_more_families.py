@@ -22,10 +22,18 @@ NEAR = 0.02
 NOT_DECODED_ALIKE: dict[str, str] = {}
 """Cases whose pipeline makes other images than `decode`, and why."""
 
-RECORDED: dict[str, str] = {"flux2": "flux2"}
+RECORDED: dict[str, str] = {
+    "flux2": "flux2",
+    "hunyuan-video-1.5": "hunyuan 1.5 image cfg",
+    "hunyuan-image": "hunyuan image mixed",
+}
 """For each family, the case that is recorded, trained on and evaluated."""
 
-NOT_RECORDED: dict[str, str] = {"flux2": "flux2"}
+NOT_RECORDED: dict[str, str] = {
+    "flux2": "flux2",
+    "hunyuan-video-1.5": "hunyuan 1.5 image cfg",
+    "hunyuan-image": "hunyuan image mixed",
+}
 """Families that cannot be recorded, and why."""
 
 every_case = pytest.mark.parametrize(

@@ -4,10 +4,14 @@ from importlib import import_module
 
 from small_pipelines import Small
 
-_FILES: dict[str, str] = {"flux2": "small_flux2"}
+_FILES: dict[str, str] = {
+    "flux2": "small_flux2",
+    "hunyuan-video-1.5": "small_hunyuan_video15",
+    "hunyuan-image": "small_hunyuan_image",
+}
 """For each family, the file beside this one that has its `CASES`."""
 
-QUICK: set[str] = {"flux2 klein cfg"}
+QUICK: set[str] = {"flux2 klein cfg", "hunyuan 1.5 cfg", "hunyuan image cfg"}
 """The cases that are no slow tests: one for each family, the cheapest."""
 
 NOT_FUSED: dict[str, str] = {}

@@ -3,7 +3,6 @@
 from functools import partial
 
 import diffusers
-import torch
 
 from small_pipelines import (
     DIM,

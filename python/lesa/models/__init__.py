@@ -5,12 +5,22 @@ from typing import Any
 from lesa.models.adapter import Adapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.flux2 import Flux2Adapter
+from lesa.models.hunyuan_image import HunyuanImageAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
+from lesa.models.hunyuan_video15 import HunyuanVideo15Adapter
 from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.sd3 import SD3Adapter
 from lesa_kernels.checks import Said, argument_error
 
-ADAPTERS: tuple[type[Adapter], ...] = (FluxAdapter, QwenImageAdapter, HunyuanVideoAdapter, SD3Adapter, Flux2Adapter)
+ADAPTERS: tuple[type[Adapter], ...] = (
+    FluxAdapter,
+    QwenImageAdapter,
+    HunyuanVideoAdapter,
+    SD3Adapter,
+    Flux2Adapter,
+    HunyuanVideo15Adapter,
+    HunyuanImageAdapter,
+)
 """The adapters of all supported families."""
 
 
