@@ -57,7 +57,6 @@ def table() -> str:
     sys.path.insert(0, str(ROOT / "tests" / "support"))
     import more_pipelines
     import small_pipelines
-
     from lesa.models import ADAPTERS
 
     families = {name: adapter for adapter in ADAPTERS for name in adapter.transformer_classes}

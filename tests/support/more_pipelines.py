@@ -8,6 +8,7 @@ _FILES: dict[str, str] = {
     "flux2": "small_flux2",
     "hunyuan-video-1.5": "small_hunyuan_video15",
     "hunyuan-image": "small_hunyuan_image",
+    "sd3": "small_sd3_others",
 }
 """For each family, the file beside this one that has its `CASES`."""
 
