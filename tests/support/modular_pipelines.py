@@ -1,16 +1,14 @@
 """Small modular pipelines of diffusers: the denoise blocks of every family that has them, and a block that decodes."""
 
 import importlib
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from unittest import mock
 
 import pytest
 import torch
 
 import more_pipelines
 import small_pipelines
-from lesa.pipelines import blocks_of, quiet_progress
+from lesa.pipelines import quiet_progress
 
 
 @dataclass(frozen=True)

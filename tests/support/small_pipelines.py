@@ -134,11 +134,16 @@ def smooth_in_time(transformer):
     """
     head = adapter_for(SimpleNamespace(transformer=transformer)).head_modules.modules()
     first = next(module for module in head if isinstance(module, torch.nn.Linear) and module.in_features == 256)
+    leave_slow_waves(first)
+    return transformer.eval()
+
+
+def leave_slow_waves(first):
+    """Lets a linear layer of a sine embedding, its cosines and then its sines, read the slow waves alone."""
     half = first.in_features // 2
     slow = torch.exp(torch.arange(half) / half * torch.log(torch.tensor(10000.0))) > 300  # their period is above 1900
     with torch.no_grad():
         first.weight.mul_(slow.repeat(2))
-    return transformer.eval()
 
 
 @cache

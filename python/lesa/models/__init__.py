@@ -6,7 +6,9 @@ from lesa.models.adapter import Adapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.flux2 import Flux2Adapter
 from lesa.models.hidream import HiDreamAdapter
+from lesa.models.hunyuan_image import HunyuanImageAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
+from lesa.models.hunyuan_video15 import HunyuanVideo15Adapter
 from lesa.models.lumina import Lumina2Adapter, LuminaNextAdapter
 from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.sd3 import SD3Adapter
@@ -19,12 +21,14 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     QwenImageAdapter,
     HunyuanVideoAdapter,
     SD3Adapter,
-    WanAdapter,
     Flux2Adapter,
-    ZImageAdapter,
+    HiDreamAdapter,
+    HunyuanImageAdapter,
+    HunyuanVideo15Adapter,
     Lumina2Adapter,
     LuminaNextAdapter,
-    HiDreamAdapter,
+    WanAdapter,
+    ZImageAdapter,
 )
 """The adapters of all supported families."""
 
