@@ -25,10 +25,16 @@ NOT_FUSED: dict[str, str] = {}
 NOT_DECODED_ALIKE: dict[str, str] = {}
 """Cases whose pipeline makes other images than `decode`, and why."""
 
-RECORDED: dict[str, str] = {}
+RECORDED: dict[str, str] = {
+    "ltx-video": "ltx cfg",
+    "cogvideox": "cogvideox cfg",
+}
 """For each family, the case that is recorded, trained on and evaluated."""
 
-NOT_RECORDED: dict[str, str] = {}
+NOT_RECORDED: dict[str, str] = {
+    "ltx-video": "ltx cfg",
+    "cogvideox": "cogvideox cfg",
+}
 """Families that cannot be recorded, and why."""
 
 every_case = pytest.mark.parametrize(

@@ -4,10 +4,16 @@ from importlib import import_module
 
 from small_pipelines import Small
 
-_FILES: dict[str, str] = {}
+_FILES: dict[str, str] = {
+    "ltx-video": "small_ltx",
+    "cogvideox": "small_cogvideox",
+}
 """For each family, the file beside this one that has its `CASES`."""
 
-QUICK: set[str] = set()
+QUICK: set[str] = {
+    "ltx image",
+    "cogvideox",
+}
 """The cases that are no slow tests: one for each family, the cheapest."""
 
 FAMILIES: dict[str, dict[str, Small]] = {family: import_module(file).CASES for family, file in _FILES.items()}

@@ -3,13 +3,22 @@
 from typing import Any
 
 from lesa.models.adapter import Adapter
+from lesa.models.cogvideox import CogVideoXAdapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
+from lesa.models.ltx import LTXVideoAdapter
 from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.sd3 import SD3Adapter
 from lesa_kernels.checks import Said, argument_error
 
-ADAPTERS: tuple[type[Adapter], ...] = (FluxAdapter, QwenImageAdapter, HunyuanVideoAdapter, SD3Adapter)
+ADAPTERS: tuple[type[Adapter], ...] = (
+    FluxAdapter,
+    QwenImageAdapter,
+    HunyuanVideoAdapter,
+    SD3Adapter,
+    LTXVideoAdapter,
+    CogVideoXAdapter,
+)
 """The adapters of all supported families."""
 
 
