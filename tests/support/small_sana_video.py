@@ -1,0 +1,5 @@
+"""Small Sana pipelines of random weights for videos."""
+
+from small_sana import VIDEO_CASES as CASES
+
+__all__ = ["CASES"]
