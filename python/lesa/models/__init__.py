@@ -8,6 +8,7 @@ from lesa.models.flux import FluxAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.ltx import LTXVideoAdapter
 from lesa.models.qwen_image import QwenImageAdapter
+from lesa.models.sana import SanaAdapter, SanaVideoAdapter
 from lesa.models.sd3 import SD3Adapter
 from lesa_kernels.checks import Said, argument_error
 
@@ -18,6 +19,8 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     SD3Adapter,
     LTXVideoAdapter,
     CogVideoXAdapter,
+    SanaAdapter,
+    SanaVideoAdapter,
 )
 """The adapters of all supported families."""
 
