@@ -27,6 +27,7 @@ RECORDED: dict[str, str] = {
     "cogvideox": "cogvideox cfg",
     "sana": "sana cfg",
     "sana-video": "sana video cfg",
+    "mochi": "mochi cfg",
 }
 """For each family, the case that is recorded, trained on and evaluated."""
 

@@ -10,6 +10,7 @@ _FILES: dict[str, str] = {
     "cogvideox": "small_cogvideox",
     "sana": "small_sana",
     "sana-video": "small_sana_video",
+    "mochi": "small_mochi",
 }
 """For each family, the file beside this one that has its `CASES`."""
 
@@ -18,6 +19,7 @@ QUICK: set[str] = {
     "cogvideox",
     "sana",
     "sana video",
+    "mochi",
 }
 """The cases that are no slow tests: one for each family, the cheapest."""
 

@@ -140,6 +140,8 @@ def sigmas_of(scheduler: Any, timesteps: list[float]) -> list[float]:
     sigmas, config = getattr(scheduler, "sigmas", None), getattr(scheduler, "config", None)
     if isinstance(sigmas, torch.Tensor) and len(sigmas) >= len(timesteps):
         return (1 - sigmas if getattr(config, "invert_sigmas", False) else sigmas).tolist()
+    if getattr(config, "prediction_type", None) == "trigflow":  # the timesteps are angles between sample and noise
+        return [math.sin(t) / (math.sin(t) + math.cos(t)) for t in timesteps]
     train_steps = getattr(config, "num_train_timesteps", 1000)
     return [t / train_steps for t in timesteps]
 

@@ -7,6 +7,7 @@ from lesa.models.cogvideox import CogVideoXAdapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.ltx import LTXVideoAdapter
+from lesa.models.mochi import MochiAdapter
 from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.sana import SanaAdapter, SanaVideoAdapter
 from lesa.models.sd3 import SD3Adapter
@@ -21,6 +22,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     CogVideoXAdapter,
     SanaAdapter,
     SanaVideoAdapter,
+    MochiAdapter,
 )
 """The adapters of all supported families."""
 

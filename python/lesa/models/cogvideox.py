@@ -5,12 +5,39 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from diffusers.models.normalization import AdaLayerNorm
 
 from lesa.models.adapter import Adapter
-from lesa.models.costs import Costs
+from lesa.models.costs import CountedCosts, near_square, valueless
 from lesa.models.heads import AdaLayerNormHead, folded
 
 
-class CogVideoXCosts(Costs):
-    pass
+class CogVideoXCosts(CountedCosts):
+    """What a CogVideoX transformer costs; the usual model is that of 5 billion parameters."""
+
+    usual_config = {
+        "_class_name": "CogVideoXTransformer3DModel",
+        "patch_size": 2,
+        "in_channels": 16,
+        "num_layers": 42,
+        "num_attention_heads": 48,
+        "attention_head_dim": 64,
+        "text_embed_dim": 4096,
+        "use_rotary_positional_embeddings": True,
+    }
+    presets = {"cogvideox-480p": (480, 720, 49)}
+    text_tokens = 226
+    streams = 2
+
+    def layers(self, frames, frame_scale):
+        return (frames - 1) // frame_scale + 1
+
+    def call(self, image_tokens, text_tokens):
+        config, (duration, side) = self.config, self.patch
+        rows, columns = near_square(image_tokens)
+        return {
+            "hidden_states": valueless(1, duration, config["in_channels"], rows * side, columns * side),
+            "encoder_hidden_states": valueless(1, text_tokens, config["text_embed_dim"]),
+            "timestep": valueless(1),
+            "ofs": valueless(1) if config.get("ofs_embed_dim") else None,
+        }
 
 
 class CogVideoXHead(AdaLayerNormHead):

@@ -3,12 +3,32 @@
 import torch
 
 from lesa.models.adapter import Adapter
-from lesa.models.costs import Costs
+from lesa.models.costs import CountedCosts, valueless
 from lesa.models.heads import TableHead
 
 
-class LTXVideoCosts(Costs):
-    pass
+class LTXVideoCosts(CountedCosts):
+    """What an LTX-Video transformer costs; the usual model is that of 2 billion parameters."""
+
+    usual_config = {"_class_name": "LTXVideoTransformer3DModel", "patch_size": 1, "num_layers": 28}
+    presets = {"ltx-video": (512, 704, 161)}
+    text_tokens = 128
+    streams = 2
+    scale = 32
+    frame_scale = 8
+
+    def layers(self, frames, frame_scale):
+        return (frames - 1) // frame_scale + 1
+
+    def call(self, image_tokens, text_tokens):
+        config = self.config
+        return {
+            "hidden_states": valueless(1, image_tokens, config.get("in_channels", 128)),
+            "encoder_hidden_states": valueless(1, text_tokens, config.get("caption_channels", 4096)),
+            "encoder_attention_mask": valueless(1, text_tokens),
+            "timestep": valueless(1),
+            "video_coords": valueless(1, 3, image_tokens),
+        }
 
 
 class LTXVideoAdapter(Adapter):

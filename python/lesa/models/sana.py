@@ -3,12 +3,51 @@
 import torch
 
 from lesa.models.adapter import Adapter
-from lesa.models.costs import Costs
+from lesa.models.costs import CountedCosts, near_square, valueless
 from lesa.models.heads import TableHead, folded
 
 
-class SanaCosts(Costs):
-    pass
+class SanaCosts(CountedCosts):
+    """What a Sana transformer costs; the usual model is that of 1.6 billion parameters."""
+
+    usual_config = {
+        "_class_name": "SanaTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": 32,
+        "caption_channels": 2304,
+        "num_layers": 20,
+    }
+    presets = {"sana-1024": (1024, 1024, 1)}
+    text_tokens = 300
+    streams = 2
+    scale = 32
+
+    def call(self, image_tokens, text_tokens):
+        config, (duration, side) = self.config, self.patch
+        rows, columns = near_square(image_tokens)
+        frames = () if isinstance(config["patch_size"], int) else (duration,)
+        return {
+            "hidden_states": valueless(1, config["in_channels"], *frames, rows * side, columns * side),
+            "encoder_hidden_states": valueless(1, text_tokens, config["caption_channels"]),
+            "timestep": valueless(1),
+            "guidance": valueless(1) if config.get("guidance_embeds") else None,
+        }
+
+
+class SanaVideoCosts(SanaCosts):
+    """What a Sana transformer of videos costs."""
+
+    usual_config = {
+        **SanaCosts.usual_config,
+        "_class_name": "SanaVideoTransformer3DModel",
+        "patch_size": (1, 2, 2),
+        "in_channels": 16,
+    }
+    presets = {"sana-video-480p": (480, 832, 81)}
+    scale = 8
+
+    def layers(self, frames, frame_scale):
+        return (frames - 1) // frame_scale + 1
 
 
 class SanaHead(TableHead):
@@ -92,6 +131,7 @@ class SanaVideoAdapter(SanaAdapter):
     """A Sana transformer of videos. Where an image is given, each token has its own timestep."""
 
     family = "sana-video"
+    costs = SanaVideoCosts
     transformer_classes = ("SanaVideoTransformer3DModel",)
 
     def make_head(self):
@@ -113,10 +153,10 @@ class SanaVideoAdapter(SanaAdapter):
     def decode(self, pipe, latents, height=None, width=None):
         """See the base."""
         vae, latents = pipe.vae, latents.to(pipe.vae.dtype)
-        mean = getattr(vae, "latents_mean", vae.config.get("latents_mean"))
-        deviation = getattr(vae, "latents_std", vae.config.get("latents_std"))
-        if mean is not None:
-            mean, deviation = (torch.as_tensor(v).to(latents)[:, None, None, None] for v in (mean, deviation))
+        told = {**vae.config, **dict(vae.named_buffers())}
+        if told.get("latents_mean") is not None:
+            mean, deviation = (torch.as_tensor(told[name]) for name in ("latents_mean", "latents_std"))
+            mean, deviation = (part.to(latents)[:, None, None, None] for part in (mean, deviation))
             latents = latents / (1.0 / deviation) + mean
         video = _resized(pipe.video_processor, vae.decode(latents, return_dict=False)[0], height, width)
         return pipe.video_processor.postprocess_video(video, output_type="np")
