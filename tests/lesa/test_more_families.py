@@ -28,6 +28,8 @@ RECORDED: dict[str, str] = {
     "sana": "sana cfg",
     "sana-video": "sana video cfg",
     "mochi": "mochi cfg",
+    "cogview4": "cogview4 cfg",
+    "cogview3plus": "cogview3plus cfg",
 }
 """For each family, the case that is recorded, trained on and evaluated."""
 

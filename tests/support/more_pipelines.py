@@ -11,6 +11,8 @@ _FILES: dict[str, str] = {
     "sana": "small_sana",
     "sana-video": "small_sana_video",
     "mochi": "small_mochi",
+    "cogview4": "small_cogview",
+    "cogview3plus": "small_cogview3plus",
 }
 """For each family, the file beside this one that has its `CASES`."""
 
@@ -20,6 +22,8 @@ QUICK: set[str] = {
     "sana",
     "sana video",
     "mochi",
+    "cogview4",
+    "cogview3plus",
 }
 """The cases that are no slow tests: one for each family, the cheapest."""
 

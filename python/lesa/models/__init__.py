@@ -4,6 +4,7 @@ from typing import Any
 
 from lesa.models.adapter import Adapter
 from lesa.models.cogvideox import CogVideoXAdapter
+from lesa.models.cogview import CogView3PlusAdapter, CogView4Adapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.ltx import LTXVideoAdapter
@@ -23,6 +24,8 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     SanaAdapter,
     SanaVideoAdapter,
     MochiAdapter,
+    CogView4Adapter,
+    CogView3PlusAdapter,
 )
 """The adapters of all supported families."""
 

@@ -1,0 +1,5 @@
+"""Small CogView 3 Plus pipelines of random weights."""
+
+from small_cogview import CASES_OF_3_PLUS as CASES
+
+__all__ = ["CASES"]
