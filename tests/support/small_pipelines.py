@@ -16,6 +16,7 @@ from unittest import mock
 import diffusers
 import numpy as np
 import torch
+from diffusers.models.embeddings import TimestepEmbedding
 from PIL import Image
 
 from lesa.models import adapter_for
@@ -132,9 +133,10 @@ def smooth_in_time(transformer):
 
     Random weights on the fast waves of the time embedding would jump from step to step, and no forecast could follow.
     """
-    head = adapter_for(SimpleNamespace(transformer=transformer)).head_modules.modules()
-    first = next(module for module in head if isinstance(module, torch.nn.Linear) and module.in_features == 256)
-    leave_slow_waves(first)
+    head = [*adapter_for(SimpleNamespace(transformer=transformer)).head_modules.modules()]
+    embedders = [module.linear_1 for module in head if isinstance(module, TimestepEmbedding)]
+    layers = [module for module in head if isinstance(module, torch.nn.Linear) and module.in_features == 256]
+    leave_slow_waves((embedders or layers)[0])
     return transformer.eval()
 
 

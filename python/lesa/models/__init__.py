@@ -3,14 +3,19 @@
 from typing import Any
 
 from lesa.models.adapter import Adapter
+from lesa.models.cogvideox import CogVideoXAdapter
+from lesa.models.cogview import CogView3PlusAdapter, CogView4Adapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.flux2 import Flux2Adapter
 from lesa.models.hidream import HiDreamAdapter
 from lesa.models.hunyuan_image import HunyuanImageAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.hunyuan_video15 import HunyuanVideo15Adapter
+from lesa.models.ltx import LTXVideoAdapter
 from lesa.models.lumina import Lumina2Adapter, LuminaNextAdapter
+from lesa.models.mochi import MochiAdapter
 from lesa.models.qwen_image import QwenImageAdapter
+from lesa.models.sana import SanaAdapter, SanaVideoAdapter
 from lesa.models.sd3 import SD3Adapter
 from lesa.models.wan import WanAdapter
 from lesa.models.z_image import ZImageAdapter
@@ -21,12 +26,19 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     QwenImageAdapter,
     HunyuanVideoAdapter,
     SD3Adapter,
+    CogVideoXAdapter,
+    CogView3PlusAdapter,
+    CogView4Adapter,
     Flux2Adapter,
     HiDreamAdapter,
     HunyuanImageAdapter,
     HunyuanVideo15Adapter,
+    LTXVideoAdapter,
     Lumina2Adapter,
     LuminaNextAdapter,
+    MochiAdapter,
+    SanaAdapter,
+    SanaVideoAdapter,
     WanAdapter,
     ZImageAdapter,
 )

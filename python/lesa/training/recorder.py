@@ -158,7 +158,7 @@ class Recorder:
             )
         self._check_rows(call, len(features))
         halves = {call.stream: slice(None)}
-        if len(features) == 2 * len(self.numbers) and getattr(self.pipe, "do_classifier_free_guidance", False):
+        if len(features) == 2 * len(self.numbers) and _is_guided(self.pipe):
             # Guidance in one batch: without the prompts, then with them. Each half is a stream of its own.
             middle = len(self.numbers)
             halves = {call.stream: slice(middle), f"{call.stream}-with-prompt": slice(middle, None)}
@@ -229,6 +229,12 @@ class Recorder:
             torch.stack([_choose_tokens(tokens, kept, self.seed + number) for number in self.numbers]),
             call.stream,
         )
+
+
+def _is_guided(pipe: Any) -> bool:
+    """Whether classifier-free guidance is on. Pipelines of CogVideoX only tell its scale."""
+    told = getattr(pipe, "do_classifier_free_guidance", None)
+    return (getattr(pipe, "guidance_scale", None) or 1) > 1 if told is None else bool(told)
 
 
 def _choose_tokens(tokens: int, kept: int, seed: int) -> torch.Tensor:
