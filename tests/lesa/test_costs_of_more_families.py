@@ -12,6 +12,8 @@ CALLS = {
     "lumina2": 6,
     "lumina-next": 6,
     "hidream square": 10,
+    "qwen 2.1": 3,
+    "ideogram4": 8,
 }
 """Cases without guidance, and how many text tokens they have."""
 

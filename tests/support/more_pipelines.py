@@ -10,10 +10,12 @@ _FILES: dict[str, str] = {
     "lumina2": "small_lumina2",
     "lumina-next": "small_lumina_next",
     "hidream": "small_hidream",
+    "qwen-image-2.1": "small_qwen_image_21",
+    "ideogram-4": "small_ideogram4",
 }
 """For each family, the file beside this one that has its `CASES`."""
 
-QUICK: set[str] = {"z-image cfg", "lumina2 cfg", "lumina-next cfg", "hidream cfg"}
+QUICK: set[str] = {"z-image cfg", "lumina2 cfg", "lumina-next cfg", "hidream cfg", "qwen 2.1", "ideogram4"}
 """The cases that are no slow tests: one for each family, the cheapest."""
 
 NOT_FUSED: dict[str, str] = {}

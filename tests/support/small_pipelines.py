@@ -130,9 +130,13 @@ def smooth_in_time(transformer):
     """Makes the random transformer a slow function of the noise level, as trained ones are.
 
     Random weights on the fast waves of the time embedding would jump from step to step, and no forecast could follow.
+    A transformer whose embedding has another number of waves than 256 stays as it is.
     """
     head = adapter_for(SimpleNamespace(transformer=transformer)).head_modules.modules()
-    first = next(module for module in head if isinstance(module, torch.nn.Linear) and module.in_features == 256)
+    linears = (module for module in head if isinstance(module, torch.nn.Linear))
+    first = next((module for module in linears if module.in_features == 256), None)
+    if first is None:
+        return transformer.eval()
     half = first.in_features // 2
     slow = torch.exp(torch.arange(half) / half * torch.log(torch.tensor(10000.0))) > 300  # their period is above 1900
     with torch.no_grad():

@@ -6,8 +6,10 @@ from lesa.models.adapter import Adapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.hidream import HiDreamAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
+from lesa.models.ideogram import Ideogram4Adapter
 from lesa.models.lumina import Lumina2Adapter, LuminaNextAdapter
 from lesa.models.qwen_image import QwenImageAdapter
+from lesa.models.qwen_image_21 import QwenImage21Adapter
 from lesa.models.sd3 import SD3Adapter
 from lesa.models.z_image import ZImageAdapter
 from lesa_kernels.checks import Said, argument_error
@@ -21,6 +23,8 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     Lumina2Adapter,
     LuminaNextAdapter,
     HiDreamAdapter,
+    QwenImage21Adapter,
+    Ideogram4Adapter,
 )
 """The adapters of all supported families."""
 

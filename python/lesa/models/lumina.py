@@ -10,7 +10,12 @@ from lesa.models.final_layer import FinalLayerHead
 class Lumina2Costs(CountedCosts):
     """What a Lumina 2 transformer costs."""
 
-    usual_config = {"_class_name": "Lumina2Transformer2DModel", "patch_size": 2, "in_channels": 16, "cap_feat_dim": 2304}
+    usual_config = {
+        "_class_name": "Lumina2Transformer2DModel",
+        "patch_size": 2,
+        "in_channels": 16,
+        "cap_feat_dim": 2304,
+    }
     presets = {"lumina2-1024": (1024, 1024, 1)}
     text_tokens = 256
     streams = 2
