@@ -187,6 +187,8 @@ def test_conditioning_and_head_are_those_of_the_forward(pipe, name):
         ours = adapter.output(call, adapter.run_head(features, made, call))
         assert type(ours) is type(output)
         for one, other in zip(tensors_in(ours), tensors_in(output), strict=True):
+            if adapter.family in small.GIVE_MORE:
+                one, other = one[:, -features.shape[1] :], other[:, -features.shape[1] :]
             assert torch.allclose(one, other, rtol=1e-6, atol=1e-6)
 
 

@@ -5,7 +5,8 @@ Such a file has `FAMILY`, the family's name, and `CASES`. It may have
 - `QUICK`, the name of its cheapest case, which is no slow test;
 - `RECORDED`, the name of the case that is recorded, trained on and evaluated, or `NOT_RECORDED`, why none is;
 - `NOT_FUSED`, the cases whose output head runs in the model's own modules, and why;
-- `NOT_DECODED_ALIKE`, the cases whose pipeline makes other images than `decode`, and why.
+- `NOT_DECODED_ALIKE`, the cases whose pipeline makes other images than `decode`, and why;
+- `GIVES_MORE`: the transformer also gives something for text and given images, which no pipeline uses.
 """
 
 from importlib import import_module
@@ -30,6 +31,7 @@ ALL = {name: case for cases in FAMILIES.values() for name, case in cases.items()
 QUICK = {_file.FAMILY: _file.QUICK for _file in _FILES if hasattr(_file, "QUICK")}
 RECORDED = {_file.FAMILY: _file.RECORDED for _file in _FILES if hasattr(_file, "RECORDED")}
 NOT_RECORDED = {_file.FAMILY: _file.NOT_RECORDED for _file in _FILES if hasattr(_file, "NOT_RECORDED")}
+GIVE_MORE = {_file.FAMILY for _file in _FILES if hasattr(_file, "GIVES_MORE")}
 NOT_FUSED = {name: why for _file in _FILES for name, why in getattr(_file, "NOT_FUSED", {}).items()}
 NOT_DECODED_ALIKE = {name: why for _file in _FILES for name, why in getattr(_file, "NOT_DECODED_ALIKE", {}).items()}
 

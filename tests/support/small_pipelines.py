@@ -132,11 +132,13 @@ def smooth_in_time(transformer):
     """Makes the random transformer a slow function of the noise level, as trained ones are.
 
     Random weights on the fast waves of the time embedding would jump from step to step, and no forecast could follow.
+    A transformer whose embedding has another number of waves than 256 stays as it is.
     """
     head = [*adapter_for(SimpleNamespace(transformer=transformer)).head_modules.modules()]
     embedders = [module.linear_1 for module in head if isinstance(module, TimestepEmbedding)]
     layers = [module for module in head if isinstance(module, torch.nn.Linear) and module.in_features == 256]
-    leave_slow_waves((embedders or layers)[0])
+    for first in (embedders or layers)[:1]:
+        leave_slow_waves(first)
     return transformer.eval()
 
 

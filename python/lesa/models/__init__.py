@@ -11,10 +11,12 @@ from lesa.models.hidream import HiDreamAdapter
 from lesa.models.hunyuan_image import HunyuanImageAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.hunyuan_video15 import HunyuanVideo15Adapter
+from lesa.models.ideogram import Ideogram4Adapter
 from lesa.models.ltx import LTXVideoAdapter
 from lesa.models.lumina import Lumina2Adapter, LuminaNextAdapter
 from lesa.models.mochi import MochiAdapter
 from lesa.models.qwen_image import QwenImageAdapter
+from lesa.models.qwen_image_21 import QwenImage21Adapter
 from lesa.models.sana import SanaAdapter, SanaVideoAdapter
 from lesa.models.sd3 import SD3Adapter
 from lesa.models.wan import WanAdapter
@@ -33,10 +35,12 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     HiDreamAdapter,
     HunyuanImageAdapter,
     HunyuanVideo15Adapter,
+    Ideogram4Adapter,
     LTXVideoAdapter,
     Lumina2Adapter,
     LuminaNextAdapter,
     MochiAdapter,
+    QwenImage21Adapter,
     SanaAdapter,
     SanaVideoAdapter,
     WanAdapter,

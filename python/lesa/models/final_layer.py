@@ -11,13 +11,13 @@ from lesa.models.heads import HeadForm
 class FinalLayerHead(HeadForm):
     """A module that gets the features and the conditioning `[B, C]`, norms, modulates and projects.
 
-    A linear layer after a SiLU makes the modulation: the scale alone, or the shift and then the scale.
+    A SiLU and a linear layer make the modulation: the scale alone, or the shift and then the scale.
 
     Args:
         transformer: as in `HeadForm`.
         layer: path of the module.
         kind: full name of its type.
-        norm, silu, modulation, projection: paths of its parts inside it.
+        norm, silu, modulation, projection: paths of its parts inside it. The SiLU may be a function, which has none.
         conditioning: names under which the transformer's forward may pass the conditioning to it.
     """
 
@@ -27,20 +27,22 @@ class FinalLayerHead(HeadForm):
         layer: str,
         kind: str,
         norm: str = "norm_final",
-        silu: str = "adaLN_modulation.0",
+        silu: str | None = "adaLN_modulation.0",
         modulation: str = "adaLN_modulation.1",
         projection: str = "linear",
         conditioning: tuple[str, ...] = (),
     ):
         super().__init__(transformer, layer, f"{layer}.{projection}")
         self._kind, self._names = kind, conditioning
-        self._inside = {
-            f"{layer}.{norm}": torch.nn.LayerNorm,
-            f"{layer}.{silu}": torch.nn.SiLU,
-            f"{layer}.{modulation}": torch.nn.Linear,
-            self.projection_path: torch.nn.Linear,
+        parts = {
+            norm: torch.nn.LayerNorm,
+            silu: torch.nn.SiLU,
+            modulation: torch.nn.Linear,
+            projection: torch.nn.Linear,
         }
-        self._norm_inside, self._silu, self._modulation = (attrgetter(path) for path in (norm, silu, modulation))
+        self._inside = {f"{layer}.{path}": kind for path, kind in parts.items() if path is not None}
+        self._norm_inside, self._modulation = attrgetter(norm), attrgetter(modulation)
+        self._silu = attrgetter(silu) if silu is not None else lambda layer: torch.nn.functional.silu
 
     @property
     def modules(self):
@@ -61,6 +63,7 @@ class FinalLayerHead(HeadForm):
         layer = self.entry
         linear = self._modulation(layer)
         made = linear(self._silu(layer)(conditioning).to(linear.weight.dtype))
+        made = made[:, 0] if made.ndim == 3 and made.shape[1] == 1 else made  # one row for all tokens
         *shift, scale = made.split(self._norm_inside(layer).normalized_shape[0], dim=-1)
         return scale, shift[0] if shift else None
 
