@@ -14,7 +14,7 @@ from lesa.cache.observing import ComputingHook
 from lesa.cache.placement import hook_of
 from lesa.cache.run import StepObserver
 from lesa.cache.stats import CacheStats
-from lesa.models import Adapter, adapter_for
+from lesa.models import Adapter, adapter_for, adapter_or_probe
 from lesa.schedule import Schedule, ScheduleLike, Spread, as_schedule, schedule_of
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import Said, argument_error, check_folder_or_id, check_int, usage_error
@@ -106,7 +106,7 @@ def enable_cache(
             second thread enters the transformer.
     """
     chosen = _one_of(schedule, steps, quality)
-    adapter_for(pipe)  # refuses what no cache can be on for, before a predictor is loaded
+    adapter_or_probe(pipe)  # refuses what no cache can be on for, before a predictor is loaded
     owns = not isinstance(predictor, FusedKANPredictor)
     return _enable(pipe, _loaded(pipe, predictor), chosen, max_device_bytes, strict, None, owns)
 
@@ -138,7 +138,7 @@ def disable_cache(pipe: "DiffusionPipeline | ModularPipeline") -> None:
     """Turns the cache of `pipe` off and restores its transformer. Does nothing if it is off already."""
     hook = hook_of(pipe)
     if hook is None:
-        adapter_for(pipe)  # refuses what no cache can be on for
+        adapter_or_probe(pipe)  # refuses what no cache can be on for
     else:
         hook.uninstall()
 
@@ -186,7 +186,7 @@ def _enable(
     observer: StepObserver | None,
     owns_predictor: bool = False,
 ) -> CacheHandle:
-    adapter = adapter_for(pipe)
+    adapter = adapter_or_probe(pipe)
     _check_predictor(pipe, adapter, predictor)
     chosen = _checked_schedule(adapter, predictor, schedule)
     if max_device_bytes is not None:
@@ -216,7 +216,7 @@ def _check_predictor(pipe: Any, adapter: Adapter, predictor: FusedKANPredictor) 
             config.family,
             "Use a predictor of this model's family.",
         )
-    if config.feature_dim not in (None, adapter.feature_dim):
+    if adapter.feature_dim is not None and config.feature_dim not in (None, adapter.feature_dim):
         raise argument_error(
             "predictor.config.feature_dim",
             f"be the transformer's width, {adapter.feature_dim}",

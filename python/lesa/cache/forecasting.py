@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Set
 from typing import Any, cast
 
 import torch
@@ -52,7 +52,9 @@ class ForecastingHook(StepHook[ForecastState]):
         self.max_device_bytes, self.strict, self.observer = max_device_bytes, strict, observer
         self.owns_predictor = owns_predictor
         controlnet = getattr(pipe, "controlnet", None)
-        self._control = None if controlnet is None else DeferredControl.of(controlnet, adapter.control_outputs)
+        self._control = None
+        if controlnet is not None and adapter.control_outputs is not None:
+            self._control = DeferredControl.of(controlnet, adapter.control_outputs)
         self._keeps_forecasts = predictor.config.history == "steps"
         self._is_predicting = False  # whether the schedule of the latest run leaves out steps
         self.stats = CacheStats()
@@ -78,6 +80,7 @@ class ForecastingHook(StepHook[ForecastState]):
 
     def on_run(self, state: ForecastState) -> None:
         self.stats.begin_run()
+        self.stats.notes += self.adapter.notes
         self._note_adapters()
         sigmas = state.run.executed_sigmas
         state.parts = [falling(sigmas, step) for step in range(len(sigmas))]
@@ -229,6 +232,8 @@ class ForecastingHook(StepHook[ForecastState]):
 
     def _why_not(self, stream: Stream, call: Call) -> tuple[str | None, str]:
         """Why a step that the schedule leaves out cannot be predicted, or None; and what helps."""
+        if (why := self.adapter.why_not_predicted(call.arguments)) is not None:
+            return why
         if stream.ring is None:
             return "no history", "Compute an earlier step of this stream: choose another schedule."
         if stream.has_risen:
@@ -266,6 +271,8 @@ class ForecastingHook(StepHook[ForecastState]):
         features = self._features(ring, call, plan)
         if self._keeps_forecasts:
             stream.push(features, call.sigma)  # before the head, which may overwrite them
+        if self.adapter.runs_around:
+            return self.adapter.run_around(cast(Callable, call.forward), arguments, features)
         conditioning = conditioner.conditioning(state.run, arguments, ring.dtype, is_passed)
         return self.adapter.output(arguments, self.adapter.run_head(features, conditioning, arguments))
 
@@ -284,7 +291,7 @@ class ForecastingHook(StepHook[ForecastState]):
 
     def _reads_head(self, stream: Stream) -> bool:
         """Whether the output head is computed from its weights, and not by its modules."""
-        if self._keeps_forecasts or torch.is_grad_enabled() or not stream.fuses:
+        if self._keeps_forecasts or torch.is_grad_enabled() or not stream.fuses or self.adapter.runs_around:
             return False
         why = self.adapter.why_head_not_plain(self.placement.capture_id, cast(FeatureRing, stream.ring).device)
         if why is not None:
@@ -306,7 +313,7 @@ class ForecastingHook(StepHook[ForecastState]):
         """Asks for the sum of the output, which says whether it is finite. A CPU answers at once, a GPU later."""
         stats = state.streams[call.stream].stats
         receive = functools.partial(self._on_sum, state, stats, call.step)
-        state.values.ask(output[0].sum(dtype=torch.float32), receive)
+        state.values.ask(_tensor_of(output).sum(dtype=torch.float32), receive)
 
     def _on_sum(self, state: ForecastState, stats: StreamStats, step: int, value: float) -> None:
         if math.isfinite(value):
@@ -324,7 +331,7 @@ class ForecastingHook(StepHook[ForecastState]):
                 stats.fused.remove(call.step)
             return False
         stats.predicted.append(call.step)
-        stats.end(call.step, output[0].device)
+        stats.end(call.step, _tensor_of(output).device)
         return True
 
     def _fall_back(self, reason: str, remedy: str) -> None:
@@ -386,7 +393,14 @@ class ForecastingHook(StepHook[ForecastState]):
             state.streams[call.stream].ring = None
             self._fall_back(*reasons.REPEATED)
         elif not call.heads:
-            self._fall_back(*reasons.UNSEEN)
+            self._fall_back(*self.adapter.why_unseen(call.arguments) or reasons.UNSEEN)
+
+
+def _tensor_of(output: Any) -> torch.Tensor:
+    """The first tensor of what the transformer returned."""
+    while not isinstance(output, torch.Tensor):
+        output = output[0]
+    return output
 
 
 def _plan(state: ForecastState, stream: Stream, step: int) -> Plan | None:

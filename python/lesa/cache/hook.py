@@ -1,6 +1,7 @@
 """The hook on a transformer: finds the step of each call, and lets it be computed or predicted."""
 
 import contextlib
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -114,7 +115,7 @@ class StepHook(ModelHook, Generic[State]):
         return False
 
     def predict(self, state: State, call: Call, arguments: dict[str, Any]) -> Any:
-        """The transformer's output, forecast.
+        """The transformer's output, forecast; None if the adapter finds that it must be computed.
 
         Args:
             state: of the current run.
@@ -241,7 +242,7 @@ class StepHook(ModelHook, Generic[State]):
                 return output
             kwargs = self.needed(kwargs)
             self.inside = "compute"
-            output = self.placement.call(*args, **kwargs)
+            output = self._compute(args, kwargs)
             self._computed()
             return output
         except BaseException:
@@ -250,6 +251,12 @@ class StepHook(ModelHook, Generic[State]):
         finally:
             self._located = self.inside = self._captured = None
             self._entered.release()
+
+    def _compute(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not self.adapter.runs_around or self.placement.is_compiled:
+            return self.placement.call(*args, **kwargs)
+        with self.adapter.own_forward.exchanged(self.adapter.compute):
+            return self.placement.call(*args, **kwargs)
 
     @torch.compiler.disable
     def _begin(self, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -321,11 +328,15 @@ class StepHook(ModelHook, Generic[State]):
             return forward(*args, **self.needed(kwargs))
         state, call = self._located
         arguments = self.adapter.bind(args, kwargs)
-        if not self.can_predict(state, call, arguments):
-            call.changed = True
-            return forward(*args, **self.needed(kwargs))
-        call.forecasts += 1
-        return self.predict(state, call, arguments)
+        if self.can_predict(state, call, arguments):
+            call.forecasts += 1
+            call.forward = functools.partial(forward, *args, **kwargs)
+            output = self.predict(state, call, arguments)
+            if output is not None:
+                return output
+            call.forecasts -= 1
+        call.changed = True
+        return self.adapter.compute(forward, args, self.needed(kwargs))
 
     @torch.compiler.disable
     def _computed(self) -> None:

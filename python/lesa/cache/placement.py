@@ -116,9 +116,7 @@ class Placement:
         self.compiled: Callable | None = attributes.get("_compiled_call_impl")
         attributes["_compiled_call_impl"] = self._gate = hook.gate
         attributes["compile"] = self._own_compile = self._compile
-        self._capture = hook.adapter.head_entry.register_forward_pre_hook(
-            hook.on_head_entry, prepend=True, with_kwargs=True
-        )
+        self._capture = hook.adapter.on_entry(hook.on_head_entry)
         self._known: list[Any] = []  # bound forwards that belong to wrappers, which set them when they are removed
         self._forward: types.MethodType | None = None
         self._seen: Any = None  # the wrapper whose forwards are known
@@ -157,6 +155,11 @@ class Placement:
             self._hook.pipe.__class__ = self._pipe_class
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether the transformer is compiled as a whole."""
+        return self.compiled is not None or self._called_module is not self._transformer
+
+    @property
     def call(self) -> Callable:
         """What a call of the transformer runs without the hook."""
         return self.compiled or self._called_module._call_impl
@@ -174,8 +177,7 @@ class Placement:
             if not isinstance(function, types.FunctionType):  # a descriptor makes the forward at each access
                 attributes.pop("forward", None)
                 return
-            is_compiled = self.compiled is not None or self._hook.pipe.transformer is not self._transformer
-            function = _copy_of(function) if is_compiled else function
+            function = _copy_of(function) if self.is_compiled else function
             if present is None or present.__func__ is not function:
                 attributes["forward"] = self._forward = types.MethodType(function, self._transformer)
                 self._known.append(self._forward)

@@ -151,6 +151,7 @@ class Call:
         sigma: the noise level of the step.
         arguments: the transformer's arguments by name, as the caller passed them.
         predicted: whether the call is to be predicted.
+        forward: in place of what a forecast runs; it runs the transformer's own forward with its arguments.
         heads: how often the inputs of the output head were seen in this call while it was computed.
         forecasts: how often the forward was exchanged for a forecast in this call.
         changed: whether a wrapper gave the forward inputs that no forecast fits.
@@ -161,6 +162,7 @@ class Call:
     sigma: float
     arguments: dict[str, Any]
     predicted: bool = False
+    forward: Callable[[], Any] | None = None
     heads: int = 0
     forecasts: int = 0
     changed: bool = False

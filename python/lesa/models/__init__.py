@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import torch
+
 from lesa.models.adapter import Adapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
+from lesa.models.probe import Probe
 from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.sd3 import SD3Adapter
 from lesa_kernels.checks import Said, argument_error
@@ -22,8 +25,7 @@ def adapter_for(pipe: Any) -> Adapter:
     Raises:
         TypeError: the pipeline has no transformer of a supported family.
     """
-    transformer = getattr(pipe, "transformer", None)
-    transformer = getattr(transformer, "_orig_mod", transformer)  # from `torch.compile(transformer)`
+    transformer = _transformer_of(pipe)
     for adapter in ADAPTERS:
         if adapter.handles(transformer):
             return adapter(transformer)
@@ -32,3 +34,22 @@ def adapter_for(pipe: Any) -> Adapter:
     raise argument_error(
         "pipe", f"have a transformer of a supported family ({families})", got, "Use such a pipeline.", TypeError
     )
+
+
+def adapter_or_probe(pipe: Any) -> Adapter:
+    """The adapter of the pipeline's transformer, or a probe if none knows it.
+
+    Args:
+        pipe: a diffusers pipeline.
+
+    Raises:
+        TypeError: the pipeline has no transformer, or one that the probe cannot watch.
+    """
+    transformer = _transformer_of(pipe)
+    known = any(adapter.handles(transformer) for adapter in ADAPTERS)
+    return adapter_for(pipe) if known or not isinstance(transformer, torch.nn.Module) else Probe(pipe, transformer)
+
+
+def _transformer_of(pipe: Any) -> Any:
+    transformer = getattr(pipe, "transformer", None)
+    return getattr(transformer, "_orig_mod", transformer)  # from `torch.compile(transformer)`
