@@ -232,7 +232,7 @@ class ForecastingHook(StepHook[ForecastState]):
 
     def _why_not(self, stream: Stream, call: Call) -> tuple[str | None, str]:
         """Why a step that the schedule leaves out cannot be predicted, or None; and what helps."""
-        if (why := self.adapter.why_not_predicted(call.arguments)) is not None:
+        if (why := self.adapter.why_not_predicted(call.stream, call.arguments)) is not None:
             return why
         if stream.ring is None:
             return "no history", "Compute an earlier step of this stream: choose another schedule."
@@ -272,7 +272,7 @@ class ForecastingHook(StepHook[ForecastState]):
         if self._keeps_forecasts:
             stream.push(features, call.sigma)  # before the head, which may overwrite them
         if self.adapter.runs_around:
-            return self.adapter.run_around(cast(Callable, call.forward), arguments, features)
+            return self.adapter.run_around(call.stream, cast(Callable, call.forward), arguments, features)
         conditioning = conditioner.conditioning(state.run, arguments, ring.dtype, is_passed)
         return self.adapter.output(arguments, self.adapter.run_head(features, conditioning, arguments))
 
@@ -393,7 +393,7 @@ class ForecastingHook(StepHook[ForecastState]):
             state.streams[call.stream].ring = None
             self._fall_back(*reasons.REPEATED)
         elif not call.heads:
-            self._fall_back(*self.adapter.why_unseen(call.arguments) or reasons.UNSEEN)
+            self._fall_back(*self.adapter.why_unseen(call.stream, call.arguments) or reasons.UNSEEN)
 
 
 def _tensor_of(output: Any) -> torch.Tensor:

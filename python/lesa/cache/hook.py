@@ -253,9 +253,10 @@ class StepHook(ModelHook, Generic[State]):
             self._entered.release()
 
     def _compute(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not self.adapter.runs_around or self.placement.is_compiled:
+        if not self.adapter.runs_around or self._located is None or self.placement.is_compiled:
             return self.placement.call(*args, **kwargs)
-        with self.adapter.own_forward.exchanged(self.adapter.compute):
+        compute = functools.partial(self.adapter.compute, self._located[1].stream)
+        with self.adapter.own_forward.exchanged(compute):
             return self.placement.call(*args, **kwargs)
 
     @torch.compiler.disable
@@ -336,7 +337,7 @@ class StepHook(ModelHook, Generic[State]):
                 return output
             call.forecasts -= 1
         call.changed = True
-        return self.adapter.compute(forward, args, self.needed(kwargs))
+        return self.adapter.compute(call.stream, forward, args, self.needed(kwargs))
 
     @torch.compiler.disable
     def _computed(self) -> None:

@@ -31,9 +31,10 @@ def adapter_for(pipe: Any) -> Adapter:
             return adapter(transformer)
     families = ", ".join(a.family for a in ADAPTERS)
     got = Said(f"{type(pipe).__name__} with a {type(transformer).__name__}")
-    raise argument_error(
-        "pipe", f"have a transformer of a supported family ({families})", got, "Use such a pipeline.", TypeError
-    )
+    must, remedy = f"have a transformer of a supported family ({families})", "Use such a pipeline."
+    if isinstance(transformer, torch.nn.Module):
+        remedy += " For others, only `lesa.enable_cache` works."
+    raise argument_error("pipe", must, got, remedy, TypeError)
 
 
 def adapter_or_probe(pipe: Any) -> Adapter:

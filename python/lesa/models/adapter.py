@@ -202,25 +202,26 @@ class Adapter:
         """
         return self.head_entry.register_forward_pre_hook(function, prepend=True, with_kwargs=True)
 
-    def compute(self, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Computes a call by the transformer's own forward."""
+    def compute(self, stream: str, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Computes a call of a stream by the transformer's own forward."""
         return forward(*args, **kwargs)
 
-    def run_around(self, forward: Callable[[], Any], call: dict, features: torch.Tensor) -> Any:
+    def run_around(self, stream: str, forward: Callable[[], Any], call: dict, features: torch.Tensor) -> Any:
         """The output of the forward around its blocks, with the forecast in their place; None if that is impossible.
 
         Args:
+            stream: of the call.
             forward: runs the transformer's forward with its arguments.
             call: the arguments by name.
             features: `[B, T, D]`.
         """
         raise NotImplementedError
 
-    def why_unseen(self, call: dict) -> tuple[str, str] | None:
+    def why_unseen(self, stream: str, call: dict) -> tuple[str, str] | None:
         """Why no features were seen in a call that was computed, and what helps, if the adapter knows it."""
         return None
 
-    def why_not_predicted(self, call: dict) -> tuple[str, str] | None:
+    def why_not_predicted(self, stream: str, call: dict) -> tuple[str, str] | None:
         """Why a call cannot be predicted, and what helps, as far as the adapter knows."""
         return None
 

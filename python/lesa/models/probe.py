@@ -2,12 +2,11 @@
 
 import functools
 import inspect
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lesa.models.adapter import Adapter
 from lesa.models.costs import Costs
@@ -43,9 +42,6 @@ _CHECKPOINTED = (
 )
 
 _MOST_ROUTES = 32  # such as for sizes of images; then all are found again
-
-_known: "weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, Route | Reason]]" = weakref.WeakKeyDictionary()
-"""For each transformer, the ways that its calls go, by the form of their arguments."""
 
 
 class Probe(Adapter):
@@ -83,13 +79,15 @@ class Probe(Adapter):
             must, got = "have a transformer that lesa can use", f"a {type(transformer).__name__} without {lacks}"
             raise argument_error("pipe", must, Said(got), _REMEDY, TypeError)
         self.timestep_argument = timestep
-        self.sample_argument = self.sample_argument if self.sample_argument in names else names[0]
+        others = [name for name in names if name != timestep]
+        self.sample_argument = self.sample_argument if self.sample_argument in names else others[0]
+        self._others = [name for name in others if name != self.sample_argument]
         self.own_forward = OwnForward(transformer, ())
         self.head_form = HeadForm(transformer)
         self.feature_dim: Any = None  # not known before a call
         self._form: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._on_entry: Callable | None = None
-        self._routes = _known.setdefault(transformer, {})
+        self._routes: dict[tuple, Route | Reason] = {}  # by stream of calls and `shape`
 
     # What the hook asks
 
@@ -105,25 +103,25 @@ class Probe(Adapter):
         self._on_entry = function
         return _Listener(self)
 
-    def run_around(self, forward, call, features):
-        route = self._routes.get(self.shape(call))
-        if not isinstance(route, Route):
+    def run_around(self, stream, forward, call, features):
+        route = self._routes.get((stream, self.shape(call)))
+        if not isinstance(route, Route) or features.numel() != route.shape.numel():
             return None
         try:
             return route.run_around(forward, features)
         except WentElsewhere:
             return None
 
-    def why_unseen(self, call):
-        known = self._routes.get(self.shape(call))
+    def why_unseen(self, stream, call):
+        known = self._routes.get((stream, self.shape(call)))
         if isinstance(known, Route):
             return _CHECKPOINTED if self._is_checkpointed() else None
         return known or _UNWATCHED
 
-    def why_not_predicted(self, call):
+    def why_not_predicted(self, stream, call):
         if self._is_checkpointed():
             return _CHECKPOINTED
-        known = self._routes.get(self.shape(call))
+        known = self._routes.get((stream, self.shape(call)))
         return None if isinstance(known, Route) else known
 
     def pass_timesteps(self, timesteps, scheduler):
@@ -141,18 +139,12 @@ class Probe(Adapter):
         return None if self._form is None else timestep
 
     def text(self, call):
-        others = {n: value for n, value in call.items() if n not in (self.sample_argument, self.timestep_argument)}
-        return _first_tensor(others.get(self.text_argument, [*others.values()]))
+        names = [self.text_argument] if self.text_argument in self._others else self._others
+        return _first_tensor([call.get(name) for name in names])
 
     def shape(self, call):
         """All that the way of a call depends on: the shapes of its tensors, and which arguments are there."""
         return _kind_of({name: value for name, value in call.items() if name != self.timestep_argument})
-
-    def features(self, call, entered):
-        route = self._routes[self.shape(call)]
-        narrow = entered.to(route.narrow)
-        own_batch = entered.ndim > 2 and len(entered) == self._batch(call)
-        return narrow.reshape(len(entered) if own_batch else 1, -1, entered.shape[-1])
 
     def why_head_not_plain(self, own_hook, device):
         return "lesa has no adapter for this transformer"
@@ -190,48 +182,72 @@ class Probe(Adapter):
 
     # Watching
 
-    def compute(self, forward, args, kwargs):
-        run, call = functools.partial(forward, *args, **kwargs), self.bind(args, kwargs)
-        key = self.shape(call)
+    def compute(self, stream, forward, args, kwargs):
+        call, run = self.bind(args, kwargs), functools.partial(forward, *args, **kwargs)
+        key = stream, self.shape(call)
         known = self._routes.get(key)
-        if isinstance(known, Route) and not known.is_part_of(self.transformer):
-            del self._routes[key]  # such as when LoRA was loaded
-            known = None
         if self._is_checkpointed() or (known is not None and not isinstance(known, Route)):
             return run()
-        if known is not None:
-            with known.entered(functools.partial(self._show, known)):
-                return run()
+        see = functools.partial(self._show, len(call[self.sample_argument]))
+        if known is not None and known.is_part_of(self.transformer):  # LoRA replaces modules
+            output, is_known = known.run_seen(run, functools.partial(see, known))
+            if not is_known:  # the lengths in a mask, for example, are others
+                again = _Again(forward, args, kwargs)
+                self._find(key, again, again, see)
+            return output
+        return self._find(key, run, _Again(forward, args, kwargs), see)
+
+    def _find(self, key: tuple, run: Callable[[], Any], again: Callable[[], Any], see: Callable) -> Any:
+        """Computes a call by `run`, and finds its way; `again` does the same any number of times."""
         watch = Watch(self.transformer, self._lists)
         output = watch.run(run)
         if len(self._routes) == _MOST_ROUTES:
             self._routes.clear()
         try:
-            route, features = find_route(watch, run, output)
+            route, features = find_route(watch, again, output)
         except Unclear as reason:
             self._routes[key] = str(reason), _REMEDY
         else:
             self._routes[key] = route
-            self._show(route, features)
+            see(route, features)
         return output
 
-    def _show(self, route: Route, tensor: torch.Tensor) -> torch.Tensor:
+    def _show(self, batch: int, route: Route, tensor: torch.Tensor) -> None:
+        """Shows the hook the features `[B, T, D]`. The first dimension of a tensor need not be that of the samples."""
+        rows = batch if tensor.ndim > 2 and len(tensor) == batch else 1
         if self._on_entry is not None:
-            self._on_entry(route.module, (tensor, None), {})
-        return tensor
+            features = tensor.to(route.narrow).reshape(rows, -1, tensor.shape[-1])
+            self._on_entry(route.module, (features, None), {})
 
     def _is_checkpointed(self) -> bool:
         if not torch.is_grad_enabled():
             return False
         return any(getattr(module, "gradient_checkpointing", False) for module in self.transformer.modules())
 
-    def _batch(self, call: dict) -> int:
-        return len(call[self.sample_argument])
-
     def _outside(self) -> Iterator[torch.nn.Module]:
         """The modules that are in no block, the last one first."""
         inside = {part for block in self.blocks for part in block.modules()}
         return (module for module in reversed([*self.transformer.modules()]) if module not in inside)
+
+
+class _Again:
+    """Runs a forward again with the arguments that it had, whatever it did to them.
+
+    Args:
+        forward: the forward.
+        args, kwargs: its arguments.
+    """
+
+    def __init__(self, forward: Callable, args: tuple, kwargs: dict[str, Any]):
+        self._forward, self._given = forward, tree_map(_copied, (args, kwargs))
+
+    def __call__(self) -> Any:
+        args, kwargs = tree_map(_copied, self._given)
+        return self._forward(*args, **kwargs)
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 class _Listener:

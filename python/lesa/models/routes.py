@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from lesa.models.watching import Gate, Made, Place, Result, Watch, gated
+from lesa.models.watching import Gate, Made, Place, Result, Watch, gated, result_of
 
 
 class WentElsewhere(Exception):
@@ -39,6 +39,36 @@ class Route:
         """Whether all of its modules still are parts of the transformer."""
         return {self.module, *self.results} <= {*transformer.modules()}
 
+    def run_seen(self, forward: Callable[[], Any], see: Callable[[torch.Tensor], None]) -> tuple[Any, bool]:
+        """Runs a forward with its blocks, and lets `see` get the features when they come in.
+
+        Returns:
+            The output, and whether the forward goes this way. If not, the features may not have been seen.
+        """
+        left = {block: iter(results) for block, results in self.results.items()}
+        differs: list[torch.nn.Module] = []
+
+        def compare(block: torch.nn.Module, run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+            output = run(*args, **kwargs)
+            if result_of(output, args, kwargs) != next(left[block], None):
+                differs.append(block)
+            return output
+
+        def look(tensor: torch.Tensor) -> torch.Tensor:
+            if not differs and tensor.shape == self.shape and tensor.dtype == self.dtype:
+                see(tensor)
+            return tensor
+
+        gates: dict[torch.nn.Module, Gate] = {block: functools.partial(compare, block) for block in left}
+        with gated(gates), self._entered(look) as entries:
+            output = forward()
+        return output, self._is_gone(left, entries) and not differs
+
+    def _is_gone(self, left: dict[torch.nn.Module, Iterator[Result]], entries: list[torch.Tensor]) -> bool:
+        """Whether the forward has gone this way to its end."""
+        here = [(tensor.shape, tensor.dtype) for tensor in entries] == [(self.shape, self.dtype)]
+        return here and all(next(rest, None) is None for rest in left.values())
+
     def run_around(self, forward: Callable[[], Any], features: torch.Tensor, value: float = 0.0) -> Any:
         """Runs a forward with its blocks passed over, and with the features in their place.
 
@@ -60,33 +90,33 @@ class Route:
             return result.stand_in(args, kwargs, pool, value)
 
         gates: dict[torch.nn.Module, Gate] = {block: functools.partial(pass_over, block) for block in left}
-        with gated(gates), self.entered(lambda tensor: features.to(self.dtype).reshape(self.shape)) as entries:
+        with gated(gates), self._entered(lambda tensor: features.to(self.dtype).reshape(self.shape)) as entries:
             output = forward()
-        if entries != [self.shape] or any(next(rest, None) is not None for rest in left.values()):
+        if not self._is_gone(left, entries):
             raise WentElsewhere
         return output
 
     @contextlib.contextmanager
-    def entered(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[list[torch.Size]]:
+    def _entered(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         """While it is entered, `change` gets the features where they come in, and gives what takes their place.
 
         Yields:
-            A list to which the shape of the features is added when they come in.
+            A list to which the features are added when they come in.
         """
-        calls, shapes = iter(range(self.number + 1)), []
+        calls, entries = iter(range(self.number + 1)), []
 
         def enter(run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
             if next(calls, None) == self.number:
                 leaves, structure = tree_flatten((args, kwargs))
                 tensor = leaves[self.leaf] if self.leaf < len(leaves) else None
                 if isinstance(tensor, torch.Tensor):
-                    shapes.append(tensor.shape)
+                    entries.append(tensor)
                     leaves[self.leaf] = change(tensor)
                     args, kwargs = tree_unflatten(leaves, structure)
             return run(*args, **kwargs)
 
         with gated({self.module: enter}):
-            yield shapes
+            yield entries
 
 
 class Unclear(Exception):

@@ -116,7 +116,7 @@ class Result:
         return tree_unflatten(leaves, self.structure)
 
 
-def _result_of(output: Any, args: tuple, kwargs: dict[str, Any]) -> Result | str:
+def result_of(output: Any, args: tuple, kwargs: dict[str, Any]) -> Result | str:
     """What a block returned; or a str that says what of it is none of the tensors that went in, or like one."""
     given = tree_leaves((args, kwargs))
     places = {id(value): place for place, value in enumerate(given) if isinstance(value, torch.Tensor)}
@@ -196,7 +196,7 @@ class Watch:
             output = run(*args, **kwargs)
         finally:
             self._is_in_block = False
-        result = _result_of(output, args, kwargs)
+        result = result_of(output, args, kwargs)
         self.results.setdefault(block, []).append(result)
         if isinstance(result, str):  # what follows the blocks may be a list, too
             self._note_places(block, args, kwargs)
