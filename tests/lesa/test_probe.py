@@ -1,8 +1,7 @@
 """The probe: predictions for a transformer that no adapter knows."""
 
-import gc
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import diffusers
@@ -12,9 +11,6 @@ from torch import nn
 
 import lesa
 import lesa.models
-import more_pipelines
-import small_pipelines
-from lesa.models.probe import Probe
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS = 12
@@ -199,3 +195,262 @@ def test_timesteps_of_no_known_form_are_computed(pipe):
     with lesa.enable_cache(pipe, line(), SOME) as handle, pytest.warns(RuntimeWarning, match="timestep is not one of"):
         assert all(map(torch.equal, drive(pipe, lambda t: t / 7), plain))
     assert handle.stats.unlocated == STEPS
+
+
+# Where it is refused
+
+
+class Pyramid(nn.Module):
+    """Blocks that change the shape, with skip connections, as in a U-Net."""
+
+    class Down(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.narrow = nn.Linear(width, width // 2)
+
+        def forward(self, x, wave):
+            return self.narrow(x)
+
+    class Up(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.widen = nn.Linear(width, 2 * width)
+
+        def forward(self, x, skipped, wave):
+            return self.widen(x) + skipped
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.last = nn.Linear(4, DIM), nn.Linear(DIM, 4)
+        self.down = nn.ModuleList([self.Down(DIM), self.Down(DIM // 2)])
+        self.up = nn.ModuleList([self.Up(DIM // 4), self.Up(DIM // 2)])
+
+    def forward(self, sample, words, t):
+        x, skips = self.enter(sample), []
+        for block in self.down:
+            skips.append(x)
+            x = block(x, t)
+        for block in self.up:
+            x = block(x, skips.pop(), t)
+        return (self.last(x),)
+
+
+class Twice(Unknown):
+    """What its blocks make goes two ways to the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.beside = nn.Linear(DIM, 4)
+
+    def end(self, picture, wave):
+        return super().end(picture, wave)[0] + self.beside(picture), None
+
+
+class Skipping(Unknown):
+    """An early block's output is added after the last one."""
+
+    def forward(self, sample, words, t):
+        picture, words, wave = self.enter(sample), self.enter_words(words), self.wave(t[:, None].to(sample))
+        for block in self.early:
+            picture = block(words, picture=picture, wave=wave)["picture"]
+        tokens = picture
+        for block in self.late:
+            tokens = block(tokens, wave)
+        return self.last(self.leave(tokens)) + self.last(picture), None
+
+
+class Headless(Unknown):
+    """No module comes after the blocks."""
+
+    def end(self, picture, wave):
+        return picture[..., :4] * (1 + wave[:, None, :4]), None
+
+
+class Direct(Unknown):
+    """It calls the forward of its blocks."""
+
+    def forward(self, sample, words, t):
+        picture, wave = self.enter(sample), self.wave(t[:, None].to(sample))
+        for block in self.late:
+            picture = block.forward(picture, wave)
+        return self.end(picture, wave)
+
+
+class Careful(Unknown):
+    """It looks at what its blocks make."""
+
+    def end(self, picture, wave):
+        if picture.isnan().any():
+            raise ArithmeticError("NaN in the picture")
+        return super().end(picture, wave)
+
+
+class Random(Unknown):
+    """It is another function in each call."""
+
+    def end(self, picture, wave):
+        self.last.bias += 0.1
+        return super().end(picture, wave)
+
+
+REFUSED = {
+    Pyramid: "the blocks change the shape of what goes through them: a Down of `down` returns a tensor",
+    Twice: "what the blocks make reaches the output in more than one way",
+    Skipping: "what the blocks make reaches the output in more than one way",
+    Headless: "no module after the last block gets what the blocks have made",
+    Direct: "the forward does not call the blocks of the transformer",
+    Careful: "the forward cannot run without its blocks: ArithmeticError: NaN in the picture",
+    Random: "the forward gives another output when it runs again",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_not_certain_is_computed_or_refused_by_name(kind):
+    torch.manual_seed(0)
+    pipe = pipe_with(kind())
+    with lesa.enable_cache(pipe, line(), SOME) as handle, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outputs = drive(pipe)
+    stream = handle.stats.streams["main"]
+    assert stream.computed == [*range(STEPS)] and not stream.predicted
+    assert all(stream.reasons[step].startswith(REFUSED[kind]) for step in REST)
+    assert len(own_warnings(caught)) == 1 and REFUSED[kind] in own_warnings(caught)[0]
+    if kind is not Random:
+        assert all(map(torch.equal, outputs, drive(pipe)))
+    with lesa.enable_cache(pipe, line(), SOME, strict=True), pytest.raises(RuntimeError, match=REFUSED[kind]):
+        drive(pipe)
+
+
+class Flat(nn.Sequential):
+    """It has no list of blocks."""
+
+    def forward(self, sample, t):
+        return super().forward(sample)
+
+
+@pytest.mark.parametrize(
+    "transformer, lacks",
+    [
+        (Flat(), "a Flat without a list of blocks"),
+        (nn.Transformer(4, 1, 1, 1, 4), "a Transformer without an argument timestep"),
+    ],
+)
+def test_a_transformer_that_cannot_be_watched_is_refused_at_once(transformer, lacks):
+    pipe = pipe_with(transformer)
+    for function in (lesa.enable_cache, lesa.disable_cache):
+        with pytest.raises(TypeError, match=f"`pipe` must have a transformer that lesa can use, but got {lacks}"):
+            function(pipe)
+
+
+def test_what_needs_an_adapter_is_refused_by_name(pipe, tmp_path):
+    for use in (
+        lambda: lesa.record(pipe, [{}], tmp_path, STEPS, progress=False),
+        lambda: lesa.evaluate(pipe, [{}], [], [], STEPS, progress=False),
+    ):
+        with pytest.raises(TypeError, match="supported family .*but got SimpleNamespace with a Unknown"):
+            use()
+    with pytest.raises(ValueError, match="config.family` must be 'probe'"):
+        lesa.enable_cache(pipe, FusedKANPredictor(PredictorConfig(DIM, family="flux")), SOME)
+    with lesa.enable_cache(pipe, FusedKANPredictor(PredictorConfig(DIM + 1)), SOME), pytest.raises(ValueError):
+        drive(pipe)
+
+
+# What happens in a run
+
+
+class Failure(Exception):
+    """Raised by a test."""
+
+
+@pytest.mark.parametrize("module", ["leave", "enter"])
+def test_an_error_in_a_predicted_step_restores_the_blocks(pipe, module):
+    plain, transformer = drive(pipe), pipe.transformer
+    before = [dict(vars(part)) for part in transformer.modules()]
+    fails_at = SOME[-1] + 1
+
+    def fail(part, args):
+        if handle.stats.streams["main"].computed == SOME and handle.stats.streams["main"].reasons:
+            raise Failure
+
+    with lesa.enable_cache(pipe, line(), SOME) as handle:
+        with getattr(transformer, module).register_forward_pre_hook(fail), pytest.raises(Failure):
+            drive(pipe)
+        assert len(handle.stats.streams["main"].predicted) == fails_at - len(SOME)
+        drive(pipe)
+        assert handle.stats.streams["main"].predicted == REST
+    after = [dict(vars(part)) for part in transformer.modules()]
+    assert after == before
+    assert all(map(torch.equal, drive(pipe), plain))
+
+
+def test_hooks_on_blocks_do_not_run_in_predicted_steps(pipe):
+    """Such as those that load the weights of a block for its call."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Loading(ModelHook):
+        loads = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            Loading.loads += 1
+            return args, kwargs
+
+    plain, blocks = drive(pipe), blocks_of(pipe.transformer)
+    for block in blocks:
+        add_hook_to_module(block, Loading())
+    with lesa.enable_cache(pipe, line(), SOME, strict=True):
+        drive(pipe)
+    assert Loading.loads == len(SOME) * len(blocks)
+    for block in blocks:
+        remove_hook_from_module(block)
+    assert all(map(torch.equal, drive(pipe), plain))
+
+
+def test_streams_have_their_own_ways(pipe):
+    """Calls with and without guidance have texts of other lengths, and one has residuals."""
+    scheduler, transformer = pipe.scheduler, pipe.transformer
+    residual = torch.ones(1, 2 + TILES, DIM)
+    text, other = torch.randn(1, WORDS, 6), torch.randn(1, 2, 6)
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle, torch.no_grad():
+        scheduler.set_timesteps(STEPS)
+        for t in scheduler.timesteps:
+            transformer(torch.ones(1, TILES, 4), text, (t / 1000)[None])
+            transformer(torch.ones(1, TILES, 4), other, (t / 1000)[None], residual=residual)
+            scheduler.step(torch.ones(1, TILES, 4), t, torch.ones(1, TILES, 4))
+    assert {name: stream.predicted for name, stream in handle.stats.streams.items()} == {"main": REST, "main-2": REST}
+
+
+def test_another_size_of_the_words_in_a_run_is_computed(pipe):
+    scheduler = pipe.scheduler
+    with lesa.enable_cache(pipe, line(), SOME) as handle, torch.no_grad():
+        scheduler.set_timesteps(STEPS)
+        for step, t in enumerate(scheduler.timesteps):
+            text = torch.ones(1, WORDS + (step == 7), 6)
+            with pytest.warns(RuntimeWarning, match="shape changed") if step == 7 else nullcontext():
+                pipe.transformer(torch.ones(1, TILES, 4), text, (t / 1000)[None])
+            scheduler.step(torch.ones(1, TILES, 4), t, torch.ones(1, TILES, 4))
+    stream = handle.stats.streams["main"]
+    assert stream.reasons[7] == stream.reasons[8] == "the shape changed"
+    assert stream.predicted == [step for step in REST if step not in (7, 8)]
+
+
+class Hasty(Unknown):
+    """Below a noise level, it leaves out a block."""
+
+    def forward(self, sample, words, t):
+        picture, words, wave = self.enter(sample), self.enter_words(words), self.wave(t[:, None].to(sample))
+        for block in self.late[: 3 if t[0] > 0.5 else 2]:
+            picture = block(picture, wave)
+        return self.end(picture, wave)
+
+
+def test_a_call_that_goes_another_way_is_computed():
+    torch.manual_seed(0)
+    pipe = pipe_with(Hasty())
+    plain = drive(pipe)
+    with lesa.enable_cache(pipe, line(), SOME) as handle, pytest.warns(RuntimeWarning, match="went another way"):
+        outputs = drive(pipe)
+    stream = handle.stats.streams["main"]
+    late = [step for step in range(STEPS) if pipe.scheduler.timesteps[step] <= 500]
+    first = late[0]
+    assert first in REST and stream.reasons[first].endswith("went another way than in the computed steps")
+    assert torch.equal(outputs[first], plain[first]) and stream.predicted == [s for s in REST if s != first]

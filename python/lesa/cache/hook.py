@@ -310,8 +310,8 @@ class StepHook(ModelHook, Generic[State]):
                 return None
             output = self.adapter.transformer._call_impl(*args, **kwargs)
         if call.forecasts != 1:
-            why = reasons.CHANGED if call.changed else reasons.REPLACED
-            self.on_not_forecast(state, call, *(reasons.REPEATED if call.forecasts else why))
+            why = reasons.REPEATED if call.forecasts else call.unfit or reasons.REPLACED
+            self.on_not_forecast(state, call, *why)
             if call.forecasts:
                 return None
             self._computed()  # whatever stands in place of the forward has computed the call
@@ -329,14 +329,14 @@ class StepHook(ModelHook, Generic[State]):
             return forward(*args, **self.needed(kwargs))
         state, call = self._located
         arguments = self.adapter.bind(args, kwargs)
+        call.unfit = reasons.CHANGED
         if self.can_predict(state, call, arguments):
             call.forecasts += 1
             call.forward = functools.partial(forward, *args, **kwargs)
             output = self.predict(state, call, arguments)
             if output is not None:
                 return output
-            call.forecasts -= 1
-        call.changed = True
+            call.forecasts, call.unfit = 0, reasons.ELSEWHERE
         return self.adapter.compute(call.stream, forward, args, self.needed(kwargs))
 
     @torch.compiler.disable

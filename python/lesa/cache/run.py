@@ -154,7 +154,7 @@ class Call:
         forward: in place of what a forecast runs; it runs the transformer's own forward with its arguments.
         heads: how often the inputs of the output head were seen in this call while it was computed.
         forecasts: how often the forward was exchanged for a forecast in this call.
-        changed: whether a wrapper gave the forward inputs that no forecast fits.
+        unfit: why no forecast fits into the forward, and what helps.
     """
 
     step: int
@@ -165,7 +165,7 @@ class Call:
     forward: Callable[[], Any] | None = None
     heads: int = 0
     forecasts: int = 0
-    changed: bool = False
+    unfit: tuple[str, str] | None = None
 
 
 class StepObserver(Protocol):

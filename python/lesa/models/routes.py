@@ -45,17 +45,17 @@ class Route:
         Returns:
             The output, and whether the forward goes this way. If not, the features may not have been seen.
         """
-        left = {block: iter(results) for block, results in self.results.items()}
+        left = {block: results[::-1] for block, results in self.results.items()}
         differs: list[torch.nn.Module] = []
 
         def compare(block: torch.nn.Module, run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
             output = run(*args, **kwargs)
-            if result_of(output, args, kwargs) != next(left[block], None):
+            if not left[block] or result_of(output, args, kwargs) != left[block].pop():
                 differs.append(block)
             return output
 
         def look(tensor: torch.Tensor) -> torch.Tensor:
-            if not differs and tensor.shape == self.shape and tensor.dtype == self.dtype:
+            if not differs and not any(left.values()) and _kind(tensor) == (self.shape, self.dtype):
                 see(tensor)
             return tensor
 
@@ -64,10 +64,9 @@ class Route:
             output = forward()
         return output, self._is_gone(left, entries) and not differs
 
-    def _is_gone(self, left: dict[torch.nn.Module, Iterator[Result]], entries: list[torch.Tensor]) -> bool:
+    def _is_gone(self, left: dict[torch.nn.Module, list[Result]], entries: list[torch.Tensor]) -> bool:
         """Whether the forward has gone this way to its end."""
-        here = [(tensor.shape, tensor.dtype) for tensor in entries] == [(self.shape, self.dtype)]
-        return here and all(next(rest, None) is None for rest in left.values())
+        return [*map(_kind, entries)] == [(self.shape, self.dtype)] and not any(left.values())
 
     def run_around(self, forward: Callable[[], Any], features: torch.Tensor, value: float = 0.0) -> Any:
         """Runs a forward with its blocks passed over, and with the features in their place.
@@ -81,13 +80,12 @@ class Route:
             WentElsewhere: the forward does not go this way.
         """
         pool: dict[Made, torch.Tensor] = {}
-        left = {block: iter(results) for block, results in self.results.items()}
+        left = {block: results[::-1] for block, results in self.results.items()}
 
         def pass_over(block: torch.nn.Module, run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-            result = next(left[block], None)
-            if result is None:
+            if not left[block]:
                 raise WentElsewhere
-            return result.stand_in(args, kwargs, pool, value)
+            return left[block].pop().stand_in(args, kwargs, pool, value)
 
         gates: dict[torch.nn.Module, Gate] = {block: functools.partial(pass_over, block) for block in left}
         with gated(gates), self._entered(lambda tensor: features.to(self.dtype).reshape(self.shape)) as entries:
@@ -117,6 +115,10 @@ class Route:
 
         with gated({self.module: enter}):
             yield entries
+
+
+def _kind(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
 
 
 class Unclear(Exception):
@@ -175,7 +177,7 @@ def _lists_to_pass_over(watch: Watch) -> tuple[list[str], dict[str, int]]:
             changed.append(f"a {type(other[0]).__name__} of `{name}` returns {other[1]}")
     if not sizes:
         raise Unclear("the forward does not call the blocks of the transformer")
-    if 2 * sum(sizes[name] for name in kept) < sum(sizes.values()):
+    if 5 * sum(sizes[name] for name in kept) < 4 * sum(sizes.values()):  # the others would run in every step
         raise Unclear(f"the blocks change the shape of what goes through them: {changed[0]}")
     return kept, sizes
 
