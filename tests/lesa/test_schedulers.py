@@ -169,7 +169,7 @@ FRAMEPACK = {
 TABLE_OF = "0.42"
 """The version of diffusers that the table was made with. Others may refuse more or less."""
 
-RISING = {"FlowMatchEulerDiscrete +inverted", "DDIMInverse", "DPMSolverMultistepInverse"}
+RISING = {"DDIMInverse", "DPMSolverMultistepInverse"}
 """Their noise levels rise at each step, so that each step begins a new history and is computed."""
 
 NOT_IN_TABLE = {

@@ -133,7 +133,10 @@ class Run:
 
 
 def _sigmas_of(scheduler: Any, timesteps: list[float]) -> list[float]:
-    """The scheduler's noise levels; for a scheduler without any, the parts of its training steps."""
+    """The scheduler's noise levels; for a scheduler without any, the parts of its training steps.
+
+    With `invert_sigmas`, the scheduler's own numbers are what is done, not the noise that is left.
+    """
     sigmas, config = getattr(scheduler, "sigmas", None), getattr(scheduler, "config", None)
     if isinstance(sigmas, torch.Tensor) and len(sigmas) >= len(timesteps):
         return (1 - sigmas if getattr(config, "invert_sigmas", False) else sigmas).tolist()

@@ -106,6 +106,9 @@ class Recorder:
         """Keeps the inputs of the output head of a computed call."""
         bad = (~features.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         self.head = head = self.adapter.output_head(conditioning)
+        if head.scale.ndim != 2:
+            sentence = "`inputs` make the model modulate each token in its own way, which a recording cannot store."
+            raise usage_error(sentence, "Use inputs without given images, or a forecaster without training.")
         step = call.step
         if bad:
             raise argument_error(
