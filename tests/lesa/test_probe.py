@@ -11,6 +11,8 @@ from torch import nn
 
 import lesa
 import lesa.models
+import more_pipelines
+import small_pipelines
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS = 12
@@ -96,14 +98,15 @@ def passed_as_is(t):
 
 
 @torch.no_grad()
-def drive(pipe, passed=lambda t: t / 1000, steps=STEPS, batch=2, words=WORDS, seed=0, **more):
+def drive(pipe, passed=lambda t: t / 1000, batch=2, dtype=torch.float32, **more):
     """The transformer's outputs on latents that move along a line, whatever it says."""
-    generator = torch.Generator().manual_seed(seed)
-    sample, text = torch.randn(batch, TILES, 4, generator=generator), torch.randn(batch, words, 6, generator=generator)
-    pipe.scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(batch, TILES, 4, generator=generator).to(dtype)
+    text = torch.randn(batch, WORDS, 6, generator=generator).to(dtype)
+    pipe.scheduler.set_timesteps(STEPS)
     outputs = []
     for step, t in enumerate(pipe.scheduler.timesteps):
-        made = pipe.transformer(sample * (1 - 0.5 * step / steps), text, passed(t).expand(batch), **more)
+        made = pipe.transformer(sample * (1 - 0.5 * step / STEPS), text, passed(t).expand(batch), **more)
         outputs.append(made[0] if isinstance(made, tuple) else made)
         pipe.scheduler.step(outputs[-1], t, sample)
     return outputs
@@ -328,11 +331,18 @@ class Flat(nn.Sequential):
         return super().forward(sample)
 
 
+class Timeless(Unknown):
+    """Its forward takes no timestep."""
+
+    def forward(self, sample, words):
+        return super().forward(sample, words, torch.ones(len(sample)))
+
+
 @pytest.mark.parametrize(
     "transformer, lacks",
     [
         (Flat(), "a Flat without a list of blocks"),
-        (nn.Transformer(4, 1, 1, 1, 4), "a Transformer without an argument timestep"),
+        (Timeless(), "a Timeless without an argument timestep"),
     ],
 )
 def test_a_transformer_that_cannot_be_watched_is_refused_at_once(transformer, lacks):
@@ -353,6 +363,34 @@ def test_what_needs_an_adapter_is_refused_by_name(pipe, tmp_path):
         lesa.enable_cache(pipe, FusedKANPredictor(PredictorConfig(DIM, family="flux")), SOME)
     with lesa.enable_cache(pipe, FusedKANPredictor(PredictorConfig(DIM + 1)), SOME), pytest.raises(ValueError):
         drive(pipe)
+
+
+# Pipelines that have an adapter, as if they had none
+
+PIPELINES = ["flux", "flux controlnet", "qwen cfg", "hunyuan image replace", "sd3 cfg", *sorted(more_pipelines.QUICK)]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "flux" else pytest.mark.slow) for n in PIPELINES])
+def test_the_probe_gives_what_the_adapter_gives(name, monkeypatch):
+    case = (small_pipelines.ALL | more_pipelines.ALL)[name]
+    pipe = case.build()
+    plain, adapter = case.latents(pipe, steps=STEPS), lesa.models.adapter_for(pipe)
+    own_modules = adapter.head_entry.register_forward_hook(lambda *_: None)  # so that the modules of the head run
+    with lesa.enable_cache(pipe, line(), SOME, strict=True), own_modules:
+        wanted = case.latents(pipe, steps=STEPS)
+    monkeypatch.setattr(lesa.models, "ADAPTERS", ())
+    before = [dict(vars(module)) for module in pipe.transformer.modules()]
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle, counted(adapter.blocks) as counts:
+        latents = case.latents(pipe, steps=STEPS)
+    streams = handle.stats.streams
+    assert [*streams] == [*case.streams] and any(note.startswith("probe: ") for note in handle.stats.notes)
+    assert all((s.computed, s.predicted, s.fused) == (SOME, REST, []) for s in streams.values())
+    assert counts == [len(SOME) * len(streams) * case.runs] * len(counts)
+    assert (latents - wanted).norm() < 20 * torch.finfo(torch.float32).eps * wanted.norm()
+    with lesa.enable_cache(pipe, line(), range(STEPS), strict=True):
+        assert torch.equal(case.latents(pipe, steps=STEPS), plain)
+    assert [dict(vars(module)) for module in pipe.transformer.modules()] == before
+    assert torch.equal(case.latents(pipe, steps=STEPS), plain)
 
 
 # What happens in a run
@@ -454,3 +492,76 @@ def test_a_call_that_goes_another_way_is_computed():
     first = late[0]
     assert first in REST and stream.reasons[first].endswith("went another way than in the computed steps")
     assert torch.equal(outputs[first], plain[first]) and stream.predicted == [s for s in REST if s != first]
+
+
+@pytest.mark.slow
+def test_blocks_can_be_compiled_and_the_whole_cannot():
+    torch.manual_seed(0)
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    pipe = pipe_with(Unknown())
+    wanted = by_hand(pipe)
+    for block in blocks_of(pipe.transformer):
+        block.compile(backend=compiler)
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
+        outputs = drive(pipe)
+        assert handle.stats.streams["main"].predicted == REST
+        assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(outputs, wanted, strict=True))
+    assert graphs and all(block._compiled_call_impl is not None for block in blocks_of(pipe.transformer))
+    pipe = pipe_with(Unknown())
+    pipe.transformer.compile(backend="eager")
+    with lesa.enable_cache(pipe, line(), SOME) as handle, pytest.warns(RuntimeWarning, match="compile only the blocks"):
+        drive(pipe)
+    stream = handle.stats.streams["main"]
+    assert stream.computed == [*range(STEPS)] and "where lesa can watch it" in stream.reasons[REST[0]]
+
+
+class InFloat32(Unknown):
+    """Its head begins in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.leave = nn.LayerNorm(DIM, elementwise_affine=False)
+
+    def end(self, picture, wave):
+        return super().end(self.leave(picture.float()).to(picture.dtype), wave)
+
+
+def test_what_is_in_bfloat16_is_kept_in_bfloat16():
+    torch.manual_seed(0)
+    pipe = pipe_with(InFloat32().bfloat16())
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
+        outputs = drive(pipe, dtype=torch.bfloat16)
+    assert outputs[REST[0]].dtype == torch.bfloat16
+    ring = line().make_ring(2, TILES, torch.bfloat16, "cpu", None, DIM)
+    assert handle.stats.ring_device_bytes == ring.device_nbytes
+
+
+def test_lora_that_is_loaded_between_runs_is_seen(pipe):
+    """It wraps the module at which the features come in."""
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    pipe.transformer.leave = nn.Linear(DIM, DIM)
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
+        drive(pipe)
+        config = peft.LoraConfig(r=2, target_modules=["leave", "mix"], init_lora_weights=False)
+        peft.inject_adapter_in_model(config, pipe.transformer)
+        outputs = drive(pipe)
+        assert handle.stats.streams["main"].predicted == REST
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(outputs, by_hand(pipe), strict=True))
+
+
+def test_gradient_checkpointing_is_computed(pipe):
+    class Checkpointed(Unknown):
+        gradient_checkpointing = True
+
+    torch.manual_seed(0)
+    pipe = pipe_with(Checkpointed())
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
+        drive(pipe)
+        assert handle.stats.streams["main"].predicted == REST  # without gradients
+        with torch.enable_grad(), pytest.raises(RuntimeError, match="gradient checkpointing is on"):
+            drive.__wrapped__(pipe)

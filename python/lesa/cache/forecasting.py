@@ -235,7 +235,8 @@ class ForecastingHook(StepHook[ForecastState]):
         if (why := self.adapter.why_not_predicted(call.stream, call.arguments)) is not None:
             return why
         if stream.ring is None:
-            return "no history", "Compute an earlier step of this stream: choose another schedule."
+            unseen = self.adapter.why_unseen(call.stream, call.arguments) if stream.stats.computed else None
+            return unseen or ("no history", "Compute an earlier step of this stream: choose another schedule.")
         if stream.has_risen:
             return reasons.RISEN
         if stream.shape != self.adapter.shape(call.arguments):

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +13,7 @@ from lesa.models.costs import Costs
 from lesa.models.heads import HeadForm
 from lesa.models.own_forward import OwnForward
 from lesa.models.routes import Route, Unclear, WentElsewhere, find_route
-from lesa.models.watching import Watch, block_lists
+from lesa.models.watching import Watch, block_lists, outside
 from lesa_kernels.checks import Said, argument_error, usage_error
 
 Reason = tuple[str, str]
@@ -71,10 +71,9 @@ class Probe(Adapter):
 
     def __init__(self, pipe: Any, transformer: Any):
         self.pipe, self.transformer = pipe, transformer
-        self._lists = block_lists(transformer)
         names = [*inspect.signature(type(transformer).forward).parameters][1:]
         timestep = next((name for name in _TIMESTEPS if name in names), None)
-        if not self._lists or timestep is None:
+        if not self.blocks or timestep is None:
             lacks = "a list of blocks (`torch.nn.ModuleList`)" if timestep else f"an argument {' or '.join(_TIMESTEPS)}"
             must, got = "have a transformer that lesa can use", f"a {type(transformer).__name__} without {lacks}"
             raise argument_error("pipe", must, Said(got), _REMEDY, TypeError)
@@ -105,7 +104,7 @@ class Probe(Adapter):
 
     def run_around(self, stream, forward, call, features):
         route = self._routes.get((stream, self.shape(call)))
-        if not isinstance(route, Route) or features.numel() != route.shape.numel():
+        if not isinstance(route, Route) or not route.is_current() or features.numel() != route.shape.numel():
             return None
         try:
             return route.run_around(forward, features)
@@ -156,11 +155,12 @@ class Probe(Adapter):
     @property
     def head_entry(self):
         """A module outside of the blocks that has weights. Their device is that of the features."""
-        return next(module for module in self._outside() if [*module.parameters(recurse=False)])
+        others = outside(self.transformer, self.blocks)
+        return next(module for module in reversed(others) if [*module.parameters(recurse=False)])
 
     @property
     def blocks(self):
-        return [block for blocks in self._lists.values() for block in blocks]
+        return [block for blocks in block_lists(self.transformer).values() for block in blocks]
 
     @property
     def counted_modules(self):
@@ -189,7 +189,7 @@ class Probe(Adapter):
         if self._is_checkpointed() or (known is not None and not isinstance(known, Route)):
             return run()
         see = functools.partial(self._show, len(call[self.sample_argument]))
-        if known is not None and known.is_part_of(self.transformer):  # LoRA replaces modules
+        if known is not None and known.is_current():
             output, is_known = known.run_seen(run, functools.partial(see, known))
             if not is_known:  # the lengths in a mask, for example, are others
                 again = _Again(forward, args, kwargs)
@@ -199,7 +199,7 @@ class Probe(Adapter):
 
     def _find(self, key: tuple, run: Callable[[], Any], again: Callable[[], Any], see: Callable) -> Any:
         """Computes a call by `run`, and finds its way; `again` does the same any number of times."""
-        watch = Watch(self.transformer, self._lists)
+        watch = Watch(self.transformer, block_lists(self.transformer))
         output = watch.run(run)
         if len(self._routes) == _MOST_ROUTES:
             self._routes.clear()
@@ -223,11 +223,6 @@ class Probe(Adapter):
         if not torch.is_grad_enabled():
             return False
         return any(getattr(module, "gradient_checkpointing", False) for module in self.transformer.modules())
-
-    def _outside(self) -> Iterator[torch.nn.Module]:
-        """The modules that are in no block, the last one first."""
-        inside = {part for block in self.blocks for part in block.modules()}
-        return (module for module in reversed([*self.transformer.modules()]) if module not in inside)
 
 
 class _Again:

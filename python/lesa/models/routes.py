@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from lesa.models.watching import Gate, Made, Place, Result, Watch, gated, result_of
+from lesa.models.watching import Gate, Made, Place, Result, Watch, gated, outside, result_of
 
 
 class WentElsewhere(Exception):
@@ -25,6 +25,7 @@ class Route:
         module, number, leaf: where the features come in; see `Place`.
         shape, dtype: of the tensor there.
         narrow: the dtype in which the features are kept. It is that of the blocks if they are only converted.
+        parts: the transformer and its modules outside of the blocks.
     """
 
     results: dict[torch.nn.Module, list[Result]]
@@ -34,10 +35,17 @@ class Route:
     shape: torch.Size
     dtype: torch.dtype
     narrow: torch.dtype
+    parts: list[torch.nn.Module]
 
-    def is_part_of(self, transformer: torch.nn.Module) -> bool:
-        """Whether all of its modules still are parts of the transformer."""
-        return {self.module, *self.results} <= {*transformer.modules()}
+    def __post_init__(self):
+        self._children = self._list_children()
+
+    def is_current(self) -> bool:
+        """Whether the modules outside of the blocks have the parts that they had. LoRA, for example, replaces some."""
+        return self._list_children() == self._children
+
+    def _list_children(self) -> list[torch.nn.Module | None]:
+        return [child for part in self.parts for child in part._modules.values()]
 
     def run_seen(self, forward: Callable[[], Any], see: Callable[[torch.Tensor], None]) -> tuple[Any, bool]:
         """Runs a forward with its blocks, and lets `see` get the features when they come in.
@@ -146,6 +154,7 @@ def find_route(watch: Watch, run: Callable[[], Any], output: Any) -> tuple[Route
     wanted = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     if not wanted or not all(tensor.isfinite().all() for tensor in wanted):
         raise Unclear("the output of the first computed call was no finite tensor")
+    parts = outside(watch.transformer, (block for blocks in watch.lists.values() for block in blocks))
     problems = []
     for left_out in (None, *sorted(passed, key=lambda name: sizes[name])[:-1]):  # it may make embeddings, or the like
         results: dict[torch.nn.Module, Any] = {}
@@ -153,7 +162,8 @@ def find_route(watch: Watch, run: Callable[[], Any], output: Any) -> tuple[Route
             if name != left_out:
                 results |= {block: watch.results[block] for block in watch.lists[name] if block in watch.results}
         for place in watch.places:
-            route = Route(results, place.module, place.number, place.leaf, place.tensor.shape, *_dtypes(watch, place))
+            dtypes = _dtypes(watch, place)
+            route = Route(results, place.module, place.number, place.leaf, place.tensor.shape, *dtypes, parts)
             problem = _problem(route, place.tensor, run, wanted)
             if problem is None:
                 return route, place.tensor

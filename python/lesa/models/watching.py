@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,12 @@ def block_lists(transformer: torch.nn.Module) -> dict[str, list[torch.nn.Module]
 
     search(transformer, "")
     return found
+
+
+def outside(transformer: torch.nn.Module, blocks: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The modules of a transformer that are in none of its blocks. The first one is the transformer itself."""
+    inside = {part for block in blocks for part in block.modules()}
+    return [part for part in transformer.modules() if part not in inside]
 
 
 @dataclass(frozen=True)
@@ -178,11 +184,10 @@ class Watch:
 
     def run(self, forward: Callable[[], Any]) -> Any:
         """Runs the transformer's forward, and watches it."""
-        blocks = {block for blocks in self.lists.values() for block in blocks}
-        inside = {part for block in blocks for part in block.modules()}
-        others = [part for part in self.transformer.modules() if part not in inside and part is not self.transformer]
-        gates = {block: functools.partial(self._on_block, block) for block in blocks}
-        gates |= {other: functools.partial(self._on_other, other) for other in others}
+        blocks = [block for blocks in self.lists.values() for block in blocks]
+        gates: dict[torch.nn.Module, Gate] = {block: functools.partial(self._on_block, block) for block in blocks}
+        for other in outside(self.transformer, blocks)[1:]:
+            gates[other] = functools.partial(self._on_other, other)
         with gated(gates):
             output = forward()
         self.places.sort(key=lambda place: -place.tensor.numel())
