@@ -314,7 +314,7 @@ class ForecastingHook(StepHook[ForecastState]):
         """Asks for the sum of the output, which says whether it is finite. A CPU answers at once, a GPU later."""
         stats = state.streams[call.stream].stats
         receive = functools.partial(self._on_sum, state, stats, call.step)
-        state.values.ask(_tensor_of(output).sum(dtype=torch.float32), receive)
+        state.values.ask(_sum(output[0]), receive)
 
     def _on_sum(self, state: ForecastState, stats: StreamStats, step: int, value: float) -> None:
         if math.isfinite(value):
@@ -332,7 +332,7 @@ class ForecastingHook(StepHook[ForecastState]):
                 stats.fused.remove(call.step)
             return False
         stats.predicted.append(call.step)
-        stats.end(call.step, _tensor_of(output).device)
+        stats.end(call.step, self.adapter.sample(call.arguments).device)
         return True
 
     def _fall_back(self, reason: str, remedy: str) -> None:
@@ -397,18 +397,17 @@ class ForecastingHook(StepHook[ForecastState]):
             self._fall_back(*self.adapter.why_unseen(call.stream, call.arguments) or reasons.UNSEEN)
 
 
-def _tensor_of(output: Any) -> torch.Tensor:
-    """The first tensor of what the transformer returned."""
-    while not isinstance(output, torch.Tensor):
-        output = output[0]
-    return output
-
-
 def _plan(state: ForecastState, stream: Stream, step: int) -> Plan | None:
     """A plan with the weights of a forecast, or None if they are computed with the forecast."""
     if stream.planner is None or torch.is_grad_enabled():
         return None
     return stream.planner.plan(step, state.run.executed_sigmas, state.computed, state.controlled is not None)
+
+
+def _sum(output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """The sum of an output, which may be a list of samples."""
+    parts = output if isinstance(output, list) else [output]
+    return torch.stack([part.sum(dtype=torch.float32) for part in parts]).sum()
 
 
 def _on_error(controlled: ControlledSteps, stats: StreamStats, step: int, error: float) -> None:
