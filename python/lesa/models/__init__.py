@@ -15,6 +15,7 @@ from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.hunyuan_video15 import HunyuanVideo15Adapter
 from lesa.models.ideogram import Ideogram4Adapter
 from lesa.models.ltx import LTXVideoAdapter
+from lesa.models.ltx2 import LTX2Adapter
 from lesa.models.lumina import Lumina2Adapter, LuminaNextAdapter
 from lesa.models.mochi import MochiAdapter
 from lesa.models.probe import Probe
@@ -40,6 +41,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     HunyuanVideo15Adapter,
     Ideogram4Adapter,
     LTXVideoAdapter,
+    LTX2Adapter,
     Lumina2Adapter,
     LuminaNextAdapter,
     MochiAdapter,
