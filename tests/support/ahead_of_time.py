@@ -285,16 +285,7 @@ def stream_cases() -> list[Case]:
         ),
         Case("stream_velocity-rms", stream(0, 64, norm="rms"), large, bf16, architectures=(90,), **sums),
         Case("stream_velocity-no-norm", stream(0, 64, norm=None), large, bf16, architectures=(90,), **sums),
-        Case("stream_velocity-tokens", stream(0, 64, per_token=bf16[0]), large, bf16, architectures=(90, 100), **sums),
-        Case(
-            "stream_velocity-tokens-mma",
-            stream(0, 64, per_token=bf16[0]),
-            large,
-            bf16,
-            may_spill=bf16,
-            architectures=(80,),
-            **sums,
-        ),
+        Case("stream_velocity-tokens", stream(0, 64, per_token=bf16[0]), large, bf16, **sums),
         *(
             Case(
                 f"stream_velocity-tokens-{name}",
