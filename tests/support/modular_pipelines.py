@@ -3,14 +3,13 @@
 import importlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from unittest import mock
 
 import pytest
 import torch
 
 import more_pipelines
 import small_pipelines
-from lesa.pipelines import blocks_of, quiet_progress
+from lesa.pipelines import quiet_progress, run_pipeline
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,8 @@ class Modular:
         """What the last denoise step gives."""
         torch.manual_seed(0)  # some guiders drop features out
         generators = [torch.Generator().manual_seed(i) for i in range(batch)]
-        call = {**self.inputs(pipe, batch), "num_inference_steps": steps, "generator": generators, **changed}
         with quiet_progress(pipe):
-            return pipe(**call, output="latents")
+            return run_pipeline(pipe, {**self.inputs(pipe, batch), **changed}, generators, steps)
 
 
 def blocks(module, name):
@@ -78,8 +76,29 @@ def blocks(module, name):
     return getattr(module, name)()
 
 
-_LARGER = {"height": 32, "width": 48}
-"""A pipeline without a VAE takes 8 for its scale."""
+def distance(latents, wanted):
+    """The relative L2 error."""
+    return float((latents - wanted).norm() / wanted.norm())
+
+
+@contextmanager
+def counted_blocks(adapter):
+    """Gives a list of how often each block ran."""
+    counts = [0] * len(adapter.blocks)
+
+    def counter(number):
+        def count(*_):
+            counts[number] += 1
+
+        return count
+
+    handles = [block.register_forward_pre_hook(counter(number)) for number, block in enumerate(adapter.blocks)]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
 
 CASES = {
     "flux": Modular("flux", ("flux.modular_blocks_flux", "FluxCoreDenoiseStep"), ("flux.decoders", "FluxDecodeStep")),
@@ -94,5 +113,46 @@ CASES = {
         ("stable_diffusion_3.modular_blocks_stable_diffusion_3", "StableDiffusion3AutoCoreDenoiseStep"),
         ("stable_diffusion_3.decoders", "StableDiffusion3DecodeStep"),
         streams=("main", "main-2"),
+    ),
+    "z-image": Modular(
+        "z-image cfg",
+        ("z_image.modular_blocks_z_image", "ZImageCoreDenoiseStep"),
+        ("z_image.decoders", "ZImageVaeDecoderStep"),
+        size={"height": 32, "width": 48},
+        streams=("main", "main-2"),
+    ),
+    "wan": Modular(
+        "wan cfg",
+        ("wan.modular_blocks_wan", "WanCoreDenoiseStep"),
+        ("wan.decoders", "WanVaeDecoderStep"),
+        streams=("main", "main-2"),
+    ),
+    "wan 2.2": Modular(
+        "wan euler cfg",
+        ("wan.modular_blocks_wan22", "Wan22CoreDenoiseStep"),
+        ("wan.decoders", "WanVaeDecoderStep"),
+        streams=("main", "main-2"),
+    ),
+    "flux2": Modular(
+        "flux2",
+        ("flux2.modular_blocks_flux2", "Flux2CoreDenoiseStep"),
+        ("flux2.decoders", "Flux2DecodeStep"),
+    ),
+    "flux2 klein": Modular(
+        "flux2 klein",
+        ("flux2.modular_blocks_flux2_klein", "Flux2KleinCoreDenoiseStep"),
+        ("flux2.decoders", "Flux2DecodeStep"),
+    ),
+    "flux2 klein base": Modular(
+        "flux2 klein cfg",
+        ("flux2.modular_blocks_flux2_klein_base", "Flux2KleinBaseCoreDenoiseStep"),
+        ("flux2.decoders", "Flux2DecodeStep"),
+        streams=("main", "main-2"),
+    ),
+    "ltx": Modular(
+        "ltx cfg",
+        ("ltx.modular_blocks_ltx", "LTXCoreDenoiseStep"),
+        ("ltx.decoders", "LTXVaeDecoderStep"),
+        streams=("pred_cond", "pred_uncond"),
     ),
 }
