@@ -110,9 +110,9 @@ def run_pipeline(
 
 def check_decodes(pipe: Any) -> None:
     """Raises `TypeError` if a pipeline has nothing to make pictures with: a VAE, and if it is modular, the block."""
-    lacks = None if getattr(pipe, "vae", None) is not None else "a VAE"
-    if isinstance(pipe, ModularPipeline) and _decoder_of(pipe) is None:
-        lacks = f"a last block {_DECODER!r}"
+    lacks = f"a last block {_DECODER!r}" if isinstance(pipe, ModularPipeline) and _decoder_of(pipe) is None else None
+    if getattr(pipe, "vae", None) is None:
+        lacks = "a VAE"
     if lacks is not None:
         raise argument_error(
             "pipe",
