@@ -13,7 +13,7 @@ import small_pipelines as small
 from lesa.models import adapter_for
 from lesa.pipelines import blocks_of, quiet_progress
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-from modular_pipelines import CASES, counted_blocks, distance
+from modular_pipelines import CASES, EXPERTS, counted_blocks, distance
 
 STEPS = 10
 SOME = [0, 1, 2, 6]
@@ -96,6 +96,21 @@ def test_all_computed_is_bit_exact_and_forecasts_skip_the_blocks(name):
         held = case.latents(pipe, total)
     assert 0 < distance(cached, plain) < 0.02 and distance(cached, plain) < distance(held, plain) / 4
     assert torch.equal(case.latents(pipe, total), plain)
+
+
+@pytest.mark.slow
+def test_both_experts_of_a_modular_pipeline_are_cached():
+    pipe, total = EXPERTS.build(guided()), 12
+    plain = EXPERTS.latents(pipe, total)
+    with lesa.enable_cache(pipe, None, range(total), strict=True):
+        assert torch.equal(EXPERTS.latents(pipe, total), plain)
+    with lesa.enable_cache(pipe, None, [0, 1, 2, 5, 9], strict=True) as handle:
+        cached = EXPERTS.latents(pipe, total)
+    streams = handle.stats.streams
+    assert [*streams] == [*EXPERTS.streams]
+    assert [stream.computed for stream in streams.values()] == 2 * [[0, 1, 2, 5]] + 2 * [[6, 9]]
+    assert [stream.predicted for stream in streams.values()] == 2 * [[3, 4]] + 2 * [[7, 8, 10, 11]]
+    assert 0 < distance(cached, plain) < 0.02
 
 
 # Recording, refining and evaluating
