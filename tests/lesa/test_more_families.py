@@ -22,10 +22,11 @@ NEAR = 0.02
 NOT_DECODED_ALIKE: dict[str, str] = {
     "wan vace reference": "`decode` does not know how many of the frames are reference images",
     "wan animate segments": "the pipeline returns the latents of the last segment only",
+    "skyreels forced video cfg": "the pipeline puts the given video before what it makes",
 }
 """Cases whose pipeline makes other images than `decode`, and why."""
 
-RECORDED: dict[str, str] = {"wan": "wan cfg"}
+RECORDED: dict[str, str] = {"wan": "wan cfg", "skyreels-v2": "skyreels cfg", "chronoedit": "chronoedit cfg"}
 """For each family, the case that is recorded, trained on and evaluated."""
 
 NOT_RECORDED: dict[str, str] = {}

@@ -7,10 +7,12 @@ from small_pipelines import Small
 _FILES: dict[str, str] = {
     "sd3": "small_sd3_others",
     "wan": "small_wan",
+    "skyreels-v2": "small_skyreels_v2",
+    "chronoedit": "small_chronoedit",
 }
 """For each family, the file beside this one that has its `CASES`."""
 
-QUICK: set[str] = {"wan cfg"}
+QUICK: set[str] = {"wan cfg", "skyreels forced image cfg", "chronoedit"}
 """The cases that are no slow tests: one for each family, the cheapest."""
 
 NOT_FUSED: dict[str, str] = {}

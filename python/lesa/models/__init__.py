@@ -3,14 +3,24 @@
 from typing import Any
 
 from lesa.models.adapter import Adapter
+from lesa.models.chronoedit import ChronoEditAdapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.sd3 import SD3Adapter
+from lesa.models.skyreels_v2 import SkyReelsV2Adapter
 from lesa.models.wan import WanAdapter
 from lesa_kernels.checks import Said, argument_error
 
-ADAPTERS: tuple[type[Adapter], ...] = (FluxAdapter, QwenImageAdapter, HunyuanVideoAdapter, SD3Adapter, WanAdapter)
+ADAPTERS: tuple[type[Adapter], ...] = (
+    FluxAdapter,
+    QwenImageAdapter,
+    HunyuanVideoAdapter,
+    SD3Adapter,
+    WanAdapter,
+    SkyReelsV2Adapter,
+    ChronoEditAdapter,
+)
 """The adapters of all supported families."""
 
 
