@@ -22,3 +22,5 @@ def _case(negative):
 
 
 CASES = {"chronoedit": _case(False), "chronoedit cfg": _case(True)}
+
+FAMILY, QUICK, RECORDED = "chronoedit", "chronoedit", "chronoedit cfg"

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, partial
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import diffusers
@@ -50,6 +51,7 @@ class Small:
         runs: how often a call goes through the steps.
         most: of prompts in a call, as the class allows.
         returns_latents: whether the class can; else they are taken from the last step.
+        prepare: called with a new pipeline, to make it smaller than its class does.
     """
 
     pipeline: str
@@ -65,6 +67,7 @@ class Small:
     runs: int = 1
     most: int | None = None
     returns_latents: bool = True
+    prepare: Callable[[Any], None] | None = None
 
     @property
     def pipeline_class(self) -> type:
@@ -81,6 +84,8 @@ class Small:
         pipe.set_progress_bar_config(disable=True)
         for part in (pipe.transformer, pipe.vae):
             part.requires_grad_(False)
+        if self.prepare is not None:
+            self.prepare(pipe)
         return pipe
 
     def inputs(self, batch: int = 1, **changed) -> dict:
@@ -127,14 +132,22 @@ def smooth_in_time(transformer):
     """Makes the random transformer a slow function of the noise level, as trained ones are.
 
     Random weights on the fast waves of the time embedding would jump from step to step, and no forecast could follow.
+    A transformer whose embedding has another number of waves than 256 stays as it is.
     """
-    head = adapter_for(SimpleNamespace(transformer=transformer)).head_modules.modules()
-    first = next(module for module in head if isinstance(module, TimestepEmbedding)).linear_1
+    head = [*adapter_for(SimpleNamespace(transformer=transformer)).head_modules.modules()]
+    embedders = [module.linear_1 for module in head if isinstance(module, TimestepEmbedding)]
+    layers = [module for module in head if isinstance(module, torch.nn.Linear) and module.in_features == 256]
+    for first in (embedders or layers)[:1]:
+        leave_slow_waves(first)
+    return transformer.eval()
+
+
+def leave_slow_waves(first):
+    """Lets a linear layer of a sine embedding, its cosines and then its sines, read the slow waves alone."""
     half = first.in_features // 2
     slow = torch.exp(torch.arange(half) / half * torch.log(torch.tensor(10000.0))) > 300  # their period is above 1900
     with torch.no_grad():
         first.weight.mul_(slow.repeat(2))
-    return transformer.eval()
 
 
 @cache

@@ -59,3 +59,7 @@ CASES = {
         "SkyReelsV2DiffusionForcingVideoToVideoPipeline", {"video": lambda batch: video()}, negative=True, **_CONTINUED
     ),
 }
+
+FAMILY, QUICK, RECORDED = "skyreels-v2", "skyreels forced image cfg", "skyreels cfg"
+
+NOT_DECODED_ALIKE = {"skyreels forced video cfg": "the pipeline puts the given video before what it makes"}

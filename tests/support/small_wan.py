@@ -210,3 +210,10 @@ EXPERTS = {
         most=1,
     ),
 }
+
+FAMILY, QUICK, RECORDED = "wan", "wan cfg", "wan cfg"
+
+NOT_DECODED_ALIKE = {
+    "wan vace reference": "`decode` does not know how many of the frames are reference images",
+    "wan animate segments": "the pipeline returns the latents of the last segment only",
+}

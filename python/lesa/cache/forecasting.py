@@ -330,7 +330,7 @@ class ForecastingHook(StepHook[ForecastState]):
         """Asks for the sum of the output, which says whether it is finite. A CPU answers at once, a GPU later."""
         stats = state.streams[call.stream].stats
         receive = functools.partial(self._on_sum, state, stats, call.step)
-        state.values.ask(output[0].sum(dtype=torch.float32), receive)
+        state.values.ask(_sum(output[0]), receive)
 
     def _on_sum(self, state: ForecastState, stats: StreamStats, step: int, value: float) -> None:
         if math.isfinite(value):
@@ -348,7 +348,7 @@ class ForecastingHook(StepHook[ForecastState]):
                 stats.fused.remove(call.step)
             return False
         stats.predicted.append(call.step)
-        stats.end(call.step, output[0].device)
+        stats.end(call.step, self.adapter.sample(call.arguments).device)
         return True
 
     def _fall_back(self, reason: str, remedy: str) -> None:
@@ -411,6 +411,13 @@ class ForecastingHook(StepHook[ForecastState]):
             self._fall_back(*reasons.REPEATED)
         elif not call.heads:
             self._fall_back(*reasons.UNSEEN)
+
+
+def _sum(output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """The sum of an output, which may be a list of samples."""
+    if isinstance(output, torch.Tensor):
+        return output.sum(dtype=torch.float32)
+    return torch.stack([part.sum(dtype=torch.float32) for part in output]).sum()
 
 
 def _on_error(controlled: ControlledSteps, stats: StreamStats, step: int, error: float) -> None:

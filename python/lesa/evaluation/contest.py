@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from lesa.artifacts import digest
+from lesa.cache.run import sigmas_of
 from lesa.contenders import Contender, Ours, Reference
 from lesa.contenders.base import Pipeline
 from lesa.evaluation.counting import Counter, synchronise
@@ -139,8 +140,8 @@ class Contest:
             outcome = self.outcome(self.batches, contender, keep=True)
             if is_first:
                 self._timed = True
-                sigmas = self.pipe.scheduler.sigmas[: len(self.pipe.scheduler.timesteps)]
-                self._set_reference(outcome, sigmas.tolist())
+                timesteps = self.pipe.scheduler.timesteps.tolist()
+                self._set_reference(outcome, sigmas_of(self.pipe.scheduler, timesteps)[: len(timesteps)])
             run, images = self._judged(contender, steps, label, outcome)
             self.store.write(files[0], identity, run, images, self.sigmas, outcome)
         self.entries.append(Entry(run, images, digest(identity)))

@@ -4,12 +4,25 @@ from typing import Any
 
 from lesa.models.adapter import Adapter
 from lesa.models.chronoedit import ChronoEditAdapter
+from lesa.models.cogvideox import CogVideoXAdapter
+from lesa.models.cogview import CogView3PlusAdapter, CogView4Adapter
 from lesa.models.flux import FluxAdapter
+from lesa.models.flux2 import Flux2Adapter
+from lesa.models.hidream import HiDreamAdapter
+from lesa.models.hunyuan_image import HunyuanImageAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
+from lesa.models.hunyuan_video15 import HunyuanVideo15Adapter
+from lesa.models.ideogram import Ideogram4Adapter
+from lesa.models.ltx import LTXVideoAdapter
+from lesa.models.lumina import Lumina2Adapter, LuminaNextAdapter
+from lesa.models.mochi import MochiAdapter
 from lesa.models.qwen_image import QwenImageAdapter
+from lesa.models.qwen_image_21 import QwenImage21Adapter
+from lesa.models.sana import SanaAdapter, SanaVideoAdapter
 from lesa.models.sd3 import SD3Adapter
 from lesa.models.skyreels_v2 import SkyReelsV2Adapter
 from lesa.models.wan import WanAdapter
+from lesa.models.z_image import ZImageAdapter
 from lesa_kernels.checks import Said, argument_error
 
 ADAPTERS: tuple[type[Adapter], ...] = (
@@ -17,9 +30,25 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     QwenImageAdapter,
     HunyuanVideoAdapter,
     SD3Adapter,
-    WanAdapter,
-    SkyReelsV2Adapter,
     ChronoEditAdapter,
+    CogVideoXAdapter,
+    CogView3PlusAdapter,
+    CogView4Adapter,
+    Flux2Adapter,
+    HiDreamAdapter,
+    HunyuanImageAdapter,
+    HunyuanVideo15Adapter,
+    Ideogram4Adapter,
+    LTXVideoAdapter,
+    Lumina2Adapter,
+    LuminaNextAdapter,
+    MochiAdapter,
+    QwenImage21Adapter,
+    SanaAdapter,
+    SanaVideoAdapter,
+    SkyReelsV2Adapter,
+    WanAdapter,
+    ZImageAdapter,
 )
 """The adapters of all supported families."""
 

@@ -229,14 +229,15 @@ class Adapter:
     def latents(self, call: dict) -> torch.Tensor:
         """The sample that a call was given, as tokens `[B, T, O]` in the layout of the projected tokens.
 
-        Pipelines may append other channels to it, such as masks. These are left out.
+        Pipelines may append other channels to it, such as masks. These are left out. Channels that the transformer only
+        gives, such as a variance, are zeros.
         """
         batch, tokens = self.shape(call)
         width, sample = self.projection.out_features, self.sample(call)
         places = torch.arange(tokens * width, device=sample.device).reshape(1, tokens, width).expand(batch, -1, -1)
         places = self.arrange(call, places)
-        sample = sample[tuple(map(slice, places.shape))]
-        flat = sample.new_empty(batch, tokens * width)
+        sample, places = sample[tuple(map(slice, places.shape))], places[tuple(map(slice, sample.shape))]
+        flat = sample.new_zeros(batch, tokens * width)
         return flat.scatter_(1, places.flatten(1), sample.flatten(1)).reshape(batch, tokens, width)
 
     def bind(self, args: tuple, kwargs: dict) -> dict:

@@ -65,6 +65,9 @@ def record(
     and only the computed steps are recorded. Such a run is a roll-out: the computed steps see the sample that the
     forecasts lead to. `refine` learns from roll-outs.
 
+    A stream of calls that the pipeline makes in a part of the steps only, such as guidance in an interval, is not
+    recorded, with a warning. A predictor that is trained on the other streams forecasts that one too.
+
     If it is called again after an interruption, it keeps the finished samples and records the others. For that, it
     reads all files and compares the tensors with their digests. Damaged files are recorded again, with a warning that
     names them. Sample i is drawn with `torch.Generator("cpu")` and the seed `seed + i` in any batch.
@@ -214,7 +217,7 @@ class Recording:
         recorder = Recorder(self.pipe, adapters_for(self.pipe), self.tokens_per_sample, self.seed)
         finished = total - len(missing)
         with (
-            observed(self.pipe, recorder, self.predictor),
+            observed(self.pipe, recorder, self.predictor) as stats,
             quiet_progress(self.pipe),
             tqdm(total=total, initial=finished, desc=bar, unit="sample", disable=bar is None) as shown,
         ):
@@ -226,13 +229,15 @@ class Recording:
                 arguments = collate([self.inputs[number] for number in numbers])
                 generators = [torch.Generator("cpu").manual_seed(self.seed + number) for number in numbers]
                 run_pipeline(self.pipe, arguments, generators, self.num_inference_steps)
-                recorder.check_complete()
+                recorder.check_complete(stats)
                 identity = identity_of(_begin(folder, {**planned, **recorder.facts()}, recorder.heads))
                 for position, number in enumerate(numbers):
                     if number in wanted:
                         save_sample(folder, number, recorder.trajectories_of(position), identity)
                 _show(shown, finished, len(wanted), 1)
                 finished += len(wanted)
+        for name, why in recorder.left_out.items():
+            warnings.warn(f"lesa: the stream {name!r} is not recorded, because {why}.", stacklevel=4)
 
 
 def _show(bar: tqdm, finished: int, samples: int, share: float) -> None:

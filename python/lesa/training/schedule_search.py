@@ -317,7 +317,7 @@ def guidance_weights(trajectories: Trajectories, streams: Sequence[Trajectory]) 
     batches = [Batch([stream], head, None, None, "cpu") for stream in streams]
     latents = latents_of(streams[0]).float()
     moved = latents[:-1] - latents[1:]  # sigma falls
-    drawn = moved.any(2).any(0)  # tokens of an input image stay as they are
+    drawn = moved.any(0)  # tokens of an input image stay as they are, and so do channels that no sample has
     moves = [(batch.velocities * batch.widths[:, None, None])[:-1, drawn].flatten() for batch in batches]
     return torch.linalg.lstsq(torch.stack(moves, 1), moved[:, drawn].reshape(-1, 1)).solution[:, 0]
 
