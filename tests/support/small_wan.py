@@ -109,7 +109,7 @@ def wan_case(
     def components():
         made = {"vae": vae(), **(parts() if parts else {})}
         if scheduler_options is None:
-            made["scheduler"] = _scheduler()
+            made.setdefault("scheduler", _scheduler())
         if experts is not None:
             made |= {"transformer_2": smooth_in_time(make(**transformer_options)), "boundary_ratio": experts}
         return made

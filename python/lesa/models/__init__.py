@@ -8,6 +8,7 @@ from lesa.models.cogvideox import CogVideoXAdapter
 from lesa.models.cogview import CogView3PlusAdapter, CogView4Adapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.flux2 import Flux2Adapter
+from lesa.models.helios import HeliosAdapter
 from lesa.models.hidream import HiDreamAdapter
 from lesa.models.hunyuan_image import HunyuanImageAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
@@ -35,6 +36,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     CogView3PlusAdapter,
     CogView4Adapter,
     Flux2Adapter,
+    HeliosAdapter,
     HiDreamAdapter,
     HunyuanImageAdapter,
     HunyuanVideo15Adapter,
