@@ -5,10 +5,12 @@ from typing import Any
 import torch
 
 from lesa.models.adapter import Adapter
+from lesa.models.chronoedit import ChronoEditAdapter
 from lesa.models.cogvideox import CogVideoXAdapter
 from lesa.models.cogview import CogView3PlusAdapter, CogView4Adapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.flux2 import Flux2Adapter
+from lesa.models.helios import HeliosAdapter
 from lesa.models.hidream import HiDreamAdapter
 from lesa.models.hunyuan_image import HunyuanImageAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
@@ -23,6 +25,7 @@ from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.qwen_image_21 import QwenImage21Adapter
 from lesa.models.sana import SanaAdapter, SanaVideoAdapter
 from lesa.models.sd3 import SD3Adapter
+from lesa.models.skyreels_v2 import SkyReelsV2Adapter
 from lesa.models.wan import WanAdapter
 from lesa.models.z_image import ZImageAdapter
 from lesa_kernels.checks import Said, argument_error
@@ -32,10 +35,12 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     QwenImageAdapter,
     HunyuanVideoAdapter,
     SD3Adapter,
+    ChronoEditAdapter,
     CogVideoXAdapter,
     CogView3PlusAdapter,
     CogView4Adapter,
     Flux2Adapter,
+    HeliosAdapter,
     HiDreamAdapter,
     HunyuanImageAdapter,
     HunyuanVideo15Adapter,
@@ -48,6 +53,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     QwenImage21Adapter,
     SanaAdapter,
     SanaVideoAdapter,
+    SkyReelsV2Adapter,
     WanAdapter,
     ZImageAdapter,
 )
