@@ -26,14 +26,14 @@ RECORDED: dict[str, str] = {
     "flux2": "flux2",
     "hunyuan-video-1.5": "hunyuan 1.5 image cfg",
     "hunyuan-image": "hunyuan image mixed",
+    "chroma": "chroma cfg",
 }
 """For each family, the case that is recorded, trained on and evaluated."""
 
-NOT_RECORDED: dict[str, str] = {
-    "flux2": "flux2",
-    "hunyuan-video-1.5": "hunyuan 1.5 image cfg",
-    "hunyuan-image": "hunyuan image mixed",
-}
+CONDITIONED_TO_ROUNDING: set[str] = {"chroma", "chroma cfg", "chroma img2img cfg", "chroma inpaint cfg"}
+"""Cases whose head's rows are made in a smaller product than in the forward, which may round in another way."""
+
+NOT_RECORDED: dict[str, str] = {}
 """Families that cannot be recorded, and why."""
 
 every_case = pytest.mark.parametrize(
@@ -198,7 +198,9 @@ def test_conditioning_and_head_are_those_of_the_forward(pipe, name):
             continue
         features = adapter.features(call, entered)
         made = adapter.conditioning(call, features.dtype)
-        assert conditioning is None or (made.dtype == conditioning.dtype and torch.equal(made, conditioning))
+        near = 1e-6 if name in CONDITIONED_TO_ROUNDING else 0
+        assert conditioning is None or made.dtype == conditioning.dtype
+        assert conditioning is None or torch.allclose(made, conditioning, rtol=near, atol=near)
         assert adapter.shape(call) == features.shape[:2] and adapter.feature_dim == features.shape[2]
         ours = adapter.output(call, adapter.run_head(features, made, call))
         assert type(ours) is type(output)

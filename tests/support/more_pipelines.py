@@ -9,10 +9,11 @@ _FILES: dict[str, str] = {
     "hunyuan-video-1.5": "small_hunyuan_video15",
     "hunyuan-image": "small_hunyuan_image",
     "sd3": "small_sd3_others",
+    "chroma": "small_chroma",
 }
 """For each family, the file beside this one that has its `CASES`."""
 
-QUICK: set[str] = {"flux2 klein cfg", "hunyuan 1.5 cfg", "hunyuan image cfg"}
+QUICK: set[str] = {"flux2 klein cfg", "hunyuan 1.5 cfg", "hunyuan image cfg", "chroma cfg"}
 """The cases that are no slow tests: one for each family, the cheapest."""
 
 NOT_FUSED: dict[str, str] = {}

@@ -128,16 +128,20 @@ def smooth_in_time(transformer):
     Random weights on the fast waves of the time embedding would jump from step to step, and no forecast could follow.
     """
     head = adapter_for(SimpleNamespace(transformer=transformer)).head_modules.modules()
-    leave_slow_waves(next(module for module in head if isinstance(module, TimestepEmbedding)).linear_1)
+    for embedding in [module for module in head if isinstance(module, TimestepEmbedding)][:1]:
+        leave_slow_waves(embedding.linear_1)
     return transformer.eval()
 
 
-def leave_slow_waves(first):
-    """Lets a linear layer of a sine embedding, its cosines and then its sines, read the slow waves alone."""
-    half = first.in_features // 2
+def leave_slow_waves(first, waves=None):
+    """Lets a linear layer read the slow waves alone of a sine embedding: of its first `waves` inputs, or of all.
+
+    One half of them is cosines, and the other half is sines.
+    """
+    half = (waves or first.in_features) // 2
     slow = torch.exp(torch.arange(half) / half * torch.log(torch.tensor(10000.0))) > 300  # their period is above 1900
     with torch.no_grad():
-        first.weight.mul_(slow.repeat(2))
+        first.weight[:, : 2 * half].mul_(slow.repeat(2))
 
 
 @cache

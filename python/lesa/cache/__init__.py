@@ -223,7 +223,7 @@ def _check_predictor(pipe: Any, adapter: Adapter, predictor: FusedKANPredictor) 
             config.feature_dim,
             "Use a predictor that was trained for this model.",
         )
-    device, head_device = predictor.device, next(adapter.head_entry.parameters()).device
+    device, head_device = predictor.device, next(adapter.projection.parameters()).device
     if device != head_device == pipe._execution_device and device is not None:  # an offloaded model runs elsewhere
         raise argument_error(
             "predictor",

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lesa.models.adapter import Adapter
+from lesa.models.chroma import ChromaAdapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.flux2 import Flux2Adapter
 from lesa.models.hunyuan_image import HunyuanImageAdapter
@@ -20,6 +21,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     Flux2Adapter,
     HunyuanVideo15Adapter,
     HunyuanImageAdapter,
+    ChromaAdapter,
 )
 """The adapters of all supported families."""
 
