@@ -27,6 +27,10 @@ RECORDED: dict[str, str] = {
     "hunyuan-video-1.5": "hunyuan 1.5 image cfg",
     "hunyuan-image": "hunyuan image mixed",
     "chroma": "chroma cfg",
+    "bria": "bria cfg",
+    "bria-fibo": "fibo cfg",
+    "ovis-image": "ovis cfg",
+    "longcat-image": "longcat cfg",
 }
 """For each family, the case that is recorded, trained on and evaluated."""
 

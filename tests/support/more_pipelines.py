@@ -10,10 +10,23 @@ _FILES: dict[str, str] = {
     "hunyuan-image": "small_hunyuan_image",
     "sd3": "small_sd3_others",
     "chroma": "small_chroma",
+    "bria": "small_bria",
+    "bria-fibo": "small_bria_fibo",
+    "ovis-image": "small_ovis_image",
+    "longcat-image": "small_longcat_image",
 }
 """For each family, the file beside this one that has its `CASES`."""
 
-QUICK: set[str] = {"flux2 klein cfg", "hunyuan 1.5 cfg", "hunyuan image cfg", "chroma cfg"}
+QUICK: set[str] = {
+    "flux2 klein cfg",
+    "hunyuan 1.5 cfg",
+    "hunyuan image cfg",
+    "chroma cfg",
+    "bria cfg",
+    "fibo cfg",
+    "ovis cfg",
+    "longcat cfg",
+}
 """The cases that are no slow tests: one for each family, the cheapest."""
 
 NOT_FUSED: dict[str, str] = {}

@@ -3,12 +3,15 @@
 from typing import Any
 
 from lesa.models.adapter import Adapter
+from lesa.models.bria import BriaAdapter, BriaFiboAdapter
 from lesa.models.chroma import ChromaAdapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.flux2 import Flux2Adapter
 from lesa.models.hunyuan_image import HunyuanImageAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.hunyuan_video15 import HunyuanVideo15Adapter
+from lesa.models.longcat_image import LongCatImageAdapter
+from lesa.models.ovis_image import OvisImageAdapter
 from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.sd3 import SD3Adapter
 from lesa_kernels.checks import Said, argument_error
@@ -22,6 +25,10 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     HunyuanVideo15Adapter,
     HunyuanImageAdapter,
     ChromaAdapter,
+    BriaAdapter,
+    BriaFiboAdapter,
+    OvisImageAdapter,
+    LongCatImageAdapter,
 )
 """The adapters of all supported families."""
 
