@@ -149,11 +149,17 @@ def velocity(rank: int, **options) -> Callable[[FeatureShape], object]:
 
 
 def stream(
-    rank: int = 0, outputs: int = 0, history: int = 4, scalars: bool = False
+    rank: int = 0,
+    outputs: int = 0,
+    history: int = 4,
+    scalars: bool = False,
+    norm: str | None = "layer",
+    per_token: torch.dtype | None = None,
 ) -> Callable[[FeatureShape], object]:
     """A call of the weighted sum of features, with a head if there are outputs, as in a run: all sums are made.
 
-    With `scalars`, there is one weight for each feature instead of one for each channel, and one constant.
+    With `scalars`, there is one weight for each feature instead of one for each channel, and one constant. The head has
+    that `norm`, and a modulation for each token if `per_token` gives its dtype.
     """
 
     def call(size):
@@ -176,8 +182,12 @@ def stream(
             through = torch.empty(size.batch, rank, outputs)
         if not outputs:
             return stream_forecast(features, weights, low_rank, backend="triton")
-        scale, shift = torch.empty(2, size.batch, size.dim, dtype=dtype)
-        head = OutputHead(torch.empty(outputs, size.dim, dtype=dtype), torch.empty(outputs, dtype=dtype), scale, shift)
+        of_tokens = (size.tokens,) if per_token else ()
+        scale, shift = torch.empty(2, size.batch, *of_tokens, size.dim, dtype=per_token or dtype)
+        weight, bias = torch.empty(outputs, size.dim, dtype=dtype), torch.empty(outputs, dtype=dtype)
+        head = OutputHead(weight, bias, scale, shift, norm=norm)
+        if per_token:
+            return stream_velocity(features, weights, head, low_rank, backend="triton")
         rows = torch.empty(size.batch, outputs + rank, size.dim, dtype=dtype)
         sums = HeadSums(torch.empty(size.batch, outputs), torch.empty(size.batch, outputs), through, rows)
         return stream_velocity(features, weights, head, low_rank, sums, backend="triton")

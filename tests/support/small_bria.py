@@ -42,3 +42,5 @@ CASES = {
     "bria cfg": _bria(True),
     "bria shifting cfg": _bria(True, scheduler_options={"use_dynamic_shifting": True}),
 }
+
+FAMILY, QUICK, RECORDED = "bria", "bria cfg", "bria cfg"

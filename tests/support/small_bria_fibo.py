@@ -89,3 +89,5 @@ CASES = {
         "BriaFiboEditPipeline", _EDIT, 3.0, {"image": lambda batch: [image(1, 32, 64), image(2, 64, 32)]}, most=1
     ),
 }
+
+FAMILY, QUICK, RECORDED = "bria-fibo", "fibo cfg", "fibo cfg"

@@ -61,3 +61,6 @@ CASES = {
     "chroma img2img cfg": _small("ChromaImg2ImgPipeline", {"image": _images(1)}, negative=True, strength=0.75),
     "chroma inpaint cfg": _small("ChromaInpaintPipeline", _MASKS, negative=True, strength=0.75),
 }
+
+FAMILY, QUICK, RECORDED = "chroma", "chroma cfg", "chroma cfg"
+CONDITIONED_TO_ROUNDING = {*CASES}

@@ -80,3 +80,5 @@ CASES = {
     "flux2 klein kv": _small("Flux2KleinKVPipeline", streams=("main",)),
     "flux2 klein kv references": _small("Flux2KleinKVPipeline", _references(2), streams=("main",)),
 }
+
+FAMILY, QUICK, RECORDED = "flux2", "flux2 klein cfg", "flux2"

@@ -97,3 +97,5 @@ CASES = {
     "hunyuan image refiner": _refiner({}),
     "hunyuan image refiner mixed": _refiner({"guider": mixed_guider}),
 }
+
+FAMILY, QUICK, RECORDED = "hunyuan-image", "hunyuan image cfg", "hunyuan image mixed"

@@ -102,3 +102,5 @@ CASES = {
     "hunyuan 1.5 image": _video("HunyuanVideo15ImageToVideoPipeline", False, {}, _FIRST, _vision_parts, **_MEANFLOW),
     "hunyuan 1.5 image cfg": _video("HunyuanVideo15ImageToVideoPipeline", True, {}, _FIRST, _vision_parts),
 }
+
+FAMILY, QUICK, RECORDED = "hunyuan-video-1.5", "hunyuan 1.5 cfg", "hunyuan 1.5 image cfg"

@@ -74,3 +74,5 @@ CASES = {
     "longcat edit": _small("LongCatImageEditPipeline", False, {"image": image(1)}, size={}, most=1),
     "longcat edit cfg": _small("LongCatImageEditPipeline", True, {"image": image(1)}, size={}, most=1),
 }
+
+FAMILY, QUICK, RECORDED = "longcat-image", "longcat cfg", "longcat cfg"

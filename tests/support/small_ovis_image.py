@@ -44,3 +44,5 @@ def _small(negative):
 
 
 CASES = {"ovis": _small(False), "ovis cfg": _small(True)}
+
+FAMILY, QUICK, RECORDED = "ovis-image", "ovis cfg", "ovis cfg"
