@@ -20,6 +20,7 @@ from lesa.models.longcat_image import LongCatImageAdapter
 from lesa.models.ltx import LTXVideoAdapter
 from lesa.models.lumina import Lumina2Adapter, LuminaNextAdapter
 from lesa.models.mochi import MochiAdapter
+from lesa.models.motif_video import MotifVideoAdapter
 from lesa.models.ovis_image import OvisImageAdapter
 from lesa.models.probe import Probe
 from lesa.models.qwen_image import QwenImageAdapter
@@ -51,6 +52,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     Lumina2Adapter,
     LuminaNextAdapter,
     MochiAdapter,
+    MotifVideoAdapter,
     OvisImageAdapter,
     QwenImage21Adapter,
     SanaAdapter,
