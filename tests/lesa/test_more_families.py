@@ -189,7 +189,9 @@ def test_conditioning_and_head_are_those_of_the_forward(pipe, name):
         for branch, (entered, conditioning) in zip(adapter.branches, heads, strict=True):
             features = branch.features(call, entered)
             made = branch.conditioning(call, features.dtype)
-            assert conditioning is None or (made.dtype == conditioning.dtype and torch.equal(made, conditioning))
+            near = 1e-6 if name in small.CONDITIONED_TO_ROUNDING else 0
+            assert conditioning is None or made.dtype == conditioning.dtype
+            assert conditioning is None or torch.allclose(made, conditioning, rtol=near, atol=near)
             assert branch.shape(call) == features.shape[:2] and branch.feature_dim == features.shape[2]
             velocities.append(branch.run_head(features, made, call))
         ours = adapter.output(call, *velocities)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 
 from lesa.models.adapter import Adapter
+from lesa.models.bria import BriaAdapter, BriaFiboAdapter
+from lesa.models.chroma import ChromaAdapter
 from lesa.models.chronoedit import ChronoEditAdapter
 from lesa.models.cogvideox import CogVideoXAdapter
 from lesa.models.cogview import CogView3PlusAdapter, CogView4Adapter
@@ -16,11 +18,13 @@ from lesa.models.hunyuan_image import HunyuanImageAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.hunyuan_video15 import HunyuanVideo15Adapter
 from lesa.models.ideogram import Ideogram4Adapter
+from lesa.models.longcat_image import LongCatImageAdapter
 from lesa.models.ltx import LTXVideoAdapter
 from lesa.models.ltx2 import LTX2Adapter
 from lesa.models.lumina import Lumina2Adapter, LuminaNextAdapter
 from lesa.models.mochi import MochiAdapter
-from lesa.models.probe import Probe
+from lesa.models.motif_video import MotifVideoAdapter
+from lesa.models.ovis_image import OvisImageAdapter
 from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.qwen_image_21 import QwenImage21Adapter
 from lesa.models.sana import SanaAdapter, SanaVideoAdapter
@@ -28,6 +32,7 @@ from lesa.models.sd3 import SD3Adapter
 from lesa.models.skyreels_v2 import SkyReelsV2Adapter
 from lesa.models.wan import WanAdapter
 from lesa.models.z_image import ZImageAdapter
+from lesa.models.probe import Probe
 from lesa_kernels.checks import Said, argument_error
 
 ADAPTERS: tuple[type[Adapter], ...] = (
@@ -35,6 +40,9 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     QwenImageAdapter,
     HunyuanVideoAdapter,
     SD3Adapter,
+    BriaAdapter,
+    BriaFiboAdapter,
+    ChromaAdapter,
     ChronoEditAdapter,
     CogVideoXAdapter,
     CogView3PlusAdapter,
@@ -45,11 +53,14 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     HunyuanImageAdapter,
     HunyuanVideo15Adapter,
     Ideogram4Adapter,
+    LongCatImageAdapter,
     LTXVideoAdapter,
     LTX2Adapter,
     Lumina2Adapter,
     LuminaNextAdapter,
     MochiAdapter,
+    MotifVideoAdapter,
+    OvisImageAdapter,
     QwenImage21Adapter,
     SanaAdapter,
     SanaVideoAdapter,
