@@ -30,6 +30,7 @@ RECORDED: dict[str, str] = {
     "mochi": "mochi cfg",
     "cogview4": "cogview4 cfg",
     "cogview3plus": "cogview3plus cfg",
+    "kandinsky5": "kandinsky5 words cfg",
 }
 """For each family, the case that is recorded, trained on and evaluated."""
 

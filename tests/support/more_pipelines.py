@@ -13,6 +13,7 @@ _FILES: dict[str, str] = {
     "mochi": "small_mochi",
     "cogview4": "small_cogview",
     "cogview3plus": "small_cogview3plus",
+    "kandinsky5": "small_kandinsky5",
 }
 """For each family, the file beside this one that has its `CASES`."""
 
@@ -24,6 +25,7 @@ QUICK: set[str] = {
     "mochi",
     "cogview4",
     "cogview3plus",
+    "kandinsky5",
 }
 """The cases that are no slow tests: one for each family, the cheapest."""
 

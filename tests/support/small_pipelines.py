@@ -128,12 +128,18 @@ def smooth_in_time(transformer):
     Random weights on the fast waves of the time embedding would jump from step to step, and no forecast could follow.
     """
     head = adapter_for(SimpleNamespace(transformer=transformer)).head_modules.modules()
-    first = next(module for module in head if isinstance(module, TimestepEmbedding)).linear_1
-    half = first.in_features // 2
-    slow = torch.exp(torch.arange(half) / half * torch.log(torch.tensor(10000.0))) > 300  # their period is above 1900
-    with torch.no_grad():
-        first.weight.mul_(slow.repeat(2))
+    embedding = next((module for module in head if isinstance(module, TimestepEmbedding)), None)
+    if embedding is not None:  # else the family's own file does it
+        slow(embedding.linear_1)
     return transformer.eval()
+
+
+def slow(first):
+    """Takes the fast waves out of the first linear layer of a time embedding."""
+    half = first.in_features // 2
+    is_slow = torch.exp(torch.arange(half) / half * torch.log(torch.tensor(10000.0))) > 300  # periods above 1900
+    with torch.no_grad():
+        first.weight.mul_(is_slow.repeat(2))
 
 
 @cache

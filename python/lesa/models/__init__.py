@@ -7,6 +7,7 @@ from lesa.models.cogvideox import CogVideoXAdapter
 from lesa.models.cogview import CogView3PlusAdapter, CogView4Adapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
+from lesa.models.kandinsky5 import Kandinsky5Adapter
 from lesa.models.ltx import LTXVideoAdapter
 from lesa.models.mochi import MochiAdapter
 from lesa.models.qwen_image import QwenImageAdapter
@@ -26,6 +27,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     MochiAdapter,
     CogView4Adapter,
     CogView3PlusAdapter,
+    Kandinsky5Adapter,
 )
 """The adapters of all supported families."""
 
