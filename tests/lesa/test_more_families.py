@@ -31,6 +31,7 @@ RECORDED: dict[str, str] = {
     "cogview4": "cogview4 cfg",
     "cogview3plus": "cogview3plus cfg",
     "kandinsky5": "kandinsky5 words cfg",
+    "cosmos": "cosmos2 image cfg",
 }
 """For each family, the case that is recorded, trained on and evaluated."""
 

@@ -14,6 +14,7 @@ _FILES: dict[str, str] = {
     "cogview4": "small_cogview",
     "cogview3plus": "small_cogview3plus",
     "kandinsky5": "small_kandinsky5",
+    "cosmos": "small_cosmos",
 }
 """For each family, the file beside this one that has its `CASES`."""
 
@@ -26,6 +27,7 @@ QUICK: set[str] = {
     "cogview4",
     "cogview3plus",
     "kandinsky5",
+    "cosmos",
 }
 """The cases that are no slow tests: one for each family, the cheapest."""
 

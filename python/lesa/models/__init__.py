@@ -5,6 +5,7 @@ from typing import Any
 from lesa.models.adapter import Adapter
 from lesa.models.cogvideox import CogVideoXAdapter
 from lesa.models.cogview import CogView3PlusAdapter, CogView4Adapter
+from lesa.models.cosmos import CosmosAdapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.kandinsky5 import Kandinsky5Adapter
@@ -28,6 +29,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     CogView4Adapter,
     CogView3PlusAdapter,
     Kandinsky5Adapter,
+    CosmosAdapter,
 )
 """The adapters of all supported families."""
 
