@@ -10,6 +10,7 @@ from lesa.models.chroma import ChromaAdapter
 from lesa.models.chronoedit import ChronoEditAdapter
 from lesa.models.cogvideox import CogVideoXAdapter
 from lesa.models.cogview import CogView3PlusAdapter, CogView4Adapter
+from lesa.models.cosmos import CosmosAdapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.flux2 import Flux2Adapter
 from lesa.models.helios import HeliosAdapter
@@ -18,6 +19,7 @@ from lesa.models.hunyuan_image import HunyuanImageAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.hunyuan_video15 import HunyuanVideo15Adapter
 from lesa.models.ideogram import Ideogram4Adapter
+from lesa.models.kandinsky5 import Kandinsky5Adapter
 from lesa.models.longcat_image import LongCatImageAdapter
 from lesa.models.ltx import LTXVideoAdapter
 from lesa.models.ltx2 import LTX2Adapter
@@ -25,6 +27,7 @@ from lesa.models.lumina import Lumina2Adapter, LuminaNextAdapter
 from lesa.models.mochi import MochiAdapter
 from lesa.models.motif_video import MotifVideoAdapter
 from lesa.models.ovis_image import OvisImageAdapter
+from lesa.models.probe import Probe
 from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.qwen_image_21 import QwenImage21Adapter
 from lesa.models.sana import SanaAdapter, SanaVideoAdapter
@@ -32,7 +35,6 @@ from lesa.models.sd3 import SD3Adapter
 from lesa.models.skyreels_v2 import SkyReelsV2Adapter
 from lesa.models.wan import WanAdapter
 from lesa.models.z_image import ZImageAdapter
-from lesa.models.probe import Probe
 from lesa_kernels.checks import Said, argument_error
 
 ADAPTERS: tuple[type[Adapter], ...] = (
@@ -47,12 +49,14 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     CogVideoXAdapter,
     CogView3PlusAdapter,
     CogView4Adapter,
+    CosmosAdapter,
     Flux2Adapter,
     HeliosAdapter,
     HiDreamAdapter,
     HunyuanImageAdapter,
     HunyuanVideo15Adapter,
     Ideogram4Adapter,
+    Kandinsky5Adapter,
     LongCatImageAdapter,
     LTXVideoAdapter,
     LTX2Adapter,
