@@ -31,7 +31,7 @@ class Ideogram4Costs(CountedCosts):
             "hidden_states": valueless(1, tokens, self.config["in_channels"]),
             "timestep": valueless(1),
             "encoder_hidden_states": valueless(1, tokens, self.config["llm_features_dim"]),
-            "position_ids": valueless(1, tokens, 3, dtype=torch.int64),
+            "position_ids": torch.zeros(1, tokens, 3, dtype=torch.int64),  # autocast knows no device without values
             "segment_ids": valueless(1, tokens, dtype=torch.int64),
             "indicator": valueless(1, tokens, dtype=torch.int64),
         }
