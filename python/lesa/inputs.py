@@ -127,8 +127,8 @@ def write_inputs(file: str | os.PathLike, inputs: list[dict]) -> None:
 def collate(inputs: list[dict]) -> dict:
     """Joins the arguments of several samples into those of one pipeline call.
 
-    Tensors are concatenated along their dimension of samples, which is 1. Prompts and images become lists. Lists of one
-    embedded prompt are joined. Anything else must be the same for all samples.
+    Tensors are concatenated along their dimension of samples, which is 1. Prompts become lists, and so do several
+    images. Lists of one embedded prompt are joined. Anything else must be the same for all samples.
 
     Args:
         inputs: one dict of pipeline arguments per sample.
@@ -323,6 +323,8 @@ def _is_per_sample(name, value) -> bool:
 def _join(name, values):
     if _is_stack(values[0]):
         return torch.cat(values, _DIMENSIONS.get(name, 0))
+    if len(values) == 1 and isinstance(values[0], Image):
+        return values[0]  # some pipelines take one image, and no list
     if _is_per_sample(name, values[0]):
         return sum(values, []) if isinstance(values[0], list) else values
     return values[0]

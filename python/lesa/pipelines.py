@@ -1,6 +1,7 @@
 """Loading pipelines by name, and running pipelines of either kind."""
 
 import contextlib
+import inspect
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -77,8 +78,8 @@ def run_pipeline(
         arguments: of the call, without those below.
         generators: one for each sample.
         num_inference_steps: passed to the pipeline.
-        on_step_end: called after each step, as diffusers calls `callback_on_step_end`. A modular pipeline has no such
-            callback. There it is called with what the scheduler's step returns.
+        on_step_end: called after each step, as diffusers calls `callback_on_step_end`. Modular pipelines and a few
+            others have no such callback. There it is called with what the scheduler's step returns.
 
     Returns:
         What the pipeline returns with `output_type="latent"`; of a modular pipeline, the value `latents` of its state.
@@ -88,8 +89,10 @@ def run_pipeline(
     """
     call = {**arguments, "generator": generators, "num_inference_steps": num_inference_steps}
     if not isinstance(pipe, ModularPipeline):
-        options = {} if on_step_end is None else {"callback_on_step_end": on_step_end}
-        return pipe(**call, **options, output_type="latent", return_dict=False)[0]
+        has_callback = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
+        options = {"callback_on_step_end": on_step_end} if has_callback and on_step_end is not None else {}
+        with _after_steps(pipe, None if has_callback else on_step_end):
+            return pipe(**call, **options, output_type="latent", return_dict=False)[0]
     with _without_decoding(pipe), _after_steps(pipe, on_step_end):
         known = {name for given in pipe._blocks.inputs for name in (given.name, given.kwargs_type) if name}
         unknown = [name for name in arguments if name not in known]
@@ -130,8 +133,8 @@ def _without_decoding(pipe: ModularPipeline) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _after_steps(pipe: ModularPipeline, callback: Callable[[Any, int, Any, dict], dict] | None) -> Iterator[None]:
-    """A context in which `callback` is called after each step of the scheduler of a modular pipeline."""
+def _after_steps(pipe: Any, callback: Callable[[Any, int, Any, dict], dict] | None) -> Iterator[None]:
+    """A context in which `callback` is called after each step of the pipeline's scheduler."""
     if callback is None:
         yield
         return

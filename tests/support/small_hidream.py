@@ -68,3 +68,5 @@ CASES = {
     "hidream square": _hidream({"height": 16, "width": 16}),
     "hidream cfg": _hidream({"height": 16, "width": 24}, negative=True),
 }
+
+FAMILY, QUICK, RECORDED = "hidream", "hidream cfg", "hidream cfg"

@@ -63,3 +63,7 @@ CASES = {
         prepare=_encode,
     ),
 }
+
+FAMILY, QUICK, RECORDED = "ideogram-4", "ideogram4", "ideogram4"
+
+GIVES_MORE = True

@@ -57,3 +57,5 @@ CASES = {
     "lumina2": lumina("Lumina2Pipeline", _transformer),
     "lumina2 cfg": lumina("Lumina2Pipeline", _transformer, negative=True, streams=("main", "main-2")),
 }
+
+FAMILY, QUICK, RECORDED = "lumina2", "lumina2 cfg", "lumina2 cfg"

@@ -32,3 +32,5 @@ CASES = {
     "lumina-next": lumina("LuminaPipeline", _transformer),
     "lumina-next cfg": lumina("LuminaPipeline", _transformer, negative=True),
 }
+
+FAMILY, QUICK, RECORDED = "lumina-next", "lumina-next cfg", "lumina-next cfg"

@@ -16,6 +16,7 @@ from unittest import mock
 import diffusers
 import numpy as np
 import torch
+from diffusers.models.embeddings import TimestepEmbedding
 from PIL import Image
 
 from lesa.models import adapter_for
@@ -38,7 +39,7 @@ class Small:
 
     Args:
         pipeline: name of the class in diffusers.
-        parts: makes its components but scheduler, transformer and empty ones.
+        parts: makes its components but transformer and empty ones. The scheduler is of flow matching unless it is here.
         transformer: makes its transformer; it takes `transformer_options`.
         arguments: `arguments(batch)` -> what a call takes beside the size, the steps and the generators.
         size: arguments that tell the size.
@@ -76,7 +77,8 @@ class Small:
         """A new pipeline; always with the same weights."""
         torch.manual_seed(0)
         parts = {**self.parts(), "transformer": smooth_in_time(self.transformer(**self.transformer_options))}
-        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(**self.scheduler_options)
+        if "scheduler" not in parts:
+            parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(**self.scheduler_options)
         absent = dict.fromkeys({*self.pipeline_class._get_signature_keys(self.pipeline_class)[0]} - {*parts})
         pipe = self.pipeline_class(**parts, **absent)
         pipe.set_progress_bar_config(disable=True)
@@ -132,16 +134,20 @@ def smooth_in_time(transformer):
     Random weights on the fast waves of the time embedding would jump from step to step, and no forecast could follow.
     A transformer whose embedding has another number of waves than 256 stays as it is.
     """
-    head = adapter_for(SimpleNamespace(transformer=transformer)).head_modules.modules()
-    linears = (module for module in head if isinstance(module, torch.nn.Linear))
-    first = next((module for module in linears if module.in_features == 256), None)
-    if first is None:
-        return transformer.eval()
+    head = [*adapter_for(SimpleNamespace(transformer=transformer)).head_modules.modules()]
+    embedders = [module.linear_1 for module in head if isinstance(module, TimestepEmbedding)]
+    layers = [module for module in head if isinstance(module, torch.nn.Linear) and module.in_features == 256]
+    for first in (embedders or layers)[:1]:
+        leave_slow_waves(first)
+    return transformer.eval()
+
+
+def leave_slow_waves(first):
+    """Lets a linear layer of a sine embedding, its cosines and then its sines, read the slow waves alone."""
     half = first.in_features // 2
     slow = torch.exp(torch.arange(half) / half * torch.log(torch.tensor(10000.0))) > 300  # their period is above 1900
     with torch.no_grad():
         first.weight.mul_(slow.repeat(2))
-    return transformer.eval()
 
 
 @cache

@@ -92,3 +92,7 @@ CASES = {
     "qwen 2.1 edit": _qwen(images=1, options={"use_kv_cache": False}),
     "qwen 2.1 of one time": _qwen(images=1, transformer_options={"causal_condition": False}),
 }
+
+FAMILY, QUICK, RECORDED = "qwen-image-2.1", "qwen 2.1", "qwen 2.1 edit cfg"
+
+GIVES_MORE = True

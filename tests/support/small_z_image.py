@@ -135,3 +135,5 @@ CASES = {
         "ZImageOmniPipeline", _GIVEN, negative=True, extra=_omni_parts, parts=4, transformer_options=_VISION
     ),
 }
+
+FAMILY, QUICK, RECORDED = "z-image", "z-image cfg", "z-image cfg"

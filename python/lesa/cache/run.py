@@ -32,7 +32,7 @@ class Run:
         self.scheduler, self.passes = scheduler, passes
         self.identity: torch.Tensor = scheduler.timesteps  # a new tensor every run; held, so its address stays taken
         self.timesteps: list[float] = scheduler.timesteps.tolist()
-        self.sigmas = _sigmas_of(scheduler, self.timesteps)
+        self.sigmas = sigmas_of(scheduler, self.timesteps)
         self.begin: int | None = None
         self.index = -1
         self.exact = False
@@ -54,7 +54,7 @@ class Run:
         if index is None or index < self.index or not isinstance(timesteps, torch.Tensor):
             return False
         values = timesteps.tolist()
-        if values != self.timesteps or _sigmas_of(scheduler, values) != self.sigmas:
+        if values != self.timesteps or sigmas_of(scheduler, values) != self.sigmas:
             return False
         self.scheduler, self.identity = scheduler, timesteps
         return True
@@ -132,7 +132,7 @@ class Run:
         return min(near, key=lambda i: (i < self.index, abs(self._given[i] - value)), default=None)
 
 
-def _sigmas_of(scheduler: Any, timesteps: list[float]) -> list[float]:
+def sigmas_of(scheduler: Any, timesteps: list[float]) -> list[float]:
     """The scheduler's noise levels; for a scheduler without any, the parts of its training steps.
 
     With `invert_sigmas`, the scheduler's own numbers are what is done, not the noise that is left.
@@ -140,6 +140,8 @@ def _sigmas_of(scheduler: Any, timesteps: list[float]) -> list[float]:
     sigmas, config = getattr(scheduler, "sigmas", None), getattr(scheduler, "config", None)
     if isinstance(sigmas, torch.Tensor) and len(sigmas) >= len(timesteps):
         return (1 - sigmas if getattr(config, "invert_sigmas", False) else sigmas).tolist()
+    if getattr(config, "prediction_type", None) == "trigflow":  # the timesteps are angles between sample and noise
+        return [math.sin(t) / (math.sin(t) + math.cos(t)) for t in timesteps]
     train_steps = getattr(config, "num_train_timesteps", 1000)
     return [t / train_steps for t in timesteps]
 
@@ -153,6 +155,7 @@ class Call:
         stream: name of the stream of calls, such as "cond".
         sigma: the noise level of the step.
         arguments: the transformer's arguments by name, as the caller passed them.
+        transformer: which component of the pipeline it is, such as "transformer_2".
         predicted: whether the call is to be predicted.
         heads: how often the inputs of the output head were seen in this call while it was computed.
         forecasts: how often the forward was exchanged for a forecast in this call.
@@ -163,6 +166,7 @@ class Call:
     stream: str
     sigma: float
     arguments: dict[str, Any]
+    transformer: str
     predicted: bool = False
     heads: int = 0
     forecasts: int = 0

@@ -3,14 +3,23 @@
 from typing import Any
 
 from lesa.models.adapter import Adapter
+from lesa.models.cogvideox import CogVideoXAdapter
+from lesa.models.cogview import CogView3PlusAdapter, CogView4Adapter
 from lesa.models.flux import FluxAdapter
+from lesa.models.flux2 import Flux2Adapter
 from lesa.models.hidream import HiDreamAdapter
+from lesa.models.hunyuan_image import HunyuanImageAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
+from lesa.models.hunyuan_video15 import HunyuanVideo15Adapter
 from lesa.models.ideogram import Ideogram4Adapter
+from lesa.models.ltx import LTXVideoAdapter
 from lesa.models.lumina import Lumina2Adapter, LuminaNextAdapter
+from lesa.models.mochi import MochiAdapter
 from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.qwen_image_21 import QwenImage21Adapter
+from lesa.models.sana import SanaAdapter, SanaVideoAdapter
 from lesa.models.sd3 import SD3Adapter
+from lesa.models.wan import WanAdapter
 from lesa.models.z_image import ZImageAdapter
 from lesa_kernels.checks import Said, argument_error
 
@@ -19,18 +28,56 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     QwenImageAdapter,
     HunyuanVideoAdapter,
     SD3Adapter,
-    ZImageAdapter,
+    CogVideoXAdapter,
+    CogView3PlusAdapter,
+    CogView4Adapter,
+    Flux2Adapter,
+    HiDreamAdapter,
+    HunyuanImageAdapter,
+    HunyuanVideo15Adapter,
+    Ideogram4Adapter,
+    LTXVideoAdapter,
     Lumina2Adapter,
     LuminaNextAdapter,
-    HiDreamAdapter,
+    MochiAdapter,
     QwenImage21Adapter,
-    Ideogram4Adapter,
+    SanaAdapter,
+    SanaVideoAdapter,
+    WanAdapter,
+    ZImageAdapter,
 )
 """The adapters of all supported families."""
 
 
+FIRST, SECOND = "transformer", "transformer_2"
+"""The components of a pipeline that lesa caches. Pipelines of Wan 2.2 have an expert for low noise as the second."""
+
+
+def transformers_of(pipe: Any) -> dict[str, Any]:
+    """The transformers of a pipeline by the names of the components, without what `torch.compile` put around them."""
+    found: dict[str, Any] = {}
+    for name in (FIRST, SECOND):
+        module = getattr(pipe, name, None)
+        module = getattr(module, "_orig_mod", module)  # from `torch.compile(transformer)`
+        if module is not None and not any(module is other for other in found.values()):
+            found[name] = module
+    return found
+
+
+def adapters_for(pipe: Any) -> dict[str, Adapter]:
+    """The adapters of the pipeline's transformers, by the names of the components.
+
+    Args:
+        pipe: a diffusers pipeline.
+
+    Raises:
+        TypeError: the pipeline has no transformer, or one of no supported family.
+    """
+    return {name: _adapter_of(pipe, found) for name, found in (transformers_of(pipe) or {FIRST: None}).items()}
+
+
 def adapter_for(pipe: Any) -> Adapter:
-    """The adapter of the pipeline's transformer.
+    """The adapter of the pipeline's transformer, of the first one if there are two.
 
     Args:
         pipe: a diffusers pipeline.
@@ -38,8 +85,10 @@ def adapter_for(pipe: Any) -> Adapter:
     Raises:
         TypeError: the pipeline has no transformer of a supported family.
     """
-    transformer = getattr(pipe, "transformer", None)
-    transformer = getattr(transformer, "_orig_mod", transformer)  # from `torch.compile(transformer)`
+    return next(iter(adapters_for(pipe).values()))
+
+
+def _adapter_of(pipe: Any, transformer: Any) -> Adapter:
     for adapter in ADAPTERS:
         if adapter.handles(transformer):
             return adapter(transformer)

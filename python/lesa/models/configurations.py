@@ -73,10 +73,15 @@ def read_json(file: Path, argument: str = "model") -> dict:
 
 def _compression(vae: Mapping[str, Any]) -> tuple[int, int]:
     """Pixels and frames per latent: those of the VAE, or 8 and 4 if it isn't known."""
-    if "spatial_compression_ratio" in vae:
+    if vae.get("spatial_compression_ratio"):
         return vae["spatial_compression_ratio"], vae.get("temporal_compression_ratio", 4)
     if "temperal_downsample" in vae:  # of Qwen-Image, in diffusers' spelling
         return 2 ** len(vae["temperal_downsample"]), 1
+    if "spatio_temporal_scaling" in vae:  # of LTX-Video, which names no ratios
+        factor = 2 ** sum(vae["spatio_temporal_scaling"])
+        return vae["patch_size"] * factor, vae["patch_size_t"] * factor
+    if "encoder_block_out_channels" in vae:  # of Sana
+        return 2 ** (len(vae["encoder_block_out_channels"]) - 1), 1
     if "block_out_channels" in vae:
         return 2 ** (len(vae["block_out_channels"]) - 1), 1
     return 8, 4
