@@ -3,6 +3,7 @@
 from typing import Any
 
 from lesa.models.adapter import Adapter
+from lesa.models.aura_flow import AuraFlowAdapter
 from lesa.models.cogvideox import CogVideoXAdapter
 from lesa.models.cogview import CogView3PlusAdapter, CogView4Adapter
 from lesa.models.flux import FluxAdapter
@@ -12,6 +13,7 @@ from lesa.models.hunyuan_image import HunyuanImageAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.hunyuan_video15 import HunyuanVideo15Adapter
 from lesa.models.ideogram import Ideogram4Adapter
+from lesa.models.krea import Krea2Adapter
 from lesa.models.ltx import LTXVideoAdapter
 from lesa.models.lumina import Lumina2Adapter, LuminaNextAdapter
 from lesa.models.mochi import MochiAdapter
@@ -28,6 +30,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     QwenImageAdapter,
     HunyuanVideoAdapter,
     SD3Adapter,
+    AuraFlowAdapter,
     CogVideoXAdapter,
     CogView3PlusAdapter,
     CogView4Adapter,
@@ -36,6 +39,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     HunyuanImageAdapter,
     HunyuanVideo15Adapter,
     Ideogram4Adapter,
+    Krea2Adapter,
     LTXVideoAdapter,
     Lumina2Adapter,
     LuminaNextAdapter,
