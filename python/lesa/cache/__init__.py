@@ -14,7 +14,7 @@ from lesa.cache.observing import ComputingHook
 from lesa.cache.placement import hook_of
 from lesa.cache.run import StepObserver
 from lesa.cache.stats import CacheStats
-from lesa.models import Adapter, adapters_for
+from lesa.models import Adapter, adapters_for, adapters_or_probes
 from lesa.schedule import Schedule, ScheduleLike, Spread, as_schedule, schedule_of
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import Said, argument_error, check_folder_or_id, check_int, usage_error
@@ -120,7 +120,7 @@ def enable_cache(
             second thread enters the transformer.
     """
     chosen = _one_of(schedule, steps, quality)
-    names = [*adapters_for(pipe)]  # refuses what no cache can be on for, before a predictor is loaded
+    names = [*adapters_or_probes(pipe)]  # refuses what no cache can be on for, before a predictor is loaded
     given = _by_transformer(names, predictor)
     loaded = {key: _loaded(pipe, value) for key, value in {id(value): value for value in given.values()}.items()}
     predictors = {name: loaded[id(value)] for name, value in given.items()}
@@ -167,7 +167,7 @@ def disable_cache(pipe: "DiffusionPipeline | ModularPipeline") -> None:
     """Turns the cache of `pipe` off and restores its transformer. Does nothing if it is off already."""
     hook = hook_of(pipe)
     if hook is None:
-        adapters_for(pipe)  # refuses what no cache can be on for
+        adapters_or_probes(pipe)  # refuses what no cache can be on for
     else:
         hook.uninstall()
 
@@ -216,7 +216,7 @@ def _enable(
     observer: StepObserver | None,
     owned: Sequence[FusedKANPredictor] = (),
 ) -> CacheHandle:
-    adapters = adapters_for(pipe)
+    adapters = adapters_or_probes(pipe)
     for name, adapter in adapters.items():
         _check_predictor(pipe, adapter, predictors[name])
     schedules = [_checked_schedule(adapters[name], predictors[name], schedule) for name in adapters]
@@ -258,7 +258,7 @@ def _check_predictor(pipe: Any, adapter: Adapter, predictor: FusedKANPredictor) 
             config.family,
             "Use a predictor of this model's family.",
         )
-    if config.feature_dim not in (None, adapter.feature_dim):
+    if adapter.feature_dim is not None and config.feature_dim not in (None, adapter.feature_dim):
         raise argument_error(
             "predictor.config.feature_dim",
             f"be the transformer's width, {adapter.feature_dim}",

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from typing import Any, cast
 
 import torch
@@ -59,7 +59,9 @@ class ForecastingHook(StepHook[ForecastState]):
         self.owned = owned
         adapter = self.adapter
         controlnet = getattr(pipe, "controlnet", None)
-        self._control = None if controlnet is None else DeferredControl.of(controlnet, adapter.control_outputs)
+        self._control = None
+        if controlnet is not None and adapter.control_outputs is not None:
+            self._control = DeferredControl.of(controlnet, adapter.control_outputs)
         self._is_predicting = False  # whether the schedule of the latest run leaves out steps
         self.stats = CacheStats()
 
@@ -89,6 +91,7 @@ class ForecastingHook(StepHook[ForecastState]):
 
     def on_run(self, state: ForecastState) -> None:
         self.stats.begin_run()
+        self.stats.notes += self.adapter.notes
         self._note_adapters()
         sigmas = state.run.executed_sigmas
         state.parts = [falling(sigmas, step) for step in range(len(sigmas))]
@@ -253,8 +256,11 @@ class ForecastingHook(StepHook[ForecastState]):
 
     def _why_not(self, stream: Stream, call: Call) -> tuple[str | None, str]:
         """Why a step that the schedule leaves out cannot be predicted, or None; and what helps."""
+        if (why := self.adapter.why_not_predicted(call.stream, call.arguments)) is not None:
+            return why
         if stream.ring is None:
-            return "no history", "Compute an earlier step of this stream: choose another schedule."
+            unseen = self.adapter.why_unseen(call.stream, call.arguments) if stream.stats.computed else None
+            return unseen or ("no history", "Compute an earlier step of this stream: choose another schedule.")
         if stream.has_risen:
             return reasons.RISEN
         if stream.shape != self.adapter.shape(call.arguments):
@@ -290,6 +296,8 @@ class ForecastingHook(StepHook[ForecastState]):
         features = self._features(ring, call, plan)
         if self._keeps_forecasts:
             stream.push(features, call.sigma)  # before the head, which may overwrite them
+        if self.adapter.runs_around:
+            return self.adapter.run_around(call.stream, cast(Callable, call.forward), arguments, features)
         conditioning = conditioner.conditioning(state.run, arguments, ring.dtype, is_passed)
         return self.adapter.output(arguments, self.adapter.run_head(features, conditioning, arguments))
 
@@ -308,7 +316,7 @@ class ForecastingHook(StepHook[ForecastState]):
 
     def _reads_head(self, stream: Stream) -> bool:
         """Whether the output head is computed from its weights, and not by its modules."""
-        if self._keeps_forecasts or torch.is_grad_enabled() or not stream.fuses:
+        if self._keeps_forecasts or torch.is_grad_enabled() or not stream.fuses or self.adapter.runs_around:
             return False
         why = self.adapter.why_head_not_plain(self.placement.capture_id, cast(FeatureRing, stream.ring).device)
         if why is not None:
@@ -410,7 +418,7 @@ class ForecastingHook(StepHook[ForecastState]):
             state.streams[call.stream].ring = None
             self._fall_back(*reasons.REPEATED)
         elif not call.heads:
-            self._fall_back(*reasons.UNSEEN)
+            self._fall_back(*self.adapter.why_unseen(call.stream, call.arguments) or reasons.UNSEEN)
 
 
 def _sum(output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The hook on a transformer: finds the step of each call, and lets it be computed or predicted."""
 
 import contextlib
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -124,7 +125,7 @@ class StepHook(ModelHook, Generic[State]):
         return False
 
     def predict(self, state: State, call: Call, arguments: dict[str, Any]) -> Any:
-        """The transformer's output, forecast.
+        """The transformer's output, forecast; None if the adapter finds that it must be computed.
 
         Args:
             state: of the current run.
@@ -235,7 +236,7 @@ class StepHook(ModelHook, Generic[State]):
                 return output
             kwargs = self.needed(kwargs)
             self.inside = "compute"
-            output = self.placement.call(*args, **kwargs)
+            output = self._compute(args, kwargs)
             self._computed()
             return output
         except BaseException:
@@ -244,6 +245,13 @@ class StepHook(ModelHook, Generic[State]):
         finally:
             self._located = self.inside = self._captured = None
             self._entered.release()
+
+    def _compute(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not self.adapter.runs_around or self._located is None or self.placement.is_compiled:
+            return self.placement.call(*args, **kwargs)
+        compute = functools.partial(self.adapter.compute, self._located[1].stream)
+        with self.adapter.own_forward.exchanged(compute):
+            return self.placement.call(*args, **kwargs)
 
     @torch.compiler.disable
     def _begin(self, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -297,8 +305,8 @@ class StepHook(ModelHook, Generic[State]):
                 return None
             output = self.adapter.transformer._call_impl(*args, **kwargs)
         if call.forecasts != 1:
-            why = reasons.CHANGED if call.changed else reasons.REPLACED
-            self.on_not_forecast(state, call, *(reasons.REPEATED if call.forecasts else why))
+            why = reasons.REPEATED if call.forecasts else call.unfit or reasons.REPLACED
+            self.on_not_forecast(state, call, *why)
             if call.forecasts:
                 return None
             self._computed()  # whatever stands in place of the forward has computed the call
@@ -316,11 +324,15 @@ class StepHook(ModelHook, Generic[State]):
             return forward(*args, **self.needed(kwargs))
         state, call = self._located
         arguments = self.adapter.bind(args, kwargs)
-        if not self.can_predict(state, call, arguments):
-            call.changed = True
-            return forward(*args, **self.needed(kwargs))
-        call.forecasts += 1
-        return self.predict(state, call, arguments)
+        call.unfit = reasons.CHANGED
+        if self.can_predict(state, call, arguments):
+            call.forecasts += 1
+            call.forward = functools.partial(forward, *args, **kwargs)
+            output = self.predict(state, call, arguments)
+            if output is not None:
+                return output
+            call.forecasts, call.unfit = 0, reasons.ELSEWHERE
+        return self.adapter.compute(call.stream, forward, args, self.needed(kwargs))
 
     @torch.compiler.disable
     def _computed(self) -> None:

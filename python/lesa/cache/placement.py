@@ -112,8 +112,7 @@ class Placement:
         self.compiled: Callable | None = attributes.get("_compiled_call_impl")
         attributes["_compiled_call_impl"] = self._gate = site.gate
         attributes["compile"] = self._own_compile = self._compile
-        entry = self._adapter.head_entry
-        self._capture = entry.register_forward_pre_hook(site.on_head_entry, prepend=True, with_kwargs=True)
+        self._capture = self._adapter.on_entry(site.on_head_entry)
         self._known: list[Any] = []  # bound forwards that belong to wrappers, which set them when they are removed
         self._forward: types.MethodType | None = None
         self._seen: Any = None  # the wrapper whose forwards are known
@@ -149,6 +148,11 @@ class Placement:
                 del attributes["_diffusers_hook"]
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether the transformer is compiled as a whole."""
+        return self.compiled is not None or self._called_module is not self._transformer
+
+    @property
     def call(self) -> Callable:
         """What a call of the transformer runs without the hook."""
         return self.compiled or self._called_module._call_impl
@@ -166,8 +170,7 @@ class Placement:
             if not isinstance(function, types.FunctionType):  # a descriptor makes the forward at each access
                 attributes.pop("forward", None)
                 return
-            is_compiled = self.compiled is not None or self._site.component is not self._transformer
-            function = _copy_of(function) if is_compiled else function
+            function = _copy_of(function) if self.is_compiled else function
             if present is None or present.__func__ is not function:
                 attributes["forward"] = self._forward = types.MethodType(function, self._transformer)
                 self._known.append(self._forward)

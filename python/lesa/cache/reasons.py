@@ -26,6 +26,10 @@ CHANGED = (
     "what wraps the transformer's forward changed the shape of its inputs",
     "Give the forward the inputs that the transformer gets.",
 )
+ELSEWHERE = (
+    "the transformer's forward went another way than in the computed steps",
+    "Without an adapter, the forward must call its blocks in the same way in each step.",
+)
 REPEATED = (
     "the transformer's forward was called more than once in a step",
     "Let what wraps the forward call it once.",

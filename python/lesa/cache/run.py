@@ -157,9 +157,10 @@ class Call:
         arguments: the transformer's arguments by name, as the caller passed them.
         transformer: which component of the pipeline it is, such as "transformer_2".
         predicted: whether the call is to be predicted.
+        forward: in place of what a forecast runs; it runs the transformer's own forward with its arguments.
         heads: how often the inputs of the output head were seen in this call while it was computed.
         forecasts: how often the forward was exchanged for a forecast in this call.
-        changed: whether a wrapper gave the forward inputs that no forecast fits.
+        unfit: why no forecast fits into the forward, and what helps.
     """
 
     step: int
@@ -168,9 +169,10 @@ class Call:
     arguments: dict[str, Any]
     transformer: str
     predicted: bool = False
+    forward: Callable[[], Any] | None = None
     heads: int = 0
     forecasts: int = 0
-    changed: bool = False
+    unfit: tuple[str, str] | None = None
 
 
 class StepObserver(Protocol):

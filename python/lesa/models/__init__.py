@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from lesa.models.adapter import Adapter
 from lesa.models.aura_flow import AuraFlowAdapter
 from lesa.models.cogvideox import CogVideoXAdapter
@@ -17,6 +19,7 @@ from lesa.models.krea import Krea2Adapter
 from lesa.models.ltx import LTXVideoAdapter
 from lesa.models.lumina import Lumina2Adapter, LuminaNextAdapter
 from lesa.models.mochi import MochiAdapter
+from lesa.models.probe import Probe
 from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.qwen_image_21 import QwenImage21Adapter
 from lesa.models.sana import SanaAdapter, SanaVideoAdapter
@@ -77,7 +80,19 @@ def adapters_for(pipe: Any) -> dict[str, Adapter]:
     Raises:
         TypeError: the pipeline has no transformer, or one of no supported family.
     """
-    return {name: _adapter_of(pipe, found) for name, found in (transformers_of(pipe) or {FIRST: None}).items()}
+    return {name: _adapter_of(pipe, found, probes=False) for name, found in _found(pipe).items()}
+
+
+def adapters_or_probes(pipe: Any) -> dict[str, Adapter]:
+    """Like `adapters_for`, with probes for the transformers that no adapter is for.
+
+    Args:
+        pipe: a diffusers pipeline.
+
+    Raises:
+        TypeError: the pipeline has no transformer, or one that no probe can watch.
+    """
+    return {name: _adapter_of(pipe, found, probes=True) for name, found in _found(pipe).items()}
 
 
 def adapter_for(pipe: Any) -> Adapter:
@@ -92,12 +107,20 @@ def adapter_for(pipe: Any) -> Adapter:
     return next(iter(adapters_for(pipe).values()))
 
 
-def _adapter_of(pipe: Any, transformer: Any) -> Adapter:
+def _found(pipe: Any) -> dict[str, Any]:
+    return transformers_of(pipe) or {FIRST: None}
+
+
+def _adapter_of(pipe: Any, transformer: Any, probes: bool) -> Adapter:
     for adapter in ADAPTERS:
         if adapter.handles(transformer):
             return adapter(transformer)
+    is_module = isinstance(transformer, torch.nn.Module)
+    if is_module and probes:
+        return Probe(pipe, transformer)
     families = ", ".join(a.family for a in ADAPTERS)
     got = Said(f"{type(pipe).__name__} with a {type(transformer).__name__}")
-    raise argument_error(
-        "pipe", f"have a transformer of a supported family ({families})", got, "Use such a pipeline.", TypeError
-    )
+    must, remedy = f"have a transformer of a supported family ({families})", "Use such a pipeline."
+    if is_module:
+        remedy += " For others, only `lesa.enable_cache` works."
+    raise argument_error("pipe", must, got, remedy, TypeError)
