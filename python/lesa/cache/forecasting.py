@@ -11,7 +11,7 @@ import torch
 from lesa.cache import reasons
 from lesa.cache.conditioning import Conditioner
 from lesa.cache.controlnet import DeferredControl, computed
-from lesa.cache.device_values import DeviceValues
+from lesa.cache.device_values import DeviceValues, sum_of
 from lesa.cache.error_control import ControlledSteps, ErrorControl, forecast_error
 from lesa.cache.hook import StepHook
 from lesa.cache.planning import Plan, Planner, can_plan, falling, making_room, times_at
@@ -338,7 +338,7 @@ class ForecastingHook(StepHook[ForecastState]):
         """Asks for the sum of the output, which says whether it is finite. A CPU answers at once, a GPU later."""
         stats = state.streams[call.stream].stats
         receive = functools.partial(self._on_sum, state, stats, call.step)
-        state.values.ask(_sum(output[0]), receive)
+        state.values.ask(sum_of(output[0]), receive)
 
     def _on_sum(self, state: ForecastState, stats: StreamStats, step: int, value: float) -> None:
         if math.isfinite(value):
@@ -419,13 +419,6 @@ class ForecastingHook(StepHook[ForecastState]):
             self._fall_back(*reasons.REPEATED)
         elif not call.heads:
             self._fall_back(*self.adapter.why_unseen(call.stream, call.arguments) or reasons.UNSEEN)
-
-
-def _sum(output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-    """The sum of an output, which may be a list of samples."""
-    if isinstance(output, torch.Tensor):
-        return output.sum(dtype=torch.float32)
-    return torch.stack([part.sum(dtype=torch.float32) for part in output]).sum()
 
 
 def _on_error(controlled: ControlledSteps, stats: StreamStats, step: int, error: float) -> None:
