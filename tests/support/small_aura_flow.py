@@ -46,6 +46,4 @@ def _aura_flow(*, negative=False):
 
 CASES = {"aura flow": _aura_flow(), "aura flow cfg": _aura_flow(negative=True)}
 
-FAMILY, QUICK = "aura-flow", "aura flow cfg"
-
-NOT_RECORDED = "its output head has no layer norm"
+FAMILY, QUICK, RECORDED = "aura-flow", "aura flow cfg", "aura flow cfg"

@@ -38,7 +38,11 @@ class Ideogram4Costs(CountedCosts):
 
 
 class Ideogram4Adapter(Adapter):
-    """An Ideogram 4 transformer. Text comes before the tokens of the image, and is not forecast."""
+    """An Ideogram 4 transformer. Text comes before the tokens of the image, and is not forecast.
+
+    Its pipeline has a second transformer, `unconditional_transformer`, which is computed in every step. A second handle
+    predicts it too: that of a pipeline with the same components but that one as its `transformer`.
+    """
 
     family = "ideogram-4"
     costs = Ideogram4Costs
