@@ -437,7 +437,7 @@ def test_numpy_integers_are_intervals(pipe, generate):
 
 def test_pipelines_of_other_families_are_refused():
     other = SimpleNamespace(transformer=torch.nn.Linear(1, 1))
-    with pytest.raises(TypeError, match=r"`pipe` must have a transformer of a supported family \(.*flux.*a Linear"):
+    with pytest.raises(TypeError, match="must have a transformer that lesa can use, but got a Linear"):
         lesa.enable_cache(other, make_predictor(), 3)
     with pytest.raises(TypeError, match="SimpleNamespace with a NoneType"):
         lesa.disable_cache(SimpleNamespace())
@@ -955,7 +955,7 @@ def test_a_plain_head_is_computed_with_the_forecast(pipe, generate, monkeypatch,
     with lesa.enable_cache(pipe, predictor, schedule) as handle:
         plain = generate(pipe, labels=(3,))
         assert handle.stats.streams["cond"].fused == []
-        monkeypatch.delattr(Adapter, "head")  # the model's own head is not run
+        monkeypatch.delattr(Adapter, "run_head")  # the model's own head is not run
         predictor.backend = backend
         fused = generate(pipe, labels=(3,))
     stream = handle.stats.streams["cond"]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -158,7 +159,7 @@ class Call:
         transformer: which component of the pipeline it is, such as "transformer_2".
         predicted: whether the call is to be predicted.
         forward: in place of what a forecast runs; it runs the transformer's own forward with its arguments.
-        heads: how often the inputs of the output head were seen in this call while it was computed.
+        heads: by number of the output head, how often its inputs were seen in this call while it was computed.
         forecasts: how often the forward was exchanged for a forecast in this call.
         unfit: why no forecast fits into the forward, and what helps.
     """
@@ -170,7 +171,7 @@ class Call:
     transformer: str
     predicted: bool = False
     forward: Callable[[], Any] | None = None
-    heads: int = 0
+    heads: Counter[int] = field(default_factory=Counter)
     forecasts: int = 0
     unfit: tuple[str, str] | None = None
 

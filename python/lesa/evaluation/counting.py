@@ -32,7 +32,8 @@ class Counter:
         self._blocks = [len(adapter.blocks) for adapter in adapters]
         self._device = self._adapters[0].transformer.device
         self._calls = self._whole_calls = 0
-        self._attention_runs, self._body_runs = Counted(), Counted()  # by transformer
+        self._attention_runs: Counted = Counted()  # by transformer
+        self._body_runs: Counted = Counted()
         self._seen: set[int] = set()
         self._ran: set[int] = set()
         self._whole = False

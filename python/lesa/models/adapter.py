@@ -175,6 +175,11 @@ class Adapter:
 
     # What follows from that
 
+    @property
+    def branches(self) -> tuple["Adapter", ...]:
+        """The adapters of the transformer's output heads: this one alone, unless there are more."""
+        return (self,)
+
     @classmethod
     def present_classes(cls) -> tuple[type, ...]:
         """Those of the transformers' classes that the installed diffusers has."""

@@ -153,7 +153,7 @@ class Probe(Adapter):
         return False  # the forward runs itself
 
     @property
-    def head_entry(self):
+    def projection(self):
         """A module outside of the blocks that has weights. Their device is that of the features."""
         others = outside(self.transformer, self.blocks)
         return next(module for module in reversed(others) if [*module.parameters(recurse=False)])

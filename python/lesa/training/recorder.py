@@ -160,9 +160,9 @@ class Recorder:
         halves = {call.stream: slice(None)}
         if len(features) == 2 * len(self.numbers) and _is_guided(self.pipe):
             # Guidance in one batch: without the prompts, then with them. Each half is a stream of its own.
-            rows = slice(len(self.numbers)), slice(len(self.numbers), None)
-            without, with_them = reversed(rows) if adapter.prompts_first else rows
-            halves = {call.stream: without, f"{call.stream}-with-prompt": with_them}
+            first, second = slice(len(self.numbers)), slice(len(self.numbers), None)
+            without, with_prompts = (second, first) if adapter.prompts_first else (first, second)
+            halves = {call.stream: without, f"{call.stream}-with-prompt": with_prompts}
         latents = adapter.latents(call.arguments)
         shift = torch.zeros_like(head.scale) if head.shift is None else head.shift  # a head without one adds nothing
         for name, rows in halves.items():
