@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from lesa.models.adapter import Adapter
+from lesa.models.aura_flow import AuraFlowAdapter
 from lesa.models.bria import BriaAdapter, BriaFiboAdapter
 from lesa.models.chroma import ChromaAdapter
 from lesa.models.chronoedit import ChronoEditAdapter
@@ -20,6 +21,7 @@ from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.hunyuan_video15 import HunyuanVideo15Adapter
 from lesa.models.ideogram import Ideogram4Adapter
 from lesa.models.kandinsky5 import Kandinsky5Adapter
+from lesa.models.krea import Krea2Adapter
 from lesa.models.longcat_image import LongCatImageAdapter
 from lesa.models.ltx import LTXVideoAdapter
 from lesa.models.ltx2 import LTX2Adapter
@@ -42,6 +44,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     QwenImageAdapter,
     HunyuanVideoAdapter,
     SD3Adapter,
+    AuraFlowAdapter,
     BriaAdapter,
     BriaFiboAdapter,
     ChromaAdapter,
@@ -57,6 +60,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     HunyuanVideo15Adapter,
     Ideogram4Adapter,
     Kandinsky5Adapter,
+    Krea2Adapter,
     LongCatImageAdapter,
     LTXVideoAdapter,
     LTX2Adapter,
