@@ -12,6 +12,7 @@ from lesa.models.cogview import CogView3PlusAdapter, CogView4Adapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.flux2 import Flux2Adapter
 from lesa.models.hidream import HiDreamAdapter
+from lesa.models.hunyuan_dit import HunyuanDiTAdapter
 from lesa.models.hunyuan_image import HunyuanImageAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.hunyuan_video15 import HunyuanVideo15Adapter
@@ -44,6 +45,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     CogView4Adapter,
     Flux2Adapter,
     HiDreamAdapter,
+    HunyuanDiTAdapter,
     HunyuanImageAdapter,
     HunyuanVideo15Adapter,
     Ideogram4Adapter,
