@@ -16,6 +16,7 @@ from lesa.models.flux import FluxAdapter
 from lesa.models.flux2 import Flux2Adapter
 from lesa.models.helios import HeliosAdapter
 from lesa.models.hidream import HiDreamAdapter
+from lesa.models.hunyuan_dit import HunyuanDiTAdapter
 from lesa.models.hunyuan_image import HunyuanImageAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.hunyuan_video15 import HunyuanVideo15Adapter
@@ -56,6 +57,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     Flux2Adapter,
     HeliosAdapter,
     HiDreamAdapter,
+    HunyuanDiTAdapter,
     HunyuanImageAdapter,
     HunyuanVideo15Adapter,
     Ideogram4Adapter,
