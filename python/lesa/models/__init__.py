@@ -8,8 +8,10 @@ from lesa.models.adapter import Adapter
 from lesa.models.aura_flow import AuraFlowAdapter
 from lesa.models.cogvideox import CogVideoXAdapter
 from lesa.models.cogview import CogView3PlusAdapter, CogView4Adapter
+from lesa.models.ernie_image import ErnieImageAdapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.flux2 import Flux2Adapter
+from lesa.models.glm_image import GlmImageAdapter
 from lesa.models.hidream import HiDreamAdapter
 from lesa.models.hunyuan_image import HunyuanImageAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
@@ -37,7 +39,9 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     CogVideoXAdapter,
     CogView3PlusAdapter,
     CogView4Adapter,
+    ErnieImageAdapter,
     Flux2Adapter,
+    GlmImageAdapter,
     HiDreamAdapter,
     HunyuanImageAdapter,
     HunyuanVideo15Adapter,
