@@ -14,11 +14,6 @@ from lesa_kernels.forecasters import UNTRAINED
 NEWTON_9 = digits.WEIGHTS / "newton-9"
 
 
-@pytest.fixture(scope="module")
-def _digits_pipeline(cut_pipeline):
-    return cut_pipeline
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _few_warnings():
     verbosity = diffusers.logging.get_verbosity()

@@ -13,6 +13,9 @@ from lesa.cache.device_values import DeviceValues
 
 _ABSENT = object()
 
+_MOST_OF_NOISE = 1.001
+"""Schedulers of flow matching have no larger sigma than 1, up to rounding."""
+
 
 class Run:
     """The noise levels of one call of a pipeline, and the step that it is at.
@@ -136,11 +139,13 @@ class Run:
 def sigmas_of(scheduler: Any, timesteps: list[float]) -> list[float]:
     """The scheduler's noise levels; for a scheduler without any, the parts of its training steps.
 
-    With `invert_sigmas`, the scheduler's own numbers are what is done, not the noise that is left.
+    With `invert_sigmas`, the scheduler's own numbers are what is done, not the noise that is left. Numbers above 1
+    are noise over signal; their levels are noise over both.
     """
     sigmas, config = getattr(scheduler, "sigmas", None), getattr(scheduler, "config", None)
     if isinstance(sigmas, torch.Tensor) and len(sigmas) >= len(timesteps):
-        return (1 - sigmas if getattr(config, "invert_sigmas", False) else sigmas).tolist()
+        levels = (1 - sigmas if getattr(config, "invert_sigmas", False) else sigmas).tolist()
+        return [s / (1 + s) for s in levels] if max(levels, default=0.0) > _MOST_OF_NOISE else levels
     if getattr(config, "prediction_type", None) == "trigflow":  # the timesteps are angles between sample and noise
         return [math.sin(t) / (math.sin(t) + math.cos(t)) for t in timesteps]
     train_steps = getattr(config, "num_train_timesteps", 1000)
