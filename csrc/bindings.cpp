@@ -216,12 +216,12 @@ void stream_forecast(const Arguments&... arguments) {
 // samples and between tokens.
 template <class... Arguments>
 void stream_velocity(int64_t outputs, const std::array<uintptr_t, 4>& head, const std::array<int64_t, 4>& head_strides,
-                     float eps, const Arguments&... arguments) {
+                     float eps, const std::string& norm, const Arguments&... arguments) {
   const lesa::StreamForecast stream = stream_of(arguments...);
   const lesa::StreamHead output_head{
       outputs,         pointer<const float>(head[0]), pointer<const float>(head[1]), pointer<const float>(head[2]),
       head_strides[0], head_strides[1],               pointer<const float>(head[3]), head_strides[2],
-      head_strides[3], eps,
+      head_strides[3], eps,                           lesa::norm_from_name("head.norm", norm),
   };
   lesa::check_stream_velocity(stream, output_head);
   lesa::stream_velocity_cpu(stream, output_head);
@@ -242,7 +242,8 @@ void define_streams(py::module_& m, lesa::StreamForecast (*)(Arguments...)) {
          "Forecasts on the CPU with given weights; ValueError for what can't be right. See csrc/stream.h.");
   define("stream_velocity", &stream_velocity<Arguments...>,
          "Forecasts on the CPU and applies the output head; ValueError for what can't be right. See csrc/stream.h.",
-         py::arg("outputs"), py::arg("head"), py::arg("head_strides"), py::arg("eps"));
+         py::arg("outputs"), py::arg("head"), py::arg("head_strides"), py::arg("eps"),
+         py::arg("norm"));
 }
 
 std::string compiler() {

@@ -42,7 +42,15 @@ struct StreamForecast {
   std::string instructions;  // the widest to use if the processor has them: "avx512", "avx2" or "plain"
 };
 
-// The output head on the CPU: an AdaLN, then a projection to O outputs. Strides count elements, and may be zero.
+// What an output head divides the features of a token by: nothing; the root of their mean square; or, after the mean is
+// subtracted, the root of their variance.
+enum class Norm { none, rms, layer };
+
+// "none", "rms" or "layer". Throws std::invalid_argument.
+Norm norm_from_name(const char* argument, const std::string& name);
+
+// The output head on the CPU: a norm, a modulation, then a projection to O outputs. Strides count elements, and may be
+// zero.
 struct StreamHead {
   int64_t outputs;      // O
   const float* weight;  // [O, dim], contiguous
@@ -51,7 +59,8 @@ struct StreamHead {
   int64_t scale_sample_stride, scale_token_stride;
   const float* shift;  // the same, added to that; or null
   int64_t shift_sample_stride, shift_token_stride;
-  float eps;  // added to the variance
+  float eps;  // added to the variance or the mean square
+  Norm norm;
 };
 
 // Checks everything that can be checked without reading memory. Throws std::invalid_argument.

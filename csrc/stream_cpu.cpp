@@ -397,6 +397,13 @@ void run_stream(const StreamForecast& p, const StreamHead* head) {
 
 }  // namespace
 
+Norm norm_from_name(const char* argument, const std::string& name) {
+  if (name == "none") return Norm::none;
+  if (name == "rms") return Norm::rms;
+  if (name == "layer") return Norm::layer;
+  refuse(argument, "be one of none, rms, layer", "'" + name + "'", "Name the norm of the head.");
+}
+
 void check_stream_forecast(const StreamForecast& stream) { check_stream(stream, stream.dim); }
 
 void check_stream_velocity(const StreamForecast& stream, const StreamHead& head) {

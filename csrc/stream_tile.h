@@ -355,21 +355,31 @@ LESA_INLINE LESA_KERNEL float sum_of(const float* x, int64_t n, const Value& val
   return total;
 }
 
-// The layer norm of one token, and its modulation, in place. `shift` may be null.
-LESA_INLINE LESA_KERNEL void modulate(int64_t dim, float eps, const float* scale, const float* shift, float* x) {
-  const auto width = static_cast<float>(dim);
-  const float mean = sum_of(
+// The mean of one token's channels.
+LESA_INLINE LESA_KERNEL float mean_of(int64_t dim, const float* x) {
+  return sum_of(
       x, dim, [](const float* at, const auto& sum) LESA_KERNEL { return Vector::add(Vector::template load<Float32>(at), sum); },
-      [](float value) { return value; }) / width;
+      [](float value) { return value; }) / static_cast<float>(dim);
+}
+
+// The mean square of what they are apart from `mean`.
+LESA_INLINE LESA_KERNEL float variance_of(int64_t dim, float mean, const float* x) {
   const auto centre = Vector::broadcast(mean);
-  const float variance = sum_of(
+  return sum_of(
       x, dim,
       [&](const float* at, const auto& sum) LESA_KERNEL {
         const auto apart = Vector::subtract(Vector::template load<Float32>(at), centre);
         return Vector::multiply_add(apart, apart, sum);
       },
-      [&](float value) { return (value - mean) * (value - mean); }) / width;
-  const float inverse = 1.0f / std::sqrt(variance + eps);
+      [&](float value) { return (value - mean) * (value - mean); }) / static_cast<float>(dim);
+}
+
+// The norm of one token, and its modulation, in place. `shift` may be null.
+LESA_INLINE LESA_KERNEL void modulate(int64_t dim, Norm norm, float eps, const float* scale, const float* shift,
+                                      float* x) {
+  const float mean = norm == Norm::layer ? mean_of(dim, x) : 0.0f;
+  const float inverse = norm == Norm::none ? 1.0f : 1.0f / std::sqrt(variance_of(dim, mean, x) + eps);
+  const auto centre = Vector::broadcast(mean);
   const auto zero = Vector::broadcast(0.0f), one = Vector::broadcast(1.0f), factor = Vector::broadcast(inverse);
   int64_t i = 0;
   for (; i + Vector::kLanes <= dim; i += Vector::kLanes) {
@@ -432,7 +442,7 @@ LESA_KERNEL void velocity_tiles(const StreamForecast& p, const StreamHead& head,
     for (int64_t row = 0; row < kTile; ++row) {
       const float* shift = s.shift ? s.shift + (begin + row) * head.shift_token_stride : nullptr;
       const float* scale = s.scale + (begin + row) * head.scale_token_stride;
-      modulate(p.dim, head.eps, scale, shift, at.features + row * at.stride);
+      modulate(p.dim, head.norm, head.eps, scale, shift, at.features + row * at.stride);
     }
     float* output = static_cast<float*>(s.output) + begin * head.outputs;
     apply_head<kTile>(p, head, projection, at.features, at.stride, output);

@@ -28,6 +28,7 @@ _SCHEMA_TYPES = {
     int: "int",
     bool: "bool",
     str: "str",
+    str | None: "str?",
 }
 
 

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 
 from lesa_kernels.bspline_kan.reference import FLOAT_DTYPES
-from lesa_kernels.checks import Said, argument_error, check_tensor
+from lesa_kernels.checks import Said, argument_error, check_choice, check_tensor
 
 STORED_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)
 WEIGHT_DTYPES = (torch.float32, torch.float64)
+NORMS = ("layer", "rms", None)
 
 
 class StoredFeatures(NamedTuple):
@@ -187,14 +188,18 @@ def _shapes_fit(storage: torch.Size, shapes: tuple[torch.Size | None, ...]) -> b
 
 @dataclass(frozen=True)
 class OutputHead:
-    """A transformer's output head: an AdaLN without affine weights, then a linear projection.
+    """A transformer's output head: a norm without weights, a modulation, then a linear projection.
+
+    The weights of an affine norm belong into the modulation: with weights w and b of the norm it is `w (1 + scale) - 1`
+    in the place of `scale`, and `b (1 + scale) + shift` in that of `shift`.
 
     Args:
         weight: `[O, D]` of the projection.
         bias: `[O]` or None.
-        scale: `[B, D]`, or `[B, T, D]` for one of each token; the modulation is `(1 + scale) * LN(h) + shift`.
+        scale: `[B, D]`, or `[B, T, D]` for one of each token; the modulation is `(1 + scale) * norm(h) + shift`.
         shift: like `scale`, or None for a head that only scales.
-        eps: of the layer norm.
+        eps: of the norm.
+        norm: "layer" for a layer norm, "rms" for `h / sqrt(mean(h^2) + eps)`, or None for a head without a norm.
     """
 
     weight: torch.Tensor
@@ -202,14 +207,20 @@ class OutputHead:
     scale: torch.Tensor
     shift: torch.Tensor | None
     eps: float = 1e-6
+    norm: str | None = "layer"
+
+    @property
+    def per_token(self) -> bool:
+        """Whether each token has a modulation of its own."""
+        return isinstance(self.scale, torch.Tensor) and self.scale.ndim == 3
 
     def check(self, features: torch.Tensor) -> None:
         """Raises `TypeError` or `ValueError` unless the head fits features `[..., B, T, D]`."""
+        check_choice("head.norm", self.norm, NORMS)
         batch, tokens, width = features.shape[-3:]
         device = features.device
         check_tensor("head.weight", self.weight, ("O", width), FLOAT_DTYPES, device)
-        per_token = isinstance(self.scale, torch.Tensor) and self.scale.ndim == 3
-        modulation = (batch, tokens, width) if per_token else (batch, width)
+        modulation = (batch, tokens, width) if self.per_token else (batch, width)
         check_tensor("head.scale", self.scale, modulation, FLOAT_DTYPES, device)
         if self.shift is not None:
             check_tensor("head.shift", self.shift, modulation, FLOAT_DTYPES, device)

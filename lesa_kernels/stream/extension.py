@@ -45,8 +45,8 @@ def stream_velocity_extension(
     outputs, parts = weight.shape[0], (weight, bias, scale, shift)  # an address does not keep a tensor alive
     output = features.storage.new_empty((*features.storage.shape[1:3], outputs))
     addresses = [0 if part is None else part.data_ptr() for part in parts]
-    modulation = (outputs, addresses, [*_apart(scale), *_apart(shift)], head.eps)
-    _call(extension().stream_velocity, modulation, features, weights, low_rank, output)
+    first = (outputs, addresses, [*_apart(scale), *_apart(shift)], head.eps, head.norm or "none")
+    _call(extension().stream_velocity, first, features, weights, low_rank, output)
     return output
 
 

@@ -51,7 +51,7 @@ def why_no_residual(features: StoredFeatures, weights: Weights, low_rank: LowRan
         return None
     from lesa_kernels.stream.kernels.sums import sums_launch
 
-    launch = sums_launch(features, weights, 0, low_rank.rank)
+    launch = sums_launch(features, weights, None, low_rank.rank)
     return launch if isinstance(launch, str) else None
 
 
@@ -59,9 +59,12 @@ def _has_kernels(features: StoredFeatures, weights: Weights, low_rank: LowRank) 
     """Whether Triton has kernels for such arguments: it has none for float64, and for channels that are apart."""
     storage = features.storage
     floats = (storage, weights.anchors, weights.constant, weights.taps, *low_rank)
-    return all([part is None or part.dtype != torch.float64 for part in floats]) and (
-        storage.stride(3) == 1 or storage.shape[3] == 1
-    )
+    return all([part is None or part.dtype != torch.float64 for part in floats]) and _adjacent(storage)
+
+
+def _adjacent(part: torch.Tensor) -> bool:
+    """Whether the channels of a token are adjacent in memory."""
+    return part.stride(-1) == 1 or part.shape[-1] == 1
 
 
 def why_not_fused(
@@ -80,11 +83,13 @@ def why_not_fused(
         [part is not None and part.dtype == torch.float64 for part in (head.weight, head.bias, head.scale, head.shift)]
     ):
         return "there are no kernels for a head in float64"
-    if head.scale.ndim == 3:
-        return "the head has a modulation for each token"
+    if head.per_token and low_rank.rank:
+        return "the head has a modulation for each token, and the forecast has a residual"
+    if head.per_token and not all([part is None or _adjacent(part) for part in (head.scale, head.shift)]):
+        return "the head has a modulation for each token, whose channels are apart"
     from lesa_kernels.stream.kernels.sums import sums_launch
 
-    launch = sums_launch(features, weights, head.weight.shape[0], low_rank.rank)
+    launch = sums_launch(features, weights, head, low_rank.rank)
     return launch if isinstance(launch, str) else None
 
 
@@ -93,8 +98,8 @@ def stream_velocity_is_fused(
 ) -> bool:
     """Whether `stream_velocity` on Triton is one kernel for these arguments, which are as there.
 
-    It is, unless the head has a modulation for each token, the head and the residual need more shared memory or
-    registers than the GPU has, or the batch needs more than 32 MiB of scratch memory.
+    It is, unless the head has a modulation for each token and the forecast has a residual, the head and the residual
+    need more shared memory or registers than the GPU has, or the batch needs more than 32 MiB of scratch memory.
     """
     return why_not_fused(features, weights, head, low_rank) is None
 
@@ -124,15 +129,25 @@ def _stream_velocity(
     head.check(features.storage)
     if why_not_fused(features, weights, head, low_rank) is not None:
         return output_head_ref(_stream_forecast(features, weights, low_rank), head)
-    sums.check(head, low_rank)
     from lesa_kernels.stream.kernels.sums import stream_velocity_fwd
 
     out_dtype = forecast_dtype(features.storage.dtype)
-    if sums.ones is None or sums.weight is None or sums.weight.dtype != out_dtype:
-        sums = head_sums_ref(head, low_rank, weights.stage, out_dtype)
-    sums = HeadSums(*(None if part is None else part.contiguous() for part in sums))
+    if head.per_token:
+        sums = _plain_weights(head)
+    else:
+        sums.check(head, low_rank)
+        if sums.ones is None or sums.weight is None or sums.weight.dtype != out_dtype:
+            sums = head_sums_ref(head, low_rank, weights.stage, out_dtype)
+        sums = HeadSums(*(None if part is None else part.contiguous() for part in sums))
     maps = _with_sums(_readable_maps(low_rank, out_dtype), low_rank)
     return stream_velocity_fwd(_readable_features(features), _readable_weights(weights), maps, head, sums, out_dtype)
+
+
+def _plain_weights(head: OutputHead) -> HeadSums:
+    """What a kernel that makes the sums of each token reads in their place: the weight and bias for each sample."""
+    batch, (outputs, width) = head.scale.shape[0], head.weight.shape
+    bias = None if head.bias is None else head.bias.contiguous().expand(batch, outputs)
+    return HeadSums(None, bias, None, head.weight.contiguous().expand(batch, outputs, width))
 
 
 def _readable_features(features: StoredFeatures) -> StoredFeatures:

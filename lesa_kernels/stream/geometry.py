@@ -58,6 +58,9 @@ class Problem:
         stored_bytes: of a stored element.
         outputs: O of the head, or 0 without one.
         rank: R of the residual, or 0.
+        modulations: bytes of an element of the scale, and of the shift, that each token has; empty if it has none.
+        products: how many matrix products with the head's weight there are for each token.
+        least_operand_bytes: of an element of a matrix product's operand, at least.
     """
 
     batch: int
@@ -67,16 +70,24 @@ class Problem:
     stored_bytes: int
     outputs: int = 0
     rank: int = 0
+    modulations: tuple[int, ...] = ()
+    products: int = 1
+    least_operand_bytes: int = 2
 
     @property
     def operand_bytes(self) -> int:
         """Of an element of a matrix product's operand: float8 becomes bfloat16."""
-        return max(self.stored_bytes, 2)
+        return max(self.stored_bytes, self.least_operand_bytes)
 
     @property
-    def token_bytes(self) -> int:
-        """The bytes of a token's features that are read."""
-        return self.history * self.width * self.stored_bytes
+    def channel_bytes(self) -> int:
+        """The bytes that are read for a channel of a token: of its features, and of its modulation."""
+        return self.history * self.stored_bytes + sum(self.modulations)
+
+    @property
+    def tiles(self) -> int:
+        """How many values are read for a channel of a token."""
+        return self.history + len(self.modulations)
 
 
 def power_of_2(n: int, minimum: int = 1) -> int:
@@ -153,6 +164,7 @@ class Tiling:
         shared: bytes of shared memory that a program needs at most.
         resident: programs that a multiprocessor holds at once.
         chunk: outputs and ranks that the end of a program takes at a time.
+        products: with the head's weight, for each token.
     """
 
     block_t: int
@@ -164,13 +176,14 @@ class Tiling:
     shared: int
     resident: int
     chunk: int
+    products: int = 1
 
     @property
     def part(self) -> int:
         """Number of floats that a program leaves for a tile."""
         if not self.block_o:
             return self.block_t * self.block_r
-        return self.block_t * (2 + self.block_o + self.block_r)
+        return self.block_t * (2 + self.products * self.block_o + self.block_r)
 
     @property
     def by_rank(self) -> int:
@@ -190,13 +203,26 @@ def _shared_bytes(problem: Problem, t: int, d: int, o: int, r: int, stages: int)
     stay where they are and need one more. The sum and the taps take turns in one buffer. Float32 operands are split
     into two, which need buffers of their own.
     """
-    operand, history = problem.operand_bytes, problem.history
+    operand, history, products = problem.operand_bytes, problem.history, problem.products
     maps = o + r * (history - 1)
-    ahead = history * t * d * problem.stored_bytes + (history + 2) * 4 * d
-    total = (stages - 1) * ahead + stages * maps * d * operand + t * d * operand
+    ahead = t * d * problem.channel_bytes + (history + 2) * 4 * d
+    total = (stages - 1) * ahead + stages * maps * d * operand + products * t * d * operand
     if operand == 4:
-        total += 2 * (max(o, r) + t) * d * operand
+        total += 2 * (max(o, r) + products * t) * d * operand
     return total
+
+
+def _has_registers(device: Device, problem: Problem, sums: int, t: int, d: int, warps: int) -> bool:
+    """Whether the threads of a program have enough registers for the sums and the widened features of a tile."""
+    threads = 32 * warps
+    features = d * t * problem.tiles // threads
+    if not problem.modulations:
+        return d == 16 or features <= (MOST_FEATURES // 2 if problem.rank else MOST_FEATURES)
+    # There are more sums, and more tiles are loaded ahead. With up to 32 tokens, two programs often fit. Float32 is
+    # split into two. Rows of 16 channels are short, so they are for the last tile.
+    most = 56 if problem.operand_bytes == 4 else 144 if device.has_wide_products else 100
+    is_long = d > 16 or problem.width <= 16 or (t, warps) == (16, 8)
+    return t <= 32 and is_long and features <= MOST_FEATURES // 2 and sums * t // threads + features <= most
 
 
 @functools.lru_cache(maxsize=256)
@@ -207,33 +233,31 @@ def tiling(device: Device, problem: Problem) -> Tiling | str:
     r = power_of_2(problem.rank, 16) if problem.rank else 0
     if device.architecture == 0:
         d = min(16, power_of_2(problem.width, 16))
-        return Tiling(16, d, o, r, 2, 4, 0, 2, 32)
-    sums = o + r
+        return Tiling(16, d, o, r, 2, 4, 0, 2, 32, problem.products)
+    sums = problem.products * o + r
     chunk = (64 if r <= 32 else 32) if device.has_wide_products else (32 if r else 16)
+    if problem.modulations:
+        chunk = 16  # of which the end needs up to three sums
     for t, warps in ((64, 4), (64, 8), (32, 4), (32, 8), (16, 4), (16, 8)):
         if sums * t // (32 * warps) > MOST_SUMS:
             continue
         fitting = []
         for d in (64, 32, 16):
-            if d > power_of_2(problem.width, 16) or (
-                d * t * problem.history // (32 * warps) > MOST_FEATURES and d > 16
-            ):
-                continue
-            if r and d * t * problem.history // (32 * warps) > MOST_FEATURES // 2 and d > 16:
+            if d > power_of_2(problem.width, 16) or not _has_registers(device, problem, sums, t, d, warps):
                 continue
             for stages in (5, 4, 3, 2):
                 shared = _shared_bytes(problem, t, d, o, r, stages)
                 most = 2 if warps == 4 else 1
                 resident = min(device.shared_bytes // (shared + KIB), most)
                 if resident:
-                    ahead = resident * (stages - 1) * problem.history * t * d * problem.stored_bytes
+                    ahead = resident * (stages - 1) * t * d * problem.channel_bytes
                     fitting.append(
                         (
                             min(ahead, ENOUGH_BYTES),
                             resident,
                             d,
                             -stages,
-                            Tiling(t, d, o, r, stages, warps, shared, resident, chunk),
+                            Tiling(t, d, o, r, stages, warps, shared, resident, chunk, problem.products),
                         )
                     )
         if fitting:
@@ -288,7 +312,8 @@ def sums_launch(device: Device, problem: Problem) -> SumsLaunch | str:
             if 4 * scratch > MOST_SCRATCH_BYTES and not (splits == 1 and best is None):
                 continue
             # The last rows of a tile take their time even if there are no tokens for them.
-            moved = tiles * chosen.block_t * problem.token_bytes * _ceil(blocks, splits) / blocks
+            token_bytes = problem.width * problem.channel_bytes
+            moved = tiles * chosen.block_t * token_bytes * _ceil(blocks, splits) / blocks
             cost = _ceil(units * groups, places) * (_START_BYTES + tiles * _TILE_BYTES + moved)
             if not problem.outputs:  # one program adds the residual to all channels of a group
                 cost += _ceil(units * groups, places) * tiles * chosen.block_t * problem.width * _FINISH_BYTES

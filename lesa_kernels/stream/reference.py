@@ -88,12 +88,18 @@ def _index(stage: torch.Tensor | None) -> torch.Tensor:
 def output_head_ref(features: torch.Tensor, head: OutputHead) -> torch.Tensor:
     """Plain torch form of `output_head`; see there."""
     dtype = torch.promote_types(features.dtype, torch.float32)
-    normed = F.layer_norm(features.to(dtype), features.shape[-1:], eps=head.eps)
-    modulated = normed * (1 + _per_token(head.scale, dtype))
+    modulated = _normed(features.to(dtype), head) * (1 + _per_token(head.scale, dtype))
     if head.shift is not None:
         modulated = modulated + _per_token(head.shift, dtype)
     bias = None if head.bias is None else head.bias.to(dtype)
     return F.linear(modulated, head.weight.to(dtype), bias).to(features.dtype)
+
+
+def _normed(features: torch.Tensor, head: OutputHead) -> torch.Tensor:
+    if head.norm is None:
+        return features
+    norm = F.layer_norm if head.norm == "layer" else F.rms_norm
+    return norm(features, features.shape[-1:], eps=head.eps)
 
 
 def _per_token(modulation: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -4,6 +4,7 @@ A recording stores it in its manifest, and an evaluation in its settings, so tha
 conditions.
 """
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from diffusers import ModularPipeline
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.hooks import layer_skip
 
 from lesa.artifacts import digest, fingerprint, sum_of_bits
 from lesa.pipelines import blocks_of
@@ -51,7 +53,11 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
     configurations |= {f"configs.{name}": part for name, part in models.items()}
     return {
         "scheduler": _options(pipe.scheduler),
-        "pipeline_config": {**own, **{name: _options(part) for name, part in others.items()}, "blocks": blocks},
+        "pipeline_config": {
+            **own,
+            **_with_lists(pipe, {name: _options(part) for name, part in others.items()}),
+            "blocks": blocks,
+        },
         "configs": {name: _options(model) for name, model in models.items()},
         "dtypes": {name: _dtypes(module) for name, module in modules.items()},
         "adapters": {name: scales for name, module in modules.items() if (scales := _adapters(module))},
@@ -140,6 +146,23 @@ def _options(thing: Any) -> dict[str, Any]:
     return {"class": _class_of(thing), **options}
 
 
+def _with_lists(pipe: Any, options: Any) -> Any:
+    """Options of guiders, with the list of blocks that `fqn="auto"` stands for.
+
+    A guider writes it into its options when it begins, so options from before and after a run would differ. Diffusers
+    chooses it from a set, so it may be another one in another process.
+    """
+    if isinstance(options, list):
+        return [_with_lists(pipe, part) for part in options]
+    if not isinstance(options, Mapping):
+        return options
+    named = {name: _with_lists(pipe, part) for name, part in options.items()}
+    if named.get("fqn") == "auto":
+        lists = getattr(layer_skip, "_ALL_TRANSFORMER_BLOCK_IDENTIFIERS", ())
+        named["fqn"] = next((name for name in lists if hasattr(pipe.transformer, name)), "auto")
+    return named
+
+
 def _unset(thing: Any) -> list[str]:
     """The options that have the default values of the class, and those that are no part of the configuration."""
     defaults = {name: given.default for name, given in inspect.signature(type(thing).__init__).parameters.items()}
@@ -215,6 +238,9 @@ def _plain(value: Any) -> Any:
         return {str(name): _plain(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
+    if dataclasses.is_dataclass(value):  # such as the layers that a guider skips
+        fields = (field.name for field in dataclasses.fields(value) if not field.name.startswith("_"))
+        return {name: _plain(getattr(value, name)) for name in fields}
     return digest(value)
 
 

@@ -29,9 +29,11 @@ _RESERVED = {
     "return_dict": "Leave it out.",
 }
 
-
 _SIZES = ("height", "width", "num_frames", "layers", "max_sequence_length")
 """Arguments for which a pipeline takes its default, or fails late, if they are 0."""
+
+_DIMENSIONS = {"prompt_embeds_llama3": 1, "negative_prompt_embeds_llama3": 1}
+"""Of the tensors whose dimension of samples is not the leading one, such as those of HiDream with all layers."""
 
 _NOISE_LEVELS = ("sigmas", "timesteps")
 """Arguments that set the steps of a run, instead of their number."""
@@ -125,8 +127,8 @@ def write_inputs(file: str | os.PathLike, inputs: list[dict]) -> None:
 def collate(inputs: list[dict]) -> dict:
     """Joins the arguments of several samples into those of one pipeline call.
 
-    Tensors are concatenated along their leading dimension, which is 1. Prompts and images become lists. Anything else
-    must be the same for all samples.
+    Tensors are concatenated along their dimension of samples, which is 1. Prompts become lists, and so do several
+    images. Lists of one embedded prompt are joined. Anything else must be the same for all samples.
 
     Args:
         inputs: one dict of pipeline arguments per sample.
@@ -145,7 +147,8 @@ def collate(inputs: list[dict]) -> dict:
                 "Group the inputs by this argument, or use a batch size of 1.",
             )
         for name, value in item.items():
-            if _is_stack(value) and len(value) != 1:
+            counted = value.shape[_DIMENSIONS.get(name, 0)] if _is_stack(value) else 1
+            if (len(value) if isinstance(value, list) and _is_per_sample(name, value) else counted) != 1:
                 raise argument_error(
                     f"inputs[{number}][{name!r}]",
                     "have a leading dimension of 1, for one sample",
@@ -256,10 +259,9 @@ def _read_tensors(path: Path) -> list[Sample]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a file is no mapping)
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise argument_error(
-            "file", "be a safetensors file", Said(f"{path}: {error}"), "Write the file again."
-        ) from None
-    sizes = {name: len(tensor) if tensor.ndim else None for name, tensor in tensors.items()}
+        got = Said(f"{path}: {error}")
+        raise argument_error("file", "be a safetensors file", got, "Write the file again.") from None
+    sizes = {name: t.shape[_DIMENSIONS.get(name, 0)] if t.ndim else None for name, t in tensors.items()}
     if None in sizes.values() or len(set(sizes.values())) != 1:
         raise argument_error(
             "file",
@@ -274,10 +276,10 @@ def _read_tensors(path: Path) -> list[Sample]:
         place = f"{path.name}, metadata {name!r}"
         others[name] = _parse(place, "be a JSON value", text, "Encode it with `json.dumps`.")
         _check_value(place, others[name])
-    samples = [
-        Sample(f"{path.name}, row {i}", {**{name: t[i : i + 1] for name, t in tensors.items()}, **others})
-        for i in range(next(iter(sizes.values())) or 0)
-    ]
+    samples = []
+    for i in range(next(iter(sizes.values())) or 0):
+        row = {name: tensor.narrow(_DIMENSIONS.get(name, 0), i, 1) for name, tensor in tensors.items()}
+        samples.append(Sample(f"{path.name}, row {i}", {**row, **others}))
     for sample in samples:
         for name in tensors:
             _check_finite(f"{sample.place}, {name!r}", name, sample.arguments[name])
@@ -309,13 +311,18 @@ def _is_stack(value) -> bool:
 
 
 def _is_per_sample(name, value) -> bool:
+    if isinstance(value, list) and value and "prompt" in name:  # one embedded prompt, or its parts, for each sample
+        return isinstance(value[0], (torch.Tensor, list))
     return isinstance(value, Image) or (isinstance(value, str) and "prompt" in name)
 
 
 def _join(name, values):
-    if _is_stack(values[0]):
-        return torch.cat(values)
-    return values if _is_per_sample(name, values[0]) else values[0]
+    first = values[0]
+    if _is_stack(first):
+        return torch.cat(values, _DIMENSIONS.get(name, 0))
+    if not _is_per_sample(name, first) or (len(values) == 1 and isinstance(first, Image)):
+        return first  # some pipelines take one image, and no list
+    return sum(values, []) if isinstance(first, list) else values
 
 
 def _difference(first: dict, other: dict) -> str | None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lesa.cache.controlnet import DeferredControl, Residuals, computed
+from lesa.cache.controlnet import DeferredControl, Residuals, ResidualsByBlock, computed
 
 
 class ControlNet(torch.nn.Module):
@@ -103,6 +103,24 @@ def test_a_list_that_is_in_no_tuple(control, is_none):
         assert type(first) is list and isinstance(second, Residuals)
         assert [r.item() for r in second] == [1, 2] and len(second) == 2
         assert net.calls == 2
+
+
+def test_a_dict_of_a_controlnet_that_gives_nothing_else(control):
+    """Like Z-Image's ControlNets."""
+
+    class ByBlock(torch.nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return {0: x, 4: x + 1}
+
+    net = ByBlock()
+    control(net, 0, lambda: True)
+    first, second = net(torch.zeros(1)), net(torch.ones(1))
+    assert net.calls == 1 and type(first) is dict and isinstance(second, ResidualsByBlock)
+    assert 4 in second and 3 not in second and second[4].item() == 2 and [*second] == [0, 4] and len(second) == 2
+    assert computed({"blocks": second}) == {"blocks": {0: second[0], 4: second[4]}} and net.calls == 2
 
 
 @pytest.mark.parametrize("waiting", [(True, False), (False, True), (True, True), (False, False)])

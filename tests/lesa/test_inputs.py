@@ -136,6 +136,27 @@ def test_collate_joins_samples():
     assert collate(inputs[:1])["prompt"] == ["0"]
 
 
+def test_collate_joins_captions_and_the_dimension_of_samples():
+    """Z-Image takes a list with a tensor for each sample, or a list of them; HiDream has the layers first."""
+    layers, caption = torch.zeros(4, 1, 5, 3), torch.zeros(7, 3)
+    item = {"prompt_embeds": [caption], "negative_prompt_embeds": [[caption, caption]], "prompt_embeds_llama3": layers}
+    joined = collate([item, item])
+    assert len(joined["prompt_embeds"]) == len(joined["negative_prompt_embeds"]) == 2
+    assert len(joined["negative_prompt_embeds"][1]) == 2 and joined["prompt_embeds_llama3"].shape == (4, 2, 5, 3)
+    for name, several in (("prompt_embeds", [caption] * 2), ("prompt_embeds_llama3", torch.zeros(4, 2, 5, 3))):
+        with pytest.raises(ValueError, match=f"'{name}'.* must have a leading dimension of 1"):
+            collate([{name: several}])
+
+
+def test_rows_of_tensors_with_another_dimension_of_samples(tmp_path):
+    inputs = [{"prompt_embeds_llama3": torch.randn(4, 1, 5, 3), "pooled": torch.randn(1, 2)} for _ in range(3)]
+    write_inputs(tmp_path / "in.safetensors", inputs)
+    back = read_inputs(tmp_path / "in.safetensors")
+    assert len(back) == 3
+    for one, other in zip(back, inputs):
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
 @pytest.mark.parametrize(
     "first, other, name",
     [

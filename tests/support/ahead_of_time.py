@@ -149,11 +149,17 @@ def velocity(rank: int, **options) -> Callable[[FeatureShape], object]:
 
 
 def stream(
-    rank: int = 0, outputs: int = 0, history: int = 4, scalars: bool = False
+    rank: int = 0,
+    outputs: int = 0,
+    history: int = 4,
+    scalars: bool = False,
+    norm: str | None = "layer",
+    per_token: torch.dtype | None = None,
 ) -> Callable[[FeatureShape], object]:
     """A call of the weighted sum of features, with a head if there are outputs, as in a run: all sums are made.
 
-    With `scalars`, there is one weight for each feature instead of one for each channel, and one constant.
+    With `scalars`, there is one weight for each feature instead of one for each channel, and one constant. The head has
+    that `norm`, and a modulation for each token if `per_token` gives its dtype.
     """
 
     def call(size):
@@ -176,8 +182,12 @@ def stream(
             through = torch.empty(size.batch, rank, outputs)
         if not outputs:
             return stream_forecast(features, weights, low_rank, backend="triton")
-        scale, shift = torch.empty(2, size.batch, size.dim, dtype=dtype)
-        head = OutputHead(torch.empty(outputs, size.dim, dtype=dtype), torch.empty(outputs, dtype=dtype), scale, shift)
+        of_tokens = (size.tokens,) if per_token else ()
+        scale, shift = torch.empty(2, size.batch, *of_tokens, size.dim, dtype=per_token or dtype)
+        weight, bias = torch.empty(outputs, size.dim, dtype=dtype), torch.empty(outputs, dtype=dtype)
+        head = OutputHead(weight, bias, scale, shift, norm=norm)
+        if per_token:
+            return stream_velocity(features, weights, head, low_rank, backend="triton")
         rows = torch.empty(size.batch, outputs + rank, size.dim, dtype=dtype)
         sums = HeadSums(torch.empty(size.batch, outputs), torch.empty(size.batch, outputs), through, rows)
         return stream_velocity(features, weights, head, low_rank, sums, backend="triton")
@@ -272,6 +282,27 @@ def stream_cases() -> list[Case]:
         Case("stream_velocity-rank32", stream(32, 64), large, bf16, architectures=(90,), **sums),
         Case(
             "stream_velocity-rank32-mma", stream(32, 64), large, bf16, may_spill=bf16, architectures=(80, 120), **sums
+        ),
+        Case("stream_velocity-rms", stream(0, 64, norm="rms"), large, bf16, architectures=(90,), **sums),
+        Case("stream_velocity-no-norm", stream(0, 64, norm=None), large, bf16, architectures=(90,), **sums),
+        Case("stream_velocity-tokens", stream(0, 64, per_token=bf16[0]), large, bf16, **sums),
+        *(
+            Case(
+                f"stream_velocity-tokens-{name}",
+                stream(0, outputs, 4, False, norm, torch.float32),
+                large,
+                dtypes,
+                may_spill=(torch.float16, torch.float32),
+                architectures=(90,),
+                **sums | {"vectorised": torch.float16 not in dtypes},
+            )
+            for name, outputs, norm, dtypes in (
+                ("192-outputs", 192, "layer", bf16),
+                ("rms", 128, "rms", bf16),
+                ("no-norm", 64, None, bf16),
+                ("others", 64, "layer", (torch.float32, torch.float8_e4m3fn)),
+                ("float16", 64, "layer", (torch.float16,)),
+            )
         ),
         *(
             # Each rank on each architecture, with another number of outputs. Such sizes may spill.

@@ -123,3 +123,5 @@ CASES = {
         streams=("main",),
     ),
 }
+
+FAMILY, QUICK, RECORDED = "cogvideox", "cogvideox", "cogvideox cfg"

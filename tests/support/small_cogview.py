@@ -71,3 +71,5 @@ CASES_OF_3_PLUS = {
     "cogview3plus": _cogview("CogView3PlusPipeline", **_solver("CogVideoXDDIMScheduler")),
     "cogview3plus cfg": _cogview("CogView3PlusPipeline", negative=True, **_solver("CogVideoXDDIMScheduler")),
 }
+
+FAMILY, QUICK, RECORDED = "cogview4", "cogview4", "cogview4 cfg"

@@ -179,3 +179,5 @@ CASES = {
         most=1,
     ),
 }
+
+FAMILY, QUICK, RECORDED = "cosmos", "cosmos", "cosmos2 image cfg"

@@ -16,7 +16,7 @@ from small_pipelines import (
     Small,
     _image_arguments,
     image,
-    slow,
+    leave_slow_waves,
     video_vae,
 )
 
@@ -50,7 +50,7 @@ def kandinsky5_transformer(**options):
         axes_dims=(4, 6, 6),
         **options,
     )
-    slow(transformer.time_embeddings.in_layer)
+    leave_slow_waves(transformer.time_embeddings.in_layer)
     with torch.no_grad():
         transformer.out_layer.out_layer.weight.mul_(0.3)
     for name, part in transformer.named_modules():
@@ -130,3 +130,5 @@ CASES = {
         "Kandinsky5I2IPipeline", {"image": _images}, negative=True, is_image=True, transformer_options=_GIVEN
     ),
 }
+
+FAMILY, QUICK, RECORDED = "kandinsky5", "kandinsky5", "kandinsky5 words cfg"

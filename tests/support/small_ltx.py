@@ -152,3 +152,5 @@ CASES = {
     "ltx long": _long(False),
     "ltx long cfg": _long(True),
 }
+
+FAMILY, QUICK, RECORDED = "ltx-video", "ltx image", "ltx cfg"

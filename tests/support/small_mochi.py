@@ -56,3 +56,5 @@ def _mochi(negative):
 
 
 CASES = {"mochi": _mochi(False), "mochi cfg": _mochi(True)}
+
+FAMILY, QUICK, RECORDED = "mochi", "mochi", "mochi cfg"

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, partial
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import diffusers
@@ -38,7 +39,7 @@ class Small:
 
     Args:
         pipeline: name of the class in diffusers.
-        parts: makes its components but transformer and empty ones; a scheduler only if it is not Euler's.
+        parts: makes its components but transformer and empty ones. The scheduler is of flow matching unless it is here.
         transformer: makes its transformer; it takes `transformer_options`.
         arguments: `arguments(batch)` -> what a call takes beside the size, the steps and the generators.
         size: arguments that tell the size.
@@ -50,6 +51,7 @@ class Small:
         runs: how often a call goes through the steps.
         most: of prompts in a call, as the class allows.
         returns_latents: whether the class can; else they are taken from the last step.
+        prepare: called with a new pipeline, to make it smaller than its class does.
     """
 
     pipeline: str
@@ -65,6 +67,7 @@ class Small:
     runs: int = 1
     most: int | None = None
     returns_latents: bool = True
+    prepare: Callable[[Any], None] | None = None
 
     @property
     def pipeline_class(self) -> type:
@@ -74,12 +77,15 @@ class Small:
         """A new pipeline; always with the same weights."""
         torch.manual_seed(0)
         parts = {**self.parts(), "transformer": smooth_in_time(self.transformer(**self.transformer_options))}
-        parts.setdefault("scheduler", diffusers.FlowMatchEulerDiscreteScheduler(**self.scheduler_options))
+        if "scheduler" not in parts:
+            parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(**self.scheduler_options)
         absent = dict.fromkeys({*self.pipeline_class._get_signature_keys(self.pipeline_class)[0]} - {*parts})
         pipe = self.pipeline_class(**parts, **absent)
         pipe.set_progress_bar_config(disable=True)
         for part in (pipe.transformer, pipe.vae):
             part.requires_grad_(False)
+        if self.prepare is not None:
+            self.prepare(pipe)
         return pipe
 
     def inputs(self, batch: int = 1, **changed) -> dict:
@@ -126,20 +132,25 @@ def smooth_in_time(transformer):
     """Makes the random transformer a slow function of the noise level, as trained ones are.
 
     Random weights on the fast waves of the time embedding would jump from step to step, and no forecast could follow.
+    A transformer whose embedding has another number of waves than 256 stays as it is.
     """
-    head = adapter_for(SimpleNamespace(transformer=transformer)).head_modules.modules()
-    embedding = next((module for module in head if isinstance(module, TimestepEmbedding)), None)
-    if embedding is not None:  # else the family's own file does it
-        slow(embedding.linear_1)
+    head = [*adapter_for(SimpleNamespace(transformer=transformer)).head_modules.modules()]
+    embedders = [module.linear_1 for module in head if isinstance(module, TimestepEmbedding)]
+    layers = [module for module in head if isinstance(module, torch.nn.Linear) and module.in_features == 256]
+    for first in (embedders or layers)[:1]:
+        leave_slow_waves(first)
     return transformer.eval()
 
 
-def slow(first):
-    """Takes the fast waves out of the first linear layer of a time embedding."""
-    half = first.in_features // 2
-    is_slow = torch.exp(torch.arange(half) / half * torch.log(torch.tensor(10000.0))) > 300  # periods above 1900
+def leave_slow_waves(first, waves=None):
+    """Lets a linear layer read the slow waves alone of a sine embedding: of its first `waves` inputs, or of all.
+
+    One half of them is cosines, and the other half is sines.
+    """
+    half = (waves or first.in_features) // 2
+    slow = torch.exp(torch.arange(half) / half * torch.log(torch.tensor(10000.0))) > 300  # their period is above 1900
     with torch.no_grad():
-        first.weight.mul_(is_slow.repeat(2))
+        first.weight[:, : 2 * half].mul_(slow.repeat(2))
 
 
 @cache

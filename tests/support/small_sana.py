@@ -152,3 +152,5 @@ VIDEO_CASES = {
         "SanaImageToVideoPipeline", {"image": _image}, negative=True, parts=lambda: {"vae": wan_vae()}, **_VIDEO
     ),
 }
+
+FAMILY, QUICK, RECORDED = "sana", "sana", "sana cfg"

@@ -71,3 +71,5 @@ CASES = {
         strength=0.75,
     ),
 }
+
+FAMILY = "sd3"

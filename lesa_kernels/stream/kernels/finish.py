@@ -28,13 +28,20 @@ def part_sum(parts, offsets, stride_split, SPLITS: tl.constexpr, AS_ONE: tl.cons
 def finish_velocity(
     output, parts, stride_split, row, stage, start, end, tokens, eps,
     square, total, ones, constant, through, stride_ones, stride_constant, stride_through,
-    D: tl.constexpr, OUTS: tl.constexpr, RANK: tl.constexpr, SHRINK: tl.constexpr, SPLITS: tl.constexpr,
-    BY_RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
+    D: tl.constexpr, OUTS: tl.constexpr, NORM: tl.constexpr, TOKEN_SCALE: tl.constexpr, TOKEN_SHIFT: tl.constexpr,
+    RANK: tl.constexpr, SHRINK: tl.constexpr, SPLITS: tl.constexpr, BY_RANK: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Writes the velocities of a tile from the sums that all splits left in `parts`."""
+    """Writes the velocities of a tile from the sums that all splits left in `parts`.
+
+    With a modulation of each token, `ones` and a part of the constant are sums too, and there is no residual.
+    """
     inner = tl.arange(0, BLOCK_T)
-    mean = part_sum(parts, inner, stride_split, SPLITS, RANK > 0) / D
-    squares = part_sum(parts, BLOCK_T + inner, stride_split, SPLITS, RANK > 0) - D * mean * mean
+    if NORM == "layer":
+        mean = part_sum(parts, inner, stride_split, SPLITS, RANK > 0) / D
+        squares = part_sum(parts, BLOCK_T + inner, stride_split, SPLITS, RANK > 0) - D * mean * mean
+    elif NORM == "rms":
+        squares = part_sum(parts, BLOCK_T + inner, stride_split, SPLITS, RANK > 0)
     if RANK > 0:
         rank_chunk: tl.constexpr = min(BLOCK_R, CHUNK)
         total += stage * RANK
@@ -43,6 +50,7 @@ def finish_velocity(
         if rank_chunk == BLOCK_R:
             whole_at = BY_RANK + tl.arange(0, BLOCK_R)[None, :] * BLOCK_T + inner[:, None]
             whole_read = part_sum(parts, whole_at, stride_split, SPLITS, RANK > 0)
+    if RANK > 0 and NORM != "none":
         for first_rank in tl.range(0, BLOCK_R, rank_chunk):
             ranks = first_rank + tl.arange(0, rank_chunk)
             sums = tl.load(total + ranks, ranks < RANK, 0.0)
@@ -53,7 +61,9 @@ def finish_velocity(
             # Ranks that do not exist get any sums that there are, times zero.
             raised_at = (2 + OUTS + tl.minimum(ranks, RANK - 1))[None, :] * BLOCK_T + inner[:, None]
             raised = part_sum(parts, raised_at, stride_split, SPLITS, RANK > 0) * (1 / SHRINK)
-            turned = 2 * (raised - mean[:, None] * sums[None, :])
+            if NORM == "layer":
+                raised -= mean[:, None] * sums[None, :]
+            turned = 2 * raised
             for first_other in tl.range(0, BLOCK_R, rank_chunk):
                 others = first_other + tl.arange(0, rank_chunk)
                 other_read = whole_read
@@ -62,18 +72,26 @@ def finish_velocity(
                     other_read = part_sum(parts, other_at, stride_split, SPLITS, RANK > 0)
                 exist = (others < RANK)[:, None] & (ranks < RANK)[None, :]
                 map = tl.load(square + others[:, None] * RANK + ranks[None, :], exist, 0.0)
-                map -= tl.load(total + others, others < RANK, 0.0)[:, None] * (sums / D)[None, :]
+                if NORM == "layer":
+                    map -= tl.load(total + others, others < RANK, 0.0)[:, None] * (sums / D)[None, :]
                 turned = tl.dot(other_read, map, turned, input_precision="tf32x3")
             squares += tl.sum(turned * read, axis=1)
-    deviation = tl.sqrt(tl.maximum(squares, 0.0, tl.PropagateNan.ALL) / D + eps)
+    if NORM != "none":
+        deviation = tl.sqrt(tl.maximum(squares, 0.0, tl.PropagateNan.ALL) / D + eps)
 
     out_chunk: tl.constexpr = min(BLOCK_O, CHUNK)
     for first_out in tl.range(0, BLOCK_O, out_chunk):
         outs = first_out + tl.arange(0, out_chunk)
         exist = outs < OUTS
         at = 2 * BLOCK_T + outs[None, :] * BLOCK_T + inner[:, None]
-        one = tl.load(ones + row * stride_ones + outs, exist, 0.0)
-        product = part_sum(parts, at, stride_split, SPLITS, RANK > 0) * (1 / SHRINK) - mean[:, None] * one[None, :]
+        if NORM == "layer" and TOKEN_SCALE:
+            one = part_sum(parts, BLOCK_O * BLOCK_T + at, stride_split, SPLITS, False)
+            product = part_sum(parts, at, stride_split, SPLITS, False) - mean[:, None] * one
+        elif NORM == "layer":
+            one = tl.load(ones + row * stride_ones + outs, exist, 0.0)
+            product = part_sum(parts, at, stride_split, SPLITS, RANK > 0) * (1 / SHRINK) - mean[:, None] * one[None, :]
+        else:
+            product = part_sum(parts, at, stride_split, SPLITS, RANK > 0) * (1 / SHRINK)
         if RANK > 0:
             for first_rank in tl.range(0, BLOCK_R, rank_chunk):
                 ranks = first_rank + tl.arange(0, rank_chunk)
@@ -84,9 +102,17 @@ def finish_velocity(
                 there = (ranks < RANK)[:, None] & exist[None, :]
                 of_row = through + tl.cast(row, tl.int64) * stride_through
                 map = tl.load(of_row + ranks[:, None] * OUTS + outs[None, :], there, 0.0)
-                map -= tl.load(total + ranks, ranks < RANK, 0.0)[:, None] * (one / D)[None, :]
+                if NORM == "layer":
+                    map -= tl.load(total + ranks, ranks < RANK, 0.0)[:, None] * (one / D)[None, :]
                 product = tl.dot(read, map, product, input_precision="tf32x3")
-        result = product / deviation[:, None] + tl.load(constant + row * stride_constant + outs, exist, 0.0)[None, :]
+        result = product
+        if NORM != "none":
+            result = product / deviation[:, None]
+        if constant is not None:
+            result += tl.load(constant + row * stride_constant + outs, exist, 0.0).to(tl.float32)[None, :]
+        if TOKEN_SHIFT and NORM != "none":
+            moved: tl.constexpr = BLOCK_O * BLOCK_T * (2 if NORM == "layer" else 1)
+            result += part_sum(parts, moved + at, stride_split, SPLITS, False)
         token = tl.cast(row, tl.int64) * tokens + start
         written = output + token * OUTS + inner[:, None] * OUTS + outs[None, :]
         tl.store(written, rounded(result, output.dtype.element_ty), (start + inner < end)[:, None] & exist[None, :])

@@ -1,12 +1,14 @@
 """Functions for the kernels that read stored features: loads, conversions and products of tiles."""
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 
 from lesa_kernels import launch
 from lesa_kernels.bspline_kan.kernels import interpretable_dot, rounded
-from lesa_kernels.stream.arguments import StoredFeatures, Weights
+from lesa_kernels.stream.arguments import OutputHead, StoredFeatures, Weights
 from lesa_kernels.stream.geometry import Device, Problem
 
 # A kernel's constant FLOAT8 says how it reads stored features: they are not float8, Triton converts them, or the kernel
@@ -141,8 +143,13 @@ def rounded_dot(a, b, accumulator, OPERAND: tl.constexpr):
 _OPERANDS = {torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def operand_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The dtype in which matrix products of features in `dtype` run; bfloat16 for float8."""
+def operand_dtype(dtype: torch.dtype, head: OutputHead | None = None) -> tl.dtype:
+    """The dtype in which matrix products of features in `dtype` run; bfloat16 for float8.
+
+    Features that are multiplied by a scale of each token may be out of the range of float16.
+    """
+    if dtype == torch.float16 and head is not None and head.per_token:
+        return tl.float32
     return _OPERANDS.get(dtype, tl.bfloat16)
 
 
@@ -151,10 +158,17 @@ def device_of(device: torch.device) -> Device:
     return Device(launch.architecture(), launch.multiprocessors(device))
 
 
-def problem_of(features: StoredFeatures, weights: Weights, outputs: int = 0, rank: int = 0) -> Problem:
+def problem_of(features: StoredFeatures, weights: Weights, head: OutputHead | None = None, rank: int = 0) -> Problem:
     """What is to be computed, for `geometry`."""
-    _, batch, tokens, width = features.storage.shape
-    return Problem(batch, tokens, width, weights.anchors.shape[1], features.storage.dtype.itemsize, outputs, rank)
+    storage, outputs = features.storage, 0 if head is None else head.weight.shape[0]
+    _, batch, tokens, width = storage.shape
+    problem = Problem(batch, tokens, width, weights.anchors.shape[1], storage.dtype.itemsize, outputs, rank)
+    if head is None or not head.per_token:
+        return problem
+    modulations = [part.dtype.itemsize for part in (head.scale, head.shift) if part is not None]
+    products = 1 + (head.norm == "layer") + (head.norm is not None and head.shift is not None)
+    operand_bytes = operand_dtype(storage.dtype, head).primitive_bitwidth // 8
+    return replace(problem, modulations=tuple(modulations), products=products, least_operand_bytes=operand_bytes)
 
 
 def stored_bits(storage: torch.Tensor) -> tuple[torch.Tensor, int]:

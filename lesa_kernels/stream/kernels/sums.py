@@ -14,8 +14,17 @@ The last one adds up the parts of all, in a fixed order, and finishes the group.
     v     = rstd * (P - mean W' 1 + (V^T W'^T - V^T 1 (W' 1)^T / D)^T q) + W shift + b
 
 A layer norm does not change if a number is added to all channels, so c does not appear. Since x is small where the
-features are large compared with their spread, no digits cancel. Without a head the programs write the base, and the
-last one adds `V q` to it.
+features are large compared with their spread, no digits cancel. Other norms, and no norm, have c = 0:
+
+    D mean square = sum x^2 + 2 X . q + q^T V^T V q
+    v             = rstd * (P + (V^T W'^T)^T q) + W shift + b
+
+A modulation of each token is a tile beside those of the features. Then W' is not the same for all tokens, and the
+products are `P = W (x (1 + scale))`, and `W (1 + scale)` and `W shift` in the place of `W' 1` and `W shift`; without a
+norm, `P = W (x (1 + scale) + shift)` is all. Such a head has no residual here: its `W' V` would be a matrix for each
+token.
+
+Without a head the programs write the base, and the last one adds `V q` to it.
 """
 
 import torch
@@ -93,6 +102,15 @@ def likeness_of(
     elif CONSTANT == 1:
         added = tl.load(constant + row * stride_constant)
     return total, added
+
+
+@triton.jit
+def modulation_of(modulation, stride_b, stride_t, row, start, end, channels, inside, BLOCK_T: tl.constexpr):
+    """A tile of the scales or shifts of each token: `[BLOCK_T, channels]`, zero from token `end` on."""
+    inner = tl.arange(0, BLOCK_T)
+    first = tl.cast(row, tl.int64) * stride_b + tl.cast(start, tl.int64) * stride_t
+    tile = modulation + first + inner[:, None] * stride_t + channels[None, :]
+    return tl.load(tile, (start + inner < end)[:, None] & inside[None, :], 0.0)
 
 
 @triton.jit
@@ -174,11 +192,18 @@ def _stream_sums_fwd_kernel(
     stride_head_constant,
     stride_through,
     stride_weight,
+    token_scale,
+    token_shift,
+    stride_scale_b,
+    stride_scale_t,
+    stride_shift_b,
+    stride_shift_t,
     D: tl.constexpr,
     K: tl.constexpr,
     WIDE: tl.constexpr,
     CONSTANT: tl.constexpr,
     OUTS: tl.constexpr,
+    NORM: tl.constexpr,
     RANK: tl.constexpr,
     KEEPS_READ: tl.constexpr,
     FLOAT8: tl.constexpr,
@@ -209,7 +234,7 @@ def _stream_sums_fwd_kernel(
     slots, n, poison = anchors_of(cursor, ring_count, count, row, capacity, stride_count, K)
     features = (storage, scales, batch, tokens, stride_c, stride_b, stride_t)
     likeness, added = 0.0, 0.0
-    if OUTS > 0:
+    if NORM == "layer":
         likeness, added = likeness_of(row, n, anchors, constant, stride_anchors, stride_constant, D, K, WIDE, CONSTANT)
     stage = 0
     if RANK > 0:
@@ -235,11 +260,14 @@ def _stream_sums_fwd_kernel(
             plain_sum = tl.zeros([BLOCK_T, BLOCK_D // 8], tl.float32)
             square_sum = tl.zeros([BLOCK_T, BLOCK_D // 8], tl.float32)
             projected = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
+            if token_scale is not None:
+                projected_ones = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
+                projected_shift = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
             read = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
             for block in tl.range(first_block, last_block, num_stages=NUM_STAGES):
                 channels = block * BLOCK_D + tl.arange(0, BLOCK_D)
                 inside = channels < D
-                if OUTS > 0:  # noqa: SIM102
+                if NORM == "layer":  # noqa: SIM102
                     if block == first_block:  # not before the loop, whose first copies would wait for it
                         limit = tl.where(n > 0, stop, 0)
                         shift = shift_of(features, slots[0], row, start, limit, likeness, added, D, BLOCK_T, FLOAT8)
@@ -257,12 +285,29 @@ def _stream_sums_fwd_kernel(
                 if OUTS > 0:
                     if D % BLOCK_D != 0:
                         x = tl.where(inside[None, :], x, 0.0)
-                    octets = tl.reshape(x, [BLOCK_T, BLOCK_D // 8, 8])  # those of a thread: the loop needs no shuffles
-                    plain_sum += tl.sum(octets, axis=2)
-                    square_sum += tl.sum(octets * octets, axis=2)
+                    if NORM != "none":
+                        octets = tl.reshape(x, [BLOCK_T, BLOCK_D // 8, 8])  # of a thread: the loop needs no shuffles
+                        if NORM == "layer":
+                            plain_sum += tl.sum(octets, axis=2)
+                        square_sum += tl.sum(octets * octets, axis=2)
                     exist = inside[None, :] & (outs < OUTS + RANK)[:, None]
                     of_row = weight + tl.cast(row, tl.int64) * stride_weight
                     map = tl.load(of_row + outs[:, None] * D + channels[None, :], exist, 0.0)
+                    if token_scale is not None:
+                        scaled = 1.0 + modulation_of(
+                            token_scale, stride_scale_b, stride_scale_t, row, start, stop, channels, inside, BLOCK_T
+                        ).to(tl.float32)
+                        x *= scaled
+                        if NORM == "layer":
+                            projected_ones = products(map, scaled, projected_ones, OPERAND)
+                        if token_shift is not None:
+                            moved = modulation_of(
+                                token_shift, stride_shift_b, stride_shift_t, row, start, stop, channels, inside, BLOCK_T
+                            ).to(tl.float32)
+                            if NORM == "none":
+                                x += moved
+                            else:
+                                projected_shift = products(map, moved, projected_shift, OPERAND)
                     if SHRINK != 1:
                         x *= SHRINK
                     projected = products(map, x, projected, OPERAND)
@@ -287,10 +332,18 @@ def _stream_sums_fwd_kernel(
 
             own_part = group_parts + split * stride_split + i * PART
             if OUTS > 0:
-                tl.store(own_part + inner, tl.sum(plain_sum, axis=1))
-                tl.store(own_part + BLOCK_T + inner, tl.sum(square_sum, axis=1))
+                if NORM == "layer":
+                    tl.store(own_part + inner, tl.sum(plain_sum, axis=1))
+                if NORM != "none":
+                    tl.store(own_part + BLOCK_T + inner, tl.sum(square_sum, axis=1))
                 kept = (outs < OUTS + RANK)[:, None] & (inner < BLOCK_T)[None, :]
-                tl.store(own_part + 2 * BLOCK_T + outs[:, None] * BLOCK_T + inner[None, :], projected, kept)
+                of_outs = own_part + 2 * BLOCK_T + outs[:, None] * BLOCK_T + inner[None, :]
+                tl.store(of_outs, projected, kept)
+                if token_scale is not None and NORM == "layer":
+                    tl.store(of_outs + BLOCK_O * BLOCK_T, projected_ones, kept)
+                if token_shift is not None and NORM != "none":
+                    moved_by: tl.constexpr = BLOCK_O * BLOCK_T * (2 if NORM == "layer" else 1)
+                    tl.store(of_outs + moved_by, projected_shift, kept)
             if RANK > 0:
                 of_rank = own_part + BY_RANK + ranks[:, None] * BLOCK_T + inner[None, :]
                 tl.store(of_rank, read)
@@ -306,7 +359,8 @@ def _stream_sums_fwd_kernel(
                     finish_velocity(
                         output, group_parts + i * PART, stride_split, row, stage, start, stop, tokens, eps,
                         square, total, ones, head_constant, through, stride_ones, stride_head_constant, stride_through,
-                        D, OUTS, RANK, SHRINK, SPLITS, BY_RANK, BLOCK_T, BLOCK_O, BLOCK_R, CHUNK,
+                        D, OUTS, NORM, token_scale is not None, token_shift is not None,
+                        RANK, SHRINK, SPLITS, BY_RANK, BLOCK_T, BLOCK_O, BLOCK_R, CHUNK,
                     )  # fmt: skip
                 else:
                     finish_forecast(
@@ -317,9 +371,9 @@ def _stream_sums_fwd_kernel(
         tl.debug_barrier()  # a program of its own group writes its next sums where it has just read these
 
 
-def sums_launch(features: StoredFeatures, weights: Weights, outputs: int, rank: int) -> SumsLaunch | str:
-    """How the kernel is launched for a head with `outputs`, or 0 without one; or why it does not fit."""
-    return geometry.sums_launch(device_of(features.device), problem_of(features, weights, outputs, rank))
+def sums_launch(features: StoredFeatures, weights: Weights, head: OutputHead | None, rank: int) -> SumsLaunch | str:
+    """How the kernel is launched with or without a head; or why it does not fit."""
+    return geometry.sums_launch(device_of(features.device), problem_of(features, weights, head, rank))
 
 
 def _launch(
@@ -335,12 +389,14 @@ def _launch(
     storage, rank = features.storage, low_rank.rank
     capacity, batch, tokens, width = storage.shape
     outs = 0 if head is None else head.weight.shape[0]
-    launch = sums_launch(features, weights, outs, rank)
+    launch = sums_launch(features, weights, head, rank)
     if isinstance(launch, str):
         raise RuntimeError(f"the kernel does not fit: {launch}")
     tiling, device = launch.tiling, device_of(storage.device)
     parts = torch.empty(launch.scratch, dtype=torch.float32, device=storage.device)
     stored, float8 = stored_bits(storage)
+    modulations = (head.scale, head.shift) if head is not None and head.per_token else (None, None)
+    operand = operand_dtype(storage.dtype, head)
 
     def given(tensor):
         return output if tensor is None else tensor
@@ -363,7 +419,10 @@ def _launch(
         given(weights.taps),
         given(weights.stage),
         *(given(part if rank else None) for part in low_rank),
-        *(given(part) for part in sums),
+        given(sums.ones),
+        sums.constant if sums.ones is None and head is not None else given(sums.constant),
+        given(sums.through),
+        given(sums.weight),
         capacity,
         batch,
         tokens,
@@ -378,22 +437,26 @@ def _launch(
         step(weights.taps),
         step(weights.stage),
         *(step(part) for part in sums),
+        # What is None is no argument of the compiled kernel.
+        *modulations,
+        *(None if part is None else part.stride(dim) for part in modulations for dim in (0, 1)),
         D=width,
         K=weights.anchors.shape[1],
         WIDE=weights.anchors.ndim == 3,
         CONSTANT=constant_kind(weights),
         OUTS=outs,
+        NORM="none" if head is None or head.norm is None else head.norm,
         RANK=rank,
         KEEPS_READ=read is not None,
         FLOAT8=float8,
-        OPERAND=operand_dtype(storage.dtype),
+        OPERAND=operand,
         # The difference of two features may be out of the range of float16.
-        SHRINK=0.25 if storage.dtype == torch.float16 else 1.0,
+        SHRINK=0.25 if operand == tl.float16 else 1.0,
         SPLITS=launch.splits,
         BLOCK_T=tiling.block_t,
         BLOCK_D=tiling.block_d,
         # Float16 is multiplied as float32 at the end, and float32 is split into two.
-        BLOCK_E=tiling.finished_channels(device, 2 if operand_dtype(storage.dtype) == tl.bfloat16 else 8),
+        BLOCK_E=tiling.finished_channels(device, 2 if operand == tl.bfloat16 else 8),
         BLOCK_O=max(tiling.block_o, 16),
         BLOCK_R=max(tiling.block_r, 16),
         BY_RANK=tiling.by_rank,

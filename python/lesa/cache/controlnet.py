@@ -1,7 +1,8 @@
 """A ControlNet that is called only when its residuals are needed. A predicted step does not need them."""
 
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,26 @@ class Residuals(Sequence):
         return len(self.value())
 
 
+class ResidualsByBlock(Mapping):
+    """A dict of a ControlNet's residuals, by the number of a block, that is computed when it is first used."""
+
+    def __init__(self, compute: Callable[[], dict]):
+        self._compute = compute
+
+    def value(self) -> dict:
+        """The dict itself."""
+        return self._compute()
+
+    def __getitem__(self, block: int) -> Any:
+        return self.value()[block]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.value())
+
+    def __len__(self) -> int:
+        return len(self.value())
+
+
 class DeferredControl:
     """Defers the calls of a ControlNet to the transformer that gets its residuals.
 
@@ -31,7 +52,7 @@ class DeferredControl:
 
     Args:
         controlnet: the pipeline's ControlNet.
-        outputs: how many lists of residuals it returns in a tuple; 0 for a single list without a tuple.
+        outputs: how many lists of residuals it returns in a tuple; 0 for a single list or dict without a tuple.
     """
 
     def __init__(self, controlnet: torch.nn.Module, outputs: int):
@@ -39,6 +60,8 @@ class DeferredControl:
         self._awaited: list[Callable[[], bool]] = []
         self._run: Callable | None = None  # what the gate replaces
         self._is_none: tuple[bool, ...] | None = None
+        self._kind: type[Residuals] | type[ResidualsByBlock] = Residuals
+        self._has_choice = "return_dict" in inspect.signature(controlnet.forward).parameters
 
     @classmethod
     def of(cls, controlnet: torch.nn.Module, outputs: int) -> "DeferredControl":
@@ -69,15 +92,16 @@ class DeferredControl:
 
     def _gate(self, *args: Any, **kwargs: Any) -> Any:
         run = self._run or self.controlnet._call_impl
-        if kwargs.get("return_dict", True):
+        if self._has_choice and kwargs.get("return_dict", True):
             return run(*args, **kwargs)  # an output object, which holds more than residuals
         if self._is_none is None or not any(awaited() for awaited in self._awaited):
             result = run(*args, **kwargs)
             self._is_none = tuple(part is None for part in (result if self.outputs else (result,)))
+            self._kind = ResidualsByBlock if isinstance(result, dict) else Residuals
             return result
         once = functools.cache(lambda: run(*args, **kwargs))
         if not self.outputs:
-            return None if self._is_none[0] else Residuals(once)
+            return None if self._is_none[0] else self._kind(once)
 
         def part(number: int) -> list:
             return once()[number]
@@ -88,4 +112,5 @@ class DeferredControl:
 
 def computed(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a transformer, with the residuals in them computed."""
-    return {name: value.value() if isinstance(value, Residuals) else value for name, value in kwargs.items()}
+    deferred = (Residuals, ResidualsByBlock)
+    return {name: value.value() if isinstance(value, deferred) else value for name, value in kwargs.items()}

@@ -1,10 +1,10 @@
 """The hook on a transformer: finds the step of each call, and lets it be computed or predicted."""
 
 import contextlib
+import functools
 import threading
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from diffusers.hooks import ModelHook
@@ -12,22 +12,16 @@ from diffusers.hooks import ModelHook
 from lesa.cache import reasons
 from lesa.cache.context import ContextTracker
 from lesa.cache.device_values import DeviceValues
-from lesa.cache.placement import Placement, check_no_layer_cache, check_no_other_cache, refusal_to_copy
-from lesa.cache.run import Call, Run, RunState
+from lesa.cache.events import State, StepEvents
+from lesa.cache.placement import Watch, check_no_layer_cache, check_no_other_cache, check_uncached, refusal_to_copy
+from lesa.cache.run import Call, Run
+from lesa.cache.sites import Site
 from lesa.models import Adapter
 from lesa_kernels.checks import usage_error
-from lesa_kernels.dispatch import users_level
-
-COMPILE_FIRST = (
-    "lesa decides outside of the compiled graph: compile with `pipe.transformer.compile(...)`, or call "
-    "`torch.compile(pipe.transformer, fullgraph=True)` before `lesa.enable_cache`"
-)
-
-State = TypeVar("State", bound=RunState)
 
 
-class StepHook(ModelHook, Generic[State]):
-    """Base of the hooks on a transformer.
+class StepHook(StepEvents[State], ModelHook):
+    """Base of the hooks on the transformer of a pipeline, or on both experts of Wan 2.2.
 
     A gate comes before everything that a call of the transformer runs, compiled or not. It finds the run, the step and
     the stream, and decides whether the transformer is computed. In a step that is not computed, the forward of the
@@ -37,29 +31,33 @@ class StepHook(ModelHook, Generic[State]):
     What belongs to one run is in `state`. When the run fails, or another run replaces it, the state is dropped. Values
     that have not come from the device yet belong to the state, so the values of a run that is over are never read.
 
+    Two experts share the state, in which steps are counted over the whole run. Their streams of calls are separate.
+
     Args:
         pipe: the pipeline whose scheduler gives the steps.
-        adapter: the adapter of the pipeline's transformer.
+        adapters: of the pipeline's transformers, by the names of the components.
 
     Attributes:
-        placement: what is on the transformer and the pipeline.
+        sites: the transformers that it is on.
+        site, adapter, placement: that of the current or latest call, its adapter, and what is on it.
         state: the state of the current run, or None between runs.
         inside: what happens in the current call: "compute" or "predict"; None between calls.
     """
 
     _is_stateful = True
 
-    def __init__(self, pipe: Any, adapter: Adapter):
+    def __init__(self, pipe: Any, adapters: Mapping[str, Adapter]):
         super().__init__()
-        self.pipe, self.adapter = pipe, adapter
+        self.pipe = pipe
         self.context = ContextTracker()
         self.state: State | None = None
-        self.placement = Placement(self)
+        self.sites = tuple(Site(self, name, adapter) for name, adapter in adapters.items())
+        self.go_to(self.sites[0])
+        self._watch = Watch(self)
         self._entered = threading.Lock()  # held during a call
         self._located: tuple[State, Call] | None = None  # the current call, if its place in a run is known
         self.inside: str | None = None
-        self._captured: tuple | None = None  # the inputs of the output head in the current call, from a compiled graph
-        self._warned: set[str] = set()
+        self._captured: tuple = ()  # the inputs of the output heads in the current call, from a compiled graph
         self._calls = 0
         self._bypassed = False  # in the run of the pipeline
         self._last_index: int | None = None  # of the latest call in it whose place was known
@@ -68,17 +66,26 @@ class StepHook(ModelHook, Generic[State]):
     # On and off
 
     def install(self) -> None:
-        """Puts the hook on the transformer.
+        """Puts the hook on.
 
         Raises:
             RuntimeError: it or another cache is on already.
         """
-        self.placement.put()
+        check_uncached(self.pipe)
+        for site in self.sites:
+            site.placement.put()
+        self._watch.put()
 
     def uninstall(self) -> None:
-        """Restores transformer and pipeline. Does nothing if the hook is off already."""
-        self.placement.remove()
+        """Restores transformers and pipeline. Does nothing if the hook is off already."""
+        for site in self.sites:
+            site.placement.remove()
+        self._watch.remove()
         self.state = None
+
+    def go_to(self, site: Site) -> None:
+        """Makes another site the current one."""
+        self.site, self.adapter, self.placement = site, site.adapter, site.placement
 
     def __deepcopy__(self, memo: dict) -> "StepHook":
         raise refusal_to_copy()
@@ -94,78 +101,6 @@ class StepHook(ModelHook, Generic[State]):
             self.state = None
             self.context.reset()
         return module
-
-    # What a subclass does
-
-    def new_state(self, run: Run, values: DeviceValues) -> State:
-        """The state of a run that begins; arguments as in `RunState`."""
-        raise NotImplementedError
-
-    def on_run(self, state: State) -> None:
-        """Called at the first step of a run."""
-        raise NotImplementedError
-
-    def on_unlocated(self) -> None:
-        """Called when a call's timestep is not one of the scheduler's, or when that turns out later."""
-        self.warn("{}: computing. {}".format(*reasons.UNLOCATED))
-
-    def wants_prediction(self, state: State, call: Call) -> bool:
-        """Whether this call is not to be computed."""
-        return False
-
-    def predict(self, state: State, call: Call, arguments: dict[str, Any]) -> Any:
-        """The transformer's output, forecast.
-
-        Args:
-            state: of the current run.
-            call: with the arguments that were passed to the transformer.
-            arguments: those of the forward by name, which wrappers may have changed.
-        """
-        raise NotImplementedError
-
-    def can_predict(self, state: State, call: Call, arguments: dict[str, Any]) -> bool:
-        """Whether `predict` can be called with these arguments, which wrappers may have changed."""
-        return True
-
-    def on_not_forecast(self, state: State, call: Call, reason: str, remedy: str) -> None:
-        """Called when a call that was to be predicted is computed, because its forward could not be exchanged."""
-        self.warn(f"{reason}: computing. {remedy}")
-
-    def on_bypassed(self, reason: str, remedy: str) -> None:
-        """Called when the pipeline computes, and the hook does not see it."""
-        raise usage_error(f"lesa cannot see what is computed: {reason}.", remedy, RuntimeError)
-
-    def on_restart(self, state: State) -> None:
-        """Called when a run begins in the middle of another one."""
-        self.bypass(*reasons.RESTARTED)
-
-    def on_no_call(self) -> None:
-        """Called when the pipeline has run and has not called the transformer."""
-
-    def on_predicted(self, state: State, call: Call, output: Any) -> None:
-        """Called with what `predict` gave, to ask the device whether it is good."""
-
-    def accepts(self, state: State, call: Call, output: Any) -> bool:
-        """Whether what `predict` gave is good, as far as is known; if not, the call is computed."""
-        return True
-
-    def needed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The transformer's keyword arguments for a call that is computed."""
-        return kwargs
-
-    def reads_conditioning(self, state: State) -> bool:
-        """Whether `keep` reads the conditioning."""
-        return True
-
-    def keep(self, state: State, call: Call, features: torch.Tensor, conditioning: torch.Tensor | None) -> None:
-        """Gets the features `[B, T, D]` and the conditioning of the output head in a call that is computed.
-
-        The conditioning may be None if `reads_conditioning` says so.
-        """
-        raise NotImplementedError
-
-    def finish(self, state: State, call: Call) -> None:
-        """Called after a call that was computed. `call.heads` says how often lesa has seen the head run in it."""
 
     # A run of the pipeline. A loop of the user's own has none.
 
@@ -189,11 +124,7 @@ class StepHook(ModelHook, Generic[State]):
         self.reset_state(self.adapter.transformer)
 
     def _check_steps(self, is_unused: bool) -> None:
-        """Tells `on_bypassed` if the scheduler has gone on after the last call, or tells `on_no_call`.
-
-        Args:
-            is_unused: whether a run has ended in which the hook got no call.
-        """
+        """Tells `on_bypassed` if the scheduler has gone on after the last call, or tells `on_no_call`."""
         stepped, last = getattr(self.pipe.scheduler, "step_index", None), self._last_index
         if stepped is not None and (is_unused or (last is not None and stepped > last + 1)):
             self.bypass(*reasons.SKIPPED)
@@ -201,18 +132,8 @@ class StepHook(ModelHook, Generic[State]):
             self.on_no_call()
 
     def _check_driven(self, is_unused: bool) -> None:
-        """Tells `on_bypassed` if the pipeline has another transformer than the one with the hook.
-
-        Args:
-            is_unused: whether a run has ended in which the hook got no call. Then the transformer must be the
-                pipeline's own; otherwise a module around it will do.
-        """
-        module: Any = getattr(self.pipe, "transformer", None)
-        own, is_module = self.adapter.transformer, isinstance(module, torch.nn.Module)
-        if not self.placement.is_on or getattr(module, "_orig_mod", module) is own:
-            return
-        may_call = not is_module or any(part is own for part in module.modules())  # another object may hold it
-        if is_unused or not may_call:
+        """Tells `on_bypassed` if the pipeline has another transformer than one with the hook; see `Site.is_swapped`."""
+        if any(site.is_swapped(is_unused) for site in self.sites):
             self.bypass(*reasons.SWAPPED)
 
     def bypass(self, reason: str, remedy: str) -> None:
@@ -220,14 +141,10 @@ class StepHook(ModelHook, Generic[State]):
         self._bypassed = True
         self.on_bypassed(reason, remedy)
 
-    # The gate of the transformer's calls. It is not compiled; what it runs may be.
+    # The calls of a transformer, which come through the gate of its site
 
-    def gate(self, *args: Any, **kwargs: Any) -> Any:
-        """A call of the transformer."""
-        return self.enter(args, kwargs)
-
-    @torch.compiler.disable(recursive=False, reason=COMPILE_FIRST)
-    def enter(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    @torch.compiler.disable(recursive=False, reason=reasons.COMPILE_FIRST)
+    def enter(self, site: Site, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Computes a call, or predicts it."""
         if not self._entered.acquire(blocking=False):
             raise usage_error(
@@ -236,20 +153,29 @@ class StepHook(ModelHook, Generic[State]):
                 RuntimeError,
             )
         try:
+            if site is not self.site:
+                self.go_to(site)
             output = self._begin(args, kwargs)
             if output is not None:
                 return output
             kwargs = self.needed(kwargs)
             self.inside = "compute"
-            output = self.placement.call(*args, **kwargs)
+            output = self._compute(args, kwargs)
             self._computed()
             return output
         except BaseException:
             self.state = None  # the run has failed
             raise
         finally:
-            self._located = self.inside = self._captured = None
+            self._located, self.inside, self._captured = None, None, ()
             self._entered.release()
+
+    def _compute(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not self.adapter.runs_around or self._located is None or self.placement.is_compiled:
+            return self.placement.call(*args, **kwargs)
+        compute = functools.partial(self.adapter.compute, self._located[1].stream)
+        with self.adapter.own_forward.exchanged(compute):
+            return self.placement.call(*args, **kwargs)
 
     @torch.compiler.disable
     def _begin(self, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -261,7 +187,7 @@ class StepHook(ModelHook, Generic[State]):
         """Finds the place of a call in a run, and decides whether to predict it; None if the place is not known."""
         self._calls += 1
         self.placement.look_at_forward()
-        check_no_other_cache(self.adapter.transformer)
+        check_no_other_cache(self.site.name, self.adapter.transformer)
         arguments = self.adapter.bind(args, kwargs)
         timestep = self.adapter.timestep(arguments)
         if self.state is not None and not self.state.run.covers(self.pipe.scheduler):
@@ -275,12 +201,13 @@ class StepHook(ModelHook, Generic[State]):
             return None
         run = state.run
         if run.begin is None:
-            check_no_layer_cache(self.adapter.transformer)
+            for site in self.sites:
+                check_no_layer_cache(site.adapter.transformer)
             run.begin = run.index
             self.on_run(state)
             self._count_run(state)
-        stream = state.stream_of(self.context.name or "main", self.adapter.text(arguments))
-        call = Call(run.step, stream, run.sigmas[run.index], arguments)
+        stream = state.stream_of(self.site.prefix + (self.context.name or "main"), self.adapter.text(arguments))
+        call = Call(run.step, stream, run.sigmas[run.index], arguments, self.site.name)
         call.predicted = self.wants_prediction(state, call)
         return state, call
 
@@ -302,8 +229,8 @@ class StepHook(ModelHook, Generic[State]):
                 return None
             output = self.adapter.transformer._call_impl(*args, **kwargs)
         if call.forecasts != 1:
-            why = reasons.CHANGED if call.changed else reasons.REPLACED
-            self.on_not_forecast(state, call, *(reasons.REPEATED if call.forecasts else why))
+            why = reasons.REPEATED if call.forecasts else call.unfit or reasons.REPLACED
+            self.on_not_forecast(state, call, *why)
             if call.forecasts:
                 return None
             self._computed()  # whatever stands in place of the forward has computed the call
@@ -321,52 +248,58 @@ class StepHook(ModelHook, Generic[State]):
             return forward(*args, **self.needed(kwargs))
         state, call = self._located
         arguments = self.adapter.bind(args, kwargs)
-        if not self.can_predict(state, call, arguments):
-            call.changed = True
-            return forward(*args, **self.needed(kwargs))
-        call.forecasts += 1
-        return self.predict(state, call, arguments)
+        call.unfit = reasons.CHANGED
+        if self.can_predict(state, call, arguments):
+            call.forecasts += 1
+            call.forward = functools.partial(forward, *args, **kwargs)
+            output = self.predict(state, call, arguments)
+            if output is not None:
+                return output
+            call.forecasts, call.unfit = 0, reasons.ELSEWHERE
+        return self.adapter.compute(call.stream, forward, args, self.needed(kwargs))
 
     @torch.compiler.disable
     def _computed(self) -> None:
-        if self._captured is not None:
-            self._keep(*self._captured)
+        for captured in self._captured:
+            self._keep(*captured)
         if self._located is not None:
             state, call = self._located
             self.finish(state, call)
             state.end_call()
 
-    def on_head_entry(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Keeps the inputs of the head at once, because later steps may overwrite them; a graph copies them out."""
-        features, conditioning = self.adapter.head_form.entered(args, kwargs)
+    def on_head_entry(self, site: Site, head: int, features: torch.Tensor, conditioning: torch.Tensor | None) -> None:
+        """Keeps the inputs of a head at once, because later steps may overwrite them; a graph copies them out."""
         if self.inside == "compute":
             if torch.compiler.is_compiling():
                 conditioning = None if conditioning is None else conditioning.detach().clone()
-                self._captured = features.detach().clone(), conditioning
+                self._captured = (*self._captured, (head, features.detach().clone(), conditioning))
             else:
-                self._keep(features, conditioning)
+                self._keep(head, features, conditioning)
         else:
-            self._on_other_head_entry(features, conditioning)
+            self._on_other_head_entry(site, head, features, conditioning)
 
     @torch.compiler.disable
-    def _on_other_head_entry(self, features: torch.Tensor, conditioning: torch.Tensor | None) -> None:
+    def _on_other_head_entry(
+        self, site: Site, head: int, features: torch.Tensor, conditioning: torch.Tensor | None
+    ) -> None:
         """The head ran in a call that is not computed: to make the output of a forecast, or because it was computed."""
         if self.inside is None:
-            if self.adapter.own_forward.is_running():  # otherwise the user calls the head alone
+            if site.adapter.own_forward.is_running():  # otherwise the user calls the head alone
                 self.bypass(*reasons.DIRECT)
         elif self._located is not None and not self._located[1].forecasts:
-            self._keep(features, conditioning)
+            self._keep(head, features, conditioning)
 
     @torch.compiler.disable
-    def _keep(self, entered: torch.Tensor, conditioning: torch.Tensor | None) -> None:
+    def _keep(self, head: int, entered: torch.Tensor, conditioning: torch.Tensor | None) -> None:
         if self._located is not None:
             state, call = self._located
-            call.heads += 1
-            if call.heads == 1:
-                features = self.adapter.features(call.arguments, entered)
+            call.heads[head] += 1
+            if call.heads[head] == 1:
+                branch = self.adapter.branches[head]
+                features = branch.features(call.arguments, entered)
                 if conditioning is None and self.reads_conditioning(state):
-                    conditioning = self.adapter.conditioning(call.arguments, features.dtype, features.device)
-                self.keep(state, call, features, conditioning)
+                    conditioning = branch.conditioning(call.arguments, features.dtype, features.device)
+                self.keep(state, call, head, features, conditioning)
 
     # Finding out which step a call is
 
@@ -383,12 +316,6 @@ class StepHook(ModelHook, Generic[State]):
             self.state = self._located = None
             self.on_unlocated()
         return self.state is not None
-
-    def warn(self, message: str) -> None:
-        """Warns, once for each message."""
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(f"lesa: {message}", RuntimeWarning, stacklevel=users_level())
 
     def is_awaited(self) -> bool:
         """Whether the pipeline is in the middle of a run, so that the next call of its transformer comes here."""

@@ -1,5 +1,6 @@
 """The hook for those that watch a run in which every step is computed."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,12 +16,12 @@ class ComputingHook(StepHook[RunState]):
     """Computes each call, and shows it to an observer.
 
     Args:
-        pipe, adapter: as in `StepHook`.
+        pipe, adapters: as in `StepHook`.
         observer: sees what is computed.
     """
 
-    def __init__(self, pipe: Any, adapter: Adapter, observer: StepObserver):
-        super().__init__(pipe, adapter)
+    def __init__(self, pipe: Any, adapters: Mapping[str, Adapter], observer: StepObserver):
+        super().__init__(pipe, adapters)
         self.observer = observer
 
     def new_state(self, run: Run, values: DeviceValues) -> RunState:
@@ -29,9 +30,10 @@ class ComputingHook(StepHook[RunState]):
     def on_run(self, state: RunState) -> None:
         self.observer.on_run(state.run, frozenset(range(len(state.run.executed_sigmas))))
 
-    def keep(self, state: RunState, call: Call, features: torch.Tensor, conditioning: Any) -> None:
-        self.observer.keep(call, features, conditioning)
+    def keep(self, state: RunState, call: Call, head: int, features: torch.Tensor, conditioning: Any) -> None:
+        if head == 0:
+            self.observer.keep(call, features, conditioning)
 
     def finish(self, state: RunState, call: Call) -> None:
-        if call.heads > 1:
+        if max(call.heads.values(), default=0) > 1:
             self.bypass(*reasons.REPEATED)

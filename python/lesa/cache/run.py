@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -160,20 +161,24 @@ class Call:
         stream: name of the stream of calls, such as "cond".
         sigma: the noise level of the step.
         arguments: the transformer's arguments by name, as the caller passed them.
+        transformer: which component of the pipeline it is, such as "transformer_2".
         predicted: whether the call is to be predicted.
-        heads: how often the inputs of the output head were seen in this call while it was computed.
+        forward: in place of what a forecast runs; it runs the transformer's own forward with its arguments.
+        heads: by number of the output head, how often its inputs were seen in this call while it was computed.
         forecasts: how often the forward was exchanged for a forecast in this call.
-        changed: whether a wrapper gave the forward inputs that no forecast fits.
+        unfit: why no forecast fits into the forward, and what helps.
     """
 
     step: int
     stream: str
     sigma: float
     arguments: dict[str, Any]
+    transformer: str
     predicted: bool = False
-    heads: int = 0
+    forward: Callable[[], Any] | None = None
+    heads: Counter[int] = field(default_factory=Counter)
     forecasts: int = 0
-    changed: bool = False
+    unfit: tuple[str, str] | None = None
 
 
 class StepObserver(Protocol):

@@ -1,6 +1,6 @@
 """What a run keeps of each stream of calls, in order to forecast."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -11,33 +11,37 @@ from lesa.cache.error_control import ControlledSteps
 from lesa.cache.planning import Plan, Planner
 from lesa.cache.run import RunState
 from lesa.cache.stats import StreamStats
-from lesa_kernels import FeatureRing, TieredRing
+from lesa.models import Adapter
+from lesa_kernels import FeatureRing, FusedKANPredictor, TieredRing
 
 
 @dataclass
-class Stream:
-    """What a run keeps of one stream of calls."""
+class Track:
+    """What a run keeps of the features that enter one output head in one stream of calls.
 
-    name: str
-    stats: StreamStats
-    conditioner: Conditioner
+    Args:
+        branch: the adapter of the head.
+        predictor: forecasts the features.
+    """
+
+    branch: Adapter
+    predictor: FusedKANPredictor
+    conditioner: Conditioner = field(init=False)
     ring: FeatureRing | TieredRing | None = None
     planner: Planner | None = None  # of forecasts from the ring; None if each is made on its own
     shape: tuple[int, int] | None = None  # batch and tokens of the call whose features are the newest in the ring
-    step: int = 0  # of that call
     fuses: bool = False  # whether the predictor has one kernel for forecast and output head
     reads_sums: bool = False  # whether that kernel reads the sums of `head_sums`
     known_fused: tuple[Plan, list, bool] | None = None  # for a plan and a kind of head, what `fuses_velocity` said
-    has_risen: bool = False  # whether the noise level has risen since that call
-    is_other_text: bool = False  # whether the text has differed since that call
-    is_unclear: bool = False  # whether a feature of another stream may be in the ring
+
+    def __post_init__(self):
+        self.conditioner = Conditioner(self.branch)
+        self.keeps_forecasts = self.predictor.config.history == "steps"
 
     def fits(self, features: torch.Tensor) -> bool:
-        """Whether the stream has a history that these features belong to."""
+        """Whether the ring is for features of this size."""
         ring = self.ring
-        if ring is None or self.has_risen or self.is_other_text or self.is_unclear:
-            return False
-        if (ring.batch, ring.tokens, ring.dim) != features.shape:
+        if ring is None or (ring.batch, ring.tokens, ring.dim) != features.shape:
             return False
         return (ring.dtype, ring.device) == (features.dtype, features.device)
 
@@ -49,6 +53,24 @@ class Stream:
 
 
 @dataclass
+class Stream:
+    """What a run keeps of one stream of calls."""
+
+    name: str
+    stats: StreamStats
+    tracks: tuple[Track, ...]  # one for each output head of the transformer
+    step: int = 0  # of the call whose features are the newest in the rings
+    has_risen: bool = False  # whether the noise level has risen since that call
+    is_other_text: bool = False  # whether the text has differed since that call
+    is_unclear: bool = False  # whether a feature of another stream may be in the ring
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether its next features belong to no history that it has."""
+        return self.has_risen or self.is_other_text or self.is_unclear
+
+
+@dataclass
 class ForecastState(RunState):
     """What is kept in a run whose calls are forecast.
 
@@ -56,7 +78,8 @@ class ForecastState(RunState):
         streams: by name.
         parts: for each executed step, the steps of `falling` around it.
         computed: the executed steps that are computed; with `controlled`, those that have been chosen so far.
-        risen: those of them that the schedule leaves out, and that are computed because the noise level rises there.
+        added: those of them that the schedule leaves out, and why they are computed.
+        switch: the step at which the pipeline goes over to its second transformer, if that is known.
         controlled: chooses the computed steps, in a run under `lesa.ErrorControl`.
         forecasts_are_finite: whether no forecast of this run is known to hold NaN or Inf.
         was_predicting: whether the schedule of the run before left out steps.
@@ -65,7 +88,8 @@ class ForecastState(RunState):
     streams: dict[str, Stream] = field(default_factory=dict)
     parts: Sequence[range] = ()
     computed: Set[int] = frozenset()
-    risen: Set[int] = frozenset()
+    added: Mapping[int, str] = field(default_factory=dict)
+    switch: int | None = None
     controlled: ControlledSteps | None = None
     forecasts_are_finite: bool = True
     was_predicting: bool = False
@@ -73,6 +97,16 @@ class ForecastState(RunState):
     @property
     def needs_values(self) -> bool:
         return self.controlled is not None and self.run.step > max(self.computed)
+
+    def plan(self, track: Track, step: int) -> Plan | None:
+        """A plan with the weights of a forecast, or None if they are computed with the forecast."""
+        if track.planner is None or torch.is_grad_enabled():
+            return None
+        return track.planner.plan(step, self.run.executed_sigmas, self.computed, self.controlled is not None)
+
+    def forget_others(self, prefix: str) -> None:
+        """Frees what is kept of streams whose names begin otherwise: those of a transformer that has no more calls."""
+        self.streams = {name: stream for name, stream in self.streams.items() if name.startswith(prefix)}
 
     def choose_next_step(self) -> None:
         """Adds the computed step after the last one, by the errors that were measured there."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import ModularPipeline
 from tqdm import tqdm
 
 from lesa.artifacts import digest
@@ -21,8 +22,9 @@ from lesa.evaluation.quality import learned_qualities, psnr, relative_error, ssi
 from lesa.evaluation.result import EvaluatedRun, Outcome
 from lesa.evaluation.store import Store
 from lesa.inputs import batches_of, collate
+from lesa.models import adapters_for
 from lesa.models.adapter import Adapter
-from lesa.pipelines import run_pipeline
+from lesa.pipelines import decoded_by_blocks, run_pipeline
 from lesa_kernels.checks import usage_error
 
 WARM_UP_STEPS = 12
@@ -62,6 +64,7 @@ class Contest:
         bar: tqdm,
     ):
         self.pipe, self.adapter, self.seed, self.size = pipe, adapter, seed, batch_size
+        self._adapters = adapters_for(pipe).values()
         self.num_inference_steps, self.store, self.bar = num_inference_steps, store, bar
         self.inputs = inputs
         self.batches = self.batches_of(inputs)
@@ -206,7 +209,7 @@ class Contest:
                 torch.cuda.reset_peak_memory_stats(device)
             left = TRAJECTORY_SAMPLES if keep and steps == self.num_inference_steps else 0
             for arguments, seeds in batches:
-                counter = Counter(self.pipe, self.adapter, min(left, len(seeds)))
+                counter = Counter(self.pipe, self._adapters, min(left, len(seeds)))
                 left -= min(left, len(seeds))
                 with for_each(contender), counter.on():
                     synchronise(device)
@@ -231,7 +234,7 @@ class Contest:
 
     def _warm_up(self, contender: Contender, batch: Batch, steps: int) -> None:
         arguments, seeds = batch
-        counter = Counter(self.pipe, self.adapter)
+        counter = Counter(self.pipe, self._adapters)
         with counter.on():
             made = self._call(arguments, seeds, steps, counter.on_step_end)
         if isinstance(contender, Reference):
@@ -251,6 +254,8 @@ class Contest:
         return latents[-1] if isinstance(latents, list) else latents  # FramePack: after each section
 
     def _decoded(self, latents, arguments) -> np.ndarray:
+        if isinstance(self.pipe, ModularPipeline):
+            return decoded_by_blocks(self.pipe, latents, arguments)
         return self.adapter.decode(self.pipe, latents, arguments.get("height"), arguments.get("width"))
 
     def _set_reference(self, outcome: Outcome, sigmas: list[float]) -> None:

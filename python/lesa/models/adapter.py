@@ -40,7 +40,8 @@ class Adapter:
         sample_argument, timestep_argument, text_argument: names of the arguments of `forward` with the sample, its
             timestep and the embedded text.
         attention_kwargs: name of the argument of `forward` that holds the scale of LoRA; None if there is none.
-        control_outputs: how many lists of residuals the family's ControlNets return in a tuple; 0 for one bare list.
+        control_outputs: how many lists of residuals the family's ControlNets return in a tuple; 0 for one bare list;
+            None if that is not known, so that they run in every step.
         conditioned_on: names of the arguments, other than the timestep, that `condition` reads. Each is None or has a
             leading dimension of B.
         block_lists: the lists of blocks, in the order in which they run, and for each the path of a module in a block
@@ -48,6 +49,9 @@ class Adapter:
         head_form: the form of the output head.
         feature_dim: D, the width of the features.
         own_forward: the forward of the transformer's class.
+        notes: what is said of each run.
+        runs_around: whether a predicted step is `run_around`, the forward without its blocks, and not `run_head`. Then
+            `compute` stands in place of the forward in computed steps.
     """
 
     family: str
@@ -59,7 +63,9 @@ class Adapter:
     timestep_argument = "timestep"
     text_argument = "encoder_hidden_states"
     attention_kwargs: str | None = "attention_kwargs"
-    control_outputs = 0
+    control_outputs: int | None = 0
+    notes: tuple[str, ...] = ()
+    runs_around = False
     conditioned_on: tuple[str, ...] = ()
     block_lists: Mapping[str, str] = {"transformer_blocks": "attn.norm_q", "single_transformer_blocks": "attn.norm_q"}
 
@@ -167,6 +173,11 @@ class Adapter:
 
     # What follows from that
 
+    @property
+    def branches(self) -> tuple["Adapter", ...]:
+        """The adapters of the transformer's output heads: this one alone, unless there are more."""
+        return (self,)
+
     @classmethod
     def present_classes(cls) -> tuple[type, ...]:
         """Those of the transformers' classes that the installed diffusers has."""
@@ -187,6 +198,37 @@ class Adapter:
     def projection(self) -> Any:
         """The head's last layer. A recording stores its weights."""
         return self.head_form.projection
+
+    def on_entry(self, function: Callable) -> Any:
+        """Lets `function` be called as a forward pre-hook where the features enter the head.
+
+        Returns:
+            A handle with an `id` and `remove()`.
+        """
+        return self.head_entry.register_forward_pre_hook(function, prepend=True, with_kwargs=True)
+
+    def compute(self, stream: str, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Computes a call of a stream by the transformer's own forward."""
+        return forward(*args, **kwargs)
+
+    def run_around(self, stream: str, forward: Callable[[], Any], call: dict, features: torch.Tensor) -> Any:
+        """The output of the forward around its blocks, with the forecast in their place; None if that is impossible.
+
+        Args:
+            stream: of the call.
+            forward: runs the transformer's forward with its arguments.
+            call: the arguments by name.
+            features: `[B, T, D]`.
+        """
+        raise NotImplementedError
+
+    def why_unseen(self, stream: str, call: dict) -> tuple[str, str] | None:
+        """Why no features were seen in a call that was computed, and what helps, if the adapter knows it."""
+        return None
+
+    def why_not_predicted(self, stream: str, call: dict) -> tuple[str, str] | None:
+        """Why a call cannot be predicted, and what helps, as far as the adapter knows."""
+        return None
 
     @property
     def head_modules(self) -> torch.nn.ModuleList:
@@ -229,14 +271,15 @@ class Adapter:
     def latents(self, call: dict) -> torch.Tensor:
         """The sample that a call was given, as tokens `[B, T, O]` in the layout of the projected tokens.
 
-        Pipelines may append other channels to it, such as masks. These are left out.
+        Pipelines may append other channels to it, such as masks. These are left out. Channels that the transformer only
+        gives, such as a variance, are zeros.
         """
         batch, tokens = self.shape(call)
         width, sample = self.projection.out_features, self.sample(call)
         places = torch.arange(tokens * width, device=sample.device).reshape(1, tokens, width).expand(batch, -1, -1)
         places = self.arrange(call, places)
-        sample = sample[tuple(map(slice, places.shape))]
-        flat = sample.new_empty(batch, tokens * width)
+        sample, places = sample[tuple(map(slice, places.shape))], places[tuple(map(slice, sample.shape))]
+        flat = sample.new_zeros(batch, tokens * width)
         return flat.scatter_(1, places.flatten(1), sample.flatten(1)).reshape(batch, tokens, width)
 
     def bind(self, args: tuple, kwargs: dict) -> dict:

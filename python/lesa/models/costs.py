@@ -17,7 +17,7 @@ from lesa_kernels.checks import Said, argument_error, usage_error
 
 _MOST_LAYERS = 1000
 """Larger numbers in a configuration are mistakes, and a transformer with so many layers takes too long to count."""
-_MOST_VALUES = 2**20
+_MOST_VALUES = 2**22
 """While FLOPs are counted, larger tensors have no values."""
 
 
@@ -85,7 +85,7 @@ class Costs:
         size = self.config["patch_size"]
         if isinstance(size, int):
             return self.config.get("patch_size_t") or 1, size
-        return size[0], size[-1]
+        return size[0] if len(size) == 3 else 1, size[-1]
 
     def layers(self, frames: int, frame_scale: int) -> int:
         """Latent frames of a sample of so many frames."""

@@ -44,9 +44,7 @@ class FluxAdapter(Adapter):
         return self.transformer.time_text_embed(*conditions)
 
     def decode(self, pipe, latents, height=None, width=None):
-        """See the base. A modular pipeline gives the latents of the image, `[B, C, h, w]`."""
-        if latents.ndim == 3:
-            side, scale = pipe.default_sample_size * pipe.vae_scale_factor, pipe.vae_scale_factor
-            rows, columns = packed_grid(latents.shape[1], height, width, side, 2 * scale)
-            latents = pipe._unpack_latents(latents, rows * 2 * scale, columns * 2 * scale, scale)
+        side, scale = pipe.default_sample_size * pipe.vae_scale_factor, pipe.vae_scale_factor
+        rows, columns = packed_grid(latents.shape[1], height, width, side, 2 * scale)
+        latents = pipe._unpack_latents(latents, rows * 2 * scale, columns * 2 * scale, scale)
         return decoded(pipe, latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor)

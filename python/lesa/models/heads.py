@@ -21,9 +21,11 @@ class HeadForm:
         norm, projection: paths of the norm, which the features enter, and of the last linear layer.
 
     Attributes:
+        norm_kind: what the norm does: "layer", "rms", or None where there is none.
         enters_in_float32: whether the norm gets the features in float32, though the blocks give them in another dtype.
     """
 
+    norm_kind: str | None = "layer"
     enters_in_float32 = False
 
     def __init__(self, transformer: Any, norm: str = "norm_out", projection: str = "proj_out"):
@@ -66,7 +68,7 @@ class HeadForm:
     def output_head(self, conditioning: torch.Tensor) -> OutputHead:
         """The head as plain tensors."""
         scale, shift = self.modulation(conditioning)
-        return OutputHead(self.projection.weight, self.projection.bias, scale, shift, self.eps)
+        return OutputHead(self.projection.weight, self.projection.bias, scale, shift, self.eps, self.norm_kind)
 
     def parts(self) -> dict[str, tuple[Any, type | str]]:
         """By path, the modules that a kernel replaces, and their types; a str is a type's full name."""

@@ -50,9 +50,9 @@ class HunyuanVideoAdapter(Adapter):
     """
 
     family = "hunyuan-video"
-    costs = HunyuanVideoCosts
-    transformer_classes = ("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel")
-    conditioned_on = ("guidance", "pooled_projections")
+    costs: type[Costs] = HunyuanVideoCosts
+    transformer_classes: tuple[str, ...] = ("HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel")
+    conditioned_on: tuple[str, ...] = ("guidance", "pooled_projections")
 
     def condition(self, timestep, inputs, dtype):
         conditioning, _of_given_frame = self.transformer.time_text_embed(

@@ -1,12 +1,13 @@
 """What watches a run of the pipeline, and keeps what enters the output head."""
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from lesa.cache.run import Call, Run
+from lesa.cache.stats import CacheStats
 from lesa.models.adapter import Adapter
 from lesa_kernels import OutputHead
 from lesa_kernels.checks import Said, argument_error, usage_error
@@ -14,13 +15,15 @@ from lesa_kernels.checks import Said, argument_error, usage_error
 
 @dataclass
 class _Stream:
-    """What is kept of one stream of calls in a batch, on the CPU."""
+    """What is kept of one stream of calls of a transformer in a batch, on the CPU."""
 
+    transformer: str
     features: torch.Tensor  # [B, S, T, D]
     latents: torch.Tensor  # [B, S, T, O]
     scale: torch.Tensor  # [B, S, D]
     shift: torch.Tensor  # [B, S, D]
     token_index: torch.Tensor  # [B, T]
+    called: str  # the stream of calls that it is, or is a half of
     steps: set[int] = field(default_factory=set)
 
 
@@ -28,18 +31,20 @@ class Recorder:
     """A `StepObserver` that keeps what enters the output head in the computed steps of one call of the pipeline.
 
     Args:
-        pipe, adapter: whose head it is.
+        pipe: the pipeline.
+        adapters: of its transformers, by the names of the components.
         tokens_per_sample, seed: see `record`.
 
     Attributes:
-        head: the output head, as it was called last.
+        heads: the output heads, as they were called last, by transformer, in the order of their first calls.
+        left_out: why streams of calls are not recorded, by name.
     """
 
-    head: OutputHead
-
-    def __init__(self, pipe: Any, adapter: Adapter, tokens_per_sample: int | None, seed: int):
-        self.pipe, self.adapter = pipe, adapter
+    def __init__(self, pipe: Any, adapters: Mapping[str, Adapter], tokens_per_sample: int | None, seed: int):
+        self.pipe, self.adapters = pipe, adapters
+        self.heads: dict[str, OutputHead] = {}
         self.tokens_per_sample, self.seed = tokens_per_sample, seed
+        self.left_out: dict[str, str] = {}
 
     def begin(self, numbers: list[int], on_step: Callable[[float], None]) -> None:
         """Prepares for a call of the pipeline on the samples `numbers`.
@@ -48,6 +53,7 @@ class Recorder:
         """
         self.numbers, self.on_step = numbers, on_step
         self.sigmas: list[float] = []
+        self._rows: dict[str, int] = {}  # by stream of calls, the batch of its calls
         self.computed: Set[int] = frozenset()
         self.streams: dict[str, _Stream] = {}
 
@@ -62,14 +68,32 @@ class Recorder:
                 RuntimeError,
             )
         self.sigmas, self.computed = run.executed_sigmas, computed
-        self.streams = {}
+        self.streams, self._rows = {}, {}
 
-    def check_complete(self) -> None:
-        """Raises `RuntimeError` unless every stream has all steps that were to be computed."""
-        steps = self.computed
-        seen = {name: stream.steps for name, stream in self.streams.items()} or {"any": set()}
-        for name, had in seen.items():
-            if had != steps or not had:
+    def check_complete(self, stats: CacheStats | None) -> None:
+        """Leaves out the streams that were called in a part of the run only, such as guidance in an interval.
+
+        Of a pipeline with two transformers, a stream is whole if it was called in each step in which any stream of its
+        transformer was.
+
+        Args:
+            stats: of the cache that predicts the other steps; None without one.
+
+        Raises:
+            RuntimeError: no stream is whole, or a whole one lacks a step that was to be computed.
+        """
+        calls, every = self._calls(stats), {*range(len(self.sigmas))}
+        of_one: dict[str, set[int]] = {}
+        for stream in self.streams.values():
+            of_one.setdefault(stream.transformer, set()).update(calls[stream.called])
+        if len(of_one) < 2 or set().union(*of_one.values()) != every:
+            of_one = dict.fromkeys(self.adapters, every)
+        whole = [name for name, stream in self.streams.items() if calls[stream.called] == of_one[stream.transformer]]
+        seen = {
+            name: (stream.steps, self.computed & of_one[stream.transformer]) for name, stream in self.streams.items()
+        }
+        for name, (had, steps) in (seen or {"any": (set(), self.computed)}).items():
+            if (name in whole or not whole) and (had != steps or not had):
                 raise argument_error(
                     "pipe",
                     "call its transformer once for each of its scheduler's steps",
@@ -77,15 +101,25 @@ class Recorder:
                     "Use a scheduler with one call per step, and let the pipeline run to its end.",
                     RuntimeError,
                 )
+        for name in [name for name in self.streams if name not in whole]:
+            count = len(calls[self.streams.pop(name).called])
+            self.left_out.setdefault(name, f"it is called in {count} of the {len(self.sigmas)} steps")
+
+    def _calls(self, stats: CacheStats | None) -> dict[str, set[int]]:
+        """By stream of calls, the steps in which the transformer was called."""
+        if stats is None:
+            return {stream.called: stream.steps for stream in self.streams.values()}
+        return {name: {*stream.computed, *stream.predicted} for name, stream in stats.streams.items()}
 
     def facts(self) -> dict[str, Any]:
         """The part of the manifest that is known after a run."""
-        stream = next(iter(self.streams.values()))
-        return {
+        stream, head = next(iter(self.streams.values())), next(iter(self.heads.values()))
+        facts = {
             "num_inference_steps": len(self.sigmas),
             "dtype": str(stream.features.dtype).removeprefix("torch."),
-            "head_eps": self.head.eps,
+            "head_eps": head.eps,
         }
+        return facts | ({"transformers": [*self.heads]} if len(self.heads) > 1 else {})
 
     def trajectories_of(self, position: int) -> dict[str, dict[str, torch.Tensor]]:
         """By stream, the tensors of one sample of the batch, over the steps that were computed."""
@@ -105,10 +139,14 @@ class Recorder:
     def keep(self, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
         """Keeps the inputs of the output head of a computed call."""
         bad = (~features.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-        self.head = head = self.adapter.output_head(conditioning)
+        adapter = self.adapters[call.transformer]
+        self.heads[call.transformer] = head = adapter.output_head(conditioning)
         if head.scale.ndim != 2:
             sentence = "`inputs` make the model modulate each token in its own way, which a recording cannot store."
             raise usage_error(sentence, "Use inputs without given images, or a forecaster without training.")
+        if head.norm != "layer":
+            sentence = "`pipe` has a model whose output head has no layer norm, which a recording cannot store."
+            raise usage_error(sentence, "Use a forecaster without training.")
         step = call.step
         if bad:
             raise argument_error(
@@ -118,30 +156,42 @@ class Recorder:
                 "Record in bfloat16 or float32, and check the sample's input.",
                 RuntimeError,
             )
+        self._check_rows(call, len(features))
         halves = {call.stream: slice(None)}
         if len(features) == 2 * len(self.numbers) and _is_guided(self.pipe):
             # Guidance in one batch: without the prompts, then with them. Each half is a stream of its own.
             middle = len(self.numbers)
             halves = {call.stream: slice(middle), f"{call.stream}-with-prompt": slice(middle, None)}
-        latents = self.adapter.latents(call.arguments)
+        latents = adapter.latents(call.arguments)
         shift = torch.zeros_like(head.scale) if head.shift is None else head.shift  # a head without one adds nothing
         for name, rows in halves.items():
-            self._keep_rows(name, step, features[rows], latents[rows], head.scale[rows], shift[rows])
+            self._keep_rows(name, call, features[rows], latents[rows], head.scale[rows], shift[rows])
         self.on_step((step + 1) / len(self.sigmas))
+
+    def _check_rows(self, call: Call, rows: int) -> None:
+        """Raises `ValueError` if the batch of a stream changes in a run: its halves would not be told apart."""
+        if self._rows.setdefault(call.stream, rows) != rows:
+            before = self._rows[call.stream]
+            raise argument_error(
+                "inputs",
+                "keep the batch of the transformer the same in a run",
+                Said(f"{rows} instead of {before} rows at step {call.step}, as if guidance had begun or ended"),
+                "Leave guidance on in the whole run.",
+            )
 
     def _keep_rows(
         self,
         name: str,
-        step: int,
+        call: Call,
         features: torch.Tensor,
         latents: torch.Tensor,
         scale: torch.Tensor,
         shift: torch.Tensor,
     ) -> None:
         """Copies the chosen tokens of one stream at one step."""
-        stream = self.streams.get(name)
+        stream, step = self.streams.get(name), call.step
         if stream is None:
-            stream = self.streams[name] = self._new_stream(features, latents, scale)
+            stream = self.streams[name] = self._new_stream(call, features, latents, scale)
         index = stream.token_index.to(features.device)[:, :, None]
         stream.features[:, step] = features.gather(1, index.expand(-1, -1, features.shape[2]))
         stream.latents[:, step] = latents.gather(1, index.expand(-1, -1, latents.shape[2]))
@@ -149,7 +199,7 @@ class Recorder:
         stream.shift[:, step] = shift
         stream.steps.add(step)
 
-    def _new_stream(self, features: torch.Tensor, latents: torch.Tensor, scale: torch.Tensor) -> _Stream:
+    def _new_stream(self, call: Call, features: torch.Tensor, latents: torch.Tensor, scale: torch.Tensor) -> _Stream:
         batch, tokens, width = features.shape
         steps = len(self.sigmas)
         if batch != len(self.numbers):
@@ -171,11 +221,13 @@ class Recorder:
                 "Choose fewer, or None for all.",
             )
         return _Stream(
+            call.transformer,
             torch.empty(batch, steps, kept, width, dtype=features.dtype, device="cpu"),
             torch.empty(batch, steps, kept, latents.shape[2], dtype=latents.dtype, device="cpu"),
             torch.empty(batch, steps, width, dtype=scale.dtype, device="cpu"),
             torch.empty(batch, steps, width, dtype=scale.dtype, device="cpu"),
             torch.stack([_choose_tokens(tokens, kept, self.seed + number) for number in self.numbers]),
+            call.stream,
         )
 
 

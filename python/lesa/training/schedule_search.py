@@ -14,6 +14,7 @@ from lesa.training.batches import Batch, Head, Plan, check_is_predictor, check_w
 from lesa.training.searching import Search
 from lesa.training.settings import (
     TrainingSettings,
+    check_one_transformer,
     check_seed,
     complete_config,
     spread_over,
@@ -83,6 +84,7 @@ def find_schedule(
             file of the recording is damaged or has NaN or Inf, or the noise level rises in a recorded run.
     """
     check_plain(trajectories)
+    check_one_transformer(trajectories, "a search for a schedule")
     budget, seed = check_budget(trajectories, budget), check_seed(seed)
     complete_config(trajectories, config, spread_over(trajectories, budget))
     usable_device(device)
@@ -315,7 +317,7 @@ def guidance_weights(trajectories: Trajectories, streams: Sequence[Trajectory]) 
     batches = [Batch([stream], head, None, None, "cpu") for stream in streams]
     latents = latents_of(streams[0]).float()
     moved = latents[:-1] - latents[1:]  # sigma falls
-    drawn = moved.any(2).any(0)  # tokens of an input image stay as they are
+    drawn = moved.any(0)  # tokens of an input image stay as they are, and so do channels that no sample has
     moves = [(batch.velocities * batch.widths[:, None, None])[:-1, drawn].flatten() for batch in batches]
     return torch.linalg.lstsq(torch.stack(moves, 1), moved[:, drawn].reshape(-1, 1)).solution[:, 0]
 

@@ -1,0 +1,567 @@
+"""The probe: predictions for a transformer that no adapter knows."""
+
+import warnings
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+import lesa
+import lesa.models
+import more_pipelines
+import small_pipelines
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+
+STEPS = 12
+SOME = [0, 1, 2, 5, 9]
+REST = [step for step in range(STEPS) if step not in SOME]
+DIM, WORDS, TILES = 8, 3, 5
+
+
+def line():
+    return FusedKANPredictor(PredictorConfig(mixer="linear"))
+
+
+# A transformer that no library knows
+
+
+class Early(nn.Module):
+    """A block with a signature of its own, for pictures and words."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.read = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, words, *, picture, wave, scale=None):
+        picture = picture + torch.tanh(self.mix(picture) + self.read(words).mean(1, keepdim=True) + wave[:, None])
+        return {"picture": picture, "words": (words + torch.tanh(self.read(words)), wave, scale)}
+
+
+class Late(nn.Module):
+    """A block for pictures and words together."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(DIM, DIM)
+
+    def forward(self, tokens, wave):
+        return tokens + torch.tanh(self.mix(tokens) + wave[:, None])
+
+
+class Unknown(nn.Module):
+    """Two lists of blocks. The words are dropped before the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.enter_words, self.wave = nn.Linear(4, DIM), nn.Linear(6, DIM), nn.Linear(1, DIM)
+        self.early = nn.ModuleList(Early() for _ in range(2))
+        self.late = nn.ModuleList(Late() for _ in range(3))
+        self.leave, self.last = nn.LayerNorm(DIM), nn.Linear(DIM, 4)
+
+    def forward(self, sample, words, t, residual=None):
+        picture, words, wave = self.enter(sample), self.enter_words(words), self.wave(t[:, None].to(sample))
+        for block in self.early:
+            made = block(words, picture=picture, wave=wave)
+            picture, (words, *_) = made["picture"], made["words"]
+            picture[:, :2] += 0.1  # in place
+        tokens = torch.cat([words, picture], dim=1)
+        for block in self.late:
+            tokens = block(tokens, wave)
+            if residual is not None:  # also after the last block
+                tokens = tokens + residual
+        return self.end(tokens[:, words.shape[1] :], wave)
+
+    def end(self, picture, wave):
+        return {"sample": self.last(self.leave(picture) * (1 + wave[:, None]))}["sample"], None
+
+
+def pipe_with(transformer, **scheduler):
+    """What a pipeline is to a loop that is written by hand."""
+    return SimpleNamespace(
+        transformer=transformer.eval().requires_grad_(False),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**scheduler),
+        _execution_device=torch.device("cpu"),
+    )
+
+
+@pytest.fixture
+def pipe():
+    torch.manual_seed(0)
+    return pipe_with(Unknown())
+
+
+def passed_as_is(t):
+    return t
+
+
+@torch.no_grad()
+def drive(pipe, passed=lambda t: t / 1000, batch=2, dtype=torch.float32, **more):
+    """The transformer's outputs on latents that move along a line, whatever it says."""
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(batch, TILES, 4, generator=generator).to(dtype)
+    text = torch.randn(batch, WORDS, 6, generator=generator).to(dtype)
+    pipe.scheduler.set_timesteps(STEPS)
+    outputs = []
+    for step, t in enumerate(pipe.scheduler.timesteps):
+        made = pipe.transformer(sample * (1 - 0.5 * step / STEPS), text, passed(t).expand(batch), **more)
+        outputs.append(made[0] if isinstance(made, tuple) else made)
+        pipe.scheduler.step(outputs[-1], t, sample)
+    return outputs
+
+
+@contextmanager
+def counted(modules):
+    """A list of how often each of the modules ran."""
+    counts, hooks = [0] * len(modules), []
+    for number, module in enumerate(modules):
+
+        def count(*_, number=number):
+            counts[number] += 1
+
+        hooks.append(module.register_forward_pre_hook(count))
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def blocks_of(transformer):
+    return [*transformer.early, *transformer.late]
+
+
+def own_warnings(caught):
+    return [str(w.message) for w in caught if str(w.message).startswith("lesa: ")]
+
+
+def by_hand(pipe, **options):
+    """What the transformer gives if its features are forecast along a line from the computed steps before."""
+    features, transformer = [], pipe.transformer
+    with transformer.leave.register_forward_pre_hook(lambda module, args: features.append(args[0].clone())):
+        outputs = drive(pipe, **options)
+    sigmas, waves = pipe.scheduler.sigmas.tolist(), pipe.scheduler.timesteps / 1000
+    for step in REST:
+        older, newer = [done for done in SOME if done < step][-2:]
+        slope = (features[newer] - features[older]) / (sigmas[newer] - sigmas[older])
+        forecast = features[newer] + slope * (sigmas[step] - sigmas[newer])
+        outputs[step] = transformer.end(forecast, transformer.wave(waves[step].expand(len(forecast), 1)))[0]
+    return outputs
+
+
+def test_an_unknown_transformer_is_predicted_around_its_blocks(pipe):
+    plain, wanted, blocks = drive(pipe), by_hand(pipe), blocks_of(pipe.transformer)
+    before = [dict(vars(module)) for module in pipe.transformer.modules()]
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle, counted(blocks) as counts:
+        outputs = drive(pipe)
+        again = drive(pipe)
+    stream = handle.stats.streams["main"]
+    assert (stream.computed, stream.predicted, stream.fused) == (SOME, REST, [])
+    assert counts == [2 * len(SOME)] * len(blocks)
+    assert any(note.startswith("probe: ") and "Unknown" in note for note in handle.stats.notes)
+    for step in range(STEPS):
+        assert torch.equal(outputs[step], again[step])
+        assert torch.equal(outputs[step], plain[step]) if step in SOME else not torch.equal(outputs[step], plain[step])
+        assert torch.allclose(outputs[step], wanted[step], atol=1e-6)
+    ring = FusedKANPredictor(PredictorConfig(mixer="linear")).make_ring(2, TILES, torch.float32, "cpu", None, DIM)
+    assert stream.ring_device_bytes == ring.device_nbytes  # the words are not among the features
+    assert [dict(vars(module)) for module in pipe.transformer.modules()] == before
+    assert all(map(torch.equal, drive(pipe), plain))
+
+
+def test_all_steps_computed_are_bit_exact(pipe):
+    plain = drive(pipe)
+    with lesa.enable_cache(pipe, line(), range(STEPS), strict=True) as handle:
+        assert all(map(torch.equal, drive(pipe), plain))
+    assert handle.stats.streams["main"].computed == [*range(STEPS)]
+
+
+def test_residuals_after_the_last_block_are_part_of_the_forecast(pipe):
+    residual = torch.randn(2, WORDS + TILES, DIM, generator=torch.Generator().manual_seed(9))
+    wanted = by_hand(pipe, residual=residual)
+    with lesa.enable_cache(pipe, line(), SOME, strict=True):
+        outputs = drive(pipe, residual=residual)
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(outputs, wanted, strict=True))
+
+
+@pytest.mark.parametrize("passed", [passed_as_is, lambda t: t / 1000, lambda t: (1000 - t) / 1000])
+def test_the_form_of_the_timesteps_is_learnt(pipe, passed):
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
+        drive(pipe, passed)
+    assert handle.stats.streams["main"].predicted == REST
+
+
+def test_timesteps_of_no_known_form_are_computed(pipe):
+    plain = drive(pipe, lambda t: t / 7)
+    with lesa.enable_cache(pipe, line(), SOME) as handle, pytest.warns(RuntimeWarning, match="timestep is not one of"):
+        assert all(map(torch.equal, drive(pipe, lambda t: t / 7), plain))
+    assert handle.stats.unlocated == STEPS
+
+
+# Where it is refused
+
+
+class Pyramid(nn.Module):
+    """Blocks that change the shape, with skip connections, as in a U-Net."""
+
+    class Down(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.narrow = nn.Linear(width, width // 2)
+
+        def forward(self, x, wave):
+            return self.narrow(x)
+
+    class Up(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.widen = nn.Linear(width, 2 * width)
+
+        def forward(self, x, skipped, wave):
+            return self.widen(x) + skipped
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.last = nn.Linear(4, DIM), nn.Linear(DIM, 4)
+        self.down = nn.ModuleList([self.Down(DIM), self.Down(DIM // 2)])
+        self.up = nn.ModuleList([self.Up(DIM // 4), self.Up(DIM // 2)])
+
+    def forward(self, sample, words, t):
+        x, skips = self.enter(sample), []
+        for block in self.down:
+            skips.append(x)
+            x = block(x, t)
+        for block in self.up:
+            x = block(x, skips.pop(), t)
+        return (self.last(x),)
+
+
+class Twice(Unknown):
+    """What its blocks make goes two ways to the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.beside = nn.Linear(DIM, 4)
+
+    def end(self, picture, wave):
+        return super().end(picture, wave)[0] + self.beside(picture), None
+
+
+class Skipping(Unknown):
+    """An early block's output is added after the last one."""
+
+    def forward(self, sample, words, t):
+        picture, words, wave = self.enter(sample), self.enter_words(words), self.wave(t[:, None].to(sample))
+        for block in self.early:
+            picture = block(words, picture=picture, wave=wave)["picture"]
+        tokens = picture
+        for block in self.late:
+            tokens = block(tokens, wave)
+        return self.last(self.leave(tokens)) + self.last(picture), None
+
+
+class Headless(Unknown):
+    """No module comes after the blocks."""
+
+    def end(self, picture, wave):
+        return picture[..., :4] * (1 + wave[:, None, :4]), None
+
+
+class Direct(Unknown):
+    """It calls the forward of its blocks."""
+
+    def forward(self, sample, words, t):
+        picture, wave = self.enter(sample), self.wave(t[:, None].to(sample))
+        for block in self.late:
+            picture = block.forward(picture, wave)
+        return self.end(picture, wave)
+
+
+class Careful(Unknown):
+    """It looks at what its blocks make."""
+
+    def end(self, picture, wave):
+        if picture.isnan().any():
+            raise ArithmeticError("NaN in the picture")
+        return super().end(picture, wave)
+
+
+class Random(Unknown):
+    """It is another function in each call."""
+
+    def end(self, picture, wave):
+        self.last.bias += 0.1
+        return super().end(picture, wave)
+
+
+REFUSED = {
+    Pyramid: "the blocks change the shape of what goes through them: a Down of `down` returns a tensor",
+    Twice: "what the blocks make reaches the output in more than one way",
+    Skipping: "what the blocks make reaches the output in more than one way",
+    Headless: "no module after the last block gets what the blocks have made",
+    Direct: "the forward does not call the blocks of the transformer",
+    Careful: "the forward cannot run without its blocks: ArithmeticError: NaN in the picture",
+    Random: "the forward gives another output when it runs again",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_not_certain_is_computed_or_refused_by_name(kind):
+    torch.manual_seed(0)
+    pipe = pipe_with(kind())
+    with lesa.enable_cache(pipe, line(), SOME) as handle, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outputs = drive(pipe)
+    stream = handle.stats.streams["main"]
+    assert stream.computed == [*range(STEPS)] and not stream.predicted
+    assert all(stream.reasons[step].startswith(REFUSED[kind]) for step in REST)
+    assert len(own_warnings(caught)) == 1 and REFUSED[kind] in own_warnings(caught)[0]
+    if kind is not Random:
+        assert all(map(torch.equal, outputs, drive(pipe)))
+    with lesa.enable_cache(pipe, line(), SOME, strict=True), pytest.raises(RuntimeError, match=REFUSED[kind]):
+        drive(pipe)
+
+
+class Flat(nn.Sequential):
+    """It has no list of blocks."""
+
+    def forward(self, sample, t):
+        return super().forward(sample)
+
+
+class Timeless(Unknown):
+    """Its forward takes no timestep."""
+
+    def forward(self, sample, words):
+        return super().forward(sample, words, torch.ones(len(sample)))
+
+
+@pytest.mark.parametrize(
+    "transformer, lacks",
+    [
+        (Flat(), "a Flat without a list of blocks"),
+        (Timeless(), "a Timeless without an argument timestep"),
+    ],
+)
+def test_a_transformer_that_cannot_be_watched_is_refused_at_once(transformer, lacks):
+    pipe = pipe_with(transformer)
+    for function in (lesa.enable_cache, lesa.disable_cache):
+        with pytest.raises(TypeError, match=f"`pipe` must have a transformer that lesa can use, but got {lacks}"):
+            function(pipe)
+
+
+def test_what_needs_an_adapter_is_refused_by_name(pipe, tmp_path):
+    for use in (
+        lambda: lesa.record(pipe, [{}], tmp_path, STEPS, progress=False),
+        lambda: lesa.evaluate(pipe, [{}], [], [], STEPS, progress=False),
+    ):
+        with pytest.raises(TypeError, match="supported family .*but got SimpleNamespace with a Unknown"):
+            use()
+    with pytest.raises(ValueError, match="config.family` must be 'probe'"):
+        lesa.enable_cache(pipe, FusedKANPredictor(PredictorConfig(DIM, family="flux")), SOME)
+    with lesa.enable_cache(pipe, FusedKANPredictor(PredictorConfig(DIM + 1)), SOME), pytest.raises(ValueError):
+        drive(pipe)
+
+
+# Pipelines that have an adapter, as if they had none
+
+PIPELINES = ["flux", "flux controlnet", "qwen cfg", "hunyuan image replace", "sd3 cfg", *sorted(more_pipelines.QUICK)]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "flux" else pytest.mark.slow) for n in PIPELINES])
+def test_the_probe_gives_what_the_adapter_gives(name, monkeypatch):
+    case = (small_pipelines.ALL | more_pipelines.ALL)[name]
+    pipe = case.build()
+    plain, adapter = case.latents(pipe, steps=STEPS), lesa.models.adapter_for(pipe)
+    own_modules = adapter.head_entry.register_forward_hook(lambda *_: None)  # so that the modules of the head run
+    with lesa.enable_cache(pipe, line(), SOME, strict=True), own_modules:
+        wanted = case.latents(pipe, steps=STEPS)
+    monkeypatch.setattr(lesa.models, "ADAPTERS", ())
+    before = [dict(vars(module)) for module in pipe.transformer.modules()]
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle, counted(adapter.blocks) as counts:
+        latents = case.latents(pipe, steps=STEPS)
+    streams = handle.stats.streams
+    assert [*streams] == [*case.streams] and any(note.startswith("probe: ") for note in handle.stats.notes)
+    assert all((s.computed, s.predicted, s.fused) == (SOME, REST, []) for s in streams.values())
+    assert counts == [len(SOME) * len(streams) * case.runs] * len(counts)
+    assert (latents - wanted).norm() < 20 * torch.finfo(torch.float32).eps * wanted.norm()
+    with lesa.enable_cache(pipe, line(), range(STEPS), strict=True):
+        assert torch.equal(case.latents(pipe, steps=STEPS), plain)
+    assert [dict(vars(module)) for module in pipe.transformer.modules()] == before
+    assert torch.equal(case.latents(pipe, steps=STEPS), plain)
+
+
+# What happens in a run
+
+
+class Failure(Exception):
+    """Raised by a test."""
+
+
+@pytest.mark.parametrize("module", ["leave", "enter"])
+def test_an_error_in_a_predicted_step_restores_the_blocks(pipe, module):
+    plain, transformer = drive(pipe), pipe.transformer
+    before = [dict(vars(part)) for part in transformer.modules()]
+    fails_at = SOME[-1] + 1
+
+    def fail(part, args):
+        if handle.stats.streams["main"].computed == SOME and handle.stats.streams["main"].reasons:
+            raise Failure
+
+    with lesa.enable_cache(pipe, line(), SOME) as handle:
+        with getattr(transformer, module).register_forward_pre_hook(fail), pytest.raises(Failure):
+            drive(pipe)
+        assert len(handle.stats.streams["main"].predicted) == fails_at - len(SOME)
+        drive(pipe)
+        assert handle.stats.streams["main"].predicted == REST
+    after = [dict(vars(part)) for part in transformer.modules()]
+    assert after == before
+    assert all(map(torch.equal, drive(pipe), plain))
+
+
+def test_hooks_on_blocks_do_not_run_in_predicted_steps(pipe):
+    """Such as those that load the weights of a block for its call."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Loading(ModelHook):
+        loads = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            Loading.loads += 1
+            return args, kwargs
+
+    plain, blocks = drive(pipe), blocks_of(pipe.transformer)
+    for block in blocks:
+        add_hook_to_module(block, Loading())
+    with lesa.enable_cache(pipe, line(), SOME, strict=True):
+        drive(pipe)
+    assert Loading.loads == len(SOME) * len(blocks)
+    for block in blocks:
+        remove_hook_from_module(block)
+    assert all(map(torch.equal, drive(pipe), plain))
+
+
+def test_streams_have_their_own_ways(pipe):
+    """Calls with and without guidance have texts of other lengths, and one has residuals."""
+    scheduler, transformer = pipe.scheduler, pipe.transformer
+    residual = torch.ones(1, 2 + TILES, DIM)
+    text, other = torch.randn(1, WORDS, 6), torch.randn(1, 2, 6)
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle, torch.no_grad():
+        scheduler.set_timesteps(STEPS)
+        for t in scheduler.timesteps:
+            transformer(torch.ones(1, TILES, 4), text, (t / 1000)[None])
+            transformer(torch.ones(1, TILES, 4), other, (t / 1000)[None], residual=residual)
+            scheduler.step(torch.ones(1, TILES, 4), t, torch.ones(1, TILES, 4))
+    assert {name: stream.predicted for name, stream in handle.stats.streams.items()} == {"main": REST, "main-2": REST}
+
+
+def test_another_size_of_the_words_in_a_run_is_computed(pipe):
+    scheduler = pipe.scheduler
+    with lesa.enable_cache(pipe, line(), SOME) as handle, torch.no_grad():
+        scheduler.set_timesteps(STEPS)
+        for step, t in enumerate(scheduler.timesteps):
+            text = torch.ones(1, WORDS + (step == 7), 6)
+            with pytest.warns(RuntimeWarning, match="shape changed") if step == 7 else nullcontext():
+                pipe.transformer(torch.ones(1, TILES, 4), text, (t / 1000)[None])
+            scheduler.step(torch.ones(1, TILES, 4), t, torch.ones(1, TILES, 4))
+    stream = handle.stats.streams["main"]
+    assert stream.reasons[7] == stream.reasons[8] == "the shape changed"
+    assert stream.predicted == [step for step in REST if step not in (7, 8)]
+
+
+class Hasty(Unknown):
+    """Below a noise level, it leaves out a block."""
+
+    def forward(self, sample, words, t):
+        picture, words, wave = self.enter(sample), self.enter_words(words), self.wave(t[:, None].to(sample))
+        for block in self.late[: 3 if t[0] > 0.5 else 2]:
+            picture = block(picture, wave)
+        return self.end(picture, wave)
+
+
+def test_a_call_that_goes_another_way_is_computed():
+    torch.manual_seed(0)
+    pipe = pipe_with(Hasty())
+    plain = drive(pipe)
+    with lesa.enable_cache(pipe, line(), SOME) as handle, pytest.warns(RuntimeWarning, match="went another way"):
+        outputs = drive(pipe)
+    stream = handle.stats.streams["main"]
+    late = [step for step in range(STEPS) if pipe.scheduler.timesteps[step] <= 500]
+    first = late[0]
+    assert first in REST and stream.reasons[first].endswith("went another way than in the computed steps")
+    assert torch.equal(outputs[first], plain[first]) and stream.predicted == [s for s in REST if s != first]
+
+
+@pytest.mark.slow
+def test_blocks_can_be_compiled_and_the_whole_cannot():
+    torch.manual_seed(0)
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    pipe = pipe_with(Unknown())
+    wanted = by_hand(pipe)
+    for block in blocks_of(pipe.transformer):
+        block.compile(backend=compiler)
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
+        outputs = drive(pipe)
+        assert handle.stats.streams["main"].predicted == REST
+        assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(outputs, wanted, strict=True))
+    assert graphs and all(block._compiled_call_impl is not None for block in blocks_of(pipe.transformer))
+    pipe = pipe_with(Unknown())
+    pipe.transformer.compile(backend="eager")
+    with lesa.enable_cache(pipe, line(), SOME) as handle, pytest.warns(RuntimeWarning, match="compile only the blocks"):
+        drive(pipe)
+    stream = handle.stats.streams["main"]
+    assert stream.computed == [*range(STEPS)] and "where lesa can watch it" in stream.reasons[REST[0]]
+
+
+class InFloat32(Unknown):
+    """Its head begins in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.leave = nn.LayerNorm(DIM, elementwise_affine=False)
+
+    def end(self, picture, wave):
+        return super().end(self.leave(picture.float()).to(picture.dtype), wave)
+
+
+def test_what_is_in_bfloat16_is_kept_in_bfloat16():
+    torch.manual_seed(0)
+    pipe = pipe_with(InFloat32().bfloat16())
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
+        outputs = drive(pipe, dtype=torch.bfloat16)
+    assert outputs[REST[0]].dtype == torch.bfloat16
+    ring = line().make_ring(2, TILES, torch.bfloat16, "cpu", None, DIM)
+    assert handle.stats.ring_device_bytes == ring.device_nbytes
+
+
+def test_lora_that_is_loaded_between_runs_is_seen(pipe):
+    """It wraps the module at which the features come in."""
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    pipe.transformer.leave = nn.Linear(DIM, DIM)
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
+        drive(pipe)
+        config = peft.LoraConfig(r=2, target_modules=["leave", "mix"], init_lora_weights=False)
+        peft.inject_adapter_in_model(config, pipe.transformer)
+        outputs = drive(pipe)
+        assert handle.stats.streams["main"].predicted == REST
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(outputs, by_hand(pipe), strict=True))
+
+
+def test_gradient_checkpointing_is_computed(pipe):
+    class Checkpointed(Unknown):
+        gradient_checkpointing = True
+
+    torch.manual_seed(0)
+    pipe = pipe_with(Checkpointed())
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
+        drive(pipe)
+        assert handle.stats.streams["main"].predicted == REST  # without gradients
+        with torch.enable_grad(), pytest.raises(RuntimeError, match="gradient checkpointing is on"):
+            drive.__wrapped__(pipe)
