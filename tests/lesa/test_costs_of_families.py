@@ -7,7 +7,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import more_pipelines as small
 from lesa.models import adapter_for
 
-
 FAMILIES = (
     "ltx-video",
     "cogvideox",
