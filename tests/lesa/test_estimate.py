@@ -63,9 +63,10 @@ TRANSFORMERS = {
 
 
 def test_no_family_is_left_out():
-    kinds = [type(build()[0]) for build in TRANSFORMERS.values()]
+    """Those whose costs are formulas and no counts; `test_costs_of_more_families.py` has the others."""
+    kinds = [type(build()[0]).__name__ for build in TRANSFORMERS.values()]
     for adapter in ADAPTERS:
-        assert set(adapter.transformer_classes) & set(kinds), adapter.family
+        assert adapter.family not in small.FAMILIES or set(adapter.transformer_classes) & set(kinds), adapter.family
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
