@@ -17,6 +17,7 @@ PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 NO_DENOISERS = {
+    "DreamLiteTransformer2DModel": "a part of U-Nets",
     "MiniMaxMusic3RVQDepthDecoder": "it predicts tokens",
     "PriorTransformer": "it predicts embeddings, in a few steps",
     "T5FilmDecoder": "it predicts spectrograms",

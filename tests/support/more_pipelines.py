@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import probed_pipelines
 from small_pipelines import Small
 
 _FILES: list[ModuleType] = [
@@ -38,8 +39,19 @@ NOT_FUSED = {name: why for _file in _FILES for name, why in getattr(_file, "NOT_
 NOT_DECODED_ALIKE = {name: why for _file in _FILES for name, why in getattr(_file, "NOT_DECODED_ALIKE", {}).items()}
 CONDITIONED_TO_ROUNDING = {name for _file in _FILES for name in getattr(_file, "CONDITIONED_TO_ROUNDING", ())}
 
-PROBED: dict[str, tuple[str, ...]] = {}
+PROBED: dict[str, tuple[str, ...]] = {
+    kind: tuple(dict.fromkeys(case.pipeline for case in cases.values()))
+    for kind, cases in probed_pipelines.CASES.items()
+}
 """Transformers without an adapter that the probe was tried on, and the pipeline classes that were run."""
 
-REFUSED: dict[str, str] = {}
-"""Transformers that neither an adapter nor the probe can do, and why."""
+REFUSED: dict[str, str] = {
+    "AnyFlowFARTransformer3DModel": "all steps are computed, as its forward changes the arguments that it gets",
+    "Cosmos3OmniTransformer": "its forward takes several timesteps, none by a usual name",
+    "RFD4ProteinaTransformer": "its forward takes two times, none by a usual name",
+    "Flux3Transformer2DModel": "only as a modular pipeline, not tried",
+    "MiniMaxH3Transformer3DModel": "only as a modular pipeline, not tried",
+    "MiniMaxMusic3Transformer1DModel": "only as a modular pipeline, not tried",
+    "WanAnimate2Transformer3DModel": "only as a modular pipeline, not tried",
+}
+"""Transformers that neither an adapter nor the probe can do, or that were not tried, and why."""

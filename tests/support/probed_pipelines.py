@@ -28,10 +28,13 @@ class Probed(Small):
         damped: `damped(transformer)` -> the layer that reads the latents. It hears little of them, as the way of the
             latents is less straight without flow matching.
         heard: how much it hears.
+        unlocated: how many calls of each stream are computed before it is clear how the timesteps are passed. A
+            timestep of zero does not show it.
     """
 
     damped: Callable | None = None
     heard: float = 0.25
+    unlocated: int = 0
 
     def build(self):
         """A new pipeline; always with the same weights."""
@@ -470,7 +473,7 @@ def _stable_audio():
         cross_attention_input_dim=TEXT_DIM,
     )
     with torch.no_grad():
-        made.time_proj.weight.mul_(0.05)  # it has no waves but random ones
+        made.time_proj.weight.mul_(0.03)  # it has no waves but random ones
     return made
 
 
@@ -572,6 +575,97 @@ JOY = {
 }
 
 
+def _joy_plus():
+    return diffusers.JoyImageEditPlusTransformer3DModel(
+        in_channels=_CHANNELS,
+        hidden_size=DIM,
+        num_attention_heads=2,
+        text_dim=TEXT_DIM,
+        num_layers=2,
+        rope_dim_list=[4, 6, 6],
+    )
+
+
+def _with_prompts(pipe):
+    made = _prompts(1, mask="prompt_embeds_mask")
+    pipe.encode_prompt_multiple_images = lambda prompt, **options: (made["prompt_embeds"], made["prompt_embeds_mask"])
+
+
+JOY_PLUS = {
+    "joy image plus": Probed(
+        "JoyImageEditPlusPipeline",
+        dict,
+        _joy_plus,
+        lambda batch: {"prompt": ["a"] * batch},
+        {"height": 32, "width": 48},
+        options={"guidance_scale": 1.0},
+        prepare=_with_prompts,
+    ),
+}
+
+
+# OmniGen
+
+
+def _omni_gen():
+    return diffusers.OmniGenTransformer2DModel(
+        in_channels=_CHANNELS,
+        hidden_size=DIM,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=DIM,
+        num_layers=2,
+        pad_token_id=0,
+        vocab_size=TEXT_TOKENS,
+        rope_scaling={"short_factor": [1.0] * (DIM // 4), "long_factor": [1.0] * (DIM // 4)},
+        pos_embed_max_size=8,
+        time_step_dim=_WAVES,
+    )
+
+
+class _Processor:
+    """It gives the same words for each prompt; a text encoder is no part of OmniGen."""
+
+    max_image_size = 1024
+
+    def __call__(self, prompts, images, height, width, **options):
+        tokens = TEXT_TOKENS + 1 + (height // 16) * (width // 16)
+        return {
+            "input_ids": torch.stack([torch.arange(TEXT_TOKENS), torch.zeros(TEXT_TOKENS, dtype=torch.long)]),
+            "attention_mask": torch.ones(2, tokens, tokens),
+            "position_ids": torch.arange(tokens).expand(2, -1),
+            "input_pixel_values": None,
+            "input_image_sizes": {},
+        }
+
+
+def _omni_gen_parts():
+    from diffusers.pipelines.omnigen import pipeline_omnigen
+
+    if not hasattr(pipeline_omnigen, "OmniGenMultiModalProcessor"):  # it needs torchvision
+        pipeline_omnigen.OmniGenMultiModalProcessor = lambda tokenizer, max_image_size: None
+    return {"vae": four_channels_vae(), "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)}
+
+
+def _with_processor(pipe):
+    pipe.multimodal_processor = _Processor()
+    pipe.encode_input_images = lambda pixels, device: []
+
+
+OMNI_GEN = {
+    "omni gen cfg": Probed(
+        "OmniGenPipeline",
+        _omni_gen_parts,
+        _omni_gen,
+        lambda batch: {"prompt": ["a"] * batch},
+        {"height": 32, "width": 48},
+        options={"guidance_scale": 2.5},
+        unlocated=1,
+        prepare=_with_processor,
+    ),
+}
+
+
 # More audio
 
 
@@ -595,8 +689,8 @@ def _stable_audio_3():
 class _AudioVae(torch.nn.Module):
     """As much of an autoencoder as a pipeline that gives latents asks for."""
 
-    dtype, downsampling_ratio = torch.float32, 2
-    config = SimpleNamespace(sampling_rate=8, latent_dim=_CHANNELS, sample_rate=8, downsampling_ratio=2)
+    device, dtype, downsampling_ratio, latent_hop_length = torch.device("cpu"), torch.float32, 2, 8000
+    config = SimpleNamespace(sampling_rate=8, latent_dim=_CHANNELS, sample_rate=48000, downsampling_ratio=2)
 
     def __init__(self):
         super().__init__()
@@ -612,21 +706,28 @@ def _stable_audio_3_parts():
     return {"vae": _AudioVae(), "duration_embedder": StableAudio3DurationEmbedder(TEXT_DIM, 16).eval()}
 
 
-_stable_audio_3_case = partial(
-    _case, transformer=_stable_audio_3, parts=_stable_audio_3_parts, size={"duration": 2.0}
-)
+def _with_sound(batch):
+    sound = torch.rand(batch, 2, 16, generator=torch.Generator().manual_seed(3)) - 0.5
+    return {**_prompts(batch), "audio": sound}
 
 
-def _sound(batch):
-    return {"audio": torch.rand(batch, 2, 16, generator=torch.Generator().manual_seed(3)) - 0.5}
+_SECONDS = {"duration": 2.0}
 
 
 STABLE_AUDIO_3 = {
-    "stable audio 3 cfg": _stable_audio_3_case("StableAudio3Pipeline", negative=True),
-    "stable audio 3 to audio": _stable_audio_3_case("StableAudio3AudioToAudioPipeline", named=_sound),
-    "stable audio 3 inpaint": _stable_audio_3_case(
+    "stable audio 3 cfg": _case(
+        "StableAudio3Pipeline", _stable_audio_3, _stable_audio_3_parts, _SECONDS, negative=True
+    ),
+    "stable audio 3 to audio": Probed(
+        "StableAudio3AudioToAudioPipeline", _stable_audio_3_parts, _stable_audio_3, _with_sound, _SECONDS
+    ),
+    "stable audio 3 inpaint": Probed(
         "StableAudio3InpaintPipeline",
-        named=lambda batch: {**_sound(batch), "mask_start_seconds": 0.5, "mask_end_seconds": 1.0},
+        _stable_audio_3_parts,
+        _stable_audio_3,
+        _with_sound,
+        _SECONDS,
+        options={"mask_start_seconds": 0.5, "mask_end_seconds": 1.0},
     ),
 }
 
@@ -644,7 +745,7 @@ class _Words:
 class _TextEncoder(torch.nn.Module):
     """A text encoder of one table."""
 
-    dtype = torch.float32
+    device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self):
         super().__init__()
@@ -674,9 +775,60 @@ LONG_CAT = {
         },
         _long_cat,
         lambda batch: {"prompt": ["a"] * batch},
-        {"audio_duration_s": 2.0},
+        {"audio_duration_s": 0.0005},
         options={"guidance_scale": 3.0},
+        unlocated=1,
         streams=("main", "main-2"),
+    ),
+}
+
+
+def _ace_step():
+    return diffusers.AceStepTransformer1DModel(
+        hidden_size=DIM,
+        intermediate_size=DIM,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=DIM // 2,
+        in_channels=3 * _CHANNELS,
+        audio_acoustic_hidden_dim=_CHANNELS,
+        sliding_window=4,
+        encoder_hidden_size=TEXT_DIM,
+    )
+
+
+def _ace_step_parts():
+    from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder
+
+    encoder = AceStepConditionEncoder(
+        hidden_size=TEXT_DIM,
+        intermediate_size=TEXT_DIM,
+        text_hidden_dim=TEXT_DIM,
+        timbre_hidden_dim=_CHANNELS,
+        num_lyric_encoder_hidden_layers=1,
+        num_timbre_encoder_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=4,
+    )
+    return {
+        "condition_encoder": encoder.eval(),
+        "text_encoder": _TextEncoder().eval(),
+        "tokenizer": _Words(),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0),
+    }
+
+
+ACE_STEP = {
+    "ace step cfg": Probed(
+        "AceStepPipeline",
+        _ace_step_parts,
+        _ace_step,
+        lambda batch: {"prompt": ["a"] * batch, "lyrics": ["la"] * batch},
+        {"audio_duration": 0.5},
+        options={"guidance_scale": 3.0},
     ),
 }
 
@@ -716,10 +868,13 @@ KANDINSKY6 = {
         options={"sample_audio": False},
         streams=("cond", "uncond"),
     ),
+}
+
+KANDINSKY6_SOUND = {
     "kandinsky 6 with sound cfg": _case(
         "Kandinsky6TI2VAPipeline",
         _kandinsky6,
-        dict,
+        lambda: {"audio_vae": _AudioVae(), "vocoder": _AudioVae()},
         {"height": 32, "width": 48, "num_frames": 5},
         negative=True,
         named=_pooled_prompts,
@@ -739,15 +894,23 @@ CASES: dict[str, dict[str, Probed]] = {
     "ErnieImageTransformer2DModel": ERNIE,
     "EasyAnimateTransformer3DModel": EASY_ANIMATE,
     "AnyFlowTransformer3DModel": ANYFLOW,
-    "AnyFlowFARTransformer3DModel": ANYFLOW_FAR,
     "StableAudioDiTModel": STABLE_AUDIO,
     "BriaFibo2Transformer2DModel": FIBO2,
     "JoyImageEditTransformer3DModel": JOY,
     "StableAudio3DiTModel": STABLE_AUDIO_3,
     "LongCatAudioDiTTransformer": LONG_CAT,
     "Kandinsky6Transformer3DModel": KANDINSKY6,
+    "JoyImageEditPlusTransformer3DModel": JOY_PLUS,
+    "OmniGenTransformer2DModel": OMNI_GEN,
+    "AceStepTransformer1DModel": ACE_STEP,
 }
 """For each class of transformers, the ways to run its pipelines."""
+
+COMPUTED: dict[str, tuple[dict[str, Probed], str]] = {
+    "AnyFlowFARTransformer3DModel": (ANYFLOW_FAR, "the shape changed"),
+    "Kandinsky6Transformer3DModel": (KANDINSKY6_SOUND, "what the blocks make reaches the output in more than one way"),
+}
+"""For some classes, ways in which all steps are computed, and the reason that is given."""
 
 ALL = {name: case for cases in CASES.values() for name, case in cases.items()}
 QUICK = "prx cfg"
