@@ -26,7 +26,6 @@ _FORMS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
     lambda timesteps: timesteps,
     lambda timesteps: timesteps / 1000,
     lambda timesteps: (1000 - timesteps) / 1000,
-    lambda timesteps: timesteps - 1,
 )
 """How pipelines pass the scheduler's timesteps."""
 
