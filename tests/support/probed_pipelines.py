@@ -255,34 +255,7 @@ DIT = {
 }
 
 
-# GLM-Image, Nucleus, ERNIE
-
-
-def _glm():
-    return diffusers.GlmImageTransformer2DModel(
-        patch_size=2,
-        in_channels=_CHANNELS,
-        out_channels=_CHANNELS,
-        num_layers=2,
-        **_HEADS,
-        text_embed_dim=TEXT_DIM,
-        time_embed_dim=DIM,
-        condition_dim=8,
-        prior_vq_quantizer_codebook_size=16,
-    )
-
-
-GLM = {
-    "glm image cfg": _case(
-        "GlmImagePipeline",
-        _glm,
-        lambda: {"vae": four_channels_vae()},
-        {"height": 32, "width": 48},
-        negative=True,
-        named=lambda batch: {"prior_token_ids": torch.arange(6).expand(batch, -1).clone()},
-        streams=("main", "main-2"),
-    ),
-}
+# Nucleus
 
 
 def _nucleus():
@@ -313,35 +286,6 @@ NUCLEUS = {
         negative=True,
         mask="prompt_embeds_mask",
         streams=("main", "main-2"),
-    ),
-}
-
-
-def _ernie():
-    return diffusers.ErnieImageTransformer2DModel(
-        hidden_size=DIM,
-        num_attention_heads=2,
-        num_layers=2,
-        ffn_hidden_size=DIM,
-        in_channels=8,
-        out_channels=8,
-        text_in_dim=TEXT_DIM,
-        rope_axes_dim=(4, 6, 6),
-    )
-
-
-def _listed_prompts(batch):
-    return {name: [*prompts] for name, prompts in _prompts(batch, negative=True).items()}
-
-
-ERNIE = {
-    "ernie image cfg": _case(
-        "ErnieImagePipeline",
-        _ernie,
-        dict,
-        {"height": 32, "width": 48},
-        negative=True,
-        named=_listed_prompts,
     ),
 }
 
@@ -498,7 +442,14 @@ def _stable_audio_parts():
 
 
 STABLE_AUDIO = {
-    "stable audio cfg": _case("StableAudioPipeline", _stable_audio, _stable_audio_parts, {}, negative=True),
+    "stable audio cfg": _case(
+        "StableAudioPipeline",
+        _stable_audio,
+        _stable_audio_parts,
+        {},
+        negative=True,
+        damped=lambda transformer: transformer.proj_in,
+    ),
 }
 
 
@@ -889,9 +840,7 @@ CASES: dict[str, dict[str, Probed]] = {
     "AllegroTransformer3DModel": ALLEGRO,
     "PRXTransformer2DModel": PRX,
     "DiTTransformer2DModel": DIT,
-    "GlmImageTransformer2DModel": GLM,
     "NucleusMoEImageTransformer2DModel": NUCLEUS,
-    "ErnieImageTransformer2DModel": ERNIE,
     "EasyAnimateTransformer3DModel": EASY_ANIMATE,
     "AnyFlowTransformer3DModel": ANYFLOW,
     "StableAudioDiTModel": STABLE_AUDIO,
