@@ -28,24 +28,26 @@ def vae():
     ).eval()
 
 
-def _options(**options):
+def model_options(**options):
     common = {"num_attention_heads": 2, "attention_head_dim": DIM // 2, "out_channels": CHANNELS, "num_layers": 2}
     return {"in_channels": CHANNELS, "text_dim": TEXT_DIM, "ffn_dim": DIM, **common, **options}
 
 
 def transformer(**options):
-    return diffusers.WanTransformer3DModel(**_options(**options))
+    return diffusers.WanTransformer3DModel(**model_options(**options))
 
 
 def vace(**options):
     channels = 2 * CHANNELS + SCALE**2
-    return diffusers.WanVACETransformer3DModel(**_options(vace_layers=[0, 1], vace_in_channels=channels, **options))
+    return diffusers.WanVACETransformer3DModel(
+        **model_options(vace_layers=[0, 1], vace_in_channels=channels, **options)
+    )
 
 
 def animate(**options):
     sizes = {"4": 4, "8": 4, "16": 4}
     made = diffusers.WanAnimateTransformer3DModel(
-        **_options(in_channels=2 * CHANNELS + 4, latent_channels=CHANNELS, image_dim=IMAGE_DIM),
+        **model_options(in_channels=2 * CHANNELS + 4, latent_channels=CHANNELS, image_dim=IMAGE_DIM),
         motion_encoder_channel_sizes=sizes,
         motion_encoder_size=16,
         motion_style_dim=8,
@@ -97,7 +99,9 @@ def _arguments(batch, negative, named):
     return {**made, **{name: make(batch) for name, make in named.items()}}
 
 
-def _wan(pipeline, named=None, *, negative=False, make=transformer, contexts=True, parts=None, experts=None, **rest):
+def wan_case(
+    pipeline, named=None, *, negative=False, make=transformer, contexts=True, parts=None, experts=None, **rest
+):
     """A case; `experts` is the `boundary_ratio` between two transformers."""
     transformer_options = rest.get("transformer_options", {})
     scheduler_options = rest.pop("scheduler_options", None)
@@ -105,7 +109,7 @@ def _wan(pipeline, named=None, *, negative=False, make=transformer, contexts=Tru
     def components():
         made = {"vae": vae(), **(parts() if parts else {})}
         if scheduler_options is None:
-            made["scheduler"] = _scheduler()
+            made.setdefault("scheduler", _scheduler())
         if experts is not None:
             made |= {"transformer_2": smooth_in_time(make(**transformer_options)), "boundary_ratio": experts}
         return made
@@ -126,18 +130,20 @@ def _wan(pipeline, named=None, *, negative=False, make=transformer, contexts=Tru
 
 _EULER = {"scheduler_options": {"shift": 3.0}}
 _EXPAND = {"parts": lambda: {"expand_timesteps": True}}
-_FIRST = {"image": one_image}
+FIRST = {"image": one_image}
 _OF_IMAGE = {"transformer_options": {"in_channels": 2 * CHANNELS + SCALE}}
-_WITH_CLIP = {
+CLIP_OPTIONS = {
     "in_channels": 2 * CHANNELS + SCALE,
     "image_dim": IMAGE_DIM,
     "added_kv_proj_dim": DIM,
 }
+LAST = {"last_image": partial(one_image, number=5)}
+LAST_OPTIONS = {**CLIP_OPTIONS, "pos_embed_seq_len": 2 * IMAGE_TOKENS}
 _VIDEO = {"video": lambda batch: video()}
 _VACE = {"make": vace, "most": 1}
 _MASK = {"mask": lambda batch: [image(20 + i, HEIGHT, WIDTH).convert("L") for i in range(FRAMES)]}
 _POSES = {
-    **_FIRST,
+    **FIRST,
     "pose_video": lambda batch: video(30),
     "face_video": lambda batch: video(40),
 }
@@ -151,24 +157,24 @@ _ANIMATE = {
 }
 
 CASES = {
-    "wan": _wan("WanPipeline"),
-    "wan cfg": _wan("WanPipeline", negative=True),
-    "wan euler cfg": _wan("WanPipeline", negative=True, **_EULER),
-    "wan tokens cfg": _wan("WanPipeline", negative=True, **_EXPAND),
-    "wan image": _wan("WanImageToVideoPipeline", _FIRST, **_OF_IMAGE),
-    "wan image clip cfg": _wan(
-        "WanImageToVideoPipeline", _FIRST, negative=True, parts=clip, transformer_options=_WITH_CLIP
+    "wan": wan_case("WanPipeline"),
+    "wan cfg": wan_case("WanPipeline", negative=True),
+    "wan euler cfg": wan_case("WanPipeline", negative=True, **_EULER),
+    "wan tokens cfg": wan_case("WanPipeline", negative=True, **_EXPAND),
+    "wan image": wan_case("WanImageToVideoPipeline", FIRST, **_OF_IMAGE),
+    "wan image clip cfg": wan_case(
+        "WanImageToVideoPipeline", FIRST, negative=True, parts=clip, transformer_options=CLIP_OPTIONS
     ),
-    "wan image last cfg": _wan(
+    "wan image last cfg": wan_case(
         "WanImageToVideoPipeline",
-        {**_FIRST, "last_image": partial(one_image, number=5)},
+        {**FIRST, **LAST},
         negative=True,
         parts=clip,
-        transformer_options={**_WITH_CLIP, "pos_embed_seq_len": 2 * IMAGE_TOKENS},
+        transformer_options=LAST_OPTIONS,
         most=1,
     ),
-    "wan image tokens cfg": _wan("WanImageToVideoPipeline", _FIRST, negative=True, **_EXPAND),
-    "wan video cfg": _wan(
+    "wan image tokens cfg": wan_case("WanImageToVideoPipeline", FIRST, negative=True, **_EXPAND),
+    "wan video cfg": wan_case(
         "WanVideoToVideoPipeline",
         _VIDEO,
         negative=True,
@@ -177,11 +183,11 @@ CASES = {
         strength=0.75,
         most=1,
     ),
-    "wan vace cfg": _wan("WanVACEPipeline", {**_VIDEO, **_MASK}, negative=True, **_VACE),
-    "wan vace reference": _wan("WanVACEPipeline", {"reference_images": one_image}, **_VACE),
-    "wan animate cfg": _wan("WanAnimatePipeline", _POSES, negative=True, **_ANIMATE),
-    "wan animate segments": _wan("WanAnimatePipeline", _TWO_SEGMENTS, runs=2, **_ANIMATE),
-    "wan lucy cfg": _wan(
+    "wan vace cfg": wan_case("WanVACEPipeline", {**_VIDEO, **_MASK}, negative=True, **_VACE),
+    "wan vace reference": wan_case("WanVACEPipeline", {"reference_images": one_image}, **_VACE),
+    "wan animate cfg": wan_case("WanAnimatePipeline", _POSES, negative=True, **_ANIMATE),
+    "wan animate segments": wan_case("WanAnimatePipeline", _TWO_SEGMENTS, runs=2, **_ANIMATE),
+    "wan lucy cfg": wan_case(
         "LucyEditPipeline",
         _VIDEO,
         negative=True,
@@ -191,11 +197,11 @@ CASES = {
 }
 
 EXPERTS = {
-    "wan 2.2": _wan("WanPipeline", experts=0.8),
-    "wan 2.2 cfg": _wan("WanPipeline", negative=True, experts=0.8, options={"guidance_scale_2": 2.0}),
-    "wan 2.2 image cfg": _wan("WanImageToVideoPipeline", _FIRST, negative=True, experts=0.8, **_OF_IMAGE),
-    "wan 2.2 vace cfg": _wan("WanVACEPipeline", {**_VIDEO, **_MASK}, negative=True, experts=0.8, **_VACE),
-    "wan 2.2 lucy cfg": _wan(
+    "wan 2.2": wan_case("WanPipeline", experts=0.8),
+    "wan 2.2 cfg": wan_case("WanPipeline", negative=True, experts=0.8, options={"guidance_scale_2": 2.0}),
+    "wan 2.2 image cfg": wan_case("WanImageToVideoPipeline", FIRST, negative=True, experts=0.8, **_OF_IMAGE),
+    "wan 2.2 vace cfg": wan_case("WanVACEPipeline", {**_VIDEO, **_MASK}, negative=True, experts=0.8, **_VACE),
+    "wan 2.2 lucy cfg": wan_case(
         "LucyEditPipeline",
         _VIDEO,
         negative=True,

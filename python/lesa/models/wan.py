@@ -51,7 +51,11 @@ class WanAdapter(Adapter):
 
     family = "wan"
     costs = WanCosts
-    transformer_classes = ("WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel")
+    transformer_classes: tuple[str, ...] = (
+        "WanTransformer3DModel",
+        "WanVACETransformer3DModel",
+        "WanAnimateTransformer3DModel",
+    )
     embedders = ("condition_embedder.time_embedder",)
     block_lists = {"vace_blocks": "attn1.norm_q", "blocks": "attn1.norm_q"}
 
