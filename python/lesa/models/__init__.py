@@ -12,10 +12,13 @@ from lesa.models.chronoedit import ChronoEditAdapter
 from lesa.models.cogvideox import CogVideoXAdapter
 from lesa.models.cogview import CogView3PlusAdapter, CogView4Adapter
 from lesa.models.cosmos import CosmosAdapter
+from lesa.models.ernie_image import ErnieImageAdapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.flux2 import Flux2Adapter
+from lesa.models.glm_image import GlmImageAdapter
 from lesa.models.helios import HeliosAdapter
 from lesa.models.hidream import HiDreamAdapter
+from lesa.models.hunyuan_dit import HunyuanDiTAdapter
 from lesa.models.hunyuan_image import HunyuanImageAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.hunyuan_video15 import HunyuanVideo15Adapter
@@ -53,9 +56,12 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     CogView3PlusAdapter,
     CogView4Adapter,
     CosmosAdapter,
+    ErnieImageAdapter,
     Flux2Adapter,
+    GlmImageAdapter,
     HeliosAdapter,
     HiDreamAdapter,
+    HunyuanDiTAdapter,
     HunyuanImageAdapter,
     HunyuanVideo15Adapter,
     Ideogram4Adapter,
