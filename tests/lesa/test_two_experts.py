@@ -118,6 +118,29 @@ def test_a_number_of_steps_includes_the_first_step_of_the_second_expert(pipe):
     assert handle.stats.streams["transformer_2-cond"].computed[0] == SWITCH
 
 
+def test_the_features_of_the_first_expert_are_freed_when_the_second_one_begins(pipe):
+    held = []
+
+    def look(pipe, step, timestep, tensors):
+        held.append([*handle._hook.state.streams])
+        return {}
+
+    with lesa.enable_cache(pipe, line(), SOME) as handle:
+        CASE.latents(pipe, steps=STEPS, callback_on_step_end=look)
+    assert held[:-1] == [NAMES[:2]] * SWITCH + [NAMES[2:]] * (STEPS - SWITCH - 1)
+
+
+def test_a_second_expert_that_was_replaced_is_noticed(pipe):
+    own = pipe.transformer_2
+    with lesa.enable_cache(pipe, line(), SOME, strict=True):
+        pipe.transformer_2 = pipe.transformer
+        try:
+            with pytest.raises(RuntimeError, match=re.escape("`pipe.transformer` was replaced while the cache was on")):
+                CASE.latents(pipe, steps=STEPS)
+        finally:
+            pipe.transformer_2 = own
+
+
 def test_each_expert_can_have_a_predictor_of_its_own(pipe):
     def run(predictor):
         with lesa.enable_cache(pipe, predictor, SOME, strict=True) as handle:
