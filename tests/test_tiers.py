@@ -1,5 +1,6 @@
 """Which tests `pytest` runs: the fast ones in several processes, and the slow ones when they are asked for."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -52,8 +53,9 @@ def ran(tmp_path):
 
     def run(*arguments):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-        environment["PYTHONPATH"] = str(tmp_path)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+        environment |= {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # their import takes long
+        plugins = ["-p", "xdist"] if importlib.util.find_spec("xdist") else []
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *plugins, *arguments]
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, result.stdout + result.stderr
         noted = tmp_path / "tests" / "ran"

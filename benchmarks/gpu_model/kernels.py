@@ -69,8 +69,13 @@ def recorder(device: Device) -> Callable[[Callable], list[Recorded]]:
 
 def code_of(found: Recorded) -> machine_code.MachineCode:
     """The machine code of a recorded launch."""
-    metadata = found.kernel.metadata
-    return machine_code.read(found.kernel.asm["cubin"], metadata.num_warps, metadata.shared)
+    return _code_of(found.kernel)
+
+
+@cache  # several shapes launch the same kernel
+def _code_of(kernel) -> machine_code.MachineCode:
+    metadata = kernel.metadata
+    return machine_code.read(kernel.asm["cubin"], metadata.num_warps, metadata.shared)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,9 @@ _LATENCY = {
     "LDL": 40,
 }
 _OTHER_LATENCY = 20  # [A] of conversions and votes, as for MUFU
+# Most instructions are none of these, and calls of Python take long.
+_WAITING = {"DEPBAR", "WARPGROUP", "SYNCS", "MEMBAR"}  # for more than barriers, in `_awaited`
+_NOTED = {"LDG", "LDGSTS", "UTMALDG", "SYNCS", "STG", "ATOMG", "MEMBAR", "LDGDEPBAR", "HGMMA"}  # in `_execute`
 _PROGRAM_BARRIER = 20  # [A] cycles until all warps are released
 
 
@@ -167,6 +170,10 @@ class Scheduler:
         self.last_data = 0.0
         self.end = 0.0
         self._kinds = [self._kind(each) for each in code.instructions]
+        self._waits = [each.name in _WAITING for each in code.instructions]
+        self._notes = [
+            each.name in _NOTED or each.sets != NO_BARRIER or each.frees != NO_BARRIER for each in code.instructions
+        ]
 
     def _kind(self, each: Instruction) -> tuple[str | None, float]:
         """The unit of an instruction, and the cycles that it keeps it busy."""
@@ -225,6 +232,7 @@ class Scheduler:
         for _ in range(min(resident, programs)):
             start(0.0)
         instructions, kinds, units = self.code.instructions, self._kinds, self.units
+        waits, notes = self._waits, self._notes
         issue = units["issue"]
         while heap:
             ready, order, warp = heapq.heappop(heap)
@@ -234,7 +242,8 @@ class Scheduler:
             at = max(ready, issue.free)
             for barrier in each.waits:
                 at = max(at, warp.barriers[barrier])
-            at = self._awaited(each, warp, at)
+            if waits[position]:
+                at = self._awaited(each, warp, at)
             if unit is not None:
                 at = max(at, units[unit].free - busy)  # a unit takes one instruction more while it is busy
             if heap and at > heap[0][0] and at > ready:
@@ -242,7 +251,8 @@ class Scheduler:
                 continue
             issue.take(at, 1)
             done = at + 1 if unit is None else units[unit].take(at, busy)
-            self._execute(each, position, warp, at, done)
+            if notes[position]:
+                self._execute(each, position, warp, at, done)
             warp.step += 1
             after = at + each.stall
             if warp.step == len(route):

@@ -216,11 +216,13 @@ def _has_registers(device: Device, problem: Problem, sums: int, t: int, d: int, 
     """Whether the threads of a program have enough registers for the sums and the widened features of a tile."""
     threads = 32 * warps
     features = d * t * problem.tiles // threads
-    if problem.modulations:
-        # Both together. Float32 is split into two. Rows of 16 channels are short, so they are for the last tile.
-        most = 56 if problem.operand_bytes == 4 else 120 if device.has_wide_products else 90
-        return sums * t // threads + features <= most and (d > 16 or problem.width <= 16 or (t, warps) == (16, 8))
-    return d == 16 or features <= (MOST_FEATURES // 2 if problem.rank else MOST_FEATURES)
+    if not problem.modulations:
+        return d == 16 or features <= (MOST_FEATURES // 2 if problem.rank else MOST_FEATURES)
+    # There are more sums, and more tiles are loaded ahead. With up to 32 tokens, two programs often fit. Float32 is
+    # split into two. Rows of 16 channels are short, so they are for the last tile.
+    most = 56 if problem.operand_bytes == 4 else 144 if device.has_wide_products else 100
+    is_long = d > 16 or problem.width <= 16 or (t, warps) == (16, 8)
+    return t <= 32 and is_long and features <= MOST_FEATURES // 2 and sums * t // threads + features <= most
 
 
 @functools.lru_cache(maxsize=256)

@@ -100,7 +100,7 @@ def stream_velocity(
         features, weights, low_rank, backend: as in `stream_forecast`.
         head: the head's weights and this step's modulation.
         sums: what `head_sums` gives for this head, or `NO_SUMS`: then it is computed in this call, if it is needed.
-            Only Triton reads it.
+            Only Triton reads it, and only for a head with one modulation for each sample.
 
     Returns:
         `[B, T, O]` in the dtype of the stored features, bfloat16 for float8. It is computed in float32, but Triton
@@ -113,7 +113,7 @@ def stream_velocity(
 
         velocity = output_head(stream_forecast(features, weights, low_rank), head)
 
-    Source: this project; it rearranges LayerNorm and projection around a low-rank sum.
+    Source: this project; it rearranges the norm and the projection around a low-rank sum.
     """
     check_stream(features, weights, low_rank)
     head.check(features.storage)
@@ -166,20 +166,23 @@ def head_sums(
     It can be computed for all steps of a run at once: pass a head whose modulation has the rows of all steps.
 
     Args:
-        head: with one modulation for each sample, `[B, D]`.
+        head: its modulation is one for each sample, `[B, D]`. With one for each token there is nothing to compute once.
         low_rank: the residual, or `NO_RESIDUAL`.
         stage: `[B]`, the rows of the residual, as in `Weights`; None without a residual.
         dtype: of the result's `weight`: that of the features, bfloat16 for float8. None is that of `head.weight`.
 
     Returns:
         The parts of `HeadSums`. `weight` has `O + R` rows of D channels for each sample, so it is by far the largest.
+        `NO_SUMS` for a head with a modulation for each token.
     """
+    if head.per_token:
+        return NO_SUMS
     check_tensor("head.scale", head.scale, ("B", "D"), FLOAT_DTYPES)
     return head_sums_ref(head, low_rank, stage, dtype)
 
 
 def output_head(features: torch.Tensor, head: OutputHead, backend: str = "auto") -> torch.Tensor:
-    """Applies a transformer's output head to features: AdaLN, then the projection.
+    """Applies a transformer's output head to features: norm, modulation, then the projection.
 
     Args:
         features: `[B, T, D]`.
@@ -193,7 +196,7 @@ def output_head(features: torch.Tensor, head: OutputHead, backend: str = "auto")
         ValueError, TypeError: a tensor has the wrong shape, device or dtype; the message names it.
         RuntimeError: the backend can't run here.
 
-    Equivalent to::
+    Equivalent to, for a layer norm and one modulation for each sample::
 
         normed = F.layer_norm(features, features.shape[-1:], eps=head.eps)
         velocity = F.linear(normed * (1 + head.scale[:, None]) + head.shift[:, None], head.weight, head.bias)

@@ -259,9 +259,8 @@ def _read_tensors(path: Path) -> list[Sample]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a file is no mapping)
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise argument_error(
-            "file", "be a safetensors file", Said(f"{path}: {error}"), "Write the file again."
-        ) from None
+        got = Said(f"{path}: {error}")
+        raise argument_error("file", "be a safetensors file", got, "Write the file again.") from None
     sizes = {name: t.shape[_DIMENSIONS.get(name, 0)] if t.ndim else None for name, t in tensors.items()}
     if None in sizes.values() or len(set(sizes.values())) != 1:
         raise argument_error(
@@ -277,13 +276,10 @@ def _read_tensors(path: Path) -> list[Sample]:
         place = f"{path.name}, metadata {name!r}"
         others[name] = _parse(place, "be a JSON value", text, "Encode it with `json.dumps`.")
         _check_value(place, others[name])
-    samples = [
-        Sample(
-            f"{path.name}, row {i}",
-            {**{n: t.narrow(_DIMENSIONS.get(n, 0), i, 1) for n, t in tensors.items()}, **others},
-        )
-        for i in range(next(iter(sizes.values())) or 0)
-    ]
+    samples = []
+    for i in range(next(iter(sizes.values())) or 0):
+        row = {name: tensor.narrow(_DIMENSIONS.get(name, 0), i, 1) for name, tensor in tensors.items()}
+        samples.append(Sample(f"{path.name}, row {i}", {**row, **others}))
     for sample in samples:
         for name in tensors:
             _check_finite(f"{sample.place}, {name!r}", name, sample.arguments[name])
@@ -321,13 +317,12 @@ def _is_per_sample(name, value) -> bool:
 
 
 def _join(name, values):
-    if _is_stack(values[0]):
+    first = values[0]
+    if _is_stack(first):
         return torch.cat(values, _DIMENSIONS.get(name, 0))
-    if len(values) == 1 and isinstance(values[0], Image):
-        return values[0]  # some pipelines take one image, and no list
-    if _is_per_sample(name, values[0]):
-        return sum(values, []) if isinstance(values[0], list) else values
-    return values[0]
+    if not _is_per_sample(name, first) or (len(values) == 1 and isinstance(first, Image)):
+        return first  # some pipelines take one image, and no list
+    return sum(values, []) if isinstance(first, list) else values
 
 
 def _difference(first: dict, other: dict) -> str | None:

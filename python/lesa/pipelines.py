@@ -7,10 +7,15 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline
+from diffusers.modular_pipelines import PipelineState
 
 from lesa_kernels.checks import Said, argument_error, check_folder_or_id
+
+_DECODER = "decode"
+"""The name that diffusers gives to the last block of a modular pipeline, which makes pictures from the latents."""
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
@@ -107,29 +112,61 @@ def run_pipeline(
 
 
 def check_decodes(pipe: Any) -> None:
-    """Raises `TypeError` if a pipeline has no VAE to make pictures with."""
+    """Raises `TypeError` if a pipeline has nothing to make pictures with: a VAE, and if it is modular, the block."""
+    lacks = f"a last block {_DECODER!r}" if isinstance(pipe, ModularPipeline) and _decoder_of(pipe) is None else None
     if getattr(pipe, "vae", None) is None:
-        remedy = "Load the pipeline with its VAE; a modular pipeline needs its block `decode` too."
+        lacks = "a VAE"
+    if lacks is not None:
         raise argument_error(
             "pipe",
-            "have a VAE, so that pictures can be compared",
+            f"have {lacks}, so that pictures can be compared",
             Said(f"a {type(pipe).__name__} without one"),
-            remedy,
+            f"Load the pipeline with its VAE; a modular pipeline needs its block `{_DECODER}` too.",
             TypeError,
         )
 
 
+@torch.no_grad()
+def decoded_by_blocks(pipe: ModularPipeline, latents: torch.Tensor, arguments: dict[str, Any]) -> np.ndarray:
+    """What the block `decode` of a modular pipeline makes from latents, in [0, 1].
+
+    Args:
+        pipe: the pipeline; `check_decodes` lets it through.
+        latents: what `run_pipeline` returned.
+        arguments: those of that call.
+
+    Returns:
+        Images `[B, height, width, channels]`, or videos `[B, frames, height, width, channels]`.
+    """
+    block: Any = _decoder_of(pipe)
+    known = {"latents": latents, "output_type": "np", "batch_size": len(latents), "dtype": latents.dtype}
+    state = PipelineState()
+    for given in block.inputs:
+        value = known.get(given.name, arguments.get(given.name, given.default))
+        if given.name is not None:
+            state.set(given.name, value, given.kwargs_type)
+    _, state = block(pipe, state)
+    made: Any = next(value for name in ("images", "videos") if (value := state.get(name)) is not None)
+    return np.stack([np.asarray(image) for image in made])
+
+
+def _decoder_of(pipe: ModularPipeline) -> Any:
+    """The last block of a modular pipeline if that one decodes the latents, or None."""
+    blocks = getattr(pipe._blocks, "sub_blocks", {})
+    return blocks[_DECODER] if next(reversed(blocks), None) == _DECODER else None
+
+
 @contextlib.contextmanager
 def _without_decoding(pipe: ModularPipeline) -> Iterator[None]:
-    """A context in which a modular pipeline leaves out its last block if that one decodes the latents."""
-    blocks = getattr(pipe._blocks, "sub_blocks", {})
-    last = next(reversed(blocks), None)
-    decoder = blocks.pop(last) if last == "decode" else None
+    """A context in which a modular pipeline leaves out the block that decodes."""
+    decoder, blocks = _decoder_of(pipe), getattr(pipe._blocks, "sub_blocks", {})
+    if decoder is not None:
+        del blocks[_DECODER]
     try:
         yield
     finally:
         if decoder is not None:
-            blocks[last] = decoder
+            blocks[_DECODER] = decoder
 
 
 @contextlib.contextmanager

@@ -19,13 +19,13 @@ def registry():
 
 @pytest.fixture(scope="session")
 def _digits_pipeline():
-    return digits.load_pipeline()
+    return digits_pipelines.cut_pipeline()
 
 
 @pytest.fixture(scope="session")
-def cut_pipeline():
-    """The digits pipeline with half of its blocks. A file whose tests need no more names it `_digits_pipeline`."""
-    return digits_pipelines.cut_pipeline()
+def whole_pipeline():
+    """The digits pipeline with all of its blocks. A file whose tests need them names it `_digits_pipeline`."""
+    return digits.load_pipeline()
 
 
 def parts_of(pipe):
@@ -42,7 +42,10 @@ def parts_of(pipe):
 
 @pytest.fixture
 def pipe(_digits_pipeline):
-    """The digits pipeline, one for the whole session. Tests that change its weights or dtype take `fresh_pipe`."""
+    """The digits pipeline with half of its blocks, one for the whole session.
+
+    Tests that change its weights or dtype take `fresh_pipe`.
+    """
     pipe, scheduler = _digits_pipeline, _digits_pipeline.scheduler
     before = parts_of(pipe)
     yield pipe
@@ -59,8 +62,8 @@ def pipe(_digits_pipeline):
 
 @pytest.fixture
 def fresh_pipe():
-    """A digits pipeline of the test's own."""
-    return digits.load_pipeline()
+    """A digits pipeline of the test's own, with half of its blocks."""
+    return digits_pipelines.cut_pipeline()
 
 
 @pytest.fixture

@@ -31,12 +31,6 @@ from lesa.demo import digits
 from lesa_kernels import FusedKANPredictor, PredictorConfig, TieredRing
 from predictors import DIM, make_predictor, rings_of, untrained_predictor
 
-
-@pytest.fixture(scope="module")
-def _digits_pipeline(cut_pipeline):
-    return cut_pipeline
-
-
 # One sample, or one stream, of several
 
 

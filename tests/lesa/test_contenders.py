@@ -30,11 +30,6 @@ ODD = tuple(1 - number / 32 for number in range(STEPS))
 """Ratios that float32 holds exactly, no two alike."""
 
 
-@pytest.fixture(scope="module")
-def _digits_pipeline(cut_pipeline):
-    return cut_pipeline
-
-
 @pytest.fixture
 def events(monkeypatch):
     """What happens, in order: ("on", what was received), ("call", steps of the pipeline's call), and ("off",)."""

@@ -29,6 +29,12 @@ SIGMAS = [1 - step / STEPS for step in range(STEPS)]
 ERRORS = (0.0, 0.2, 0.04, 0.04, 0.04, 0.04, 0.05, 0.06, 0.1)
 
 
+@pytest.fixture(scope="module")
+def _digits_pipeline(whole_pipeline):
+    """What the bundled predictors were trained on."""
+    return whole_pipeline
+
+
 def bundled(name="newton-9", model=digits, **changes):
     predictor = FusedKANPredictor.from_pretrained(model.WEIGHTS / name)
     predictor.config = replace(predictor.config, **changes)

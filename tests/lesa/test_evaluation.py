@@ -464,6 +464,7 @@ def setting(request):
 
 def test_steps_are_counted_as_attention_itself_is_called(pipe, inputs, setting, monkeypatch):
     calls, per_forward, measured = [0], [], []
+    blocks = len(pipe.transformer.transformer_blocks) + len(pipe.transformer.single_transformer_blocks)
     attend, outcome = torch.nn.functional.scaled_dot_product_attention, Contest.outcome
 
     def counting(*args, **kwargs):
@@ -474,7 +475,7 @@ def test_steps_are_counted_as_attention_itself_is_called(pipe, inputs, setting, 
         calls[0] = 0
         per_forward.clear()
         made = outcome(*args, **kwargs)
-        measured.append((calls[0] / 6, sum(count == 6 for count in per_forward)))
+        measured.append((calls[0] / blocks, sum(count == blocks for count in per_forward)))
         return made
 
     def before(*args):
@@ -497,7 +498,7 @@ def test_steps_are_counted_as_attention_itself_is_called(pipe, inputs, setting, 
     attentions_only = "attentions only" in (setting.note([str(setting)]) or "")
     assert peer.block_passes == (STEPS if attentions_only else pytest.approx(peer.step_equivalents))
     if setting.contender in ("first-block-cache", "cache-dit"):  # the first block runs in every step
-        assert peer.step_equivalents == pytest.approx(peer.whole_steps + (STEPS - peer.whole_steps) / 6)
+        assert peer.step_equivalents == pytest.approx(peer.whole_steps + (STEPS - peer.whole_steps) / blocks)
 
 
 @pytest.mark.parametrize(
@@ -558,17 +559,17 @@ def test_magcache_is_calibrated_with_its_own_calibration(pipe, inputs, monkeypat
 
 
 def test_a_budget_that_no_setting_keeps_to_is_said(pipe, inputs):
-    result = lesa.evaluate(pipe, inputs[:1], [], ["first-block-cache-3"], STEPS, progress=False)
+    result = lesa.evaluate(pipe, inputs[:1], [], ["first-block-cache-5"], STEPS, progress=False)
     equivalents, whole = result.facts["searched"]["first-block-cache"]["budgets"]
-    least = 1 + 11 / 6
+    least = 1 + 11 / 3  # the first one of three blocks runs in every step
     assert (equivalents["by"], whole["by"]) == ("step_equivalents", "whole_steps")
     assert result[equivalents["run"]].step_equivalents == pytest.approx(least)
-    assert result[whole["run"]].whole_steps <= 3 < result[whole["run"]].step_equivalents
-    result = lesa.evaluate(pipe, inputs[:1], [], ["first-block-cache-2"], STEPS, progress=False)
+    assert result[whole["run"]].whole_steps <= 5 < result[whole["run"]].step_equivalents
+    result = lesa.evaluate(pipe, inputs[:1], [], ["first-block-cache-4"], STEPS, progress=False)
     equivalents, whole = result.facts["searched"]["first-block-cache"]["budgets"]
     assert equivalents["run"] is None and whole["run"] is not None
-    assert equivalents["why"] == "no setting has at most 2 step equivalents; the least is 2.83"
-    assert "first-block-cache: no setting has at most 2 step equivalents" in result.table()
+    assert equivalents["why"] == "no setting has at most 4 step equivalents; the least is 4.67"
+    assert "first-block-cache: no setting has at most 4 step equivalents" in result.table()
 
 
 def test_a_setting_that_goes_above_its_budget_on_all_inputs_gives_way(pipe, inputs, monkeypatch):
@@ -812,11 +813,11 @@ def four():
 
 
 @pytest.fixture(scope="module")
-def uneven(_digits_pipeline, four, tmp_path_factory):
+def uneven(whole_pipeline, four, tmp_path_factory):
     """Four inputs in calls of three and one; and the folder."""
     folder = tmp_path_factory.mktemp("uneven")
     options = {"seed": 7, "batch_size": 3, "out_dir": folder, "progress": False}
-    return lesa.evaluate(_digits_pipeline, four, [], (UNEVEN, "steps-4"), STEPS, **options), folder
+    return lesa.evaluate(whole_pipeline, four, [], (UNEVEN, "steps-4"), STEPS, **options), folder
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,16 @@ import gc
 import importlib
 import weakref
 
+import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 import lesa
 import small_pipelines as small
-from lesa.pipelines import blocks_of
+from lesa.models import adapter_for
+from lesa.pipelines import blocks_of, quiet_progress
 from lesa_kernels import FusedKANPredictor, PredictorConfig
+from modular_pipelines import CASES, EXPERTS, counted_blocks, distance
 
 STEPS = 10
 SOME = [0, 1, 2, 6]
@@ -19,45 +21,26 @@ REST = [3, 4, 5, 7, 8, 9]
 SIDE = 32
 
 
-def blocks(module, name):
-    """An instance of a class of blocks, which older versions of diffusers do not have."""
-    module = pytest.importorskip(f"diffusers.modular_pipelines.{module}")
-    if not hasattr(module, name):
-        pytest.skip(f"this version of diffusers has no {name}")
-    return getattr(module, name)()
+def guided(**options):
+    return importlib.import_module("diffusers").ClassifierFreeGuidance(3.0, **options)
 
 
-def flux():
-    pipe = blocks("flux.modular_blocks_flux", "FluxCoreDenoiseStep").init_pipeline()
-    pipe.update_components(transformer=small.flux_transformer().eval(), scheduler=FlowMatchEulerDiscreteScheduler())
-    return pipe, small.embeddings(1)
-
-
-def qwen(**guidance):
-    guiders = importlib.import_module("diffusers")
-    pipe = blocks("qwenimage.modular_blocks_qwenimage", "QwenImageCoreDenoiseStep").init_pipeline()
-    pipe.update_components(
-        transformer=small.qwen_transformer().eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        guider=guiders.ClassifierFreeGuidance(3.0, **guidance),
-    )
-    texts = [small.embeddings(1, negative, pooled=False, mask="prompt_embeds_mask") for negative in (False, True)]
-    return pipe, {**texts[0], **texts[1]}
-
-
-CASES = {
-    "flux": (flux, {"main": STEPS}),
-    "qwen with guidance": (qwen, {"main": STEPS, "main-2": STEPS}),
-    "qwen with guidance in the first half": (lambda: qwen(stop=0.5), {"main": STEPS, "main-2": STEPS // 2}),
+FREED = {
+    "flux": ("flux", dict, {"main": STEPS}),
+    "qwen with guidance": ("qwen", guided, {"main": STEPS, "main-2": STEPS}),
+    "qwen with guidance in the first half": (
+        "qwen",
+        lambda: guided(stop=0.5),
+        {"main": STEPS, "main-2": STEPS // 2},
+    ),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_modular_pipeline_frees_its_rings(case):
+@pytest.mark.parametrize("name", FREED)
+def test_a_modular_pipeline_frees_its_rings(name):
+    kind, guider, streams = FREED[name]
+    case, pipe = CASES[kind], CASES[kind].build(guider() or None)
     torch.manual_seed(0)
-    make, streams = CASES[case]
-    pipe, arguments = make()
-    pipe.set_progress_bar_config(disable=True)
     predictor, rings = FusedKANPredictor(PredictorConfig(small.DIM, rank=0, hidden=4)), []
     make_ring = predictor.make_ring
 
@@ -69,9 +52,7 @@ def test_a_modular_pipeline_frees_its_rings(case):
     predictor.make_ring = remember
 
     def generate():
-        generator = torch.Generator().manual_seed(0)
-        options = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS, "generator": generator}
-        return pipe(**arguments, **options, output="latents")
+        return case.latents(pipe, STEPS)
 
     plain = generate()
     with lesa.enable_cache(pipe, predictor, SOME, strict=True) as handle:
@@ -90,36 +71,63 @@ def test_a_modular_pipeline_frees_its_rings(case):
     assert torch.equal(generate(), plain)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_all_computed_is_bit_exact_and_forecasts_skip_the_blocks(name):
+    case = CASES[name]
+    pipe, total = case.build(guided()), 12
+    some = [0, 1, 2, 5, 9]
+    rest = [step for step in range(total) if step not in some]
+    plain, adapter = case.latents(pipe, total), adapter_for(pipe)
+
+    def line():
+        return FusedKANPredictor(PredictorConfig(mixer="linear"))
+
+    with counted_blocks(adapter) as counts, lesa.enable_cache(pipe, line(), range(total), strict=True) as handle:
+        assert torch.equal(case.latents(pipe, total), plain)
+    assert [*handle.stats.streams] == [*case.streams]
+    assert counts == [len(case.streams) * total] * len(counts)
+    with counted_blocks(adapter) as counts, lesa.enable_cache(pipe, line(), some, strict=True) as handle:
+        cached = case.latents(pipe, total)
+    for stream in handle.stats.streams.values():
+        assert (stream.computed, stream.predicted, stream.fused) == (some, rest, rest)
+    assert counts == [len(case.streams) * len(some)] * len(counts)
+    with lesa.enable_cache(pipe, line(), [0]):
+        held = case.latents(pipe, total)
+    assert 0 < distance(cached, plain) < 0.02 and distance(cached, plain) < distance(held, plain) / 4
+    assert torch.equal(case.latents(pipe, total), plain)
+
+
+@pytest.mark.slow
+def test_both_experts_of_a_modular_pipeline_are_cached():
+    pipe, total = EXPERTS.build(guided()), 12
+    plain = EXPERTS.latents(pipe, total)
+    with lesa.enable_cache(pipe, None, range(total), strict=True):
+        assert torch.equal(EXPERTS.latents(pipe, total), plain)
+    with lesa.enable_cache(pipe, None, [0, 1, 2, 5, 9], strict=True) as handle:
+        cached = EXPERTS.latents(pipe, total)
+    streams = handle.stats.streams
+    assert [*streams] == [*EXPERTS.streams]
+    assert [stream.computed for stream in streams.values()] == 2 * [[0, 1, 2, 5]] + 2 * [[6, 9]]
+    assert [stream.predicted for stream in streams.values()] == 2 * [[3, 4]] + 2 * [[7, 8, 10, 11]]
+    assert 0 < distance(cached, plain) < 0.02
+
+
 # Recording, refining and evaluating
 
-DECODERS = {
-    "flux": ("flux.decoders", "FluxDecodeStep"),
-    "qwen": ("qwenimage.modular_blocks_qwenimage", "QwenImageDecodeStep"),
-    "sd3": ("stable_diffusion_3.decoders", "StableDiffusion3DecodeStep"),
-}
-CORES = {
-    "flux": ("flux.modular_blocks_flux", "FluxCoreDenoiseStep"),
-    "qwen": ("qwenimage.modular_blocks_qwenimage", "QwenImageCoreDenoiseStep"),
-    "sd3": ("stable_diffusion_3.modular_blocks_stable_diffusion_3", "StableDiffusion3AutoCoreDenoiseStep"),
-}
-KINDS = [*CORES]
+KINDS = ["flux", "qwen", "sd3"]
+"""Modular pipelines whose ordinary ones draw the same noise."""
 
 
 def pair(kind, guidance=1.0, decodes=True):
     """An ordinary and a modular pipeline of the same components, and two inputs for each."""
-    case = small.ALL[kind]
-    plain = case.build()
-    parts = {"denoise": blocks(*CORES[kind])} | ({"decode": blocks(*DECODERS[kind])} if decodes else {})
-    modular = importlib.import_module("diffusers.modular_pipelines")
-    pipe = modular.SequentialPipelineBlocks.from_blocks_dict(parts).init_pipeline()
-    components = {"transformer": plain.transformer, "scheduler": plain.scheduler}
-    components |= {"vae": plain.vae} if decodes else {}
-    if "guider" in pipe.components:
-        components["guider"] = importlib.import_module("diffusers").ClassifierFreeGuidance(guidance)
-    pipe.update_components(**components)
+    small_case = small.ALL[kind]
+    plain = small_case.build()
+    guider = importlib.import_module("diffusers").ClassifierFreeGuidance(guidance)
+    pipe = CASES[kind].build(guider, decodes, plain)
     inputs, generator = [], torch.Generator().manual_seed(5)
     for _ in range(2):
-        item = {**case.inputs(1), "height": SIDE, "width": SIDE}
+        item = {**small_case.inputs(1), "height": SIDE, "width": SIDE}
         for name in [name for name in item if name.endswith("prompt_embeds")]:
             item[name] = torch.randn(item[name].shape, generator=generator)
         inputs.append(item)
@@ -233,7 +241,36 @@ def test_a_modular_pipeline_refines_and_evaluates_as_the_ordinary_one(paired, re
 
 
 @pytest.mark.slow
-def test_pictures_need_a_vae(paired):
+def test_pictures_need_a_vae_and_its_block():
     _, _, pipe, inputs = pair("flux", decodes=False)
     with pytest.raises(TypeError, match="`pipe` must have a VAE, so that pictures can be compared.*block `decode`"):
         lesa.evaluate(pipe, inputs, [], num_inference_steps=STEPS, progress=False)
+    _, _, pipe, inputs = pair("flux")
+    del pipe._blocks.sub_blocks["decode"]
+    with pytest.raises(TypeError, match="`pipe` must have a last block 'decode', so that pictures can be compared"):
+        lesa.evaluate(pipe, inputs, [], num_inference_steps=STEPS, progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name not in KINDS])
+def test_a_modular_pipeline_is_recorded_refined_evaluated_and_generates(tmp_path, name):
+    case = CASES[name]
+    pipe = case.build(guided())
+    inputs, options = [case.inputs(pipe)] * 2, {"num_inference_steps": STEPS, "progress": False}
+    plain = case.latents(pipe, STEPS)
+    made = lesa.record(pipe, inputs, tmp_path, **options)
+    assert torch.equal(case.latents(pipe, STEPS), plain)
+    suffixes = ["", *(f"-{stream}" for stream in case.streams[1:])]
+    assert made.names == [f"sample-0000{number}{suffix}" for number in range(2) for suffix in suffixes]
+    width, quick = adapter_for(pipe).feature_dim, {"epochs": 1, "progress": False}
+    predictor = lesa.train(made, PredictorConfig(width, rank=2, hidden=4), SOME, guided_epochs=1, **quick)
+    refined = lesa.refine(predictor, made, pipe, inputs, rounds=1, **quick)
+    reference, mine = lesa.evaluate(pipe, inputs, [refined], [], batch_size=1, **options).runs
+    assert (reference.computed_steps, mine.steps) == (STEPS, tuple(SOME))
+    assert mine.whole_steps == mine.step_equivalents == mine.block_passes == len(SOME)
+    assert 20 < mine.psnr < 100
+    drawn = {"output_type": "np", "num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(0)}
+    with lesa.enable_cache(pipe, refined) as handle, quiet_progress(pipe):
+        state = pipe(**{**inputs[0], **drawn})
+    assert handle.stats.streams[case.streams[0]].computed == SOME
+    assert np.isfinite(next(value for name in ("images", "videos") if (value := state.get(name)) is not None)).all()

@@ -144,20 +144,25 @@ def test_forecasts_skip_the_blocks_and_stay_near(pipe, plain, name):
 
 @contextmanager
 def calls_of(adapter):
-    """Gives a list of `(arguments, features, conditioning or None, output)` of each call of the transformer."""
+    """Gives a list of `(arguments, entered, output)` of each call of the transformer.
+
+    For each output head, what entered it is the features, and the conditioning or None.
+    """
     calls, entered = [], []
 
-    def enter(module, args, kwargs):
-        features, conditioning = adapter.head_form.entered(args, kwargs)
-        entered.append((features.clone(), conditioning))
+    def watch(branch):
+        def enter(module, args, kwargs):
+            features, conditioning = branch.head_form.entered(args, kwargs)
+            entered.append((features.clone(), conditioning))
+
+        return branch.head_entry.register_forward_pre_hook(enter, with_kwargs=True)
 
     def leave(module, args, kwargs, output):
-        calls.append((adapter.bind(args, kwargs), *entered.pop(), output))
+        calls.append((adapter.bind(args, kwargs), [*entered], output))
+        entered.clear()
 
-    hooks = [
-        adapter.head_entry.register_forward_pre_hook(enter, with_kwargs=True),
-        adapter.transformer.register_forward_hook(leave, with_kwargs=True),
-    ]
+    hooks = [watch(branch) for branch in adapter.branches]
+    hooks.append(adapter.transformer.register_forward_hook(leave, with_kwargs=True))
     try:
         yield calls
     finally:
@@ -177,14 +182,19 @@ def test_conditioning_and_head_are_those_of_the_forward(pipe, name):
     adapter = adapter_for(pipe)
     with calls_of(adapter) as calls:
         small.ALL[name].latents(pipe, steps=3)
-    for call, entered, conditioning, output in calls:
+    for call, heads, output in calls:
         if call.get("kv_cache_mode") == "extract":  # it fills the cache, so it is always computed
             continue
-        features = adapter.features(call, entered)
-        made = adapter.conditioning(call, features.dtype)
-        assert conditioning is None or (made.dtype == conditioning.dtype and torch.equal(made, conditioning))
-        assert adapter.shape(call) == features.shape[:2] and adapter.feature_dim == features.shape[2]
-        ours = adapter.output(call, adapter.run_head(features, made, call))
+        velocities = []
+        for branch, (entered, conditioning) in zip(adapter.branches, heads, strict=True):
+            features = branch.features(call, entered)
+            made = branch.conditioning(call, features.dtype)
+            near = 1e-6 if name in small.CONDITIONED_TO_ROUNDING else 0
+            assert conditioning is None or made.dtype == conditioning.dtype
+            assert conditioning is None or torch.allclose(made, conditioning, rtol=near, atol=near)
+            assert branch.shape(call) == features.shape[:2] and branch.feature_dim == features.shape[2]
+            velocities.append(branch.run_head(features, made, call))
+        ours = adapter.output(call, *velocities)
         assert type(ours) is type(output)
         for one, other in zip(tensors_in(ours), tensors_in(output), strict=True):
             if adapter.family in small.GIVE_MORE:

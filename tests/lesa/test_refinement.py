@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import digits_pipelines
 import lesa
 from lesa.artifacts import predictor_identity
 from lesa.cache.placement import installed_hook
@@ -35,7 +36,7 @@ def recorded(tmp_path_factory):
     """Trajectories of eight digits, some of their tokens, and their inputs."""
     folder = tmp_path_factory.mktemp("refine") / "trajectories"
     inputs = digits.inputs_for(labels(8))
-    pipe = digits.load_pipeline()
+    pipe = digits_pipelines.cut_pipeline()
     trajectories = lesa.record(pipe, inputs, folder, STEPS, tokens_per_sample=20, batch_size=8, progress=False)
     return trajectories, inputs
 
@@ -379,7 +380,7 @@ def roll_out(pipe, recorded, predictor, folder):
 @pytest.fixture(scope="module")
 def rolled(recorded, predictor, tmp_path_factory):
     """The roll-outs of the predictor that is refined."""
-    return roll_out(digits.load_pipeline(), recorded, predictor, tmp_path_factory.mktemp("rolled") / "r")
+    return roll_out(digits_pipelines.cut_pipeline(), recorded, predictor, tmp_path_factory.mktemp("rolled") / "r")
 
 
 def close(value):
@@ -469,7 +470,7 @@ def bytes_in(folder):
 def _unfinished(recorded, predictor, tmp_path_factory):
     """The folder of a refinement that was stopped in its second round, and what one that was not stopped writes."""
     folder, arguments = tmp_path_factory.mktemp("refinements"), (predictor, recorded[0])
-    pipe = digits.load_pipeline()
+    pipe = digits_pipelines.cut_pipeline()
     with watched_rates(stop_before=7), pytest.raises(KeyboardInterrupt):
         lesa.refine(*arguments, pipe, recorded[1], out_dir=folder / "stopped", **UNFINISHED)
     with watched_rates() as rates:

@@ -43,11 +43,6 @@ from lesa.models.flux import FluxAdapter
 from predictors import DIM, make_predictor, untrained_predictor
 
 
-@pytest.fixture(scope="module")
-def _digits_pipeline(cut_pipeline):
-    return cut_pipeline
-
-
 def solo(pipe, calls_of_step, name):
     """What the calls of this name give when no others are made."""
     with lesa.enable_cache(pipe, make_predictor(), SOME):

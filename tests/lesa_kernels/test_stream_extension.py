@@ -331,14 +331,14 @@ def test_the_compiled_function_takes_what_it_should():
 # With the output head
 
 
-def head_for(features, outputs, kind="shifted", seed=0):
+def head_for(features, outputs, kind="shifted", seed=0, norm="layer"):
     """A head for features: "shifted", "scaled" (without shift and bias), or "per token"."""
     generator = torch.Generator().manual_seed(seed)
     _, batch, tokens, dim = features.storage.shape
     sizes = (batch, tokens, dim) if kind == "per token" else (batch, dim)
     weight = torch.randn(outputs, dim, generator=generator) / max(1, dim) ** 0.5
     bias, scale, shift = (torch.randn(size, generator=generator) / 2 for size in ((outputs,), sizes, sizes))
-    return OutputHead(weight, *((None, scale, None) if kind == "scaled" else (bias, scale, shift)))
+    return OutputHead(weight, *((None, scale, None) if kind == "scaled" else (bias, scale, shift)), norm=norm)
 
 
 def velocity(features, weights, low_rank, head):
@@ -369,6 +369,15 @@ def test_all_kinds_of_instructions_are_as_accurate_with_a_head(instructions, ran
     arguments = case(seed, rank=rank, anchors=anchors, constant=constant, sums=seed % 2, **sizes, **counts)
     head = head_for(arguments[0], [1, 16, 33, 64, 40][seed], ["shifted", "scaled", "per token"][(seed + rank) % 3])
     assert_velocity_accurate(*arguments, head)
+
+
+@pytest.mark.parametrize("kind", ["shifted", "scaled", "per token"])
+@pytest.mark.parametrize("norm", ["rms", None])
+def test_all_kinds_of_instructions_are_as_accurate_with_another_norm(instructions, norm, kind):
+    for seed, rank in enumerate((0, 5, 33)):
+        sizes = dict(dim=[1, 50, 530][seed], tokens=[3, 40, 13][seed], count=(4, 0, 3), read=(4, 0, 2))
+        arguments = case(seed, rank=rank, anchors=["per channel", "scalar"][seed % 2], constant="per channel", **sizes)
+        assert_velocity_accurate(*arguments, head_for(arguments[0], [1, 33, 40][seed], kind, norm=norm))
 
 
 @pytest.mark.parametrize("rank", [0, 32])
@@ -409,11 +418,12 @@ def test_any_number_of_threads_gives_the_same_bytes_with_a_head(rank):
     assert all(torch.equal(each, velocities[0]) for each in velocities)
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_a_feature_that_is_not_finite_spreads_over_its_token(value):
+def test_a_feature_that_is_not_finite_spreads_over_its_token(value, norm):
     features, weights, low_rank = case(14, rank=5)
     features.storage[(features.cursor[0].long() - 1) % 4, 0, 2, 3] = value
-    finite = velocity(features, weights, low_rank, head_for(features, 7)).isfinite()
+    finite = velocity(features, weights, low_rank, head_for(features, 7, norm=norm)).isfinite()
     assert not finite[0, 2].any() and finite[0, [0, 1, 3, 4]].all()
 
 
@@ -431,13 +441,13 @@ def test_only_float32_has_one_pass_for_the_head(monkeypatch, dtype):
     operator = torch.ops.lesa_kernels.stream_velocity_cpu.default
     if dtype != torch.float32:
         with pytest.raises(ValueError, match="`storage` must be float32, with at least one channel"):
-            operator(*features, *weights, *low_rank, head.weight, None, head.scale, None, 1e-6)
+            operator(*features, *weights, *low_rank, head.weight, None, head.scale, None, 1e-6, "rms")
 
 
 def test_the_operator_with_a_head_passes_torchs_checks():
     features, weights, low_rank = case(16, rank=5)
     head = head_for(features, 7)
-    parts = (head.weight, head.bias, head.scale, head.shift, head.eps)
+    parts = (head.weight, head.bias, head.scale, head.shift, head.eps, head.norm)
     torch.library.opcheck(torch.ops.lesa_kernels.stream_velocity_cpu.default, (*features, *weights, *low_rank, *parts))
 
 
@@ -449,6 +459,7 @@ BAD_HEADS = {
     "negative stride": (dict(head_strides=(5, 0, 5, -1)), "`head.shift` must be at least 0, but got -1"),
     "huge stride": (dict(head_strides=(2**62, 0, 5, 0)), r"`head.scale` must address at most 2\^63 - 1 bytes"),
     "unaligned bias": (dict(head=(8, 2, 8, 8)), "`head.bias` must be aligned to its elements of 4 bytes"),
+    "unknown norm": (dict(norm="group"), "`head.norm` must be one of none, rms, layer, but got 'group'"),
     "no channel": (dict(storage_sizes=(4, 2, 3, 0)), "`dim` must be at least 1, but got 0"),
     "unknown dtype": (dict(storage_dtype="float16"), "`storage_dtype` must be float32 for an output head"),
 }
@@ -458,7 +469,7 @@ BAD_HEADS = {
 def test_the_compiled_head_is_checked_before_it_is_read(monkeypatch, name):
     """The addresses in these calls hold nothing that may be read."""
     changes, message = BAD_HEADS[name]
-    head = dict(outputs=3, head=(8, 8, 8, 8), head_strides=(5, 0, 5, 0), eps=1e-6)
+    head = dict(outputs=3, head=(8, 8, 8, 8), head_strides=(5, 0, 5, 0), eps=1e-6, norm="layer")
     with_head = functools.partial(extension().stream_velocity, **head)
     monkeypatch.setitem(globals(), "extension", lambda: SimpleNamespace(stream_forecast=with_head))
     with pytest.raises(ValueError, match=message):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lesa_kernels.stream import (
     NO_RESIDUAL,
@@ -44,6 +45,7 @@ class Case:
     def __init__(
         self, device, dtype=torch.float32, batch=1, tokens=5, width=24, history=4, rank=0, outputs=6,
         per_channel=True, constant="channels", mean=0.0, spread=1.0, outlier=0.0, counts=None, capacity=None, seed=0,
+        norm="layer", per_token=None,
     ):  # fmt: skip
         random = torch.Generator().manual_seed(seed)
         wide = torch.bfloat16 if dtype == FLOAT8 else dtype
@@ -77,7 +79,9 @@ class Case:
         self.low_rank = LowRank(down.to(wide), up.to(wide)) if rank else NO_RESIDUAL
         weight = (normal(outputs, width) / width**0.5).to(wide)
         scale, shift = 0.3 * normal(batch, 2 * width).to(wide)[:, :width], normal(batch, width).to(wide)
-        self.head = OutputHead(weight, normal(outputs).to(wide), scale, shift)
+        if per_token:
+            scale, shift = (normal(batch, tokens, 2, width) * torch.tensor([[0.3], [1.0]])).to(per_token).unbind(2)
+        self.head = OutputHead(weight, normal(outputs).to(wide), scale, shift, norm=norm)
         self._move(device)
 
     def _move(self, device):
@@ -87,7 +91,8 @@ class Case:
         self.features = StoredFeatures(*moved(self.features))
         self.weights = Weights(*moved(self.weights))
         self.low_rank = LowRank(*moved(self.low_rank))
-        self.head = OutputHead(*moved((self.head.weight, self.head.bias, self.head.scale, self.head.shift)))
+        head = self.head
+        self.head = OutputHead(*moved((head.weight, head.bias, head.scale, head.shift)), head.eps, head.norm)
 
     def exact(self):
         """The same arguments in float64."""
@@ -104,7 +109,7 @@ class Case:
         twin.weights = Weights(*double(self.weights))
         twin.low_rank = LowRank(*double(self.low_rank))
         head = self.head
-        twin.head = OutputHead(*double((head.weight, head.bias, head.scale, head.shift)), head.eps)
+        twin.head = OutputHead(*double((head.weight, head.bias, head.scale, head.shift)), head.eps, head.norm)
         return twin
 
     def forecast(self, backend="triton"):
@@ -461,13 +466,150 @@ def test_the_residuals_reading_is_kept_for_a_backward(kernel_device, divided):
     assert torch.allclose(read.double()[0], torch.einsum("rjd,jtd->tr", exact.low_rank.down[0], taps), atol=1e-4)
 
 
-def test_a_head_for_each_token_is_not_fused(kernel_device):
-    case = Case(kernel_device, batch=2)
-    case.head = replace(case.head, scale=case.head.scale[:, None].expand(2, 5, 24), shift=None)
-    reason = fused.why_not_fused(case.features, case.weights, case.head)
-    assert reason == "the head has a modulation for each token"
-    assert not stream_velocity_is_fused(case.features, case.weights, case.head)
+FORMS = [("layer", torch.float32), ("rms", None), ("rms", torch.bfloat16), (None, None), (None, torch.float32)]
+each_form = pytest.mark.parametrize("norm, per_token", FORMS, ids=str)  # but that of most other tests
+
+
+@each_form
+def test_each_form_of_head(norm, per_token, kernel_device, divided):
+    divided(2, 1)
+    check_velocity(Case(kernel_device, tokens=18, norm=norm, per_token=per_token))
+
+
+@pytest.mark.slow
+@each_dtype
+@each_form
+def test_each_form_of_head_in_each_dtype(dtype, norm, per_token, kernel_device, divided):
+    divided(2, 1)
+    case = Case(kernel_device, dtype, 2, 19, 40, counts=[4, 2], norm=norm, per_token=per_token)
+    check_velocity(case)
+    case.head = replace(case.head, shift=None)
+    check_velocity(case)
+    case.head = replace(case.head, bias=None)
+    check_velocity(case)
+    if not per_token:
+        check_velocity(Case(kernel_device, dtype, 2, 19, 40, rank=3, counts=[4, 2], norm=norm))
+
+
+@pytest.mark.slow
+@each_form
+@pytest.mark.parametrize("tokens, width, outputs", [(0, 5, 1), (1, 33, 7), (47, 5, 70), (17, 8, 17)])
+def test_sizes_that_fit_no_block_of_each_form(tokens, width, outputs, norm, per_token, kernel_device):
+    options = {} if per_token else {"rank": 2}
+    check_velocity(
+        Case(kernel_device, torch.float32, 1, tokens, width, 4, outputs=outputs, norm=norm, per_token=per_token)
+    )
+    case = Case(
+        kernel_device, torch.bfloat16, 2, tokens, width, 2, outputs=outputs, norm=norm, per_token=per_token, **options
+    )
+    check_velocity(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("splits, groups", [(1, 2), (8, 1)])
+def test_ways_to_divide_the_work_with_a_modulation_for_each_token(splits, groups, kernel_device, divided, in_order):
+    divided(splits, groups)
+    case = Case(kernel_device, torch.bfloat16, 1, 40, 150, per_token=torch.bfloat16)
+    check_velocity(case)
+    expected = case.velocity()
+    in_order(range(splits * groups - 1, -1, -1))
+    assert torch.equal(case.velocity(), expected)
+
+
+@pytest.mark.slow
+@each_form
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_features_far_from_zero_in_each_form(dtype, norm, per_token, kernel_device, divided):
+    divided(2, 1)
+    for place in ({"outlier": 1000.0}, {"mean": 100.0}, {"mean": -3e4, "spread": 100.0}):
+        check_velocity(Case(kernel_device, dtype, tokens=20, width=70, norm=norm, per_token=per_token, **place))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_scaled_tokens_may_be_out_of_float16s_range(norm, kernel_device):
+    case = Case(kernel_device, torch.float16, width=40, spread=50.0, norm=norm, per_token=torch.float16)
+    case.features.storage[..., 1] = 3e4
+    case.head.scale[..., 1] = 10
+    assert (case.velocity("torch").isfinite()).all()
+    check_velocity(case)
+
+
+@pytest.mark.slow
+@each_form
+def test_what_is_not_finite_stays_with_its_token_in_each_form(norm, per_token, kernel_device):
+    case = Case(kernel_device, tokens=20, norm=norm, per_token=per_token)
+    expected, others = case.velocity(), [token for token in range(20) if token not in (3, 7, 11)]
+    case.features.storage[:, :, 3, 5] = math.nan
+    case.features.storage[:, :, 7, 2] = math.inf
+    if per_token:
+        case.head.scale[:, 11, 4] = math.nan
+    actual = case.velocity()
+    assert torch.equal(actual[:, others], expected[:, others])
+    assert actual[:, 3].isnan().all() and not actual[:, 7].isfinite().any()
+    assert actual[:, 11].isnan().all() == bool(per_token)
+    case = Case(kernel_device, batch=2, counts=[0, 3], norm=norm, per_token=per_token)
+    assert [bool(row.isnan().all()) for row in case.velocity()] == [True, False]
+    check_velocity(case)
+
+
+@pytest.mark.slow
+def test_layouts_of_a_modulation_for_each_token(kernel_device):
+    """A part of a table with a conditioning added, as models make it; one row for all tokens; and channels apart."""
+    case = Case(kernel_device, batch=2, tokens=20, per_token=torch.float32)
+    assert case.head.scale.stride() == (20 * 2 * 24, 2 * 24, 1)
+    expected = case.velocity()
+    parts = (case.head.scale, case.head.shift)
+    case.head = replace(case.head, scale=parts[0].contiguous(), shift=parts[1].contiguous())
+    assert torch.equal(case.velocity(), expected)
+    case.head = replace(case.head, weight=case.head.weight.T.contiguous().T, bias=case.head.bias.repeat(2, 1).T[:, 0])
+    assert torch.equal(case.velocity(), expected)
+    one = [part[:, :1].expand(2, 20, 24) for part in parts]
+    case.head = replace(case.head, scale=one[0], shift=one[1])
+    check_velocity(case)
+    case.head = replace(case.head, scale=parts[0].mT.contiguous().mT)
+    reason = "the head has a modulation for each token, whose channels are apart"
+    assert fused.why_not_fused(case.features, case.weights, case.head) == reason
     assert_as_good(case.velocity(), case.velocity("torch"), case.exact().velocity("torch"))
+
+
+def test_a_head_for_each_token_is_not_fused_with_a_residual(kernel_device):
+    case = Case(kernel_device, rank=2, per_token=torch.float32)
+    reason = fused.why_not_fused(case.features, case.weights, case.head, case.low_rank)
+    assert reason == "the head has a modulation for each token, and the forecast has a residual"
+    assert stream_velocity_is_fused(case.features, case.weights, case.head)
+    assert_as_good(case.velocity(), case.velocity("torch"), case.exact().velocity("torch"))
+    assert head_sums(case.head, case.low_rank, case.weights.stage) == NO_SUMS  # nothing is the same for all tokens
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_head_for_each_token_is_one_launch_and_nothing_else(bias, kernel_device, monkeypatch):
+    """Torch makes memory and views, but computes nothing."""
+    case, launches, called = Case(kernel_device, torch.bfloat16, per_token=torch.float32), [], set()
+    case.head = case.head if bias else replace(case.head, bias=None)
+
+    class Launcher:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: launches.append(grid)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(sums, "_stream_sums_fwd_kernel", Launcher())
+    monkeypatch.setattr(sums, "arrival_counters", lambda device, count: None)
+    with Watch():
+        fused._stream_velocity(case.features, case.weights, case.low_rank, case.head, NO_SUMS)
+    assert len(launches) == 1 and called <= {"empty", "fill_", "expand", "select"}
+
+
+def test_a_norm_that_is_not_known_is_refused(kernel_device):
+    case = Case(kernel_device)
+    case.head = replace(case.head, norm="batch")
+    for backend in ("triton", "torch"):
+        with pytest.raises(ValueError, match="`head.norm` must be one of 'layer', 'rms', None, but got 'batch'"):
+            case.velocity(backend)
 
 
 def test_no_gradients(kernel_device):
@@ -499,7 +641,7 @@ def test_operators_know_the_shape_of_their_results(kernel_device):
     flat = (*case.features, *case.weights, *case.low_rank)
     operators = torch.ops.lesa_kernels
     torch.library.opcheck(operators.stream_forecast.default, flat, test_utils=("test_schema", "test_faketensor"))
-    flat = (*flat, head.weight, head.bias, head.scale, head.shift, head.eps, *NO_SUMS)
+    flat = (*flat, head.weight, head.bias, head.scale, head.shift, head.eps, head.norm, *NO_SUMS)
     torch.library.opcheck(operators.stream_velocity.default, flat, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -523,6 +665,25 @@ def test_there_is_a_launch_for_every_problem(architecture):
                     elif outputs + rank:
                         assert "shared memory or registers than sm_" in chosen
                         assert stored == 4 or history > 4 or (rank, outputs) == (256, 512)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_there_is_a_launch_for_modulations_of_each_token(architecture):
+    device = Device(architecture, ARCHITECTURES[architecture])
+    for stored, operand in ((1, 2), (2, 2), (2, 4), (4, 4)):
+        for history in (1, 4, 10):
+            for outputs in (16, 64, 128, 192):
+                for modulations, products in (((4,), 1), ((2, 2), 2), ((4, 4), 3)):
+                    problem = Problem(1, 4096, 3072, history, stored, outputs, 0, modulations, products, operand)
+                    chosen = tiling(device, problem)
+                    if isinstance(chosen, str):  # to float32 only, or on the GPUs with the smallest shared memory
+                        assert "registers than sm_" in chosen and (operand == 4 or architecture in (86, 89, 120))
+                        assert outputs > 64 and (products == 3 or history == 10), problem
+                        continue
+                    assert chosen.shared <= PROGRAM_SHARED[architecture] << 10, chosen
+                    launch = sums_launch(device, problem)
+                    tiles = launch.programs * launch.together
+                    assert launch.scratch == tiles * chosen.block_t * (2 + products * chosen.block_o) <= 8 << 20
 
 
 def test_scratch_memory_stays_within_its_limit():

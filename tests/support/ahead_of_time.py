@@ -283,6 +283,27 @@ def stream_cases() -> list[Case]:
         Case(
             "stream_velocity-rank32-mma", stream(32, 64), large, bf16, may_spill=bf16, architectures=(80, 120), **sums
         ),
+        Case("stream_velocity-rms", stream(0, 64, norm="rms"), large, bf16, architectures=(90,), **sums),
+        Case("stream_velocity-no-norm", stream(0, 64, norm=None), large, bf16, architectures=(90,), **sums),
+        Case("stream_velocity-tokens", stream(0, 64, per_token=bf16[0]), large, bf16, **sums),
+        *(
+            Case(
+                f"stream_velocity-tokens-{name}",
+                stream(0, outputs, 4, False, norm, torch.float32),
+                large,
+                dtypes,
+                may_spill=(torch.float16, torch.float32),
+                architectures=(90,),
+                **sums | {"vectorised": torch.float16 not in dtypes},
+            )
+            for name, outputs, norm, dtypes in (
+                ("192-outputs", 192, "layer", bf16),
+                ("rms", 64, "rms", bf16),
+                ("no-norm", 64, None, bf16),
+                ("others", 64, "layer", (torch.float32, torch.float8_e4m3fn)),
+                ("float16", 64, "layer", (torch.float16,)),
+            )
+        ),
         *(
             # Each rank on each architecture, with another number of outputs. Such sizes may spill.
             Case(

@@ -1,14 +1,18 @@
 """Small modular pipelines of diffusers: the denoise blocks of every family that has them, and a block that decodes."""
 
 import importlib
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import more_pipelines
 import small_pipelines
-from lesa.pipelines import quiet_progress
+import small_qwen_image_21
+import small_wan
+from lesa.pipelines import quiet_progress, run_pipeline
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Modular:
     @property
     def small(self):
         """The ordinary small pipeline."""
-        return {**small_pipelines.ALL, **more_pipelines.ALL}[self.case]
+        return {**small_pipelines.ALL, **more_pipelines.ALL, **small_wan.EXPERTS}[self.case]
 
     def build(self, guider=None, decodes=True, plain=None):
         """A new pipeline, of the components of `plain` or of a new ordinary one.
@@ -63,9 +67,8 @@ class Modular:
         """What the last denoise step gives."""
         torch.manual_seed(0)  # some guiders drop features out
         generators = [torch.Generator().manual_seed(i) for i in range(batch)]
-        call = {**self.inputs(pipe, batch), "num_inference_steps": steps, "generator": generators, **changed}
         with quiet_progress(pipe):
-            return pipe(**call, output="latents")
+            return run_pipeline(pipe, {**self.inputs(pipe, batch), **changed}, generators, steps)
 
 
 def blocks(module, name):
@@ -76,8 +79,52 @@ def blocks(module, name):
     return getattr(module, name)()
 
 
-_LARGER = {"height": 32, "width": 48}
-"""A pipeline without a VAE takes 8 for its scale."""
+def distance(latents, wanted):
+    """The relative L2 error."""
+    return float((latents - wanted).norm() / wanted.norm())
+
+
+@contextmanager
+def counted_blocks(adapter):
+    """Gives a list of how often each block ran."""
+    counts = [0] * len(adapter.blocks)
+
+    def counter(number):
+        def count(*_):
+            counts[number] += 1
+
+        return count
+
+    handles = [block.register_forward_pre_hook(counter(number)) for number, block in enumerate(adapter.blocks)]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_frame(pipe, batch):
+    """What the encoders of Wan make from the first frame."""
+    channels = pipe.transformer.config.in_channels - small_wan.CHANNELS
+    frames = (small_wan.FRAMES - 1) // 4 + 1
+    rows, columns = (side // pipe.vae_scale_factor_spatial for side in (small_wan.HEIGHT, small_wan.WIDTH))
+    generator = torch.Generator().manual_seed(8)
+    return {
+        "image_condition_latents": torch.randn(batch, channels, frames, rows, columns, generator=generator),
+        "image_embeds": torch.randn(batch, 2, small_wan.IMAGE_DIM, generator=generator),
+    }
+
+
+def _qwen_prompts(pipe, batch):
+    """What the encoders of Qwen-Image 2.1 make from prompts without images."""
+    encoder, given = SimpleNamespace(), {}
+    small_qwen_image_21.CASES["qwen 2.1"].prepare(encoder)
+    for sign, prompt in (("", "something"), ("negative_", "nothing")):
+        made = encoder._get_qwen_prompt_embeds([prompt] * batch, None, None)
+        names = ("prompt_embeds", "prompt_embeds_mask", "image_pad_mask")
+        given |= {f"{sign}{name}": value for name, value in zip(names, made, strict=True)}
+    return given
+
 
 CASES = {
     "flux": Modular("flux", ("flux.modular_blocks_flux", "FluxCoreDenoiseStep"), ("flux.decoders", "FluxDecodeStep")),
@@ -93,4 +140,68 @@ CASES = {
         ("stable_diffusion_3.decoders", "StableDiffusion3DecodeStep"),
         streams=("main", "main-2"),
     ),
+    "z-image": Modular(
+        "z-image cfg",
+        ("z_image.modular_blocks_z_image", "ZImageCoreDenoiseStep"),
+        ("z_image.decoders", "ZImageVaeDecoderStep"),
+        size={"height": 32, "width": 48},
+        streams=("main", "main-2"),
+    ),
+    "wan": Modular(
+        "wan cfg",
+        ("wan.modular_blocks_wan", "WanCoreDenoiseStep"),
+        ("wan.decoders", "WanVaeDecoderStep"),
+        streams=("main", "main-2"),
+    ),
+    "flux2": Modular(
+        "flux2",
+        ("flux2.modular_blocks_flux2", "Flux2CoreDenoiseStep"),
+        ("flux2.decoders", "Flux2DecodeStep"),
+    ),
+    "flux2 klein": Modular(
+        "flux2 klein",
+        ("flux2.modular_blocks_flux2_klein", "Flux2KleinCoreDenoiseStep"),
+        ("flux2.decoders", "Flux2DecodeStep"),
+    ),
+    "flux2 klein base": Modular(
+        "flux2 klein cfg",
+        ("flux2.modular_blocks_flux2_klein_base", "Flux2KleinBaseCoreDenoiseStep"),
+        ("flux2.decoders", "Flux2DecodeStep"),
+        streams=("main", "main-2"),
+    ),
+    "ltx": Modular(
+        "ltx cfg",
+        ("ltx.modular_blocks_ltx", "LTXCoreDenoiseStep"),
+        ("ltx.decoders", "LTXVaeDecoderStep"),
+        streams=("pred_cond", "pred_uncond"),
+    ),
+    "wan image": Modular(
+        "wan image clip cfg",
+        ("wan.modular_blocks_wan_i2v", "WanImage2VideoCoreDenoiseStep"),
+        ("wan.decoders", "WanVaeDecoderStep"),
+        arguments=_first_frame,
+        streams=("main", "main-2"),
+    ),
+    "hunyuan 1.5": Modular(
+        "hunyuan 1.5 cfg",
+        ("hunyuan_video1_5.modular_blocks_hunyuan_video1_5", "HunyuanVideo15CoreDenoiseStep"),
+        ("hunyuan_video1_5.decoders", "HunyuanVideo15VaeDecoderStep"),
+        streams=("pred_cond", "pred_uncond"),
+    ),
+    "qwen 2.1": Modular(
+        "qwen 2.1 cfg",
+        ("qwenimage21.modular_blocks_qwenimage21", "QwenImage21CoreDenoiseStep"),
+        ("qwenimage21.decoders", "QwenImage21DecodeStep"),
+        arguments=_qwen_prompts,
+        streams=("pred_cond", "pred_uncond"),
+    ),
 }
+
+EXPERTS = Modular(
+    "wan 2.2 cfg",
+    ("wan.modular_blocks_wan22", "Wan22CoreDenoiseStep"),
+    ("wan.decoders", "WanVaeDecoderStep"),
+    streams=("main", "main-2", "transformer_2-main", "transformer_2-main-2"),
+    options={"boundary_ratio": 0.8},
+)
+"""Two transformers, one after the other."""

@@ -6,7 +6,9 @@ Such a file has `FAMILY`, the family's name, and `CASES`. It may have
 - `RECORDED`, the name of the case that is recorded, trained on and evaluated, or `NOT_RECORDED`, why none is;
 - `NOT_FUSED`, the cases whose output head runs in the model's own modules, and why;
 - `NOT_DECODED_ALIKE`, the cases whose pipeline makes other images than `decode`, and why;
-- `GIVES_MORE`: the transformer also gives something for text and given images, which no pipeline uses.
+- `GIVES_MORE`: the transformer also gives something for text and given images, which no pipeline uses;
+- `CONDITIONED_TO_ROUNDING`, the cases whose conditioning is made in a smaller product than in the forward, which may
+  round in another way.
 """
 
 from importlib import import_module
@@ -34,6 +36,7 @@ NOT_RECORDED = {_file.FAMILY: _file.NOT_RECORDED for _file in _FILES if hasattr(
 GIVE_MORE = {_file.FAMILY for _file in _FILES if hasattr(_file, "GIVES_MORE")}
 NOT_FUSED = {name: why for _file in _FILES for name, why in getattr(_file, "NOT_FUSED", {}).items()}
 NOT_DECODED_ALIKE = {name: why for _file in _FILES for name, why in getattr(_file, "NOT_DECODED_ALIKE", {}).items()}
+CONDITIONED_TO_ROUNDING = {name for _file in _FILES for name in getattr(_file, "CONDITIONED_TO_ROUNDING", ())}
 
 PROBED: dict[str, tuple[str, ...]] = {}
 """Transformers without an adapter that the probe was tried on, and the pipeline classes that were run."""

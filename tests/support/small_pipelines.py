@@ -142,12 +142,15 @@ def smooth_in_time(transformer):
     return transformer.eval()
 
 
-def leave_slow_waves(first):
-    """Lets a linear layer of a sine embedding, its cosines and then its sines, read the slow waves alone."""
-    half = first.in_features // 2
+def leave_slow_waves(first, waves=None):
+    """Lets a linear layer read the slow waves alone of a sine embedding: of its first `waves` inputs, or of all.
+
+    One half of them is cosines, and the other half is sines.
+    """
+    half = (waves or first.in_features) // 2
     slow = torch.exp(torch.arange(half) / half * torch.log(torch.tensor(10000.0))) > 300  # their period is above 1900
     with torch.no_grad():
-        first.weight.mul_(slow.repeat(2))
+        first.weight[:, : 2 * half].mul_(slow.repeat(2))
 
 
 @cache

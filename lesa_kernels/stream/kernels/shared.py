@@ -161,7 +161,7 @@ def device_of(device: torch.device) -> Device:
 def problem_of(features: StoredFeatures, weights: Weights, head: OutputHead | None = None, rank: int = 0) -> Problem:
     """What is to be computed, for `geometry`."""
     storage, outputs = features.storage, 0 if head is None else head.weight.shape[0]
-    batch, tokens, width = storage.shape[1:]
+    _, batch, tokens, width = storage.shape
     problem = Problem(batch, tokens, width, weights.anchors.shape[1], storage.dtype.itemsize, outputs, rank)
     if head is None or not head.per_token:
         return problem

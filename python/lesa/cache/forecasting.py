@@ -3,25 +3,26 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
 
 from lesa.cache import reasons
-from lesa.cache.conditioning import Conditioner
+from lesa.cache.choosing import Chooser
 from lesa.cache.controlnet import DeferredControl, computed
 from lesa.cache.device_values import DeviceValues
 from lesa.cache.error_control import ControlledSteps, ErrorControl, forecast_error
 from lesa.cache.hook import StepHook
-from lesa.cache.planning import Plan, Planner, can_plan, falling, making_room, times_at
+from lesa.cache.planning import Plan, Planner, can_plan, falling, times_at
 from lesa.cache.run import Call, Run, StepObserver
 from lesa.cache.sites import Site, adapters_on, switch_step
 from lesa.cache.stats import CacheStats, StreamStats
-from lesa.cache.streams import ForecastState, Stream
-from lesa.models import SECOND, Adapter
-from lesa.schedule import FEW_STEPS, Schedule, Spread, as_schedule, schedule_of
-from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig, TieredRing
+from lesa.cache.streams import ForecastState, Stream, Track
+from lesa.models import Adapter
+from lesa.schedule import Schedule, Spread, schedule_of
+from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig
+from lesa_kernels.forecasters import UNTRAINED
 
 
 class ForecastingHook(StepHook[ForecastState]):
@@ -57,6 +58,7 @@ class ForecastingHook(StepHook[ForecastState]):
         self.schedule, self.as_trained = schedule, as_trained
         self.max_device_bytes, self.strict, self.observer = max_device_bytes, strict, observer
         self.owned = owned
+        self._configs = [*{id(each): each.config for each in predictors.values()}.values()]
         adapter = self.adapter
         controlnet = getattr(pipe, "controlnet", None)
         self._control = None
@@ -79,7 +81,6 @@ class ForecastingHook(StepHook[ForecastState]):
     def go_to(self, site: Site) -> None:
         super().go_to(site)
         self.predictor = self.predictors[site.name]
-        self._keeps_forecasts = self.predictor.config.history == "steps"
 
     def needed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return computed(kwargs)
@@ -101,15 +102,10 @@ class ForecastingHook(StepHook[ForecastState]):
             state.controlled = ControlledSteps(self.schedule, trained, errors, sigmas)
             state.computed = state.controlled.chosen
         else:
-            begins = frozenset(part.start for part in state.parts)
-            if len(self.sites) > 1 and (switch := switch_step(self.pipe, state.run)) is not None:
-                state.switch, begins = switch, begins | {switch}
-            if isinstance(self.schedule, Spread):
-                chosen = self._spread(self.schedule, sigmas, begins)
-            else:
-                chosen = self._scheduled(self.schedule, sigmas)
-            state.computed = begins | chosen
-            self._add(state, begins - chosen)
+            rises = frozenset(part.start for part in state.parts)
+            state.switch = switch_step(self.pipe, state.run) if len(self.sites) > 1 else None
+            chooser = Chooser(self.schedule, self.as_trained, self._configs, self.stats.note)
+            state.computed, state.added = chooser.choose(sigmas, rises, state.switch)
         state.was_predicting, self._is_predicting = self._is_predicting, len(state.computed) < len(sigmas)
         predicted = (step for step in range(len(sigmas)) if step not in state.computed)
         lengths = {len(state.parts[step]) for step in predicted if step > state.parts[step].start}
@@ -117,79 +113,6 @@ class ForecastingHook(StepHook[ForecastState]):
             predictor.forecaster.check_run(predictor.config, length)
         if self.observer is not None:
             self.observer.on_run(state.run, state.computed)
-
-    def _spread(self, spread: Spread, sigmas: list[float], begins: frozenset[int]) -> frozenset[int]:
-        """The computed steps of a run with these noise levels, beside `begins`. Notes which they are."""
-        total, count = len(sigmas), spread.count_of(len(sigmas))
-        trained = schedule_of(self.predictor.config)
-        if trained is not None and spread.steps is None:
-            self.stats.note(f"every quality is the {len(trained)} computed steps that the predictor was trained for")
-            return self._scheduled(trained, sigmas)
-        if count == total:
-            if spread.steps is None:
-                self._note_few(total)
-            else:
-                self.stats.note(f"computed everything: the run has {total} steps")
-            return frozenset(range(total))
-        chosen = frozenset() if trained is None else trained.computed_in(sigmas)
-        if len(chosen) != count:
-            chosen = making_room(spread.computed_in(sigmas), begins)
-        computed = chosen | begins
-        steps, name = ",".join(map(str, sorted(computed))), self.predictor.config.mixer
-        self.stats.note(f"the forecaster is {name!r}, and {len(computed)} of {total} steps are computed: {steps}")
-        self._note_other_training(computed, sigmas)
-        return chosen
-
-    def _scheduled(self, schedule: Schedule | int, sigmas: list[float]) -> frozenset[int]:
-        """The computed steps of a run with these noise levels. Notes what the user may not expect."""
-        config, total = self.predictor.config, len(sigmas)
-        if self.as_trained and total < FEW_STEPS and total != config.num_inference_steps:
-            self._note_few(total)
-            return frozenset(range(total))
-        schedule = as_schedule(schedule, total)
-        if schedule.sigmas is None and schedule.num_inference_steps not in (None, total):
-            meant = schedule.num_inference_steps
-            self.stats.note(
-                f"the schedule is for {meant} steps and has no noise levels: its step numbers are used unchanged"
-            )
-        beyond = [step for step in schedule.steps if step >= total]
-        if schedule.sigmas is None and beyond:
-            steps = ",".join(map(str, beyond))
-            self.stats.note(f"the run has {total} steps, which leaves out the schedule's {steps}")
-        chosen = schedule.computed_in(sigmas)
-        self._note_other_training(chosen, sigmas)
-        return chosen
-
-    def _add(self, state: ForecastState, steps: Set[int]) -> None:
-        """Notes why these steps are computed, which the schedule leaves out."""
-        added = dict.fromkeys(steps, reasons.RISEN[0])
-        if (switch := state.switch) is not None and switch in steps:
-            added[switch] = reasons.FIRST_OF_SECOND
-            self.stats.note(f"step {switch} is computed because it is the first one of {SECOND}")
-        state.added = added
-        if risen := steps - {switch}:
-            rises = ",".join(map(str, sorted(risen)))
-            self.stats.note(f"the noise level rises in the run, so the first step after each rise is computed: {rises}")
-
-    def _note_few(self, total: int) -> None:
-        self.stats.note(f"computed everything: {total} steps are too few to predict any")
-
-    def _note_other_training(self, chosen: frozenset[int], sigmas: list[float]) -> None:
-        """Notes if a predictor's steps, computed steps or noise levels are others than those of the run."""
-        for config in {id(predictor): predictor.config for predictor in self.predictors.values()}.values():
-            self._note_trained(config, chosen, sigmas)
-
-    def _note_trained(self, config: PredictorConfig, chosen: frozenset[int], sigmas: list[float]) -> None:
-        total = len(sigmas)
-        near = 1e-5 if config.forecaster.is_fitted else 1e-3  # a fit is for its own noise levels only
-        if config.num_inference_steps not in (None, total):
-            trained = config.num_inference_steps
-            self.stats.note(f"the predictor was trained at {trained} steps, this run has {total}")
-        elif config.schedule is not None and chosen != frozenset(config.schedule):
-            steps = ",".join(map(str, config.schedule))
-            self.stats.note(f"the predictor was trained with the computed steps {steps}")
-        elif any(abs(sigmas[s] - level) > near for s, level in zip(sorted(chosen), config.schedule_sigmas or ())):
-            self.stats.note("the predictor's schedule was made for other noise levels than those of this run")
 
     def _note_adapters(self) -> None:
         if names := adapters_on(self.pipe, self.sites):
@@ -224,8 +147,11 @@ class ForecastingHook(StepHook[ForecastState]):
         self._fall_back(reason, remedy)
 
     def can_predict(self, state: ForecastState, call: Call, arguments: dict[str, Any]) -> bool:
-        ring = cast(FeatureRing, state.streams[call.stream].ring)
-        return self.adapter.shape(arguments) in ((ring.batch, ring.tokens), self.adapter.shape(call.arguments))
+        tracks = ((track.branch, cast(FeatureRing, track.ring)) for track in state.streams[call.stream].tracks)
+        return all(
+            branch.shape(arguments) in ((ring.batch, ring.tokens), branch.shape(call.arguments))
+            for branch, ring in tracks
+        )
 
     def wants_prediction(self, state: ForecastState, call: Call) -> bool:
         stream, begins = state.streams.get(call.stream), False
@@ -234,7 +160,8 @@ class ForecastingHook(StepHook[ForecastState]):
             begins = call.step > 0 and not stats.computed and not stats.predicted
             if state.switch is not None and call.step >= state.switch:
                 state.forget_others(self.site.prefix)
-            stream = state.streams[call.stream] = Stream(call.stream, stats, Conditioner(self.adapter))
+            tracks = tuple(Track(branch, self._predictor_of(branch)) for branch in self.adapter.branches)
+            stream = state.streams[call.stream] = Stream(call.stream, stats, tracks)
         stream.stats.begin(call.step, self.adapter.sample(call.arguments).device)
         stream.has_risen = stream.step < state.parts[call.step].start
         if state.needs_values:
@@ -258,81 +185,95 @@ class ForecastingHook(StepHook[ForecastState]):
         """Why a step that the schedule leaves out cannot be predicted, or None; and what helps."""
         if (why := self.adapter.why_not_predicted(call.stream, call.arguments)) is not None:
             return why
-        if stream.ring is None:
+        if any(track.ring is None for track in stream.tracks):
             unseen = self.adapter.why_unseen(call.stream, call.arguments) if stream.stats.computed else None
             return unseen or ("no history", "Compute an earlier step of this stream: choose another schedule.")
         if stream.has_risen:
             return reasons.RISEN
-        if stream.shape != self.adapter.shape(call.arguments):
+        if any(track.shape != track.branch.shape(call.arguments) for track in stream.tracks):
             return "the shape changed", "Keep batch and size the same in a run."
         if stream.is_other_text:
             return "the text changed", "Keep the texts the same in a run, and the order of their calls."
         if stream.is_unclear:
             return reasons.UNCLEAR
-        device = self.predictor.device
-        if device != stream.ring.device and device is not None:
-            return (
-                f"the predictor is on {device}, and the features on {stream.ring.device}",
-                f"Move it with `predictor.to('{stream.ring.device}')`.",
-            )
+        for predictor, ring in ((track.predictor, cast(FeatureRing, track.ring)) for track in stream.tracks):
+            if predictor.device != ring.device and predictor.device is not None:
+                return (
+                    f"the predictor is on {predictor.device}, and the features on {ring.device}",
+                    f"Move it with `predictor.to('{ring.device}')`.",
+                )
         return None, ""
+
+    def _predictor_of(self, branch: Adapter) -> FusedKANPredictor:
+        """What forecasts the features of an output head: the predictor, unless it is for the width of another head."""
+        if branch is self.adapter or self.predictor.config.feature_dim in (None, branch.feature_dim):
+            return self.predictor
+        self.stats.note(
+            f"the predictor is for {self.predictor.config.feature_dim} channels: the features of the other "
+            f"output head, of {branch.feature_dim} channels, are forecast by {UNTRAINED!r}"
+        )
+        return FusedKANPredictor(PredictorConfig(mixer=UNTRAINED))
 
     # What is forecast
 
     def predict(self, state: ForecastState, call: Call, arguments: dict[str, Any]) -> Any:
         stream = state.streams[call.stream]
-        ring, conditioner = cast(FeatureRing, stream.ring), stream.conditioner
-        timestep = self.adapter.timestep_argument
-        is_passed = arguments[timestep] is call.arguments[timestep]
-        plan = state.plan(stream, call.step)
-        if plan is not None and self._reads_head(stream):
-            summed = plan if stream.reads_sums else None
-            head, sums = conditioner.head(state.run, arguments, ring.dtype, is_passed, summed)
-            if self._is_fused(stream, plan, head):
-                stream.stats.fused.append(call.step)
-            weights = plan.weights[call.step]
-            velocity = self.predictor.velocity_with(ring, weights, head, plan.low_rank, sums)
-            return self.adapter.output(arguments, velocity)
-        features = self._features(ring, call, plan)
-        if self._keeps_forecasts:
-            stream.push(features, call.sigma)  # before the head, which may overwrite them
         if self.adapter.runs_around:
+            features = self._forecast_of(state, call, stream.tracks[0])
             return self.adapter.run_around(call.stream, cast(Callable, call.forward), arguments, features)
-        conditioning = conditioner.conditioning(state.run, arguments, ring.dtype, is_passed)
-        return self.adapter.output(arguments, self.adapter.run_head(features, conditioning, arguments))
+        made = [self._velocity(state, call, arguments, track) for track in stream.tracks]
+        if all([is_fused for _, is_fused in made]):
+            stream.stats.fused.append(call.step)
+        return self.adapter.output(arguments, *[velocity for velocity, _ in made])
 
-    def _is_fused(self, stream: Stream, plan: Plan, head: OutputHead) -> bool:
-        """Whether forecast and output head are one kernel.
+    def _velocity(
+        self, state: ForecastState, call: Call, arguments: dict[str, Any], track: Track
+    ) -> tuple[torch.Tensor, bool]:
+        """The projected tokens of one output head, and whether forecast and head were one kernel."""
+        branch, ring = track.branch, cast(FeatureRing, track.ring)
+        timestep = branch.timestep_argument
+        is_passed = arguments[timestep] is call.arguments[timestep]
+        plan = state.plan(track, call.step)
+        if plan is not None and self._reads_head(track):
+            summed = plan if track.reads_sums else None
+            head, sums = track.conditioner.head(state.run, arguments, ring.dtype, is_passed, summed)
+            velocity = track.predictor.velocity_with(ring, plan.weights[call.step], head, plan.low_rank, sums)
+            return velocity, _is_fused(track, plan, head)
+        features = self._forecast_of(state, call, track)
+        conditioning = track.conditioner.conditioning(state.run, arguments, ring.dtype, is_passed)
+        return branch.run_head(features, conditioning, arguments), False
 
-        A predictor may need its residual to answer, so it is asked once for each plan and kind of head.
-        """
-        parts = (head.weight, head.bias, head.scale, head.shift)
-        kind = [None if part is None else (part.shape, part.dtype) for part in parts]
-        known = stream.known_fused
-        if known is None or known[0] is not plan or known[1] != kind:
-            known = plan, kind, self.predictor.fuses_velocity(cast(FeatureRing, stream.ring), head)
-            stream.known_fused = known
-        return known[2]
+    def _forecast_of(self, state: ForecastState, call: Call, track: Track) -> torch.Tensor:
+        """The forecast of the features of a track, which it keeps if its forecaster reads its forecasts."""
+        features = self._features(track, call, state.plan(track, call.step))
+        if track.keeps_forecasts:
+            track.push(features, call.sigma)  # before the head, which may overwrite them
+        return features
 
-    def _reads_head(self, stream: Stream) -> bool:
+    def _reads_head(self, track: Track) -> bool:
         """Whether the output head is computed from its weights, and not by its modules."""
-        if self._keeps_forecasts or torch.is_grad_enabled() or not stream.fuses or self.adapter.runs_around:
+        if track.keeps_forecasts or torch.is_grad_enabled() or not track.fuses:
             return False
-        why = self.adapter.why_head_not_plain(self.placement.capture_id, cast(FeatureRing, stream.ring).device)
+        why = self._why_not_plain(track.branch, cast(FeatureRing, track.ring).device)
         if why is not None:
             self.stats.note(f"the output head ran in the model's own modules: {why}")
         return why is None
 
-    def _features(self, ring: FeatureRing | TieredRing, call: Call, plan: Plan | None) -> torch.Tensor:
-        """The forecast of the features."""
-        if plan is None:  # with the predictor's hooks
-            return self.predictor(ring, call.sigma, **self._more(call))
-        return self.predictor.forecast_with(ring, plan.weights[call.step], plan.low_rank)
+    def _why_not_plain(self, branch: Adapter, device: torch.device) -> str | None:
+        own_hook = self.placement.captures[self.adapter.branches.index(branch)].id
+        return branch.why_head_not_plain(own_hook, device)
 
-    def _more(self, call: Call) -> dict[str, Any]:
+    def _features(self, track: Track, call: Call, plan: Plan | None) -> torch.Tensor:
+        """The forecast of the features."""
+        ring = cast(FeatureRing, track.ring)
+        if plan is None:  # with the predictor's hooks
+            return track.predictor(ring, call.sigma, **self._more(track, call))
+        return track.predictor.forecast_with(ring, plan.weights[call.step], plan.low_rank)
+
+    def _more(self, track: Track, call: Call) -> dict[str, Any]:
         """What some forecasters read in addition."""
         times = None if self.state is None else times_at(self.state.run.executed_sigmas, call.step)
-        return self.predictor.extra(times, call.stream)
+        return track.predictor.extra(times, call.stream)
 
     def on_predicted(self, state: ForecastState, call: Call, output: Any) -> None:
         """Asks for the sum of the output, which says whether it is finite. A CPU answers at once, a GPU later."""
@@ -370,15 +311,22 @@ class ForecastingHook(StepHook[ForecastState]):
     def reads_conditioning(self, state: ForecastState) -> bool:
         return self.observer is not None or state.controlled is not None
 
-    def keep(self, state: ForecastState, call: Call, features: torch.Tensor, conditioning: Any) -> None:
-        if self.observer is not None:
-            self.observer.keep(call, features, conditioning)
+    def keep(self, state: ForecastState, call: Call, head: int, features: torch.Tensor, conditioning: Any) -> None:
         stream = state.streams[call.stream]
-        if len(stream.stats.computed) > 1 and stream.fits(features):
-            self._measure(state, stream, call, features, conditioning)
-        self._push(stream, features, call.sigma)
-        stream.shape, stream.step = self.adapter.shape(call.arguments), call.step
-        stream.has_risen = stream.is_other_text = stream.is_unclear = False
+        track = stream.tracks[head]
+        fits = track.fits(features) and not stream.is_broken
+        if head == 0:
+            if self.observer is not None:
+                self.observer.keep(call, features, conditioning)
+            if fits and len(stream.stats.computed) > 1:
+                self._measure(state, stream, call, features, conditioning)
+        if not fits:
+            self._renew(stream, track, features)
+        track.push(features, call.sigma)
+        track.shape = track.branch.shape(call.arguments)
+        if len(call.heads) == len(stream.tracks):
+            stream.step = call.step
+            stream.has_risen = stream.is_other_text = stream.is_unclear = False
 
     def _measure(
         self, state: ForecastState, stream: Stream, call: Call, features: torch.Tensor, conditioning: Any
@@ -386,39 +334,54 @@ class ForecastingHook(StepHook[ForecastState]):
         """Under `lesa.ErrorControl`, asks for the error of the forecast for a step that was computed."""
         if state.controlled is None:
             return
-        why = self.adapter.why_head_not_plain(self.placement.capture_id, features.device)
+        track = stream.tracks[0]
+        why = self._why_not_plain(track.branch, features.device)
         if why is not None:
             self.stats.note(f"errors are not measured, so the trained gaps are used: {why}")
             return
-        forecast = self._features(cast(FeatureRing, stream.ring), call, state.plan(stream, call.step))
+        forecast = self._features(track, call, state.plan(track, call.step))
         error = forecast_error(forecast, features, self.adapter.output_head(conditioning))
         state.values.ask(error, functools.partial(_on_error, state.controlled, stream.stats, call.step))
 
-    def _push(self, stream: Stream, features: torch.Tensor, sigma: float) -> None:
-        ring = stream.ring
-        if ring is None or not stream.fits(features):
-            stream.ring = ring = None  # nothing else holds it: it is freed before another one takes memory
-            stream.planner = None
-            if any(self.predictor is owned for owned in self.owned):
-                self.predictor.to(features.device)
-            batch, tokens, width = features.shape
-            sizes = (batch, tokens, features.dtype, features.device, self.max_device_bytes, width)
-            ring = self.predictor.make_ring(*sizes)
-            stream.ring, stream.fuses = ring, self.predictor.fuses_velocity(ring)
-            stream.reads_sums = stream.fuses and self.predictor.reads_sums(ring)
-            stream.planner = Planner(self.predictor, ring, stream.name) if can_plan(self.predictor) else None
-            stream.stats.ring_device_bytes, stream.stats.ring_host_bytes = ring.device_nbytes, ring.host_nbytes
-        stream.push(features, sigma)
+    def _renew(self, stream: Stream, track: Track, features: torch.Tensor) -> None:
+        """Gives a track an empty ring for such features."""
+        track.ring = track.planner = None  # nothing else holds the ring: it is freed before another one takes memory
+        predictor = track.predictor
+        if any(predictor is owned for owned in self.owned):
+            predictor.to(features.device)
+        batch, tokens, width = features.shape
+        ring = predictor.make_ring(batch, tokens, features.dtype, features.device, self.max_device_bytes, width)
+        track.ring, track.fuses = ring, predictor.fuses_velocity(ring)
+        track.reads_sums = track.fuses and predictor.reads_sums(ring)
+        track.planner = Planner(predictor, ring, stream.name) if can_plan(predictor) else None
+        rings = [track.ring for track in stream.tracks if track.ring is not None]
+        stream.stats.ring_device_bytes = sum(ring.device_nbytes for ring in rings)
+        stream.stats.ring_host_bytes = sum(ring.host_nbytes for ring in rings)
 
     def finish(self, state: ForecastState, call: Call) -> None:
         stats = state.streams[call.stream].stats
         stats.computed.append(call.step)
         stats.end(call.step, self.adapter.sample(call.arguments).device)
-        if call.heads > 1:
-            state.streams[call.stream].ring = None
+        if max(call.heads.values(), default=0) > 1:
+            for track in state.streams[call.stream].tracks:
+                track.ring = None
             self._fall_back(*reasons.REPEATED)
-        elif not call.heads:
+        elif len(call.heads) < len(self.adapter.branches):
             self._fall_back(*self.adapter.why_unseen(call.stream, call.arguments) or reasons.UNSEEN)
+
+
+def _is_fused(track: Track, plan: Plan, head: OutputHead) -> bool:
+    """Whether forecast and output head are one kernel.
+
+    A predictor may need its residual to answer, so it is asked once for each plan and kind of head.
+    """
+    parts = (head.weight, head.bias, head.scale, head.shift)
+    kind = [None if part is None else (part.shape, part.dtype) for part in parts]
+    known = track.known_fused
+    if known is None or known[0] is not plan or known[1] != kind:
+        known = plan, kind, track.predictor.fuses_velocity(cast(FeatureRing, track.ring), head)
+        track.known_fused = known
+    return known[2]
 
 
 def _sum(output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:

@@ -3,9 +3,8 @@
 import contextlib
 import functools
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from diffusers.hooks import ModelHook
@@ -13,17 +12,15 @@ from diffusers.hooks import ModelHook
 from lesa.cache import reasons
 from lesa.cache.context import ContextTracker
 from lesa.cache.device_values import DeviceValues
+from lesa.cache.events import State, StepEvents
 from lesa.cache.placement import Watch, check_no_layer_cache, check_no_other_cache, check_uncached, refusal_to_copy
-from lesa.cache.run import Call, Run, RunState
+from lesa.cache.run import Call, Run
 from lesa.cache.sites import Site
 from lesa.models import Adapter
 from lesa_kernels.checks import usage_error
-from lesa_kernels.dispatch import users_level
-
-State = TypeVar("State", bound=RunState)
 
 
-class StepHook(ModelHook, Generic[State]):
+class StepHook(StepEvents[State], ModelHook):
     """Base of the hooks on the transformer of a pipeline, or on both experts of Wan 2.2.
 
     A gate comes before everything that a call of the transformer runs, compiled or not. It finds the run, the step and
@@ -60,8 +57,7 @@ class StepHook(ModelHook, Generic[State]):
         self._entered = threading.Lock()  # held during a call
         self._located: tuple[State, Call] | None = None  # the current call, if its place in a run is known
         self.inside: str | None = None
-        self._captured: tuple | None = None  # the inputs of the output head in the current call, from a compiled graph
-        self._warned: set[str] = set()
+        self._captured: tuple = ()  # the inputs of the output heads in the current call, from a compiled graph
         self._calls = 0
         self._bypassed = False  # in the run of the pipeline
         self._last_index: int | None = None  # of the latest call in it whose place was known
@@ -105,78 +101,6 @@ class StepHook(ModelHook, Generic[State]):
             self.state = None
             self.context.reset()
         return module
-
-    # What a subclass does
-
-    def new_state(self, run: Run, values: DeviceValues) -> State:
-        """The state of a run that begins; arguments as in `RunState`."""
-        raise NotImplementedError
-
-    def on_run(self, state: State) -> None:
-        """Called at the first step of a run."""
-        raise NotImplementedError
-
-    def on_unlocated(self) -> None:
-        """Called when a call's timestep is not one of the scheduler's, or when that turns out later."""
-        self.warn("{}: computing. {}".format(*reasons.UNLOCATED))
-
-    def wants_prediction(self, state: State, call: Call) -> bool:
-        """Whether this call is not to be computed."""
-        return False
-
-    def predict(self, state: State, call: Call, arguments: dict[str, Any]) -> Any:
-        """The transformer's output, forecast; None if the adapter finds that it must be computed.
-
-        Args:
-            state: of the current run.
-            call: with the arguments that were passed to the transformer.
-            arguments: those of the forward by name, which wrappers may have changed.
-        """
-        raise NotImplementedError
-
-    def can_predict(self, state: State, call: Call, arguments: dict[str, Any]) -> bool:
-        """Whether `predict` can be called with these arguments, which wrappers may have changed."""
-        return True
-
-    def on_not_forecast(self, state: State, call: Call, reason: str, remedy: str) -> None:
-        """Called when a call that was to be predicted is computed, because its forward could not be exchanged."""
-        self.warn(f"{reason}: computing. {remedy}")
-
-    def on_bypassed(self, reason: str, remedy: str) -> None:
-        """Called when the pipeline computes, and the hook does not see it."""
-        raise usage_error(f"lesa cannot see what is computed: {reason}.", remedy, RuntimeError)
-
-    def on_restart(self, state: State) -> None:
-        """Called when a run begins in the middle of another one."""
-        self.bypass(*reasons.RESTARTED)
-
-    def on_no_call(self) -> None:
-        """Called when the pipeline has run and has not called the transformer."""
-
-    def on_predicted(self, state: State, call: Call, output: Any) -> None:
-        """Called with what `predict` gave, to ask the device whether it is good."""
-
-    def accepts(self, state: State, call: Call, output: Any) -> bool:
-        """Whether what `predict` gave is good, as far as is known; if not, the call is computed."""
-        return True
-
-    def needed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The transformer's keyword arguments for a call that is computed."""
-        return kwargs
-
-    def reads_conditioning(self, state: State) -> bool:
-        """Whether `keep` reads the conditioning."""
-        return True
-
-    def keep(self, state: State, call: Call, features: torch.Tensor, conditioning: torch.Tensor | None) -> None:
-        """Gets the features `[B, T, D]` and the conditioning of the output head in a call that is computed.
-
-        The conditioning may be None if `reads_conditioning` says so.
-        """
-        raise NotImplementedError
-
-    def finish(self, state: State, call: Call) -> None:
-        """Called after a call that was computed. `call.heads` says how often lesa has seen the head run in it."""
 
     # A run of the pipeline. A loop of the user's own has none.
 
@@ -243,7 +167,7 @@ class StepHook(ModelHook, Generic[State]):
             self.state = None  # the run has failed
             raise
         finally:
-            self._located = self.inside = self._captured = None
+            self._located, self.inside, self._captured = None, None, ()
             self._entered.release()
 
     def _compute(self, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -336,43 +260,46 @@ class StepHook(ModelHook, Generic[State]):
 
     @torch.compiler.disable
     def _computed(self) -> None:
-        if self._captured is not None:
-            self._keep(*self._captured)
+        for captured in self._captured:
+            self._keep(*captured)
         if self._located is not None:
             state, call = self._located
             self.finish(state, call)
             state.end_call()
 
-    def on_head_entry(self, site: Site, features: torch.Tensor, conditioning: torch.Tensor | None) -> None:
-        """Keeps the inputs of the head at once, because later steps may overwrite them; a graph copies them out."""
+    def on_head_entry(self, site: Site, head: int, features: torch.Tensor, conditioning: torch.Tensor | None) -> None:
+        """Keeps the inputs of a head at once, because later steps may overwrite them; a graph copies them out."""
         if self.inside == "compute":
             if torch.compiler.is_compiling():
                 conditioning = None if conditioning is None else conditioning.detach().clone()
-                self._captured = features.detach().clone(), conditioning
+                self._captured = (*self._captured, (head, features.detach().clone(), conditioning))
             else:
-                self._keep(features, conditioning)
+                self._keep(head, features, conditioning)
         else:
-            self._on_other_head_entry(site, features, conditioning)
+            self._on_other_head_entry(site, head, features, conditioning)
 
     @torch.compiler.disable
-    def _on_other_head_entry(self, site: Site, features: torch.Tensor, conditioning: torch.Tensor | None) -> None:
+    def _on_other_head_entry(
+        self, site: Site, head: int, features: torch.Tensor, conditioning: torch.Tensor | None
+    ) -> None:
         """The head ran in a call that is not computed: to make the output of a forecast, or because it was computed."""
         if self.inside is None:
             if site.adapter.own_forward.is_running():  # otherwise the user calls the head alone
                 self.bypass(*reasons.DIRECT)
         elif self._located is not None and not self._located[1].forecasts:
-            self._keep(features, conditioning)
+            self._keep(head, features, conditioning)
 
     @torch.compiler.disable
-    def _keep(self, entered: torch.Tensor, conditioning: torch.Tensor | None) -> None:
+    def _keep(self, head: int, entered: torch.Tensor, conditioning: torch.Tensor | None) -> None:
         if self._located is not None:
             state, call = self._located
-            call.heads += 1
-            if call.heads == 1:
-                features = self.adapter.features(call.arguments, entered)
+            call.heads[head] += 1
+            if call.heads[head] == 1:
+                branch = self.adapter.branches[head]
+                features = branch.features(call.arguments, entered)
                 if conditioning is None and self.reads_conditioning(state):
-                    conditioning = self.adapter.conditioning(call.arguments, features.dtype, features.device)
-                self.keep(state, call, features, conditioning)
+                    conditioning = branch.conditioning(call.arguments, features.dtype, features.device)
+                self.keep(state, call, head, features, conditioning)
 
     # Finding out which step a call is
 
@@ -389,12 +316,6 @@ class StepHook(ModelHook, Generic[State]):
             self.state = self._located = None
             self.on_unlocated()
         return self.state is not None
-
-    def warn(self, message: str) -> None:
-        """Warns, once for each message."""
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(f"lesa: {message}", RuntimeWarning, stacklevel=users_level())
 
     def is_awaited(self) -> bool:
         """Whether the pipeline is in the middle of a run, so that the next call of its transformer comes here."""

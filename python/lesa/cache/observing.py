@@ -30,9 +30,10 @@ class ComputingHook(StepHook[RunState]):
     def on_run(self, state: RunState) -> None:
         self.observer.on_run(state.run, frozenset(range(len(state.run.executed_sigmas))))
 
-    def keep(self, state: RunState, call: Call, features: torch.Tensor, conditioning: Any) -> None:
-        self.observer.keep(call, features, conditioning)
+    def keep(self, state: RunState, call: Call, head: int, features: torch.Tensor, conditioning: Any) -> None:
+        if head == 0:
+            self.observer.keep(call, features, conditioning)
 
     def finish(self, state: RunState, call: Call) -> None:
-        if call.heads > 1:
+        if max(call.heads.values(), default=0) > 1:
             self.bypass(*reasons.REPEATED)

@@ -94,6 +94,7 @@ class Placement:
 
     Attributes:
         compiled: what `torch.compile` made of the transformer's calls, or None.
+        captures: the handles of the forward pre-hooks on the output heads.
     """
 
     def __init__(self, site: Any):
@@ -112,7 +113,10 @@ class Placement:
         self.compiled: Callable | None = attributes.get("_compiled_call_impl")
         attributes["_compiled_call_impl"] = self._gate = site.gate
         attributes["compile"] = self._own_compile = self._compile
-        self._capture = self._adapter.on_entry(site.on_head_entry)
+        self.captures = [
+            branch.on_entry(functools.partial(site.on_head_entry, head))
+            for head, branch in enumerate(self._adapter.branches)
+        ]
         self._known: list[Any] = []  # bound forwards that belong to wrappers, which set them when they are removed
         self._forward: types.MethodType | None = None
         self._seen: Any = None  # the wrapper whose forwards are known
@@ -125,7 +129,8 @@ class Placement:
         if not self.is_on:
             return
         self.is_on = False
-        self._capture.remove()
+        for capture in self.captures:
+            capture.remove()
         attributes = vars(self._called_module)
         if attributes.get("compile") is self._own_compile:
             del attributes["compile"]
@@ -156,11 +161,6 @@ class Placement:
     def call(self) -> Callable:
         """What a call of the transformer runs without the hook."""
         return self.compiled or self._called_module._call_impl
-
-    @property
-    def capture_id(self) -> int:
-        """The id of the forward pre-hook on the output head."""
-        return self._capture.id
 
     def look_at_forward(self) -> None:
         """Sets the class's forward as an attribute, unless another one is there. Remembers what wraps it now."""

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,6 +12,9 @@ import torch
 from lesa.cache.device_values import DeviceValues
 
 _ABSENT = object()
+
+_MOST_OF_NOISE = 1.001
+"""Schedulers of flow matching have no larger sigma than 1, up to rounding."""
 
 
 class Run:
@@ -135,11 +139,13 @@ class Run:
 def sigmas_of(scheduler: Any, timesteps: list[float]) -> list[float]:
     """The scheduler's noise levels; for a scheduler without any, the parts of its training steps.
 
-    With `invert_sigmas`, the scheduler's own numbers are what is done, not the noise that is left.
+    With `invert_sigmas`, the scheduler's own numbers are what is done, not the noise that is left. Numbers above 1
+    are noise over signal; their levels are noise over both.
     """
     sigmas, config = getattr(scheduler, "sigmas", None), getattr(scheduler, "config", None)
     if isinstance(sigmas, torch.Tensor) and len(sigmas) >= len(timesteps):
-        return (1 - sigmas if getattr(config, "invert_sigmas", False) else sigmas).tolist()
+        levels = (1 - sigmas if getattr(config, "invert_sigmas", False) else sigmas).tolist()
+        return [s / (1 + s) for s in levels] if max(levels, default=0.0) > _MOST_OF_NOISE else levels
     if getattr(config, "prediction_type", None) == "trigflow":  # the timesteps are angles between sample and noise
         return [math.sin(t) / (math.sin(t) + math.cos(t)) for t in timesteps]
     train_steps = getattr(config, "num_train_timesteps", 1000)
@@ -158,7 +164,7 @@ class Call:
         transformer: which component of the pipeline it is, such as "transformer_2".
         predicted: whether the call is to be predicted.
         forward: in place of what a forecast runs; it runs the transformer's own forward with its arguments.
-        heads: how often the inputs of the output head were seen in this call while it was computed.
+        heads: by number of the output head, how often its inputs were seen in this call while it was computed.
         forecasts: how often the forward was exchanged for a forecast in this call.
         unfit: why no forecast fits into the forward, and what helps.
     """
@@ -170,7 +176,7 @@ class Call:
     transformer: str
     predicted: bool = False
     forward: Callable[[], Any] | None = None
-    heads: int = 0
+    heads: Counter[int] = field(default_factory=Counter)
     forecasts: int = 0
     unfit: tuple[str, str] | None = None
 

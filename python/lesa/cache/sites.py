@@ -51,9 +51,9 @@ class Site:
         """A call of the transformer. It is not compiled; what it runs may be."""
         return self.hook.enter(self, args, kwargs)
 
-    def on_head_entry(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A call of the output head."""
-        self.hook.on_head_entry(self, *self.adapter.head_form.entered(args, kwargs))
+    def on_head_entry(self, head: int, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A call of the output head with this number."""
+        self.hook.on_head_entry(self, head, *self.adapter.branches[head].head_form.entered(args, kwargs))
 
 
 def switch_step(pipe: Any, run: Run) -> int | None:

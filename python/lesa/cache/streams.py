@@ -11,33 +11,37 @@ from lesa.cache.error_control import ControlledSteps
 from lesa.cache.planning import Plan, Planner
 from lesa.cache.run import RunState
 from lesa.cache.stats import StreamStats
-from lesa_kernels import FeatureRing, TieredRing
+from lesa.models import Adapter
+from lesa_kernels import FeatureRing, FusedKANPredictor, TieredRing
 
 
 @dataclass
-class Stream:
-    """What a run keeps of one stream of calls."""
+class Track:
+    """What a run keeps of the features that enter one output head in one stream of calls.
 
-    name: str
-    stats: StreamStats
-    conditioner: Conditioner
+    Args:
+        branch: the adapter of the head.
+        predictor: forecasts the features.
+    """
+
+    branch: Adapter
+    predictor: FusedKANPredictor
+    conditioner: Conditioner = field(init=False)
     ring: FeatureRing | TieredRing | None = None
     planner: Planner | None = None  # of forecasts from the ring; None if each is made on its own
     shape: tuple[int, int] | None = None  # batch and tokens of the call whose features are the newest in the ring
-    step: int = 0  # of that call
     fuses: bool = False  # whether the predictor has one kernel for forecast and output head
     reads_sums: bool = False  # whether that kernel reads the sums of `head_sums`
     known_fused: tuple[Plan, list, bool] | None = None  # for a plan and a kind of head, what `fuses_velocity` said
-    has_risen: bool = False  # whether the noise level has risen since that call
-    is_other_text: bool = False  # whether the text has differed since that call
-    is_unclear: bool = False  # whether a feature of another stream may be in the ring
+
+    def __post_init__(self):
+        self.conditioner = Conditioner(self.branch)
+        self.keeps_forecasts = self.predictor.config.history == "steps"
 
     def fits(self, features: torch.Tensor) -> bool:
-        """Whether the stream has a history that these features belong to."""
+        """Whether the ring is for features of this size."""
         ring = self.ring
-        if ring is None or self.has_risen or self.is_other_text or self.is_unclear:
-            return False
-        if (ring.batch, ring.tokens, ring.dim) != features.shape:
+        if ring is None or (ring.batch, ring.tokens, ring.dim) != features.shape:
             return False
         return (ring.dtype, ring.device) == (features.dtype, features.device)
 
@@ -46,6 +50,24 @@ class Stream:
         cast(FeatureRing, self.ring).push(features, sigma)
         if self.planner is not None:
             self.planner.push(sigma)
+
+
+@dataclass
+class Stream:
+    """What a run keeps of one stream of calls."""
+
+    name: str
+    stats: StreamStats
+    tracks: tuple[Track, ...]  # one for each output head of the transformer
+    step: int = 0  # of the call whose features are the newest in the rings
+    has_risen: bool = False  # whether the noise level has risen since that call
+    is_other_text: bool = False  # whether the text has differed since that call
+    is_unclear: bool = False  # whether a feature of another stream may be in the ring
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether its next features belong to no history that it has."""
+        return self.has_risen or self.is_other_text or self.is_unclear
 
 
 @dataclass
@@ -76,11 +98,11 @@ class ForecastState(RunState):
     def needs_values(self) -> bool:
         return self.controlled is not None and self.run.step > max(self.computed)
 
-    def plan(self, stream: Stream, step: int) -> Plan | None:
+    def plan(self, track: Track, step: int) -> Plan | None:
         """A plan with the weights of a forecast, or None if they are computed with the forecast."""
-        if stream.planner is None or torch.is_grad_enabled():
+        if track.planner is None or torch.is_grad_enabled():
             return None
-        return stream.planner.plan(step, self.run.executed_sigmas, self.computed, self.controlled is not None)
+        return track.planner.plan(step, self.run.executed_sigmas, self.computed, self.controlled is not None)
 
     def forget_others(self, prefix: str) -> None:
         """Frees what is kept of streams whose names begin otherwise: those of a transformer that has no more calls."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import ModularPipeline
 from tqdm import tqdm
 
 from lesa.artifacts import digest
@@ -23,7 +24,7 @@ from lesa.evaluation.store import Store
 from lesa.inputs import batches_of, collate
 from lesa.models import adapters_for
 from lesa.models.adapter import Adapter
-from lesa.pipelines import run_pipeline
+from lesa.pipelines import decoded_by_blocks, run_pipeline
 from lesa_kernels.checks import usage_error
 
 WARM_UP_STEPS = 12
@@ -253,6 +254,8 @@ class Contest:
         return latents[-1] if isinstance(latents, list) else latents  # FramePack: after each section
 
     def _decoded(self, latents, arguments) -> np.ndarray:
+        if isinstance(self.pipe, ModularPipeline):
+            return decoded_by_blocks(self.pipe, latents, arguments)
         return self.adapter.decode(self.pipe, latents, arguments.get("height"), arguments.get("width"))
 
     def _set_reference(self, outcome: Outcome, sigmas: list[float]) -> None:

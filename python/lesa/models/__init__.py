@@ -5,20 +5,31 @@ from typing import Any
 import torch
 
 from lesa.models.adapter import Adapter
+from lesa.models.aura_flow import AuraFlowAdapter
+from lesa.models.bria import BriaAdapter, BriaFiboAdapter
+from lesa.models.chroma import ChromaAdapter
 from lesa.models.chronoedit import ChronoEditAdapter
 from lesa.models.cogvideox import CogVideoXAdapter
 from lesa.models.cogview import CogView3PlusAdapter, CogView4Adapter
+from lesa.models.cosmos import CosmosAdapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.flux2 import Flux2Adapter
 from lesa.models.helios import HeliosAdapter
 from lesa.models.hidream import HiDreamAdapter
+from lesa.models.hunyuan_dit import HunyuanDiTAdapter
 from lesa.models.hunyuan_image import HunyuanImageAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.hunyuan_video15 import HunyuanVideo15Adapter
 from lesa.models.ideogram import Ideogram4Adapter
+from lesa.models.kandinsky5 import Kandinsky5Adapter
+from lesa.models.krea import Krea2Adapter
+from lesa.models.longcat_image import LongCatImageAdapter
 from lesa.models.ltx import LTXVideoAdapter
+from lesa.models.ltx2 import LTX2Adapter
 from lesa.models.lumina import Lumina2Adapter, LuminaNextAdapter
 from lesa.models.mochi import MochiAdapter
+from lesa.models.motif_video import MotifVideoAdapter
+from lesa.models.ovis_image import OvisImageAdapter
 from lesa.models.probe import Probe
 from lesa.models.qwen_image import QwenImageAdapter
 from lesa.models.qwen_image_21 import QwenImage21Adapter
@@ -34,20 +45,32 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     QwenImageAdapter,
     HunyuanVideoAdapter,
     SD3Adapter,
+    AuraFlowAdapter,
+    BriaAdapter,
+    BriaFiboAdapter,
+    ChromaAdapter,
     ChronoEditAdapter,
     CogVideoXAdapter,
     CogView3PlusAdapter,
     CogView4Adapter,
+    CosmosAdapter,
     Flux2Adapter,
     HeliosAdapter,
     HiDreamAdapter,
+    HunyuanDiTAdapter,
     HunyuanImageAdapter,
     HunyuanVideo15Adapter,
     Ideogram4Adapter,
+    Kandinsky5Adapter,
+    Krea2Adapter,
+    LongCatImageAdapter,
     LTXVideoAdapter,
+    LTX2Adapter,
     Lumina2Adapter,
     LuminaNextAdapter,
     MochiAdapter,
+    MotifVideoAdapter,
+    OvisImageAdapter,
     QwenImage21Adapter,
     SanaAdapter,
     SanaVideoAdapter,

@@ -29,12 +29,12 @@ class FluxAdapter(Adapter):
     """A FLUX transformer."""
 
     family = "flux"
-    costs = FluxCosts
+    costs: type[Costs] = FluxCosts
     transformer_classes = ("FluxTransformer2DModel",)
     timestep_scale = 1000.0
-    attention_kwargs = "joint_attention_kwargs"
+    attention_kwargs: str | None = "joint_attention_kwargs"
     control_outputs = 2
-    conditioned_on = ("guidance", "pooled_projections")
+    conditioned_on: tuple[str, ...] = ("guidance", "pooled_projections")
 
     def condition(self, timestep, inputs, dtype):
         guidance, pooled = inputs["guidance"], inputs["pooled_projections"]
@@ -44,9 +44,7 @@ class FluxAdapter(Adapter):
         return self.transformer.time_text_embed(*conditions)
 
     def decode(self, pipe, latents, height=None, width=None):
-        """See the base. A modular pipeline gives the latents of the image, `[B, C, h, w]`."""
-        if latents.ndim == 3:
-            side, scale = pipe.default_sample_size * pipe.vae_scale_factor, pipe.vae_scale_factor
-            rows, columns = packed_grid(latents.shape[1], height, width, side, 2 * scale)
-            latents = pipe._unpack_latents(latents, rows * 2 * scale, columns * 2 * scale, scale)
+        side, scale = pipe.default_sample_size * pipe.vae_scale_factor, pipe.vae_scale_factor
+        rows, columns = packed_grid(latents.shape[1], height, width, side, 2 * scale)
+        latents = pipe._unpack_latents(latents, rows * 2 * scale, columns * 2 * scale, scale)
         return decoded(pipe, latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor)

@@ -50,17 +50,12 @@ class QwenImageAdapter(Adapter):
         return self.transformer.time_text_embed(timestep, like_features, *kinds)[:batch]
 
     def decode(self, pipe, latents, height=None, width=None):
-        """See the base. A layered pipeline gives `[B, layers, height, width, channels]`, by default of 640 pixels.
-
-        A modular pipeline gives the latents of the frames, `[B, C, frames, h, w]`.
-        """
-        layered, batch, frames = isinstance(pipe, _LAYERED), len(latents), latents
-        if latents.ndim == 3:
-            _, tokens, channels = latents.shape
-            side = 640 if layered else pipe.default_sample_size * pipe.vae_scale_factor
-            rows, columns = packed_grid(tokens, height, width, side, 2 * pipe.vae_scale_factor, one_frame=not layered)
-            patches = latents.reshape(batch, -1, rows, columns, channels // 4, 2, 2)  # [B, frames, ...]
-            frames = patches.permute(0, 4, 1, 2, 5, 3, 6).reshape(batch, channels // 4, -1, 2 * rows, 2 * columns)
+        """See the base. A layered pipeline gives `[B, layers, height, width, channels]`, by default of 640 pixels."""
+        layered, (batch, tokens, channels) = isinstance(pipe, _LAYERED), latents.shape
+        side = 640 if layered else pipe.default_sample_size * pipe.vae_scale_factor
+        rows, columns = packed_grid(tokens, height, width, side, 2 * pipe.vae_scale_factor, one_frame=not layered)
+        patches = latents.reshape(batch, -1, rows, columns, channels // 4, 2, 2)  # [B, frames, ...]
+        frames = patches.permute(0, 4, 1, 2, 5, 3, 6).reshape(batch, channels // 4, -1, 2 * rows, 2 * columns)
         config, frames = pipe.vae.config, frames.to(pipe.vae.dtype)
         mean, deviation = (
             torch.tensor(v, dtype=torch.float32)[:, None, None, None] for v in (config.latents_mean, config.latents_std)

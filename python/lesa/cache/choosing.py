@@ -1,0 +1,127 @@
+"""Chooses the computed steps of a run, and notes what the user may not expect of them."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from lesa.cache import reasons
+from lesa.cache.planning import making_room
+from lesa.models import SECOND
+from lesa.schedule import FEW_STEPS, Schedule, Spread, as_schedule, schedule_of
+from lesa_kernels import PredictorConfig
+
+
+class Chosen(NamedTuple):
+    """The computed steps of a run.
+
+    Args:
+        computed: all of them.
+        added: those of them that the schedule leaves out, and why they are computed.
+    """
+
+    computed: frozenset[int]
+    added: Mapping[int, str]
+
+
+class Chooser:
+    """Chooses the computed steps of runs.
+
+    Args:
+        schedule: what says which steps are computed.
+        as_trained: whether nothing but the predictor or a quality chose the steps.
+        configs: of the predictors. The first one names the forecaster.
+        note: called with what the user may not expect.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule | int | Spread,
+        as_trained: bool,
+        configs: list[PredictorConfig],
+        note: Callable[[str], None],
+    ):
+        self._schedule, self._as_trained, self._configs, self._note = schedule, as_trained, configs, note
+        self._first = configs[0]
+
+    def choose(self, sigmas: list[float], rises: frozenset[int], switch: int | None) -> Chosen:
+        """The computed steps of a run.
+
+        Args:
+            sigmas: its noise levels.
+            rises: the steps at which a new history begins, because the noise level has risen or the run begins.
+            switch: the step at which the pipeline goes over to its second transformer; None if it does not.
+        """
+        begins = rises if switch is None else rises | {switch}
+        if isinstance(self._schedule, Spread):
+            chosen = self._spread(self._schedule, sigmas, begins)
+        else:
+            chosen = self._scheduled(self._schedule, sigmas)
+        added = dict.fromkeys(begins - chosen, reasons.RISEN[0])
+        if switch is not None and switch in added:
+            added[switch] = reasons.FIRST_OF_SECOND
+            self._note(f"step {switch} is computed because it is the first one of {SECOND}")
+        if risen := added.keys() - {switch}:
+            steps = ",".join(map(str, sorted(risen)))
+            self._note(f"the noise level rises in the run, so the first step after each rise is computed: {steps}")
+        return Chosen(begins | chosen, added)
+
+    def _spread(self, spread: Spread, sigmas: list[float], begins: frozenset[int]) -> frozenset[int]:
+        """The computed steps of a run with these noise levels, beside `begins`. Notes which they are."""
+        total, count = len(sigmas), spread.count_of(len(sigmas))
+        trained = schedule_of(self._first)
+        if trained is not None and spread.steps is None:
+            self._note(f"every quality is the {len(trained)} computed steps that the predictor was trained for")
+            return self._scheduled(trained, sigmas)
+        if count == total:
+            if spread.steps is None:
+                self._note_few(total)
+            else:
+                self._note(f"computed everything: the run has {total} steps")
+            return frozenset(range(total))
+        chosen = frozenset() if trained is None else trained.computed_in(sigmas)
+        if len(chosen) != count:
+            chosen = making_room(spread.computed_in(sigmas), begins)
+        computed = chosen | begins
+        steps, name = ",".join(map(str, sorted(computed))), self._first.mixer
+        self._note(f"the forecaster is {name!r}, and {len(computed)} of {total} steps are computed: {steps}")
+        self._note_other_training(computed, sigmas)
+        return chosen
+
+    def _scheduled(self, schedule: Schedule | int, sigmas: list[float]) -> frozenset[int]:
+        """The computed steps of a run with these noise levels. Notes what the user may not expect."""
+        config, total = self._first, len(sigmas)
+        if self._as_trained and total < FEW_STEPS and total != config.num_inference_steps:
+            self._note_few(total)
+            return frozenset(range(total))
+        schedule = as_schedule(schedule, total)
+        if schedule.sigmas is None and schedule.num_inference_steps not in (None, total):
+            meant = schedule.num_inference_steps
+            self._note(
+                f"the schedule is for {meant} steps and has no noise levels: its step numbers are used unchanged"
+            )
+        beyond = [step for step in schedule.steps if step >= total]
+        if schedule.sigmas is None and beyond:
+            steps = ",".join(map(str, beyond))
+            self._note(f"the run has {total} steps, which leaves out the schedule's {steps}")
+        chosen = schedule.computed_in(sigmas)
+        self._note_other_training(chosen, sigmas)
+        return chosen
+
+    def _note_few(self, total: int) -> None:
+        self._note(f"computed everything: {total} steps are too few to predict any")
+
+    def _note_other_training(self, chosen: frozenset[int], sigmas: list[float]) -> None:
+        """Notes if a predictor's steps, computed steps or noise levels are others than those of the run."""
+        for config in self._configs:
+            self._note_trained(config, chosen, sigmas)
+
+    def _note_trained(self, config: PredictorConfig, chosen: frozenset[int], sigmas: list[float]) -> None:
+        total = len(sigmas)
+        near = 1e-5 if config.forecaster.is_fitted else 1e-3  # a fit is for its own noise levels only
+        if config.num_inference_steps not in (None, total):
+            trained = config.num_inference_steps
+            self._note(f"the predictor was trained at {trained} steps, this run has {total}")
+        elif config.schedule is not None and chosen != frozenset(config.schedule):
+            steps = ",".join(map(str, config.schedule))
+            self._note(f"the predictor was trained with the computed steps {steps}")
+        elif any(abs(sigmas[s] - level) > near for s, level in zip(sorted(chosen), config.schedule_sigmas or ())):
+            self._note("the predictor's schedule was made for other noise levels than those of this run")
