@@ -16,6 +16,8 @@ CALLS = {
     "ideogram4": 8,
     "krea2": 5,
     "aura flow": 5,
+    "ernie image": 6,
+    "glm image": 5,
 }
 """Cases without guidance, and how many text tokens they have."""
 

@@ -12,8 +12,10 @@ from lesa.models.chronoedit import ChronoEditAdapter
 from lesa.models.cogvideox import CogVideoXAdapter
 from lesa.models.cogview import CogView3PlusAdapter, CogView4Adapter
 from lesa.models.cosmos import CosmosAdapter
+from lesa.models.ernie_image import ErnieImageAdapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.flux2 import Flux2Adapter
+from lesa.models.glm_image import GlmImageAdapter
 from lesa.models.helios import HeliosAdapter
 from lesa.models.hidream import HiDreamAdapter
 from lesa.models.hunyuan_dit import HunyuanDiTAdapter
@@ -54,7 +56,9 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     CogView3PlusAdapter,
     CogView4Adapter,
     CosmosAdapter,
+    ErnieImageAdapter,
     Flux2Adapter,
+    GlmImageAdapter,
     HeliosAdapter,
     HiDreamAdapter,
     HunyuanDiTAdapter,

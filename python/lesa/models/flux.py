@@ -30,7 +30,7 @@ class FluxAdapter(Adapter):
 
     family = "flux"
     costs: type[Costs] = FluxCosts
-    transformer_classes: tuple[str, ...] = ("FluxTransformer2DModel",)
+    transformer_classes = ("FluxTransformer2DModel",)
     timestep_scale = 1000.0
     attention_kwargs: str | None = "joint_attention_kwargs"
     control_outputs = 2
