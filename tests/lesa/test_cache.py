@@ -667,14 +667,14 @@ def test_a_change_of_shape_in_a_run_computes_and_starts_over(pipe):
 def test_a_stream_that_appears_late_is_computed_first(pipe):
     call = call_arguments()
     pipe.scheduler.set_timesteps(STEPS)
-    with lesa.enable_cache(pipe, make_predictor(), [0, 1]) as handle, torch.no_grad():
+    with lesa.enable_cache(pipe, make_predictor(), [0, 1], strict=True) as handle, torch.no_grad():
         for step, t in enumerate(pipe.scheduler.timesteps):
             for _ in range(2 if step >= 5 else 1):
                 velocity = pipe.transformer(**call, timestep=t.expand(2) / 1000)[0]
             pipe.scheduler.step(velocity, t, call["hidden_states"])
     assert handle.stats.streams["main"].computed == [0, 1]
     late = handle.stats.streams["main-2"]
-    assert late.reasons == {5: "no history"}
+    assert late.reasons == {5: "the first call of this stream"}
     assert late.predicted == [*range(6, STEPS)]
     assert handle.stats.computed_steps == 3
     assert handle.stats.predicted_steps == STEPS - 3

@@ -19,10 +19,13 @@ REST = [step for step in range(STEPS) if step not in SOME]
 NEAR = 0.02
 """Relative error that forecasts along a line stay below."""
 
-NOT_DECODED_ALIKE: dict[str, str] = {}
+NOT_DECODED_ALIKE: dict[str, str] = {
+    "wan vace reference": "`decode` does not know how many of the frames are reference images",
+    "wan animate segments": "the pipeline returns the latents of the last segment only",
+}
 """Cases whose pipeline makes other images than `decode`, and why."""
 
-RECORDED: dict[str, str] = {}
+RECORDED: dict[str, str] = {"wan": "wan cfg"}
 """For each family, the case that is recorded, trained on and evaluated."""
 
 NOT_RECORDED: dict[str, str] = {}
@@ -203,9 +206,10 @@ def test_decode_gives_what_the_pipeline_gives(pipe, name):
     decoded = adapter_for(pipe).decode(
         pipe, case.latents(pipe, steps=2), case.size.get("height"), case.size.get("width")
     )
-    assert decoded.dtype == np.float32 and decoded.shape == images.shape
+    assert decoded.dtype == np.float32
     assert decoded.min() >= 0 and decoded.max() <= 1 and decoded.std() > 0.01
-    assert np.allclose(decoded, images, atol=1e-6) == (name not in NOT_DECODED_ALIKE)
+    is_alike = decoded.shape == images.shape and np.allclose(decoded, images, atol=1e-6)
+    assert is_alike == (name not in NOT_DECODED_ALIKE)
 
 
 @pytest.mark.slow

@@ -6,10 +6,11 @@ from small_pipelines import Small
 
 _FILES: dict[str, str] = {
     "sd3": "small_sd3_others",
+    "wan": "small_wan",
 }
 """For each family, the file beside this one that has its `CASES`."""
 
-QUICK: set[str] = set()
+QUICK: set[str] = {"wan cfg"}
 """The cases that are no slow tests: one for each family, the cheapest."""
 
 NOT_FUSED: dict[str, str] = {}

@@ -38,7 +38,7 @@ class Small:
 
     Args:
         pipeline: name of the class in diffusers.
-        parts: makes its components but scheduler, transformer and empty ones.
+        parts: makes its components but transformer and empty ones. The scheduler is of flow matching unless it is here.
         transformer: makes its transformer; it takes `transformer_options`.
         arguments: `arguments(batch)` -> what a call takes beside the size, the steps and the generators.
         size: arguments that tell the size.
@@ -74,7 +74,8 @@ class Small:
         """A new pipeline; always with the same weights."""
         torch.manual_seed(0)
         parts = {**self.parts(), "transformer": smooth_in_time(self.transformer(**self.transformer_options))}
-        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(**self.scheduler_options)
+        if "scheduler" not in parts:
+            parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(**self.scheduler_options)
         absent = dict.fromkeys({*self.pipeline_class._get_signature_keys(self.pipeline_class)[0]} - {*parts})
         pipe = self.pipeline_class(**parts, **absent)
         pipe.set_progress_bar_config(disable=True)

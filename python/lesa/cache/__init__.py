@@ -3,7 +3,7 @@
 import contextlib
 import numbers
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from lesa.cache.observing import ComputingHook
 from lesa.cache.placement import hook_of
 from lesa.cache.run import StepObserver
 from lesa.cache.stats import CacheStats
-from lesa.models import Adapter, adapter_for, adapter_or_probe
+from lesa.models import Adapter, adapters_for
 from lesa.schedule import Schedule, ScheduleLike, Spread, as_schedule, schedule_of
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import Said, argument_error, check_folder_or_id, check_int, usage_error
@@ -49,9 +49,13 @@ class CacheHandle:
         self.disable()
 
 
+PredictorLike = FusedKANPredictor | str | os.PathLike | None
+"""A predictor, the name of a saved one, or None for the forecaster "universal"."""
+
+
 def enable_cache(
     pipe: "DiffusionPipeline | ModularPipeline",
-    predictor: FusedKANPredictor | str | os.PathLike | None = None,
+    predictor: PredictorLike | Mapping[str, PredictorLike] = None,
     schedule: ScheduleLike | Spread | ErrorControl | None = None,
     max_device_bytes: int | None = None,
     strict: bool = False,
@@ -65,11 +69,18 @@ def enable_cache(
     steps that the predictor was trained for. A predictor that has nothing to train has no such steps, so its default is
     `quality="balanced"`.
 
+    A pipeline of Wan 2.2 has two transformers: one for high noise, and `transformer_2` for low noise. The cache is on
+    for both. Steps are counted over the whole call. The features of the two are kept apart, so the first step of
+    `transformer_2` is computed even if the schedule leaves it out, and `stats` says so. The names of its streams of
+    calls begin with "transformer_2-".
+
     Args:
         pipe: a diffusers pipeline of a supported family, modular or not.
         predictor: trained for the pipeline's transformer, on the transformer's device; or the folder or hub id of a
             saved one, which is loaded to that device. What exists as a folder is not asked of the hub. None: the
-            forecaster "universal", which fits every model without training.
+            forecaster "universal", which fits every model without training. Of a pipeline with two transformers, it
+            serves both. A dict by the names of the components, such as `{"transformer": a, "transformer_2": b}`, gives
+            each its own.
         schedule: which steps are computed: a `lesa.Schedule`, a list of step indices counted over the steps that a call
             executes, an interval N for steps 0, 1, 2 and then every N, a `lesa.ErrorControl`, which chooses them during
             the run by the errors of the forecasts so far, or a `lesa.schedule.Spread`, which stands for `steps` or
@@ -86,7 +97,8 @@ def enable_cache(
         steps: how many of the steps that a call executes are computed, also in a run of few steps. A run that has no
             more is computed in full. `Schedule.spread` chooses them, by the noise levels of the run; the trained steps
             of the predictor are used if there are as many of them. Where the noise level rises in a run, the first step
-            after each rise is one of them. If there are too many rises, more steps are computed.
+            after each rise is one of them, and so is the first step of `transformer_2`. If there are too many rises,
+            more steps are computed.
         quality: "high", "balanced" or "fast": 16, 12 or 9 of 50 steps are computed. Of another number of steps it is
             the same part, rounded up, and at least three. `Schedule.spread` chooses them. Runs of fewer than 10 steps
             are computed in full. A predictor with a trained schedule has been trained for these steps alone, so every
@@ -96,19 +108,36 @@ def enable_cache(
         A handle with `stats` and `disable()`, usable as a context manager.
 
     Raises:
-        TypeError: `pipe` is of no supported family, or `predictor` is no predictor.
+        TypeError: `pipe` is of no supported family, or `predictor` is no predictor, or no dict of them.
         FileNotFoundError: `predictor` is the name of a folder that does not exist.
         ValueError: the predictor was made for another family or width, is on another device, has weights that are not
             finite, can be trained but has no schedule although nothing says which steps are computed, or cannot be used
-            with an `ErrorControl`. Two of `schedule`, `steps` and `quality` are given, or one is out of range. The
-            first computed step raises it if `max_device_bytes` is too small for its features.
+            with an `ErrorControl`. A dict of predictors has other names than the pipeline's transformers, or its
+            predictors were trained for different steps and nothing says which steps are computed. Two of `schedule`,
+            `steps` and `quality` are given, or one is out of range. The first computed step raises it if
+            `max_device_bytes` is too small for its features.
         RuntimeError: a cache is on already. A run also raises it if another cache was enabled in the meantime, or if a
             second thread enters the transformer.
     """
     chosen = _one_of(schedule, steps, quality)
-    adapter_or_probe(pipe)  # refuses what no cache can be on for, before a predictor is loaded
-    owns = not isinstance(predictor, FusedKANPredictor)
-    return _enable(pipe, _loaded(pipe, predictor), chosen, max_device_bytes, strict, None, owns)
+    names = [*adapters_for(pipe, probes=True)]  # refuses what no cache can be on for, before a predictor is loaded
+    given = _by_transformer(names, predictor)
+    loaded = {key: _loaded(pipe, value) for key, value in {id(value): value for value in given.values()}.items()}
+    predictors = {name: loaded[id(value)] for name, value in given.items()}
+    owned = [predictors[name] for name, value in given.items() if predictors[name] is not value]
+    return _enable(pipe, predictors, chosen, max_device_bytes, strict, None, owned)
+
+
+def _by_transformer(
+    names: Sequence[str], predictor: PredictorLike | Mapping[str, PredictorLike]
+) -> Mapping[str, PredictorLike]:
+    """What the user gives as predictors, by the names of the pipeline's transformers."""
+    given = predictor if isinstance(predictor, Mapping) else dict.fromkeys(names, predictor)
+    if {*given} != {*names}:
+        must = f"have the names of the pipeline's transformers, {', '.join(map(repr, names))}"
+        remedy = "Give one predictor for each, or one for all."
+        raise argument_error("predictor", must, Said(f"{', '.join(map(repr, given))}"), remedy)
+    return given
 
 
 def _one_of(
@@ -138,7 +167,7 @@ def disable_cache(pipe: "DiffusionPipeline | ModularPipeline") -> None:
     """Turns the cache of `pipe` off and restores its transformer. Does nothing if it is off already."""
     hook = hook_of(pipe)
     if hook is None:
-        adapter_or_probe(pipe)  # refuses what no cache can be on for
+        adapters_for(pipe, probes=True)  # refuses what no cache can be on for
     else:
         hook.uninstall()
 
@@ -166,34 +195,47 @@ def observed(
         TypeError, ValueError, RuntimeError: what `enable_cache` raises.
     """
     if predictor is None:
-        hook = ComputingHook(pipe, adapter_for(pipe), observer)
+        hook = ComputingHook(pipe, adapters_for(pipe), observer)
         hook.install()
         try:
             yield None
         finally:
             hook.uninstall()
     else:
-        with _enable(pipe, predictor, schedule, None, True, observer) as handle:
+        predictors = dict.fromkeys(adapters_for(pipe), predictor)
+        with _enable(pipe, predictors, schedule, None, True, observer) as handle:
             yield handle.stats
 
 
 def _enable(
     pipe: "DiffusionPipeline | ModularPipeline",
-    predictor: FusedKANPredictor,
+    predictors: Mapping[str, FusedKANPredictor],
     schedule: ScheduleLike | ErrorControl | Spread | None,
     max_device_bytes: int | None,
     strict: bool,
     observer: StepObserver | None,
-    owns_predictor: bool = False,
+    owned: Sequence[FusedKANPredictor] = (),
 ) -> CacheHandle:
-    adapter = adapter_or_probe(pipe)
-    _check_predictor(pipe, adapter, predictor)
-    chosen = _checked_schedule(adapter, predictor, schedule)
+    adapters = adapters_for(pipe, probes=True)
+    for name, adapter in adapters.items():
+        _check_predictor(pipe, adapter, predictors[name])
+    schedules = [_checked_schedule(adapters[name], predictors[name], schedule) for name in adapters]
+    chosen = schedules[0]
+    if any(other != chosen for other in schedules):
+        raise usage_error(
+            "`schedule` is required: the predictors were trained for different computed steps.",
+            "Pass an interval such as 7, a list of the steps to compute, or their number as `steps`.",
+        )
+    if isinstance(chosen, ErrorControl) and len({id(each) for each in predictors.values()}) > 1:
+        raise usage_error(
+            "`ErrorControl` needs one predictor for all transformers of the pipeline.",
+            "Pass one predictor, or a list of steps.",
+        )
     if max_device_bytes is not None:
         check_int("max_device_bytes", max_device_bytes)
     as_trained = schedule is None or isinstance(schedule, Spread)
-    options = (chosen, as_trained, max_device_bytes, strict, observer, owns_predictor)
-    hook = ForecastingHook(pipe, adapter, predictor.eval(), *options)
+    options = (chosen, as_trained, max_device_bytes, strict, observer, owned)
+    hook = ForecastingHook(pipe, adapters, {name: each.eval() for name, each in predictors.items()}, *options)
     hook.install()
     return CacheHandle(hook)
 
@@ -223,7 +265,7 @@ def _check_predictor(pipe: Any, adapter: Adapter, predictor: FusedKANPredictor) 
             config.feature_dim,
             "Use a predictor that was trained for this model.",
         )
-    device, head_device = predictor.device, next(adapter.head_entry.parameters()).device
+    device, head_device = predictor.device, next(adapter.projection.parameters()).device
     if device != head_device == pipe._execution_device and device is not None:  # an offloaded model runs elsewhere
         raise argument_error(
             "predictor",

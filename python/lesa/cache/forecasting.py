@@ -1,8 +1,9 @@
 """Decides for each call of the transformer whether to compute or to forecast it, and does the forecast."""
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from typing import Any, cast
 
 import torch
@@ -15,47 +16,52 @@ from lesa.cache.error_control import ControlledSteps, ErrorControl, forecast_err
 from lesa.cache.hook import StepHook
 from lesa.cache.planning import Plan, Planner, can_plan, falling, making_room, times_at
 from lesa.cache.run import Call, Run, StepObserver
+from lesa.cache.sites import Site, adapters_on, switch_step
 from lesa.cache.stats import CacheStats, StreamStats
 from lesa.cache.streams import ForecastState, Stream
-from lesa.models import Adapter
+from lesa.models import SECOND, Adapter
 from lesa.schedule import FEW_STEPS, Schedule, Spread, as_schedule, schedule_of
-from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, TieredRing
+from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig, TieredRing
 
 
 class ForecastingHook(StepHook[ForecastState]):
     """Computes or predicts each call.
 
     Args:
-        pipe, adapter: as in `StepHook`.
-        predictor: makes the forecasts.
+        pipe, adapters: as in `StepHook`.
+        predictors: what makes the forecasts, by the names of the transformers.
         schedule: which steps are computed: a `Schedule`, an interval, a `Spread`, or an `ErrorControl`.
         as_trained: whether nothing but the predictor or a quality chose the steps.
         max_device_bytes, strict: as in `lesa.enable_cache`.
         observer: sees what is computed.
-        owns_predictor: whether nobody else has the predictor, so that it follows the features to their device.
+        owned: the predictors that nobody else has, so that they follow the features to their device.
+
+    Attributes:
+        predictor: that of the current site.
     """
 
     def __init__(
         self,
         pipe: Any,
-        adapter: Adapter,
-        predictor: FusedKANPredictor,
+        adapters: Mapping[str, Adapter],
+        predictors: Mapping[str, FusedKANPredictor],
         schedule: Schedule | int | Spread | ErrorControl,
         as_trained: bool,
         max_device_bytes: int | None,
         strict: bool,
         observer: StepObserver | None,
-        owns_predictor: bool = False,
+        owned: Collection[FusedKANPredictor] = (),
     ):
-        super().__init__(pipe, adapter)
-        self.predictor, self.schedule, self.as_trained = predictor, schedule, as_trained
+        self.predictors = predictors
+        super().__init__(pipe, adapters)
+        self.schedule, self.as_trained = schedule, as_trained
         self.max_device_bytes, self.strict, self.observer = max_device_bytes, strict, observer
-        self.owns_predictor = owns_predictor
+        self.owned = owned
+        adapter = self.adapter
         controlnet = getattr(pipe, "controlnet", None)
         self._control = None
         if controlnet is not None and adapter.control_outputs is not None:
             self._control = DeferredControl.of(controlnet, adapter.control_outputs)
-        self._keeps_forecasts = predictor.config.history == "steps"
         self._is_predicting = False  # whether the schedule of the latest run leaves out steps
         self.stats = CacheStats()
 
@@ -70,6 +76,11 @@ class ForecastingHook(StepHook[ForecastState]):
             self._control.leave(self.is_awaited)
             self._control = None
 
+    def go_to(self, site: Site) -> None:
+        super().go_to(site)
+        self.predictor = self.predictors[site.name]
+        self._keeps_forecasts = self.predictor.config.history == "steps"
+
     def needed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return computed(kwargs)
 
@@ -80,7 +91,8 @@ class ForecastingHook(StepHook[ForecastState]):
 
     def on_run(self, state: ForecastState) -> None:
         self.stats.begin_run()
-        self.stats.notes += self.adapter.notes
+        for note in (note for site in self.sites for note in site.adapter.notes):
+            self.stats.note(note)
         self._note_adapters()
         sigmas = state.run.executed_sigmas
         state.parts = [falling(sigmas, step) for step in range(len(sigmas))]
@@ -91,16 +103,19 @@ class ForecastingHook(StepHook[ForecastState]):
             state.computed = state.controlled.chosen
         else:
             begins = frozenset(part.start for part in state.parts)
+            if len(self.sites) > 1 and (switch := switch_step(self.pipe, state.run)) is not None:
+                state.switch, begins = switch, begins | {switch}
             if isinstance(self.schedule, Spread):
                 chosen = self._spread(self.schedule, sigmas, begins)
             else:
                 chosen = self._scheduled(self.schedule, sigmas)
-            state.risen, state.computed = begins - chosen, begins | chosen
-            self._note_risen(state.risen)
+            state.computed = begins | chosen
+            self._add(state, begins - chosen)
         state.was_predicting, self._is_predicting = self._is_predicting, len(state.computed) < len(sigmas)
         predicted = (step for step in range(len(sigmas)) if step not in state.computed)
-        for length in {len(state.parts[step]) for step in predicted if step > state.parts[step].start}:
-            self.predictor.forecaster.check_run(self.predictor.config, length)
+        lengths = {len(state.parts[step]) for step in predicted if step > state.parts[step].start}
+        for predictor, length in itertools.product(self.predictors.values(), lengths):
+            predictor.forecaster.check_run(predictor.config, length)
         if self.observer is not None:
             self.observer.on_run(state.run, state.computed)
 
@@ -146,17 +161,27 @@ class ForecastingHook(StepHook[ForecastState]):
         self._note_other_training(chosen, sigmas)
         return chosen
 
-    def _note_risen(self, risen: Set[int]) -> None:
-        if risen:
-            steps = ",".join(map(str, sorted(risen)))
-            self.stats.note(f"the noise level rises in the run, so the first step after each rise is computed: {steps}")
+    def _add(self, state: ForecastState, steps: Set[int]) -> None:
+        """Notes why these steps are computed, which the schedule leaves out."""
+        added = dict.fromkeys(steps, reasons.RISEN[0])
+        if (switch := state.switch) is not None and switch in steps:
+            added[switch] = reasons.FIRST_OF_SECOND
+            self.stats.note(f"step {switch} is computed because it is the first one of {SECOND}")
+        state.added = added
+        if risen := steps - {switch}:
+            rises = ",".join(map(str, sorted(risen)))
+            self.stats.note(f"the noise level rises in the run, so the first step after each rise is computed: {rises}")
 
     def _note_few(self, total: int) -> None:
         self.stats.note(f"computed everything: {total} steps are too few to predict any")
 
     def _note_other_training(self, chosen: frozenset[int], sigmas: list[float]) -> None:
-        """Notes if the predictor's steps, computed steps or noise levels are others than those of the run."""
-        config, total = self.predictor.config, len(sigmas)
+        """Notes if a predictor's steps, computed steps or noise levels are others than those of the run."""
+        for config in {id(predictor): predictor.config for predictor in self.predictors.values()}.values():
+            self._note_trained(config, chosen, sigmas)
+
+    def _note_trained(self, config: PredictorConfig, chosen: frozenset[int], sigmas: list[float]) -> None:
+        total = len(sigmas)
         near = 1e-5 if config.forecaster.is_fitted else 1e-3  # a fit is for its own noise levels only
         if config.num_inference_steps not in (None, total):
             trained = config.num_inference_steps
@@ -168,13 +193,7 @@ class ForecastingHook(StepHook[ForecastState]):
             self.stats.note("the predictor's schedule was made for other noise levels than those of this run")
 
     def _note_adapters(self) -> None:
-        names = dict.fromkeys(getattr(self.pipe, "fused_loras", ()))  # what is fused stays when it is unloaded
-        transformer = self.adapter.transformer
-        layers: Iterable[Any] = transformer.modules() if getattr(transformer, "_hf_peft_config_loaded", False) else ()
-        for layer in layers:
-            if getattr(layer, "disable_adapters", None) is False:  # a layer with adapters, and they are on
-                names |= dict.fromkeys(layer.active_adapters)
-        if names:
+        if names := adapters_on(self.pipe, self.sites):
             note = (
                 f"the adapters {', '.join(names)} are on: unless the predictor was trained with them, its forecasts "
                 "are less close"
@@ -210,19 +229,25 @@ class ForecastingHook(StepHook[ForecastState]):
         return self.adapter.shape(arguments) in ((ring.batch, ring.tokens), self.adapter.shape(call.arguments))
 
     def wants_prediction(self, state: ForecastState, call: Call) -> bool:
-        stream = state.streams.get(call.stream)
+        stream, begins = state.streams.get(call.stream), False
         if stream is None:
             stats = self.stats.streams.setdefault(call.stream, StreamStats())
+            begins = call.step > 0 and not stats.computed and not stats.predicted
+            if state.switch is not None and call.step >= state.switch:
+                state.forget_others(self.site.prefix)
             stream = state.streams[call.stream] = Stream(call.stream, stats, Conditioner(self.adapter))
         stream.stats.begin(call.step, self.adapter.sample(call.arguments).device)
         stream.has_risen = stream.step < state.parts[call.step].start
         if state.needs_values:
             state.choose_next_step()
         if call.step in state.computed:
-            stream.stats.reasons[call.step] = reasons.RISEN[0] if call.step in state.risen else "scheduled"
+            stream.stats.reasons[call.step] = state.added.get(call.step, "scheduled")
             return False
         if not state.forecasts_are_finite:  # the user was told when it was found
             stream.stats.reasons[call.step] = "an earlier forecast was not finite"
+            return False
+        if begins:  # such as guidance that is on in a part of the run
+            stream.stats.reasons[call.step] = reasons.BEGINS
             return False
         reason, remedy = self._why_not(stream, call)
         if reason is not None:
@@ -260,7 +285,7 @@ class ForecastingHook(StepHook[ForecastState]):
         ring, conditioner = cast(FeatureRing, stream.ring), stream.conditioner
         timestep = self.adapter.timestep_argument
         is_passed = arguments[timestep] is call.arguments[timestep]
-        plan = _plan(state, stream, call.step)
+        plan = state.plan(stream, call.step)
         if plan is not None and self._reads_head(stream):
             summed = plan if stream.reads_sums else None
             head, sums = conditioner.head(state.run, arguments, ring.dtype, is_passed, summed)
@@ -366,7 +391,7 @@ class ForecastingHook(StepHook[ForecastState]):
         if why is not None:
             self.stats.note(f"errors are not measured, so the trained gaps are used: {why}")
             return
-        forecast = self._features(cast(FeatureRing, stream.ring), call, _plan(state, stream, call.step))
+        forecast = self._features(cast(FeatureRing, stream.ring), call, state.plan(stream, call.step))
         error = forecast_error(forecast, features, self.adapter.output_head(conditioning))
         state.values.ask(error, functools.partial(_on_error, state.controlled, stream.stats, call.step))
 
@@ -375,7 +400,7 @@ class ForecastingHook(StepHook[ForecastState]):
         if ring is None or not stream.fits(features):
             stream.ring = ring = None  # nothing else holds it: it is freed before another one takes memory
             stream.planner = None
-            if self.owns_predictor:
+            if any(self.predictor is owned for owned in self.owned):
                 self.predictor.to(features.device)
             batch, tokens, width = features.shape
             sizes = (batch, tokens, features.dtype, features.device, self.max_device_bytes, width)
@@ -395,13 +420,6 @@ class ForecastingHook(StepHook[ForecastState]):
             self._fall_back(*reasons.REPEATED)
         elif not call.heads:
             self._fall_back(*self.adapter.why_unseen(call.stream, call.arguments) or reasons.UNSEEN)
-
-
-def _plan(state: ForecastState, stream: Stream, step: int) -> Plan | None:
-    """A plan with the weights of a forecast, or None if they are computed with the forecast."""
-    if stream.planner is None or torch.is_grad_enabled():
-        return None
-    return stream.planner.plan(step, state.run.executed_sigmas, state.computed, state.controlled is not None)
 
 
 def _sum(output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:

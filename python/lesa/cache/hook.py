@@ -4,7 +4,7 @@ import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -13,22 +13,18 @@ from diffusers.hooks import ModelHook
 from lesa.cache import reasons
 from lesa.cache.context import ContextTracker
 from lesa.cache.device_values import DeviceValues
-from lesa.cache.placement import Placement, check_no_layer_cache, check_no_other_cache, refusal_to_copy
+from lesa.cache.placement import Watch, check_no_layer_cache, check_no_other_cache, check_uncached, refusal_to_copy
 from lesa.cache.run import Call, Run, RunState
+from lesa.cache.sites import Site
 from lesa.models import Adapter
 from lesa_kernels.checks import usage_error
 from lesa_kernels.dispatch import users_level
-
-COMPILE_FIRST = (
-    "lesa decides outside of the compiled graph: compile with `pipe.transformer.compile(...)`, or call "
-    "`torch.compile(pipe.transformer, fullgraph=True)` before `lesa.enable_cache`"
-)
 
 State = TypeVar("State", bound=RunState)
 
 
 class StepHook(ModelHook, Generic[State]):
-    """Base of the hooks on a transformer.
+    """Base of the hooks on the transformer of a pipeline, or on both experts of Wan 2.2.
 
     A gate comes before everything that a call of the transformer runs, compiled or not. It finds the run, the step and
     the stream, and decides whether the transformer is computed. In a step that is not computed, the forward of the
@@ -38,24 +34,29 @@ class StepHook(ModelHook, Generic[State]):
     What belongs to one run is in `state`. When the run fails, or another run replaces it, the state is dropped. Values
     that have not come from the device yet belong to the state, so the values of a run that is over are never read.
 
+    Two experts share the state, in which steps are counted over the whole run. Their streams of calls are separate.
+
     Args:
         pipe: the pipeline whose scheduler gives the steps.
-        adapter: the adapter of the pipeline's transformer.
+        adapters: of the pipeline's transformers, by the names of the components.
 
     Attributes:
-        placement: what is on the transformer and the pipeline.
+        sites: the transformers that it is on.
+        site, adapter, placement: that of the current or latest call, its adapter, and what is on it.
         state: the state of the current run, or None between runs.
         inside: what happens in the current call: "compute" or "predict"; None between calls.
     """
 
     _is_stateful = True
 
-    def __init__(self, pipe: Any, adapter: Adapter):
+    def __init__(self, pipe: Any, adapters: Mapping[str, Adapter]):
         super().__init__()
-        self.pipe, self.adapter = pipe, adapter
+        self.pipe = pipe
         self.context = ContextTracker()
         self.state: State | None = None
-        self.placement = Placement(self)
+        self.sites = tuple(Site(self, name, adapter) for name, adapter in adapters.items())
+        self.go_to(self.sites[0])
+        self._watch = Watch(self)
         self._entered = threading.Lock()  # held during a call
         self._located: tuple[State, Call] | None = None  # the current call, if its place in a run is known
         self.inside: str | None = None
@@ -69,17 +70,26 @@ class StepHook(ModelHook, Generic[State]):
     # On and off
 
     def install(self) -> None:
-        """Puts the hook on the transformer.
+        """Puts the hook on.
 
         Raises:
             RuntimeError: it or another cache is on already.
         """
-        self.placement.put()
+        check_uncached(self.pipe)
+        for site in self.sites:
+            site.placement.put()
+        self._watch.put()
 
     def uninstall(self) -> None:
-        """Restores transformer and pipeline. Does nothing if the hook is off already."""
-        self.placement.remove()
+        """Restores transformers and pipeline. Does nothing if the hook is off already."""
+        for site in self.sites:
+            site.placement.remove()
+        self._watch.remove()
         self.state = None
+
+    def go_to(self, site: Site) -> None:
+        """Makes another site the current one."""
+        self.site, self.adapter, self.placement = site, site.adapter, site.placement
 
     def __deepcopy__(self, memo: dict) -> "StepHook":
         raise refusal_to_copy()
@@ -190,11 +200,7 @@ class StepHook(ModelHook, Generic[State]):
         self.reset_state(self.adapter.transformer)
 
     def _check_steps(self, is_unused: bool) -> None:
-        """Tells `on_bypassed` if the scheduler has gone on after the last call, or tells `on_no_call`.
-
-        Args:
-            is_unused: whether a run has ended in which the hook got no call.
-        """
+        """Tells `on_bypassed` if the scheduler has gone on after the last call, or tells `on_no_call`."""
         stepped, last = getattr(self.pipe.scheduler, "step_index", None), self._last_index
         if stepped is not None and (is_unused or (last is not None and stepped > last + 1)):
             self.bypass(*reasons.SKIPPED)
@@ -202,18 +208,8 @@ class StepHook(ModelHook, Generic[State]):
             self.on_no_call()
 
     def _check_driven(self, is_unused: bool) -> None:
-        """Tells `on_bypassed` if the pipeline has another transformer than the one with the hook.
-
-        Args:
-            is_unused: whether a run has ended in which the hook got no call. Then the transformer must be the
-                pipeline's own; otherwise a module around it will do.
-        """
-        module: Any = getattr(self.pipe, "transformer", None)
-        own, is_module = self.adapter.transformer, isinstance(module, torch.nn.Module)
-        if not self.placement.is_on or getattr(module, "_orig_mod", module) is own:
-            return
-        may_call = not is_module or any(part is own for part in module.modules())  # another object may hold it
-        if is_unused or not may_call:
+        """Tells `on_bypassed` if the pipeline has another transformer than one with the hook; see `Site.is_swapped`."""
+        if any(site.is_swapped(is_unused) for site in self.sites):
             self.bypass(*reasons.SWAPPED)
 
     def bypass(self, reason: str, remedy: str) -> None:
@@ -221,14 +217,10 @@ class StepHook(ModelHook, Generic[State]):
         self._bypassed = True
         self.on_bypassed(reason, remedy)
 
-    # The gate of the transformer's calls. It is not compiled; what it runs may be.
+    # The calls of a transformer, which come through the gate of its site
 
-    def gate(self, *args: Any, **kwargs: Any) -> Any:
-        """A call of the transformer."""
-        return self.enter(args, kwargs)
-
-    @torch.compiler.disable(recursive=False, reason=COMPILE_FIRST)
-    def enter(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    @torch.compiler.disable(recursive=False, reason=reasons.COMPILE_FIRST)
+    def enter(self, site: Site, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Computes a call, or predicts it."""
         if not self._entered.acquire(blocking=False):
             raise usage_error(
@@ -237,6 +229,8 @@ class StepHook(ModelHook, Generic[State]):
                 RuntimeError,
             )
         try:
+            if site is not self.site:
+                self.go_to(site)
             output = self._begin(args, kwargs)
             if output is not None:
                 return output
@@ -269,7 +263,7 @@ class StepHook(ModelHook, Generic[State]):
         """Finds the place of a call in a run, and decides whether to predict it; None if the place is not known."""
         self._calls += 1
         self.placement.look_at_forward()
-        check_no_other_cache(self.adapter.transformer)
+        check_no_other_cache(self.site.name, self.adapter.transformer)
         arguments = self.adapter.bind(args, kwargs)
         timestep = self.adapter.timestep(arguments)
         if self.state is not None and not self.state.run.covers(self.pipe.scheduler):
@@ -283,12 +277,13 @@ class StepHook(ModelHook, Generic[State]):
             return None
         run = state.run
         if run.begin is None:
-            check_no_layer_cache(self.adapter.transformer)
+            for site in self.sites:
+                check_no_layer_cache(site.adapter.transformer)
             run.begin = run.index
             self.on_run(state)
             self._count_run(state)
-        stream = state.stream_of(self.context.name or "main", self.adapter.text(arguments))
-        call = Call(run.step, stream, run.sigmas[run.index], arguments)
+        stream = state.stream_of(self.site.prefix + (self.context.name or "main"), self.adapter.text(arguments))
+        call = Call(run.step, stream, run.sigmas[run.index], arguments, self.site.name)
         call.predicted = self.wants_prediction(state, call)
         return state, call
 
@@ -348,9 +343,8 @@ class StepHook(ModelHook, Generic[State]):
             self.finish(state, call)
             state.end_call()
 
-    def on_head_entry(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def on_head_entry(self, site: Site, features: torch.Tensor, conditioning: torch.Tensor | None) -> None:
         """Keeps the inputs of the head at once, because later steps may overwrite them; a graph copies them out."""
-        features, conditioning = self.adapter.head_form.entered(args, kwargs)
         if self.inside == "compute":
             if torch.compiler.is_compiling():
                 conditioning = None if conditioning is None else conditioning.detach().clone()
@@ -358,13 +352,13 @@ class StepHook(ModelHook, Generic[State]):
             else:
                 self._keep(features, conditioning)
         else:
-            self._on_other_head_entry(features, conditioning)
+            self._on_other_head_entry(site, features, conditioning)
 
     @torch.compiler.disable
-    def _on_other_head_entry(self, features: torch.Tensor, conditioning: torch.Tensor | None) -> None:
+    def _on_other_head_entry(self, site: Site, features: torch.Tensor, conditioning: torch.Tensor | None) -> None:
         """The head ran in a call that is not computed: to make the output of a forecast, or because it was computed."""
         if self.inside is None:
-            if self.adapter.own_forward.is_running():  # otherwise the user calls the head alone
+            if site.adapter.own_forward.is_running():  # otherwise the user calls the head alone
                 self.bypass(*reasons.DIRECT)
         elif self._located is not None and not self._located[1].forecasts:
             self._keep(features, conditioning)

@@ -1,5 +1,6 @@
 """The hook for those that watch a run in which every step is computed."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,12 +16,12 @@ class ComputingHook(StepHook[RunState]):
     """Computes each call, and shows it to an observer.
 
     Args:
-        pipe, adapter: as in `StepHook`.
+        pipe, adapters: as in `StepHook`.
         observer: sees what is computed.
     """
 
-    def __init__(self, pipe: Any, adapter: Adapter, observer: StepObserver):
-        super().__init__(pipe, adapter)
+    def __init__(self, pipe: Any, adapters: Mapping[str, Adapter], observer: StepObserver):
+        super().__init__(pipe, adapters)
         self.observer = observer
 
     def new_state(self, run: Run, values: DeviceValues) -> RunState:

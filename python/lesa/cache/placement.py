@@ -1,4 +1,4 @@
-"""What a cache puts on a transformer and its pipeline, and how it takes that away again."""
+"""What a cache puts on transformers and their pipeline, and how it takes that away again."""
 
 import functools
 import types
@@ -10,6 +10,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import HookFunctionReference
 
+from lesa.models import transformers_of
 from lesa.models.own_forward import class_forward
 from lesa_kernels.checks import Said, argument_error, usage_error
 
@@ -26,11 +27,12 @@ def installed_hook(transformer: Any) -> Any:
 
 
 def hook_of(pipe: Any) -> Any:
-    """The hook of lesa that is on the pipeline, also if its transformer was replaced in the meantime; or None."""
-    watching, transformer = getattr(type(pipe), "_lesa_hook", None), getattr(pipe, "transformer", None)
+    """The hook of lesa that is on the pipeline, also if a transformer was replaced in the meantime; or None."""
+    watching = getattr(type(pipe), "_lesa_hook", None)
     if watching is not None and watching.pipe is pipe:
         return watching
-    return installed_hook(getattr(transformer, "_orig_mod", transformer))
+    hooks = map(installed_hook, transformers_of(pipe).values())
+    return next((hook for hook in hooks if hook is not None), None)
 
 
 def check_uncached(pipe: Any) -> None:
@@ -43,19 +45,19 @@ def check_uncached(pipe: Any) -> None:
             "Call `lesa.disable_cache(pipe)` first, or wait until the recording has ended.",
             RuntimeError,
         )
-    transformer = getattr(pipe.transformer, "_orig_mod", pipe.transformer)
-    check_no_other_cache(transformer)
-    check_no_layer_cache(transformer)
+    for name, transformer in transformers_of(pipe).items():
+        check_no_other_cache(name, transformer)
+        check_no_layer_cache(transformer)
 
 
-def check_no_other_cache(transformer: Any) -> None:
-    """Raises `RuntimeError` if a cache of diffusers was enabled for `transformer`."""
+def check_no_other_cache(name: str, transformer: Any) -> None:
+    """Raises `RuntimeError` if a cache of diffusers was enabled for the pipeline's component of this name."""
     if getattr(transformer, "is_cache_enabled", False):
         raise argument_error(
             "pipe",
             "have no other cache on",
             Said(f"one with a {type(transformer._cache_config).__name__}"),
-            "Call `pipe.transformer.disable_cache()` first.",
+            f"Call `pipe.{name}.disable_cache()` first.",
             RuntimeError,
         )
 
@@ -77,52 +79,45 @@ def refusal_to_copy() -> Exception:
 
 
 class Placement:
-    """Puts a hook on the transformer of a pipeline, and takes it away.
+    """Puts a hook on one transformer, and takes it away.
 
     The hook replaces `_compiled_call_impl`, which torch calls first, whether the transformer is compiled or not. It is
-    told of contexts and resets as a hook in diffusers' registry. A subclass of the pipeline's class, which has the same
-    name and replaces it, tells the hook when the pipeline runs.
+    told of contexts and resets as a hook in diffusers' registry.
 
     The transformer gets its class's forward as an attribute. By the identity of this method, lesa can see whether
     someone has set the class's forward since then. If the transformer is compiled, it is the method of a copy of the
     function, so torch does not use a graph that was compiled without the hook.
 
     Args:
-        hook: the hook. Its `gate` gets the transformer's calls, its `on_head_entry` the calls of the output head, and
-            its `pipeline_run` is a context that is entered while the pipeline runs.
+        site: where to put it. Its `gate` gets the transformer's calls, its `on_head_entry` the calls of the output
+            head.
 
     Attributes:
         compiled: what `torch.compile` made of the transformer's calls, or None.
     """
 
-    def __init__(self, hook: Any):
-        self._hook = hook
-        self._transformer: torch.nn.Module = hook.adapter.transformer
+    def __init__(self, site: Any):
+        self._site, self._adapter = site, site.adapter
+        self._transformer: torch.nn.Module = site.adapter.transformer
         self.is_on = False
 
     def put(self) -> None:
-        """Puts the hook on.
-
-        Raises:
-            RuntimeError: it or another cache is on already.
-        """
-        hook, transformer = self._hook, self._transformer
-        check_uncached(hook.pipe)
+        """Puts the hook on."""
+        site, transformer = self._site, self._transformer
         self._had_registry = "_diffusers_hook" in vars(transformer)
-        _join(HookRegistry.check_if_exists_or_initialize(transformer), hook)
+        _join(HookRegistry.check_if_exists_or_initialize(transformer), site.hook)
         # A module that `torch.compile` returned is called instead of the transformer.
-        self._called_module = hook.pipe.transformer
+        self._called_module = site.component
         attributes = vars(self._called_module)
         self.compiled: Callable | None = attributes.get("_compiled_call_impl")
-        attributes["_compiled_call_impl"] = self._gate = hook.gate
+        attributes["_compiled_call_impl"] = self._gate = site.gate
         attributes["compile"] = self._own_compile = self._compile
-        self._capture = hook.adapter.on_entry(hook.on_head_entry)
+        self._capture = self._adapter.on_entry(site.on_head_entry)
         self._known: list[Any] = []  # bound forwards that belong to wrappers, which set them when they are removed
         self._forward: types.MethodType | None = None
         self._seen: Any = None  # the wrapper whose forwards are known
         self._remember_forwards()
         self.look_at_forward()
-        self._watch()
         self.is_on = True
 
     def remove(self) -> None:
@@ -145,14 +140,12 @@ class Placement:
             function = class_forward(type(self._transformer))
             if isinstance(function, types.FunctionType):  # gives others the class's own, where they have kept the copy
                 plain = types.MethodType(function, self._transformer)
-                self._hook.adapter.own_forward.replace(self._forward, plain)
+                self._adapter.own_forward.replace(self._forward, plain)
         registry = attributes.get("_diffusers_hook")
-        if registry is not None and registry.get_hook(HOOK_NAME) is self._hook:
+        if registry is not None and registry.get_hook(HOOK_NAME) is self._site.hook:
             _leave(registry)
             if not registry.hooks and not self._had_registry:
                 del attributes["_diffusers_hook"]
-        if type(self._hook.pipe) is self._watching_class:
-            self._hook.pipe.__class__ = self._pipe_class
 
     @property
     def is_compiled(self) -> bool:
@@ -186,7 +179,7 @@ class Placement:
             self._remember_forwards()
 
     def _remember_forwards(self) -> None:
-        held = self._hook.adapter.own_forward.held()
+        held = self._adapter.own_forward.held()
         self._known += [forward for forward in held if not any(forward is known for known in self._known)]
 
     def is_forward_replaced(self) -> bool:
@@ -203,10 +196,28 @@ class Placement:
         """Replaces the module's own `compile`: what is compiled is behind the gate."""
         self.compiled = torch.compile(self._called_module._call_impl, *args, **kwargs)
 
-    def _watch(self) -> None:
+
+class Watch:
+    """Tells a hook when its pipeline runs. A subclass of the pipeline's class, which has the same name, replaces it.
+
+    Args:
+        hook: the hook. Its `pipeline_run` is a context that is entered while the pipeline runs.
+    """
+
+    def __init__(self, hook: Any):
+        self._hook = hook
+        self._watching_class: type | None = None
+
+    def remove(self) -> None:
+        """Gives the pipeline its class back."""
+        if type(self._hook.pipe) is self._watching_class:
+            self._hook.pipe.__class__ = self._pipe_class
+
+    def put(self) -> None:
+        """Replaces the pipeline's class."""
         pipe, hook = self._hook.pipe, self._hook
         cls = self._pipe_class = type(pipe)
-        self._watching_class: type | None = None
+        self._watching_class = None
         if not callable(pipe):  # a loop of the user's own calls the transformer
             return
 

@@ -1,5 +1,7 @@
 """Why a call is computed that was to be predicted, and what helps: pairs of a reason and a remedy."""
 
+from lesa.models import SECOND
+
 UNLOCATED = (
     "the timestep is not one of the scheduler's, or not its current one",
     "A cached transformer works only with the scheduler of the pipeline for which the cache was enabled.",
@@ -40,6 +42,12 @@ UNSEEN = (
     "the output head did not run where lesa sees it",
     "Compile with `pipe.transformer.compile(...)`, and don't replace the transformer's forward.",
 )
+COMPILE_FIRST = (
+    "lesa decides outside of the compiled graph: compile with `pipe.transformer.compile(...)`, or call "
+    "`torch.compile(pipe.transformer, fullgraph=True)` before `lesa.enable_cache`"
+)
+BEGINS = "the first call of this stream"
+FIRST_OF_SECOND = f"the first step of {SECOND}"
 RISEN = ("the noise level rose", "Pass a list of steps that has this one.")
 UNCLEAR = (
     "the transformer was called twice with the same text in the first step of the run, and once in the second",

@@ -153,6 +153,7 @@ class Call:
         stream: name of the stream of calls, such as "cond".
         sigma: the noise level of the step.
         arguments: the transformer's arguments by name, as the caller passed them.
+        transformer: which component of the pipeline it is, such as "transformer_2".
         predicted: whether the call is to be predicted.
         forward: in place of what a forecast runs; it runs the transformer's own forward with its arguments.
         heads: how often the inputs of the output head were seen in this call while it was computed.
@@ -164,6 +165,7 @@ class Call:
     stream: str
     sigma: float
     arguments: dict[str, Any]
+    transformer: str
     predicted: bool = False
     forward: Callable[[], Any] | None = None
     heads: int = 0

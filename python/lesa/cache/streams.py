@@ -1,6 +1,6 @@
 """What a run keeps of each stream of calls, in order to forecast."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -56,7 +56,8 @@ class ForecastState(RunState):
         streams: by name.
         parts: for each executed step, the steps of `falling` around it.
         computed: the executed steps that are computed; with `controlled`, those that have been chosen so far.
-        risen: those of them that the schedule leaves out, and that are computed because the noise level rises there.
+        added: those of them that the schedule leaves out, and why they are computed.
+        switch: the step at which the pipeline goes over to its second transformer, if that is known.
         controlled: chooses the computed steps, in a run under `lesa.ErrorControl`.
         forecasts_are_finite: whether no forecast of this run is known to hold NaN or Inf.
         was_predicting: whether the schedule of the run before left out steps.
@@ -65,7 +66,8 @@ class ForecastState(RunState):
     streams: dict[str, Stream] = field(default_factory=dict)
     parts: Sequence[range] = ()
     computed: Set[int] = frozenset()
-    risen: Set[int] = frozenset()
+    added: Mapping[int, str] = field(default_factory=dict)
+    switch: int | None = None
     controlled: ControlledSteps | None = None
     forecasts_are_finite: bool = True
     was_predicting: bool = False
@@ -73,6 +75,16 @@ class ForecastState(RunState):
     @property
     def needs_values(self) -> bool:
         return self.controlled is not None and self.run.step > max(self.computed)
+
+    def plan(self, stream: Stream, step: int) -> Plan | None:
+        """A plan with the weights of a forecast, or None if they are computed with the forecast."""
+        if stream.planner is None or torch.is_grad_enabled():
+            return None
+        return stream.planner.plan(step, self.run.executed_sigmas, self.computed, self.controlled is not None)
+
+    def forget_others(self, prefix: str) -> None:
+        """Frees what is kept of streams whose names begin otherwise: those of a transformer that has no more calls."""
+        self.streams = {name: stream for name, stream in self.streams.items() if name.startswith(prefix)}
 
     def choose_next_step(self) -> None:
         """Adds the computed step after the last one, by the errors that were measured there."""

@@ -10,6 +10,7 @@ from diffusers.hooks import MagCacheConfig
 
 from lesa.contenders.base import BISECTED, Color, Grid, Peer, Pipeline
 from lesa.contenders.switching import diffusers_cache, why_no_diffusers_cache
+from lesa.models import transformers_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class MagCache(Peer):
     @classmethod
     def why_not_on(cls, pipe: Pipeline) -> str | None:
         """Why no setting can be switched on for this pipeline, or None."""
+        if len(transformers_of(pipe)) > 1:
+            return "MagCache counts the steps of each of two transformers from the start"
         return why_no_diffusers_cache(pipe)
 
     @classmethod

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lesa.contenders.base import Pipeline
+from lesa.models import transformers_of
 
 
 def why_no_diffusers_cache(pipe: Pipeline) -> str | None:
@@ -21,14 +22,17 @@ def diffusers_cache(pipe: Pipeline, config: Any) -> Iterator[None]:
 
     Args:
         pipe: the pipeline.
-        config: what `pipe.transformer.enable_cache` takes.
+        config: what `pipe.transformer.enable_cache` takes. It is on for each of two transformers.
     """
+    transformers = transformers_of(pipe).values()
     with restored(pipe):
-        pipe.transformer.enable_cache(config)
+        for transformer in transformers:
+            transformer.enable_cache(config)
         try:
             yield
         finally:
-            pipe.transformer.disable_cache()
+            for transformer in transformers:
+                transformer.disable_cache()
 
 
 @contextmanager
@@ -51,12 +55,12 @@ def quiet(prefix: str) -> Iterator[None]:
 
 @contextmanager
 def restored(pipe: Pipeline) -> Iterator[None]:
-    """After this context, the pipeline, its class and all modules of its transformer have their old attributes.
+    """After this context, the pipeline, its class and all modules of its transformers have their old attributes.
 
     cache-dit leaves its forwards in the transformer and its blocks, and leaves the transformer's children in another
     order. diffusers' caches take the first child for the first block. diffusers leaves its hook registries.
     """
-    modules = [*pipe.transformer.modules()]
+    modules = [module for transformer in transformers_of(pipe).values() for module in transformer.modules()]
     kind = type(pipe)
     things = [*map(vars, (pipe, *modules)), *(module._modules for module in modules)]
     before, class_before = [dict(values) for values in things], dict(vars(kind))

@@ -20,6 +20,7 @@ from lesa.evaluation.quality import learned_qualities, psnr, relative_error, ssi
 from lesa.evaluation.result import EvaluatedRun, Outcome
 from lesa.evaluation.store import Store
 from lesa.inputs import batches_of, collate
+from lesa.models import adapters_for
 from lesa.models.adapter import Adapter
 from lesa.pipelines import run_pipeline
 from lesa_kernels.checks import usage_error
@@ -61,6 +62,7 @@ class Contest:
         bar: tqdm,
     ):
         self.pipe, self.adapter, self.seed, self.size = pipe, adapter, seed, batch_size
+        self._adapters = adapters_for(pipe).values()
         self.num_inference_steps, self.store, self.bar = num_inference_steps, store, bar
         self.inputs = inputs
         self.batches = self.batches_of(inputs)
@@ -205,7 +207,7 @@ class Contest:
                 torch.cuda.reset_peak_memory_stats(device)
             left = TRAJECTORY_SAMPLES if keep and steps == self.num_inference_steps else 0
             for arguments, seeds in batches:
-                counter = Counter(self.pipe, self.adapter, min(left, len(seeds)))
+                counter = Counter(self.pipe, self._adapters, min(left, len(seeds)))
                 left -= min(left, len(seeds))
                 with for_each(contender), counter.on():
                     synchronise(device)
@@ -230,7 +232,7 @@ class Contest:
 
     def _warm_up(self, contender: Contender, batch: Batch, steps: int) -> None:
         arguments, seeds = batch
-        counter = Counter(self.pipe, self.adapter)
+        counter = Counter(self.pipe, self._adapters)
         with counter.on():
             made = self._call(arguments, seeds, steps, counter.on_step_end)
         if isinstance(contender, Reference):

@@ -1,13 +1,16 @@
-"""Counts which blocks of the transformer run."""
+"""Counts which blocks of the transformers run."""
 
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter as Counted
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from lesa.contenders.base import Pipeline
+from lesa.models import FIRST, SECOND
 from lesa.models.adapter import Adapter
 
 
@@ -16,19 +19,20 @@ class Counter:
 
     Args:
         pipe: the pipeline.
-        adapter: of its transformer.
+        adapters: of its transformers.
         keep_latents: samples whose latents are kept.
     """
 
-    def __init__(self, pipe: Pipeline, adapter: Adapter, keep_latents: int = 0):
+    def __init__(self, pipe: Pipeline, adapters: Collection[Adapter], keep_latents: int = 0):
         self.steps: list[int] = []
         self.latents: list[torch.Tensor] = []
         self.first_call: float | None = None
         self._pipe, self._keep_latents = pipe, keep_latents
-        self._attentions = adapter.counted_modules
-        self._bodies = [next(block.children()) for block in adapter.blocks]
-        self._device = pipe.transformer.device
-        self._calls = self._whole_calls = self._attention_runs = self._body_runs = 0
+        self._adapters = [*adapters]
+        self._blocks = [len(adapter.blocks) for adapter in adapters]
+        self._device = self._adapters[0].transformer.device
+        self._calls = self._whole_calls = 0
+        self._attention_runs, self._body_runs = Counted(), Counted()  # by transformer
         self._seen: set[int] = set()
         self._ran: set[int] = set()
         self._whole = False
@@ -36,11 +40,15 @@ class Counter:
     @contextmanager
     def on(self) -> Iterator["Counter"]:
         """The context in which it counts."""
-        transformer = self._pipe.transformer
-        hooks = [transformer.register_forward_pre_hook(self._begin), transformer.register_forward_hook(self._end)]
-        for number, (attention, body) in enumerate(zip(self._attentions, self._bodies)):
-            hooks.append(attention.register_forward_hook(self._attention_ran(number)))
-            hooks.append(body.register_forward_hook(self._body_ran))
+        hooks = []
+        for which, adapter in enumerate(self._adapters):
+            transformer = self._called(adapter.transformer)
+            hooks.append(transformer.register_forward_pre_hook(self._begin))
+            hooks.append(transformer.register_forward_hook(functools.partial(self._end, which)))
+            for number, (attention, block) in enumerate(zip(adapter.counted_modules, adapter.blocks)):
+                body = next(block.children())
+                hooks.append(attention.register_forward_hook(functools.partial(self._attention_ran, which, number)))
+                hooks.append(body.register_forward_hook(functools.partial(self._body_ran, which)))
         try:
             yield self
         finally:
@@ -64,8 +72,14 @@ class Counter:
     def counts(self) -> tuple[float, float, float]:
         """Whole steps, step equivalents and block passes. A pipeline that repeats its steps counts as if it did not."""
         scale = len(self._seen) / max(self._calls, 1)
-        blocks = len(self._attentions)
-        return self._whole_calls * scale, self._attention_runs / blocks * scale, self._body_runs / blocks * scale
+        runs = (self._attention_runs, self._body_runs)
+        equivalents, passes = (sum(ran[which] / blocks for which, blocks in enumerate(self._blocks)) for ran in runs)
+        return self._whole_calls * scale, equivalents * scale, passes * scale
+
+    def _called(self, transformer: torch.nn.Module) -> torch.nn.Module:
+        """What the pipeline calls: the transformer, or what `torch.compile` put around it."""
+        components = (getattr(self._pipe, name, None) for name in (FIRST, SECOND))
+        return next(c for c in components if c is not None and getattr(c, "_orig_mod", c) is transformer)
 
     def _begin(self, module: torch.nn.Module, args: tuple) -> None:
         if self.first_call is None:
@@ -74,20 +88,17 @@ class Counter:
         self._calls += 1
         self._ran.clear()
 
-    def _end(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
-        if len(self._ran) == len(self._attentions):
+    def _end(self, which: int, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        if len(self._ran) == self._blocks[which]:
             self._whole_calls += 1
             self._whole = True
 
-    def _attention_ran(self, number: int) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: tuple, output: Any) -> None:
-            self._attention_runs += 1
-            self._ran.add(number)
+    def _attention_ran(self, which: int, number: int, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        self._attention_runs[which] += 1
+        self._ran.add(number)
 
-        return hook
-
-    def _body_ran(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
-        self._body_runs += 1
+    def _body_ran(self, which: int, module: torch.nn.Module, args: tuple, output: Any) -> None:
+        self._body_runs[which] += 1
 
 
 def synchronise(device: torch.device) -> None:

@@ -9,9 +9,8 @@ from typing import Any
 from lesa.models import ADAPTERS
 from lesa_kernels.checks import Said, argument_error
 
-PRESETS = {
-    name: (adapter.costs.usual_config, *size) for adapter in ADAPTERS for name, size in adapter.costs.presets.items()
-}
+_COSTS = {name: adapter.costs for adapter in ADAPTERS for name in adapter.costs.presets}
+PRESETS = {name: (costs.usual_config, *costs.presets[name]) for name, costs in _COSTS.items()}
 """Configuration, height, width and frames of well-known models, by name."""
 
 
@@ -30,7 +29,7 @@ def find_configuration(model: str | os.PathLike) -> tuple[Mapping[str, Any], tup
     """
     if model in PRESETS:
         config, *sizes = PRESETS[model]
-        return config, tuple(sizes), 8, 4
+        return config, tuple(sizes), _COSTS[model].scale, _COSTS[model].frame_scale
     folder = Path(model)
     file: Path | None
     vae: Path | None

@@ -159,6 +159,10 @@ class Probe(Adapter):
         return next(module for module in reversed(others) if [*module.parameters(recurse=False)])
 
     @property
+    def projection(self):
+        return self.head_entry
+
+    @property
     def blocks(self):
         return [block for blocks in block_lists(self.transformer).values() for block in blocks]
 

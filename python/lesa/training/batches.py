@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lesa.cache.planning import can_plan
+from lesa.schedule import Schedule
 from lesa.training.trajectories import Trajectories, Trajectory
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error
@@ -33,6 +34,12 @@ def split(trajectories: Trajectories, validation_fraction: float, seed: int) -> 
     held_out = min(len(order) - 1, max(1, round(validation_fraction * len(order)))) if validation_fraction else 0
     samples = [by_sample[i] for i in order]
     return Split(sum(samples[held_out:], []), sum(samples[:held_out], []))
+
+
+def part_of(schedule: Schedule, sigmas: Sequence[float]) -> Schedule:
+    """Those steps of a schedule with noise levels that are in a part of its run. The part has these noise levels."""
+    within = tuple(sigma for sigma in schedule.sigmas or () if sigmas[-1] <= sigma <= sigmas[0])
+    return Schedule(tuple(range(len(within))), sigmas=within)
 
 
 def check_whole(trajectories: Trajectories) -> None:
@@ -62,13 +69,14 @@ class Head:
     Args:
         trajectories: the recording.
         device: where to put it.
+        transformer: whose head it is. None: of the first transformer.
     """
 
-    def __init__(self, trajectories: Trajectories, device: torch.device | str):
+    def __init__(self, trajectories: Trajectories, device: torch.device | str, transformer: str | None = None):
         # Copies: what was read in an inference mode can have no part in gradients.
+        weight, bias = trajectories.projections[transformer or next(iter(trajectories.projections))]
         self.eps = trajectories.head_eps
-        self.weight = trajectories.head_weight.to(device, torch.float32, copy=True)
-        bias = trajectories.head_bias
+        self.weight = weight.to(device, torch.float32, copy=True)
         self.bias = None if bias is None else bias.to(device, torch.float32, copy=True)
 
 
@@ -95,6 +103,7 @@ class Batch:
         device: where to put the tensors.
         roll_outs: of each trajectory, its roll-outs. The same tokens are taken of them.
         stream: the name of the stream of calls that all trajectories are of, for a forecaster that reads it.
+        end: the noise level after the last step.
 
     Attributes:
         features: `[S, N, D]`, N tokens of all trajectories.
@@ -114,6 +123,7 @@ class Batch:
         device: torch.device | str,
         roll_outs: Sequence[Sequence[RollOut]] = (),
         stream: str | None = None,
+        end: float = 0.0,
     ):
         def chosen(trajectory: Trajectory) -> slice | torch.Tensor:
             total = trajectory.features.shape[1]
@@ -135,7 +145,7 @@ class Batch:
         self.head, self.stream = head, stream
         self.sigmas = trajectories[0].sigmas.to(device)
         self.times = torch.cat([self.sigmas, self.sigmas.new_zeros(1)])
-        self.widths = -torch.diff(self.sigmas, append=self.sigmas.new_zeros(1))
+        self.widths = -torch.diff(self.sigmas, append=self.sigmas.new_full((1,), end))
         self.features = torch.cat(parts, 1)
         self.roll_outs = [
             RollOut(torch.cat(taken([r.features for r in alike]), 1), torch.cat(taken([r.drift for r in alike]), 1))

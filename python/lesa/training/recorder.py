@@ -1,6 +1,6 @@
 """What watches a run of the pipeline, and keeps what enters the output head."""
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,9 @@ from lesa_kernels.checks import Said, argument_error, usage_error
 
 @dataclass
 class _Stream:
-    """What is kept of one stream of calls in a batch, on the CPU."""
+    """What is kept of one stream of calls of a transformer in a batch, on the CPU."""
 
+    transformer: str
     features: torch.Tensor  # [B, S, T, D]
     latents: torch.Tensor  # [B, S, T, O]
     scale: torch.Tensor  # [B, S, D]
@@ -28,17 +29,17 @@ class Recorder:
     """A `StepObserver` that keeps what enters the output head in the computed steps of one call of the pipeline.
 
     Args:
-        pipe, adapter: whose head it is.
+        pipe: the pipeline.
+        adapters: of its transformers, by the names of the components.
         tokens_per_sample, seed: see `record`.
 
     Attributes:
-        head: the output head, as it was called last.
+        heads: the output heads, as they were called last, by transformer, in the order of their first calls.
     """
 
-    head: OutputHead
-
-    def __init__(self, pipe: Any, adapter: Adapter, tokens_per_sample: int | None, seed: int):
-        self.pipe, self.adapter = pipe, adapter
+    def __init__(self, pipe: Any, adapters: Mapping[str, Adapter], tokens_per_sample: int | None, seed: int):
+        self.pipe, self.adapters = pipe, adapters
+        self.heads: dict[str, OutputHead] = {}
         self.tokens_per_sample, self.seed = tokens_per_sample, seed
 
     def begin(self, numbers: list[int], on_step: Callable[[float], None]) -> None:
@@ -65,10 +66,17 @@ class Recorder:
         self.streams = {}
 
     def check_complete(self) -> None:
-        """Raises `RuntimeError` unless every stream has all steps that were to be computed."""
-        steps = self.computed
-        seen = {name: stream.steps for name, stream in self.streams.items()} or {"any": set()}
-        for name, had in seen.items():
+        """Raises `RuntimeError` unless every stream has all steps that were to be computed.
+
+        Of a pipeline with two transformers, these are the steps that any stream of the same transformer has.
+        """
+        of_one: dict[str, set[int]] = {}
+        for stream in self.streams.values():
+            of_one.setdefault(stream.transformer, set()).update(stream.steps)
+        if len(of_one) < 2 or {*self.computed} != set().union(*of_one.values()):
+            of_one = dict.fromkeys(self.adapters, {*self.computed})
+        seen = {name: (stream.steps, of_one[stream.transformer]) for name, stream in self.streams.items()}
+        for name, (had, steps) in (seen or {"any": (set(), {*self.computed})}).items():
             if had != steps or not had:
                 raise argument_error(
                     "pipe",
@@ -80,12 +88,13 @@ class Recorder:
 
     def facts(self) -> dict[str, Any]:
         """The part of the manifest that is known after a run."""
-        stream = next(iter(self.streams.values()))
-        return {
+        stream, head = next(iter(self.streams.values())), next(iter(self.heads.values()))
+        facts = {
             "num_inference_steps": len(self.sigmas),
             "dtype": str(stream.features.dtype).removeprefix("torch."),
-            "head_eps": self.head.eps,
+            "head_eps": head.eps,
         }
+        return facts | ({"transformers": [*self.heads]} if len(self.heads) > 1 else {})
 
     def trajectories_of(self, position: int) -> dict[str, dict[str, torch.Tensor]]:
         """By stream, the tensors of one sample of the batch, over the steps that were computed."""
@@ -105,7 +114,8 @@ class Recorder:
     def keep(self, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
         """Keeps the inputs of the output head of a computed call."""
         bad = (~features.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-        self.head = head = self.adapter.output_head(conditioning)
+        adapter = self.adapters[call.transformer]
+        self.heads[call.transformer] = head = adapter.output_head(conditioning)
         if head.scale.ndim != 2:
             sentence = "`inputs` make the model modulate each token in its own way, which a recording cannot store."
             raise usage_error(sentence, "Use inputs without given images, or a forecaster without training.")
@@ -123,9 +133,11 @@ class Recorder:
             # Guidance in one batch: without the prompts, then with them. Each half is a stream of its own.
             middle = len(self.numbers)
             halves = {call.stream: slice(middle), f"{call.stream}-with-prompt": slice(middle, None)}
-        latents = self.adapter.latents(call.arguments)
+        latents = adapter.latents(call.arguments)
         shift = torch.zeros_like(head.scale) if head.shift is None else head.shift  # a head without one adds nothing
         for name, rows in halves.items():
+            if name not in self.streams:
+                self.streams[name] = self._new_stream(call.transformer, features[rows], latents[rows], head.scale)
             self._keep_rows(name, step, features[rows], latents[rows], head.scale[rows], shift[rows])
         self.on_step((step + 1) / len(self.sigmas))
 
@@ -139,9 +151,7 @@ class Recorder:
         shift: torch.Tensor,
     ) -> None:
         """Copies the chosen tokens of one stream at one step."""
-        stream = self.streams.get(name)
-        if stream is None:
-            stream = self.streams[name] = self._new_stream(features, latents, scale)
+        stream = self.streams[name]
         index = stream.token_index.to(features.device)[:, :, None]
         stream.features[:, step] = features.gather(1, index.expand(-1, -1, features.shape[2]))
         stream.latents[:, step] = latents.gather(1, index.expand(-1, -1, latents.shape[2]))
@@ -149,7 +159,9 @@ class Recorder:
         stream.shift[:, step] = shift
         stream.steps.add(step)
 
-    def _new_stream(self, features: torch.Tensor, latents: torch.Tensor, scale: torch.Tensor) -> _Stream:
+    def _new_stream(
+        self, transformer: str, features: torch.Tensor, latents: torch.Tensor, scale: torch.Tensor
+    ) -> _Stream:
         batch, tokens, width = features.shape
         steps = len(self.sigmas)
         if batch != len(self.numbers):
@@ -171,6 +183,7 @@ class Recorder:
                 "Choose fewer, or None for all.",
             )
         return _Stream(
+            transformer,
             torch.empty(batch, steps, kept, width, dtype=features.dtype, device="cpu"),
             torch.empty(batch, steps, kept, latents.shape[2], dtype=latents.dtype, device="cpu"),
             torch.empty(batch, steps, width, dtype=scale.dtype, device="cpu"),

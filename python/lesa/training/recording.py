@@ -27,19 +27,19 @@ from lesa.artifacts import (
 from lesa.cache import observed
 from lesa.conditions import common_conditions, conditions_of, differing, of_transformer
 from lesa.inputs import batches_of, check_inputs, collate
-from lesa.models import adapter_for
+from lesa.models import adapter_for, adapters_for
 from lesa.pipelines import quiet_progress, run_pipeline
 from lesa.training.recorder import Recorder
 from lesa.training.shards import DamagedError, check_tensors, identity_of, sample_files, save_sample, survey
 from lesa.training.trajectories import (
-    FORMAT_VERSION,
+    FORMAT_VERSIONS,
     HEAD,
     MANIFEST,
     Recorded,
     Trajectories,
     read_head,
     read_manifest,
-    save_head,
+    save_heads,
 )
 from lesa_kernels import FusedKANPredictor, OutputHead
 from lesa_kernels.checks import Said, argument_error, check_int
@@ -125,16 +125,15 @@ class Recording:
         check_int("batch_size", self.batch_size)
         if self.tokens_per_sample is not None:
             check_int("tokens_per_sample", self.tokens_per_sample)
-        projection = adapter_for(self.pipe).projection
-        if type(projection) is not torch.nn.Linear:
-            kind = type(projection)
-            raise argument_error(
-                "pipe",
-                "have a plain nn.Linear as output projection to be recorded",
-                Said(f"a {kind.__module__}.{kind.__qualname__}"),
-                "Fuse or unload the adapters on it, or load the model with this layer not quantised.",
-                TypeError,
-            )
+        for kind in (type(adapter.projection) for adapter in adapters_for(self.pipe).values()):
+            if kind is not torch.nn.Linear:
+                raise argument_error(
+                    "pipe",
+                    "have a plain nn.Linear as output projection to be recorded",
+                    Said(f"a {kind.__module__}.{kind.__qualname__}"),
+                    "Fuse or unload the adapters on it, or load the model with this layer not quantised.",
+                    TypeError,
+                )
         check_int("num_inference_steps", self.num_inference_steps)
         check_int("seed", self.seed, minimum=0)
 
@@ -194,7 +193,7 @@ class Recording:
         adapter = adapter_for(self.pipe)
         names = sorted({name for item in self.inputs for name in item})
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSIONS[len(adapters_for(self.pipe)) - 1],
             "family": adapter.family,
             "pipeline": type(self.pipe).__name__,
             "feature_dim": adapter.feature_dim,
@@ -212,7 +211,7 @@ class Recording:
     def _record(self, folder: Path, planned: dict[str, Any], missing: set[int], bar: str | None) -> None:
         """Runs the pipeline for the missing samples and writes them."""
         total = len(self.inputs)
-        recorder = Recorder(self.pipe, adapter_for(self.pipe), self.tokens_per_sample, self.seed)
+        recorder = Recorder(self.pipe, adapters_for(self.pipe), self.tokens_per_sample, self.seed)
         finished = total - len(missing)
         with (
             observed(self.pipe, recorder, self.predictor),
@@ -228,7 +227,7 @@ class Recording:
                 generators = [torch.Generator("cpu").manual_seed(self.seed + number) for number in numbers]
                 run_pipeline(self.pipe, arguments, generators, self.num_inference_steps)
                 recorder.check_complete()
-                identity = identity_of(_begin(folder, {**planned, **recorder.facts()}, recorder.head))
+                identity = identity_of(_begin(folder, {**planned, **recorder.facts()}, recorder.heads))
                 for position, number in enumerate(numbers):
                     if number in wanted:
                         save_sample(folder, number, recorder.trajectories_of(position), identity)
@@ -276,14 +275,14 @@ def _check_empty(folder: Path) -> None:
         raise argument_error("out_dir", "be empty or hold a recording", Said(got), remedy)
 
 
-def _begin(folder: Path, manifest: dict[str, Any], head: OutputHead) -> dict[str, Any]:
-    """Writes head and manifest. If there is a manifest already, it must be the same. Returns the one of the folder."""
+def _begin(folder: Path, manifest: dict[str, Any], heads: Mapping[str, OutputHead]) -> dict[str, Any]:
+    """Writes heads and manifest. If there is a manifest already, it must be the same. Returns the one of the folder."""
     recorded = read_manifest(folder)
     if recorded is not None:
         _check_same(folder, recorded, manifest)
     kept = recorded or {name: value for name, value in manifest.items() if name != "unset"}
     if recorded is None or _why_no_head(folder, recorded):
-        save_head(folder, head.weight, head.bias, kept)
+        save_heads(folder, heads, kept)
     if recorded is None:
         write_text(folder / MANIFEST, json.dumps(kept, indent=2) + "\n")
     return kept

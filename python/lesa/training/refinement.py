@@ -297,7 +297,7 @@ class _Refinement(Training):
 
     def loss_of(self, batch: Batch, guided: bool) -> torch.Tensor:
         every_step = self.config.history == "steps"
-        computed = sorted(self.schedule.computed_in(batch.sigmas.tolist()))
+        computed = sorted(self.computed_in(batch.sigmas.tolist()))
         plan = Plan(computed, len(batch.sigmas), self.config.max_history, every_step, self.device)
         steps = torch.tensor(computed, device=self.device)
         if every_step:

@@ -14,6 +14,7 @@ from lesa.training.batches import Batch, Head, Plan, check_is_predictor, check_w
 from lesa.training.searching import Search
 from lesa.training.settings import (
     TrainingSettings,
+    check_one_transformer,
     check_seed,
     complete_config,
     spread_over,
@@ -83,6 +84,7 @@ def find_schedule(
             file of the recording is damaged or has NaN or Inf, or the noise level rises in a recorded run.
     """
     check_plain(trajectories)
+    check_one_transformer(trajectories, "a search for a schedule")
     budget, seed = check_budget(trajectories, budget), check_seed(seed)
     complete_config(trajectories, config, spread_over(trajectories, budget))
     usable_device(device)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lesa.cache.planning import making_room
 from lesa.schedule import Schedule, ScheduleLike, Spread, as_schedule
 from lesa.training.trajectories import Trajectories
 from lesa_kernels import PredictorConfig
@@ -130,6 +131,9 @@ def complete_config(
     if schedule is None:
         schedule = config.schedule or spread_over(trajectories, min(DEFAULT_COMPUTED_STEPS, total))
     schedule = as_schedule(schedule, total)
+    if trajectories.switch is not None:  # the second transformer begins with a computed step
+        steps = tuple(sorted({*schedule.steps, trajectories.switch}))
+        schedule, config = Schedule(steps, schedule.num_inference_steps), _divided(trajectories, config)
     if schedule.steps[-1] >= total or schedule.num_inference_steps not in (None, total):
         raise argument_error(
             "schedule",
@@ -139,7 +143,7 @@ def complete_config(
         )
     if len(schedule) == total:
         raise argument_error("schedule", "leave steps to predict", schedule, "Compute fewer steps.")
-    sigmas = trajectories[0].sigmas.tolist()
+    sigmas = trajectories.run_sigmas
     return replace(
         config,
         family=family,
@@ -152,8 +156,32 @@ def complete_config(
 
 def spread_over(trajectories: Trajectories, count: int) -> Schedule:
     """The default schedule of `count` computed steps, by the noise levels of the recording."""
-    computed = Spread(count).computed_in(trajectories[0].sigmas.tolist())
+    computed, switch = Spread(count).computed_in(trajectories.run_sigmas), trajectories.switch
+    if switch is not None:
+        begins = frozenset({0, switch})
+        computed = making_room(computed, begins) | begins
     return Schedule(tuple(sorted(computed)), trajectories.num_inference_steps)
+
+
+def _divided(trajectories: Trajectories, config: PredictorConfig) -> PredictorConfig:
+    """The configuration with a bound between the noise stages where a second transformer begins.
+
+    It has one already, or stages of different history lengths, or a forecaster without stages: then it stays as it is.
+    """
+    sigmas, switch = trajectories.run_sigmas, trajectories.switch or 0
+    before, begin = sigmas[switch - 1], sigmas[switch]
+    is_divided = any(begin <= bound < before for bound in config.stage_bounds)
+    if is_divided or not config.stage_bounds or len({*config.lengths}) > 1:
+        return config
+    return with_stages(config, tuple(sorted({*config.stage_bounds, (before + begin) / 2}, reverse=True)))
+
+
+def check_one_transformer(trajectories: Trajectories, what: str) -> None:
+    """Raises `ValueError` if the recording is of a pipeline with two transformers, for which `what` is not possible."""
+    if trajectories.switch is not None:
+        must = f"be of a pipeline with one transformer for {what}"
+        got = Said(f"those of {' and '.join(trajectories.projections)}")
+        raise argument_error("trajectories", must, got, "Leave it out, or pass a list of steps as `schedule`.")
 
 
 def with_stages(config: PredictorConfig, bounds: tuple[float, ...]) -> PredictorConfig:

@@ -238,7 +238,7 @@ def why_damaged(
     """
     sizes = {"width": manifest["feature_dim"]}
     sizes |= {} if outputs is None else {"outputs": outputs}
-    if manifest.get("predictor") is None:
+    if manifest.get("predictor") is None and "transformers" not in manifest:  # else a file has a part of the steps
         sizes["steps"] = manifest["num_inference_steps"]
     if manifest.get("tokens_per_sample") is not None:
         sizes["tokens"] = manifest["tokens_per_sample"]

@@ -8,7 +8,14 @@ from tqdm import tqdm
 from lesa.schedule import ScheduleLike
 from lesa.training.batches import Split, check_whole, split
 from lesa.training.searching import Search
-from lesa.training.settings import TrainingSettings, check_seed, complete_config, usable_device, with_stages
+from lesa.training.settings import (
+    TrainingSettings,
+    check_one_transformer,
+    check_seed,
+    complete_config,
+    usable_device,
+    with_stages,
+)
 from lesa.training.training_run import MOST_TOKENS, Training
 from lesa.training.trajectories import Trajectories, check_plain
 from lesa_kernels import PredictorConfig
@@ -67,6 +74,7 @@ def find_stages(
             range. The message names it.
     """
     check_plain(trajectories)
+    check_one_transformer(trajectories, "a search for stages")
     most, seed = check_int("most", most), check_seed(seed)
     complete = complete_config(trajectories, config, schedule)
     check_divisible(trajectories, complete)

@@ -15,6 +15,7 @@ from lesa.training.searching import Search, has_search
 from lesa.training.settings import (
     TrainingSettings,
     check_config,
+    check_one_transformer,
     check_trainable,
     complete_config,
     config_settings,
@@ -128,6 +129,14 @@ def train(
         seed=seed,
         controlled=controlled,
     )
+    for is_asked, what in (
+        (budget is not None, "`budget`"),
+        (find_stages, "`find_stages`"),
+        (controlled, "`controlled`"),
+        (forecaster.is_fitted or forecaster.reads_times, f"the mixer {config.mixer!r}"),
+    ):
+        if is_asked:
+            check_one_transformer(trajectories, what)
     if budget is not None:  # where a search begins
         budget = check_budget(trajectories, budget)
         schedule = spread_over(trajectories, budget)

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from lesa.artifacts import check_same_settings, files_in, output_folder, remove_partial, whole_file, write_text
 from lesa.schedule import Schedule, schedule_of
-from lesa.training.batches import Batch, Head, Plan, RollOut, Split, predict, roll_out, split
+from lesa.training.batches import Batch, Head, Plan, RollOut, Split, part_of, predict, roll_out, split
+from lesa.training.curves import plot_losses
 from lesa.training.guided_schedules import moved_steps, stretched_steps
 from lesa.training.losses import feature_loss, head_aware_loss
 from lesa.training.searching import SEARCH_NAME, discard_search
@@ -63,7 +64,7 @@ class Training:
         predictor: what is trained.
         losses: mean loss of each epoch, in training and in validation.
         generator: of all that is random after the initialisation.
-        head: the output projection.
+        heads: the output projections, by transformer.
         schedule: the computed steps, with their noise levels.
     """
 
@@ -86,7 +87,9 @@ class Training:
         if config.forecaster.reads_stream:
             config.forecaster.check_streams(config, set(trajectories.streams))
         self.trajectories, self.config, self.settings = trajectories, config, settings
-        self.numbers = numbers or split(trajectories, settings.validation_fraction, settings.seed)
+        self.schedule = cast(Schedule, schedule_of(config))  # a complete configuration has one
+        chosen = numbers or split(trajectories, settings.validation_fraction, settings.seed)
+        self.numbers = Split(*([number for number in part if self._is_to_predict(number)] for part in chosen))
         self.out_dir = None if out_dir is None else Path(out_dir)
         self.device, self.bar = torch.device(device), bar
         with torch.device("meta"):  # without random numbers of the default generator, which all threads share
@@ -96,8 +99,7 @@ class Training:
         self.predictor.to(self.device)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.losses: dict[str, list[float]] = {"training": [], "validation": []}
-        self.head = Head(trajectories, self.device)
-        self.schedule = cast(Schedule, schedule_of(config))  # a complete configuration has one
+        self.heads = {name: Head(trajectories, self.device, name) for name in trajectories.projections}
 
     # What a subclass may replace
 
@@ -119,13 +121,14 @@ class Training:
         total = len(batch.sigmas)
         computed: Set[int]
         if not guided or config.forecaster.guided_part is None:
-            computed = self.schedule.computed_in(batch.sigmas.tolist())
+            computed = self.computed_in(batch.sigmas.tolist())
         elif every_step:
             computed = {0}
         elif self.settings.controlled:
             computed = stretched_steps(self.schedule, batch.sigmas.tolist(), self.generator)
         else:
-            computed = moved_steps(self.schedule.steps, total, self.generator, self.settings.reach)
+            steps = self.schedule.steps if len(self.heads) == 1 else sorted(self.computed_in(batch.sigmas.tolist()))
+            computed = moved_steps(steps, total, self.generator, self.settings.reach)
         plan = Plan(computed, total, config.max_history, every_step, self.device)
         if every_step and not guided:
             forecast = roll_out(self.predictor, batch, plan)
@@ -133,6 +136,18 @@ class Training:
             forecast = predict(self.predictor, batch, plan, batch.features)
         loss = head_aware_loss if self.settings.head_aware else feature_loss
         return loss(batch, plan, forecast)
+
+    def computed_in(self, sigmas: list[float]) -> Set[int]:
+        """The steps that the schedule computes, of a trajectory with these noise levels."""
+        is_whole = self.trajectories.switch is None
+        return (self.schedule if is_whole else part_of(self.schedule, sigmas)).computed_in(sigmas)
+
+    def _is_to_predict(self, number: int) -> bool:
+        """Whether the schedule leaves out steps of a trajectory. Of one of two transformers, it may compute all."""
+        if self.trajectories.switch is None:
+            return True
+        sigmas = self.trajectories.sigmas_of(number)
+        return len(self.computed_in(sigmas)) < len(sigmas)
 
     # What a training does
 
@@ -176,7 +191,7 @@ class Training:
         Returns:
             The predictor, on the CPU.
         """
-        if self.config.history == "anchors":
+        if self.config.history == "anchors" and len(self.heads) == 1:
             errors = self._typical_errors(self.numbers.validation or self.numbers.training)
             self.predictor.config = replace(self.config, schedule_errors=errors)
         if self.out_dir is not None:
@@ -186,7 +201,7 @@ class Training:
             write_text(self.out_dir / LOSSES_NAME, losses + "\n")
             if not self.is_fitted():  # a fit has no losses over epochs
                 begin = guided_epochs if self.settings.epochs else None
-                _plot_losses(self.losses, begin, self.out_dir / CURVE_NAME)
+                plot_losses(self.losses, begin, self.out_dir / CURVE_NAME)
             (self.out_dir / CHECKPOINT_NAME).unlink()
         return self.predictor.cpu().eval()
 
@@ -202,15 +217,17 @@ class Training:
         """
         groups: dict[tuple, list[int]] = {}
         streams = self.trajectories.streams if self.config.forecaster.reads_stream else None
+        transformers = self.trajectories.transformers
         read = {number: self.trajectories[number] for number in numbers}
         for number, trajectory in read.items():
             stream = None if streams is None else streams[number]
-            groups.setdefault((stream, *trajectory.sigmas.tolist()), []).append(number)
+            groups.setdefault((stream, transformers[number], *trajectory.sigmas.tolist()), []).append(number)
         mean = torch.zeros((), dtype=torch.float32, device=self.device)
-        for (stream, *_), group in groups.items():
+        for (stream, transformer, *_), group in groups.items():
             roll_outs = [self.roll_outs_of(number) for number in group]
-            alike = [read[number] for number in group]
-            batch = Batch(alike, self.head, self.generator, tokens, self.device, roll_outs, stream)
+            alike, head = [read[number] for number in group], self.heads[transformer]
+            end = self.trajectories.end_of(group[0])
+            batch = Batch(alike, head, self.generator, tokens, self.device, roll_outs, stream, end)
             mean = mean + len(group) / len(numbers) * self.loss_of(batch, guided)
         return mean
 
@@ -271,7 +288,8 @@ class Training:
         found: dict[int, np.ndarray] = {}
         for number in numbers:
             alike, stream = [self.trajectories[number]], self.trajectories.streams[number]
-            batch = Batch(alike, self.head, generator, MOST_TOKENS, self.device, stream=stream)
+            head = next(iter(self.heads.values()))
+            batch = Batch(alike, head, generator, MOST_TOKENS, self.device, stream=stream)
             computed = sorted(self.schedule.computed_in(batch.sigmas.tolist()))
             plan = Plan(computed, len(batch.sigmas), config.max_history, device=self.device, steps=computed[1:])
             truth = batch.velocities[plan.steps].flatten(1)
@@ -400,20 +418,3 @@ def _read_checkpoint(out_dir: Path) -> dict[str, Any] | None:
 def is_finished(out_dir: Path) -> bool:
     """Whether the folder holds a predictor whose training is finished."""
     return (out_dir / WEIGHTS_NAME).exists() and not (out_dir / CHECKPOINT_NAME).exists()
-
-
-def _plot_losses(losses: dict[str, list[float]], closed_loop: int | None, file: Path) -> None:
-    """Draws the losses over the epochs, and where the closed loop begins if that is after some epochs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for name, values in losses.items():
-        axes.plot(range(1, len(values) + 1), values, label=name, marker="o" if len(values) == 1 else None)
-    if closed_loop:
-        axes.axvline(closed_loop + 0.5, color="grey", linestyle=":", label="closed loop begins")
-    axes.set(xlabel="epoch", ylabel="loss", yscale="log", title="Training of the predictor")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with whole_file(file) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)

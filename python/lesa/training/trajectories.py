@@ -3,11 +3,12 @@
 A trajectory folder holds
 
 - `manifest.json`: what was recorded, and with which settings;
-- `head.safetensors`: `weight` `[O, D]` and, if there is one, `bias` `[O]` of the output projection;
+- `head.safetensors`: `weight` `[O, D]` and, if there is one, `bias` `[O]` of the output projection; of a pipeline with
+  two transformers also those of the second one, as `transformer_2.weight` and `transformer_2.bias`;
 - `sample-00000.safetensors`, one per input: `features` `[S, T, D]`, `latents` `[S, T, O]`, `scale` and `shift` `[S, D]`
   in the model's dtype, `sigmas` `[S]` float32 and `token_index` `[T]` int64, over S computed steps and T kept tokens.
   Where the transformer is called more than once a step, as for true classifier-free guidance, the other streams of
-  calls are in `sample-00000-<stream>.safetensors`.
+  calls are in `sample-00000-<stream>.safetensors`. A stream of one of two transformers has only the steps of that one.
 
 The metadata of `head.safetensors` repeats the entries of the manifest that no other file confirms. Other files in the
 folder are ignored, unless they have the name of a sample that the recording does not have.
@@ -19,14 +20,16 @@ import operator
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from lesa.artifacts import digest
+from lesa.models import FIRST
 from lesa.training.shards import (
     MISSING,
     DamagedError,
@@ -36,9 +39,11 @@ from lesa.training.shards import (
     save_tensors,
     survey,
 )
+from lesa_kernels import OutputHead
 from lesa_kernels.checks import Said, argument_error
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""Of recordings of one transformer, and of two."""
 MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
 
@@ -52,6 +57,7 @@ _MORE_FACTS: dict[str, Any] = {
     "tokens_per_sample": (int, type(None)),
     "predictor": (dict, type(None)),
     "dtype": str,
+    "transformers": list,
 }
 """Entries that have these types if they are there."""
 _CONDITIONS = (
@@ -120,9 +126,10 @@ class Trajectories:
         family: the family of the model, such as "flux".
         feature_dim: D, the width of the features.
         num_inference_steps: S, the executed steps of every trajectory.
-        head_weight: `[O, D]` of the output projection.
+        head_weight: `[O, D]` of the output projection, of the first transformer if there are two.
         head_bias: `[O]`, or None.
         head_eps: of the output head's layer norm.
+        projections: by transformer, weight and bias of the output projection.
         manifest: the manifest as a dict.
         names: for each trajectory, the name of its file without the suffix.
         samples: for each trajectory, the number of its input. The streams of one input have the same number.
@@ -149,6 +156,7 @@ class Trajectories:
                 FileNotFoundError,
             )
         head = read_head(self.folder, manifest)
+        self.projections = _projections(head, manifest)
         found = survey(self.folder, manifest, len(head["weight"]))
         for path, why in found.damaged.items():
             raise DamagedError(path, why)
@@ -168,6 +176,7 @@ class Trajectories:
         self.head_bias: torch.Tensor | None = head.get("bias")
         self._files = [path for paths in found.whole.values() for path in paths]
         self._verified: set[Path] = set()
+        self._sigmas: dict[int, list[float]] = {}
         self.recorded = Recorded(tuple(found.whole), (), ())
         self.names = [path.stem for path in self._files]
         self.samples = [number for number, paths in found.whole.items() for _ in paths]
@@ -177,6 +186,42 @@ class Trajectories:
         """For each trajectory, the name of its stream of calls; None for the first stream of a sample."""
         parts = (name.split("-", 2) for name in self.names)  # "sample", the number, and the name
         return [part[2] if len(part) > 2 else None for part in parts]
+
+    @property
+    def transformers(self) -> list[str]:
+        """For each trajectory, which component of the pipeline its transformer is."""
+        first, *others = self.projections
+        names = ([other for other in others if (stream or "").startswith(f"{other}-")] for stream in self.streams)
+        return [name[0] if name else first for name in names]
+
+    @cached_property
+    def run_sigmas(self) -> list[float]:
+        """The noise levels of the run of the first sample, with all transformers."""
+        return [sigma for part in self._parts(0) for sigma in part]
+
+    @property
+    def switch(self) -> int | None:
+        """The step at which a second transformer begins; None if there is one transformer."""
+        return None if len(self.projections) == 1 else len(self._parts(0)[0])
+
+    def end_of(self, number: int) -> float:
+        """The noise level after the last step of a trajectory: that at which another transformer goes on, or 0."""
+        if len(self.projections) == 1:
+            return 0.0
+        last = self.sigmas_of(number)[-1]
+        return max((part[0] for part in self._parts(self.samples[number]) if part[0] < last), default=0.0)
+
+    def _parts(self, sample: int) -> list[list[float]]:
+        """The noise levels of a sample's run, one list for each transformer."""
+        one_of_each = {self.transformers[number]: number for number in self.by_sample[sample]}
+        return sorted(map(self.sigmas_of, one_of_each.values()), reverse=True)
+
+    def sigmas_of(self, number: int) -> list[float]:
+        """The noise levels of the trajectory of this number, without reading the rest of it."""
+        if number not in self._sigmas:
+            with safe_open(self._files[number], "pt") as file:
+                self._sigmas[number] = file.get_tensor("sigmas").tolist()
+        return self._sigmas[number]
 
     @property
     def by_sample(self) -> list[list[int]]:
@@ -230,16 +275,27 @@ def check_plain(trajectories: Trajectories) -> None:
         raise argument_error("trajectories", "be of plain runs", Said("roll-outs of a predictor"), remedy)
 
 
-def save_head(folder: Path, weight: torch.Tensor, bias: torch.Tensor | None, manifest: Mapping[str, Any]) -> None:
-    """Writes the output projection, and with it those entries of the manifest that no sample's file confirms."""
-    tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def save_heads(folder: Path, heads: Mapping[str, OutputHead], manifest: Mapping[str, Any]) -> None:
+    """Writes the output projections, and with them those entries of the manifest that no sample's file confirms.
+
+    Args:
+        folder: of the recording.
+        heads: by transformer, the first one first.
+        manifest: of the recording.
+    """
+    prefixes = ["", *(f"{name}." for name in [*heads][1:])]
+    parts = {
+        f"{prefix}{name}": tensor
+        for prefix, head in zip(prefixes, heads.values())
+        for name, tensor in (("weight", head.weight), ("bias", head.bias))
+    }
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in parts.items() if tensor is not None}
     facts = {name: manifest[name] for name in _CONFIRMED}
     save_tensors(folder / HEAD, on_cpu, {"recording": identity_of(manifest), "facts": facts})
 
 
 def read_head(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The output projection: `weight`, and `bias` if it has one.
+    """The output projection: `weight`, and `bias` if it has one; with two transformers, also those of the second.
 
     Raises:
         ValueError: the file is damaged, or the manifest has other entries than it had when the head was written.
@@ -253,7 +309,9 @@ def read_head(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tens
         raise DamagedError(path, f"is no whole safetensors file ({error})") from None
     shapes = {name: list(tensor.shape) for name, tensor in head.items()}
     outputs, width = (*shapes.get("weight", ()), 0, 0)[:2]
-    wanted = {"weight": [outputs, manifest["feature_dim"]], "bias": [outputs]}
+    one = {"weight": [outputs, manifest["feature_dim"]], "bias": [outputs]}
+    prefixes = ["", *(f"{name}." for name in manifest.get("transformers", ())[1:])]
+    wanted = {f"{prefix}{name}": shape for prefix in prefixes for name, shape in one.items()}
     if width == 0 or not shapes.items() <= wanted.items():
         raise DamagedError(path, f"has {shapes} instead of a weight [O, {manifest['feature_dim']}] and a bias [O]")
     said, recording = metadata_of(path), identity_of(manifest)
@@ -272,6 +330,15 @@ def read_head(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tens
     return head
 
 
+def _projections(
+    head: Mapping[str, torch.Tensor], manifest: Mapping[str, Any]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """By transformer, weight and bias of the output projection, from what `read_head` gives."""
+    first, *others = manifest.get("transformers", [FIRST])
+    prefixes = {first: "", **{name: f"{name}." for name in others}}
+    return {name: (head[f"{prefix}weight"], head.get(f"{prefix}bias")) for name, prefix in prefixes.items()}
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a trajectory folder, or None; raises `ValueError` unless it has this version of the format."""
     path = folder / MANIFEST
@@ -284,10 +351,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         got = Said(f"{path}, which is no manifest of a recording ({type(error).__name__}: {error})")
         remedy = "Restore the file, or choose another folder."
         raise argument_error("folder", "be a trajectory folder", got, remedy) from None
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
         raise argument_error(
             f"format_version in {path}",
-            f"be {FORMAT_VERSION}",
+            f"be {' or '.join(map(str, FORMAT_VERSIONS))}",
             version,
             "Record again with this version of lesa, or read it with the version that wrote it.",
         )

@@ -1,0 +1,141 @@
+"""Costs that torch counts on a transformer without values, held to formulas by hand and to real runs."""
+
+import diffusers
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lesa.models.costs import CountedCosts, _FewValues, near_square, valueless
+from lesa.models.flux import FluxCosts
+from lesa.models.hunyuan_video import HunyuanVideoCosts
+from lesa.models.qwen_image import QwenImageCosts
+
+
+class CountedFlux(CountedCosts):
+    usual_config = FluxCosts.usual_config
+    packing = 2
+
+    def call(self, image_tokens, text_tokens):
+        c = self.config
+        arguments = {
+            "hidden_states": valueless(1, image_tokens, c["in_channels"]),
+            "encoder_hidden_states": valueless(1, text_tokens, c["joint_attention_dim"]),
+            "pooled_projections": valueless(1, c["pooled_projection_dim"]),
+            "timestep": valueless(1),
+            "img_ids": valueless(image_tokens, 3),
+            "txt_ids": valueless(text_tokens, 3),
+        }
+        return arguments | ({"guidance": valueless(1)} if c["guidance_embeds"] else {})
+
+
+class CountedQwenImage(CountedCosts):
+    usual_config = QwenImageCosts.usual_config
+    packing = 2
+
+    def call(self, image_tokens, text_tokens):
+        arguments = {
+            "hidden_states": valueless(1, image_tokens, self.config["in_channels"]),
+            "encoder_hidden_states": valueless(1, text_tokens, self.config["joint_attention_dim"]),
+            "encoder_hidden_states_mask": valueless(1, text_tokens),
+            "timestep": valueless(1),
+            "img_shapes": [[(1, *near_square(image_tokens))]],
+        }
+        forward = diffusers.QwenImageTransformer2DModel.forward
+        return arguments | ({"txt_seq_lens": [text_tokens]} if "txt_seq_lens" in forward.__code__.co_varnames else {})
+
+
+class CountedHunyuanVideo(CountedCosts):
+    usual_config = HunyuanVideoCosts.usual_config
+    layers = HunyuanVideoCosts.layers
+
+    def call(self, image_tokens, text_tokens):
+        c = self.config
+        side, (rows, columns) = c["patch_size"], near_square(image_tokens)
+        return {
+            "hidden_states": valueless(1, c["in_channels"], c["patch_size_t"], rows * side, columns * side),
+            "encoder_hidden_states": valueless(1, text_tokens, c["text_embed_dim"]),
+            "encoder_attention_mask": torch.ones(1, text_tokens),
+            "pooled_projections": valueless(1, c["pooled_projection_dim"]),
+            "timestep": valueless(1),
+            "guidance": valueless(1),
+        }
+
+
+KINDS = {
+    "flux": (CountedFlux, FluxCosts, 4096, 512),
+    "qwen": (CountedQwenImage, QwenImageCosts, 6889, 128),
+    "video": (CountedHunyuanVideo, HunyuanVideoCosts, 118800, 256),
+}
+SMALL = {"num_layers": 2, "num_single_layers": 1, "num_attention_heads": 3}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_small_models_cost_what_the_formulas_say(name):
+    counted, by_hand, *_ = KINDS[name]
+    small = {key: value for key, value in SMALL.items() if key in by_hand.usual_config}
+    found, expected = counted(small), by_hand(small)
+    assert (found.dim, found.head_width) == (expected.dim, expected.head_width) == (384, 64)
+    assert found.flops(35, 7) == expected.flops(35, 7)
+    assert found.flops(70, 7) == expected.flops(70, 7)
+    assert found.image_tokens(512, 768, 9, 8, 4) == expected.image_tokens(512, 768, 9, 8, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_well_known_models_cost_what_the_formulas_say(name):
+    counted, by_hand, image_tokens, text_tokens = KINDS[name]
+    assert counted({}).flops(image_tokens, text_tokens) == by_hand({}).flops(image_tokens, text_tokens)
+
+
+def test_a_configuration_is_counted_once(monkeypatch):
+    costs = CountedFlux({**SMALL, "axes_dims_rope": [16, 56, 56], "unknown": 1})
+    first = costs.flops(6, 2)
+    monkeypatch.setattr(FlopCounterMode, "__enter__", None)
+    assert costs.flops(6, 2) == CountedFlux(costs.config).flops(6, 2) == first
+    with pytest.raises(TypeError):
+        costs.flops(7, 2)
+
+
+class Selecting(torch.nn.Module):
+    """Selects tokens by a mask, asks a number of a tensor, and makes an attention mask of the selection."""
+
+    def forward(self, tokens, mask, flag):
+        kept = tokens[:, mask]
+        if (flag == 0).all():
+            kept = torch.cat([kept, tokens[:, ~mask]], dim=1)
+        pairs = mask.view(1, -1).repeat(4096, 1)  # large
+        shown = torch.nn.functional.pad(pairs[: kept.shape[1], : kept.shape[1]], (0, 0))
+        return torch.nn.functional.scaled_dot_product_attention(kept, kept, kept, attn_mask=shown)
+
+
+@pytest.mark.parametrize("flag", [0, 1])
+def test_masks_and_flags_with_values_decide_the_course(flag):
+    model, mask = Selecting(), torch.arange(500) % 5 > 1
+    inputs = {"mask": mask, "flag": torch.full((3,), flag)}
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with FlopCounterMode(display=False) as real:
+            model(torch.randn(1, 500, 8), **inputs)
+        with _FewValues(), FlopCounterMode(display=False) as counted:
+            result = model(valueless(1, 500, 8), **inputs)
+    tokens = 500 if flag == 0 else 300
+    assert result.shape == (1, tokens, 8) and result.is_meta
+    assert counted.get_total_flops() == real.get_total_flops() == 4 * tokens**2 * 8
+
+
+def test_near_square_grids():
+    assert [near_square(n) for n in (1, 12, 13, 4096, 6889)] == [(1, 1), (3, 4), (1, 13), (64, 64), (83, 83)]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "NoTransformer3000"}, "has no NoTransformer3000. Install a newer version of diffusers."),
+        ({"num_layers": 10**6}, "`model` must have at most 1000 as num_layers in its configuration"),
+        ({"num_layers": "many"}, "`model` must have a configuration with which a FluxTransformer2DModel can be built"),
+    ],
+    ids=str,
+)
+def test_configurations_that_cannot_be_built_are_refused(config, message):
+    with pytest.raises(ValueError, match="diffusers|`model`") as error:
+        CountedFlux(config)
+    assert message in str(error.value)
