@@ -11,7 +11,7 @@ import torch
 from lesa.cache import reasons
 from lesa.cache.conditioning import Conditioner
 from lesa.cache.controlnet import DeferredControl, computed
-from lesa.cache.device_values import DeviceValues
+from lesa.cache.device_values import DeviceValues, sum_of
 from lesa.cache.error_control import ControlledSteps, ErrorControl, forecast_error
 from lesa.cache.hook import StepHook
 from lesa.cache.planning import Plan, Planner, can_plan, falling, making_room, times_at
@@ -59,9 +59,8 @@ class ForecastingHook(StepHook[ForecastState]):
         self.owned = owned
         adapter = self.adapter
         controlnet = getattr(pipe, "controlnet", None)
-        self._control = None
-        if controlnet is not None and adapter.control_outputs is not None:
-            self._control = DeferredControl.of(controlnet, adapter.control_outputs)
+        lists = adapter.control_outputs
+        self._control = None if controlnet is None or lists is None else DeferredControl.of(controlnet, lists)
         self._is_predicting = False  # whether the schedule of the latest run leaves out steps
         self.stats = CacheStats()
 
@@ -257,11 +256,10 @@ class ForecastingHook(StepHook[ForecastState]):
 
     def _why_not(self, stream: Stream, call: Call) -> tuple[str | None, str]:
         """Why a step that the schedule leaves out cannot be predicted, or None; and what helps."""
-        if (why := self.adapter.why_not_predicted(call.stream, call.arguments)) is not None:
+        if (why := self.adapter.why_unseen(call.stream, call.arguments, not stream.stats.computed)) is not None:
             return why
         if stream.ring is None:
-            unseen = self.adapter.why_unseen(call.stream, call.arguments) if stream.stats.computed else None
-            return unseen or ("no history", "Compute an earlier step of this stream: choose another schedule.")
+            return "no history", "Compute an earlier step of this stream: choose another schedule."
         if stream.has_risen:
             return reasons.RISEN
         if stream.shape != self.adapter.shape(call.arguments):
@@ -339,7 +337,7 @@ class ForecastingHook(StepHook[ForecastState]):
         """Asks for the sum of the output, which says whether it is finite. A CPU answers at once, a GPU later."""
         stats = state.streams[call.stream].stats
         receive = functools.partial(self._on_sum, state, stats, call.step)
-        state.values.ask(_sum(output[0]), receive)
+        state.values.ask(sum_of(output[0]), receive)
 
     def _on_sum(self, state: ForecastState, stats: StreamStats, step: int, value: float) -> None:
         if math.isfinite(value):
@@ -393,7 +391,7 @@ class ForecastingHook(StepHook[ForecastState]):
             return
         forecast = self._features(cast(FeatureRing, stream.ring), call, state.plan(stream, call.step))
         error = forecast_error(forecast, features, self.adapter.output_head(conditioning))
-        state.values.ask(error, functools.partial(_on_error, state.controlled, stream.stats, call.step))
+        state.values.ask(error, functools.partial(state.controlled.receive, stream.stats.errors, call.step))
 
     def _push(self, stream: Stream, features: torch.Tensor, sigma: float) -> None:
         ring = stream.ring
@@ -420,14 +418,3 @@ class ForecastingHook(StepHook[ForecastState]):
             self._fall_back(*reasons.REPEATED)
         elif not call.heads:
             self._fall_back(*self.adapter.why_unseen(call.stream, call.arguments) or reasons.UNSEEN)
-
-
-def _sum(output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-    """The sum of an output, which may be a list of samples."""
-    parts = output if isinstance(output, list) else [output]
-    return torch.stack([part.sum(dtype=torch.float32) for part in parts]).sum()
-
-
-def _on_error(controlled: ControlledSteps, stats: StreamStats, step: int, error: float) -> None:
-    stats.errors[step] = error
-    controlled.measured.append(error if math.isfinite(error) else math.inf)
