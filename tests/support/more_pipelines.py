@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+import small_probed
 from small_pipelines import Small
 
 _FILES: dict[str, str] = {
@@ -16,7 +17,7 @@ QUICK: set[str] = {"wan cfg"}
 NOT_FUSED: dict[str, str] = {}
 """Cases whose output head runs in the model's own modules, and why."""
 
-PROBED: dict[str, tuple[str, ...]] = {}
+PROBED: dict[str, tuple[str, ...]] = small_probed.PROBED
 """Transformers without an adapter that the probe was tried on, and the pipeline classes that were run."""
 
 REFUSED: dict[str, str] = {}
