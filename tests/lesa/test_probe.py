@@ -1,7 +1,7 @@
 """The probe: predictions for a transformer that no adapter knows."""
 
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 
 import diffusers
@@ -13,6 +13,9 @@ import lesa
 import lesa.models
 import more_pipelines
 import small_pipelines
+import small_probed
+import small_wan
+from lesa.models.probe import Probe
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS = 12
@@ -249,6 +252,13 @@ class Twice(Unknown):
         return super().end(picture, wave)[0] + self.beside(picture), None
 
 
+class Paired(Twice):
+    """It has two heads."""
+
+    def end(self, picture, wave):
+        return Unknown.end(self, picture, wave)[0], self.beside(picture)
+
+
 class Skipping(Unknown):
     """An early block's output is added after the last one."""
 
@@ -299,6 +309,7 @@ class Random(Unknown):
 REFUSED = {
     Pyramid: "the blocks change the shape of what goes through them: a Down of `down` returns a tensor",
     Twice: "what the blocks make reaches the output in more than one way",
+    Paired: "what the blocks make reaches the output in more than one way",
     Skipping: "what the blocks make reaches the output in more than one way",
     Headless: "no module after the last block gets what the blocks have made",
     Direct: "the forward does not call the blocks of the transformer",
@@ -367,29 +378,59 @@ def test_what_needs_an_adapter_is_refused_by_name(pipe, tmp_path):
 
 # Pipelines that have an adapter, as if they had none
 
-PIPELINES = ["flux", "flux controlnet", "qwen cfg", "hunyuan image replace", "sd3 cfg", *sorted(more_pipelines.QUICK)]
+EXPERTS = ["wan 2.2 cfg"]
+PIPELINES = ["flux", "flux controlnet", "qwen cfg", "hunyuan image replace", "sd3 cfg", *EXPERTS]
+PIPELINES += sorted(more_pipelines.QUICK)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "flux" else pytest.mark.slow) for n in PIPELINES])
 def test_the_probe_gives_what_the_adapter_gives(name, monkeypatch):
-    case = (small_pipelines.ALL | more_pipelines.ALL)[name]
+    case = (small_pipelines.ALL | more_pipelines.ALL | small_wan.EXPERTS)[name]
     pipe = case.build()
-    plain, adapter = case.latents(pipe, steps=STEPS), lesa.models.adapter_for(pipe)
-    own_modules = adapter.head_entry.register_forward_hook(lambda *_: None)  # so that the modules of the head run
-    with lesa.enable_cache(pipe, line(), SOME, strict=True), own_modules:
+    plain, adapters = case.latents(pipe, steps=STEPS), lesa.models.adapters_for(pipe).values()
+    with ExitStack() as stack:
+        for adapter in adapters:  # a hook, so that the modules of the head run
+            stack.enter_context(adapter.head_entry.register_forward_hook(lambda *_: None))
+        known = stack.enter_context(lesa.enable_cache(pipe, line(), SOME, strict=True)).stats
         wanted = case.latents(pipe, steps=STEPS)
     monkeypatch.setattr(lesa.models, "ADAPTERS", ())
     before = [dict(vars(module)) for module in pipe.transformer.modules()]
-    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle, counted(adapter.blocks) as counts:
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle, ExitStack() as stack:
+        counts = [stack.enter_context(counted(adapter.blocks)) for adapter in adapters]
         latents = case.latents(pipe, steps=STEPS)
     streams = handle.stats.streams
-    assert [*streams] == [*case.streams] and any(note.startswith("probe: ") for note in handle.stats.notes)
-    assert all((s.computed, s.predicted, s.fused) == (SOME, REST, []) for s in streams.values())
-    assert counts == [len(SOME) * len(streams) * case.runs] * len(counts)
+    assert any(note.startswith("probe: ") for note in handle.stats.notes)
+    assert not any(stream.fused for stream in streams.values())
+    both = {name: (stream.computed, stream.predicted) for name, stream in known.streams.items()}
+    assert {name: (stream.computed, stream.predicted) for name, stream in streams.items()} == both
+    assert name in EXPERTS or both == dict.fromkeys(case.streams, (SOME, REST))
+    ran = sum(len(stream.computed) for stream in streams.values()) * case.runs
+    assert sum(each[0] for each in counts) == ran and all(len({*each}) == 1 for each in counts)
     assert (latents - wanted).norm() < 20 * torch.finfo(torch.float32).eps * wanted.norm()
     with lesa.enable_cache(pipe, line(), range(STEPS), strict=True):
         assert torch.equal(case.latents(pipe, steps=STEPS), plain)
     assert [dict(vars(module)) for module in pipe.transformer.modules()] == before
+    assert torch.equal(case.latents(pipe, steps=STEPS), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", small_probed.CASES)
+def test_pipelines_without_an_adapter(name):
+    case = small_probed.CASES[name]
+    pipe = case.build()
+    assert case.pipeline in small_probed.PROBED[type(pipe.transformer).__name__]
+    plain, blocks = case.latents(pipe, steps=STEPS), Probe(pipe, pipe.transformer).blocks
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle, counted(blocks) as counts:
+        latents = case.latents(pipe, steps=STEPS)
+    streams = handle.stats.streams
+    assert [*streams] == [*case.streams]
+    assert all((stream.computed, stream.predicted) == (SOME, REST) for stream in streams.values())
+    assert counts == [len(SOME) * len(streams)] * len(counts)
+    with lesa.enable_cache(pipe, line(), [0], strict=True):
+        held = case.latents(pipe, steps=STEPS)
+    assert 0 < (latents - plain).norm() < 0.25 * (held - plain).norm()
+    with lesa.enable_cache(pipe, line(), range(STEPS), strict=True):
+        assert torch.equal(case.latents(pipe, steps=STEPS), plain)
     assert torch.equal(case.latents(pipe, steps=STEPS), plain)
 
 

@@ -111,16 +111,12 @@ class Probe(Adapter):
         except WentElsewhere:
             return None
 
-    def why_unseen(self, stream, call):
-        known = self._routes.get((stream, self.shape(call)))
-        if isinstance(known, Route):
-            return _CHECKPOINTED if self._is_checkpointed() else None
-        return known or _UNWATCHED
-
-    def why_not_predicted(self, stream, call):
+    def why_unseen(self, stream, call, is_first=False):
         if self._is_checkpointed():
             return _CHECKPOINTED
         known = self._routes.get((stream, self.shape(call)))
+        if known is None and not any(name == stream for name, _ in self._routes):
+            return None if is_first else _UNWATCHED
         return None if isinstance(known, Route) else known
 
     def pass_timesteps(self, timesteps, scheduler):
