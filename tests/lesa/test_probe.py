@@ -12,8 +12,8 @@ from torch import nn
 import lesa
 import lesa.models
 import more_pipelines
+import probed_pipelines
 import small_pipelines
-import small_probed
 import small_wan
 from lesa.models.probe import Probe
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -181,6 +181,33 @@ def test_all_steps_computed_are_bit_exact(pipe):
     assert handle.stats.streams["main"].computed == [*range(STEPS)]
 
 
+class Embedding(Unknown):
+    """A small list of blocks makes what the head needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = nn.ModuleList(nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh()) for _ in range(2))
+        self.early, self.late = (nn.ModuleList(2 * [*blocks]) for blocks in (self.early, self.late))
+
+    def end(self, picture, wave):
+        for step in self.steps:
+            wave = wave + step(wave)
+        return super().end(picture, wave)
+
+
+def test_lists_that_the_head_needs_run_in_each_step():
+    torch.manual_seed(0)
+    transformer = Embedding()
+    early, late = (list(dict.fromkeys(blocks)) for blocks in (transformer.early, transformer.late))
+    pipe = pipe_with(transformer)
+    wanted = by_hand(pipe)
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle, counted([*early, *late]) as counts:
+        outputs = drive(pipe)
+    assert handle.stats.streams["main"].predicted == REST
+    assert counts == [2 * len(SOME)] * len(counts)  # each is in its list twice
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(outputs, wanted, strict=True))
+
+
 def test_residuals_after_the_last_block_are_part_of_the_forecast(pipe):
     residual = torch.randn(2, WORDS + TILES, DIM, generator=torch.Generator().manual_seed(9))
     wanted = by_hand(pipe, residual=residual)
@@ -193,6 +220,13 @@ def test_residuals_after_the_last_block_are_part_of_the_forecast(pipe):
 def test_the_form_of_the_timesteps_is_learnt(pipe, passed):
     with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
         drive(pipe, passed)
+    assert handle.stats.streams["main"].predicted == REST
+
+
+def test_timesteps_that_begin_with_zero_are_located(pipe):
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
+        drive(pipe, passed_as_is)
     assert handle.stats.streams["main"].predicted == REST
 
 
@@ -380,7 +414,12 @@ def test_what_needs_an_adapter_is_refused_by_name(pipe, tmp_path):
 
 EXPERTS = ["wan 2.2 cfg"]
 PIPELINES = ["flux", "flux controlnet", "qwen cfg", "hunyuan image replace", "sd3 cfg", *EXPERTS]
-PIPELINES += sorted(more_pipelines.QUICK)
+OTHERS = {
+    "cogvideox": "the adapter's features come after the norm that is the first module after the blocks",
+    "ltx-2 cfg": "it has two heads",
+    "sana": "it gets timesteps of a scale of its own",
+}
+PIPELINES += sorted({*more_pipelines.QUICK.values()} - {*OTHERS}) + ["sana cfg"]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "flux" else pytest.mark.slow) for n in PIPELINES])
@@ -390,7 +429,7 @@ def test_the_probe_gives_what_the_adapter_gives(name, monkeypatch):
     plain, adapters = case.latents(pipe, steps=STEPS), lesa.models.adapters_for(pipe).values()
     with ExitStack() as stack:
         for adapter in adapters:  # a hook, so that the modules of the head run
-            stack.enter_context(adapter.head_entry.register_forward_hook(lambda *_: None))
+            stack.enter_context(adapter.projection.register_forward_hook(lambda *_: None))
         known = stack.enter_context(lesa.enable_cache(pipe, line(), SOME, strict=True)).stats
         wanted = case.latents(pipe, steps=STEPS)
     monkeypatch.setattr(lesa.models, "ADAPTERS", ())
@@ -414,11 +453,11 @@ def test_the_probe_gives_what_the_adapter_gives(name, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", small_probed.CASES)
+@pytest.mark.parametrize("name", probed_pipelines.CASES)
 def test_pipelines_without_an_adapter(name):
-    case = small_probed.CASES[name]
+    case = probed_pipelines.CASES[name]
     pipe = case.build()
-    assert case.pipeline in small_probed.PROBED[type(pipe.transformer).__name__]
+    assert case.pipeline in probed_pipelines.PROBED[type(pipe.transformer).__name__]
     plain, blocks = case.latents(pipe, steps=STEPS), Probe(pipe, pipe.transformer).blocks
     with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle, counted(blocks) as counts:
         latents = case.latents(pipe, steps=STEPS)

@@ -66,20 +66,6 @@ def _vae(channels=LATENT_CHANNELS):
     return {"vae": image_vae(channels)}
 
 
-def _packed(kind, **more):
-    """A transformer like FLUX's."""
-    return lambda **options: kind(
-        in_channels=4 * LATENT_CHANNELS,
-        num_layers=2,
-        num_single_layers=2,
-        **_WIDTHS,
-        joint_attention_dim=TEXT_DIM,
-        axes_dims_rope=(4, 6, 6),
-        **more,
-        **options,
-    )
-
-
 def aura_flow(**options):
     return diffusers.AuraFlowTransformer2DModel(
         sample_size=16,
@@ -207,14 +193,6 @@ CASES = {
     "aura flow cfg": _probed(
         "AuraFlowPipeline", aura_flow, negative=True, mask=_MASK, scheduler_options={"shift": 1.73}
     ),
-    "bria cfg": _probed("BriaPipeline", _packed(diffusers.BriaTransformer2DModel), negative=True),
-    "ovis cfg": _probed(
-        "OvisImagePipeline",
-        _packed(diffusers.OvisImageTransformer2DModel, out_channels=4 * LATENT_CHANNELS),
-        negative=True,
-        options={"guidance_scale": 3.0, "negative_prompt": None},
-        streams=("cond", "uncond"),
-    ),
     "pixart alpha cfg": _probed(
         "PixArtAlphaPipeline",
         pixart,
@@ -263,10 +241,8 @@ CASES = {
 PROBED = {
     "AllegroTransformer3DModel": ("AllegroPipeline",),
     "AuraFlowTransformer2DModel": ("AuraFlowPipeline",),
-    "BriaTransformer2DModel": ("BriaPipeline",),
     "HunyuanDiT2DModel": ("HunyuanDiTPipeline",),
     "LatteTransformer3DModel": ("LattePipeline",),
-    "OvisImageTransformer2DModel": ("OvisImagePipeline",),
     "PRXTransformer2DModel": ("PRXPipeline",),
     "PixArtTransformer2DModel": ("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
 }
