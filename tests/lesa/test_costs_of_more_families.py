@@ -14,6 +14,8 @@ CALLS = {
     "hidream square": 10,
     "qwen 2.1": 3,
     "ideogram4": 8,
+    "krea2": 5,
+    "aura flow": 5,
 }
 """Cases without guidance, and how many text tokens they have."""
 

@@ -65,3 +65,18 @@ def test_latents_lie_as_the_projected_tokens_do():
     call = adapter.bind((), {"x": images, "cap_feats": [torch.randn(5, TEXT_DIM)] * 2, "t": torch.ones(2)})
     back = adapter.output(call, adapter.latents(call)).sample
     assert all(torch.equal(one, other) for one, other in zip(back, images, strict=True))
+
+
+@pytest.mark.parametrize("name", ["z-image cfg", "z-image omni edit cfg"])
+def test_guidance_that_ends_early(name):
+    """Without guidance, a call has half the samples. The first such step is computed in addition."""
+    case = CASES[name]
+    pipe = case.build()
+    options = {"cfg_truncation": 0.5}  # 1 - sigma is above it from step 7 on
+    wanted = case.latents(pipe, steps=STEPS, **options)
+    with lesa.enable_cache(pipe, line(), SOME) as handle, pytest.warns(RuntimeWarning, match="the shape changed"):
+        cached = case.latents(pipe, steps=STEPS, **options)
+    (stream,) = handle.stats.streams.values()
+    assert stream.predicted == [3, 4, 6, 8, 10, 11] and stream.computed == [0, 1, 2, 5, 7, 9]
+    assert stream.reasons[7] == "the shape changed" and stream.reasons[9] == "scheduled"
+    assert 0 < (cached - wanted).norm() < 0.05 * wanted.norm()

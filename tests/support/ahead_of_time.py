@@ -298,7 +298,7 @@ def stream_cases() -> list[Case]:
             )
             for name, outputs, norm, dtypes in (
                 ("192-outputs", 192, "layer", bf16),
-                ("rms", 128, "rms", bf16),
+                ("rms", 64, "rms", bf16),
                 ("no-norm", 64, None, bf16),
                 ("others", 64, "layer", (torch.float32, torch.float8_e4m3fn)),
                 ("float16", 64, "layer", (torch.float16,)),

@@ -153,12 +153,6 @@ CASES = {
         ("wan.decoders", "WanVaeDecoderStep"),
         streams=("main", "main-2"),
     ),
-    "wan 2.2": Modular(
-        "wan euler cfg",
-        ("wan.modular_blocks_wan22", "Wan22CoreDenoiseStep"),
-        ("wan.decoders", "WanVaeDecoderStep"),
-        streams=("main", "main-2"),
-    ),
     "flux2": Modular(
         "flux2",
         ("flux2.modular_blocks_flux2", "Flux2CoreDenoiseStep"),
@@ -180,19 +174,6 @@ CASES = {
         ("ltx.modular_blocks_ltx", "LTXCoreDenoiseStep"),
         ("ltx.decoders", "LTXVaeDecoderStep"),
         streams=("pred_cond", "pred_uncond"),
-    ),
-    "z-image": Modular(
-        "z-image cfg",
-        ("z_image.modular_blocks_z_image", "ZImageCoreDenoiseStep"),
-        ("z_image.decoders", "ZImageVaeDecoderStep"),
-        size={"height": 32, "width": 48},
-        streams=("main", "main-2"),
-    ),
-    "wan": Modular(
-        "wan cfg",
-        ("wan.modular_blocks_wan", "WanCoreDenoiseStep"),
-        ("wan.decoders", "WanVaeDecoderStep"),
-        streams=("main", "main-2"),
     ),
     "wan image": Modular(
         "wan image clip cfg",
@@ -201,32 +182,10 @@ CASES = {
         arguments=_first_frame,
         streams=("main", "main-2"),
     ),
-    "flux2": Modular(
-        "flux2",
-        ("flux2.modular_blocks_flux2", "Flux2CoreDenoiseStep"),
-        ("flux2.decoders", "Flux2DecodeStep"),
-    ),
-    "flux2 klein": Modular(
-        "flux2 klein",
-        ("flux2.modular_blocks_flux2_klein", "Flux2KleinCoreDenoiseStep"),
-        ("flux2.decoders", "Flux2DecodeStep"),
-    ),
-    "flux2 klein base": Modular(
-        "flux2 klein cfg",
-        ("flux2.modular_blocks_flux2_klein_base", "Flux2KleinBaseCoreDenoiseStep"),
-        ("flux2.decoders", "Flux2DecodeStep"),
-        streams=("main", "main-2"),
-    ),
     "hunyuan 1.5": Modular(
         "hunyuan 1.5 cfg",
         ("hunyuan_video1_5.modular_blocks_hunyuan_video1_5", "HunyuanVideo15CoreDenoiseStep"),
         ("hunyuan_video1_5.decoders", "HunyuanVideo15VaeDecoderStep"),
-        streams=("pred_cond", "pred_uncond"),
-    ),
-    "ltx": Modular(
-        "ltx cfg",
-        ("ltx.modular_blocks_ltx", "LTXCoreDenoiseStep"),
-        ("ltx.decoders", "LTXVaeDecoderStep"),
         streams=("pred_cond", "pred_uncond"),
     ),
     "qwen 2.1": Modular(

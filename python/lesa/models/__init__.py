@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from lesa.models.adapter import Adapter
+from lesa.models.aura_flow import AuraFlowAdapter
 from lesa.models.bria import BriaAdapter, BriaFiboAdapter
 from lesa.models.chroma import ChromaAdapter
 from lesa.models.chronoedit import ChronoEditAdapter
@@ -15,11 +16,13 @@ from lesa.models.flux import FluxAdapter
 from lesa.models.flux2 import Flux2Adapter
 from lesa.models.helios import HeliosAdapter
 from lesa.models.hidream import HiDreamAdapter
+from lesa.models.hunyuan_dit import HunyuanDiTAdapter
 from lesa.models.hunyuan_image import HunyuanImageAdapter
 from lesa.models.hunyuan_video import HunyuanVideoAdapter
 from lesa.models.hunyuan_video15 import HunyuanVideo15Adapter
 from lesa.models.ideogram import Ideogram4Adapter
 from lesa.models.kandinsky5 import Kandinsky5Adapter
+from lesa.models.krea import Krea2Adapter
 from lesa.models.longcat_image import LongCatImageAdapter
 from lesa.models.ltx import LTXVideoAdapter
 from lesa.models.ltx2 import LTX2Adapter
@@ -42,6 +45,7 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     QwenImageAdapter,
     HunyuanVideoAdapter,
     SD3Adapter,
+    AuraFlowAdapter,
     BriaAdapter,
     BriaFiboAdapter,
     ChromaAdapter,
@@ -53,10 +57,12 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     Flux2Adapter,
     HeliosAdapter,
     HiDreamAdapter,
+    HunyuanDiTAdapter,
     HunyuanImageAdapter,
     HunyuanVideo15Adapter,
     Ideogram4Adapter,
     Kandinsky5Adapter,
+    Krea2Adapter,
     LongCatImageAdapter,
     LTXVideoAdapter,
     LTX2Adapter,

@@ -29,12 +29,12 @@ class FluxAdapter(Adapter):
     """A FLUX transformer."""
 
     family = "flux"
-    costs = FluxCosts
+    costs: type[Costs] = FluxCosts
     transformer_classes = ("FluxTransformer2DModel",)
     timestep_scale = 1000.0
-    attention_kwargs = "joint_attention_kwargs"
+    attention_kwargs: str | None = "joint_attention_kwargs"
     control_outputs = 2
-    conditioned_on = ("guidance", "pooled_projections")
+    conditioned_on: tuple[str, ...] = ("guidance", "pooled_projections")
 
     def condition(self, timestep, inputs, dtype):
         guidance, pooled = inputs["guidance"], inputs["pooled_projections"]

@@ -31,14 +31,18 @@ class Ideogram4Costs(CountedCosts):
             "hidden_states": valueless(1, tokens, self.config["in_channels"]),
             "timestep": valueless(1),
             "encoder_hidden_states": valueless(1, tokens, self.config["llm_features_dim"]),
-            "position_ids": valueless(1, tokens, 3, dtype=torch.int64),
+            "position_ids": torch.zeros(1, tokens, 3, dtype=torch.int64),  # autocast knows no device without values
             "segment_ids": valueless(1, tokens, dtype=torch.int64),
             "indicator": valueless(1, tokens, dtype=torch.int64),
         }
 
 
 class Ideogram4Adapter(Adapter):
-    """An Ideogram 4 transformer. Text comes before the tokens of the image, and is not forecast."""
+    """An Ideogram 4 transformer. Text comes before the tokens of the image, and is not forecast.
+
+    Its pipeline has a second transformer, `unconditional_transformer`, which is computed in every step. A second handle
+    predicts it too: that of a pipeline with the same components but that one as its `transformer`.
+    """
 
     family = "ideogram-4"
     costs = Ideogram4Costs

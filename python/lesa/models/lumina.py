@@ -126,6 +126,7 @@ class LuminaNextAdapter(Lumina2Adapter):
     transformer_classes = ("LuminaNextDiT2DModel",)
     embedders = ("time_caption_embed",)
     attention_kwargs = None
+    prompts_first = True
     block_lists = {"layers": "attn1.to_q"}
     conditioned_on = ("encoder_hidden_states", "encoder_mask")
 

@@ -41,6 +41,7 @@ class ZImageAdapter(Adapter):
     embedders = ("t_embedder",)
     sample_argument, timestep_argument, text_argument = "x", "t", "cap_feats"
     attention_kwargs = "joint_attention_kwargs"
+    prompts_first = True
     block_lists = {"layers": "attention.to_out.0"}  # a ControlNet runs the refiners too
 
     def make_head(self):

@@ -75,9 +75,16 @@ class Head:
     def __init__(self, trajectories: Trajectories, device: torch.device | str, transformer: str | None = None):
         # Copies: what was read in an inference mode can have no part in gradients.
         weight, bias = trajectories.projections[transformer or next(iter(trajectories.projections))]
-        self.eps = trajectories.head_eps
+        self.eps, self.norm = trajectories.head_eps, trajectories.head_norm
         self.weight = weight.to(device, torch.float32, copy=True)
         self.bias = None if bias is None else bias.to(device, torch.float32, copy=True)
+
+    def normed(self, features: torch.Tensor) -> torch.Tensor:
+        """The features as the head's norm gives them, before the modulation."""
+        if self.norm is None:
+            return features
+        norm = F.layer_norm if self.norm == "layer" else F.rms_norm
+        return norm(features, features.shape[-1:], eps=self.eps)
 
 
 class RollOut(NamedTuple):
@@ -156,8 +163,7 @@ class Batch:
 
     def velocity(self, features: torch.Tensor, steps: slice | list[int] | torch.Tensor) -> torch.Tensor:
         """The head's output `[P, N, O]` for features `[P, N, D]` of these steps."""
-        normed = F.layer_norm(features, features.shape[-1:], eps=self.head.eps)
-        modulated = normed * (1 + self.scale[steps]) + self.shift[steps]
+        modulated = self.head.normed(features) * (1 + self.scale[steps]) + self.shift[steps]
         return F.linear(modulated, self.head.weight, self.head.bias)
 
 

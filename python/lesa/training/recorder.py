@@ -9,6 +9,7 @@ import torch
 from lesa.cache.run import Call, Run
 from lesa.cache.stats import CacheStats
 from lesa.models.adapter import Adapter
+from lesa.training.trajectories import NORMS
 from lesa_kernels import OutputHead
 from lesa_kernels.checks import Said, argument_error, usage_error
 
@@ -119,6 +120,8 @@ class Recorder:
             "dtype": str(stream.features.dtype).removeprefix("torch."),
             "head_eps": head.eps,
         }
+        if head.norm != "layer":
+            facts["head_norm"] = next(name for name, norm in NORMS.items() if norm == head.norm)
         return facts | ({"transformers": [*self.heads]} if len(self.heads) > 1 else {})
 
     def trajectories_of(self, position: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -144,9 +147,6 @@ class Recorder:
         if head.scale.ndim != 2:
             sentence = "`inputs` make the model modulate each token in its own way, which a recording cannot store."
             raise usage_error(sentence, "Use inputs without given images, or a forecaster without training.")
-        if head.norm != "layer":
-            sentence = "`pipe` has a model whose output head has no layer norm, which a recording cannot store."
-            raise usage_error(sentence, "Use a forecaster without training.")
         step = call.step
         if bad:
             raise argument_error(
@@ -160,8 +160,9 @@ class Recorder:
         halves = {call.stream: slice(None)}
         if len(features) == 2 * len(self.numbers) and _is_guided(self.pipe):
             # Guidance in one batch: without the prompts, then with them. Each half is a stream of its own.
-            middle = len(self.numbers)
-            halves = {call.stream: slice(middle), f"{call.stream}-with-prompt": slice(middle, None)}
+            first, second = slice(len(self.numbers)), slice(len(self.numbers), None)
+            without, with_prompts = (second, first) if adapter.prompts_first else (first, second)
+            halves = {call.stream: without, f"{call.stream}-with-prompt": with_prompts}
         latents = adapter.latents(call.arguments)
         shift = torch.zeros_like(head.scale) if head.shift is None else head.shift  # a head without one adds nothing
         for name, rows in halves.items():

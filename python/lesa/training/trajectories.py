@@ -58,8 +58,11 @@ _MORE_FACTS: dict[str, Any] = {
     "predictor": (dict, type(None)),
     "dtype": str,
     "transformers": list,
+    "head_norm": str,
 }
 """Entries that have these types if they are there."""
+NORMS: dict[str, str | None] = {"layer": "layer", "rms": "rms", "none": None}
+"""What a manifest calls the norms of output heads. It leaves a layer norm out."""
 _CONDITIONS = (
     "arguments",
     "scheduler",
@@ -128,7 +131,8 @@ class Trajectories:
         num_inference_steps: S, the executed steps of every trajectory.
         head_weight: `[O, D]` of the output projection, of the first transformer if there are two.
         head_bias: `[O]`, or None.
-        head_eps: of the output head's layer norm.
+        head_eps: of the output head's norm.
+        head_norm: "layer", "rms", or None for a head without a norm.
         projections: by transformer, weight and bias of the output projection.
         manifest: the manifest as a dict.
         names: for each trajectory, the name of its file without the suffix.
@@ -172,6 +176,7 @@ class Trajectories:
         self.feature_dim: int = manifest["feature_dim"]
         self.num_inference_steps: int = manifest["num_inference_steps"]
         self.head_eps: float = manifest["head_eps"]
+        self.head_norm: str | None = NORMS[manifest.get("head_norm", "layer")]
         self.head_weight: torch.Tensor = head["weight"]
         self.head_bias: torch.Tensor | None = head.get("bias")
         self._files = [path for paths in found.whole.values() for path in paths]
@@ -290,7 +295,7 @@ def save_heads(folder: Path, heads: Mapping[str, OutputHead], manifest: Mapping[
         for name, tensor in (("weight", head.weight), ("bias", head.bias))
     }
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in parts.items() if tensor is not None}
-    facts = {name: manifest[name] for name in _CONFIRMED}
+    facts = {name: manifest[name] for name in (*_CONFIRMED, "head_norm") if name in manifest}
     save_tensors(folder / HEAD, on_cpu, {"recording": identity_of(manifest), "facts": facts})
 
 
@@ -361,6 +366,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     lacking = [name for name, kind in _FACTS.items() if not _is_a(manifest.get(name), kind)]
     lacking += [name for name in ("samples", "feature_dim", "num_inference_steps") if manifest.get(name) == 0]
     lacking += [name for name, kind in _MORE_FACTS.items() if name in manifest and not _is_a(manifest[name], kind)]
+    lacking += ["head_norm"] if manifest.get("head_norm", "layer") not in NORMS else []
     lacking += [name for name in _CONDITIONS if not isinstance(manifest.get(name, {}), dict)]
     if lacking:
         raise argument_error(
