@@ -81,4 +81,4 @@ def test_an_example_makes_its_file(name, tmp_path, monkeypatch, capsys):
         )
     else:
         assert Image.open(output).size == (case.size["width"], case.size["height"])
-    assert f"predicted {steps - -(-steps * 12 // 50)} steps" in capsys.readouterr().out
+    assert f"and {-(-steps * 12 // 50)} of {steps} steps are computed" in capsys.readouterr().out
