@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import probed_pipelines
+import unadapted_pipelines
 from small_pipelines import Small
 
 _FILES: list[ModuleType] = [
@@ -40,8 +41,8 @@ NOT_DECODED_ALIKE = {name: why for _file in _FILES for name, why in getattr(_fil
 CONDITIONED_TO_ROUNDING = {name for _file in _FILES for name in getattr(_file, "CONDITIONED_TO_ROUNDING", ())}
 
 PROBED: dict[str, tuple[str, ...]] = {
-    kind: tuple(dict.fromkeys(case.pipeline for case in cases.values()))
-    for kind, cases in probed_pipelines.CASES.items()
+    kind: (*probed_pipelines.PROBED.get(kind, ()), *unadapted_pipelines.PROBED.get(kind, ()))
+    for kind in {**probed_pipelines.PROBED, **unadapted_pipelines.PROBED}
 }
 """Transformers without an adapter that the probe was tried on, and the pipeline classes that were run."""
 

@@ -1,4 +1,4 @@
-"""The probe on every pipeline class in `probed_pipelines`, small and random: the same checks for each of them."""
+"""The probe on every pipeline class in `unadapted_pipelines`, small and random: the same checks for each of them."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lesa
-import probed_pipelines
+import unadapted_pipelines
 from lesa.models import ADAPTERS, adapters_or_probes
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from more_pipelines import PROBED, REFUSED
@@ -55,19 +55,19 @@ def counted(adapter):
 
 def test_classes_with_an_adapter_are_not_probed():
     adapted = {name for adapter in ADAPTERS for name in adapter.transformer_classes}
-    assert not adapted & {*PROBED, *REFUSED} and not {*PROBED} & {*REFUSED}
+    assert not adapted & {*unadapted_pipelines.CASES, *REFUSED} and not {*PROBED} & {*REFUSED}
 
 
 @pytest.mark.parametrize(
     "kind, name",
     [
-        pytest.param(kind, name, id=name, marks=[] if name == probed_pipelines.QUICK else [pytest.mark.slow])
-        for kind, cases in probed_pipelines.CASES.items()
+        pytest.param(kind, name, id=name, marks=[] if name == unadapted_pipelines.QUICK else [pytest.mark.slow])
+        for kind, cases in unadapted_pipelines.CASES.items()
         for name in cases
     ],
 )
 def test_the_probe_skips_the_blocks_and_stays_near(kind, name):
-    case = probed_pipelines.CASES[kind][name]
+    case = unadapted_pipelines.CASES[kind][name]
     pipe = case.build()
     assert type(pipe.transformer).__name__ == kind
     wanted, streams = case.latents(pipe, steps=STEPS), len(case.streams)
@@ -94,9 +94,9 @@ def test_the_probe_skips_the_blocks_and_stays_near(kind, name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:lesa")
-@pytest.mark.parametrize("kind", probed_pipelines.COMPUTED)
+@pytest.mark.parametrize("kind", unadapted_pipelines.COMPUTED)
 def test_where_the_way_is_not_clear_all_is_computed(kind):
-    cases, reason = probed_pipelines.COMPUTED[kind]
+    cases, reason = unadapted_pipelines.COMPUTED[kind]
     for case in cases.values():
         pipe = case.build()
         assert type(pipe.transformer).__name__ == kind
