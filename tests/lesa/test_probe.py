@@ -216,7 +216,7 @@ def test_residuals_after_the_last_block_are_part_of_the_forecast(pipe):
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(outputs, wanted, strict=True))
 
 
-@pytest.mark.parametrize("passed", [passed_as_is, lambda t: t / 1000, lambda t: (1000 - t) / 1000])
+@pytest.mark.parametrize("passed", [passed_as_is, lambda t: t / 1000, lambda t: (1000 - t) / 1000, lambda t: t - 1])
 def test_the_form_of_the_timesteps_is_learnt(pipe, passed):
     with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
         drive(pipe, passed)

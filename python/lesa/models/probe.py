@@ -26,6 +26,7 @@ _FORMS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
     lambda timesteps: timesteps,
     lambda timesteps: timesteps / 1000,
     lambda timesteps: (1000 - timesteps) / 1000,
+    lambda timesteps: timesteps - 1,
 )
 """How pipelines pass the scheduler's timesteps."""
 
@@ -85,6 +86,7 @@ class Probe(Adapter):
         self.head_form = HeadForm(transformer)
         self.feature_dim: Any = None  # not known before a call
         self._form: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._is_sure = False  # of the form
         self._timesteps: torch.Tensor | None = None  # by which that was found out
         self._on_entry: Callable | None = None
         self._routes: dict[tuple, Route | Reason] = {}  # by stream of calls and `shape`
@@ -131,8 +133,11 @@ class Probe(Adapter):
         if isinstance(timestep, (int, float)):
             timestep = torch.tensor([timestep], dtype=torch.float64)
         timesteps = getattr(self.pipe.scheduler, "timesteps", None)  # others in each run
-        if isinstance(timestep, torch.Tensor) and (self._form is None or timesteps is not self._timesteps):
-            self._form, self._timesteps = _form_of(timestep, self.pipe.scheduler), timesteps
+        if isinstance(timestep, torch.Tensor) and not (self._is_sure and timesteps is self._timesteps):
+            forms, self._timesteps = _forms_of(timestep, self.pipe.scheduler), timesteps
+            self._is_sure = len(forms) == 1
+            if self._form not in forms:  # 0 and 500 look alike in two of them; the next call tells the next run
+                self._form = next(iter(forms), None)
         return None if self._form is None else timestep
 
     def text(self, call):
@@ -256,22 +261,25 @@ class _Listener:
         self._probe._on_entry = None
 
 
-def _form_of(timestep: torch.Tensor, scheduler: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """How the pipeline has passed the scheduler's timestep, or None if that is not known."""
+def _forms_of(timestep: torch.Tensor, scheduler: Any) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    """How the pipeline can have passed the scheduler's timestep."""
     timesteps = getattr(scheduler, "timesteps", None)
     if not isinstance(timesteps, torch.Tensor) or not len(timesteps) or not timestep.numel():
-        return None
+        return []
     indices = (getattr(scheduler, name, None) for name in ("step_index", "begin_index"))
     position = next((index for index in indices if index is not None), 0)
     value, dtype = timestep.flatten()[0].item(), timestep.dtype
     precision = max(torch.finfo(dtype).eps, 1e-6) if dtype.is_floating_point else 1e-6
     for given in (timesteps[position : position + 1], timesteps):  # a loop of the user's own has no position
         given = given.to("cpu", dtype)
-        for form in _FORMS:  # 0 and 500 look alike in two of them; the next run tells them apart
+        near = []
+        for form in _FORMS:
             tolerance = precision * max(1.0 if form is _FORMS[2] else abs(value), 1e-3)
             if (form(given).double() - value).abs().min() <= tolerance:
-                return form
-    return None
+                near.append(form)
+        if near:
+            return near
+    return []
 
 
 def _kind_of(value: Any) -> Any:
