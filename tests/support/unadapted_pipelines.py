@@ -28,13 +28,13 @@ class Probed(Small):
         damped: `damped(transformer)` -> the layer that reads the latents. It hears little of them, as the way of the
             latents is less straight without flow matching.
         heard: how much it hears.
-        unlocated: how many calls of each stream are computed before it is clear how the timesteps are passed. A
-            timestep of zero does not show it.
+        learns: whether the first run is computed, as it begins with a timestep of zero, which does not show how the
+            timesteps are passed.
     """
 
     damped: Callable | None = None
     heard: float = 0.25
-    unlocated: int = 0
+    learns: bool = False
 
     def build(self):
         """A new pipeline; always with the same weights."""
@@ -541,7 +541,6 @@ OMNI_GEN = {
         lambda batch: {"prompt": ["a"] * batch},
         {"height": 32, "width": 48},
         options={"guidance_scale": 2.5},
-        unlocated=1,
         prepare=_with_processor,
     ),
 }
@@ -658,7 +657,7 @@ LONG_CAT = {
         lambda batch: {"prompt": ["a"] * batch},
         {"audio_duration_s": 0.0005},
         options={"guidance_scale": 3.0},
-        unlocated=1,
+        learns=True,
         streams=("main", "main-2"),
     ),
 }
