@@ -87,10 +87,9 @@ def table() -> str:
         elif name in more_pipelines.PROBED:
             support, head = "probe", "the model's own modules"
         else:
-            support, head = (
-                f"none: {more_pipelines.REFUSED[name]}" if name in more_pipelines.REFUSED else "probe, not tested",
-                "",
-            )
+            untested = "probe, not tested" if pipelines else "probe, not tested; only modular pipelines take it"
+            refused = more_pipelines.REFUSED.get(name)
+            support, head = (untested if refused is None else f"none: {refused}", "")
         run = [
             pipeline for pipeline in pipelines if pipeline in tested or pipeline in more_pipelines.PROBED.get(name, ())
         ]

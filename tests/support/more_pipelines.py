@@ -50,9 +50,5 @@ REFUSED: dict[str, str] = {
     "AnyFlowFARTransformer3DModel": "all steps are computed, as its forward changes the arguments that it gets",
     "Cosmos3OmniTransformer": "its forward takes several timesteps, none by a usual name",
     "RFD4ProteinaTransformer": "its forward takes two times, none by a usual name",
-    "Flux3Transformer2DModel": "only as a modular pipeline, not tried",
-    "MiniMaxH3Transformer3DModel": "only as a modular pipeline, not tried",
-    "MiniMaxMusic3Transformer1DModel": "only as a modular pipeline, not tried",
-    "WanAnimate2Transformer3DModel": "only as a modular pipeline, not tried",
 }
-"""Transformers that neither an adapter nor the probe can do, or that were not tried, and why."""
+"""Transformers that neither an adapter nor the probe can do, and why."""
