@@ -76,7 +76,14 @@ def video_transformer(**options):
     )
     if made.time_embed.use_meanflow:
         leave_slow_waves(made.time_embed.timestep_embedder_r.linear_1)
-    return made
+    return narrow_glyphs(made)
+
+
+def narrow_glyphs(transformer):
+    """Makes the embedder of letters as wide as the rest: its class has 2048 channels, by far the most of all."""
+    if transformer.context_embedder_2 is not None:
+        transformer.context_embedder_2 = type(transformer.context_embedder_2)(GLYPH_DIM, DIM, DIM)
+    return transformer
 
 
 def _video(pipeline, negative, size, named=None, parts=dict, masked=False, **rest):
