@@ -161,7 +161,11 @@ def reasons_and_notes():
     """What the cache gives as reasons, in warnings and in the notes of its stats."""
     trees = [ast.parse(file.read_text()) for file in (ROOT / "python/lesa/cache").glob("*.py")]
     for node in itertools.chain.from_iterable(map(ast.walk, trees)):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("_fall_back", "note") and node.args:
+        if (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "attr", "") in ("_fall_back", "note", "_note")
+            and node.args
+        ):
             yield text_of(node.args[0])
         elif isinstance(node, ast.FunctionDef) and node.name == "_why_not":
             for returned in (n.value for n in ast.walk(node) if isinstance(n, ast.Return)):
@@ -169,7 +173,7 @@ def reasons_and_notes():
                     yield text_of(returned.elts[0])
     for name, pair in vars(reasons).items():
         if name.isupper():
-            yield pair[0]
+            yield pair if isinstance(pair, str) else pair[0]
 
 
 def keys_of_the_table():

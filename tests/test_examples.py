@@ -11,6 +11,7 @@ from PIL import Image
 
 import more_pipelines
 import small_pipelines
+import small_wan
 from lesa.pipelines import load_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +51,7 @@ CASES = {
 def test_an_example_makes_its_file(name, tmp_path, monkeypatch, capsys):
     """With a small pipeline from disk, whose prompts are embeddings."""
     case_name, steps = CASES[name]
-    case = {**small_pipelines.ALL, **more_pipelines.ALL}[case_name]
+    case = {**small_pipelines.ALL, **more_pipelines.ALL, **small_wan.EXPERTS}[case_name]
     example = runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
     cls, prompts = getattr(diffusers, case.pipeline), []
     case.build().save_pretrained(tmp_path / "model")
@@ -80,4 +81,4 @@ def test_an_example_makes_its_file(name, tmp_path, monkeypatch, capsys):
         )
     else:
         assert Image.open(output).size == (case.size["width"], case.size["height"])
-    assert f"predicted {steps - -(-steps * 12 // 50)} steps" in capsys.readouterr().out
+    assert f"and {-(-steps * 12 // 50)} of {steps} steps are computed" in capsys.readouterr().out

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.modular_pipelines import PipelineState
 
-from lesa_kernels.checks import Said, argument_error, check_folder_or_id
+from lesa_kernels.checks import Said, argument_error, check_folder_or_id, usage_error
 
 _DECODER = "decode"
 """The name that diffusers gives to the last block of a modular pipeline, which makes pictures from the latents."""
@@ -31,12 +31,30 @@ def load_pipeline(folder_or_id: str | os.PathLike, **options: Any) -> DiffusionP
 
     Raises:
         FileNotFoundError: it looks like a path, and there is no such folder. The hub is not asked.
+        ValueError: it is a modular pipeline. It is saved without its blocks and its guider.
     """
     check_folder_or_id("folder_or_id", folder_or_id)
     hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
-    index = DiffusionPipeline.load_config(folder_or_id, **hub)
+    try:
+        index = DiffusionPipeline.load_config(folder_or_id, **hub)
+    except OSError:
+        if not _is_modular(folder_or_id, hub):
+            raise
+        sentence = (
+            f"`{os.fspath(folder_or_id)}` has a modular pipeline, which is saved without its blocks and its guider."
+        )
+        raise usage_error(sentence, "Put it together in Python, and pass it to lesa there.") from None
     absent = {name: None for name, value in index.items() if isinstance(value, (list, tuple)) and value[0] is None}
     return DiffusionPipeline.from_pretrained(folder_or_id, **{**absent, **options})
+
+
+def _is_modular(folder_or_id: str | os.PathLike, hub: dict[str, Any]) -> bool:
+    """Whether a folder or repository has the index of a modular pipeline."""
+    try:
+        ModularPipeline.load_config(folder_or_id, **hub)
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

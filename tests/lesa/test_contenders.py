@@ -2,6 +2,7 @@
 
 import ast
 import importlib.machinery
+import re
 import sys
 import types
 from dataclasses import MISSING, fields
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
-from diffusers.hooks import MagCacheConfig
+from diffusers.hooks import MagCacheConfig, taylorseer_cache
 from skimage.metrics import structural_similarity
 
 import digits_pipelines
@@ -20,8 +21,9 @@ import small_pipelines as small
 from lesa.contenders.cache_dit import CacheDiT
 from lesa.contenders.first_block_cache import FirstBlockCache
 from lesa.contenders.mag_cache import MagCache
-from lesa.contenders.taylorseer import TaylorSeer, taylorseer_grid
+from lesa.contenders.taylorseer import ATTENTIONS, TaylorSeer, taylorseer_grid
 from lesa.demo import digits
+from lesa.models import adapter_for
 
 STEPS = 12
 ONES = (1.0,) * STEPS
@@ -94,13 +96,25 @@ FIELDS = {  # setting, the class that diffusers must receive, and all of its fie
 def test_every_field_reaches_diffusers(pipe, events, name):
     setting, kind, given = FIELDS[name]
     if kind is TaylorSeerCacheConfig:
-        given = {**given, "taylor_factors_dtype": torch.float32}
+        names = None if setting.lite else [*ATTENTIONS]
+        given = {**given, "taylor_factors_dtype": torch.float32, "cache_identifiers": names}
     if kind is MagCacheConfig:
         given = {**given, "retention_ratio": 2 / 12, "num_inference_steps": 12}
     lesa.evaluate(pipe, digits.inputs_for([3]), [], [setting], STEPS, progress=False)
     (config,) = received(events)
     assert type(config) is kind
     assert values(config) == with_defaults(kind, **given)
+
+
+def test_taylorseer_predicts_the_attentions_of_diffusers_own_default(pipe):
+    names = [name for name, _ in pipe.transformer.named_modules()]
+    own, ours = (
+        [name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)]
+        for patterns in (taylorseer_cache._TRANSFORMER_BLOCK_IDENTIFIERS, ATTENTIONS)
+    )
+    assert ours == own and len(own) == len(adapter_for(pipe).blocks)
+    assert all(re.fullmatch(*ATTENTIONS, name) for name in ("blocks.0.attn1", "transformer_blocks.12.attn2"))
+    assert not re.fullmatch(*ATTENTIONS, "blocks.0.attn1.norm_q")
 
 
 @pytest.mark.parametrize(("steps", "warm_up"), [(10, 3), (5, 1)])

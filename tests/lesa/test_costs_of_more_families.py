@@ -16,8 +16,14 @@ CALLS = {
     "ideogram4": 8,
     "krea2": 5,
     "aura flow": 5,
+    "ernie image": 6,
+    "glm image": 5,
+    "mochi": 5,
 }
 """Cases without guidance, and how many text tokens they have."""
+
+NEAR = {"mochi": 0.002}
+"""What a formula may leave out: the products of the positions, which no weights are in."""
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -34,8 +40,9 @@ def test_flops_are_those_that_torch_counts(name):
         pipe.transformer(*args, **kwargs)
     costs = adapter.costs({**pipe.transformer.config, "_class_name": type(pipe.transformer).__name__})
     _, tokens = adapter.shape(adapter.bind(args, kwargs))
-    assert costs.flops(tokens, CALLS[name]) == counter.get_total_flops()
+    assert costs.flops(tokens, CALLS[name]) == pytest.approx(counter.get_total_flops(), rel=NEAR.get(name, 0), abs=0)
     assert (costs.dim, costs.head_width) == (adapter.feature_dim, adapter.projection.out_features)
     usual = type(costs)(costs.usual_config)
     size = next(iter(costs.presets.values()))
-    assert usual.image_tokens(*size, costs.scale, costs.frame_scale) == 4096
+    if size[2] == 1:  # an image of 1024² pixels
+        assert usual.image_tokens(*size, costs.scale, costs.frame_scale) == 4096

@@ -5,8 +5,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import lesa
+import more_pipelines as small
+import small_helios
+from lesa.models import ADAPTERS, adapter_for
 from lesa.models.costs import CountedCosts, _FewValues, near_square, valueless
 from lesa.models.flux import FluxCosts
+from lesa.models.helios import HeliosCosts
 from lesa.models.hunyuan_video import HunyuanVideoCosts
 from lesa.models.qwen_image import QwenImageCosts
 
@@ -126,6 +131,18 @@ def test_near_square_grids():
     assert [near_square(n) for n in (1, 12, 13, 4096, 6889)] == [(1, 1), (3, 4), (1, 13), (64, 64), (83, 83)]
 
 
+class CountedHunyuanVideoOfOddSize(CountedHunyuanVideo):
+    def call(self, image_tokens, text_tokens):
+        arguments = super().call(image_tokens, text_tokens)
+        return {**arguments, "pooled_projections": valueless(1, 1)}
+
+
+def test_a_call_that_the_transformer_refuses_is_named():
+    message = "A HunyuanVideoTransformer3DModel can't be run with 6 image tokens and 2 text tokens: "
+    with pytest.raises(ValueError, match=message):
+        CountedHunyuanVideoOfOddSize(SMALL).flops(6, 2)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -139,3 +156,71 @@ def test_configurations_that_cannot_be_built_are_refused(config, message):
     with pytest.raises(ValueError, match="diffusers|`model`") as error:
         CountedFlux(config)
     assert message in str(error.value)
+
+
+class Seen(Exception):
+    """Ends a pipeline at the first call of its transformer."""
+
+
+def first_call(case):
+    """The pipeline, and the arguments of the first call of its transformer."""
+    pipe, calls = case.build(), []
+
+    def see(module, args, kwargs):
+        calls.append((args, kwargs))
+        raise Seen
+
+    with pipe.transformer.register_forward_pre_hook(see, with_kwargs=True), pytest.raises(Seen):
+        case.latents(pipe, steps=3)
+    return pipe, *calls[0]
+
+
+OTHER_TOKENS = {
+    "hunyuan-video-1.5": {"glyph_tokens": 3, "given_tokens": 4},
+    "hunyuan-image": {"glyph_tokens": 3},
+}
+"""How many tokens the small pipelines have where the well-known models have a fixed number."""
+
+TOLD_APART = {
+    "chronoedit": "the small transformer gets no embeddings of an image",
+    "helios": "its pipeline passes the frames before a chunk",
+    "ideogram-4": "its text and its image are one sequence",
+    "ltx-2": "the number of tokens of the sound follows from the video's length",
+    "qwen-image-2.1": "its text and its images are one sequence",
+}
+"""Families whose small pipelines call the transformer in another way than `call` tells, and why."""
+
+COUNTED = {adapter.family for adapter in ADAPTERS if issubclass(adapter.costs, CountedCosts)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(COUNTED & small.RECORDED.keys() - TOLD_APART.keys()))
+@torch.no_grad()
+def test_a_call_of_each_family_costs_what_torch_counts(family, tmp_path):
+    case = small.ALL[small.RECORDED[family]]
+    pipe, args, kwargs = first_call(case)
+    adapter = adapter_for(pipe)
+    config = {**pipe.transformer.config, "_class_name": type(pipe.transformer).__name__}
+    costs = type("SmallCosts", (adapter.costs,), OTHER_TOKENS.get(family, {}))(config)
+    call = adapter.bind(args, kwargs)
+    batch, tokens = adapter.shape(call)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        pipe.transformer(*args, **kwargs)
+    assert (costs.dim, costs.head_width) == (adapter.feature_dim, adapter.projection.out_features)
+    assert batch * costs.flops(tokens, adapter.text(call).shape[1]) == counter.get_total_flops()
+    pipe.transformer.save_config(tmp_path / "transformer")
+    found = lesa.estimate(tmp_path, num_inference_steps=20, schedule=4, height=128, width=128)
+    assert found.step_flops > 0 and found.computed_steps == 7 and found.ring_bytes > 0
+
+
+@torch.no_grad()
+def test_helios_costs_a_wan_transformer_and_a_second_timestep():
+    transformer = small_helios.CASES["helios cfg"].build().transformer
+    config = {**transformer.config, "_class_name": type(transformer).__name__}
+    latents, text = (
+        torch.randn(1, transformer.config.in_channels, 2, 4, 8),
+        torch.randn(1, 5, transformer.config.text_dim),
+    )
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        transformer(hidden_states=latents, timestep=torch.ones(1), encoder_hidden_states=text)
+    assert HeliosCosts(config).flops(16, 5) == counter.get_total_flops()

@@ -12,7 +12,7 @@ import small_pipelines as small
 from lesa.conditions import conditions_of
 from lesa.models import adapter_for
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-from modular_pipelines import CASES, counted_blocks, distance
+from modular_pipelines import CASES, SOUND, counted_blocks, distance
 
 STEPS = 12
 SOME = [0, 1, 2, 5, 9]
@@ -123,8 +123,8 @@ def watched(guider):
 
 def test_every_guider_of_diffusers_is_here():
     kinds = {type(guider()).__name__ for _, guider, _ in GUIDERS.values()}
-    has_own_pipelines = {"LTX2Guidance", "BaseGuidance"}
-    assert kinds | has_own_pipelines == {name for name in vars(guiders) if name.endswith("Guidance")}
+    tested_apart = {"LTX2Guidance", "BaseGuidance"}
+    assert kinds | tested_apart == {name for name in vars(guiders) if name.endswith("Guidance")}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in GUIDERS])
@@ -157,6 +157,21 @@ def test_a_guider_works_with_the_cache(name):
     if "dropout" not in name:  # what is dropped is new noise in every step, which no forecast can follow
         assert 0 < distance(cached, plain) < NEAR and distance(cached, plain) < distance(held, plain) / 4
     assert torch.equal(case.latents(pipe, STEPS), plain)
+
+
+@pytest.mark.slow
+def test_the_guiders_of_video_and_sound_work_with_the_cache():
+    guider = guiders.LTX2Guidance(3.0, stg_scale=1.0, modality_scale=2.0, spatio_temporal_guidance_blocks=[0])
+    pipe = SOUND.build()
+    pipe.update_components(guider=guider, audio_guider=guider.new())
+    plain = SOUND.latents(pipe, STEPS)
+    with lesa.enable_cache(pipe, line(), ALL, strict=True) as handle:
+        assert torch.equal(SOUND.latents(pipe, STEPS), plain)
+    assert [*handle.stats.streams] == [*SOUND.streams]
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
+        cached = SOUND.latents(pipe, STEPS)
+    assert all(stream.computed == SOME for stream in handle.stats.streams.values())
+    assert 0 < distance(cached, plain) < 1.5 * NEAR  # four forecasts are added up
 
 
 @pytest.mark.slow

@@ -2,11 +2,14 @@
 
 import gc
 import importlib
+import re
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import lesa
 import small_pipelines as small
@@ -15,6 +18,7 @@ from lesa.pipelines import blocks_of, quiet_progress
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from modular_pipelines import CASES, EXPERTS, counted_blocks, distance
 
+USING = Path(__file__).resolve().parents[2] / "docs/using-the-cache.md"
 STEPS = 10
 SOME = [0, 1, 2, 6]
 REST = [3, 4, 5, 7, 8, 9]
@@ -274,3 +278,34 @@ def test_a_modular_pipeline_is_recorded_refined_evaluated_and_generates(tmp_path
         state = pipe(**{**inputs[0], **drawn})
     assert handle.stats.streams[case.streams[0]].computed == SOME
     assert np.isfinite(next(value for name in ("images", "videos") if (value := state.get(name)) is not None)).all()
+
+
+@pytest.mark.slow
+def test_the_example_in_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    (example,) = [
+        block
+        for block in re.findall(r"^```python\n(.*?)^```", USING.read_text(), re.M | re.S)
+        if "init_pipeline" in block
+    ]
+    case = CASES["qwen"]
+    pipe, loaded = case.build(), []
+    kind = type(pipe)
+    draw = kind.__call__
+
+    def call(self, prompt, **options):
+        loaded.append(prompt)
+        return draw(self, **{**case.inputs(self), **options})
+
+    monkeypatch.setattr(kind, "__call__", call)
+    monkeypatch.setattr(kind, "load_components", lambda self, torch_dtype: loaded.append(torch_dtype))
+    monkeypatch.setattr(kind, "to", lambda self, device: loaded.append(device))
+    monkeypatch.setattr(
+        importlib.import_module("diffusers.modular_pipelines").QwenImageAutoBlocks,
+        "init_pipeline",
+        lambda self, name: pipe if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None,
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "example", "exec"), {})
+    assert loaded == [torch.bfloat16, "cuda", "a red fox in the snow"]
+    assert Image.open("fox.png").size == (case.small.size["width"], case.small.size["height"])
+    assert "main-2: computed 8 (0,2,5,9,14,20,25,31)" in capsys.readouterr().out

@@ -58,6 +58,15 @@ def test_a_folder_and_a_hub_id_are_let_through(monkeypatch, tmp_path):
         check_folder_or_id("model", value)
 
 
+def test_a_modular_pipeline_is_not_loaded_by_name(tmp_path):
+    (tmp_path / "modular_model_index.json").write_text('{"_class_name": "FluxModularPipeline"}')
+    with pytest.raises(ValueError, match="has a modular pipeline, .* Put it together in Python"):
+        load_pipeline(tmp_path)
+    (tmp_path / "modular_model_index.json").unlink()
+    with pytest.raises(OSError, match="model_index.json"):
+        load_pipeline(tmp_path)
+
+
 def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="`model` must be a folder or a hub id such as 'user/name', but got ''"):

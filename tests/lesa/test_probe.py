@@ -1,7 +1,7 @@
 """The probe: predictions for a transformer that no adapter knows."""
 
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 
 import diffusers
@@ -12,7 +12,10 @@ from torch import nn
 import lesa
 import lesa.models
 import more_pipelines
+import probed_pipelines
 import small_pipelines
+import small_wan
+from lesa.models.probe import Probe
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS = 12
@@ -178,6 +181,33 @@ def test_all_steps_computed_are_bit_exact(pipe):
     assert handle.stats.streams["main"].computed == [*range(STEPS)]
 
 
+class Embedding(Unknown):
+    """A small list of blocks makes what the head needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = nn.ModuleList(nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh()) for _ in range(2))
+        self.early, self.late = (nn.ModuleList(2 * [*blocks]) for blocks in (self.early, self.late))
+
+    def end(self, picture, wave):
+        for step in self.steps:
+            wave = wave + step(wave)
+        return super().end(picture, wave)
+
+
+def test_lists_that_the_head_needs_run_in_each_step():
+    torch.manual_seed(0)
+    transformer = Embedding()
+    early, late = (list(dict.fromkeys(blocks)) for blocks in (transformer.early, transformer.late))
+    pipe = pipe_with(transformer)
+    wanted = by_hand(pipe)
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle, counted([*early, *late]) as counts:
+        outputs = drive(pipe)
+    assert handle.stats.streams["main"].predicted == REST
+    assert counts == [2 * len(SOME)] * len(counts)  # each is in its list twice
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(outputs, wanted, strict=True))
+
+
 def test_residuals_after_the_last_block_are_part_of_the_forecast(pipe):
     residual = torch.randn(2, WORDS + TILES, DIM, generator=torch.Generator().manual_seed(9))
     wanted = by_hand(pipe, residual=residual)
@@ -190,6 +220,13 @@ def test_residuals_after_the_last_block_are_part_of_the_forecast(pipe):
 def test_the_form_of_the_timesteps_is_learnt(pipe, passed):
     with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
         drive(pipe, passed)
+    assert handle.stats.streams["main"].predicted == REST
+
+
+def test_timesteps_that_begin_with_zero_are_located(pipe):
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
+        drive(pipe, passed_as_is)
     assert handle.stats.streams["main"].predicted == REST
 
 
@@ -249,6 +286,13 @@ class Twice(Unknown):
         return super().end(picture, wave)[0] + self.beside(picture), None
 
 
+class Paired(Twice):
+    """It has two heads."""
+
+    def end(self, picture, wave):
+        return Unknown.end(self, picture, wave)[0], self.beside(picture)
+
+
 class Skipping(Unknown):
     """An early block's output is added after the last one."""
 
@@ -299,6 +343,7 @@ class Random(Unknown):
 REFUSED = {
     Pyramid: "the blocks change the shape of what goes through them: a Down of `down` returns a tensor",
     Twice: "what the blocks make reaches the output in more than one way",
+    Paired: "what the blocks make reaches the output in more than one way",
     Skipping: "what the blocks make reaches the output in more than one way",
     Headless: "no module after the last block gets what the blocks have made",
     Direct: "the forward does not call the blocks of the transformer",
@@ -367,29 +412,64 @@ def test_what_needs_an_adapter_is_refused_by_name(pipe, tmp_path):
 
 # Pipelines that have an adapter, as if they had none
 
-PIPELINES = ["flux", "flux controlnet", "qwen cfg", "hunyuan image replace", "sd3 cfg", *sorted(more_pipelines.QUICK)]
+EXPERTS = ["wan 2.2 cfg"]
+PIPELINES = ["flux", "flux controlnet", "qwen cfg", "hunyuan image replace", "sd3 cfg", *EXPERTS]
+OTHERS = {
+    "cogvideox": "the adapter's features come after the norm that is the first module after the blocks",
+    "ltx-2 cfg": "it has two heads",
+    "sana": "it gets timesteps of a scale of its own",
+}
+PIPELINES += sorted({*more_pipelines.QUICK.values()} - {*OTHERS}) + ["sana cfg"]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "flux" else pytest.mark.slow) for n in PIPELINES])
 def test_the_probe_gives_what_the_adapter_gives(name, monkeypatch):
-    case = (small_pipelines.ALL | more_pipelines.ALL)[name]
+    case = (small_pipelines.ALL | more_pipelines.ALL | small_wan.EXPERTS)[name]
     pipe = case.build()
-    plain, adapter = case.latents(pipe, steps=STEPS), lesa.models.adapter_for(pipe)
-    own_modules = adapter.head_entry.register_forward_hook(lambda *_: None)  # so that the modules of the head run
-    with lesa.enable_cache(pipe, line(), SOME, strict=True), own_modules:
+    plain, adapters = case.latents(pipe, steps=STEPS), lesa.models.adapters_for(pipe).values()
+    with ExitStack() as stack:
+        for adapter in adapters:  # a hook, so that the modules of the head run
+            stack.enter_context(adapter.projection.register_forward_hook(lambda *_: None))
+        known = stack.enter_context(lesa.enable_cache(pipe, line(), SOME, strict=True)).stats
         wanted = case.latents(pipe, steps=STEPS)
     monkeypatch.setattr(lesa.models, "ADAPTERS", ())
     before = [dict(vars(module)) for module in pipe.transformer.modules()]
-    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle, counted(adapter.blocks) as counts:
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle, ExitStack() as stack:
+        counts = [stack.enter_context(counted(adapter.blocks)) for adapter in adapters]
         latents = case.latents(pipe, steps=STEPS)
     streams = handle.stats.streams
-    assert [*streams] == [*case.streams] and any(note.startswith("probe: ") for note in handle.stats.notes)
-    assert all((s.computed, s.predicted, s.fused) == (SOME, REST, []) for s in streams.values())
-    assert counts == [len(SOME) * len(streams) * case.runs] * len(counts)
+    assert any(note.startswith("probe: ") for note in handle.stats.notes)
+    assert not any(stream.fused for stream in streams.values())
+    both = {name: (stream.computed, stream.predicted) for name, stream in known.streams.items()}
+    assert {name: (stream.computed, stream.predicted) for name, stream in streams.items()} == both
+    assert name in EXPERTS or both == dict.fromkeys(case.streams, (SOME, REST))
+    ran = sum(len(stream.computed) for stream in streams.values()) * case.runs
+    assert sum(each[0] for each in counts) == ran and all(len({*each}) == 1 for each in counts)
     assert (latents - wanted).norm() < 20 * torch.finfo(torch.float32).eps * wanted.norm()
     with lesa.enable_cache(pipe, line(), range(STEPS), strict=True):
         assert torch.equal(case.latents(pipe, steps=STEPS), plain)
     assert [dict(vars(module)) for module in pipe.transformer.modules()] == before
+    assert torch.equal(case.latents(pipe, steps=STEPS), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", probed_pipelines.CASES)
+def test_pipelines_without_an_adapter(name):
+    case = probed_pipelines.CASES[name]
+    pipe = case.build()
+    assert case.pipeline in probed_pipelines.PROBED[type(pipe.transformer).__name__]
+    plain, blocks = case.latents(pipe, steps=STEPS), Probe(pipe, pipe.transformer).blocks
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle, counted(blocks) as counts:
+        latents = case.latents(pipe, steps=STEPS)
+    streams = handle.stats.streams
+    assert [*streams] == [*case.streams]
+    assert all((stream.computed, stream.predicted) == (SOME, REST) for stream in streams.values())
+    assert counts == [len(SOME) * len(streams)] * len(counts)
+    with lesa.enable_cache(pipe, line(), [0], strict=True):
+        held = case.latents(pipe, steps=STEPS)
+    assert 0 < (latents - plain).norm() < 0.25 * (held - plain).norm()
+    with lesa.enable_cache(pipe, line(), range(STEPS), strict=True):
+        assert torch.equal(case.latents(pipe, steps=STEPS), plain)
     assert torch.equal(case.latents(pipe, steps=STEPS), plain)
 
 

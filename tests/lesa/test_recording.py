@@ -475,8 +475,8 @@ def test_folders_that_are_no_recording(tmp_path):
 
 
 def test_other_format_version(recording, tmp_path):
-    (tmp_path / "manifest.json").write_text(json.dumps({**recording.manifest, "format_version": 2}))
-    with pytest.raises(ValueError, match=r"format_version.*must be 1.*got 2"):
+    (tmp_path / "manifest.json").write_text(json.dumps({**recording.manifest, "format_version": 3}))
+    with pytest.raises(ValueError, match=r"format_version.*must be 1 or 2.*got 3"):
         Trajectories(tmp_path)
 
 

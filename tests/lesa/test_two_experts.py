@@ -9,7 +9,7 @@ import torch
 
 import lesa
 from lesa.cache.placement import installed_hook
-from lesa.contenders import FirstBlockCache, MagCache
+from lesa.contenders import FirstBlockCache, MagCache, TaylorSeer
 from lesa.models import adapters_for
 from lesa.training.trajectories import MANIFEST
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -116,6 +116,29 @@ def test_a_number_of_steps_includes_the_first_step_of_the_second_expert(pipe):
         CASE.latents(pipe, steps=STEPS)
     assert handle.stats.computed_steps == 5
     assert handle.stats.streams["transformer_2-cond"].computed[0] == SWITCH
+
+
+def test_the_features_of_the_first_expert_are_freed_when_the_second_one_begins(pipe):
+    held = []
+
+    def look(pipe, step, timestep, tensors):
+        held.append([*handle._hook.state.streams])
+        return {}
+
+    with lesa.enable_cache(pipe, line(), SOME) as handle:
+        CASE.latents(pipe, steps=STEPS, callback_on_step_end=look)
+    assert held[:-1] == [NAMES[:2]] * SWITCH + [NAMES[2:]] * (STEPS - SWITCH - 1)
+
+
+def test_a_second_expert_that_was_replaced_is_noticed(pipe):
+    own = pipe.transformer_2
+    with lesa.enable_cache(pipe, line(), SOME, strict=True):
+        pipe.transformer_2 = pipe.transformer
+        try:
+            with pytest.raises(RuntimeError, match=re.escape("`pipe.transformer` was replaced while the cache was on")):
+                CASE.latents(pipe, steps=STEPS)
+        finally:
+            pipe.transformer_2 = own
 
 
 def test_each_expert_can_have_a_predictor_of_its_own(pipe):
@@ -225,13 +248,13 @@ def test_recordings_of_two_experts_can_be_trained_on_refined_and_evaluated(pipe,
 
     refined = lesa.refine(predictor, recorded, pipe, inputs, rounds=1, **options)
     assert any(not torch.equal(a, b) for a, b in zip(refined.parameters(), predictor.parameters()))
-    against = [FirstBlockCache(0.2)]
+    against = [FirstBlockCache(0.2), TaylorSeer(3, warm_up=1)]
     result = lesa.evaluate(pipe, inputs, [predictor, refined], against, STEPS, batch_size=1, progress=False)
     reference, *mine = result.runs[:3]
     assert reference.step_equivalents == STEPS
     assert all(run.whole_steps == run.step_equivalents == len(SOME) + 1 for run in mine)
     assert all(20 < run.psnr < 100 for run in result.runs[1:])
-    assert result.runs[3].step_equivalents < STEPS
+    assert all(0 < run.step_equivalents < STEPS for run in result.runs[3:])
     assert "two transformers" in MagCache.why_not_on(pipe)
 
 

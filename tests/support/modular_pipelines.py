@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import more_pipelines
+import small_ltx2
 import small_pipelines
 import small_qwen_image_21
 import small_wan
@@ -126,6 +127,18 @@ def _qwen_prompts(pipe, batch):
     return given
 
 
+def _ltx2_prompts(pipe, batch):
+    """What the connectors of LTX-2 make from prompts."""
+    case = small_ltx2.CASES["ltx-2 cfg"]
+    connectors, prompts, given = case.build().connectors, case.inputs(batch), {"batch_size": batch}
+    for sign in ("", "negative_"):
+        with torch.no_grad():
+            made = connectors(prompts[f"{sign}prompt_embeds"], prompts[f"{sign}prompt_attention_mask"])
+        names = ("connector_prompt_embeds", "connector_audio_prompt_embeds", "connector_attention_mask")
+        given |= {f"{sign}{name}": value for name, value in zip(names, made, strict=True)}
+    return given | {"dtype": torch.float32}
+
+
 CASES = {
     "flux": Modular("flux", ("flux.modular_blocks_flux", "FluxCoreDenoiseStep"), ("flux.decoders", "FluxDecodeStep")),
     "qwen": Modular(
@@ -205,3 +218,12 @@ EXPERTS = Modular(
     options={"boundary_ratio": 0.8},
 )
 """Two transformers, one after the other."""
+
+SOUND = Modular(
+    "ltx-2 cfg",
+    ("ltx2.modular_blocks_ltx2", "LTX2CoreDenoiseStep"),
+    ("ltx2.modular_blocks_ltx2", "LTX2DecoderStep"),
+    arguments=_ltx2_prompts,
+    streams=("pred_cond", "pred_uncond", "pred_cond_stg", "pred_cond_modality"),
+)
+"""Video and sound, each with a guider of its own."""

@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import probed_pipelines
 from small_pipelines import Small
 
 _FILES: list[ModuleType] = [
@@ -38,7 +39,7 @@ NOT_FUSED = {name: why for _file in _FILES for name, why in getattr(_file, "NOT_
 NOT_DECODED_ALIKE = {name: why for _file in _FILES for name, why in getattr(_file, "NOT_DECODED_ALIKE", {}).items()}
 CONDITIONED_TO_ROUNDING = {name for _file in _FILES for name in getattr(_file, "CONDITIONED_TO_ROUNDING", ())}
 
-PROBED: dict[str, tuple[str, ...]] = {}
+PROBED: dict[str, tuple[str, ...]] = probed_pipelines.PROBED
 """Transformers without an adapter that the probe was tried on, and the pipeline classes that were run."""
 
 REFUSED: dict[str, str] = {}

@@ -41,8 +41,17 @@ _SMALL = {
 }
 
 
+def _with_weights(transformer):
+    """Its last norms begin with ones and zeros, which would hide a mistake."""
+    for norm in (transformer.norm_final, transformer.norm_out.norm):
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+        torch.nn.init.normal_(norm.bias, std=0.2)
+    return transformer
+
+
 def cogvideox_transformer(**options):
-    return diffusers.CogVideoXTransformer3DModel(**{**_SMALL, "in_channels": LATENT_CHANNELS, **options})
+    config = {**_SMALL, "in_channels": LATENT_CHANNELS, **options}
+    return _with_weights(diffusers.CogVideoXTransformer3DModel(**config))
 
 
 def deaf_transformer(**options):
@@ -54,7 +63,8 @@ def deaf_transformer(**options):
 
 
 def consisid_transformer(**options):
-    return diffusers.ConsisIDTransformer3DModel(**{**_SMALL, "in_channels": 2 * LATENT_CHANNELS, **options})
+    config = {**_SMALL, "in_channels": 2 * LATENT_CHANNELS, **options}
+    return _with_weights(diffusers.ConsisIDTransformer3DModel(**config))
 
 
 class SmallConsisID(Small):

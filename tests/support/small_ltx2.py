@@ -5,6 +5,7 @@ from functools import cache
 import diffusers
 import torch
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 
 from small_pipelines import DIM, TEXT_DIM, TEXT_TOKENS, Small, image
@@ -150,8 +151,13 @@ def _image():
     return image(1, HEIGHT, WIDTH)
 
 
+def _condition():
+    return [LTX2VideoCondition(_image(), index=0, strength=1.0, crf=0)]
+
+
 CASES = {
     "ltx-2": _case("LTX2Pipeline", guidance=1.0),
     "ltx-2 cfg": _case("LTX2Pipeline"),
+    "ltx-2 condition cfg": _case("LTX2ConditionPipeline", {"conditions": _condition}),
     "ltx-2 image cfg": _case("LTX2ImageToVideoPipeline", {"image": _image}, options={"image_crf": 0}),
 }

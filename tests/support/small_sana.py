@@ -139,6 +139,8 @@ CASES = {
         negative=True,
         parts=lambda: {"controlnet": _controlnet()},
     ),
+    "sana pag cfg": _sana("SanaPAGPipeline", negative=True, options={"pag_scale": 2.0}),
+    "sana pag": _sana("SanaPAGPipeline", options={"pag_scale": 2.0}),
     "sana sprint": _sana("SanaSprintPipeline", **_SPRINT),
     "sana sprint img2img": _sana("SanaSprintImg2ImgPipeline", {"image": _images}, strength=0.75, **_SPRINT),
 }

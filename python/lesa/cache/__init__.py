@@ -75,7 +75,8 @@ def enable_cache(
     calls begin with "transformer_2-".
 
     Args:
-        pipe: a diffusers pipeline of a supported family, modular or not.
+        pipe: a diffusers pipeline, modular or not. A transformer without an adapter is watched in the first step, and
+            predicted steps run its forward without the blocks; docs/limits.md says when this works.
         predictor: trained for the pipeline's transformer, on the transformer's device; or the folder or hub id of a
             saved one, which is loaded to that device. What exists as a folder is not asked of the hub. None: the
             forecaster "universal", which fits every model without training. Of a pipeline with two transformers, it
@@ -108,7 +109,7 @@ def enable_cache(
         A handle with `stats` and `disable()`, usable as a context manager.
 
     Raises:
-        TypeError: `pipe` is of no supported family, or `predictor` is no predictor, or no dict of them.
+        TypeError: `pipe` has no transformer that lesa can use, or `predictor` is no predictor, or no dict of them.
         FileNotFoundError: `predictor` is the name of a folder that does not exist.
         ValueError: the predictor was made for another family or width, is on another device, has weights that are not
             finite, can be trained but has no schedule although nothing says which steps are computed, or cannot be used

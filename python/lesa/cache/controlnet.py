@@ -8,11 +8,26 @@ from typing import Any
 import torch
 
 
-class Residuals(Sequence):
-    """A list of a ControlNet's residuals that is computed when it is first used."""
+class Residual:
+    """One of a ControlNet's residuals. The pipeline of Sana converts each of them on the way to the transformer."""
 
-    def __init__(self, compute: Callable[[], list]):
+    def __init__(self, compute: Callable[[], torch.Tensor]):
         self._compute = compute
+
+    def value(self) -> torch.Tensor:
+        """The residual itself."""
+        return self._compute()
+
+    def to(self, *args: Any, **kwargs: Any) -> "Residual":
+        """Like `Tensor.to`, when the residual is computed."""
+        return Residual(lambda: self.value().to(*args, **kwargs))
+
+
+class Residuals(Sequence):
+    """A list of a ControlNet's residuals that is computed when it is first used, but not when it is gone through."""
+
+    def __init__(self, compute: Callable[[], list], count: int):
+        self._compute, self._count = compute, count
 
     def value(self) -> list:
         """The list itself."""
@@ -21,8 +36,11 @@ class Residuals(Sequence):
     def __getitem__(self, index: Any) -> Any:
         return self.value()[index]
 
+    def __iter__(self) -> Iterator[Residual]:
+        return (Residual(functools.partial(self.__getitem__, index)) for index in range(self._count))
+
     def __len__(self) -> int:
-        return len(self.value())
+        return self._count
 
 
 class ResidualsByBlock(Mapping):
@@ -59,8 +77,8 @@ class DeferredControl:
         self.controlnet, self.outputs = controlnet, outputs
         self._awaited: list[Callable[[], bool]] = []
         self._run: Callable | None = None  # what the gate replaces
-        self._is_none: tuple[bool, ...] | None = None
-        self._kind: type[Residuals] | type[ResidualsByBlock] = Residuals
+        self._counts: tuple[int | None, ...] | None = None  # of residuals in each list
+        self._gives_dict = False
         self._has_choice = "return_dict" in inspect.signature(controlnet.forward).parameters
 
     @classmethod
@@ -94,23 +112,33 @@ class DeferredControl:
         run = self._run or self.controlnet._call_impl
         if self._has_choice and kwargs.get("return_dict", True):
             return run(*args, **kwargs)  # an output object, which holds more than residuals
-        if self._is_none is None or not any(awaited() for awaited in self._awaited):
+        if self._counts is None or not any(awaited() for awaited in self._awaited):
             result = run(*args, **kwargs)
-            self._is_none = tuple(part is None for part in (result if self.outputs else (result,)))
-            self._kind = ResidualsByBlock if isinstance(result, dict) else Residuals
+            parts = result if self.outputs else (result,)
+            self._counts = tuple(None if part is None else len(part) for part in parts)
+            self._gives_dict = isinstance(result, dict)
             return result
-        once = functools.cache(lambda: run(*args, **kwargs))
+        once, counts = functools.cache(lambda: run(*args, **kwargs)), self._counts
+        if self._gives_dict:
+            return ResidualsByBlock(once)
         if not self.outputs:
-            return None if self._is_none[0] else self._kind(once)
+            return None if counts[0] is None else Residuals(once, counts[0])
 
         def part(number: int) -> list:
             return once()[number]
 
-        nones = enumerate(self._is_none[: self.outputs])
-        return tuple(None if is_none else Residuals(functools.partial(part, number)) for number, is_none in nones)
+        return tuple(
+            None if count is None else Residuals(functools.partial(part, number), count)
+            for number, count in enumerate(counts[: self.outputs])
+        )
 
 
 def computed(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a transformer, with the residuals in them computed."""
-    deferred = (Residuals, ResidualsByBlock)
-    return {name: value.value() if isinstance(value, deferred) else value for name, value in kwargs.items()}
+    return {name: _computed(value) for name, value in kwargs.items()}
+
+
+def _computed(value: Any) -> Any:
+    if isinstance(value, tuple) and any(isinstance(part, Residual) for part in value):
+        return tuple(_computed(part) for part in value)
+    return value.value() if isinstance(value, (Residual, Residuals, ResidualsByBlock)) else value

@@ -103,3 +103,10 @@ class DeviceValues:
     def clear(self) -> None:
         """Drops the values that have not been received. Their places are not taken again: their copies may be late."""
         self._pending.clear()
+
+
+def sum_of(output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """The sum of an output, which may be a list of samples. It is finite if they are."""
+    if isinstance(output, torch.Tensor):
+        return output.sum(dtype=torch.float32)
+    return torch.stack([part.sum(dtype=torch.float32) for part in output]).sum()

@@ -1,5 +1,6 @@
 """Chooses the computed steps during a run by the errors of the forecasts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,6 +81,11 @@ class ControlledSteps:
         first = slice(3)
         self.chosen = Schedule(trained.steps[first], sigmas=sigmas[first]).computed_in(run_sigmas)
         self.measured: list[float] = []
+
+    def receive(self, errors: dict[int, float], step: int, error: float) -> None:
+        """Gets the error of the forecast for a step of a stream, and stores it in the errors of the stream."""
+        errors[step] = error
+        self.measured.append(error if math.isfinite(error) else math.inf)
 
     def choose_by_measured(self) -> None:
         """Chooses the step after the last one by the largest error that was measured there."""

@@ -11,7 +11,7 @@ import torch
 from lesa.cache import reasons
 from lesa.cache.choosing import Chooser
 from lesa.cache.controlnet import DeferredControl, computed
-from lesa.cache.device_values import DeviceValues
+from lesa.cache.device_values import DeviceValues, sum_of
 from lesa.cache.error_control import ControlledSteps, ErrorControl, forecast_error
 from lesa.cache.hook import StepHook
 from lesa.cache.planning import Plan, Planner, can_plan, falling, times_at
@@ -61,9 +61,8 @@ class ForecastingHook(StepHook[ForecastState]):
         self._configs = [*{id(each): each.config for each in predictors.values()}.values()]
         adapter = self.adapter
         controlnet = getattr(pipe, "controlnet", None)
-        self._control = None
-        if controlnet is not None and adapter.control_outputs is not None:
-            self._control = DeferredControl.of(controlnet, adapter.control_outputs)
+        lists = adapter.control_outputs
+        self._control = None if controlnet is None or lists is None else DeferredControl.of(controlnet, lists)
         self._is_predicting = False  # whether the schedule of the latest run leaves out steps
         self.stats = CacheStats()
 
@@ -92,7 +91,8 @@ class ForecastingHook(StepHook[ForecastState]):
 
     def on_run(self, state: ForecastState) -> None:
         self.stats.begin_run()
-        self.stats.notes += self.adapter.notes
+        for note in (note for site in self.sites for note in site.adapter.notes):
+            self.stats.note(note)
         self._note_adapters()
         sigmas = state.run.executed_sigmas
         state.parts = [falling(sigmas, step) for step in range(len(sigmas))]
@@ -183,11 +183,10 @@ class ForecastingHook(StepHook[ForecastState]):
 
     def _why_not(self, stream: Stream, call: Call) -> tuple[str | None, str]:
         """Why a step that the schedule leaves out cannot be predicted, or None; and what helps."""
-        if (why := self.adapter.why_not_predicted(call.stream, call.arguments)) is not None:
+        if (why := self.adapter.why_unseen(call.stream, call.arguments, not stream.stats.computed)) is not None:
             return why
         if any(track.ring is None for track in stream.tracks):
-            unseen = self.adapter.why_unseen(call.stream, call.arguments) if stream.stats.computed else None
-            return unseen or ("no history", "Compute an earlier step of this stream: choose another schedule.")
+            return "no history", "Compute an earlier step of this stream: choose another schedule."
         if stream.has_risen:
             return reasons.RISEN
         if any(track.shape != track.branch.shape(call.arguments) for track in stream.tracks):
@@ -279,7 +278,7 @@ class ForecastingHook(StepHook[ForecastState]):
         """Asks for the sum of the output, which says whether it is finite. A CPU answers at once, a GPU later."""
         stats = state.streams[call.stream].stats
         receive = functools.partial(self._on_sum, state, stats, call.step)
-        state.values.ask(_sum(output[0]), receive)
+        state.values.ask(sum_of(output[0]), receive)
 
     def _on_sum(self, state: ForecastState, stats: StreamStats, step: int, value: float) -> None:
         if math.isfinite(value):
@@ -341,7 +340,7 @@ class ForecastingHook(StepHook[ForecastState]):
             return
         forecast = self._features(track, call, state.plan(track, call.step))
         error = forecast_error(forecast, features, self.adapter.output_head(conditioning))
-        state.values.ask(error, functools.partial(_on_error, state.controlled, stream.stats, call.step))
+        state.values.ask(error, functools.partial(state.controlled.receive, stream.stats.errors, call.step))
 
     def _renew(self, stream: Stream, track: Track, features: torch.Tensor) -> None:
         """Gives a track an empty ring for such features."""
@@ -382,15 +381,3 @@ def _is_fused(track: Track, plan: Plan, head: OutputHead) -> bool:
         known = plan, kind, track.predictor.fuses_velocity(cast(FeatureRing, track.ring), head)
         track.known_fused = known
     return known[2]
-
-
-def _sum(output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-    """The sum of an output, which may be a list of samples."""
-    if isinstance(output, torch.Tensor):
-        return output.sum(dtype=torch.float32)
-    return torch.stack([part.sum(dtype=torch.float32) for part in output]).sum()
-
-
-def _on_error(controlled: ControlledSteps, stats: StreamStats, step: int, error: float) -> None:
-    stats.errors[step] = error
-    controlled.measured.append(error if math.isfinite(error) else math.inf)

@@ -158,9 +158,8 @@ class StepHook(StepEvents[State], ModelHook):
             output = self._begin(args, kwargs)
             if output is not None:
                 return output
-            kwargs = self.needed(kwargs)
             self.inside = "compute"
-            output = self._compute(args, kwargs)
+            output = site.compute(self._located and self._located[1].stream, args, self.needed(kwargs))
             self._computed()
             return output
         except BaseException:
@@ -169,13 +168,6 @@ class StepHook(StepEvents[State], ModelHook):
         finally:
             self._located, self.inside, self._captured = None, None, ()
             self._entered.release()
-
-    def _compute(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not self.adapter.runs_around or self._located is None or self.placement.is_compiled:
-            return self.placement.call(*args, **kwargs)
-        compute = functools.partial(self.adapter.compute, self._located[1].stream)
-        with self.adapter.own_forward.exchanged(compute):
-            return self.placement.call(*args, **kwargs)
 
     @torch.compiler.disable
     def _begin(self, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -213,12 +205,10 @@ class StepHook(StepEvents[State], ModelHook):
 
     def _count_run(self, state: State) -> None:
         """Tells `on_restart` if a run begins where the pipeline is in the middle of another one."""
-        if self._begun is None:  # a loop of the user's own
-            return
-        self._begun += 1
-        run = state.run
-        if self._begun > 1 and run.index > 0 and getattr(run.scheduler, "step_index", None) is not None:
-            self.on_restart(state)
+        if self._begun is not None:  # otherwise it is a loop of the user's own
+            self._begun += 1
+            if self._begun > 1 and state.run.index > 0 and getattr(self.pipe.scheduler, "step_index", None) is not None:
+                self.on_restart(state)
 
     def _predicted(self, state: State, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of a call that is to be predicted, or None if it must be computed after all."""
@@ -229,8 +219,7 @@ class StepHook(StepEvents[State], ModelHook):
                 return None
             output = self.adapter.transformer._call_impl(*args, **kwargs)
         if call.forecasts != 1:
-            why = reasons.REPEATED if call.forecasts else call.unfit or reasons.REPLACED
-            self.on_not_forecast(state, call, *why)
+            self.on_not_forecast(state, call, *(reasons.REPEATED if call.forecasts else call.unfit or reasons.REPLACED))
             if call.forecasts:
                 return None
             self._computed()  # whatever stands in place of the forward has computed the call

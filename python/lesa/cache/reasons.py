@@ -1,7 +1,5 @@
 """Why a call is computed that was to be predicted, and what helps: pairs of a reason and a remedy."""
 
-from lesa.models import SECOND
-
 UNLOCATED = (
     "the timestep is not one of the scheduler's, or not its current one",
     "A cached transformer works only with the scheduler of the pipeline for which the cache was enabled.",
@@ -47,7 +45,7 @@ COMPILE_FIRST = (
     "`torch.compile(pipe.transformer, fullgraph=True)` before `lesa.enable_cache`"
 )
 BEGINS = "the first call of this stream"
-FIRST_OF_SECOND = f"the first step of {SECOND}"
+FIRST_OF_SECOND = "the first step of transformer_2"
 RISEN = ("the noise level rose", "Pass a list of steps that has this one.")
 UNCLEAR = (
     "the transformer was called twice with the same text in the first step of the run, and once in the second",

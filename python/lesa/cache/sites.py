@@ -1,5 +1,6 @@
 """The transformers of a pipeline that a hook is on: usually one, of Wan 2.2 the two experts."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,6 +51,14 @@ class Site:
     def gate(self, *args: Any, **kwargs: Any) -> Any:
         """A call of the transformer. It is not compiled; what it runs may be."""
         return self.hook.enter(self, args, kwargs)
+
+    def compute(self, stream: str | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Computes a call of a stream, with all that wraps the transformer; None if the stream is not known."""
+        call = self.placement.call
+        if not self.adapter.runs_around or stream is None or self.placement.is_compiled:
+            return call(*args, **kwargs)
+        with self.adapter.own_forward.exchanged(functools.partial(self.adapter.compute, stream)):
+            return call(*args, **kwargs)
 
     def on_head_entry(self, head: int, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A call of the output head with this number."""

@@ -10,6 +10,9 @@ from diffusers import TaylorSeerCacheConfig
 from lesa.contenders.base import Color, Grid, Peer, Pipeline
 from lesa.contenders.switching import diffusers_cache, why_no_diffusers_cache
 
+ATTENTIONS = (r"^((single_|temporal_)?transformer_)?blocks.*attn\d*",)
+"""Which modules the full mode predicts: those of diffusers' default, and the numbered ones, such as Wan's `attn1`."""
+
 
 @dataclass(frozen=True)
 class TaylorSeer(Peer):
@@ -54,6 +57,7 @@ class TaylorSeer(Peer):
             max_order=self.order,
             use_lite_mode=self.lite,
             taylor_factors_dtype=dtype,
+            cache_identifiers=None if self.lite else list(ATTENTIONS),
         )
 
     def on(self, pipe: Pipeline, num_inference_steps: int) -> AbstractContextManager[None]:

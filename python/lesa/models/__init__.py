@@ -12,8 +12,10 @@ from lesa.models.chronoedit import ChronoEditAdapter
 from lesa.models.cogvideox import CogVideoXAdapter
 from lesa.models.cogview import CogView3PlusAdapter, CogView4Adapter
 from lesa.models.cosmos import CosmosAdapter
+from lesa.models.ernie_image import ErnieImageAdapter
 from lesa.models.flux import FluxAdapter
 from lesa.models.flux2 import Flux2Adapter
+from lesa.models.glm_image import GlmImageAdapter
 from lesa.models.helios import HeliosAdapter
 from lesa.models.hidream import HiDreamAdapter
 from lesa.models.hunyuan_dit import HunyuanDiTAdapter
@@ -54,7 +56,9 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     CogView3PlusAdapter,
     CogView4Adapter,
     CosmosAdapter,
+    ErnieImageAdapter,
     Flux2Adapter,
+    GlmImageAdapter,
     HeliosAdapter,
     HiDreamAdapter,
     HunyuanDiTAdapter,
@@ -96,14 +100,16 @@ def transformers_of(pipe: Any) -> dict[str, Any]:
     return found
 
 
-def adapters_for(pipe: Any) -> dict[str, Adapter]:
+def adapters_for(pipe: Any, probes: bool = False) -> dict[str, Adapter]:
     """The adapters of the pipeline's transformers, by the names of the components.
 
     Args:
         pipe: a diffusers pipeline.
+        probes: whether a probe takes the place of an adapter where there is none.
 
     Raises:
-        TypeError: the pipeline has no transformer, or one of no supported family.
+        TypeError: the pipeline has no transformer, or one of no supported family. With `probes`, one that cannot be
+            watched.
     """
     return {name: _adapter_of(pipe, found, probes=False) for name, found in _found(pipe).items()}
 

@@ -224,12 +224,14 @@ class Adapter:
         """
         raise NotImplementedError
 
-    def why_unseen(self, stream: str, call: dict) -> tuple[str, str] | None:
-        """Why no features were seen in a call that was computed, and what helps, if the adapter knows it."""
-        return None
+    def why_unseen(self, stream: str, call: dict, is_first: bool = False) -> tuple[str, str] | None:
+        """Why features are not seen in calls of a stream with such arguments, and what helps, if the adapter knows it.
 
-    def why_not_predicted(self, stream: str, call: dict) -> tuple[str, str] | None:
-        """Why a call cannot be predicted, and what helps, as far as the adapter knows."""
+        Args:
+            stream: of the call.
+            call: its arguments by name.
+            is_first: whether no call of the stream was computed before, so that none can have been seen.
+        """
         return None
 
     @property

@@ -36,7 +36,7 @@ class CogVideoXCosts(CountedCosts):
             "hidden_states": valueless(1, duration, config["in_channels"], rows * side, columns * side),
             "encoder_hidden_states": valueless(1, text_tokens, config["text_embed_dim"]),
             "timestep": valueless(1),
-            "ofs": valueless(1) if config.get("ofs_embed_dim") else None,
+            **({"ofs": valueless(1)} if config.get("ofs_embed_dim") else {}),
         }
 
 

@@ -69,7 +69,7 @@ class CogView3PlusAdapter(Adapter):
     transformer_classes: tuple[str, ...] = ("CogView3PlusTransformer2DModel",)
     embedders = ("time_condition_embed",)
     attention_kwargs: str | None = None
-    conditioned_on = ("original_size", "target_size", "crop_coords")
+    conditioned_on: tuple[str, ...] = ("original_size", "target_size", "crop_coords")
     block_lists = {"transformer_blocks": "attn1.norm_q"}
 
     def condition(self, timestep, inputs, dtype):

@@ -109,9 +109,9 @@ class CosmosAdapter(Adapter):
         return sigmas.to(timesteps.dtype) if timesteps.is_floating_point() else sigmas
 
     def timestep(self, call):
-        """See the base. Given frames come first."""
+        """See the base. Given frames come first. Transfer rounds as the transformer does, and passes float32."""
         timestep = call["timestep"]
-        return timestep if timestep.ndim == 1 else timestep[:, 0, -1, 0, 0]
+        return timestep if timestep.ndim == 1 else timestep[:, 0, -1, 0, 0].to(call["hidden_states"].dtype)
 
     def text(self, call):
         text = call["encoder_hidden_states"]

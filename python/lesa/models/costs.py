@@ -198,11 +198,17 @@ def _transformer(key: str) -> Any:
 @lru_cache(maxsize=256)
 def _counted_flops(costs: type[CountedCosts], key: str, image_tokens: int, text_tokens: int) -> int:
     """FLOPs of one call with one sample. `key` is the transformer's configuration as JSON."""
+    transformer = _transformer(key)
     arguments = costs(json.loads(key)).call(image_tokens, text_tokens)
     # Attention is counted as two products. Fused attention isn't known to the counter on every device.
     plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with torch.no_grad(), plain, _FewValues(), FlopCounterMode(display=False) as counter:
-        _transformer(key)(**arguments)
+    try:
+        with torch.no_grad(), plain, _FewValues(), FlopCounterMode(display=False) as counter:
+            transformer(**arguments)
+    except RuntimeError as error:  # such as a grid that is larger than the positions that the model knows
+        tokens = f"{image_tokens} image tokens and {text_tokens} text tokens"
+        sentence = f"A {type(transformer).__name__} can't be run with {tokens}: {error}."
+        raise usage_error(sentence, "Use a size that the model takes.") from error
     return counter.get_total_flops()
 
 

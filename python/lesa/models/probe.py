@@ -85,6 +85,7 @@ class Probe(Adapter):
         self.head_form = HeadForm(transformer)
         self.feature_dim: Any = None  # not known before a call
         self._form: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._timesteps: torch.Tensor | None = None  # by which that was found out
         self._on_entry: Callable | None = None
         self._routes: dict[tuple, Route | Reason] = {}  # by stream of calls and `shape`
 
@@ -111,16 +112,12 @@ class Probe(Adapter):
         except WentElsewhere:
             return None
 
-    def why_unseen(self, stream, call):
-        known = self._routes.get((stream, self.shape(call)))
-        if isinstance(known, Route):
-            return _CHECKPOINTED if self._is_checkpointed() else None
-        return known or _UNWATCHED
-
-    def why_not_predicted(self, stream, call):
+    def why_unseen(self, stream, call, is_first=False):
         if self._is_checkpointed():
             return _CHECKPOINTED
         known = self._routes.get((stream, self.shape(call)))
+        if known is None and not any(name == stream for name, _ in self._routes):
+            return None if is_first else _UNWATCHED
         return None if isinstance(known, Route) else known
 
     def pass_timesteps(self, timesteps, scheduler):
@@ -133,8 +130,9 @@ class Probe(Adapter):
         timestep = super().timestep(call)
         if isinstance(timestep, (int, float)):
             timestep = torch.tensor([timestep], dtype=torch.float64)
-        if self._form is None and isinstance(timestep, torch.Tensor):
-            self._form = _form_of(timestep, self.pipe.scheduler)
+        timesteps = getattr(self.pipe.scheduler, "timesteps", None)  # others in each run
+        if isinstance(timestep, torch.Tensor) and (self._form is None or timesteps is not self._timesteps):
+            self._form, self._timesteps = _form_of(timestep, self.pipe.scheduler), timesteps
         return None if self._form is None else timestep
 
     def text(self, call):
@@ -259,7 +257,7 @@ class _Listener:
 
 
 def _form_of(timestep: torch.Tensor, scheduler: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """How the pipeline has passed the scheduler's timestep, or None if that is not clear."""
+    """How the pipeline has passed the scheduler's timestep, or None if that is not known."""
     timesteps = getattr(scheduler, "timesteps", None)
     if not isinstance(timesteps, torch.Tensor) or not len(timesteps) or not timestep.numel():
         return None
@@ -269,14 +267,10 @@ def _form_of(timestep: torch.Tensor, scheduler: Any) -> Callable[[torch.Tensor],
     precision = max(torch.finfo(dtype).eps, 1e-6) if dtype.is_floating_point else 1e-6
     for given in (timesteps[position : position + 1], timesteps):  # a loop of the user's own has no position
         given = given.to("cpu", dtype)
-        near = []
-        for form in _FORMS:
-            passed = form(given).double()
+        for form in _FORMS:  # 0 and 500 look alike in two of them; the next run tells them apart
             tolerance = precision * max(1.0 if form is _FORMS[2] else abs(value), 1e-3)
-            if (passed - value).abs().min() <= tolerance:
-                near.append(form)
-        if near:
-            return near[0] if len(near) == 1 else None
+            if (form(given).double() - value).abs().min() <= tolerance:
+                return form
     return None
 
 

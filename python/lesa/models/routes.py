@@ -11,6 +11,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lesa.models.watching import Gate, Made, Place, Result, Watch, gated, outside, result_of
 
+_MOST_LEFT = 0.2
+"""The largest part of the parameters of all blocks that may be in lists which still run in predicted steps."""
+
 
 class WentElsewhere(Exception):
     """A call of a forward whose blocks are passed over does not go the way of the call that was watched."""
@@ -155,14 +158,14 @@ def find_route(watch: Watch, run: Callable[[], Any], output: Any) -> tuple[Route
     if not wanted or not all(tensor.isfinite().all() for tensor in wanted):
         raise Unclear("the output of the first computed call was no finite tensor")
     parts = outside(watch.transformer, (block for blocks in watch.lists.values() for block in blocks))
+    small = [name for name in passed if _MOST_LEFT * sum(sizes.values()) >= sizes[name]]  # such as those of embedders
     problems = []
-    for left_out in (None, *sorted(passed, key=lambda name: sizes[name])[:-1]):  # it may make embeddings, or the like
-        results: dict[torch.nn.Module, Any] = {}
-        for name in passed:
-            if name != left_out:
+    for place in watch.places:
+        dtypes = _dtypes(watch, place)
+        for left in dict.fromkeys([(), *((name,) for name in small), (*small,)]):
+            results: dict[torch.nn.Module, Any] = {}
+            for name in (name for name in passed if name not in left):
                 results |= {block: watch.results[block] for block in watch.lists[name] if block in watch.results}
-        for place in watch.places:
-            dtypes = _dtypes(watch, place)
             route = Route(results, place.module, place.number, place.leaf, place.tensor.shape, *dtypes, parts)
             problem = _problem(route, place.tensor, run, wanted)
             if problem is None:
@@ -187,7 +190,7 @@ def _lists_to_pass_over(watch: Watch) -> tuple[list[str], dict[str, int]]:
             changed.append(f"a {type(other[0]).__name__} of `{name}` returns {other[1]}")
     if not sizes:
         raise Unclear("the forward does not call the blocks of the transformer")
-    if 5 * sum(sizes[name] for name in kept) < 4 * sum(sizes.values()):  # the others would run in every step
+    if sum(sizes[name] for name in kept) < (1 - _MOST_LEFT) * sum(sizes.values()):
         raise Unclear(f"the blocks change the shape of what goes through them: {changed[0]}")
     return kept, sizes
 

@@ -32,7 +32,8 @@ from lesa.pipelines import quiet_progress, run_pipeline
 from lesa.training.recorder import Recorder
 from lesa.training.shards import DamagedError, check_tensors, identity_of, sample_files, save_sample, survey
 from lesa.training.trajectories import (
-    FORMAT_VERSIONS,
+    FORMAT_OF_TWO,
+    FORMAT_VERSION,
     HEAD,
     MANIFEST,
     Recorded,
@@ -196,7 +197,7 @@ class Recording:
         adapter = adapter_for(self.pipe)
         names = sorted({name for item in self.inputs for name in item})
         return {
-            "format_version": FORMAT_VERSIONS[len(adapters_for(self.pipe)) - 1],
+            "format_version": FORMAT_VERSION if len(adapters_for(self.pipe)) == 1 else FORMAT_OF_TWO,
             "family": adapter.family,
             "pipeline": type(self.pipe).__name__,
             "feature_dim": adapter.feature_dim,

@@ -64,7 +64,7 @@ class Training:
         predictor: what is trained.
         losses: mean loss of each epoch, in training and in validation.
         generator: of all that is random after the initialisation.
-        heads: the output projections, by transformer.
+        head, heads: the output projection of the first transformer, and those of all transformers by name.
         schedule: the computed steps, with their noise levels.
     """
 
@@ -100,6 +100,7 @@ class Training:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.losses: dict[str, list[float]] = {"training": [], "validation": []}
         self.heads = {name: Head(trajectories, self.device, name) for name in trajectories.projections}
+        self.head = next(iter(self.heads.values()))
 
     # What a subclass may replace
 
@@ -288,8 +289,7 @@ class Training:
         found: dict[int, np.ndarray] = {}
         for number in numbers:
             alike, stream = [self.trajectories[number]], self.trajectories.streams[number]
-            head = next(iter(self.heads.values()))
-            batch = Batch(alike, head, generator, MOST_TOKENS, self.device, stream=stream)
+            batch = Batch(alike, self.head, generator, MOST_TOKENS, self.device, stream=stream)
             computed = sorted(self.schedule.computed_in(batch.sigmas.tolist()))
             plan = Plan(computed, len(batch.sigmas), config.max_history, device=self.device, steps=computed[1:])
             truth = batch.velocities[plan.steps].flatten(1)
