@@ -32,6 +32,8 @@ LONG = [
     "test_global_modes.py",
     "test_forwards.py",
 ]
+# Files whose cases share nothing with each other. They come last, one case at a time, to whichever core is free.
+SPREAD = ["test_more_families.py"]
 LEFT_OUT = pytest.StashKey[int]()  # how many slow tests were left out
 
 if not torch.cuda.is_available():
@@ -60,6 +62,21 @@ def pytest_cmdline_main(config):
         config.option.loadscopereorder = False  # not by the number of tests: see LONG
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    if config.option.dist != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            is_spread = file.rpartition("/")[2] in SPREAD
+            return f"{file}::{test.partition('[')[2] or test}" if is_spread else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
+
+
 def pytest_configure(config):
     config.stash[LEFT_OUT] = 0
     if config.option.markexpr == "not slow" and all("::" in argument for argument in config.args):
@@ -67,7 +84,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    turns = {name: turn for turn, name in enumerate(LONG)} | dict.fromkeys(SPREAD, len(LONG) + 1)
+    items.sort(key=lambda item: turns.get(item.path.name, len(LONG)))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU, and torch finds none here")

@@ -28,6 +28,17 @@ def test_fast():
 def test_slow():
     note("slow")
 """
+SPREAD = """
+import os
+from pathlib import Path
+
+import pytest
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_case(name):
+    with Path(__file__).with_name("ran").open("a") as file:
+        print(name, os.environ["PYTEST_XDIST_WORKER"], file=file)
+"""
 # What `conftest.py` needs of them. Importing PyTorch and Triton takes longer than all else here.
 STAND_INS = {
     "torch.py": """
@@ -83,3 +94,14 @@ def test_a_whole_tier_runs_in_several_processes(ran):
     pytest.importorskip("xdist")
     names, printed = ran()
     assert names == ["fast worker"] and MESSAGE in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, tests run one after the other")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="needs two cores")
+@pytest.mark.slow
+def test_cases_that_share_nothing_go_to_any_process(ran, tmp_path):
+    pytest.importorskip("xdist")
+    (tmp_path / "tests" / "test_both.py").unlink()
+    (tmp_path / "tests" / "test_more_families.py").write_text(SPREAD)
+    names, _ = ran()
+    assert names in (["first gw0", "second gw1"], ["first gw1", "second gw0"])

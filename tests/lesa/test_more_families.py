@@ -14,6 +14,8 @@ from lesa_kernels import FusedKANPredictor, PredictorConfig
 from small_pipelines import FAMILIES as FIRST_FAMILIES
 
 STEPS = 12
+FEW = 4
+"""Steps where all are computed, or none need be told apart."""
 SOME = [0, 1, 2, 5, 9]
 REST = [step for step in range(STEPS) if step not in SOME]
 NEAR = 0.02
@@ -56,15 +58,16 @@ def pipe(pipes, request):
 
 @pytest.fixture(scope="module")
 def plain(pipes):
-    """`plain(name)` -> latents of the pipeline without lesa."""
+    """`plain(name)` -> latents of the pipeline without lesa in a few steps, and the `calls_of` its transformer."""
     made = {}
 
-    def latents_of(name):
+    def run_of(name):
         if name not in made:
-            made[name] = small.ALL[name].latents(pipes(name), steps=STEPS)
+            with calls_of(adapter_for(pipes(name))) as calls:
+                made[name] = small.ALL[name].latents(pipes(name), steps=FEW), calls
         return made[name]
 
-    return latents_of
+    return run_of
 
 
 def line():
@@ -106,20 +109,21 @@ def test_no_family_is_left_out():
 
 @every_case
 def test_all_steps_computed_and_disabled_are_bit_exact(pipe, plain, name):
-    case, wanted = small.ALL[name], plain(name)
+    case, (wanted, _) = small.ALL[name], plain(name)
     adapter = adapter_for(pipe)
-    with counted_blocks(adapter) as counts, lesa.enable_cache(pipe, line(), range(STEPS)) as handle:
-        assert torch.equal(case.latents(pipe, steps=STEPS), wanted)
+    with counted_blocks(adapter) as counts, lesa.enable_cache(pipe, line(), range(FEW)) as handle:
+        assert torch.equal(case.latents(pipe, steps=FEW), wanted)
     assert [*handle.stats.streams] == [*case.streams]
-    assert all(s.computed == [*range(STEPS)] and not s.predicted for s in handle.stats.streams.values())
-    assert counts == [STEPS * len(case.streams) * case.runs] * len(counts)
+    assert all(s.computed == [*range(FEW)] and not s.predicted for s in handle.stats.streams.values())
+    assert counts == [FEW * len(case.streams) * case.runs] * len(counts)
     assert handle.stats.unlocated == 0
-    assert torch.equal(case.latents(pipe, steps=STEPS), wanted)
+    assert torch.equal(case.latents(pipe, steps=FEW), wanted)
 
 
 @every_case
-def test_forecasts_skip_the_blocks_and_stay_near(pipe, plain, name):
-    case, wanted = small.ALL[name], plain(name)
+def test_forecasts_skip_the_blocks_and_stay_near(pipe, name):
+    case = small.ALL[name]
+    wanted = case.latents(pipe, steps=STEPS)
     adapter = adapter_for(pipe)
     with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
         with counted_blocks(adapter) as counts:
@@ -130,6 +134,7 @@ def test_forecasts_skip_the_blocks_and_stay_near(pipe, plain, name):
             assert (stream.computed, stream.predicted) == (SOME, REST)
             assert stream.fused == ([] if name in small.NOT_FUSED else REST), handle.stats.notes
         assert counts == [len(SOME) * len(streams) * case.runs] * len(counts)
+        assert handle.stats.unlocated == 0
         with adapter.head_entry.register_forward_hook(lambda *_: None):
             own = case.latents(pipe, steps=STEPS)
         assert not any(stream.fused for stream in handle.stats.streams.values())
@@ -178,10 +183,8 @@ def tensors_in(output):
 
 @slow_case
 @torch.no_grad()
-def test_conditioning_and_head_are_those_of_the_forward(pipe, name):
-    adapter = adapter_for(pipe)
-    with calls_of(adapter) as calls:
-        small.ALL[name].latents(pipe, steps=3)
+def test_conditioning_and_head_are_those_of_the_forward(pipe, plain, name):
+    adapter, (_, calls) = adapter_for(pipe), plain(name)
     for call, heads, output in calls:
         if call.get("kv_cache_mode") == "extract":  # it fills the cache, so it is always computed
             continue
@@ -203,12 +206,10 @@ def test_conditioning_and_head_are_those_of_the_forward(pipe, name):
 
 
 @slow_case
-def test_decode_gives_what_the_pipeline_gives(pipe, name):
-    case = small.ALL[name]
-    images = np.stack(case.run(pipe, steps=2, output_type="np"))
-    decoded = adapter_for(pipe).decode(
-        pipe, case.latents(pipe, steps=2), case.size.get("height"), case.size.get("width")
-    )
+def test_decode_gives_what_the_pipeline_gives(pipe, plain, name):
+    case, (latents, _) = small.ALL[name], plain(name)
+    images = np.stack(case.run(pipe, steps=FEW, output_type="np"))
+    decoded = adapter_for(pipe).decode(pipe, latents, case.size.get("height"), case.size.get("width"))
     assert decoded.dtype == np.float32
     assert decoded.min() >= 0 and decoded.max() <= 1 and decoded.std() > 0.01
     is_alike = decoded.shape == images.shape and np.allclose(decoded, images, atol=1e-6)

@@ -1,9 +1,9 @@
 """Compiles every kernel for GPUs that are not there, as the public calls would launch it, and reads what came out.
 
-`PYTHONPATH=benchmarks python tests/support/ahead_of_time.py --out report.json` calls each case of `CASES` at each of
-its sizes and dtypes for each of its architectures. The tensors are on the CPU and are never touched. Triton is told of
-a GPU, and each launch compiles and is recorded instead. Unset `TRITON_INTERPRET`, which makes kernels that can't be
-compiled.
+`PYTHONPATH=benchmarks python tests/support/ahead_of_time.py --out report.json` calls each case of `CASES` for each of
+its architectures, in each of its dtypes and at each of its sizes, but not in all combinations (see `ELSEWHERE`). The
+tensors are on the CPU and are never touched. Triton is told of a GPU, and each launch compiles and is recorded instead.
+Unset `TRITON_INTERPRET`, which makes kernels that can't be compiled.
 
 To add a kernel, add a `Case`. The tests in `test_ahead_of_time.py` then hold for it.
 """
@@ -37,8 +37,10 @@ from lesa_kernels.stream import HeadSums, LowRank, StoredFeatures, Weights, stre
 ARCHITECTURES = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 SHARED_MEMORY_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 DATA_CENTRE = (80, 90, 100)
-# All dtypes are compiled for Hopper. Elsewhere it is bfloat16, float8 where a kernel decodes its bits, and
-# float32 where shared memory is smallest.
+# Sizes, dtypes and architectures hardly interact: a dtype changes the loads of a kernel, an architecture its matrix
+# products and its shared memory, and a size the grid. So not each is compiled with each of the others. For Hopper, all
+# dtypes are compiled, and all sizes in bfloat16. Elsewhere it is bfloat16, float8 where a kernel decodes its bits, and
+# float32 where shared memory is smallest; in these and in the other dtypes on Hopper, a case takes one size, in turn.
 ELSEWHERE = {torch.bfloat16: tuple(ARCHITECTURES), torch.float8_e4m3fn: (80,), torch.float32: (86,)}
 WORKERS = 2
 
@@ -254,7 +256,7 @@ def gradient(name: str, call: Callable, *sizes: FeatureShape | LayerShape, produ
 
 def stream_cases() -> list[Case]:
     """Bfloat16 on all architectures, other dtypes on one or two; the largest ranks and heads on the smallest GPUs."""
-    every, bf16 = tuple(ARCHITECTURES), (torch.bfloat16,)
+    every, smallest, bf16 = tuple(ARCHITECTURES), (86, 89, 120), (torch.bfloat16,)
     float32, others = (torch.float32,), (torch.float16, torch.float32, torch.float8_e4m3fn)
     sums, large = {"kernel": "stream_sums", "vectorised": True, "products": "small"}, (FLUX,)
     return [
@@ -305,18 +307,20 @@ def stream_cases() -> list[Case]:
             )
         ),
         *(
-            # Each rank on each architecture, with another number of outputs. Such sizes may spill.
+            # Each rank on each kind of architecture, with another number of outputs. Such sizes may spill. GPUs with
+            # the smallest shared memory get the same block sizes and take turns; the largest rank is on all of them.
             Case(
                 f"stream_velocity-rank{rank}-{outputs}-outputs",
                 stream(rank, outputs),
                 large,
                 bf16,
                 may_spill=bf16,
-                architectures=tuple(architecture for a, architecture in enumerate(every) if (a + r) % 5 == o),
+                architectures=kind,
                 **sums,
             )
             for r, rank in enumerate((0, 32, 64, 128, 256))
-            for o, outputs in enumerate((16, 64, 128, 256, 512))
+            for k, kind in enumerate((smallest if rank == 256 else smallest[r % 3 :][:1], (80,), (90,), (100,)))
+            for outputs in ((16, 64, 128, 256, 512)[(k + r) % 5],)
         ),
     ]
 
@@ -326,40 +330,17 @@ CASES = [
     Case(
         "newton_predict-rank32",
         predict("newton", rank=32),
-        dtypes=(torch.bfloat16,),
-        architectures=(90,),
-        launches=2,
-        products="small",
-        vectorised=True,
-    ),
-    # Kernels of rank 32 take longest to compile. All sizes are for Hopper in bfloat16; the other dtypes there, and the
-    # other architectures, have one size each. As `ELSEWHERE` has it, float16 and float32 are for Hopper only.
-    Case(
-        "newton_predict-rank32-elsewhere",
-        predict("newton", rank=32),
-        (HUNYUAN_VIDEO,),
-        (torch.bfloat16, torch.float8_e4m3fn),
-        launches=2,
-        products="small",
-        vectorised=True,
-        architectures=(80, 100),
-    ),
-    Case(
-        "newton_predict-rank32-others",
-        predict("newton", rank=32),
-        (FLUX,),
-        (torch.float16, torch.float32, torch.float8_e4m3fn),
         launches=2,
         products="small",
         vectorised=True,
         may_spill=(torch.float32,),
-        architectures=(90,),
     ),
     Case("newton_coefficients", plan(rank=32), dtypes=(torch.bfloat16,), vectorised=True),
     # The next two launch the kernel of the stream operation.
     Case(
         "newton_velocity-rank0",
         velocity(0),
+        dtypes=(torch.bfloat16, torch.float8_e4m3fn),  # `stream_velocity-rank0` has the others
         launches=2,
         products="small",
         vectorised=True,
@@ -368,34 +349,10 @@ CASES = [
     Case(
         "newton_velocity-rank32",
         velocity(32),
-        dtypes=(torch.bfloat16,),
-        architectures=(90,),
         launches=2,
         products="small",
         vectorised=True,
         may_spill=(*FLOATS, torch.float8_e4m3fn),
-    ),
-    Case(
-        "newton_velocity-rank32-elsewhere",
-        velocity(32),
-        (HUNYUAN_VIDEO,),
-        (torch.bfloat16, torch.float8_e4m3fn),
-        launches=2,
-        products="small",
-        vectorised=True,
-        may_spill=(torch.bfloat16, torch.float8_e4m3fn),
-        architectures=(80, 100),
-    ),
-    Case(
-        "newton_velocity-rank32-others",
-        velocity(32),
-        (FLUX,),
-        (torch.float16, torch.float32, torch.float8_e4m3fn),
-        launches=2,
-        products="small",
-        vectorised=True,
-        may_spill=(*FLOATS, torch.float8_e4m3fn),
-        architectures=(90,),
     ),
     *stream_cases(),
     Case(
@@ -429,14 +386,27 @@ CASES = [
 ]
 
 
-def units(only: str = "") -> list[tuple[int, str, torch.dtype]]:
-    """What is compiled in one go: architecture, case and dtype, those whose `id_of` contains `only`."""
-    found = [
+def sizes_of(architecture: int, case: str, dtype: torch.dtype) -> tuple[FeatureShape | LayerShape, ...]:
+    """The sizes of a unit: all of the case's for Hopper in its first dtype, one of them elsewhere."""
+    (found,) = [each for each in CASES if each.name == case]
+    turn = found.architectures.index(architecture) + found.dtypes.index(dtype)
+    if len(units_of(found)) == 1 or (architecture == 90 and dtype == found.dtypes[0]):
+        return found.sizes
+    return (found.sizes[turn % len(found.sizes)],)
+
+
+def units_of(case: Case) -> list[tuple[int, str, torch.dtype]]:
+    """What is compiled of a case: its architectures and dtypes as `ELSEWHERE` has them."""
+    return [
         (architecture, case.name, dtype)
-        for case in CASES
         for dtype, architecture in itertools.product(case.dtypes, case.architectures)
         if architecture in (90, *ELSEWHERE.get(dtype, ()))
     ]
+
+
+def units(only: str = "") -> list[tuple[int, str, torch.dtype]]:
+    """What is compiled in one go: architecture, case and dtype, those whose `id_of` contains `only`."""
+    found = [unit for case in CASES for unit in units_of(case)]
     return [unit for unit in found if only in id_of(*unit)]
 
 
@@ -446,7 +416,7 @@ def id_of(architecture: int, case: str, dtype: torch.dtype) -> str:
 
 
 def compile_unit(architecture: int, case: str, dtype: torch.dtype) -> dict:
-    """Calls a case at all of its sizes for one architecture.
+    """Calls a case at its sizes for one architecture and dtype.
 
     Returns:
         `id`, `seconds`, `launches`: the keys of the kernels that each size launches, in order; `kernels`: what is
@@ -457,7 +427,7 @@ def compile_unit(architecture: int, case: str, dtype: torch.dtype) -> dict:
     launches, kernels, error = {}, {}, None
     try:
         launched = pretend(architecture)
-        for size in found.sizes:
+        for size in sizes_of(architecture, case, dtype):
             launched.clear()
             found.call(replace(size, dtype=dtype))
             launches[str(size)] = [kernel.hash for kernel in launched]

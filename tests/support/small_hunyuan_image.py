@@ -4,7 +4,7 @@ from functools import partial
 
 import diffusers
 
-from small_hunyuan_video15 import GLYPH_DIM, WIDTHS, guider, prompts, streams
+from small_hunyuan_video15 import GLYPH_DIM, WIDTHS, guider, narrow_glyphs, prompts, streams
 from small_pipelines import HEIGHT, TEXT_DIM, WIDTH, Small, image, leave_slow_waves
 
 _CHANNELS = 8
@@ -53,7 +53,7 @@ def image_transformer(**options):
     )
     if made.time_guidance_embed.use_meanflow:
         leave_slow_waves(made.time_guidance_embed.timestep_embedder_r.linear_1)
-    return made
+    return narrow_glyphs(made)
 
 
 def _image(pipeline, guiders, named=None, vae=image_vae, glyphs=True, masked=False, **rest):

@@ -76,7 +76,14 @@ def video_transformer(**options):
     )
     if made.time_embed.use_meanflow:
         leave_slow_waves(made.time_embed.timestep_embedder_r.linear_1)
-    return made
+    return narrow_glyphs(made)
+
+
+def narrow_glyphs(transformer):
+    """Makes the embedder of letters as wide as the rest: its class has 2048 channels, by far the most of all."""
+    if transformer.context_embedder_2 is not None:
+        transformer.context_embedder_2 = type(transformer.context_embedder_2)(GLYPH_DIM, DIM, DIM)
+    return transformer
 
 
 def _video(pipeline, negative, size, named=None, parts=dict, masked=False, **rest):
@@ -92,13 +99,17 @@ def _video(pipeline, negative, size, named=None, parts=dict, masked=False, **res
     )
 
 
+def _few_image_tokens(pipe):
+    pipe.vision_num_semantic_tokens = 5  # of an image that is not given: zeros
+
+
 _SIZE = {"height": HEIGHT, "width": WIDTH}
 _FIRST = {"image": lambda batch: image(1)}
 _MEANFLOW = {"transformer_options": {"use_meanflow": True}}
 
 CASES = {
-    "hunyuan 1.5": _video("HunyuanVideo15Pipeline", False, _SIZE),
-    "hunyuan 1.5 cfg": _video("HunyuanVideo15Pipeline", True, _SIZE, masked=True),
+    "hunyuan 1.5": _video("HunyuanVideo15Pipeline", False, _SIZE, prepare=_few_image_tokens),
+    "hunyuan 1.5 cfg": _video("HunyuanVideo15Pipeline", True, _SIZE, masked=True, prepare=_few_image_tokens),
     "hunyuan 1.5 image": _video("HunyuanVideo15ImageToVideoPipeline", False, {}, _FIRST, _vision_parts, **_MEANFLOW),
     "hunyuan 1.5 image cfg": _video("HunyuanVideo15ImageToVideoPipeline", True, {}, _FIRST, _vision_parts),
 }
