@@ -122,7 +122,7 @@ def sanitized(tmp_path_factory):
 # The slow cases above and these are drawn alike; each dtype, layout and kind of push comes up many times in 400.
 # Of the CPU's code, processors with vector instructions run one half, and others the other.
 RUNS = {
-    "CPU": (dict(cases=700, seed=1_000_000, ties=4), ["--large"], {}),
+    "CPU": (dict(cases=400, seed=1_000_000, ties=4), ["--large"], {}),
     "CPU, plain instructions": (dict(cases=400, seed=2_000_000, ties=2), [], {"LESA_PLAIN_INSTRUCTIONS": "1"}),
     "kernels": (dict(cases=400, seed=3_000_000, ties=6), ["--large", "--kernels"], {}),
 }
