@@ -895,11 +895,11 @@ def test_speedups_refer_to_the_reference_of_their_own_command(pipe, inputs, tmp_
     }
 
 
-def test_a_new_contender_is_compared_with_the_kept_reference(pipe, four, uneven, tmp_path):
+def test_a_new_contender_is_compared_with_the_kept_reference(whole_pipeline, four, uneven, tmp_path):
     """The reference is kept in two calls of three samples and of one."""
     options = {"seed": 7, "batch_size": 3, "out_dir": tmp_path, "progress": False}
-    before = lesa.evaluate(pipe, four, [], (), STEPS, **options)
-    after = lesa.evaluate(pipe, four, [], (UNEVEN, "steps-4"), STEPS, **options)
+    before = lesa.evaluate(whole_pipeline, four, [], (), STEPS, **options)
+    after = lesa.evaluate(whole_pipeline, four, [], (UNEVEN, "steps-4"), STEPS, **options)
     assert after["reference"].seconds != before["reference"].seconds  # timed again
     assert same(after, uneven[0])
     assert after.facts == uneven[0].facts

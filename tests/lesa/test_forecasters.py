@@ -35,8 +35,8 @@ def seen(monkeypatch):
     """A list that gets, for each forecast, the step, the weights and the forecast, which no fused head keeps away."""
     found, features = [], ForecastingHook._features
 
-    def remember(self, ring, call, plan):
-        forecast = features(self, ring, call, plan)
+    def remember(self, track, call, plan):
+        forecast = features(self, track, call, plan)
         found.append((call.step, None if plan is None else plan.weights[call.step], forecast))
         return forecast
 
@@ -48,13 +48,13 @@ def seen(monkeypatch):
 @pytest.fixture
 def computed(monkeypatch):
     """Step -> the features that were computed."""
-    found, push = {}, ForecastingHook._push
+    found, keep = {}, ForecastingHook.keep
 
-    def remember(self, stream, features, sigma):
-        found[self.state.run.step] = features.clone()
-        push(self, stream, features, sigma)
+    def remember(self, state, call, head, features, conditioning):
+        found[call.step] = features.clone()
+        keep(self, state, call, head, features, conditioning)
 
-    monkeypatch.setattr(ForecastingHook, "_push", remember)
+    monkeypatch.setattr(ForecastingHook, "keep", remember)
     return found
 
 

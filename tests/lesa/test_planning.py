@@ -50,9 +50,9 @@ def compared(monkeypatch):
     """
     steps, features = [], ForecastingHook._features
 
-    def compare(self, ring, call, plan):
-        forecast = features(self, ring, call, plan)
-        own = self.predictor(ring, call.sigma)
+    def compare(self, track, call, plan):
+        forecast = features(self, track, call, plan)
+        own = self.predictor(track.ring, call.sigma)
         if own.isfinite().all():
             torch.testing.assert_close(forecast, own, rtol=2e-5, atol=2e-5)
         else:
@@ -113,7 +113,7 @@ def other_image(step):
 
 @pytest.mark.parametrize(
     ("calls", "reason"),
-    [(interval, "no history"), (pause, None), (other_text, "the text changed"), (other_image, "the shape changed")],
+    [(interval, "the first call of this stream"), (pause, None), (other_text, "the text changed"), (other_image, "the shape changed")],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_histories_that_no_schedule_tells(pipe, plans, compared, calls, reason):
