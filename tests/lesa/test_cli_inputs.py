@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import lesa
 import small_pipelines as small
 from lesa import cli
-from lesa.cache.forecasting import ForecastingHook
+from lesa.cache.choosing import Chooser
 from lesa.cli.fitting import check_widths, fit
 from lesa.cli.trying import check_by_pipeline
 from lesa.inputs import Sample, check_inputs, read_inputs, write_inputs
@@ -274,7 +274,7 @@ def test_a_bug_under_the_pipeline_keeps_its_traceback(painter, encoded, tmp_path
         raise TypeError("a bug")
 
     image_lines(painter, "images/cat.png")
-    monkeypatch.setattr(ForecastingHook, "_scheduled", bug)
+    monkeypatch.setattr(Chooser, "_scheduled", bug)
     with pytest.raises(TypeError, match="a bug"):
         run(capsys, GENERATE, painter=painter, tmp=tmp_path)
 

@@ -397,7 +397,7 @@ def broken_manifests(manifest):
     for name in ("scheduler", "pipeline_config", "configs", "dtypes", "adapters", "weights", "arguments", "predictor"):
         yield from ({**manifest, name: value} for value in (3, "x", [1]))
     yield from ({**manifest, "tokens_per_sample": value} for value in ("7", [7], -7, 1.5))
-    yield from ({**manifest, "format_version": value} for value in ("1", None, 2, [1], 0))
+    yield from ({**manifest, "format_version": value} for value in ("1", None, 3, [1], 0))
 
 
 @pytest.mark.slow

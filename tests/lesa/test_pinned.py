@@ -88,7 +88,7 @@ def test_modular_guidance_in_a_window_of_the_run():
     cond, uncond = stats.streams.values()
     assert (cond.computed, cond.predicted) == (SOME, REST)
     first = uncond.computed[0]  # of the window, where that stream has no history
-    assert uncond.reasons == {first: "no history", 4: "scheduled", 8: "scheduled"} and first == 3
+    assert uncond.reasons == {first: "the first call of this stream", 4: "scheduled", 8: "scheduled"} and first == 3
     assert uncond.computed == [3, 4, 8] and uncond.predicted == [5, 6, 7]
     assert psnr(cached, plain) > 60
 

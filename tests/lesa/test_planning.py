@@ -113,7 +113,12 @@ def other_image(step):
 
 @pytest.mark.parametrize(
     ("calls", "reason"),
-    [(interval, "the first call of this stream"), (pause, None), (other_text, "the text changed"), (other_image, "the shape changed")],
+    [
+        (interval, "the first call of this stream"),
+        (pause, None),
+        (other_text, "the text changed"),
+        (other_image, "the shape changed"),
+    ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_histories_that_no_schedule_tells(pipe, plans, compared, calls, reason):

@@ -89,8 +89,7 @@ class Placement:
     function, so torch does not use a graph that was compiled without the hook.
 
     Args:
-        site: where to put it. Its `gate` gets the transformer's calls, its `on_head_entry` the calls of the output
-            head.
+        site: where to put it. Its `gate` gets the transformer's calls, its `entries` the calls of the output heads.
 
     Attributes:
         compiled: what `torch.compile` made of the transformer's calls, or None.
@@ -113,10 +112,7 @@ class Placement:
         self.compiled: Callable | None = attributes.get("_compiled_call_impl")
         attributes["_compiled_call_impl"] = self._gate = site.gate
         attributes["compile"] = self._own_compile = self._compile
-        self.captures = [
-            branch.on_entry(functools.partial(site.on_head_entry, head))
-            for head, branch in enumerate(self._adapter.branches)
-        ]
+        self.captures = [entry.branch.on_entry(entry.on_call) for entry in site.entries()]
         self._known: list[Any] = []  # bound forwards that belong to wrappers, which set them when they are removed
         self._forward: types.MethodType | None = None
         self._seen: Any = None  # the wrapper whose forwards are known
@@ -155,7 +151,7 @@ class Placement:
     @property
     def is_compiled(self) -> bool:
         """Whether the transformer is compiled as a whole."""
-        return self.compiled is not None or self._called_module is not self._transformer
+        return self.compiled is not None or self._site.component is not self._transformer
 
     @property
     def call(self) -> Callable:
