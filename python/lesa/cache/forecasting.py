@@ -61,8 +61,10 @@ class ForecastingHook(StepHook[ForecastState]):
         self._configs = [*{id(each): each.config for each in predictors.values()}.values()]
         adapter = self.adapter
         controlnet = getattr(pipe, "controlnet", None)
-        lists = adapter.control_outputs
-        self._control = None if controlnet is None or lists is None else DeferredControl.of(controlnet, lists)
+        lists, converts = adapter.control_outputs, adapter.control_is_converted
+        self._control: DeferredControl | None = None
+        if controlnet is not None and lists is not None:
+            self._control = DeferredControl.of(controlnet, lists, converts)
         self._is_predicting = False  # whether the schedule of the latest run leaves out steps
         self.stats = CacheStats()
 
