@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from lesa.cache import reasons
-from lesa.cache.choosing import Chooser
+from lesa.cache.choosing import Chooser, note_of_switch
 from lesa.cache.controlnet import DeferredControl, computed
 from lesa.cache.device_values import DeviceValues, sum_of
 from lesa.cache.error_control import ControlledSteps, ErrorControl, forecast_error
@@ -98,14 +98,17 @@ class ForecastingHook(StepHook[ForecastState]):
         self._note_adapters()
         sigmas = state.run.executed_sigmas
         state.parts = [falling(sigmas, step) for step in range(len(sigmas))]
+        state.switch = switch_step(self.pipe, state.run) if len(self.sites) > 1 else None
         if isinstance(self.schedule, ErrorControl):
             config = self.predictor.config  # `check_controllable` has seen that it has a schedule and its errors
             trained, errors = cast(Schedule, schedule_of(config)), config.schedule_errors or ()
-            state.controlled = ControlledSteps(self.schedule, trained, errors, sigmas)
+            state.controlled = ControlledSteps(self.schedule, trained, errors, sigmas, state.switch)
             state.computed = state.controlled.chosen
+            if state.switch is not None:
+                state.added = {state.switch: reasons.FIRST_OF_SECOND}
+                self.stats.note(note_of_switch(state.switch))
         else:
             rises = frozenset(part.start for part in state.parts)
-            state.switch = switch_step(self.pipe, state.run) if len(self.sites) > 1 else None
             chooser = Chooser(self.schedule, self.as_trained, self._configs, self.stats.note)
             state.computed, state.added = chooser.choose(sigmas, rises, state.switch)
         state.was_predicting, self._is_predicting = self._is_predicting, len(state.computed) < len(sigmas)
