@@ -22,6 +22,7 @@ from lesa.cache.streams import ForecastState, Stream, Track
 from lesa.models import Adapter
 from lesa.schedule import Schedule, Spread, schedule_of
 from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig
+from lesa_kernels.feature_ring import shared_budget
 from lesa_kernels.forecasters import UNTRAINED
 
 
@@ -325,7 +326,7 @@ class ForecastingHook(StepHook[ForecastState]):
             if fits and len(stream.stats.computed) > 1:
                 self._measure(state, stream, call, features, conditioning)
         if not fits:
-            self._renew(stream, track, features)
+            self._renew(stream, track, call, features)
         track.push(features, call.sigma)
         track.shape = track.branch.shape(call.arguments)
         if len(call.heads) == len(stream.tracks):
@@ -347,20 +348,32 @@ class ForecastingHook(StepHook[ForecastState]):
         error = forecast_error(forecast, features, self.adapter.output_head(conditioning))
         state.values.ask(error, functools.partial(state.controlled.receive, stream.stats.errors, call.step))
 
-    def _renew(self, stream: Stream, track: Track, features: torch.Tensor) -> None:
+    def _renew(self, stream: Stream, track: Track, call: Call, features: torch.Tensor) -> None:
         """Gives a track an empty ring for such features."""
         track.ring = track.planner = None  # nothing else holds the ring: it is freed before another one takes memory
         predictor = track.predictor
         if any(predictor is owned for owned in self.owned):
             predictor.to(features.device)
         batch, tokens, width = features.shape
-        ring = predictor.make_ring(batch, tokens, features.dtype, features.device, self.max_device_bytes, width)
+        budget = self._budget(stream, track, call, features)
+        ring = predictor.make_ring(batch, tokens, features.dtype, features.device, budget, width)
         track.ring, track.fuses = ring, predictor.fuses_velocity(ring)
         track.reads_sums = track.fuses and predictor.reads_sums(ring)
         track.planner = Planner(predictor, ring, stream.name) if can_plan(predictor) else None
         rings = [track.ring for track in stream.tracks if track.ring is not None]
         stream.stats.ring_device_bytes = sum(ring.device_nbytes for ring in rings)
         stream.stats.ring_host_bytes = sum(ring.host_nbytes for ring in rings)
+
+    def _budget(self, stream: Stream, track: Track, call: Call, features: torch.Tensor) -> int | None:
+        """How much of `max_device_bytes` the ring of a track gets: the tracks of a stream share it."""
+        if self.max_device_bytes is None or len(stream.tracks) == 1:
+            return self.max_device_bytes
+        sizes = [
+            (each.predictor.config.max_history, *each.branch.shape(call.arguments), each.branch.feature_dim)
+            for each in stream.tracks
+        ]
+        shares = shared_budget(self.max_device_bytes, [(*each, features.dtype) for each in sizes])
+        return next(share for each, share in zip(stream.tracks, shares) if each is track)
 
     def finish(self, state: ForecastState, call: Call) -> None:
         stats = state.streams[call.stream].stats
