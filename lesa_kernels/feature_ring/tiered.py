@@ -73,6 +73,31 @@ def make_ring(
     return TieredRing(*sizes, max_device_bytes)
 
 
+def shared_budget(max_device_bytes: int, rings: Sequence[tuple[int, int, int, int, torch.dtype]]) -> list[int]:
+    """Divides a budget among rings that share it. Each gets the least that it needs, and a part of the rest.
+
+    Args:
+        max_device_bytes: the budget.
+        rings: for each ring, capacity, batch, tokens, dim and dtype, as in `FeatureRing`.
+
+    Returns:
+        The budget of each ring, for `make_ring`. It is the ring's whole size if all of them fit.
+
+    Raises:
+        TypeError, ValueError: the budget is less than the rings need together.
+    """
+    budget = check_int("max_device_bytes", max_device_bytes, minimum=0)
+    whole = [ring_nbytes(*sizes) for sizes in rings]
+    least = [min(needed, _least_nbytes(*sizes)) for needed, sizes in zip(whole, rings)]
+    if budget < sum(least):
+        must = f"be at least {sum(least)}, for {len(least)} rings that share it"
+        raise argument_error("max_device_bytes", must, budget, "Raise it, or store in a smaller dtype.")
+    spare, wanted = budget - sum(least), sum(whole) - sum(least)
+    if spare >= wanted:
+        return whole
+    return [few + spare * (needed - few) // wanted for few, needed in zip(least, whole)]
+
+
 class TieredRing:
     """A `FeatureRing` whose oldest features are in host memory, which is pinned if the device is a GPU.
 

@@ -131,7 +131,9 @@ KNOWING = {
     "demo/run.py": {"newton", "dense"},  # the bundled predictors
     "demo/make_weights.py": {"newton"},
     "cli/train.py": {"newton", "l2p"},  # a help, which needs no torch; see the test of it
-    "models/plain_head.py": {"linear"},  # the function of torch
+    "models/aura_flow.py": {"linear"},  # the layer
+    "models/final_layer.py": {"linear"},
+    "models/heads.py": {"linear"},
     "cli/__init__.py": {"lesa"},  # the command
     "conditions.py": {"lesa"},  # the package
     "cache/placement.py": {"lesa"},  # the hook

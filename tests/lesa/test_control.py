@@ -49,6 +49,33 @@ def test_residuals_are_a_list_that_is_computed_once_and_when_it_is_looked_at(net
     assert len(net.calls) == 2
 
 
+def test_residuals_go_where_a_list_of_tensors_goes(net):
+    net(torch.zeros(1), return_dict=False)
+    blocks, _ = net(torch.ones(1), return_dict=False)
+    assert len(net.calls) == 1
+    assert torch.stack(list(blocks)).tolist() == [[1], [2]] and [0.5 * each for each in blocks] == [0.5, 1]
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_residuals_that_the_pipeline_converts_are_deferred_each(kind, control):
+    """Like Sana's pipeline, whose ControlNet gives one list."""
+
+    class One(ControlNet):
+        def forward(self, x, return_dict=True):
+            self.calls.append(x)
+            return ([x, x + 1],)
+
+    net = One()
+    control(net, 1, lambda: True, converts=True)
+    net(torch.zeros(1), return_dict=False)
+    (blocks,) = net(torch.ones(1), return_dict=False)
+    converted = kind(each.to(dtype=torch.float64) for each in blocks)
+    assert len(net.calls) == 1 and len(blocks) == 2
+    made = computed({"blocks": converted, "both": kind([blocks])})
+    assert type(made["blocks"]) is kind and [*made["blocks"]] == [1, 2] and made["both"] == kind([[1, 2]])
+    assert {each.dtype for each in made["blocks"]} == {torch.float64} and blocks[1] == 2 and len(net.calls) == 2
+
+
 def test_calls_that_nobody_waits_for_are_made_at_once(net, awaited):
     net(torch.zeros(1), return_dict=False)
     awaited[0] = False
@@ -71,9 +98,9 @@ def control():
     """`control(net, outputs, *awaited)` puts a gate on a ControlNet until the test ends."""
     joined = []
 
-    def join(net, outputs, *awaited):
+    def join(net, outputs, *awaited, **options):
         for waits in awaited:
-            joined.append((DeferredControl.of(net, outputs), waits))
+            joined.append((DeferredControl.of(net, outputs, **options), waits))
             joined[-1][0].join(waits)
         return joined[-len(awaited) :]
 
@@ -145,4 +172,5 @@ def test_what_was_compiled_before_is_there_again(control):
     net(torch.zeros(1), return_dict=False)
     assert len(called) == 1
     gate.leave(waits)
+    gate.leave(waits)  # as where a cache cannot be put on: there is nothing to undo
     assert net._compiled_call_impl is own and "compile" not in vars(net)

@@ -3,6 +3,7 @@
 Scale and shift are what the modules make of the conditioning. Weights of an affine norm are folded into them.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from diffusers.models.transformers.transformer_cogview4 import CogView4AdaLayerN
 from diffusers.models.transformers.transformer_z_image import FinalLayer
 from torch import nn
 
+from lesa.models.final_layer import FinalLayerHead
+from lesa.models.heads import folded
 from lesa_kernels import OutputHead, output_head
 from lesa_kernels.stream import NO_RESIDUAL, LowRank, StoredFeatures, Weights, stream_velocity, stream_velocity_is_fused
 from lesa_kernels.stream.reference import stream_forecast_ref
@@ -42,13 +45,6 @@ def ready(module: nn.Module) -> nn.Module:
 
 def normal(*sizes: int, seed: int = 2) -> torch.Tensor:
     return torch.randn(sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def folded(norm: nn.Module, scale: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The modulation of a norm without weights that does what `norm` and this modulation do."""
-    weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
-    shift = shift if bias is None else bias * (1 + scale) + shift
-    return (scale if weight is None else weight * (1 + scale) - 1), shift
 
 
 def adaptive(kind: type[nn.Module] = AdaLayerNormContinuous, **options) -> Form:
@@ -229,3 +225,36 @@ def test_triton_is_as_near_to_the_models_modules_as_torch(name, dtype, kernel_de
     check(name, dtype, "triton", kernel_device)
     if FORMS[name]().head.scale.ndim == 2:  # with a residual, a modulation for each token is not fused
         check(name, dtype, "triton", kernel_device, rank=3)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_final_layer_is_folded_with_the_weights_of_its_norm(affine):
+    transformer = nn.Module()
+    transformer.last = FinalLayer(DIM, OUTPUTS)
+    transformer.last.norm_final = nn.LayerNorm(DIM, eps=1e-5, elementwise_affine=affine)
+    ready(transformer)
+    form = FinalLayerHead(transformer, "last", "any")
+    features, conditioning = normal(BATCH, TOKENS, DIM, seed=4), normal(BATCH, DIM)
+    found, own = output_head(features, form.output_head(conditioning)), form.run(features, conditioning)
+    torch.testing.assert_close(found, own, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1.0, 0.03])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_folded_weights_of_a_norm_in_bfloat16_are_as_near_as_torch(size, has_bias):
+    """Of small weights too, which a narrow dtype rounds to few digits beside the 1 that `scale` is added to."""
+    norm = ready(nn.LayerNorm(DIM, eps=1e-5, bias=has_bias))
+    norm.weight.mul_(size)
+    norm, projection = norm.bfloat16(), ready(nn.Linear(DIM, OUTPUTS, bias=False)).bfloat16()
+    features, scale = (normal(BATCH, *sizes).bfloat16() for sizes in ((64, DIM), (DIM,)))
+    shift = (normal(BATCH, DIM, seed=3) * size).bfloat16()
+
+    def plain(dtype):
+        norm_there, projection_there = (copy.deepcopy(module).to(dtype) for module in (norm, projection))
+        modulated = norm_there(features.to(dtype)) * (1 + scale[:, None].to(dtype)) + shift[:, None].to(dtype)
+        return projection_there(modulated).double()
+
+    made = folded(norm, scale, shift)
+    exact, head = plain(torch.float64), OutputHead(projection.weight, None, *made, 1e-5)
+    error, of_torch = ((each - exact).norm() for each in (output_head(features, head).double(), plain(torch.bfloat16)))
+    assert error <= 2 * of_torch

@@ -216,6 +216,25 @@ def test_decode_gives_what_the_pipeline_gives(pipe, plain, name):
     assert is_alike == (name not in small.NOT_DECODED_ALIKE)
 
 
+@pytest.mark.parametrize("name", ["ltx-2 cfg"])
+def test_the_rings_of_a_stream_share_its_budget(pipe, name):
+    """The features of the video and those of the sound."""
+
+    def run(budget):
+        predictor = FusedKANPredictor(PredictorConfig(mixer="linear"))
+        with lesa.enable_cache(pipe, predictor, [0, 1, 3], budget, strict=True) as handle:
+            latents = small.ALL[name].latents(pipe, steps=5)
+        (stream,) = handle.stats.streams.values()
+        return latents, stream.ring_device_bytes, stream.ring_host_bytes
+
+    latents, whole, _ = run(None)
+    assert run(whole)[1:] == (whole, 0)
+    tight, on_device, on_host = run(whole * 3 // 4)
+    assert torch.equal(tight, latents) and on_device <= whole * 3 // 4 and on_host > 0
+    with pytest.raises(ValueError, match="`max_device_bytes` must be at least .* for 2 rings that share it"):
+        run(whole // 4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", small.RECORDED.values())
 def test_recordings_can_be_trained_on_and_evaluated(pipe, name, tmp_path):

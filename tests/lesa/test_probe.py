@@ -397,6 +397,12 @@ def test_a_transformer_that_cannot_be_watched_is_refused_at_once(transformer, la
             function(pipe)
 
 
+def test_only_the_cache_has_probes(pipe):
+    assert isinstance(lesa.models.adapters_or_probes(pipe)["transformer"], Probe)
+    with pytest.raises(TypeError, match="For others, only `lesa.enable_cache` works"):
+        lesa.models.adapters_for(pipe)
+
+
 def test_what_needs_an_adapter_is_refused_by_name(pipe, tmp_path):
     for use in (
         lambda: lesa.record(pipe, [{}], tmp_path, STEPS, progress=False),

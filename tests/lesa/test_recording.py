@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+import more_pipelines as more
 import small_pipelines as small
 from lesa import Trajectories, enable_cache, record
 from lesa.demo import digits
@@ -129,6 +130,14 @@ def test_manifest_says_what_was_recorded(pipe, recording):
     assert torch.equal(recording.head_weight, pipe.transformer.proj_out.weight)
     assert torch.equal(recording.head_bias, pipe.transformer.proj_out.bias)
     assert not recording.head_weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["krea2 cfg", "aura flow cfg"])
+def test_a_head_without_a_layer_norm_is_recorded_in_the_later_format(name, tmp_path):
+    """A release that knows no other norm refuses that version, and would train with a layer norm otherwise."""
+    case = more.ALL[name]
+    recorded = record(case.build(), [case.inputs(1)], tmp_path, num_inference_steps=3, progress=False)
+    assert recorded.manifest["format_version"] == 2 and recorded.manifest["head_norm"] != "layer"
 
 
 def test_trajectories_are_a_sequence(recording):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lesa
-from lesa.cache.placement import installed_hook
+from lesa.cache.placement import Placement, Watch, installed_hook
 from lesa.contenders import FirstBlockCache, MagCache, TaylorSeer
 from lesa.models import adapters_for
 from lesa.training.trajectories import MANIFEST
@@ -128,6 +128,49 @@ def test_the_features_of_the_first_expert_are_freed_when_the_second_one_begins(p
     with lesa.enable_cache(pipe, line(), SOME) as handle:
         CASE.latents(pipe, steps=STEPS, callback_on_step_end=look)
     assert held[:-1] == [NAMES[:2]] * SWITCH + [NAMES[2:]] * (STEPS - SWITCH - 1)
+
+
+@pytest.mark.parametrize("tolerance", [0.01, 1.0, 10.0])
+def test_error_control_computes_the_first_step_of_the_second_expert(pipe, tolerance):
+    pipe.scheduler.set_timesteps(STEPS)
+    levels, errors = pipe.scheduler.sigmas.tolist(), (0.05,) * len(SOME)
+    trained = {"schedule": tuple(SOME), "schedule_sigmas": tuple(levels[step] for step in SOME)}
+    config = PredictorConfig(32, rank=2, hidden=4, num_inference_steps=STEPS, schedule_errors=errors, **trained)
+    held = []
+
+    def look(pipe, step, timestep, tensors):
+        held.append([*handle._hook.state.streams])
+        return {}
+
+    predictor = FusedKANPredictor(config)
+    with lesa.enable_cache(pipe, predictor, lesa.ErrorControl(tolerance), strict=True) as handle:
+        CASE.latents(pipe, steps=STEPS, callback_on_step_end=look)
+    second = handle.stats.streams[NAMES[2]]
+    assert second.computed[0] == SWITCH and second.reasons[SWITCH] == "the first step of transformer_2"
+    assert "step 6 is computed because it is the first one of transformer_2" in handle.stats.notes
+    assert held[:-1] == [NAMES[:2]] * SWITCH + [NAMES[2:]] * (STEPS - SWITCH - 1)
+
+
+@pytest.mark.parametrize("part", ["second expert", "output head of the second expert", "pipeline"])
+def test_a_cache_that_cannot_be_put_on_leaves_nothing_on(pipe, monkeypatch, part):
+    def fail(*args, **options):
+        raise OSError("planted")
+
+    if part == "pipeline":
+        monkeypatch.setattr(Watch, "put", fail)
+    elif part == "second expert":
+        put = Placement.put
+        monkeypatch.setattr(Placement, "put", lambda self: (fail if self._site.name == "transformer_2" else put)(self))
+    else:
+        monkeypatch.setattr(pipe.transformer_2.norm_out, "register_forward_pre_hook", fail)
+    modules = [pipe.transformer, pipe.transformer_2]
+    before = [{**vars(module)} for module in modules], [len(m.norm_out._forward_pre_hooks) for m in modules], type(pipe)
+    with pytest.raises(OSError, match="planted"):
+        lesa.enable_cache(pipe, line(), SOME)
+    after = [{**vars(module)} for module in modules], [len(m.norm_out._forward_pre_hooks) for m in modules], type(pipe)
+    assert after == before
+    monkeypatch.undo()
+    lesa.enable_cache(pipe, line(), SOME).disable()
 
 
 def test_a_second_expert_that_was_replaced_is_noticed(pipe):

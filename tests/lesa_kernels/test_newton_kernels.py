@@ -560,7 +560,7 @@ def test_opcheck(name, kernel_device):
     one_level = (*state[:-1], torch.tensor(0.5))
     torch.library.opcheck(ops.newton_predict.default, (*one_level, *experts, *shape))
     head = make_head(ring, 4)
-    parts = (head.weight, head.bias, head.scale, head.shift, head.eps)
+    parts = (head.weight, head.bias, head.scale, head.shift, head.eps, head.norm)
     detached = [None if e is None else e.detach() for e in experts]
     torch.library.opcheck(ops.newton_velocity.default, (*state, *detached, *parts, *shape))
     grad = torch.randn(2, 3, 24, device=kernel_device)
@@ -659,7 +659,7 @@ def test_the_operators_check_their_arguments(kernel_device):
     with pytest.raises(ValueError, match=r"`sigma` must have shape \[2\]"):
         torch.ops.lesa_kernels.newton_predict(*state[:-1], torch.tensor([0.5]), *experts, *shape)
     head = make_head(ring, 4)
-    parts = (head.weight, head.bias, head.scale[:1], head.shift, head.eps)
+    parts = (head.weight, head.bias, head.scale[:1], head.shift, head.eps, head.norm)
     with pytest.raises(ValueError, match=r"`head.scale` must have shape \[2, 24\]"):
         torch.ops.lesa_kernels.newton_velocity(*state, *experts, *parts, *shape)
 
@@ -687,7 +687,7 @@ def test_names_and_order_of_arguments_are_those_of_the_public_functions():
     assert schema("dense_predict_bwd") == ["grad", *dense, "needs_storage"]
     head = len(newton) - len(Shape._fields)
     assert names(newton_velocity) == [*newton[:head], "head", *newton[head:], "backend"]
-    parts = ["weight", "bias", "scale", "shift", "eps"]
+    parts = ["weight", "bias", "scale", "shift", "eps", "norm"]
     assert schema("newton_velocity") == [*newton[:head], *parts, *newton[head:]]
 
 
@@ -696,7 +696,7 @@ def test_the_schemas_of_the_operators():
     kan = "Tensor in_weight, Tensor in_bias, Tensor spline, Tensor out_weight, Tensor out_bias"
     newton = f"{ring}, {kan}, Tensor? down, Tensor? up, Tensor? up_bias"
     dense = f"{ring}, {kan}, Tensor mix_weight, Tensor mix_bias"
-    head = "Tensor weight, Tensor? bias, Tensor scale, Tensor? shift, float eps"
+    head = "Tensor weight, Tensor? bias, Tensor scale, Tensor? shift, float eps, str? norm"
     levels = newton.replace(ring, "Tensor sigmas, Tensor count, Tensor sigma")
     shape = "float[] stage_bounds, int[] history_length, int grid_size, int spline_order"
     wanted = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig, TieredRing, dispatch, make_ring
-from lesa_kernels.feature_ring import ring_nbytes, tiered
+from lesa_kernels.feature_ring import ring_nbytes, shared_budget, tiered
 
 BATCH, TOKENS, DIM = 3, 40, 24
 STORED = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
@@ -466,6 +466,23 @@ def test_the_least_budget_is_never_more_than_all_of_it():
         named = int(str(error.value).split("at least ")[1].split(",")[0])
         assert named <= needed
         make_ring(*sizes, max_device_bytes=named)
+
+
+@pytest.mark.parametrize("small", [(4, 2, 1, 8), (4, 2, 130, 8), (1, 2, 130, 8)], ids=str)
+def test_rings_that_share_a_budget_fit_in_it(small):
+    rings = [(*sizes, torch.float32) for sizes in ((4, 2, 777, 24), small)]
+    whole = [ring_nbytes(*sizes) for sizes in rings]
+    assert shared_budget(sum(whole), rings) == shared_budget(10 * sum(whole), rings) == whole
+    with pytest.raises(ValueError, match="must be at least .* for 2 rings that share it, but got 100") as error:
+        shared_budget(100, rings)
+    least = int(str(error.value).split("at least ")[1].split(",")[0])
+    for budget in (least, least + 1, sum(whole) // 2, sum(whole) - 1):
+        shares = shared_budget(budget, rings)
+        assert sum(shares) <= budget
+        made = [make_ring(*sizes, max_device_bytes=share) for sizes, share in zip(rings, shares)]
+        assert all(getattr(ring, "device_nbytes", 0) <= share for ring, share in zip(made, shares))
+    with pytest.raises(ValueError, match=f"must be at least {least}, for 2"):
+        shared_budget(least - 1, rings)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 40, 200])

@@ -94,7 +94,7 @@ def enable_cache(
             streams.
         strict: raise `RuntimeError` if a step that the schedule leaves out cannot be predicted. If false, such a step
             is computed, with a warning, and `stats` says why. It is not an error if a run of few steps is computed in
-            full.
+            full, or if the first call of a stream that begins late, such as guidance in a part of the run, is computed.
         steps: how many of the steps that a call executes are computed, also in a run of few steps. A run that has no
             more is computed in full. `Schedule.spread` chooses them, by the noise levels of the run; the trained steps
             of the predictor are used if there are as many of them. Where the noise level rises in a run, the first step

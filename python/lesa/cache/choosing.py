@@ -22,6 +22,11 @@ class Chosen(NamedTuple):
     added: Mapping[int, str]
 
 
+def note_of_switch(switch: int) -> str:
+    """What is said of the first step of the second transformer where the schedule leaves it out."""
+    return f"step {switch} is computed because it is the first one of {SECOND}"
+
+
 class Chooser:
     """Chooses the computed steps of runs.
 
@@ -58,7 +63,7 @@ class Chooser:
         added = dict.fromkeys(begins - chosen, reasons.RISEN[0])
         if switch is not None and switch in added:
             added[switch] = reasons.FIRST_OF_SECOND
-            self._note(f"step {switch} is computed because it is the first one of {SECOND}")
+            self._note(note_of_switch(switch))
         if risen := added.keys() - {switch}:
             steps = ",".join(map(str, sorted(risen)))
             self._note(f"the noise level rises in the run, so the first step after each rise is computed: {steps}")

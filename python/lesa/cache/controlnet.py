@@ -24,10 +24,16 @@ class Residual:
 
 
 class Residuals(Sequence):
-    """A list of a ControlNet's residuals that is computed when it is first used, but not when it is gone through."""
+    """A list of a ControlNet's residuals that is computed when it is first used.
 
-    def __init__(self, compute: Callable[[], list], count: int):
-        self._compute, self._count = compute, count
+    Args:
+        compute: makes the list.
+        count: its length.
+        defers_each: whether going through it gives residuals that are not computed yet, and not tensors.
+    """
+
+    def __init__(self, compute: Callable[[], list], count: int, defers_each: bool):
+        self._compute, self._count, self._defers_each = compute, count, defers_each
 
     def value(self) -> list:
         """The list itself."""
@@ -36,7 +42,9 @@ class Residuals(Sequence):
     def __getitem__(self, index: Any) -> Any:
         return self.value()[index]
 
-    def __iter__(self) -> Iterator[Residual]:
+    def __iter__(self) -> Iterator[Any]:
+        if not self._defers_each:
+            return iter(self.value())
         return (Residual(functools.partial(self.__getitem__, index)) for index in range(self._count))
 
     def __len__(self) -> int:
@@ -63,6 +71,9 @@ class ResidualsByBlock(Mapping):
         return len(self.value())
 
 
+_DEFERRED = (Residual, Residuals, ResidualsByBlock)
+
+
 class DeferredControl:
     """Defers the calls of a ControlNet to the transformer that gets its residuals.
 
@@ -71,10 +82,11 @@ class DeferredControl:
     Args:
         controlnet: the pipeline's ControlNet.
         outputs: how many lists of residuals it returns in a tuple; 0 for a single list or dict without a tuple.
+        converts: whether the pipeline goes through the lists and converts each residual.
     """
 
-    def __init__(self, controlnet: torch.nn.Module, outputs: int):
-        self.controlnet, self.outputs = controlnet, outputs
+    def __init__(self, controlnet: torch.nn.Module, outputs: int, converts: bool = False):
+        self.controlnet, self.outputs, self.converts = controlnet, outputs, converts
         self._awaited: list[Callable[[], bool]] = []
         self._run: Callable | None = None  # what the gate replaces
         self._counts: tuple[int | None, ...] | None = None  # of residuals in each list
@@ -82,10 +94,10 @@ class DeferredControl:
         self._has_choice = "return_dict" in inspect.signature(controlnet.forward).parameters
 
     @classmethod
-    def of(cls, controlnet: torch.nn.Module, outputs: int) -> "DeferredControl":
+    def of(cls, controlnet: torch.nn.Module, outputs: int, converts: bool = False) -> "DeferredControl":
         """The instance that is on `controlnet` already, or a new one."""
         there = getattr(vars(controlnet).get("_compiled_call_impl"), "__self__", None)
-        return there if isinstance(there, cls) else cls(controlnet, outputs)
+        return there if isinstance(there, cls) else cls(controlnet, outputs, converts)
 
     def join(self, awaited: Callable[[], bool]) -> None:
         """Defers the calls that come while `awaited()` says that a cached transformer is in the middle of a run."""
@@ -96,7 +108,9 @@ class DeferredControl:
         self._awaited.append(awaited)
 
     def leave(self, awaited: Callable[[], bool]) -> None:
-        """Undoes `join`. When the last one is undone, the ControlNet is as before."""
+        """Undoes `join`, if it was called. When the last one is undone, the ControlNet is as before."""
+        if awaited not in self._awaited:
+            return
         self._awaited.remove(awaited)
         if not self._awaited:
             attributes = vars(self.controlnet)
@@ -122,13 +136,13 @@ class DeferredControl:
         if self._gives_dict:
             return ResidualsByBlock(once)
         if not self.outputs:
-            return None if counts[0] is None else Residuals(once, counts[0])
+            return None if counts[0] is None else Residuals(once, counts[0], self.converts)
 
         def part(number: int) -> list:
             return once()[number]
 
         return tuple(
-            None if count is None else Residuals(functools.partial(part, number), count)
+            None if count is None else Residuals(functools.partial(part, number), count, self.converts)
             for number, count in enumerate(counts[: self.outputs])
         )
 
@@ -139,6 +153,7 @@ def computed(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _computed(value: Any) -> Any:
-    if isinstance(value, tuple) and any(isinstance(part, Residual) for part in value):
-        return tuple(_computed(part) for part in value)
-    return value.value() if isinstance(value, (Residual, Residuals, ResidualsByBlock)) else value
+    if isinstance(value, (tuple, list)) and any(isinstance(part, _DEFERRED) for part in value):
+        parts = [_computed(part) for part in value]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    return value.value() if isinstance(value, _DEFERRED) else value

@@ -67,19 +67,30 @@ class ControlledSteps:
         trained: the predictor's schedule, with its noise levels.
         errors: the typical error of the forecast for each step of `trained`. The first is not used.
         run_sigmas: the noise levels of the run, in falling order.
+        switch: the step at which the pipeline goes over to its second transformer, which is computed; None if it does
+            not.
 
     Attributes:
         chosen: the computed steps so far; the first three of the trained schedule at the start.
         measured: the errors of the forecasts for the latest computed step, one for each stream of calls.
     """
 
-    def __init__(self, control: ErrorControl, trained: Schedule, errors: Sequence[float], run_sigmas: Sequence[float]):
-        self.control, self.errors = control, errors
+    def __init__(
+        self,
+        control: ErrorControl,
+        trained: Schedule,
+        errors: Sequence[float],
+        run_sigmas: Sequence[float],
+        switch: int | None = None,
+    ):
+        self.control, self.errors, self._switch = control, errors, switch
         sigmas: tuple[float, ...] = trained.sigmas  # type: ignore[assignment]  # known of a trained schedule
         self._trained = [-s for s in sigmas]  # rising, as `numpy.interp` needs them
         self._levels = [*run_sigmas, 0.0]
         first = slice(3)
         self.chosen = Schedule(trained.steps[first], sigmas=sigmas[first]).computed_in(run_sigmas)
+        if switch is not None and switch < max(self.chosen):
+            self.chosen |= {switch}
         self.measured: list[float] = []
 
     def receive(self, errors: dict[int, float], step: int, error: float) -> None:
@@ -104,12 +115,14 @@ class ControlledSteps:
     def add(self, stretch: float) -> None:
         """Adds the step that comes `stretch` gaps of the trained schedule after the last one.
 
-        If that is after the end of the run, the number of its steps is added.
+        If that is after the end of the run, the number of its steps is added. The first step of the second transformer
+        is not passed over.
         """
         last = max(self.chosen)
         places = range(len(self._trained) + 1)
         wanted = -float(np.interp(self._place(last) + stretch, places, [*self._trained, 0.0]))
-        near = range(last + 1, min(last + self.control.longest, len(self._levels) - 1) + 1)
+        end = len(self._levels) - 1 if self._switch is None or self._switch <= last else self._switch
+        near = range(last + 1, min(last + self.control.longest, end) + 1)
         self.chosen |= {min(near, key=lambda step: abs(self._levels[step] - wanted))}
 
     def _place(self, step: int) -> float:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from lesa.cache import reasons
-from lesa.cache.choosing import Chooser
+from lesa.cache.choosing import Chooser, note_of_switch
 from lesa.cache.controlnet import DeferredControl, computed
 from lesa.cache.device_values import DeviceValues, sum_of
 from lesa.cache.error_control import ControlledSteps, ErrorControl, forecast_error
@@ -22,6 +22,7 @@ from lesa.cache.streams import ForecastState, Stream, Track
 from lesa.models import Adapter
 from lesa.schedule import Schedule, Spread, schedule_of
 from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig
+from lesa_kernels.feature_ring import shared_budget
 from lesa_kernels.forecasters import UNTRAINED
 
 
@@ -61,8 +62,10 @@ class ForecastingHook(StepHook[ForecastState]):
         self._configs = [*{id(each): each.config for each in predictors.values()}.values()]
         adapter = self.adapter
         controlnet = getattr(pipe, "controlnet", None)
-        lists = adapter.control_outputs
-        self._control = None if controlnet is None or lists is None else DeferredControl.of(controlnet, lists)
+        lists, converts = adapter.control_outputs, adapter.control_is_converted
+        self._control: DeferredControl | None = None
+        if controlnet is not None and lists is not None:
+            self._control = DeferredControl.of(controlnet, lists, converts)
         self._is_predicting = False  # whether the schedule of the latest run leaves out steps
         self.stats = CacheStats()
 
@@ -96,14 +99,17 @@ class ForecastingHook(StepHook[ForecastState]):
         self._note_adapters()
         sigmas = state.run.executed_sigmas
         state.parts = [falling(sigmas, step) for step in range(len(sigmas))]
+        state.switch = switch_step(self.pipe, state.run) if len(self.sites) > 1 else None
         if isinstance(self.schedule, ErrorControl):
             config = self.predictor.config  # `check_controllable` has seen that it has a schedule and its errors
             trained, errors = cast(Schedule, schedule_of(config)), config.schedule_errors or ()
-            state.controlled = ControlledSteps(self.schedule, trained, errors, sigmas)
+            state.controlled = ControlledSteps(self.schedule, trained, errors, sigmas, state.switch)
             state.computed = state.controlled.chosen
+            if state.switch is not None:
+                state.added = {state.switch: reasons.FIRST_OF_SECOND}
+                self.stats.note(note_of_switch(state.switch))
         else:
             rises = frozenset(part.start for part in state.parts)
-            state.switch = switch_step(self.pipe, state.run) if len(self.sites) > 1 else None
             chooser = Chooser(self.schedule, self.as_trained, self._configs, self.stats.note)
             state.computed, state.added = chooser.choose(sigmas, rises, state.switch)
         state.was_predicting, self._is_predicting = self._is_predicting, len(state.computed) < len(sigmas)
@@ -320,7 +326,7 @@ class ForecastingHook(StepHook[ForecastState]):
             if fits and len(stream.stats.computed) > 1:
                 self._measure(state, stream, call, features, conditioning)
         if not fits:
-            self._renew(stream, track, features)
+            self._renew(stream, track, call, features)
         track.push(features, call.sigma)
         track.shape = track.branch.shape(call.arguments)
         if len(call.heads) == len(stream.tracks):
@@ -342,20 +348,32 @@ class ForecastingHook(StepHook[ForecastState]):
         error = forecast_error(forecast, features, self.adapter.output_head(conditioning))
         state.values.ask(error, functools.partial(state.controlled.receive, stream.stats.errors, call.step))
 
-    def _renew(self, stream: Stream, track: Track, features: torch.Tensor) -> None:
+    def _renew(self, stream: Stream, track: Track, call: Call, features: torch.Tensor) -> None:
         """Gives a track an empty ring for such features."""
         track.ring = track.planner = None  # nothing else holds the ring: it is freed before another one takes memory
         predictor = track.predictor
         if any(predictor is owned for owned in self.owned):
             predictor.to(features.device)
         batch, tokens, width = features.shape
-        ring = predictor.make_ring(batch, tokens, features.dtype, features.device, self.max_device_bytes, width)
+        budget = self._budget(stream, track, call, features)
+        ring = predictor.make_ring(batch, tokens, features.dtype, features.device, budget, width)
         track.ring, track.fuses = ring, predictor.fuses_velocity(ring)
         track.reads_sums = track.fuses and predictor.reads_sums(ring)
         track.planner = Planner(predictor, ring, stream.name) if can_plan(predictor) else None
         rings = [track.ring for track in stream.tracks if track.ring is not None]
         stream.stats.ring_device_bytes = sum(ring.device_nbytes for ring in rings)
         stream.stats.ring_host_bytes = sum(ring.host_nbytes for ring in rings)
+
+    def _budget(self, stream: Stream, track: Track, call: Call, features: torch.Tensor) -> int | None:
+        """How much of `max_device_bytes` the ring of a track gets: the tracks of a stream share it."""
+        if self.max_device_bytes is None or len(stream.tracks) == 1:
+            return self.max_device_bytes
+        sizes = [
+            (each.predictor.config.max_history, *each.branch.shape(call.arguments), each.branch.feature_dim)
+            for each in stream.tracks
+        ]
+        shares = shared_budget(self.max_device_bytes, [(*each, features.dtype) for each in sizes])
+        return next(share for each, share in zip(stream.tracks, shares) if each is track)
 
     def finish(self, state: ForecastState, call: Call) -> None:
         stats = state.streams[call.stream].stats

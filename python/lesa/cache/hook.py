@@ -66,15 +66,19 @@ class StepHook(StepEvents[State], ModelHook):
     # On and off
 
     def install(self) -> None:
-        """Puts the hook on.
+        """Puts the hook on. If that fails, nothing of it stays on.
 
         Raises:
             RuntimeError: it or another cache is on already.
         """
         check_uncached(self.pipe)
-        for site in self.sites:
-            site.placement.put()
-        self._watch.put()
+        try:
+            for site in self.sites:
+                site.placement.put()
+            self._watch.put()
+        except BaseException:
+            self.uninstall()
+            raise
 
     def uninstall(self) -> None:
         """Restores transformers and pipeline. Does nothing if the hook is off already."""

@@ -105,20 +105,22 @@ class Placement:
         """Puts the hook on."""
         site, transformer = self._site, self._transformer
         self._had_registry = "_diffusers_hook" in vars(transformer)
-        _join(HookRegistry.check_if_exists_or_initialize(transformer), site.hook)
         # A module that `torch.compile` returned is called instead of the transformer.
         self._called_module = site.component
         attributes = vars(self._called_module)
         self.compiled: Callable | None = attributes.get("_compiled_call_impl")
-        attributes["_compiled_call_impl"] = self._gate = site.gate
-        attributes["compile"] = self._own_compile = self._compile
-        self.captures = [entry.branch.on_entry(entry.on_call) for entry in site.entries()]
+        self._gate, self._own_compile = site.gate, self._compile
+        self.captures: list[Any] = []
         self._known: list[Any] = []  # bound forwards that belong to wrappers, which set them when they are removed
         self._forward: types.MethodType | None = None
         self._seen: Any = None  # the wrapper whose forwards are known
+        self.is_on = True  # from here on, `remove` takes away what is on
+        _join(HookRegistry.check_if_exists_or_initialize(transformer), site.hook)
+        attributes.update(_compiled_call_impl=self._gate, compile=self._own_compile)
+        for entry in site.entries():
+            self.captures.append(entry.branch.on_entry(entry.on_call))
         self._remember_forwards()
         self.look_at_forward()
-        self.is_on = True
 
     def remove(self) -> None:
         """Takes the hook away. Does nothing if it is off already. What others have put on in the meantime stays."""

@@ -100,16 +100,14 @@ def transformers_of(pipe: Any) -> dict[str, Any]:
     return found
 
 
-def adapters_for(pipe: Any, probes: bool = False) -> dict[str, Adapter]:
+def adapters_for(pipe: Any) -> dict[str, Adapter]:
     """The adapters of the pipeline's transformers, by the names of the components.
 
     Args:
         pipe: a diffusers pipeline.
-        probes: whether a probe takes the place of an adapter where there is none.
 
     Raises:
-        TypeError: the pipeline has no transformer, or one of no supported family. With `probes`, one that cannot be
-            watched.
+        TypeError: the pipeline has no transformer, or one of no supported family.
     """
     return {name: _adapter_of(pipe, found, probes=False) for name, found in _found(pipe).items()}
 

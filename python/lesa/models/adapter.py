@@ -42,6 +42,7 @@ class Adapter:
         attention_kwargs: name of the argument of `forward` that holds the scale of LoRA; None if there is none.
         control_outputs: how many lists of residuals the family's ControlNets return in a tuple; 0 for one bare list;
             None if that is not known, so that they run in every step.
+        control_is_converted: whether the pipelines go through these lists and convert each residual.
         prompts_first: whether guidance in one batch has the rows with the prompts first.
         conditioned_on: names of the arguments, other than the timestep, that `condition` reads. Each is None or has a
             leading dimension of B.
@@ -65,6 +66,7 @@ class Adapter:
     text_argument = "encoder_hidden_states"
     attention_kwargs: str | None = "attention_kwargs"
     control_outputs: int | None = 0
+    control_is_converted: bool = False
     prompts_first: bool = False
     notes: tuple[str, ...] = ()
     runs_around = False

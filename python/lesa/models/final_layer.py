@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lesa.models.heads import HeadForm
+from lesa.models.heads import HeadForm, folded
 
 
 class FinalLayerHead(HeadForm):
@@ -64,8 +64,9 @@ class FinalLayerHead(HeadForm):
         linear = self._modulation(layer)
         made = linear(self._silu(layer)(conditioning).to(linear.weight.dtype))
         made = made[:, 0] if made.ndim == 3 and made.shape[1] == 1 else made  # one row for all tokens
-        *shift, scale = made.split(self._norm_inside(layer).normalized_shape[0], dim=-1)
-        return scale, shift[0] if shift else None
+        norm = self._norm_inside(layer)
+        *shift, scale = made.split(norm.normalized_shape[0], dim=-1)
+        return folded(norm, scale, shift[0] if shift else None)
 
     def parts(self):
         inside = {path: (attrgetter(path)(self.transformer), kind) for path, kind in self._inside.items()}

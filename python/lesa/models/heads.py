@@ -151,8 +151,15 @@ class TableHead(HeadForm):
 
 
 def folded(norm: Any, scale: torch.Tensor, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and shift with the weights of the norm in them: the modulation of what the norm gives without weights."""
+    """Scale and shift with the weights of the norm in them: the modulation of what the norm gives without weights.
+
+    They are made in float32 at least, because a narrow dtype loses digits of `scale` when the weights are small.
+    """
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if weight is None and bias is None:
+        return scale, shift
+    dtype = torch.promote_types(scale.dtype, torch.float32)
+    scale, shift = scale.to(dtype), None if shift is None else shift.to(dtype)
     if bias is not None:
         shift = bias * (1 + scale) + (0 if shift is None else shift)
     return scale if weight is None else weight * (1 + scale) - 1, shift

@@ -93,6 +93,7 @@ class SanaAdapter(Adapter):
     transformer_classes: tuple[str, ...] = ("SanaTransformer2DModel",)
     embedders = ("time_embed",)
     control_outputs = 1
+    control_is_converted = True
     conditioned_on = ("guidance",)
     block_lists = {"transformer_blocks": "attn1.to_out.0"}
 

@@ -32,9 +32,9 @@ from lesa.pipelines import quiet_progress, run_pipeline
 from lesa.training.recorder import Recorder
 from lesa.training.shards import DamagedError, check_tensors, identity_of, sample_files, save_sample, survey
 from lesa.training.trajectories import (
-    FORMAT_OF_TWO,
     FORMAT_VERSION,
     HEAD,
+    LATER_FORMAT,
     MANIFEST,
     Recorded,
     Trajectories,
@@ -195,9 +195,10 @@ class Recording:
     def _manifest(self) -> dict[str, Any]:
         """The part of the manifest that is known before the pipeline runs."""
         adapter = adapter_for(self.pipe)
+        norms = [each.head_form.norm_kind for each in adapters_for(self.pipe).values()]
         names = sorted({name for item in self.inputs for name in item})
         return {
-            "format_version": FORMAT_VERSION if len(adapters_for(self.pipe)) == 1 else FORMAT_OF_TWO,
+            "format_version": FORMAT_VERSION if norms == ["layer"] else LATER_FORMAT,
             "family": adapter.family,
             "pipeline": type(self.pipe).__name__,
             "feature_dim": adapter.feature_dim,

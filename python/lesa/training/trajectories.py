@@ -42,8 +42,8 @@ from lesa.training.shards import (
 from lesa_kernels import OutputHead
 from lesa_kernels.checks import Said, argument_error
 
-FORMAT_VERSION, FORMAT_OF_TWO = 1, 2
-"""Of recordings of one transformer, and of two."""
+FORMAT_VERSION, LATER_FORMAT = 1, 2
+"""Of recordings of one transformer whose head has a layer norm, and of others, which older releases would misread."""
 MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
 
@@ -356,10 +356,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         got = Said(f"{path}, which is no manifest of a recording ({type(error).__name__}: {error})")
         remedy = "Restore the file, or choose another folder."
         raise argument_error("folder", "be a trajectory folder", got, remedy) from None
-    if version not in (FORMAT_VERSION, FORMAT_OF_TWO):
+    if version not in (FORMAT_VERSION, LATER_FORMAT):
         raise argument_error(
             f"format_version in {path}",
-            f"be {FORMAT_VERSION} or {FORMAT_OF_TWO}",
+            f"be {FORMAT_VERSION} or {LATER_FORMAT}",
             version,
             "Record again with this version of lesa, or read it with the version that wrote it.",
         )
