@@ -1,12 +1,14 @@
 """CogVideoX: `CogVideoXTransformer3DModel`, its variant ConsisID, and the pipelines built on them."""
 
 import torch
-from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from diffusers.models.normalization import AdaLayerNorm
 
 from lesa.models.adapter import Adapter
 from lesa.models.costs import CountedCosts, near_square, valueless
 from lesa.models.heads import AdaLayerNormHead, folded
+
+_PAD = {"CogVideoXPipeline", "CogVideoXImageToVideoPipeline"}
+"""Pipelines that put frames of padding before the latents."""
 
 
 class CogVideoXCosts(CountedCosts):
@@ -96,7 +98,7 @@ class CogVideoXAdapter(Adapter):
     @torch.no_grad()
     def decode(self, pipe, latents, height=None, width=None):
         """See the base. A model of patches in time is taken to have padded the latents by what a patch lacks."""
-        is_padded = isinstance(pipe, (CogVideoXPipeline, CogVideoXImageToVideoPipeline))
+        is_padded = not _PAD.isdisjoint(base.__name__ for base in type(pipe).__mro__)
         padding = (self.transformer.config.get("patch_size_t") or 1) - 1 if is_padded else 0
         video = pipe.decode_latents(latents[:, padding:].to(pipe.vae.dtype))
         return pipe.video_processor.postprocess_video(video, output_type="np")

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import diffusers
 import numpy as np
 import torch
-from diffusers.models.transformers.transformer_cosmos import CosmosAdaLayerNorm
 
 from lesa.models.adapter import Adapter
 from lesa.models.costs import CountedCosts, near_square, valueless
@@ -45,9 +44,13 @@ class CosmosCosts(CountedCosts):
         grids = ((frames, *near_square(image_tokens // frames)) for frames in _divisors(image_tokens))
         frames, rows, columns = next(grid for grid in grids if grid[2] <= _MOST_COLUMNS or grid[0] == image_tokens)
         width = config.get("crossattn_proj_in_channels", 1024) if config.get("use_crossattn_projection") else None
+        text = valueless(1, text_tokens, width or config["text_embed_dim"])
+        given = config.get("img_context_dim_in")  # of an embedded image
         return {
             "hidden_states": valueless(1, config["in_channels"], frames * duration, rows * side, columns * side),
-            "encoder_hidden_states": valueless(1, text_tokens, width or config["text_embed_dim"]),
+            "encoder_hidden_states": (
+                (text, valueless(1, config.get("img_context_num_tokens", 256), given)) if given else text
+            ),
             "timestep": valueless(1),
         }
 
@@ -75,7 +78,7 @@ class CosmosHead(HeadForm):
     def parts(self):
         norm, path = self.entry, self.norm_path
         return {
-            path: (norm, CosmosAdaLayerNorm),
+            path: (norm, "diffusers.models.transformers.transformer_cosmos.CosmosAdaLayerNorm"),
             f"{path}.activation": (norm.activation, torch.nn.SiLU),
             f"{path}.linear_1": (norm.linear_1, torch.nn.Linear),
             f"{path}.linear_2": (norm.linear_2, torch.nn.Linear),

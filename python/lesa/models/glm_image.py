@@ -47,7 +47,6 @@ class GlmImageAdapter(CogView3PlusAdapter):
     family = "glm-image"
     costs = GlmImageCosts
     transformer_classes = ("GlmImageTransformer2DModel",)
-    attention_kwargs = "attention_kwargs"
     conditioned_on = ("target_size", "crop_coords")
     block_lists = {"transformer_blocks": "attn1.to_out.0"}
 

@@ -2,11 +2,12 @@
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_kandinsky import Kandinsky5Modulation, Kandinsky5OutLayer
 
 from lesa.models.adapter import Adapter
 from lesa.models.costs import CountedCosts, near_square, valueless
 from lesa.models.heads import HeadForm
+
+_MODULE = "diffusers.models.transformers.transformer_kandinsky"
 
 
 class Kandinsky5Costs(CountedCosts):
@@ -74,8 +75,8 @@ class Kandinsky5Head(HeadForm):
     def parts(self):
         entry, path = self.entry, self.norm_path
         return {
-            path: (entry, Kandinsky5OutLayer),
-            f"{path}.modulation": (entry.modulation, Kandinsky5Modulation),
+            path: (entry, f"{_MODULE}.Kandinsky5OutLayer"),
+            f"{path}.modulation": (entry.modulation, f"{_MODULE}.Kandinsky5Modulation"),
             f"{path}.modulation.out_layer": (entry.modulation.out_layer, torch.nn.Linear),
             f"{path}.norm": (entry.norm, torch.nn.LayerNorm),
             self.projection_path: (self.projection, torch.nn.Linear),

@@ -25,14 +25,18 @@ class LTX2Costs(CountedCosts):
     def call(self, image_tokens, text_tokens):
         config, (rows, columns) = self.config, near_square(image_tokens)
         sound = max(1, image_tokens // 48)
-        width, width_of_sound = config.get("caption_channels", 3840), config.get("caption_channels", 3840)
+        width = width_of_sound = config.get("caption_channels", 3840)
+        if not config.get("use_prompt_embeddings", True):
+            width = config.get("cross_attention_dim", 4096)
+            width_of_sound = config.get("audio_cross_attention_dim", 2048)
+        modulates_text = config.get("cross_attn_mod") or config.get("audio_cross_attn_mod")
         return {
             "hidden_states": valueless(1, image_tokens, config.get("in_channels", 128)),
             "audio_hidden_states": valueless(1, sound, config.get("audio_in_channels", 128)),
             "encoder_hidden_states": valueless(1, text_tokens, width),
             "audio_encoder_hidden_states": valueless(1, text_tokens, width_of_sound),
             "timestep": valueless(1),
-            "sigma": valueless(1),
+            **({"sigma": valueless(1)} if modulates_text else {}),
             "num_frames": 1,
             "height": rows,
             "width": columns,
