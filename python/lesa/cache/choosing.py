@@ -58,7 +58,7 @@ class Chooser:
         added = dict.fromkeys(begins - chosen, reasons.RISEN[0])
         if switch is not None and switch in added:
             added[switch] = reasons.FIRST_OF_SECOND
-            self._note(f"step {switch} is computed because it is the first one of {SECOND}")
+            self._note(f"step {switch} is computed because it is the first step of {SECOND}")
         if risen := added.keys() - {switch}:
             steps = ",".join(map(str, sorted(risen)))
             self._note(f"the noise level rises in the run, so the first step after each rise is computed: {steps}")
