@@ -70,7 +70,7 @@ def enable_cache(
     `quality="balanced"`.
 
     Of a pipeline of Wan 2.2, both transformers have the cache. Steps are counted over the whole call. The first step of
-    `transformer_2` is computed even if the schedule leaves it out. The names of its streams begin with "transformer_2-".
+    `transformer_2` is computed even if the schedule leaves it out. Names of its streams begin with "transformer_2-".
 
     Args:
         pipe: a diffusers pipeline, modular or not. A transformer without an adapter is watched in the first step, and
