@@ -4,14 +4,14 @@ import torch
 from diffusers.models.normalization import AdaLayerNorm
 
 from lesa.models.adapter import Adapter
-from lesa.models.costs import CountedCosts, near_square, valueless
+from lesa.models.costs import CountedCosts, VideoCosts, near_square, valueless
 from lesa.models.heads import AdaLayerNormHead, folded
 
 _PAD = {"CogVideoXPipeline", "CogVideoXImageToVideoPipeline"}
 """Pipelines that put frames of padding before the latents."""
 
 
-class CogVideoXCosts(CountedCosts):
+class CogVideoXCosts(VideoCosts, CountedCosts):
     """What a CogVideoX transformer costs; the usual model is that of 5 billion parameters."""
 
     usual_config = {
@@ -27,9 +27,6 @@ class CogVideoXCosts(CountedCosts):
     presets = {"cogvideox-480p": (480, 720, 49)}
     text_tokens = 226
     streams = 2
-
-    def layers(self, frames, frame_scale):
-        return (frames - 1) // frame_scale + 1
 
     def call(self, image_tokens, text_tokens):
         config, (duration, side) = self.config, self.patch

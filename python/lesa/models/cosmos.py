@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from lesa.models.adapter import Adapter
-from lesa.models.costs import CountedCosts, near_square, valueless
+from lesa.models.costs import CountedCosts, VideoCosts, near_square, valueless
 from lesa.models.heads import HeadForm, folded
 
 _MOST_COLUMNS = 120
@@ -16,7 +16,7 @@ _BY_RECIPROCAL = ("Cosmos2TextToImagePipeline", "Cosmos2_5_PredictBasePipeline")
 """Pipelines that divide latents by the reciprocal of the deviation."""
 
 
-class CosmosCosts(CountedCosts):
+class CosmosCosts(VideoCosts, CountedCosts):
     """What a Cosmos transformer costs, without its padding mask; the usual model is the smaller one of Predict 2."""
 
     usual_config = {
@@ -35,9 +35,6 @@ class CosmosCosts(CountedCosts):
 
     def __init__(self, config):
         super().__init__({**config, "concat_padding_mask": False})
-
-    def layers(self, frames, frame_scale):
-        return (frames - 1) // frame_scale + 1
 
     def call(self, image_tokens, text_tokens):
         config, (duration, side) = self.config, self.patch

@@ -118,6 +118,13 @@ class Costs:
         return double + c.get("num_single_layers", 0) * (block + product_flops(1, dim, 3 * dim))
 
 
+class VideoCosts(Costs):
+    """Base of the costs of video families: the first frame has a latent frame of its own."""
+
+    def layers(self, frames, frame_scale):
+        return (frames - 1) // frame_scale + 1
+
+
 class CountedCosts(Costs):
     """Costs of a family whose FLOPs are counted: torch counts them while the transformer runs without any values.
 

@@ -5,11 +5,11 @@ import importlib
 import torch
 
 from lesa.models.adapter import Adapter
-from lesa.models.costs import CountedCosts, near_square, valueless
+from lesa.models.costs import CountedCosts, VideoCosts, near_square, valueless
 from lesa.models.heads import TableHead
 
 
-class LTX2Costs(CountedCosts):
+class LTX2Costs(VideoCosts, CountedCosts):
     """What an LTX-2 transformer costs, with one audio token for each 48 video tokens. One ring is counted."""
 
     usual_config = {"_class_name": "LTX2VideoTransformer3DModel", "patch_size": 1, "num_layers": 48}
@@ -18,9 +18,6 @@ class LTX2Costs(CountedCosts):
     streams = 2
     scale = 32
     frame_scale = 8
-
-    def layers(self, frames, frame_scale):
-        return (frames - 1) // frame_scale + 1
 
     def call(self, image_tokens, text_tokens):
         config, (rows, columns) = self.config, near_square(image_tokens)
