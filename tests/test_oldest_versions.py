@@ -1,4 +1,7 @@
-"""Nothing here uses what the oldest supported releases lack: torch 2.11 and Triton 3.6."""
+"""Nothing here uses what the oldest supported releases lack: torch 2.11 and Triton 3.6.
+
+Nor does an adapter import what an older diffusers may lack.
+"""
 
 import ast
 import importlib
@@ -119,6 +122,44 @@ def test_nothing_newer_is_used():
 )
 def test_it_would_be_found(source, found):
     assert too_new(source) == ({found} if found else set())
+
+
+HEAVY = ("diffusers.pipelines", "diffusers.models.transformers", "diffusers.models.autoencoders")
+
+
+def imported_at_once(source):
+    """The modules of diffusers, and the names of its pipelines and transformers, that a file needs to be imported."""
+    found = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import):
+            found |= {each.name for each in node.names if each.name.startswith(HEAVY)}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{each.name}" for each in node.names}
+            found |= {name for name in names if name.startswith(HEAVY)}
+            if node.module == "diffusers":
+                found |= {name for name in names if name.endswith(("Pipeline", "Model"))}
+    return found
+
+
+def test_adapters_import_no_models_and_no_pipelines():
+    files = sorted((ROOT / "python/lesa/models").glob("*.py"))
+    assert len(files) > 30
+    assert {file.name: found for file in files if (found := imported_at_once(file.read_text()))} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from diffusers import FluxPipeline",
+        "from diffusers import FluxTransformer2DModel",
+        "import diffusers.models.transformers.transformer_flux",
+        "from diffusers.models.transformers import transformer_flux",
+        "from diffusers.pipelines.flux.pipeline_flux import FluxPipeline",
+    ],
+)
+def test_such_an_import_would_be_found(source):
+    assert imported_at_once(source)
+    assert not imported_at_once(f"def f():\n    {source}")
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="these releases lack the names")

@@ -9,11 +9,15 @@ import lesa
 import more_pipelines as small
 import small_helios
 from lesa.models import ADAPTERS, adapter_for
+from lesa.models.cosmos import CosmosCosts
 from lesa.models.costs import CountedCosts, _FewValues, near_square, valueless
 from lesa.models.flux import FluxCosts
 from lesa.models.helios import HeliosCosts
 from lesa.models.hunyuan_video import HunyuanVideoCosts
+from lesa.models.ltx2 import LTX2Costs
 from lesa.models.qwen_image import QwenImageCosts
+from lesa.models.skyreels_v2 import SkyReelsV2Costs
+from lesa.models.z_image import ZImageCosts
 
 
 class CountedFlux(CountedCosts):
@@ -97,7 +101,7 @@ def test_a_configuration_is_counted_once(monkeypatch):
     first = costs.flops(6, 2)
     monkeypatch.setattr(FlopCounterMode, "__enter__", None)
     assert costs.flops(6, 2) == CountedFlux(costs.config).flops(6, 2) == first
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="not callable"):
         costs.flops(7, 2)
 
 
@@ -138,7 +142,7 @@ class CountedHunyuanVideoOfOddSize(CountedHunyuanVideo):
 
 
 def test_a_call_that_the_transformer_refuses_is_named():
-    message = "A HunyuanVideoTransformer3DModel can't be run with 6 image tokens and 2 text tokens: "
+    message = "The FLOPs of a HunyuanVideoTransformer3DModel can't be counted with 6 image tokens and 2 text tokens: "
     with pytest.raises(ValueError, match=message):
         CountedHunyuanVideoOfOddSize(SMALL).flops(6, 2)
 
@@ -156,6 +160,41 @@ def test_configurations_that_cannot_be_built_are_refused(config, message):
     with pytest.raises(ValueError, match="diffusers|`model`") as error:
         CountedFlux(config)
     assert message in str(error.value)
+
+
+SPECIAL = {
+    "skyreels with a frame rate": (SkyReelsV2Costs, {"inject_sample_info": True}),
+    "ltx-2 of any version": (LTX2Costs, {}),
+    "ltx-2.3": (LTX2Costs, {"use_prompt_embeddings": False, "cross_attn_mod": True, "audio_cross_attn_mod": True}),
+    "cosmos with images": (CosmosCosts, {"img_context_dim_in": 24, "img_context_num_tokens": 3}),
+    "z-image with other patches": (ZImageCosts, {"all_patch_size": (4,), "n_layers": 1, "n_refiner_layers": 1}),
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_less_usual_configurations_can_be_counted(name):
+    costs, config = SPECIAL[name]
+    costs = costs({"num_layers": 1, **config})
+    assert 0 < costs.flops(64, 32) < costs.flops(64, 64)
+
+
+def test_z_image_has_patches_of_the_size_in_its_configuration():
+    costs = ZImageCosts(SPECIAL["z-image with other patches"][1])
+    assert costs.image_tokens(256, 256, 1, 8, 4) == 64 and costs.head_width == 16 * 4**2
+
+
+def test_older_transformers_need_no_argument_of_newer_ones():
+    assert "sigma" not in LTX2Costs({"num_layers": 1}).call(64, 8)
+
+
+class UnknownConfiguration(CountedFlux):
+    def call(self, image_tokens, text_tokens):
+        return {**super().call(image_tokens, text_tokens), "img_ids": None}
+
+
+def test_a_configuration_that_cannot_be_counted_is_not_taken_for_a_size():
+    with pytest.raises(ValueError, match="can't be counted with 6 .* If it takes this one, lesa can't estimate this"):
+        UnknownConfiguration(SMALL).flops(6, 2)
 
 
 class Seen(Exception):

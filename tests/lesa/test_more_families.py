@@ -205,6 +205,52 @@ def test_conditioning_and_head_are_those_of_the_forward(pipe, plain, name):
             assert torch.allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
+def in_bfloat16(pipe):
+    """The pipeline with transformers in bfloat16, but for the parts that their classes keep in float32."""
+    for transformer in (part for name, part in pipe.components.items() if "transformer" in name and part is not None):
+        kept = {*(transformer._keep_in_fp32_modules or ())}
+        for name, value in (*transformer.named_parameters(), *transformer.named_buffers()):
+            value.data = cast(value.data) if kept.isdisjoint(name.split(".")) else value.data
+    return pipe
+
+
+def cast(value):
+    """Tensors with digits after the point, also in lists, in bfloat16."""
+    if isinstance(value, list):
+        return [cast(each) for each in value]
+    return value.bfloat16() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", small.RECORDED.values())
+@torch.no_grad()
+def test_conditioning_and_head_are_those_of_the_forward_in_bfloat16(name):
+    case = small.ALL[name]
+    pipe = in_bfloat16(case.build())
+    adapter = adapter_for(pipe)
+    named = {adapter.sample_argument, adapter.text_argument, *adapter.conditioned_on}
+
+    def enter(module, args, kwargs):  # what a pipeline whose parts are all in bfloat16 passes
+        return args, {k: cast(value) if k in named or "hidden_states" in k else value for k, value in kwargs.items()}
+
+    with pipe.transformer.register_forward_pre_hook(enter, with_kwargs=True), calls_of(adapter) as calls:
+        case.latents(pipe, steps=2)
+    assert calls
+    for call, heads, output in calls:
+        velocities = []
+        for branch, (entered, conditioning) in zip(adapter.branches, heads, strict=True):
+            features = branch.features(call, entered)
+            made = branch.conditioning(call, features.dtype)
+            assert features.dtype == torch.bfloat16
+            assert conditioning is None or made.dtype == conditioning.dtype and torch.equal(made, conditioning)
+            velocities.append(branch.run_head(features, made, call))
+        ours = tensors_in(adapter.output(call, *velocities))
+        for one, other in zip(ours, tensors_in(output), strict=True):
+            other = other[:, -features.shape[1] :] if adapter.family in small.GIVE_MORE else other
+            one = one[:, -features.shape[1] :] if adapter.family in small.GIVE_MORE else one
+            assert torch.equal(one, other)
+
+
 @slow_case
 def test_decode_gives_what_the_pipeline_gives(pipe, plain, name):
     case, (latents, _) = small.ALL[name], plain(name)

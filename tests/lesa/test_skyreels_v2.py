@@ -7,6 +7,7 @@ import torch
 import lesa
 import small_chronoedit
 import small_skyreels_v2
+from lesa.models import adapter_for
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS, SOME = 12, [0, 1, 2, 5, 9]
@@ -22,6 +23,25 @@ def _quiet():
 
 def line():
     return FusedKANPredictor(PredictorConfig(mixer="linear"))
+
+
+@pytest.mark.parametrize(
+    ("of_frames", "expected"),
+    [
+        ([0, 0, 700, 700], 700),
+        ([60, 60, 700, 700], 700),  # with the most noise for which the pipelines do not warn
+        ([20, 20, 5, 5], 5),  # a last step below the noise of the given frames
+        ([700, 700, 700, 700], 700),
+        ([61, 61, 700, 700], None),
+        ([500, 600, 700, 700], None),
+    ],
+)
+def test_the_step_of_frames_is_that_of_the_last_one(of_frames, expected):
+    transformer = small_skyreels_v2.CASES["skyreels forced cfg"].build().transformer
+    adapter = adapter_for(type("Pipe", (), {"transformer": transformer})())
+    found = adapter.timestep({"timestep": torch.tensor([of_frames, of_frames])})
+    wanted = torch.full((2,), torch.nan if expected is None else float(expected))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def test_both_experts_are_cached_each_with_its_own_history(pipes, name):
         assert handle.stats.streams[f"transformer_2-{stream}"].reasons[SWITCH] == "the first step of transformer_2"
         assert all(each.fused == each.predicted for each in handle.stats.streams.values())
     assert handle.stats.computed_steps == len(SOME) + 1
-    assert "step 6 is computed because it is the first one of transformer_2" in handle.stats.notes
+    assert "step 6 is computed because it is the first step of transformer_2" in handle.stats.notes
     assert {*counts[0]} == {len(FIRST_STEPS[0]) * streams} and {*counts[1]} == {len(SECOND_STEPS[0]) * streams}
     for transformer in (pipe.transformer, pipe.transformer_2):
         assert installed_hook(transformer) is None and "forward" not in vars(transformer)

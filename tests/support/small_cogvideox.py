@@ -115,7 +115,7 @@ CASES = {
         transformer_options=_TWO | _PATCHES_IN_TIME | {"ofs_embed_dim": 12},
     ),
     "cogvideox video cfg": _cogvideox(
-        "CogVideoXVideoToVideoPipeline", {"video": _videos}, negative=True, size=_SIZE, strength=0.75
+        "CogVideoXVideoToVideoPipeline", {"video": _videos}, negative=True, size=_SIZE, strength=0.8
     ),
     "cogvideox control cfg": _cogvideox(
         "CogVideoXFunControlPipeline",

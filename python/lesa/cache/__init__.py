@@ -69,10 +69,8 @@ def enable_cache(
     steps that the predictor was trained for. A predictor that has nothing to train has no such steps, so its default is
     `quality="balanced"`.
 
-    A pipeline of Wan 2.2 has two transformers: one for high noise, and `transformer_2` for low noise. The cache is on
-    for both. Steps are counted over the whole call. The features of the two are kept apart, so the first step of
-    `transformer_2` is computed even if the schedule leaves it out, and `stats` says so. The names of its streams of
-    calls begin with "transformer_2-".
+    Of a pipeline of Wan 2.2, both transformers have the cache. Steps are counted over the whole call. The first step of
+    `transformer_2` is computed even if the schedule leaves it out. Names of its streams begin with "transformer_2-".
 
     Args:
         pipe: a diffusers pipeline, modular or not. A transformer without an adapter is watched in the first step, and
@@ -85,10 +83,9 @@ def enable_cache(
         schedule: which steps are computed: a `lesa.Schedule`, a list of step indices counted over the steps that a call
             executes, an interval N for steps 0, 1, 2 and then every N, a `lesa.ErrorControl`, which chooses them during
             the run by the errors of the forecasts so far, or a `lesa.schedule.Spread`, which stands for `steps` or
-            `quality`. Where the noise level rises in a run, the first step after each rise is computed in addition, and
-            `stats` has a note of it. None: as `steps` or `quality` says, else the steps that the predictor was trained
-            for. Then a run of fewer than 10 steps is computed in full, unless the predictor was trained with that
-            number of steps.
+            `quality`. Where the noise level rises in a run, the first step after each rise is computed in addition.
+            None: as `steps` or `quality` says, else the steps that the predictor was trained for. Then a run of fewer
+            than 10 steps is computed in full, unless the predictor was trained with that number of steps.
         max_device_bytes: the most bytes that the stored features of one stream of calls may take on the device. Beyond
             it, the oldest features are kept in host memory, which costs time. Guidance by two calls per step has two
             streams.
@@ -98,8 +95,7 @@ def enable_cache(
         steps: how many of the steps that a call executes are computed, also in a run of few steps. A run that has no
             more is computed in full. `Schedule.spread` chooses them, by the noise levels of the run; the trained steps
             of the predictor are used if there are as many of them. Where the noise level rises in a run, the first step
-            after each rise is one of them, and so is the first step of `transformer_2`. If there are too many rises,
-            more steps are computed.
+            after each rise is one of them, and so is the first step of `transformer_2`; more are computed if need be.
         quality: "high", "balanced" or "fast": 16, 12 or 9 of 50 steps are computed. Of another number of steps it is
             the same part, rounded up, and at least three. `Schedule.spread` chooses them. Runs of fewer than 10 steps
             are computed in full. A predictor with a trained schedule has been trained for these steps alone, so every

@@ -24,7 +24,7 @@ class Chosen(NamedTuple):
 
 def note_of_switch(switch: int) -> str:
     """What is said of the first step of the second transformer where the schedule leaves it out."""
-    return f"step {switch} is computed because it is the first one of {SECOND}"
+    return f"step {switch} is computed because it is the first step of {SECOND}"
 
 
 class Chooser:

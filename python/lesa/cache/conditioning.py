@@ -14,16 +14,18 @@ _MOST_PLANS = 2
 """If the inputs change more often in a run, they are taken to change at every step. Then plans would be of no use."""
 
 _MOST_BYTES = 2**25
-"""The sums for the fused heads of many steps, and what is needed for a moment to compute them, take about so much."""
+"""The sums for the fused heads of many steps, and what is needed for a moment to compute them, take about so much. So
+do the inputs of the conditioning of many steps."""
 
 
 class Conditioner:
     """Gives the conditioning of the output head, in one run and one stream of calls.
 
     The conditioning depends on the timestep, and on inputs that stay the same in a run. So the first step that asks for
-    it plans it: it computes its own conditioning and that of all later steps in one batch. Each step computes its own
-    if that is not certain: when timesteps are not passed as the scheduler has them, when inputs change from step to
-    step, or when adapters such as LoRA are on the head.
+    it plans it: it computes its own conditioning and that of all later steps in one batch. If the inputs are large,
+    such as embedded text, it does so for a few steps at a time. Each step computes its own if that is not certain: when
+    timesteps are not passed as the scheduler has them, when inputs change from step to step, or when adapters such as
+    LoRA are on the head.
 
     Args:
         adapter: the transformer's adapter.
@@ -115,11 +117,13 @@ class Conditioner:
         self._begin = run.index
         passed = run.identity[run.index :].to(timestep.device, timestep.dtype, non_blocking=True)
         passed = run.passes(passed)
-        steps, batch = len(passed), shape[0]
-        repeated = {name: _repeated(value, batch, steps) for name, value in given.items()}
-        timesteps = passed.repeat_interleave(batch)
-        rows = self.adapter.scaled(arguments, self.adapter.condition, timesteps, repeated, dtype)
-        self._conditioning = rows.split(batch)
+        batch = shape[0]
+        size = batch * sum(value[:1].nbytes for value in given.values() if value is not None)
+        for some in passed.split(max(1, _MOST_BYTES // max(1, size))):
+            repeated = {name: _repeated(value, batch, len(some)) for name, value in given.items()}
+            timesteps = some.repeat_interleave(batch)
+            rows = self.adapter.scaled(arguments, self.adapter.condition, timesteps, repeated, dtype)
+            self._conditioning += rows.split(batch)
         return True
 
 

@@ -368,6 +368,12 @@ def decoded(pipe, latents: torch.Tensor) -> np.ndarray:
     return pipe.image_processor.postprocess(images, output_type="np")
 
 
+def mean_and_deviation(vae, latents: torch.Tensor) -> list[torch.Tensor]:
+    """Those of the channels of a VAE's latents `[B, C, ...]`, in their dtype, such that they can be applied to them."""
+    told = (torch.tensor(vae.config[name]) for name in ("latents_mean", "latents_std"))
+    return [part.to(latents).view(-1, *[1] * (latents.ndim - 2)) for part in told]
+
+
 def packed_grid(
     tokens: int, height: int | None, width: int | None, side: int, patch: int, one_frame: bool = True
 ) -> tuple[int, int]:

@@ -1,8 +1,6 @@
 """Bria 3.2 and FIBO: `BriaTransformer2DModel`, `BriaFiboTransformer2DModel` and the pipelines built on them."""
 
-import torch
-
-from lesa.models.adapter import Adapter, decoded, packed_grid
+from lesa.models.adapter import Adapter, decoded, mean_and_deviation, packed_grid
 from lesa.models.costs import CountedCosts, valueless
 
 
@@ -94,8 +92,5 @@ class BriaFiboAdapter(Adapter):
         rows, columns = packed_grid(latents.shape[1], height, width, side, patch)
         unpack = pipe._unpack_latents if is_patched else pipe._unpack_latents_no_patch
         latents = unpack(latents, rows * patch, columns * patch, scale)[:, :, None]
-        mean, deviation = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
-            for values in (config.latents_mean, config.latents_std)
-        )
+        mean, deviation = mean_and_deviation(pipe.vae, latents)
         return decoded(pipe, latents / (1 / deviation) + mean)

@@ -1,15 +1,17 @@
 """CogVideoX: `CogVideoXTransformer3DModel`, its variant ConsisID, and the pipelines built on them."""
 
 import torch
-from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from diffusers.models.normalization import AdaLayerNorm
 
 from lesa.models.adapter import Adapter
-from lesa.models.costs import CountedCosts, near_square, valueless
+from lesa.models.costs import CountedCosts, VideoCosts, near_square, valueless
 from lesa.models.heads import AdaLayerNormHead, folded
 
+_PAD = {"CogVideoXPipeline", "CogVideoXImageToVideoPipeline"}
+"""Pipelines that put frames of padding before the latents."""
 
-class CogVideoXCosts(CountedCosts):
+
+class CogVideoXCosts(VideoCosts, CountedCosts):
     """What a CogVideoX transformer costs; the usual model is that of 5 billion parameters."""
 
     usual_config = {
@@ -25,9 +27,6 @@ class CogVideoXCosts(CountedCosts):
     presets = {"cogvideox-480p": (480, 720, 49)}
     text_tokens = 226
     streams = 2
-
-    def layers(self, frames, frame_scale):
-        return (frames - 1) // frame_scale + 1
 
     def call(self, image_tokens, text_tokens):
         config, (duration, side) = self.config, self.patch
@@ -96,7 +95,7 @@ class CogVideoXAdapter(Adapter):
     @torch.no_grad()
     def decode(self, pipe, latents, height=None, width=None):
         """See the base. A model of patches in time is taken to have padded the latents by what a patch lacks."""
-        is_padded = isinstance(pipe, (CogVideoXPipeline, CogVideoXImageToVideoPipeline))
+        is_padded = not _PAD.isdisjoint(base.__name__ for base in type(pipe).__mro__)
         padding = (self.transformer.config.get("patch_size_t") or 1) - 1 if is_padded else 0
         video = pipe.decode_latents(latents[:, padding:].to(pipe.vae.dtype))
         return pipe.video_processor.postprocess_video(video, output_type="np")

@@ -1,11 +1,12 @@
 """CogView 4 and CogView 3 Plus: their transformers and the pipelines built on them."""
 
 import torch
-from diffusers.models.transformers.transformer_cogview4 import CogView4AdaLayerNormContinuous
 
 from lesa.models.adapter import Adapter, decoded
 from lesa.models.costs import CountedCosts, near_square, valueless
 from lesa.models.heads import AdaLayerNormHead, folded
+
+_MODULE = "diffusers.models.transformers.transformer_cogview4"
 
 
 class CogView4Costs(CountedCosts):
@@ -56,7 +57,7 @@ class CogView4Head(AdaLayerNormHead):
         return folded(norm.norm, scale, shift)
 
     def parts(self):
-        parts = {**super().parts(), self.norm_path: (self.entry, CogView4AdaLayerNormContinuous)}
+        parts = {**super().parts(), self.norm_path: (self.entry, f"{_MODULE}.CogView4AdaLayerNormContinuous")}
         del parts[f"{self.norm_path}.silu"]
         return parts
 

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 import diffusers
 import numpy as np
 import torch
-from diffusers.models.transformers.transformer_cosmos import CosmosAdaLayerNorm
 
 from lesa.models.adapter import Adapter
-from lesa.models.costs import CountedCosts, near_square, valueless
+from lesa.models.costs import CountedCosts, VideoCosts, near_square, valueless
 from lesa.models.heads import HeadForm, folded
 
 _MOST_COLUMNS = 120
@@ -17,7 +16,7 @@ _BY_RECIPROCAL = ("Cosmos2TextToImagePipeline", "Cosmos2_5_PredictBasePipeline")
 """Pipelines that divide latents by the reciprocal of the deviation."""
 
 
-class CosmosCosts(CountedCosts):
+class CosmosCosts(VideoCosts, CountedCosts):
     """What a Cosmos transformer costs, without its padding mask; the usual model is the smaller one of Predict 2."""
 
     usual_config = {
@@ -37,17 +36,18 @@ class CosmosCosts(CountedCosts):
     def __init__(self, config):
         super().__init__({**config, "concat_padding_mask": False})
 
-    def layers(self, frames, frame_scale):
-        return (frames - 1) // frame_scale + 1
-
     def call(self, image_tokens, text_tokens):
         config, (duration, side) = self.config, self.patch
         grids = ((frames, *near_square(image_tokens // frames)) for frames in _divisors(image_tokens))
         frames, rows, columns = next(grid for grid in grids if grid[2] <= _MOST_COLUMNS or grid[0] == image_tokens)
         width = config.get("crossattn_proj_in_channels", 1024) if config.get("use_crossattn_projection") else None
+        text = valueless(1, text_tokens, width or config["text_embed_dim"])
+        given = config.get("img_context_dim_in")  # of an embedded image
         return {
             "hidden_states": valueless(1, config["in_channels"], frames * duration, rows * side, columns * side),
-            "encoder_hidden_states": valueless(1, text_tokens, width or config["text_embed_dim"]),
+            "encoder_hidden_states": (
+                (text, valueless(1, config.get("img_context_num_tokens", 256), given)) if given else text
+            ),
             "timestep": valueless(1),
         }
 
@@ -75,7 +75,7 @@ class CosmosHead(HeadForm):
     def parts(self):
         norm, path = self.entry, self.norm_path
         return {
-            path: (norm, CosmosAdaLayerNorm),
+            path: (norm, "diffusers.models.transformers.transformer_cosmos.CosmosAdaLayerNorm"),
             f"{path}.activation": (norm.activation, torch.nn.SiLU),
             f"{path}.linear_1": (norm.linear_1, torch.nn.Linear),
             f"{path}.linear_2": (norm.linear_2, torch.nn.Linear),

@@ -118,6 +118,13 @@ class Costs:
         return double + c.get("num_single_layers", 0) * (block + product_flops(1, dim, 3 * dim))
 
 
+class VideoCosts(Costs):
+    """Base of the costs of video families: the first frame has a latent frame of its own."""
+
+    def layers(self, frames, frame_scale):
+        return (frames - 1) // frame_scale + 1
+
+
 class CountedCosts(Costs):
     """Costs of a family whose FLOPs are counted: torch counts them while the transformer runs without any values.
 
@@ -127,20 +134,20 @@ class CountedCosts(Costs):
     Args:
         config: of the transformer. What it lacks is taken from `usual_config`, and then from the transformer's class.
 
-    Attributes:
-        projection: name of the head's last layer in the transformer.
-
     Raises:
         ValueError: the installed diffusers doesn't have the class, or it can't be built from the configuration.
     """
-
-    projection = "proj_out"
 
     def __init__(self, config: Mapping[str, Any]):
         self.config = {**self.usual_config, **config}
         self._key = json.dumps(self.config, sort_keys=True, default=str)
         layer = _transformer(self._key).get_submodule(self.projection)
         self.dim, self._head_width = int(layer.in_features), int(layer.out_features)
+
+    @property
+    def projection(self) -> str:
+        """Path of the head's last layer in the transformer."""
+        return "proj_out"
 
     @property
     def head_width(self):
@@ -199,16 +206,17 @@ def _transformer(key: str) -> Any:
 def _counted_flops(costs: type[CountedCosts], key: str, image_tokens: int, text_tokens: int) -> int:
     """FLOPs of one call with one sample. `key` is the transformer's configuration as JSON."""
     transformer = _transformer(key)
-    arguments = costs(json.loads(key)).call(image_tokens, text_tokens)
     # Attention is counted as two products. Fused attention isn't known to the counter on every device.
     plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     try:
+        arguments = costs(json.loads(key)).call(image_tokens, text_tokens)
         with torch.no_grad(), plain, _FewValues(), FlopCounterMode(display=False) as counter:
             transformer(**arguments)
-    except RuntimeError as error:  # such as a grid that is larger than the positions that the model knows
+    except Exception as error:  # a size that the model doesn't take, or a configuration that `call` doesn't know
         tokens = f"{image_tokens} image tokens and {text_tokens} text tokens"
-        sentence = f"A {type(transformer).__name__} can't be run with {tokens}: {error}."
-        raise usage_error(sentence, "Use a size that the model takes.") from error
+        sentence = f"The FLOPs of a {type(transformer).__name__} can't be counted with {tokens}: {error}."
+        remedy = "Use a size that the model takes. If it takes this one, lesa can't estimate this configuration."
+        raise usage_error(sentence, remedy) from error
     return counter.get_total_flops()
 
 

@@ -84,7 +84,7 @@ class ErnieImageAdapter(Adapter):
         return ErnieImageTransformer2DModelOutput(sample=sample) if call["return_dict"] else (sample,)
 
     def decode(self, pipe, latents, height=None, width=None):
-        norm = pipe.vae.bn
+        norm = pipe.vae.bn  # the pipeline takes another epsilon than the VAE names
         mean, deviation = norm.running_mean, torch.sqrt(norm.running_var + 1e-5)
         patches = latents * deviation.to(latents)[:, None, None] + mean.to(latents)[:, None, None]
         return decoded(pipe, pipe._unpatchify_latents(patches))

@@ -1,6 +1,9 @@
 """FLUX.2: `Flux2Transformer2DModel` and the pipelines built on it, of the models dev and klein."""
 
+import importlib
+
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from lesa.models.adapter import Adapter, decoded, packed_grid
 from lesa.models.costs import CountedCosts, valueless
@@ -64,7 +67,10 @@ class Flux2Adapter(Adapter):
         if call.get("kv_cache_mode") == "extract":
             sentence = "A call that fills the KV cache of the reference images can't be predicted."
             raise usage_error(sentence, "Let the first step of the run fill it.", RuntimeError)
-        return super().output(call, velocity)
+        if not call["return_dict"]:
+            return (velocity,)
+        module = importlib.import_module("diffusers.models.transformers.transformer_flux2")
+        return getattr(module, "Flux2Transformer2DModelOutput", Transformer2DModelOutput)(sample=velocity)
 
     def decode(self, pipe, latents, height=None, width=None):
         """See the base. The pipelines of klein give `[B, C, h, w]`, as the VAE takes them."""

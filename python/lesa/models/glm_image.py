@@ -2,7 +2,7 @@
 
 import torch
 
-from lesa.models.adapter import decoded
+from lesa.models.adapter import decoded, mean_and_deviation
 from lesa.models.cogview import CogView3PlusAdapter, CogView4Costs, CogView4Head
 from lesa.models.costs import near_square, valueless
 
@@ -47,7 +47,6 @@ class GlmImageAdapter(CogView3PlusAdapter):
     family = "glm-image"
     costs = GlmImageCosts
     transformer_classes = ("GlmImageTransformer2DModel",)
-    attention_kwargs = "attention_kwargs"
     conditioned_on = ("target_size", "crop_coords")
     block_lists = {"transformer_blocks": "attn1.to_out.0"}
 
@@ -59,8 +58,5 @@ class GlmImageAdapter(CogView3PlusAdapter):
 
     def decode(self, pipe, latents, height=None, width=None):
         latents = latents.to(pipe.vae.dtype)
-        mean, deviation = (
-            torch.tensor(values)[:, None, None].to(latents)
-            for values in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
-        )
+        mean, deviation = mean_and_deviation(pipe.vae, latents)
         return decoded(pipe, latents * deviation + mean)

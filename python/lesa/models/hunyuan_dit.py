@@ -73,11 +73,5 @@ class HunyuanDiTAdapter(Adapter):
         patches = velocity.reshape(batch, height // side, width // side, side, side, -1)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height // side * side, width // side * side)
 
-    def latents(self, call):
-        """See the base. Where the output has variances, these are zero."""
-        sample = call["hidden_states"]
-        missing = self.transformer.out_channels - sample.shape[1]
-        return super().latents({**call, "hidden_states": torch.nn.functional.pad(sample, (0, 0, 0, 0, 0, missing))})
-
     def decode(self, pipe, latents, height=None, width=None):
         return decoded(pipe, latents / pipe.vae.config.scaling_factor)

@@ -5,10 +5,10 @@ import math
 import torch
 
 from lesa.models.adapter import Adapter
-from lesa.models.costs import Costs, attention_flops, feed_forward_flops, product_flops, timestep_flops
+from lesa.models.costs import Costs, VideoCosts, attention_flops, feed_forward_flops, product_flops, timestep_flops
 
 
-class HunyuanVideoCosts(Costs):
+class HunyuanVideoCosts(VideoCosts):
     """What a HunyuanVideo transformer costs."""
 
     usual_config = {
@@ -29,9 +29,6 @@ class HunyuanVideoCosts(Costs):
     }
     presets = {"hunyuan-video-480p": (480, 640, 65), "hunyuan-video-720p": (720, 1280, 129)}
     text_tokens = 256
-
-    def layers(self, frames, frame_scale):
-        return (frames - 1) // frame_scale + 1
 
     def embedding_flops(self, image_tokens, text_tokens):
         """A small transformer of its own refines the text."""

@@ -2,11 +2,11 @@
 
 import torch
 
-from lesa.models.costs import CountedCosts, near_square, valueless
-from lesa.models.hunyuan_video import HunyuanVideoAdapter, HunyuanVideoCosts
+from lesa.models.costs import CountedCosts, VideoCosts, near_square, valueless
+from lesa.models.hunyuan_video import HunyuanVideoAdapter
 
 
-class HunyuanVideo15Costs(CountedCosts):
+class HunyuanVideo15Costs(VideoCosts, CountedCosts):
     """What a HunyuanVideo-1.5 transformer costs, for a video from text."""
 
     usual_config = {
@@ -27,7 +27,6 @@ class HunyuanVideo15Costs(CountedCosts):
     streams = 2
     scale = 16
     glyph_tokens, given_tokens = 256, 729  # of letters to draw, and of an image; always there
-    layers = HunyuanVideoCosts.layers
 
     def call(self, image_tokens, text_tokens):
         c, (rows, columns) = self.config, near_square(image_tokens)

@@ -1,14 +1,13 @@
 """Ideogram 4: `Ideogram4Transformer2DModel` and the pipeline built on it."""
 
+import importlib
+
 import torch
 import torch.nn.functional as F
 
 from lesa.models.adapter import Adapter, decoded, packed_grid
 from lesa.models.costs import CountedCosts, valueless
 from lesa.models.final_layer import FinalLayerHead
-
-_IMAGE = 2
-"""What the indicator has for a token of the image."""
 
 
 class Ideogram4Costs(CountedCosts):
@@ -75,7 +74,10 @@ class Ideogram4Adapter(Adapter):
     def shape(self, call):
         indicator = call["indicator"]
         if self._counted is None or self._counted[0] is not indicator:  # one that was counted needs no wait for a GPU
-            self._counted = indicator, int((indicator[0] == _IMAGE).sum())
+            of_image = importlib.import_module(
+                "diffusers.models.transformers.transformer_ideogram4"
+            ).OUTPUT_IMAGE_INDICATOR
+            self._counted = indicator, int((indicator[0] == of_image).sum())
         return len(indicator), self._counted[1]
 
     def features(self, call, entered):

@@ -2,14 +2,15 @@
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_kandinsky import Kandinsky5Modulation, Kandinsky5OutLayer
 
 from lesa.models.adapter import Adapter
-from lesa.models.costs import CountedCosts, near_square, valueless
+from lesa.models.costs import CountedCosts, VideoCosts, near_square, valueless
 from lesa.models.heads import HeadForm
 
+_MODULE = "diffusers.models.transformers.transformer_kandinsky"
 
-class Kandinsky5Costs(CountedCosts):
+
+class Kandinsky5Costs(VideoCosts, CountedCosts):
     """What a Kandinsky 5 transformer costs; the usual model is Lite, which makes videos."""
 
     projection = "out_layer.out_layer"
@@ -31,9 +32,6 @@ class Kandinsky5Costs(CountedCosts):
     presets = {"kandinsky5-lite": (512, 768, 121)}
     text_tokens = 256
     streams = 2
-
-    def layers(self, frames, frame_scale):
-        return (frames - 1) // frame_scale + 1
 
     def call(self, image_tokens, text_tokens):
         config, (duration, side), (rows, columns) = self.config, self.patch, near_square(image_tokens)
@@ -74,8 +72,8 @@ class Kandinsky5Head(HeadForm):
     def parts(self):
         entry, path = self.entry, self.norm_path
         return {
-            path: (entry, Kandinsky5OutLayer),
-            f"{path}.modulation": (entry.modulation, Kandinsky5Modulation),
+            path: (entry, f"{_MODULE}.Kandinsky5OutLayer"),
+            f"{path}.modulation": (entry.modulation, f"{_MODULE}.Kandinsky5Modulation"),
             f"{path}.modulation.out_layer": (entry.modulation.out_layer, torch.nn.Linear),
             f"{path}.norm": (entry.norm, torch.nn.LayerNorm),
             self.projection_path: (self.projection, torch.nn.Linear),

@@ -2,7 +2,7 @@
 
 import torch
 
-from lesa.models.adapter import Adapter, decoded, packed_grid
+from lesa.models.adapter import Adapter, decoded, mean_and_deviation, packed_grid
 from lesa.models.costs import CountedCosts, valueless
 from lesa.models.heads import HeadForm
 
@@ -92,8 +92,5 @@ class Krea2Adapter(Adapter):
         rows, columns = packed_grid(tokens, height, width, 1024, side * pipe.vae_scale_factor)
         patches = latents.reshape(batch, rows, columns, channels // side**2, side, side).permute(0, 3, 1, 4, 2, 5)
         frames = patches.reshape(batch, -1, 1, rows * side, columns * side).to(pipe.vae.dtype)
-        mean, deviation = (
-            torch.tensor(values)[:, None, None, None].to(frames)
-            for values in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
-        )
+        mean, deviation = mean_and_deviation(pipe.vae, frames)
         return decoded(pipe, frames / (1 / deviation) + mean)

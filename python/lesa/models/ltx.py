@@ -3,11 +3,11 @@
 import torch
 
 from lesa.models.adapter import Adapter
-from lesa.models.costs import CountedCosts, valueless
+from lesa.models.costs import CountedCosts, VideoCosts, valueless
 from lesa.models.heads import TableHead
 
 
-class LTXVideoCosts(CountedCosts):
+class LTXVideoCosts(VideoCosts, CountedCosts):
     """What an LTX-Video transformer costs; the usual model is that of 2 billion parameters."""
 
     usual_config = {"_class_name": "LTXVideoTransformer3DModel", "patch_size": 1, "num_layers": 28}
@@ -16,9 +16,6 @@ class LTXVideoCosts(CountedCosts):
     streams = 2
     scale = 32
     frame_scale = 8
-
-    def layers(self, frames, frame_scale):
-        return (frames - 1) // frame_scale + 1
 
     def call(self, image_tokens, text_tokens):
         config = self.config

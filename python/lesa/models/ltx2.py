@@ -5,11 +5,11 @@ import importlib
 import torch
 
 from lesa.models.adapter import Adapter
-from lesa.models.costs import CountedCosts, near_square, valueless
+from lesa.models.costs import CountedCosts, VideoCosts, near_square, valueless
 from lesa.models.heads import TableHead
 
 
-class LTX2Costs(CountedCosts):
+class LTX2Costs(VideoCosts, CountedCosts):
     """What an LTX-2 transformer costs, with one audio token for each 48 video tokens. One ring is counted."""
 
     usual_config = {"_class_name": "LTX2VideoTransformer3DModel", "patch_size": 1, "num_layers": 48}
@@ -19,20 +19,21 @@ class LTX2Costs(CountedCosts):
     scale = 32
     frame_scale = 8
 
-    def layers(self, frames, frame_scale):
-        return (frames - 1) // frame_scale + 1
-
     def call(self, image_tokens, text_tokens):
         config, (rows, columns) = self.config, near_square(image_tokens)
         sound = max(1, image_tokens // 48)
-        width, width_of_sound = config.get("caption_channels", 3840), config.get("caption_channels", 3840)
+        width = width_of_sound = config.get("caption_channels", 3840)
+        if not config.get("use_prompt_embeddings", True):
+            width = config.get("cross_attention_dim", 4096)
+            width_of_sound = config.get("audio_cross_attention_dim", 2048)
+        modulates_text = config.get("cross_attn_mod") or config.get("audio_cross_attn_mod")
         return {
             "hidden_states": valueless(1, image_tokens, config.get("in_channels", 128)),
             "audio_hidden_states": valueless(1, sound, config.get("audio_in_channels", 128)),
             "encoder_hidden_states": valueless(1, text_tokens, width),
             "audio_encoder_hidden_states": valueless(1, text_tokens, width_of_sound),
             "timestep": valueless(1),
-            "sigma": valueless(1),
+            **({"sigma": valueless(1)} if modulates_text else {}),
             "num_frames": 1,
             "height": rows,
             "width": columns,

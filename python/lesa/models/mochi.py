@@ -2,11 +2,11 @@
 
 import torch
 
-from lesa.models.adapter import Adapter
-from lesa.models.costs import Costs, product_flops, timestep_flops
+from lesa.models.adapter import Adapter, mean_and_deviation
+from lesa.models.costs import VideoCosts, product_flops, timestep_flops
 
 
-class MochiCosts(Costs):
+class MochiCosts(VideoCosts):
     """What a Mochi transformer costs. Text tokens have a smaller width than image tokens."""
 
     usual_config = {
@@ -24,9 +24,6 @@ class MochiCosts(Costs):
     text_tokens = 256
     streams = 2
     frame_scale = 6
-
-    def layers(self, frames, frame_scale):
-        return (frames - 1) // frame_scale + 1
 
     def embedding_flops(self, image_tokens, text_tokens):
         c, width = self.config, self.config["text_embed_dim"]
@@ -83,9 +80,8 @@ class MochiAdapter(Adapter):
     def decode(self, pipe, latents, height=None, width=None):
         """See the base."""
         config, latents = pipe.vae.config, latents.to(pipe.vae.dtype)
-        mean, deviation = config.get("latents_mean"), config.get("latents_std")
-        if mean and deviation:
-            mean, deviation = (torch.tensor(v).to(latents)[:, None, None, None] for v in (mean, deviation))
+        if config.get("latents_mean") and config.get("latents_std"):
+            mean, deviation = mean_and_deviation(pipe.vae, latents)
             latents = latents * deviation / config.scaling_factor + mean
         else:
             latents = latents / config.scaling_factor

@@ -2,11 +2,11 @@
 
 import torch
 
-from lesa.models.costs import CountedCosts, near_square, valueless
-from lesa.models.hunyuan_video import HunyuanVideoAdapter, HunyuanVideoCosts
+from lesa.models.costs import CountedCosts, VideoCosts, near_square, valueless
+from lesa.models.hunyuan_video import HunyuanVideoAdapter
 
 
-class MotifVideoCosts(CountedCosts):
+class MotifVideoCosts(VideoCosts, CountedCosts):
     """What a Motif-Video transformer costs, for a video from text."""
 
     usual_config = {
@@ -19,7 +19,6 @@ class MotifVideoCosts(CountedCosts):
     presets = {}
     text_tokens = 512
     streams = 2
-    layers = HunyuanVideoCosts.layers
 
     def call(self, image_tokens, text_tokens):
         c, (rows, columns) = self.config, near_square(image_tokens)

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from lesa.models.adapter import Adapter, decoded, packed_grid
+from lesa.models.adapter import Adapter, decoded, mean_and_deviation, packed_grid
 from lesa.models.costs import CountedCosts, near_square, valueless
 from lesa.models.heads import AdaLayerNormHead
 
@@ -87,8 +87,5 @@ class QwenImage21Adapter(Adapter):
         height, width = (None if side is None else side // (2 * scale) * 2 * scale for side in (height, width))
         rows, columns = packed_grid(tokens, height, width, 1024, scale)
         frames = latents.transpose(1, 2).reshape(batch, channels, 1, rows, columns).to(pipe.vae.dtype)
-        mean, deviation = (
-            torch.tensor(values)[:, None, None, None].to(frames)
-            for values in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
-        )
+        mean, deviation = mean_and_deviation(pipe.vae, frames)
         return decoded(pipe, frames * deviation + mean)

@@ -3,7 +3,7 @@
 import torch
 
 from lesa.models.adapter import Adapter
-from lesa.models.costs import CountedCosts, near_square, valueless
+from lesa.models.costs import CountedCosts, VideoCosts, near_square, valueless
 from lesa.models.heads import TableHead, folded
 
 
@@ -34,7 +34,7 @@ class SanaCosts(CountedCosts):
         }
 
 
-class SanaVideoCosts(SanaCosts):
+class SanaVideoCosts(VideoCosts, SanaCosts):
     """What a Sana transformer of videos costs."""
 
     usual_config = {
@@ -45,9 +45,6 @@ class SanaVideoCosts(SanaCosts):
     }
     presets = {"sana-video-480p": (480, 832, 81)}
     scale = 8
-
-    def layers(self, frames, frame_scale):
-        return (frames - 1) // frame_scale + 1
 
 
 class SanaHead(TableHead):

@@ -4,12 +4,12 @@ import math
 
 import torch
 
-from lesa.models.adapter import Adapter
-from lesa.models.costs import CountedCosts, near_square, valueless
+from lesa.models.adapter import Adapter, mean_and_deviation
+from lesa.models.costs import CountedCosts, VideoCosts, near_square, valueless
 from lesa.models.heads import TableHead
 
 
-class WanCosts(CountedCosts):
+class WanCosts(VideoCosts, CountedCosts):
     """What a Wan transformer costs; the usual model is that of Wan 2.1 and 2.2 with 14 billion parameters."""
 
     usual_config = {
@@ -27,9 +27,6 @@ class WanCosts(CountedCosts):
     presets = {"wan-480p": (480, 832, 81), "wan-720p": (720, 1280, 81)}
     text_tokens = 512
     streams = 2
-
-    def layers(self, frames, frame_scale):
-        return (frames - 1) // frame_scale + 1
 
     def call(self, image_tokens, text_tokens):
         (rows, columns), (duration, side) = near_square(image_tokens), self.patch
@@ -86,9 +83,7 @@ class WanAdapter(Adapter):
         if hasattr(self.transformer, "motion_encoder"):  # Animate: scaled already; the first frame is the character's
             latents = latents[:, :, 1:]
         else:
-            config = pipe.vae.config
-            levels = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
-            mean, deviation = (level.to(latents) for level in levels)
+            mean, deviation = mean_and_deviation(pipe.vae, latents)
             latents = latents / (1.0 / deviation) + mean
         video = pipe.vae.decode(latents, return_dict=False)[0]
         return pipe.video_processor.postprocess_video(video, output_type="np")

@@ -1,14 +1,13 @@
 """Z-Image: `ZImageTransformer2DModel` and the pipelines built on it."""
 
+import importlib
+
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from lesa.models.adapter import Adapter, decoded
 from lesa.models.costs import CountedCosts, near_square, valueless
 from lesa.models.final_layer import FinalLayerHead
-
-_MULTIPLE = 32
-"""The transformer pads captions and images to a multiple of so many tokens."""
 
 
 class ZImageCosts(CountedCosts):
@@ -18,14 +17,23 @@ class ZImageCosts(CountedCosts):
     presets = {"z-image-1024": (1024, 1024, 1)}
     text_tokens = 128
     streams = 2
-    projection = "all_final_layer.2-1.linear"
-    patch = (1, 2)
+
+    @property
+    def projection(self):
+        duration, side = self.patch
+        return f"all_final_layer.{side}-{duration}.linear"
+
+    @property
+    def patch(self):
+        """See the base; the first size of those that the transformer has."""
+        return self.config.get("all_f_patch_size", (1,))[0], self.config.get("all_patch_size", (2,))[0]
 
     def call(self, image_tokens, text_tokens):
-        rows, columns = near_square(image_tokens)
+        (rows, columns), (duration, side) = near_square(image_tokens), self.patch
         channels, width = self.config.get("in_channels", 16), self.config.get("cap_feat_dim", 2560)
-        image, caption = valueless(channels, 1, 2 * rows, 2 * columns), valueless(text_tokens, width)
-        return {"x": [image], "t": valueless(1), "cap_feats": [caption]}
+        image = valueless(channels, duration, side * rows, side * columns)
+        sizes = {"patch_size": side, "f_patch_size": duration}
+        return {"x": [image], "t": valueless(1), "cap_feats": [valueless(text_tokens, width)], **sizes}
 
 
 class ZImageAdapter(Adapter):
@@ -103,4 +111,5 @@ class ZImageAdapter(Adapter):
             return 0
         lengths = [len(caption) for caption in captions]
         lengths += [1 if image is None else self._tokens(call, image) for image in images[:-1]]
-        return sum(-(-length // _MULTIPLE) * _MULTIPLE for length in lengths)
+        multiple = importlib.import_module("diffusers.models.transformers.transformer_z_image").SEQ_MULTI_OF
+        return sum(-(-length // multiple) * multiple for length in lengths)  # each is padded

@@ -146,7 +146,9 @@ class Recorder:
         self.heads[call.transformer] = head = adapter.output_head(conditioning)
         if head.scale.ndim != 2:
             sentence = "`inputs` make the model modulate each token in its own way, which a recording cannot store."
-            raise usage_error(sentence, "Use inputs without given images, or a forecaster without training.")
+            raise usage_error(
+                sentence, "If they give images or frames, leave these out. Else use a forecaster without training."
+            )
         step = call.step
         if bad:
             raise argument_error(
