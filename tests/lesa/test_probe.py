@@ -406,6 +406,17 @@ def test_what_is_not_certain_is_computed_or_refused_by_name(kind):
         drive(pipe)
 
 
+@pytest.mark.parametrize("kind", [Unknown, Remembering])
+def test_changes_in_place_are_seen_in_inference_mode(kind):
+    """Tensors that are made there have no version."""
+    torch.manual_seed(0)
+    pipe = pipe_with(kind())
+    with lesa.enable_cache(pipe, line(), SOME) as handle, torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        drive.__wrapped__(pipe)
+    assert handle.stats.streams["main"].predicted == (REST if kind is Unknown else [])
+
+
 class Flat(nn.Sequential):
     """It has no list of blocks."""
 
