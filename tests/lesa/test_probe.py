@@ -230,6 +230,22 @@ def test_timesteps_that_begin_with_zero_are_located(pipe):
     assert handle.stats.streams["main"].predicted == REST
 
 
+def test_a_form_that_a_later_call_refutes_is_dropped_in_the_run(pipe):
+    """Reversed timesteps that begin at the middle look like others in the first call."""
+
+    @torch.no_grad()
+    def run():
+        pipe.scheduler.set_timesteps(sigmas=[0.5 * (1 - step / STEPS) for step in range(STEPS)])
+        for t in pipe.scheduler.timesteps:
+            sample = torch.ones(1, TILES, 4)
+            pipe.transformer(sample, torch.ones(1, WORDS, 6), ((1000 - t) / 1000)[None])
+            pipe.scheduler.step(sample, t, sample)
+        return handle.stats.streams["main"]
+
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
+        assert [run().predicted, run().predicted] == [REST, REST]
+
+
 def test_timesteps_of_no_known_form_are_computed(pipe):
     plain = drive(pipe, lambda t: t / 7)
     with lesa.enable_cache(pipe, line(), SOME) as handle, pytest.warns(RuntimeWarning, match="timestep is not one of"):
@@ -332,6 +348,26 @@ class Careful(Unknown):
         return super().end(picture, wave)
 
 
+class Remembering(Unknown):
+    """Its blocks add to a tensor, which is also weakly in the output."""
+
+    class Changing(Late):
+        def forward(self, tokens, memory, wave):
+            memory += (tokens := super().forward(tokens, wave))
+            return tokens, memory
+
+    def __init__(self):
+        super().__init__()
+        self.early, self.late = nn.ModuleList(), nn.ModuleList(self.Changing() for _ in range(3))
+
+    def forward(self, sample, words, t):
+        picture, wave = self.enter(sample), self.wave(t[:, None].to(sample))
+        memory = torch.zeros_like(picture)
+        for block in self.late:
+            picture, memory = block(picture, memory, wave)
+        return self.end(picture, wave)[0] + 1e-9 * memory[..., :4], None
+
+
 class Random(Unknown):
     """It is another function in each call."""
 
@@ -341,7 +377,8 @@ class Random(Unknown):
 
 
 REFUSED = {
-    Pyramid: "the blocks change the shape of what goes through them: a Down of `down` returns a tensor",
+    Pyramid: "the blocks cannot be passed over: a Down of `down` returns a tensor",
+    Remembering: "the blocks cannot be passed over: a Changing of `late` changes an argument in place",
     Twice: "what the blocks make reaches the output in more than one way",
     Paired: "what the blocks make reaches the output in more than one way",
     Skipping: "what the blocks make reaches the output in more than one way",
@@ -367,6 +404,17 @@ def test_what_is_not_certain_is_computed_or_refused_by_name(kind):
         assert all(map(torch.equal, outputs, drive(pipe)))
     with lesa.enable_cache(pipe, line(), SOME, strict=True), pytest.raises(RuntimeError, match=REFUSED[kind]):
         drive(pipe)
+
+
+@pytest.mark.parametrize("kind", [Unknown, Remembering])
+def test_changes_in_place_are_seen_in_inference_mode(kind):
+    """Tensors that are made there have no version."""
+    torch.manual_seed(0)
+    pipe = pipe_with(kind())
+    with lesa.enable_cache(pipe, line(), SOME) as handle, torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        drive.__wrapped__(pipe)
+    assert handle.stats.streams["main"].predicted == (REST if kind is Unknown else [])
 
 
 class Flat(nn.Sequential):
@@ -410,10 +458,11 @@ def test_what_needs_an_adapter_is_refused_by_name(pipe, tmp_path):
     ):
         with pytest.raises(TypeError, match="supported family .*but got SimpleNamespace with a Unknown"):
             use()
+    for trained in (PredictorConfig(DIM), PredictorConfig(DIM, family="flux"), PredictorConfig(DIM + 1)):
+        with pytest.raises(ValueError, match="`predictor` must have nothing to train, .* no adapter for Unknown"):
+            lesa.enable_cache(pipe, FusedKANPredictor(trained), SOME)
     with pytest.raises(ValueError, match="config.family` must be 'probe'"):
-        lesa.enable_cache(pipe, FusedKANPredictor(PredictorConfig(DIM, family="flux")), SOME)
-    with lesa.enable_cache(pipe, FusedKANPredictor(PredictorConfig(DIM + 1)), SOME), pytest.raises(ValueError):
-        drive(pipe)
+        lesa.enable_cache(pipe, FusedKANPredictor(PredictorConfig(mixer="linear", family="flux")), SOME)
 
 
 # Pipelines that have an adapter, as if they had none
@@ -578,6 +627,142 @@ def test_a_call_that_goes_another_way_is_computed():
     first = late[0]
     assert first in REST and stream.reasons[first].endswith("went another way than in the computed steps")
     assert torch.equal(outputs[first], plain[first]) and stream.predicted == [s for s in REST if s != first]
+
+
+class Turning(Unknown):
+    """Below a noise level, another module comes after its blocks."""
+
+    def end(self, picture, wave):
+        if self.is_late:
+            return self.last(20 * picture), None
+        return super().end(picture, wave)
+
+    def forward(self, sample, words, t):
+        self.is_late = t[0] < 0.6  # from step 5 on
+        return super().forward(sample, words, t)
+
+
+def test_features_from_another_place_begin_a_new_history():
+    torch.manual_seed(0)
+    pipe = pipe_with(Turning())
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
+        outputs = drive(pipe)
+    stream = handle.stats.streams["main"]
+    assert (stream.computed, stream.predicted) == (SOME, REST)
+    assert {step for step in SOME if stream.reasons[step] != "scheduled"} == {5}
+    assert stream.reasons[5].startswith("the features came from another place of the transformer")
+    assert all(torch.equal(outputs[step], outputs[5]) for step in (6, 7, 8))  # along a line through one point
+
+
+class Guided(Unknown):
+    """It takes tensors that both kinds of calls share, and some that are new in each call, before the words."""
+
+    def forward(self, sample, t, ids, strength, context):
+        return super().forward(sample, context, t)
+
+
+@torch.no_grad()
+def drive_guided(pipe, words, ends_at=STEPS):
+    """The outputs of the second kind of calls. The first kind has no calls from a step on."""
+    ids, sample, outputs = torch.zeros(TILES, 2), torch.ones(1, TILES, 4), []
+    pipe.scheduler.set_timesteps(STEPS)
+    for step, t in enumerate(pipe.scheduler.timesteps):
+        for text in words if step < ends_at else words[1:]:
+            text = text() if callable(text) else text
+            made = pipe.transformer(sample, (t / 1000)[None], ids, torch.ones(1), text)[0]
+        outputs.append(made)
+        pipe.scheduler.step(made, t, sample)
+    return outputs
+
+
+@pytest.mark.parametrize("ends_at", [1, 4, 6])
+def test_calls_are_told_apart_by_the_inputs_that_differ(ends_at):
+    torch.manual_seed(0)
+    pipe, words = pipe_with(Guided()), [torch.randn(1, WORDS, 6) for _ in range(2)]
+    with lesa.enable_cache(pipe, line(), SOME, strict=True):
+        wanted = drive_guided(pipe, words[1:])
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle:
+        outputs = drive_guided(pipe, words, ends_at)
+    assert all(map(torch.equal, outputs, wanted))
+    assert handle.stats.streams["main-2"].predicted == REST
+    assert handle.stats.streams["main"].predicted == [step for step in REST if step < ends_at]
+
+
+def test_calls_that_nothing_tells_apart_are_computed():
+    torch.manual_seed(0)
+    pipe, words = pipe_with(Guided()), [torch.randn(1, WORDS, 6) for _ in range(2)]
+    plain, new = drive_guided(pipe, words), [words[0].clone, words[1].clone]
+    with lesa.enable_cache(pipe, line(), SOME) as handle, pytest.warns(RuntimeWarning, match="different streams"):
+        assert all(map(torch.equal, drive_guided(pipe, new, 6), plain))
+    assert not any(stream.predicted for stream in handle.stats.streams.values())
+
+
+def test_a_new_text_in_a_run_is_computed():
+    torch.manual_seed(0)
+    pipe, words = pipe_with(Guided()), [torch.randn(1, WORDS, 6) for _ in range(2)]
+    texts = iter(7 * [words[0]] + 5 * [words[1]])
+    with lesa.enable_cache(pipe, line(), SOME) as handle, pytest.warns(RuntimeWarning, match="the text changed"):
+        drive_guided(pipe, [lambda: next(texts)])
+    stream = handle.stats.streams["main"]
+    assert stream.reasons[7] == "the text changed" and stream.predicted == [step for step in REST if step != 7]
+
+
+class Either(Unknown):
+    """It gets its sample by one of two names, or not at all."""
+
+    def forward(self, hidden_states=None, words=None, t=None, latents=None):
+        latents = torch.ones(len(t), TILES, 4) if latents is None else latents
+        words = torch.ones(len(t), WORDS, 6) if words is None else words
+        return super().forward(latents if hidden_states is None else hidden_states, words, t)
+
+
+@pytest.mark.parametrize("names", [("latents", "words"), ("words", "hidden_states"), ("latents",), ()])
+def test_tensors_may_be_left_out(names):
+    torch.manual_seed(0)
+    pipe = pipe_with(Either())
+    sample = torch.ones(2, TILES, 4)
+    values = {"latents": sample, "hidden_states": sample, "words": torch.ones(2, WORDS, 6)}
+    with lesa.enable_cache(pipe, line(), SOME, strict=True) as handle, torch.no_grad():
+        pipe.scheduler.set_timesteps(STEPS)
+        for t in pipe.scheduler.timesteps:
+            pipe.transformer(t=(t / 1000).expand(2), **{name: values[name] for name in names})
+            pipe.scheduler.step(sample, t, sample)
+    assert handle.stats.streams["main"].predicted == REST
+
+
+class Apart(Unknown):
+    """It gives each sample as a tensor of its own."""
+
+    def end(self, picture, wave):
+        made = super().end(picture, wave)[0]
+        return {"none": None, "first": made[:1], "others": [made[1:]]}
+
+
+class Bare(Unknown):
+    """It gives a tensor."""
+
+    def end(self, picture, wave):
+        return super().end(picture, wave)[0]
+
+
+@pytest.mark.parametrize("kind", [Unknown, Apart, Bare])
+def test_nan_anywhere_in_the_output_of_a_predicted_step_is_seen(kind):
+    torch.manual_seed(0)
+    pipe = pipe_with(kind())
+    sample, words = torch.ones(2, TILES, 4), torch.ones(2, WORDS, 6)
+
+    def spoil(module, args, output):
+        if pipe.scheduler.step_index == 3:
+            output[1:] = torch.nan
+
+    pipe.transformer.last.register_forward_hook(spoil)
+    with lesa.enable_cache(pipe, line(), SOME) as handle, pytest.warns(RuntimeWarning, match="was not finite"):
+        pipe.scheduler.set_timesteps(STEPS)
+        for t in pipe.scheduler.timesteps:
+            with torch.no_grad():
+                pipe.transformer(sample, words, (t / 1000).expand(2))
+            pipe.scheduler.step(sample, t, sample)
+    assert not handle.stats.streams["main"].predicted
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ def test_error_control_computes_the_first_step_of_the_second_expert(pipe, tolera
         CASE.latents(pipe, steps=STEPS, callback_on_step_end=look)
     second = handle.stats.streams[NAMES[2]]
     assert second.computed[0] == SWITCH and second.reasons[SWITCH] == "the first step of transformer_2"
-    assert "step 6 is computed because it is the first one of transformer_2" in handle.stats.notes
+    assert "step 6 is computed because it is the first step of transformer_2" in handle.stats.notes
     assert held[:-1] == [NAMES[:2]] * SWITCH + [NAMES[2:]] * (STEPS - SWITCH - 1)
 
 

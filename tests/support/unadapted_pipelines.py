@@ -28,13 +28,10 @@ class Probed(Small):
         damped: `damped(transformer)` -> the layer that reads the latents. It hears little of them, as the way of the
             latents is less straight without flow matching.
         heard: how much it hears.
-        learns: whether the first run is computed, as it begins with a timestep of zero, which does not show how the
-            timesteps are passed.
     """
 
     damped: Callable | None = None
     heard: float = 0.25
-    learns: bool = False
 
     def build(self):
         """A new pipeline; always with the same weights."""
@@ -657,7 +654,6 @@ LONG_CAT = {
         lambda batch: {"prompt": ["a"] * batch},
         {"audio_duration_s": 0.0005},
         options={"guidance_scale": 3.0},
-        learns=True,
         streams=("main", "main-2"),
     ),
 }

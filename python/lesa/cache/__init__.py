@@ -248,6 +248,14 @@ def _check_predictor(pipe: Any, adapter: Adapter, predictor: FusedKANPredictor) 
             TypeError,
         )
     config = predictor.config
+    if adapter.runs_around and predictor.forecaster.is_trained:
+        name = type(adapter.transformer).__name__
+        raise argument_error(
+            "predictor",
+            f"have nothing to train, because lesa has no adapter for {name}",
+            Said(f"the forecaster {config.mixer!r}, which is trained"),
+            f"Leave it out, or use a forecaster without training, such as {UNTRAINED!r}.",
+        )
     if config.family not in (None, adapter.family):
         raise argument_error(
             "predictor.config.family",

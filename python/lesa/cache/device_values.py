@@ -2,8 +2,10 @@
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 Receiver = Callable[[float], None]
 
@@ -105,8 +107,8 @@ class DeviceValues:
         self._pending.clear()
 
 
-def sum_of(output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-    """The sum of an output, which may be a list of samples. It is finite if they are."""
-    if isinstance(output, torch.Tensor):
-        return output.sum(dtype=torch.float32)
-    return torch.stack([part.sum(dtype=torch.float32) for part in output]).sum()
+def sum_of(output: Any) -> torch.Tensor:
+    """The sum of all floating-point tensors of an output, however they are put together. It is finite if they are."""
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    sums = [tensor.sum(dtype=torch.float32) for tensor in tensors]
+    return sums[0] if len(sums) == 1 else torch.stack(sums or [torch.zeros(())]).sum()

@@ -199,8 +199,8 @@ class ForecastingHook(StepHook[ForecastState]):
             return "the shape changed", "Keep batch and size the same in a run."
         if stream.is_other_text:
             return "the text changed", "Keep the texts the same in a run, and the order of their calls."
-        if stream.is_unclear:
-            return reasons.UNCLEAR
+        if stream.unclear is not None:
+            return stream.unclear
         for predictor, ring in ((track.predictor, cast(FeatureRing, track.ring)) for track in stream.tracks):
             if predictor.device != ring.device and predictor.device is not None:
                 return (
@@ -284,7 +284,7 @@ class ForecastingHook(StepHook[ForecastState]):
         """Asks for the sum of the output, which says whether it is finite. A CPU answers at once, a GPU later."""
         stats = state.streams[call.stream].stats
         receive = functools.partial(self._on_sum, state, stats, call.step)
-        state.values.ask(sum_of(output[0]), receive)
+        state.values.ask(sum_of(output), receive)
 
     def _on_sum(self, state: ForecastState, stats: StreamStats, step: int, value: float) -> None:
         if math.isfinite(value):
@@ -319,6 +319,8 @@ class ForecastingHook(StepHook[ForecastState]):
     def keep(self, state: ForecastState, call: Call, head: int, features: torch.Tensor, conditioning: Any) -> None:
         stream = state.streams[call.stream]
         track = stream.tracks[head]
+        if track.fits(features) and track.place != self.adapter.place:
+            stream.has_moved, stream.stats.reasons[call.step] = True, reasons.MOVED
         fits = track.fits(features) and not stream.is_broken
         if head == 0:
             if self.observer is not None:
@@ -328,10 +330,10 @@ class ForecastingHook(StepHook[ForecastState]):
         if not fits:
             self._renew(stream, track, call, features)
         track.push(features, call.sigma)
-        track.shape = track.branch.shape(call.arguments)
+        track.shape, track.place = track.branch.shape(call.arguments), self.adapter.place
         if len(call.heads) == len(stream.tracks):
             stream.step = call.step
-            stream.has_risen = stream.is_other_text = stream.is_unclear = False
+            stream.take_up()
 
     def _measure(
         self, state: ForecastState, stream: Stream, call: Call, features: torch.Tensor, conditioning: Any

@@ -188,6 +188,8 @@ class StepHook(StepEvents[State], ModelHook):
         timestep = self.adapter.timestep(arguments)
         if self.state is not None and not self.state.run.covers(self.pipe.scheduler):
             self.state = None
+        if self.state is not None and self.adapter.has_other_form:
+            self.state.run.learn_passed()
         state = self._locate(timestep)
         if state is not None and not self._read(wait=state.needs_values):
             state = self._locate(timestep)

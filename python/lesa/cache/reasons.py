@@ -47,7 +47,12 @@ COMPILE_FIRST = (
 BEGINS = "the first call of this stream"
 FIRST_OF_SECOND = "the first step of transformer_2"
 RISEN = ("the noise level rose", "Pass a list of steps that has this one.")
+MOVED = "the features came from another place of the transformer than before, so a new history begins"
 UNCLEAR = (
     "the transformer was called twice with the same text in the first step of the run, and once in the second",
     "Call `scheduler.set_timesteps` again after a call that does not belong to the loop, such as one for warm-up.",
+)
+ALIKE = (
+    "calls with the same inputs may belong to different streams",
+    "Give each kind of call a name with `transformer.cache_context(...)`, or write an adapter.",
 )

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lesa.cache import reasons
 from lesa.cache.device_values import DeviceValues
 
 _ABSENT = object()
@@ -41,6 +43,11 @@ class Run:
         self.index = -1
         self.exact = False
         self._passed: dict[torch.dtype, list[float]] = {}
+        self.learn_passed()
+
+    def learn_passed(self) -> None:
+        """Asks what the pipeline passes: at the beginning, and again if it turns out to be in another form."""
+        self._passed.clear()
         given = self._given = self.passed(self.identity.dtype)
         self._largest = max(map(abs, given), default=0.0)
         # If they rise where the timesteps fall, they are differences of rounded numbers, which are less exact.
@@ -207,11 +214,26 @@ class _Source:
     """What the latest call of a stream came with, and when."""
 
     context: str
-    text: torch.Tensor | None
-    version: int | None
-    kept: bool  # whether the call before had the same text
+    text: tuple
+    version: tuple[int | None, ...]
+    kept: frozenset[int] | None  # the places in the text that the call before had the same; None if there was none
     index: int  # of the call's step
     longest_pause: int  # the most steps from one call of the stream to its next one; at least 1
+
+    def same(self, text: tuple) -> frozenset[int]:
+        """The places in a text that this call had the same."""
+        if len(text) != len(self.text):
+            return frozenset()
+        return frozenset(place for place, had in enumerate(self.text) if _is_same(had, text[place]))
+
+    def is_twin(self, other: "_Source") -> bool:
+        """Whether another call had the same text. Of texts that are not known, `RunState.stream_of` tells it."""
+        return len(self.text) == len(other.text) == 1 and self.text[0] is other.text[0] is not None
+
+    def likeness(self, text: tuple) -> int:
+        """How many places are the same; 0 if one differs that was the same in the calls before."""
+        same = self.same(text)
+        return len(same) if (self.kept or same) <= same else 0
 
 
 @dataclass
@@ -250,9 +272,9 @@ class RunState:
         for name in self._called:
             source = self._sources[name]
             for other in self._sources.values():
-                same = other.context == source.context and other.text is source.text is not None
-                if same and other is not source and other.index == self.run.begin:
-                    self.on_unclear(name)
+                is_same = other.context == source.context and other.is_twin(source)
+                if is_same and other is not source and other.index == self.run.begin:
+                    self.on_unclear(name, reasons.UNCLEAR)
 
     def check_timestep(self, timestep: torch.Tensor, value: float | None) -> None:
         """Compares the timestep that was passed with the scheduler's: now, or once it is on the host.
@@ -288,10 +310,10 @@ class RunState:
     def on_other_text(self, stream: str) -> None:
         """Called when the text of a stream that has kept one differs, so that its history may not be the call's."""
 
-    def on_unclear(self, stream: str) -> None:
-        """Called when a stream may have the first step of another one in its history."""
+    def on_unclear(self, stream: str, reason: tuple[str, str]) -> None:
+        """Called when a stream may have a step of another one in its history, with why that is so, and what helps."""
 
-    def stream_of(self, context: str, text: torch.Tensor | None) -> str:
+    def stream_of(self, context: str, text: torch.Tensor | tuple | None) -> str:
         """The name of the stream that a call in the current step belongs to.
 
         A stream is named by its `cache_context`. If several streams have one context, or none, a call belongs to the
@@ -300,25 +322,36 @@ class RunState:
 
         Args:
             context: name of the call's context.
-            text: the call's embedded text.
+            text: the call's embedded text. If it is not known which input that is, a tuple of all inputs. Then the call
+                belongs to the stream with which it shares the most of them, and is unclear if there are several.
         """
-        if (had := self._sources.get(context)) is not None and had.text is text and context not in self._called:
-            return self._call(context, context, text)  # the usual case
-        same = (name for name, had in self._sources.items() if had.context == context and had.text is text)
+        texts = text if isinstance(text, tuple) else (text,)
+        had = self._sources.get(context)
+        if had is not None and len(texts) == len(had.text) == 1 and had.text[0] is text and context not in self._called:
+            return self._call(context, context, texts)  # the usual case
+        likeness = {name: had.likeness(texts) for name, had in self._sources.items() if had.context == context}
+        same = (name for name in sorted(likeness, key=lambda name: -likeness[name]) if likeness[name])
         names = (context + (f"-{order}" if order > 1 else "") for order in itertools.count(1))
         own = (name for name in names if name not in self._sources or self._sources[name].context == context)
         candidates: Iterator[str] = itertools.chain(same, own)
-        return self._call(next(n for n in candidates if n not in self._called), context, text)
+        name = next(n for n in candidates if n not in self._called)
+        others = [alike for other, alike in likeness.items() if other != name]
+        if isinstance(text, tuple) and name in likeness and max(others, default=-1) >= likeness[name]:
+            self.on_unclear(name, reasons.ALIKE)
+        return self._call(name, context, texts)
 
-    def _call(self, name: str, context: str, text: torch.Tensor | None) -> str:
+    def _call(self, name: str, context: str, text: tuple) -> str:
         """Notes that a stream is called, and with what. Returns its name."""
-        had, version, index = self._sources.get(name), version_of(text), self.run.index
-        kept = had is not None and had.text is text
-        if had is not None and (had.version != version if kept else had.kept):
-            self.on_other_text(name)
-        pause = 1 if had is None else max(had.longest_pause, index - had.index)
+        had, index, pause, kept = self._sources.get(name), self.run.index, 1, None
+        version = tuple(map(version_of, text))
+        if had is not None:
+            pause, kept = max(had.longest_pause, index - had.index), had.same(text)
+            is_changed = any(had.version[place] != version[place] for place in kept)
+            if is_changed or not (had.kept or kept) <= kept:
+                self.on_other_text(name)
         self._called.add(name)
-        self._sources[name] = _Source(context, text, version, kept, index, pause)
+        held = text if len(text) == 1 else tuple(map(_reference, text))  # not all inputs are kept in memory
+        self._sources[name] = _Source(context, held, version, kept, index, pause)
         return name
 
     def end_call(self) -> None:
@@ -336,6 +369,17 @@ class RunState:
         self._sources = {}
 
 
-def version_of(tensor: torch.Tensor | None) -> int | None:
+def _reference(value: Any) -> Any:
+    return weakref.ref(value) if isinstance(value, torch.Tensor) else value
+
+
+def _is_same(had: Any, value: Any) -> bool:
+    """Whether a value is the one that a call had. Numbers may change in a run, so they tell nothing."""
+    if isinstance(value, torch.Tensor):
+        return had is value or (isinstance(had, weakref.ref) and had() is value)
+    return (value is None or isinstance(value, (bool, str))) and type(had) is type(value) and had == value
+
+
+def version_of(value: Any) -> int | None:
     """How often a tensor was changed in place, or None if that is not known."""
-    return None if tensor is None or tensor.is_inference() else tensor._version
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None

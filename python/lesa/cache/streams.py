@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -29,6 +29,7 @@ class Track:
     conditioner: Conditioner = field(init=False)
     ring: FeatureRing | TieredRing | None = None
     planner: Planner | None = None  # of forecasts from the ring; None if each is made on its own
+    place: Any = None  # where the features that are the newest in the ring came from; see `Adapter.place`
     shape: tuple[int, int] | None = None  # batch and tokens of the call whose features are the newest in the ring
     fuses: bool = False  # whether the predictor has one kernel for forecast and output head
     reads_sums: bool = False  # whether that kernel reads the sums of `head_sums`
@@ -62,12 +63,18 @@ class Stream:
     step: int = 0  # of the call whose features are the newest in the rings
     has_risen: bool = False  # whether the noise level has risen since that call
     is_other_text: bool = False  # whether the text has differed since that call
-    is_unclear: bool = False  # whether a feature of another stream may be in the ring
+    has_moved: bool = False  # whether the features of the latest call came from another place than those before
+    unclear: tuple[str, str] | None = None  # why a feature of another stream may be in the ring, and what helps
 
     @property
     def is_broken(self) -> bool:
         """Whether its next features belong to no history that it has."""
-        return self.has_risen or self.is_other_text or self.is_unclear
+        return self.has_risen or self.is_other_text or self.has_moved or self.unclear is not None
+
+    def take_up(self) -> None:
+        """Called when the features of a call are in all rings: they belong together."""
+        self.has_risen = self.is_other_text = self.has_moved = False
+        self.unclear = None
 
 
 @dataclass
@@ -118,9 +125,9 @@ class ForecastState(RunState):
         if stream in self.streams:
             self.streams[stream].is_other_text = True
 
-    def on_unclear(self, stream: str) -> None:
+    def on_unclear(self, stream: str, reason: tuple[str, str]) -> None:
         if stream in self.streams:
-            self.streams[stream].is_unclear = True
+            self.streams[stream].unclear = reason
 
     def release(self) -> None:
         super().release()

@@ -134,8 +134,8 @@ class Adapter:
         is_of_tokens = isinstance(timestep, torch.Tensor) and timestep.ndim > 1
         return timestep.flatten(1).amax(1) if is_of_tokens else timestep
 
-    def text(self, call: dict) -> torch.Tensor | None:
-        """The embedded text of a call, by which streams of calls are told apart."""
+    def text(self, call: dict) -> torch.Tensor | tuple | None:
+        """The embedded text of a call, by which streams of calls are told apart; a tuple of all inputs if unknown."""
         return call.get(self.text_argument)
 
     def modulates_tokens(self, call: dict) -> bool:
@@ -210,6 +210,16 @@ class Adapter:
             A handle with an `id` and `remove()`.
         """
         return self.head_entry.register_forward_pre_hook(function, prepend=True, with_kwargs=True)
+
+    @property
+    def has_other_form(self) -> bool:
+        """Whether the latest timestep has shown that the pipeline passes all of them in another form than before."""
+        return False
+
+    @property
+    def place(self) -> Any:
+        """Where the features of the latest call came from. Those of two places are no history together."""
+        return None
 
     def compute(self, stream: str, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Computes a call of a stream by the transformer's own forward."""

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -85,9 +85,11 @@ class Probe(Adapter):
         self.own_forward = OwnForward(transformer, ())
         self.head_form = HeadForm(transformer)
         self.feature_dim: Any = None  # not known before a call
+        self._place: tuple | None = None
         self._form: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self._is_sure = False  # of the form
-        self._timesteps: torch.Tensor | None = None  # by which that was found out
+        self._has_other_form = False
+        self._forms: Sequence[Callable[[torch.Tensor], torch.Tensor]] = _FORMS  # that fit all calls of the run
+        self._timesteps: torch.Tensor | None = None  # of the run
         self._on_entry: Callable | None = None
         self._routes: dict[tuple, Route | Reason] = {}  # by stream of calls and `shape`
 
@@ -125,24 +127,44 @@ class Probe(Adapter):
     def pass_timesteps(self, timesteps, scheduler):
         return timesteps if self._form is None else self._form(timesteps)
 
+    @property
+    def has_other_form(self):
+        return self._has_other_form
+
+    @property
+    def place(self):
+        return self._place
+
     def sample(self, call):
-        return _first_tensor(call[self.sample_argument])
+        tensor = _first_tensor(self._samples(call))
+        return next(self.projection.parameters()) if tensor is None else tensor
+
+    def _samples(self, call: dict) -> Any:
+        """The first argument with a tensor: a call may leave out the one that is usual."""
+        values = (call.get(name) for name in (self.sample_argument, *self._others))
+        return next((value for value in values if _first_tensor(value) is not None), None)
 
     def timestep(self, call):
-        timestep = super().timestep(call)
+        timestep, self._has_other_form = super().timestep(call), False
         if isinstance(timestep, (int, float)):
             timestep = torch.tensor([timestep], dtype=torch.float64)
         timesteps = getattr(self.pipe.scheduler, "timesteps", None)  # others in each run
-        if isinstance(timestep, torch.Tensor) and not (self._is_sure and timesteps is self._timesteps):
-            forms, self._timesteps = _forms_of(timestep, self.pipe.scheduler), timesteps
-            self._is_sure = len(forms) == 1
-            if self._form not in forms:  # 0 and 500 look alike in two of them; the next call tells the next run
-                self._form = next(iter(forms), None)
+        if timesteps is not self._timesteps:
+            self._forms, self._timesteps = _FORMS, timesteps
+        if isinstance(timestep, torch.Tensor) and len(self._forms) > 1:
+            near = _forms_of(timestep, self.pipe.scheduler)
+            forms = [form for form in self._forms if form in near]  # 0 and 500 look alike in two of them
+            if not forms:
+                return None
+            self._forms = forms
+            if self._form not in forms:
+                self._form, self._has_other_form = forms[0], True
         return None if self._form is None else timestep
 
     def text(self, call):
-        names = [self.text_argument] if self.text_argument in self._others else self._others
-        return _first_tensor([call.get(name) for name in names])
+        if self.text_argument in self._others and (text := _first_tensor(call[self.text_argument])) is not None:
+            return text
+        return tuple(tree_leaves([call.get(name) for name in self._others]))
 
     def shape(self, call):
         """All that the way of a call depends on: the shapes of its tensors, and which arguments are there."""
@@ -191,7 +213,7 @@ class Probe(Adapter):
         known = self._routes.get(key)
         if self._is_checkpointed() or (known is not None and not isinstance(known, Route)):
             return run()
-        see = functools.partial(self._show, len(call[self.sample_argument]))
+        see = functools.partial(self._show, _count(self._samples(call)))
         if known is not None and known.is_current():
             output, is_known = known.run_seen(run, functools.partial(see, known))
             if not is_known:  # the lengths in a mask, for example, are others
@@ -220,6 +242,7 @@ class Probe(Adapter):
         rows = batch if tensor.ndim > 2 and len(tensor) == batch else 1
         if self._on_entry is not None:
             features = tensor.to(route.narrow).reshape(rows, -1, tensor.shape[-1])
+            self._place = route.place
             self._on_entry(route.module, (features, None), {})
 
     def _is_checkpointed(self) -> bool:
@@ -291,6 +314,14 @@ def _kind_of(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return (type(value), *map(_kind_of, value))
     return value if isinstance(value, (bool, str)) or value is None else type(value)
+
+
+def _count(samples: Any) -> int:
+    """How many samples there are: a list has one tensor for each."""
+    if isinstance(samples, (list, tuple)):
+        return len(samples)
+    tensor = _first_tensor(samples)
+    return len(tensor) if tensor is not None and tensor.ndim else 1
 
 
 def _first_tensor(value: Any) -> torch.Tensor | None:

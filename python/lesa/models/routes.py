@@ -47,6 +47,11 @@ class Route:
         """Whether the modules outside of the blocks have the parts that they had. LoRA, for example, replaces some."""
         return self._list_children() == self._children
 
+    @property
+    def place(self) -> tuple:
+        """Where the features come in, and what the tensor is like."""
+        return self.module, self.number, self.leaf, self.shape, self.dtype
+
     def _list_children(self) -> list[torch.nn.Module | None]:
         return [child for part in self.parts for child in part._modules.values()]
 
@@ -187,11 +192,11 @@ def _lists_to_pass_over(watch: Watch) -> tuple[list[str], dict[str, int]]:
         if other is None:
             kept.append(name)
         else:
-            changed.append(f"a {type(other[0]).__name__} of `{name}` returns {other[1]}")
+            changed.append(f"a {type(other[0]).__name__} of `{name}` {other[1]}")
     if not sizes:
         raise Unclear("the forward does not call the blocks of the transformer")
     if sum(sizes[name] for name in kept) < (1 - _MOST_LEFT) * sum(sizes.values()):
-        raise Unclear(f"the blocks change the shape of what goes through them: {changed[0]}")
+        raise Unclear(f"the blocks cannot be passed over: {changed[0]}")
     return kept, sizes
 
 

@@ -123,7 +123,7 @@ class Result:
 
 
 def result_of(output: Any, args: tuple, kwargs: dict[str, Any]) -> Result | str:
-    """What a block returned; or a str that says what of it is none of the tensors that went in, or like one."""
+    """What a block returned; or a str that says that some of it is none of the tensors that went in, or like one."""
     given = tree_leaves((args, kwargs))
     places = {id(value): place for place, value in enumerate(given) if isinstance(value, torch.Tensor)}
     shapes = {value.shape for value in given if isinstance(value, torch.Tensor)}
@@ -133,13 +133,13 @@ def result_of(output: Any, args: tuple, kwargs: dict[str, Any]) -> Result | str:
         if value is None:
             leaves.append(None)
         elif not isinstance(value, torch.Tensor):
-            return f"a {type(value).__name__}"
+            return f"returns a {type(value).__name__}"
         elif id(value) in places:
             leaves.append(Given(places[id(value)]))
         elif value.is_floating_point() and value.shape in shapes:
             leaves.append(Made.of(value))
         else:
-            return f"a tensor {[*value.shape]}, and none of its arguments has this shape"
+            return f"returns a tensor {[*value.shape]}, and none of its arguments has this shape"
     return Result(leaves, structure)
 
 
@@ -196,12 +196,14 @@ class Watch:
     def _on_block(self, block: torch.nn.Module, run: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self._is_in_block:
             return run(*args, **kwargs)
-        self._is_in_block = True
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        self._is_in_block, before = True, [*map(_content, given)]
         try:
             output = run(*args, **kwargs)
         finally:
             self._is_in_block = False
-        result = result_of(output, args, kwargs)
+        is_kept = all(map(_is_content, given, before))
+        result = result_of(output, args, kwargs) if is_kept else "changes an argument in place"
         self.results.setdefault(block, []).append(result)
         if isinstance(result, str):  # what follows the blocks may be a list, too
             self._note_places(block, args, kwargs)
@@ -225,6 +227,16 @@ class Watch:
                 continue
             if tensor.shape[-1] in widths and not any(_is_same(tensor, place.tensor) for place in self.places):
                 self.places.append(Place(module, number, leaf, tensor.detach().clone()))
+
+
+def _content(tensor: torch.Tensor) -> torch.Tensor | int:
+    """What shows a change in place: the version of a tensor, or a copy if it has none."""
+    return tensor.clone() if tensor.is_inference() else tensor._version
+
+
+def _is_content(tensor: torch.Tensor, before: torch.Tensor | int) -> bool:
+    """Whether a tensor is as it was."""
+    return torch.equal(tensor, before) if isinstance(before, torch.Tensor) else tensor._version == before
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
