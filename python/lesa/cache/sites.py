@@ -52,6 +52,7 @@ class Site:
         """A call of the transformer. It is not compiled; what it runs may be."""
         return self.hook.enter(self, args, kwargs)
 
+    @torch.compiler.disable(recursive=False)  # else graphs would begin here, and not fit a transformer without a cache
     def compute(self, stream: str | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Computes a call of a stream, with all that wraps the transformer; None if the stream is not known."""
         call = self.placement.call
