@@ -109,6 +109,8 @@ class DeviceValues:
 
 def sum_of(output: Any) -> torch.Tensor:
     """The sum of all floating-point tensors of an output, however they are put together. It is finite if they are."""
+    if type(output) is tuple and len(output) == 1 and isinstance(output[0], torch.Tensor):  # the usual case
+        return output[0].sum(dtype=torch.float32)
     tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
     sums = [tensor.sum(dtype=torch.float32) for tensor in tensors]
     return sums[0] if len(sums) == 1 else torch.stack(sums or [torch.zeros(())]).sum()

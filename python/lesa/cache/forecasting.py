@@ -153,11 +153,12 @@ class ForecastingHook(StepHook[ForecastState]):
         self._fall_back(reason, remedy)
 
     def can_predict(self, state: ForecastState, call: Call, arguments: dict[str, Any]) -> bool:
-        tracks = ((track.branch, cast(FeatureRing, track.ring)) for track in state.streams[call.stream].tracks)
-        return all(
-            branch.shape(arguments) in ((ring.batch, ring.tokens), branch.shape(call.arguments))
-            for branch, ring in tracks
-        )
+        for track in state.streams[call.stream].tracks:
+            branch, ring = track.branch, cast(FeatureRing, track.ring)
+            shape = branch.shape(arguments)
+            if shape != (ring.batch, ring.tokens) and shape != branch.shape(call.arguments):
+                return False
+        return True
 
     def wants_prediction(self, state: ForecastState, call: Call) -> bool:
         stream, begins = state.streams.get(call.stream), False
@@ -191,20 +192,21 @@ class ForecastingHook(StepHook[ForecastState]):
         """Why a step that the schedule leaves out cannot be predicted, or None; and what helps."""
         if (why := self.adapter.why_unseen(call.stream, call.arguments, not stream.stats.computed)) is not None:
             return why
-        if any(track.ring is None for track in stream.tracks):
+        if any([track.ring is None for track in stream.tracks]):
             return "no history", "Compute an earlier step of this stream: choose another schedule."
         if stream.has_risen:
             return reasons.RISEN
-        if any(track.shape != track.branch.shape(call.arguments) for track in stream.tracks):
+        if any([track.shape != track.branch.shape(call.arguments) for track in stream.tracks]):
             return "the shape changed", "Keep batch and size the same in a run."
         if stream.is_other_text:
             return "the text changed", "Keep the texts the same in a run, and the order of their calls."
         if stream.unclear is not None:
             return stream.unclear
-        for predictor, ring in ((track.predictor, cast(FeatureRing, track.ring)) for track in stream.tracks):
-            if predictor.device != ring.device and predictor.device is not None:
+        for track in stream.tracks:
+            device, ring = track.predictor.device, cast(FeatureRing, track.ring)
+            if device != ring.device and device is not None:
                 return (
-                    f"the predictor is on {predictor.device}, and the features on {ring.device}",
+                    f"the predictor is on {device}, and the features on {ring.device}",
                     f"Move it with `predictor.to('{ring.device}')`.",
                 )
         return None, ""

@@ -246,7 +246,8 @@ class StepHook(StepEvents[State], ModelHook):
         call.unfit = reasons.CHANGED
         if self.can_predict(state, call, arguments):
             call.forecasts += 1
-            call.forward = functools.partial(forward, *args, **kwargs)
+            if self.adapter.runs_around:
+                call.forward = functools.partial(forward, *args, **kwargs)
             output = self.predict(state, call, arguments)
             if output is not None:
                 return output

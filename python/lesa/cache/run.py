@@ -209,6 +209,10 @@ class StepObserver(Protocol):
         """
 
 
+_THE_ONE = frozenset({0})
+"""The place of a text that is known."""
+
+
 @dataclass
 class _Source:
     """What the latest call of a stream came with, and when."""
@@ -328,7 +332,7 @@ class RunState:
         texts = text if isinstance(text, tuple) else (text,)
         had = self._sources.get(context)
         if had is not None and len(texts) == len(had.text) == 1 and had.text[0] is text and context not in self._called:
-            return self._call(context, context, texts)  # the usual case
+            return self._call_again(context, had, text)  # the usual case
         likeness = {name: had.likeness(texts) for name, had in self._sources.items() if had.context == context}
         same = (name for name in sorted(likeness, key=lambda name: -likeness[name]) if likeness[name])
         names = (context + (f"-{order}" if order > 1 else "") for order in itertools.count(1))
@@ -339,6 +343,17 @@ class RunState:
         if isinstance(text, tuple) and name in likeness and max(others, default=-1) >= likeness[name]:
             self.on_unclear(name, reasons.ALIKE)
         return self._call(name, context, texts)
+
+    def _call_again(self, name: str, source: _Source, text: Any) -> str:
+        """What `_call` does for a stream that comes with the same text as before."""
+        version = (version_of(text),)
+        if source.version != version:
+            self.on_other_text(name)
+        self._called.add(name)
+        index = self.run.index
+        source.longest_pause = max(source.longest_pause, index - source.index)
+        source.version, source.kept, source.index = version, _THE_ONE, index
+        return name
 
     def _call(self, name: str, context: str, text: tuple) -> str:
         """Notes that a stream is called, and with what. Returns its name."""
