@@ -89,7 +89,7 @@ class Placement:
     function, so torch does not use a graph that was compiled without the hook.
 
     Args:
-        site: where to put it. Its `gate` gets the transformer's calls, its `entries` the calls of the output heads.
+        site: where to put it. Its `gate` gets the transformer's calls, its `on_head_entry` those of the heads.
 
     Attributes:
         compiled: what `torch.compile` made of the transformer's calls, or None.
@@ -117,8 +117,8 @@ class Placement:
         self.is_on = True  # from here on, `remove` takes away what is on
         _join(HookRegistry.check_if_exists_or_initialize(transformer), site.hook)
         attributes.update(_compiled_call_impl=self._gate, compile=self._own_compile)
-        for entry in site.entries():
-            self.captures.append(entry.branch.on_entry(entry.on_call))
+        for head, branch in enumerate(self._adapter.branches):
+            self.captures.append(branch.on_entry(functools.partial(site.on_head_entry, head)))
         self._remember_forwards()
         self.look_at_forward()
 

@@ -61,26 +61,9 @@ class Site:
         with self.adapter.own_forward.exchanged(functools.partial(self.adapter.compute, stream)):
             return call(*args, **kwargs)
 
-    def entries(self) -> list["HeadEntry"]:
-        """What sees the calls of each output head."""
-        return [HeadEntry(self, number, branch) for number, branch in enumerate(self.adapter.branches)]
-
-
-class HeadEntry:
-    """Tells a hook of the calls of one output head. A graph that was compiled with one also fits the next one.
-
-    Args:
-        site: the transformer.
-        number: of the head.
-        branch: its adapter.
-    """
-
-    def __init__(self, site: Site, number: int, branch: Adapter):
-        self.site, self.number, self.branch = site, number, branch
-
-    def on_call(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A call of the head's entry."""
-        self.site.hook.on_head_entry(self.site, self.number, *self.branch.head_form.entered(args, kwargs))
+    def on_head_entry(self, head: int, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A call of the output head with this number."""
+        self.hook.on_head_entry(self, head, *self.adapter.branches[head].head_form.entered(args, kwargs))
 
 
 def switch_step(pipe: Any, run: Run) -> int | None:

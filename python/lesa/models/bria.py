@@ -1,10 +1,10 @@
 """Bria 3.2 and FIBO: `BriaTransformer2DModel`, `BriaFiboTransformer2DModel` and the pipelines built on them."""
 
 from lesa.models.adapter import Adapter, decoded, mean_and_deviation, packed_grid
-from lesa.models.costs import CountedCosts, valueless
+from lesa.models.costs import PackedCosts, valueless
 
 
-class BriaCosts(CountedCosts):
+class BriaCosts(PackedCosts):
     """What a Bria transformer costs."""
 
     usual_config = {
@@ -18,17 +18,6 @@ class BriaCosts(CountedCosts):
     presets = {}
     text_tokens = 128
     streams = 2
-    packing = 2
-
-    def call(self, image_tokens, text_tokens):
-        axes = 3  # of positions
-        return {
-            "hidden_states": valueless(1, image_tokens, self.config["in_channels"]),
-            "encoder_hidden_states": valueless(1, text_tokens, self.config["joint_attention_dim"]),
-            "timestep": valueless(1),
-            "img_ids": valueless(image_tokens, axes),
-            "txt_ids": valueless(text_tokens, axes),
-        }
 
 
 class BriaFiboCosts(BriaCosts):

@@ -2,12 +2,12 @@
 
 import torch
 
-from lesa.models.costs import CountedCosts, valueless
+from lesa.models.costs import PackedCosts
 from lesa.models.flux import FluxAdapter
 from lesa.models.heads import AdaLayerNormHead, folded
 
 
-class ChromaCosts(CountedCosts):
+class ChromaCosts(PackedCosts):
     """What a Chroma transformer costs."""
 
     usual_config = {
@@ -23,17 +23,6 @@ class ChromaCosts(CountedCosts):
     presets = {"chroma-1024": (1024, 1024, 1)}
     text_tokens = 512
     streams = 2
-    packing = 2
-
-    def call(self, image_tokens, text_tokens):
-        axes = 3  # of positions
-        return {
-            "hidden_states": valueless(1, image_tokens, self.config["in_channels"]),
-            "encoder_hidden_states": valueless(1, text_tokens, self.config["joint_attention_dim"]),
-            "timestep": valueless(1),
-            "img_ids": valueless(image_tokens, axes),
-            "txt_ids": valueless(text_tokens, axes),
-        }
 
 
 class _PrunedHead(AdaLayerNormHead):

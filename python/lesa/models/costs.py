@@ -170,6 +170,26 @@ class CountedCosts(Costs):
         return _counted_flops(type(self), self._key, image_tokens, text_tokens)
 
 
+class PackedCosts(CountedCosts):
+    """Costs of a family whose pipelines pack two by two latent pixels into a token, and pass a position for each token.
+
+    Attributes:
+        axes: of a position.
+    """
+
+    packing = 2
+    axes = 3
+
+    def call(self, image_tokens, text_tokens):
+        return {
+            "hidden_states": valueless(1, image_tokens, self.config["in_channels"]),
+            "encoder_hidden_states": valueless(1, text_tokens, self.config["joint_attention_dim"]),
+            "timestep": valueless(1),
+            "img_ids": valueless(image_tokens, self.axes),
+            "txt_ids": valueless(text_tokens, self.axes),
+        }
+
+
 def valueless(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A tensor of this shape that has no values and no memory."""
     return torch.empty(*shape, dtype=dtype, device="meta")

@@ -6,11 +6,11 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from lesa.models.adapter import Adapter, decoded, packed_grid
-from lesa.models.costs import CountedCosts, valueless
+from lesa.models.costs import PackedCosts, valueless
 from lesa_kernels.checks import usage_error
 
 
-class Flux2Costs(CountedCosts):
+class Flux2Costs(PackedCosts):
     """What a FLUX.2 transformer costs; the usual model is FLUX.2-dev."""
 
     usual_config = {
@@ -25,18 +25,10 @@ class Flux2Costs(CountedCosts):
     }
     presets = {"flux2-1024": (1024, 1024, 1)}
     text_tokens = 512
-    packing = 2
+    axes = 4
 
     def call(self, image_tokens, text_tokens):
-        axes = 4  # of positions
-        return {
-            "hidden_states": valueless(1, image_tokens, self.config["in_channels"]),
-            "encoder_hidden_states": valueless(1, text_tokens, self.config["joint_attention_dim"]),
-            "timestep": valueless(1),
-            "guidance": valueless(1),
-            "img_ids": valueless(image_tokens, axes),
-            "txt_ids": valueless(text_tokens, axes),
-        }
+        return {**super().call(image_tokens, text_tokens), "guidance": valueless(1)}
 
 
 class Flux2Adapter(Adapter):
