@@ -150,7 +150,8 @@ def test_a_plan_gives_the_forecasts(name):
         ring = filled(predictor, levels)
         assert weights.count.tolist() == [min(len(levels), predictor.config.lengths[_stage(predictor, target)])] * 2
         forecast = predictor.forecast_with(ring, weights, low_rank)
-        torch.testing.assert_close(forecast, predictor(ring, target), rtol=1e-5, atol=1e-5)
+        # The weights of a far target are large and cancel one another: an error is of the size of the largest value.
+        torch.testing.assert_close(forecast, predictor(ring, target), rtol=0, atol=1e-6 * float(forecast.abs().max()))
 
 
 def _stage(predictor, sigma):
