@@ -66,7 +66,7 @@ class _UniformWeights(torch.autograd.Function):
 def _uniform_weights(fraction: torch.Tensor, degree: int) -> torch.Tensor:
     # fraction [...] in [0, 1) or NaN -> [..., degree + 1]
     if degree == 0:
-        return torch.ones_like(fraction).unsqueeze(-1).masked_fill(fraction.isnan().unsqueeze(-1), math.nan)
+        return fraction.detach().clamp(1, 1).unsqueeze(-1)  # NaN stays NaN
     return _UniformWeights.apply(fraction, degree)
 
 
@@ -146,7 +146,8 @@ def bspline_basis(
     first_index, fraction = _locate(x.to(_compute_dtype(x.dtype)), grid_size, spline_order, lo, hi)
     columns = first_index.unsqueeze(-1) + torch.arange(margin, 2 * margin, device=x.device)
     weights = _uniform_weights(fraction, spline_order)
-    background = torch.zeros_like(fraction).masked_fill(x.isnan(), math.nan).unsqueeze(-1)
+    # NaN stays NaN. A mask would lose it: torch.compile gets masks that are broadcast wrong for AVX2.
+    background = x.detach().to(fraction.dtype).clamp(0, 0).unsqueeze(-1)
     padded = background.expand(*x.shape, grid_size + spline_order + 2 * margin)
     return padded.scatter(-1, columns, weights)[..., margin:-margin].to(x.dtype)
 
