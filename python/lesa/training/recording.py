@@ -74,6 +74,10 @@ def record(
     reads all files and compares the tensors with their digests. Damaged files are recorded again, with a warning that
     names them. Sample i is drawn with `torch.Generator("cpu")` and the seed `seed + i` in any batch.
 
+    A thread writes the samples of a batch while the pipeline makes the next batch, so two batches are in memory. If a
+    file cannot be written, the run ends at its next computed step. After Ctrl-C, the batch that is being written is
+    finished.
+
     Args:
         pipe: a diffusers pipeline of a supported family, modular or not.
         inputs: prompts, or dicts of pipeline arguments whose tensors have a leading dimension of 1.
