@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from lesa.training.trajectories import (
     read_manifest,
     save_heads,
 )
+from lesa.training.writing import BackgroundWriter
 from lesa_kernels import FusedKANPredictor, OutputHead
 from lesa_kernels.checks import Said, argument_error, check_int
 
@@ -72,6 +73,10 @@ def record(
     If it is called again after an interruption, it keeps the finished samples and records the others. For that, it
     reads all files and compares the tensors with their digests. Damaged files are recorded again, with a warning that
     names them. Sample i is drawn with `torch.Generator("cpu")` and the seed `seed + i` in any batch.
+
+    A thread writes the samples of a batch while the pipeline makes the next batch, so two batches are in memory. If a
+    file cannot be written, the run ends at its next computed step. After Ctrl-C, the batch that is being written is
+    finished.
 
     Args:
         pipe: a diffusers pipeline of a supported family, modular or not.
@@ -222,24 +227,46 @@ class Recording:
             observed(self.pipe, recorder, self.predictor) as stats,
             quiet_progress(self.pipe),
             tqdm(total=total, initial=finished, desc=bar, unit="sample", disable=bar is None) as shown,
+            BackgroundWriter() as writer,
         ):
             for numbers in batches_of(self.inputs, self.batch_size):
                 wanted = missing.intersection(numbers)
                 if not wanted:
                     continue
-                recorder.begin(numbers, partial(_show, shown, finished, len(wanted)))
+                recorder.begin(numbers, partial(_on_step, writer, shown, finished, len(wanted)))
                 arguments = collate([self.inputs[number] for number in numbers])
                 generators = [torch.Generator("cpu").manual_seed(self.seed + number) for number in numbers]
-                run_pipeline(self.pipe, arguments, generators, self.num_inference_steps)
+                try:
+                    run_pipeline(self.pipe, arguments, generators, self.num_inference_steps)
+                except RuntimeError:
+                    recorder.finish()  # that a recorded step is not finite may be why the run has failed
+                    raise
+                recorder.finish()
                 recorder.check_complete(stats)
                 identity = identity_of(_begin(folder, {**planned, **recorder.facts()}, recorder.heads))
-                for position, number in enumerate(numbers):
-                    if number in wanted:
-                        save_sample(folder, number, recorder.trajectories_of(position), identity)
+                positions = {number: numbers.index(number) for number in sorted(wanted)}
+                writer.write(partial(_save, folder, recorder.trajectories(), positions, identity))
                 _show(shown, finished, len(wanted), 1)
                 finished += len(wanted)
         for name, why in recorder.left_out.items():
             warnings.warn(f"lesa: the stream {name!r} is not recorded, because {why}.", stacklevel=4)
+
+
+def _save(
+    folder: Path,
+    trajectories_of: Callable[[int], dict[str, dict[str, torch.Tensor]]],
+    positions: Mapping[int, int],
+    identity: str | None,
+) -> None:
+    """Writes samples of a batch, by number, from their positions in it."""
+    for number, position in positions.items():
+        save_sample(folder, number, trajectories_of(position), identity)
+
+
+def _on_step(writer: BackgroundWriter, bar: tqdm, finished: int, samples: int, share: float) -> None:
+    """Called after each computed step: if writing has failed, the pipeline need not run to its end."""
+    writer.check()
+    _show(bar, finished, samples, share)
 
 
 def _show(bar: tqdm, finished: int, samples: int, share: float) -> None:
