@@ -18,6 +18,7 @@ from lesa_kernels.forecasters.base import Forecaster, Steps, default_times
 from lesa_kernels.predictor.arguments import RingState, Shape, check_times
 from lesa_kernels.predictor.config import PredictorConfig
 from lesa_kernels.predictor.files import CONFIG_NAME, PROVENANCE_NAME, WEIGHTS_NAME, find_files, read_provenance
+from lesa_kernels.predictor.sharing import add_card
 from lesa_kernels.predictor.uploads import by_step, unbound, uploaded
 from lesa_kernels.stream.arguments import NO_RESIDUAL, NO_SUMS, HeadSums, LowRank, OutputHead, StoredFeatures, Weights
 from lesa_kernels.stream.op import output_head, stream_forecast, stream_velocity
@@ -44,6 +45,7 @@ class FusedKANPredictor(nn.Module):
     """
 
     provenance: dict[str, Any] | None = None
+    _loaded_from: Path | None = None  # the folder, which may have a model card
 
     @torch.inference_mode(False)  # parameters that are made in an inference mode could never be trained
     def __init__(self, config: PredictorConfig, backend: str = "auto"):
@@ -446,6 +448,7 @@ class FusedKANPredictor(nn.Module):
         predictor.load_state_dict(weights, assign=True)
         if files.provenance is not None:
             predictor.provenance = read_provenance(files.provenance)
+        predictor._loaded_from = files.config.parent
         return predictor
 
     @classmethod
@@ -490,15 +493,21 @@ class FusedKANPredictor(nn.Module):
         return predictor
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-        """Uploads the predictor to the Hugging Face hub and returns its address. Creates the repository if needed."""
+        """Uploads the predictor to the Hugging Face hub and returns its address. Creates the repository if needed.
+
+        If it was loaded from a folder with a model card (`README.md`), that is uploaded too, with the pictures beside
+        it that its text names. Otherwise a minimal card is made, unless the repository has one.
+        """
         import tempfile
 
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
             self.save_pretrained(folder)
+            add_card(api, repo_id, self.config, self._loaded_from, folder)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a lesa-kernels predictor")
         return str(url)
 

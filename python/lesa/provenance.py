@@ -69,6 +69,36 @@ def differences(provenance: Mapping[str, Any], pipe: Any, models: Mapping[str, t
     return said + _of_scheduler(provenance, given)
 
 
+def in_words(provenance: Mapping[str, Any] | None) -> list[str]:
+    """What a provenance says of the model, one fact in each string."""
+    if not provenance:
+        return ["unknown: the predictor does not say it"]
+    facts = []
+    for name in ("pipeline", "family"):
+        if name in provenance:
+            facts.append(f"{name}: `{provenance[name]}`")
+    packings = _part(provenance, "quantisation")
+    for name, dtype in _part(provenance, "dtypes").items():
+        packing = f", quantised: {_packing(packings[name])}" if packings.get(name) else ""
+        facts.append(f"dtype of `{name}`: {dtype}{packing}")
+    fingerprints = {FIRST: provenance.get("transformer"), **_part(provenance, "weights")}
+    for name, value in fingerprints.items():
+        if value is not None:
+            facts.append(f"fingerprint of the weights of `{name}`: `{value}`")
+    if knows_adapters(provenance):
+        scales = {name: scale for each in _part(provenance, "adapters").values() for name, scale in each.items()}
+        facts.append("adapters: " + _listed(f"{name} with scale {scale}" for name, scale in scales.items()))
+    if "fused_loras" in provenance:
+        facts.append(f"fused LoRAs: {_listed(provenance['fused_loras'])}")
+    scheduler = _part(provenance, "scheduler")
+    if "class" in scheduler:
+        shift = f", shift {scheduler['shift']}" if scheduler.get("shift") is not None else ""
+        facts.append(f"scheduler: `{scheduler['class']}`{shift}")
+    if "class" in _part(provenance, "guider"):
+        facts.append(f"guider: `{provenance['guider']['class']}`")
+    return facts
+
+
 def knows_adapters(provenance: Mapping[str, Any] | None) -> bool:
     """Whether a provenance says which adapters, such as LoRA, were on."""
     return provenance is not None and "adapters" in provenance
