@@ -19,6 +19,7 @@ ROOMS = (
     ("training",),
     ("cache", "estimation"),
     ("models",),
+    ("processes",),
     ("schedule", "inputs", "pipelines", "artifacts", "conditions"),
     ("messages",),
 )
