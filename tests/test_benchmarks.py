@@ -209,6 +209,20 @@ def test_ablation_has_plain_units_in_the_place_of_splines():
     assert torch.allclose(mlp.predict_velocity(ring, 0.6, head), normed, atol=1e-3)
 
 
+@pytest.mark.slow
+def test_the_cost_of_recording_is_reported_in_parts(tmp_path):
+    out = tmp_path / "recording.json"
+    options = ("--quick", "--steps", "2", "--samples", "2", "--tokens", "7", "--repeats", "1", "--device", "cpu")
+    printed = run(tmp_path, BENCHMARKS / "recording.py", *options, "--out", out)
+    report = json.loads(out.read_text())
+    (plain,), (recorded,), (parts,) = report["plain"], report["recorded"], report["parts"]
+    assert report["ratios"] == [pytest.approx(recorded / plain)] and f"{recorded / plain:.3f}" in printed
+    assert all(name in printed and seconds >= 0 for name, seconds in parts.items())
+    for name in ("what is kept of the steps", "digests and files, in the thread", "manifest before the first sample"):
+        assert 0 < parts[name] < recorded
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
 def test_end_to_end_has_the_size_it_says():
     model = load("shapes.py")["FLUX_100M"]
     with torch.device("meta"):

@@ -1,18 +1,34 @@
 """The examples do what they say."""
 
+import contextlib
+import io
+import json
+import os
 import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlencode
+from urllib.request import urlopen
 
 import diffusers
 import imageio
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import lesa
 import more_pipelines
+import prompted_pipelines
 import small_pipelines
 import small_wan
 from lesa.pipelines import load_pipeline
+from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,3 +98,55 @@ def test_an_example_makes_its_file(name, tmp_path, monkeypatch, capsys):
     else:
         assert Image.open(output).size == (case.size["width"], case.size["height"])
     assert f"and {-(-steps * 12 // 50)} of {steps} steps are computed" in capsys.readouterr().out
+
+
+@contextlib.contextmanager
+def serving(log, example, *arguments):
+    """Runs an example that serves until it is interrupted; gives the address of the server when it answers."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "examples" / example), *arguments, "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "python")))}
+    end = time.monotonic() + 120
+    with log.open("wb") as out, subprocess.Popen(command, env=environment, stdout=out, stderr=out) as server:
+        try:
+            routes = {}
+            while not routes:
+                assert server.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+                time.sleep(0.2)
+                with contextlib.suppress(OSError), urlopen(f"http://localhost:{port}/-/routes", timeout=5) as answer:
+                    routes = json.load(answer)
+            yield f"http://localhost:{port}/"
+            server.send_signal(signal.SIGINT)
+            assert server.wait(60) in (0, -signal.SIGINT), log.read_text()[-3000:]
+        finally:
+            server.kill()
+
+
+@pytest.mark.slow
+def test_ray_serves_what_each_request_gets_alone(tmp_path):
+    """Two replicas share six requests that come at the same time."""
+    pytest.importorskip("ray.serve", reason="the example needs Ray Serve")
+    size = {"height": small_pipelines.HEIGHT, "width": small_pipelines.WIDTH, "num_inference_steps": 10}
+    pipe = prompted_pipelines.sd3(tmp_path)
+    pipe.save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    known = {"num_inference_steps": 10, "schedule": (0, 2, 5, 8), "schedule_sigmas": (1.0, 0.8, 0.5, 0.2)}
+    config = PredictorConfig(small_pipelines.DIM, rank=2, hidden=4, history_length=2, **known)
+    FusedKANPredictor(config).save_pretrained(tmp_path / "predictor")
+
+    def answer(seed):
+        query = urlencode({"prompt": "a fox", "seed": seed, **size})
+        with urlopen(f"{url}?{query}", timeout=120) as got:
+            return got.read(), json.loads(got.headers["lesa"])
+
+    options = ("--model", tmp_path / "model", "--replicas", "2", "--predictor", tmp_path / "predictor")
+    with serving(tmp_path / "log", "ray_serve.py", *map(str, options)) as url, ThreadPoolExecutor(6) as clients:
+        answers = list(clients.map(answer, range(6)))
+    assert len({said["replica"] for _, said in answers}) == 2
+    with lesa.enable_cache(pipe, tmp_path / "predictor"):
+        for seed, (picture, said) in enumerate(answers):
+            image = pipe("a fox", generator=torch.Generator().manual_seed(seed), **size).images[0]
+            assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture))), np.asarray(image))
+            assert (said["computed"], said["predicted"]) == (4, 6)

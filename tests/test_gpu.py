@@ -697,6 +697,55 @@ def test_predicted_steps_of_a_transformer_do_not_wait_for_the_gpu():
     assert all(seconds > 0 for stream in cache.stats.streams.values() for seconds in stream.seconds.values())
 
 
+def test_a_recording_is_what_copies_that_wait_make(tmp_path, monkeypatch):
+    """Copies beside the run have the same bytes. After the first call of a stream, no kept step waits for the GPU."""
+    lesa = pytest.importorskip("lesa")
+    small_pipelines = pytest.importorskip("small_pipelines")
+    from lesa.training.host_copies import HostCopies
+    from lesa.training.recorder import Recorder
+
+    case = small_pipelines.ALL["flux cfg"]
+    pipe, inputs, seen = case.build().to("cuda"), [case.inputs(1) for _ in range(3)], []
+    options = {"num_inference_steps": 6, "batch_size": 2, "progress": False}
+
+    def keep(recorder, call, *tensors):
+        torch.cuda.set_sync_debug_mode("error" if call.stream in recorder.streams else "default")
+        try:
+            whole(recorder, call, *tensors)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        seen.append(len(recorder._copies._pending))
+
+    whole = Recorder.keep
+    for tokens in (None, 7):
+        folders = [tmp_path / f"{name} {tokens}" for name in ("beside", "waiting")]
+        with monkeypatch.context() as patch:
+            patch.setattr(Recorder, "keep", keep)
+            lesa.record(pipe, inputs, folders[0], tokens_per_sample=tokens, **options)
+        assert max(seen) == 2  # they were copied beside the run
+        with monkeypatch.context() as patch:
+            patch.setattr(HostCopies, "is_copied_aside", lambda self, tensor: False)
+            lesa.record(pipe, inputs, folders[1], tokens_per_sample=tokens, **options)
+        files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
+        assert len(files[0]) == 8 and files[0] == files[1]
+
+
+def test_a_tensor_that_is_overwritten_afterwards_arrives_as_it_was():
+    """The GPU is busy when the copy is asked for, so that it cannot have been made before the tensor is overwritten."""
+    pytest.importorskip("lesa")
+    from lesa.training.host_copies import HostCopies
+
+    copies, received, values = HostCopies(), [], torch.empty(1 << 20, device="cuda")
+    for step in range(6):
+        torch.cuda._sleep(20_000_000)
+        values.fill_(step)
+        copies.give([values, values[::2]], received.append)
+        values.fill_(math.nan)
+        torch.full_like(values, math.nan)  # takes memory that was given back too early
+    copies.finish()
+    assert [[each.unique().tolist() for each in tensors] for tensors in received] == [[[s], [s]] for s in range(6)]
+
+
 def test_times_on_the_device_agree():
     """A large copy takes as long alone as in a graph, and about what memory allows; a dirty cache does not help."""
     source = torch.ones(1 << 28, dtype=torch.uint8, device="cuda")

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import lesa
+import prompted_pipelines
 import small_pipelines as small
 from lesa import cli
 from lesa.cache.choosing import Chooser
@@ -60,30 +61,8 @@ def predictor(folder):
 @pytest.fixture(scope="module")
 def sd3(tmp_path_factory):
     """The folder of a small SD3 with two text encoders and without the third, and a predictor."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
-
     folder = predictor(tmp_path_factory.mktemp("sd3"))
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
-    config = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=8,
-        intermediate_size=8,
-        projection_dim=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        bos_token_id=len(words) - 2,
-        eos_token_id=len(words) - 1,
-        pad_token_id=len(words) - 1,
-    )
-    pipe = small.SD3["sd3"].build()
-    torch.manual_seed(0)
-    for suffix in ("", "_2"):
-        encoder = CLIPTextModelWithProjection(config).eval()
-        pipe.register_modules(**{f"text_encoder{suffix}": encoder, f"tokenizer{suffix}": tokenizer})
+    pipe = prompted_pipelines.sd3(folder)
     pipe.save_pretrained(folder / "model")
     pipe.register_modules(text_encoder_2=None)
     pipe.save_pretrained(folder / "less")

@@ -1,7 +1,8 @@
 """Records small samples again and again, and is killed while it does so; as a program, for one process at a time.
 
 `python interrupted_recordings.py FOLDER POINTS SEED` prints one JSON line per trial. The process imports everything
-once and starts a copy of itself for each trial. Nothing runs on other threads, so that it can be copied.
+once and starts a copy of itself for each trial. It has no other threads, so that it can be copied. The copies write in
+a thread, so how many calls they make varies a little.
 """
 
 import json
@@ -10,6 +11,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -44,7 +46,7 @@ def killed():
 
 
 class Events:
-    """Counts the calls of Python and C functions; kills the process at one of them."""
+    """Counts the calls of Python and C functions in all threads; kills the process at one of them."""
 
     def __init__(self, last=None):
         self.count, self.last = 0, last
@@ -54,6 +56,10 @@ class Events:
             if self.count == self.last:
                 killed()
             self.count += 1
+
+    def watch(self):
+        threading.setprofile(self)
+        sys.setprofile(self)
 
 
 def at_file_operation(number, act):
@@ -117,14 +123,14 @@ def main(folder, points, seed):
     torch.set_num_threads(1)
     pipe, folder = CASE.build(), Path(folder)
     events = Events()
-    counted = recorded(pipe, folder / "counted", lambda: sys.setprofile(events), lambda: events.count)
+    counted = recorded(pipe, folder / "counted", events.watch, lambda: events.count)
     total = in_a_copy(counted)["events"]
     in_a_copy(recorded(pipe, folder / "whole"))
     whole = files_in(folder / "whole")
 
     trials = {}
-    for number, point in enumerate(sorted(random.Random(seed).sample(range(total), points))):
-        trials[f"event {number}"] = lambda point=point: sys.setprofile(Events(point))
+    for number, point in enumerate(sorted(random.Random(seed).sample(range(round(0.97 * total)), points))):
+        trials[f"event {number}"] = Events(point).watch
     for number in range(MOST_OPERATIONS):
         trials[f"file {number}"] = lambda number=number: at_file_operation(number, killed)
     for size in (0, 60, 2000, 4000, 5000):

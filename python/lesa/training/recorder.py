@@ -1,7 +1,8 @@
 """What watches a run of the pipeline, and keeps what enters the output head."""
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from lesa.cache.run import Call, Run
 from lesa.cache.stats import CacheStats
 from lesa.models.adapter import Adapter
+from lesa.training.host_copies import HostCopies
 from lesa.training.trajectories import NORMS
 from lesa_kernels import OutputHead
 from lesa_kernels.checks import Said, argument_error, usage_error
@@ -25,7 +27,21 @@ class _Stream:
     shift: torch.Tensor  # [B, S, D]
     token_index: torch.Tensor  # [B, T]
     called: str  # the stream of calls that it is, or is a half of
-    steps: set[int] = field(default_factory=set)
+    steps: set[int] = field(default_factory=set)  # those that were kept, whose tensors may still be on their way
+    indices: dict[torch.device, torch.Tensor] = field(default_factory=dict)  # token_index, by device
+
+    def chosen(self, values: torch.Tensor) -> torch.Tensor:
+        """The chosen tokens of values `[B, T, C]`. They are chosen on the device, so that only they are copied."""
+        if self.token_index.shape[1] == values.shape[1]:
+            return values
+        if values.device not in self.indices:
+            self.indices[values.device] = self.token_index.to(values.device)
+        return values.gather(1, self.indices[values.device][:, :, None].expand(-1, -1, values.shape[2]))
+
+    def store(self, step: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Stores features, latents, scale and shift of a step."""
+        for storage, values in zip((self.features, self.latents, self.scale, self.shift), tensors):
+            storage[:, step] = values
 
 
 class Recorder:
@@ -46,6 +62,7 @@ class Recorder:
         self.heads: dict[str, OutputHead] = {}
         self.tokens_per_sample, self.seed = tokens_per_sample, seed
         self.left_out: dict[str, str] = {}
+        self._copies = HostCopies()
 
     def begin(self, numbers: list[int], on_step: Callable[[float], None]) -> None:
         """Prepares for a call of the pipeline on the samples `numbers`.
@@ -124,39 +141,21 @@ class Recorder:
             facts["head_norm"] = next(name for name, norm in NORMS.items() if norm == head.norm)
         return facts | ({"transformers": [*self.heads]} if len(self.heads) > 1 else {})
 
-    def trajectories_of(self, position: int) -> dict[str, dict[str, torch.Tensor]]:
-        """By stream, the tensors of one sample of the batch, over the steps that were computed."""
-        recorded = {}
-        for name, stream in self.streams.items():
-            steps = sorted(stream.steps)
-            recorded[name] = {
-                "features": stream.features[position, steps],
-                "latents": stream.latents[position, steps],
-                "sigmas": torch.tensor(self.sigmas, dtype=torch.float32, device="cpu")[steps],
-                "scale": stream.scale[position, steps],
-                "shift": stream.shift[position, steps],
-                "token_index": stream.token_index[position],
-            }
-        return recorded
+    def trajectories(self) -> Callable[[int], dict[str, dict[str, torch.Tensor]]]:
+        """What gives the tensors of a sample by its position in the batch, by stream, over the steps that were kept.
+
+        It may be called when the next batch has begun, also in another thread.
+        """
+        return partial(_trajectories_of, self.streams, self.sigmas)
 
     def keep(self, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
         """Keeps the inputs of the output head of a computed call."""
-        bad = (~features.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         adapter = self.adapters[call.transformer]
         self.heads[call.transformer] = head = adapter.output_head(conditioning)
         if head.scale.ndim != 2:
             sentence = "`inputs` make the model modulate each token in its own way, which a recording cannot store."
             raise usage_error(
                 sentence, "If they give images or frames, leave these out. Else use a forecaster without training."
-            )
-        step = call.step
-        if bad:
-            raise argument_error(
-                "features",
-                "be finite",
-                Said(f"NaN or Inf in sample {self.numbers[bad[0] % len(self.numbers)]} at step {step}"),
-                "Record in bfloat16 or float32, and check the sample's input.",
-                RuntimeError,
             )
         self._check_rows(call, len(features))
         halves = {call.stream: slice(None)}
@@ -167,9 +166,39 @@ class Recorder:
             halves = {call.stream: without, f"{call.stream}-with-prompt": with_prompts}
         latents = adapter.latents(call.arguments)
         shift = torch.zeros_like(head.scale) if head.shift is None else head.shift  # a head without one adds nothing
+        streams, tensors = [], [features.abs().flatten(1).amax(1).isfinite()]
         for name, rows in halves.items():
-            self._keep_rows(name, call, features[rows], latents[rows], head.scale[rows], shift[rows])
-        self.on_step((step + 1) / len(self.sigmas))
+            stream = self.streams.get(name)
+            if stream is None:
+                stream = self.streams[name] = self._new_stream(call, features[rows], latents[rows], head.scale)
+            tensors += [stream.chosen(features[rows]), stream.chosen(latents[rows]), head.scale[rows], shift[rows]]
+            streams.append(stream)
+            stream.steps.add(call.step)
+        self._copies.give(tensors, partial(self._store, call.step, streams))
+        self.on_step((call.step + 1) / len(self.sigmas))
+
+    def finish(self) -> None:
+        """Waits for what is on its way from the device. Call it before what was kept is used.
+
+        Raises:
+            RuntimeError: features are not finite. The message names sample and step.
+        """
+        self._copies.finish()
+
+    def _store(self, step: int, streams: Sequence[_Stream], tensors: Sequence[torch.Tensor]) -> None:
+        """Stores what one call gave: whether the features of each row are finite, and four tensors of each stream."""
+        are_finite, *kept = tensors
+        bad = (~are_finite).nonzero().flatten().tolist()
+        if bad:
+            raise argument_error(
+                "features",
+                "be finite",
+                Said(f"NaN or Inf in sample {self.numbers[bad[0] % len(self.numbers)]} at step {step}"),
+                "Record in bfloat16 or float32, and check the sample's input.",
+                RuntimeError,
+            )
+        for position, stream in enumerate(streams):
+            stream.store(step, kept[4 * position : 4 * position + 4])
 
     def _check_rows(self, call: Call, rows: int) -> None:
         """Raises `ValueError` if the batch of a stream changes in a run: its halves would not be told apart."""
@@ -181,26 +210,6 @@ class Recorder:
                 Said(f"{rows} instead of {before} rows at step {call.step}, as if guidance had begun or ended"),
                 "Leave guidance on in the whole run.",
             )
-
-    def _keep_rows(
-        self,
-        name: str,
-        call: Call,
-        features: torch.Tensor,
-        latents: torch.Tensor,
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-    ) -> None:
-        """Copies the chosen tokens of one stream at one step."""
-        stream, step = self.streams.get(name), call.step
-        if stream is None:
-            stream = self.streams[name] = self._new_stream(call, features, latents, scale)
-        index = stream.token_index.to(features.device)[:, :, None]
-        stream.features[:, step] = features.gather(1, index.expand(-1, -1, features.shape[2]))
-        stream.latents[:, step] = latents.gather(1, index.expand(-1, -1, latents.shape[2]))
-        stream.scale[:, step] = scale
-        stream.shift[:, step] = shift
-        stream.steps.add(step)
 
     def _new_stream(self, call: Call, features: torch.Tensor, latents: torch.Tensor, scale: torch.Tensor) -> _Stream:
         batch, tokens, width = features.shape
@@ -232,6 +241,24 @@ class Recorder:
             torch.stack([_choose_tokens(tokens, kept, self.seed + number) for number in self.numbers]),
             call.stream,
         )
+
+
+def _trajectories_of(
+    streams: Mapping[str, _Stream], sigmas: list[float], position: int
+) -> dict[str, dict[str, torch.Tensor]]:
+    """By stream, the tensors of one sample of a batch. If all steps were kept, they share memory with the batch."""
+    recorded = {}
+    for name, stream in streams.items():
+        steps: Any = slice(None) if len(stream.steps) == len(sigmas) else sorted(stream.steps)
+        recorded[name] = {
+            "features": stream.features[position, steps],
+            "latents": stream.latents[position, steps],
+            "sigmas": torch.tensor(sigmas, dtype=torch.float32, device="cpu")[steps],
+            "scale": stream.scale[position, steps],
+            "shift": stream.shift[position, steps],
+            "token_index": stream.token_index[position],
+        }
+    return recorded
 
 
 def _is_guided(pipe: Any) -> bool:

@@ -3,8 +3,9 @@
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ from lesa.training.trajectories import (
     read_manifest,
     save_heads,
 )
+from lesa.training.writing import BackgroundWriter
 from lesa_kernels import FusedKANPredictor, OutputHead
 from lesa_kernels.checks import Said, argument_error, check_int
 
@@ -258,11 +260,13 @@ class _Work:
             observed(self.recording.pipe, recorder, self.recording.predictor) as self.stats,
             quiet_progress(self.recording.pipe),
             tqdm(total=total, initial=self.finished, desc=self.bar, unit="sample", disable=self.bar is None) as bar,
+            BackgroundWriter() as self.writer,
         ):
             self.shown = bar
             processes.each(self.batches[: processes.width], self._run)  # only now are all facts known
             self.manifest = processes.by_first(lambda: _begin(self.folder, self._facts(), recorder.heads))
             processes.each(self.batches, self._finish)
+            processes.in_all(self.writer.finish)
         every = processes.together([recorder.left_out])
         for name, why in {name: why for left_out in every for name, why in left_out.items()}.items():
             if processes.is_first:
@@ -274,10 +278,15 @@ class _Work:
     def _run(self, numbers: list[int]) -> None:
         """Runs the pipeline on a batch. What the recorder keeps of it can be written then."""
         recording = self.recording
-        self.recorder.begin(numbers, self._show)
+        self.recorder.begin(numbers, self._on_step)
         arguments = collate([recording.inputs[number] for number in numbers])
         generators = [torch.Generator("cpu").manual_seed(recording.seed + number) for number in numbers]
-        run_pipeline(recording.pipe, arguments, generators, recording.num_inference_steps)
+        try:
+            run_pipeline(recording.pipe, arguments, generators, recording.num_inference_steps)
+        except RuntimeError:
+            self.recorder.finish()  # that a recorded step is not finite may be why the run has failed
+            raise
+        self.recorder.finish()
         self.recorder.check_complete(self.stats)
 
     def _finish(self, numbers: list[int]) -> None:
@@ -286,10 +295,9 @@ class _Work:
             self._run(numbers)
         _check_same(self.folder, self.manifest, self._facts())
         if self.processes.is_divided or self.processes.is_first:
-            for position, number in enumerate(numbers):
-                if number in self.missing:
-                    streams = self.recorder.trajectories_of(position)
-                    save_sample(self.folder, number, streams, identity_of(self.manifest))
+            positions = {number: position for position, number in enumerate(numbers) if number in self.missing}
+            trajectories_of, identity = self.recorder.trajectories(), identity_of(self.manifest)
+            self.writer.write(partial(_save, self.folder, trajectories_of, positions, identity))
         self._show(1)
         self.finished += self._in_progress
         self.rounds += 1
@@ -301,11 +309,27 @@ class _Work:
         batches = self.batches[first : first + self.processes.width]
         return sum(len(self.missing.intersection(numbers)) for numbers in batches)
 
+    def _on_step(self, share: float) -> None:
+        """Called after each computed step: if writing has failed, the pipeline need not run to its end."""
+        self.writer.check()
+        self._show(share)
+
     def _show(self, share: float) -> None:
         """Moves the bar to the finished samples and a share of the samples in progress."""
         samples = self.finished + self._in_progress * share
         self.shown.n = round(samples) if share == 1 else round(samples, 1)
         self.shown.update(0)
+
+
+def _save(
+    folder: Path,
+    trajectories_of: Callable[[int], dict[str, dict[str, torch.Tensor]]],
+    positions: Mapping[int, int],
+    identity: str | None,
+) -> None:
+    """Writes samples of a batch, by number, from their positions in it."""
+    for number, position in positions.items():
+        save_sample(folder, number, trajectories_of(position), identity)
 
 
 @dataclass(frozen=True)
