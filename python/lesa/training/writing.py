@@ -25,9 +25,13 @@ class BackgroundWriter:
 
     def write(self, task: Callable[[], None]) -> None:
         """Waits until the task before is finished, and begins this one. Raises what the one before raised."""
+        self.finish()
+        self._last = self._thread.submit(task)
+
+    def finish(self) -> None:
+        """Waits until the last task is finished. Raises what it raised."""
         if self._last is not None:
             self._last.result()
-        self._last = self._thread.submit(task)
 
     def check(self) -> None:
         """Raises what the last task raised, if it has failed already. It does not wait."""
