@@ -131,21 +131,43 @@ def refine(
             bar = f"round {number} of {rounds}" if progress else None
             rolled, trained = (folder / f"round-{number}" / name for name in (ROLL_OUTS, PREDICTOR))
             roll_outs.append(RollOuts(trajectories, predictor, pipe, inputs, rolled, samples_per_call, bar))
-            if is_finished(trained):
-                predictor = FusedKANPredictor.from_pretrained(trained)
-                continue
-            training_bar = bar and f"{bar}, train"
-            with default_modes():  # the pipeline runs in those of the caller
-                run = _Refinement(
-                    trajectories, predictor.config, settings, out_dir=trained, device=device, bar=training_bar
-                )
-                run.start_from(predictor, roll_outs)
-                run.fit()
-                predictor = run.finish()
+            predictor = refined(
+                predictor, trajectories, roll_outs, settings, out_dir=trained, device=device, bar=bar and f"{bar}, train"
+            )
         if out_dir is not None:
             for file in trained.iterdir():
                 shutil.copy(file, folder)
     return predictor
+
+
+def refined(
+    predictor: FusedKANPredictor,
+    trajectories: Trajectories,
+    roll_outs: Sequence["RollOuts"],
+    settings: TrainingSettings,
+    *,
+    out_dir: Path,
+    device: torch.device,
+    bar: str | None = None,
+) -> FusedKANPredictor:
+    """Trains a predictor for one round. A round that is finished is read from its folder.
+
+    Args:
+        predictor: of the round before. It is not changed.
+        trajectories: the plain runs.
+        roll_outs: those of this round and of earlier ones.
+        settings: how to train.
+        out_dir: folder of the round. A training that was interrupted continues there.
+        device: where to train.
+        bar: what the progress bar is called, or None for no bar.
+    """
+    if is_finished(out_dir):
+        return FusedKANPredictor.from_pretrained(out_dir)
+    with default_modes():  # the pipeline runs in those of the caller
+        run = _Refinement(trajectories, predictor.config, settings, out_dir=out_dir, device=device, bar=bar)
+        run.start_from(predictor, roll_outs)
+        run.fit()
+        return run.finish()
 
 
 def _check_predictor(predictor: FusedKANPredictor, trajectories: Trajectories) -> None:
@@ -237,6 +259,7 @@ class RollOuts:
 
     Attributes:
         recorded: the recording, of computed steps only.
+        predictor: what distinguishes the predictor from others.
         drifts: of each, `[C, T, O]`: by how much the latents are off before each computed step, in the direction of the
             velocity. Where guidance combines several streams of calls, they share it.
     """
@@ -265,6 +288,7 @@ class RollOuts:
         if self.recorded.names != trajectories.names:
             got = Said(f"{len(self.recorded)} streams of calls instead of {len(trajectories)}")
             raise argument_error("pipe", "call its transformer as it did in the recording", got, "Record again.")
+        self.predictor = self.recorded.manifest["predictor"]
         self.drifts = []
         for plain, rolled in zip(trajectories, self.recorded):
             computed = torch.isin(plain.sigmas, rolled.sigmas)
@@ -287,7 +311,7 @@ class _Refinement(Training):
         self.roll_outs = roll_outs
 
     def depends_on(self) -> dict[str, Any]:
-        return {"roll_outs": [rolled.recorded.manifest["predictor"] for rolled in self.roll_outs]}
+        return {"roll_outs": [rolled.predictor for rolled in self.roll_outs]}
 
     def is_fitted(self) -> bool:
         return False  # there is no closed form for roll-outs
