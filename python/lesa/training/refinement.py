@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -131,8 +131,9 @@ def refine(
             bar = f"round {number} of {rounds}" if progress else None
             rolled, trained = (folder / f"round-{number}" / name for name in (ROLL_OUTS, PREDICTOR))
             roll_outs.append(RollOuts(trajectories, predictor, pipe, inputs, rolled, samples_per_call, bar))
+            training_bar = bar and f"{bar}, train"
             predictor = refined(
-                predictor, trajectories, roll_outs, settings, out_dir=trained, device=device, bar=bar and f"{bar}, train"
+                predictor, trajectories, roll_outs, settings, out_dir=trained, device=device, bar=training_bar
             )
         if out_dir is not None:
             for file in trained.iterdir():
@@ -143,7 +144,7 @@ def refine(
 def refined(
     predictor: FusedKANPredictor,
     trajectories: Trajectories,
-    roll_outs: Sequence["RollOuts"],
+    roll_outs: Sequence["RolledOut"],
     settings: TrainingSettings,
     *,
     out_dir: Path,
@@ -247,6 +248,19 @@ def _read_settings(file: Path) -> dict[str, Any]:
     raise argument_error("out_dir", "hold a refinement that can be read", got, "Choose another folder.")
 
 
+class RolledOut(Protocol):
+    """Roll-outs of a predictor beside trajectories, as a training uses them.
+
+    Attributes:
+        predictor: what distinguishes the predictor from others.
+    """
+
+    predictor: dict[str, Any]
+
+    def of(self, number: int) -> RollOut:
+        """The roll-out beside the trajectory of this number."""
+
+
 class RollOuts:
     """Roll-outs of a predictor, beside the plain runs of the same samples.
 
@@ -303,9 +317,9 @@ class _Refinement(Training):
     """The training of one round: on trajectories and roll-outs."""
 
     validation_name = "validation with roll-outs"  # another quantity than the validation loss of `train`
-    roll_outs: Sequence[RollOuts] = ()
+    roll_outs: Sequence[RolledOut] = ()
 
-    def start_from(self, predictor: FusedKANPredictor, roll_outs: Sequence[RollOuts]) -> None:
+    def start_from(self, predictor: FusedKANPredictor, roll_outs: Sequence[RolledOut]) -> None:
         """Takes the weights of the round before, and the roll-outs to train on."""
         self.predictor.load_state_dict(predictor.state_dict())
         self.roll_outs = roll_outs
