@@ -20,7 +20,7 @@ ROOMS = (
     ("training",),
     ("cache", "estimation"),
     ("models",),
-    ("schedule", "inputs", "pipelines", "artifacts", "conditions"),
+    ("schedule", "inputs", "pipelines", "artifacts", "conditions", "provenance"),
     ("messages",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}

@@ -35,6 +35,7 @@ from lesa.artifacts import (
 )
 from lesa.inputs import check_inputs
 from lesa.models import adapter_for
+from lesa.provenance import of_manifest
 from lesa.training.batches import Batch, Plan, RollOut, check_is_predictor, check_whole, roll_out
 from lesa.training.losses import feature_loss, head_aware_loss, roll_out_loss
 from lesa.training.recording import Recording, check_same_conditions
@@ -322,6 +323,7 @@ class _Refinement(Training):
     def start_from(self, predictor: FusedKANPredictor, roll_outs: Sequence[RolledOut]) -> None:
         """Takes the weights of the round before, and the roll-outs to train on."""
         self.predictor.load_state_dict(predictor.state_dict())
+        self.predictor.provenance = {**(predictor.provenance or {}), **of_manifest(self.trajectories.manifest)}
         self.roll_outs = roll_outs
 
     def depends_on(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from lesa.artifacts import CONTINUE, output_folder, owned
+from lesa.provenance import of_manifest
 from lesa.schedule import ScheduleLike
 from lesa.training.batches import check_whole
 from lesa.training.schedule_search import check_budget, found_schedule
@@ -149,6 +150,7 @@ def train(
         config = _searched(trajectories, config, settings, budget, find_stages, folder, device, progress)
         bar = "train" if progress else None
         run = Training(trajectories, config, settings, out_dir=folder, device=device, bar=bar)
+        run.predictor.provenance = of_manifest(trajectories.manifest)
         run.fit()
         return run.finish()
 
