@@ -20,6 +20,7 @@ ROOMS = (
     ("training",),
     ("cache", "estimation"),
     ("models",),
+    ("processes",),
     ("schedule", "inputs", "pipelines", "artifacts", "conditions", "provenance"),
     ("messages",),
 )

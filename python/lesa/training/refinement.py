@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,13 +29,13 @@ from lesa.artifacts import (
     files_in,
     fingerprint,
     output_folder,
-    owned,
     predictor_identity,
     remove_partial,
     write_text,
 )
 from lesa.inputs import check_inputs
 from lesa.models import adapter_for
+from lesa.processes import Processes, processes_for
 from lesa.provenance import of_manifest
 from lesa.training.batches import Batch, Plan, RollOut, check_is_predictor, check_whole, roll_out
 from lesa.training.losses import feature_loss, head_aware_loss, roll_out_loss
@@ -125,20 +126,21 @@ def refine(
         seed=seed,
     )
     samples_per_call, device = check_int("samples_per_call", samples_per_call), usable_device(device)
-    check_whole(trajectories)
-    with _working_folder(out_dir, _all_settings(predictor, trajectories, rounds, settings)) as folder:
+    processes = processes_for(pipe)
+    everything = _all_settings(predictor, trajectories, rounds, settings)
+    processes.begin("lesa.refine", {**everything, "samples_per_call": samples_per_call})
+    processes.by_first(lambda: check_whole(trajectories))
+    with _working_folder(out_dir, everything, processes) as folder:
         roll_outs: list[RollOuts] = []
         for number in range(1, rounds + 1):
-            bar = f"round {number} of {rounds}" if progress else None
+            bar = f"round {number} of {rounds}" if progress and processes.is_first else None
             rolled, trained = (folder / f"round-{number}" / name for name in (ROLL_OUTS, PREDICTOR))
             roll_outs.append(RollOuts(trajectories, predictor, pipe, inputs, rolled, samples_per_call, bar))
             training_bar = bar and f"{bar}, train"
-            predictor = refined(
-                predictor, trajectories, roll_outs, settings, out_dir=trained, device=device, bar=training_bar
-            )
+            training = partial(refined, predictor, trajectories, roll_outs, settings, trained, device, training_bar)
+            predictor = processes.by_first(training)
         if out_dir is not None:
-            for file in trained.iterdir():
-                shutil.copy(file, folder)
+            processes.by_first(lambda: [shutil.copy(file, folder) for file in trained.iterdir()])
     return predictor
 
 
@@ -147,7 +149,6 @@ def refined(
     trajectories: Trajectories,
     roll_outs: Sequence["RolledOut"],
     settings: TrainingSettings,
-    *,
     out_dir: Path,
     device: torch.device,
     bar: str | None = None,
@@ -217,27 +218,42 @@ def _all_settings(
 
 
 @contextlib.contextmanager
-def _working_folder(out_dir: str | os.PathLike | None, settings: dict[str, Any]) -> Iterator[Path]:
+def _working_folder(
+    out_dir: str | os.PathLike | None, settings: dict[str, Any], processes: Processes
+) -> Iterator[Path]:
     """A folder for the rounds. It is cleaned up after the last round. Until then, the work can continue there."""
-    if out_dir is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            yield Path(temporary)
-        return
-    folder = output_folder(out_dir)
-    with owned(folder, "refining"):
-        file = folder / SETTINGS_NAME
-        remove_partial(file)
-        if file.exists():
-            check_same_settings(f"the unfinished refinement in {folder}", _read_settings(file), settings)
-        elif files_in(folder):
-            must = "be empty or hold an unfinished refinement"
-            raise argument_error("out_dir", must, Said(f"files in {folder}"), "Choose another folder.")
+    with contextlib.ExitStack() as stack:
+        if out_dir is None:
+            temporary = tempfile.TemporaryDirectory
+            folder = Path(processes.by_first(lambda: stack.enter_context(temporary())))
         else:
-            write_text(file, json.dumps(settings) + "\n")
+            folder = processes.in_all(lambda: output_folder(out_dir))
+        stack.enter_context(processes.owned(folder, "refining"))
+        file = folder / SETTINGS_NAME
+        processes.by_first(lambda: _check_folder(file, settings))
         yield folder
-        file.unlink()  # first: rounds that are left behind do no harm
-        for number in range(settings["rounds"]):
-            shutil.rmtree(folder / f"round-{number + 1}")
+        if out_dir is not None:
+            processes.by_first(lambda: _clean_up(file, settings["rounds"]))
+
+
+def _clean_up(file: Path, rounds: int) -> None:
+    """Removes what only the work needed."""
+    file.unlink()  # first: rounds that are left behind do no harm
+    for number in range(rounds):
+        shutil.rmtree(file.parent / f"round-{number + 1}")
+
+
+def _check_folder(file: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings of a refinement. Raises `ValueError` if its folder has files, and not one with the same."""
+    folder = file.parent
+    remove_partial(file)
+    if file.exists():
+        check_same_settings(f"the unfinished refinement in {folder}", _read_settings(file), settings)
+    elif files_in(folder):
+        must = "be empty or hold an unfinished refinement"
+        raise argument_error("out_dir", must, Said(f"files in {folder}"), "Choose another folder.")
+    else:
+        write_text(file, json.dumps(settings) + "\n")
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
@@ -275,8 +291,6 @@ class RollOuts:
     Attributes:
         recorded: the recording, of computed steps only.
         predictor: what distinguishes the predictor from others.
-        drifts: of each, `[C, T, O]`: by how much the latents are off before each computed step, in the direction of the
-            velocity. Where guidance combines several streams of calls, they share it.
     """
 
     def __init__(
@@ -304,10 +318,19 @@ class RollOuts:
             got = Said(f"{len(self.recorded)} streams of calls instead of {len(trajectories)}")
             raise argument_error("pipe", "call its transformer as it did in the recording", got, "Record again.")
         self.predictor = self.recorded.manifest["predictor"]
-        self.drifts = []
-        for plain, rolled in zip(trajectories, self.recorded):
+        self._plain = trajectories
+
+    @cached_property
+    def drifts(self) -> list[torch.Tensor]:
+        """Of each roll-out, `[C, T, O]`: by how much the latents are off before each computed step.
+
+        They are in the direction of the velocity. Where guidance combines several streams of calls, they share it.
+        """
+        found = []
+        for plain, rolled in zip(self._plain, self.recorded):
             computed = torch.isin(plain.sigmas, rolled.sigmas)
-            self.drifts.append(latents_of(plain)[computed].float() - latents_of(rolled).float())  # sigma falls
+            found.append(latents_of(plain)[computed].float() - latents_of(rolled).float())  # sigma falls
+        return found
 
     def of(self, number: int) -> RollOut:
         """The roll-out beside the trajectory of this number."""
