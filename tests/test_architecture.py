@@ -20,7 +20,8 @@ ROOMS = (
     ("training",),
     ("cache", "estimation"),
     ("models",),
-    ("schedule", "inputs", "pipelines", "artifacts", "conditions"),
+    ("processes",),
+    ("schedule", "inputs", "pipelines", "artifacts", "conditions", "provenance"),
     ("messages",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}

@@ -1,15 +1,19 @@
 """Where the files of a saved predictor are: in a folder, or in a repository on the Hugging Face hub."""
 
 import difflib
+import json
 import os
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lesa_kernels.checks import Said, argument_error, check_folder_or_id, usage_error
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+PROVENANCE_NAME = "provenance.json"
+"""What the predictor was made for. A folder may lack it: then that is unknown."""
 
 HUB_OPTIONS = (
     "cache_dir",
@@ -54,10 +58,19 @@ def check_hub_options(given: Collection[str]) -> None:
             raise usage_error(f"`from_pretrained` has no argument `{name}`.", remedy, TypeError)
 
 
-def find_files(folder_or_id: str | os.PathLike, hub: Mapping[str, Any]) -> tuple[Path, Path]:
-    """Configuration and weights in a folder; they are downloaded if it is the id of a repository.
+class Files(NamedTuple):
+    """The files of a saved predictor; `provenance` is None if there is none."""
 
-    What looks like a path is never asked of the hub; see `check_folder_or_id`.
+    config: Path
+    weights: Path
+    provenance: Path | None
+
+
+def find_files(folder_or_id: str | os.PathLike, hub: Mapping[str, Any]) -> Files:
+    """The files in a folder; they are downloaded if it is the id of a repository.
+
+    What looks like a path is never asked of the hub; see `check_folder_or_id`. If the hub cannot be reached, files that
+    were downloaded before are taken. Whether there is a `provenance.json` may be unknown then, with a warning.
 
     Args:
         folder_or_id: a folder, or the id of a repository on the hub.
@@ -81,12 +94,42 @@ def find_files(folder_or_id: str | os.PathLike, hub: Mapping[str, Any]) -> tuple
     except HFValidationError as error:
         must, got = "be a folder or a hub id such as 'user/name'", Said(f"{name!r}, which is neither ({error})")
         raise argument_error("folder_or_id", must, got, "Check the path.") from None
-    return config, weights
+    return Files(config, weights, _downloaded_provenance(name, hub))
 
 
-def _files_in(folder: Path) -> tuple[Path, Path]:
-    files = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-    for file in files:
+def read_provenance(file: Path) -> dict[str, Any]:
+    """The contents of a `provenance.json`; raises `ValueError` if it is damaged."""
+    try:
+        provenance = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        got = Said(str(error))
+    else:
+        if isinstance(provenance, dict):
+            return provenance
+        got = Said("one that is no JSON object")
+    remedy = f"Restore the file, or delete it: without it, lesa does not know what the predictor was made for ({file})."
+    raise argument_error("folder_or_id", f"hold a readable {PROVENANCE_NAME}", got, remedy)
+
+
+def _downloaded_provenance(name: str, hub: Mapping[str, Any]) -> Path | None:
+    """The `provenance.json` of a repository; None if there is none."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, PROVENANCE_NAME, **hub))
+    except LocalEntryNotFoundError as error:
+        if not (hub.get("local_files_only") or constants.HF_HUB_OFFLINE):
+            text = f"lesa: {name} was loaded without {PROVENANCE_NAME}, which the hub could not be asked for: {error}"
+            warnings.warn(" ".join(text.split()), RuntimeWarning, stacklevel=4)
+        return None
+    except EntryNotFoundError:
+        return None
+
+
+def _files_in(folder: Path) -> Files:
+    config, weights, provenance = (folder / name for name in (CONFIG_NAME, WEIGHTS_NAME, PROVENANCE_NAME))
+    for file in (config, weights):
         if not file.is_file():
             raise argument_error(
                 "folder_or_id",
@@ -95,4 +138,4 @@ def _files_in(folder: Path) -> tuple[Path, Path]:
                 "Check the path, or save the predictor again.",
                 FileNotFoundError,
             )
-    return files
+    return Files(config, weights, provenance if provenance.is_file() else None)

@@ -17,7 +17,8 @@ from lesa_kernels.feature_ring.reference import RingBuffers
 from lesa_kernels.forecasters.base import Forecaster, Steps, default_times
 from lesa_kernels.predictor.arguments import RingState, Shape, check_times
 from lesa_kernels.predictor.config import PredictorConfig
-from lesa_kernels.predictor.files import CONFIG_NAME, WEIGHTS_NAME, find_files
+from lesa_kernels.predictor.files import CONFIG_NAME, PROVENANCE_NAME, WEIGHTS_NAME, find_files, read_provenance
+from lesa_kernels.predictor.sharing import add_card
 from lesa_kernels.predictor.uploads import by_step, unbound, uploaded
 from lesa_kernels.stream.arguments import NO_RESIDUAL, NO_SUMS, HeadSums, LowRank, OutputHead, StoredFeatures, Weights
 from lesa_kernels.stream.op import output_head, stream_forecast, stream_velocity
@@ -33,11 +34,18 @@ class FusedKANPredictor(nn.Module):
         config: the predictor to build.
         backend: "auto", or the backend that must run.
 
+    Attributes:
+        provenance: what the predictor was made for, in values that JSON has; None if that is unknown. It is saved and
+            loaded with the predictor. `lesa.train` sets it, and `lesa.enable_cache` compares it with the pipeline.
+
     Raises:
         TypeError: `config` is not a `PredictorConfig`.
 
     Source: the forecasters name theirs. Those that are trained build on LESA, arXiv 2602.20497.
     """
+
+    provenance: dict[str, Any] | None = None
+    _loaded_from: Path | None = None  # the folder, which may have a model card
 
     @torch.inference_mode(False)  # parameters that are made in an inference mode could never be trained
     def __init__(self, config: PredictorConfig, backend: str = "auto"):
@@ -363,21 +371,32 @@ class FusedKANPredictor(nn.Module):
         return Shape(config.stage_bounds, config.lengths, config.grid_size, config.spline_order)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes `config.json` and `model.safetensors` into `folder`. A failure leaves no half-written file."""
+        """Writes `config.json` and `model.safetensors` into `folder`, and `provenance.json` if that is known.
+
+        A failure leaves no half-written file.
+
+        Raises:
+            TypeError, ValueError: `provenance` is neither None nor a dict of values that JSON has.
+        """
         from safetensors.torch import save_file
 
+        texts = {CONFIG_NAME: json.dumps(self.config.to_dict(), indent=2) + "\n"}
+        if self.provenance is not None:
+            texts[PROVENANCE_NAME] = _provenance_text(self.provenance)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        new_config, new_weights = folder / (CONFIG_NAME + ".new"), folder / (WEIGHTS_NAME + ".new")
+        new = {name: folder / f"{name}.new" for name in (CONFIG_NAME, WEIGHTS_NAME, PROVENANCE_NAME)}
         try:
-            new_config.write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-            save_file(weights, new_weights)
-            new_config.replace(folder / CONFIG_NAME)
-            new_weights.replace(folder / WEIGHTS_NAME)
+            for name, text in texts.items():
+                new[name].write_text(text, encoding="utf-8")
+            save_file(weights, new[WEIGHTS_NAME])
+            (folder / PROVENANCE_NAME).unlink(missing_ok=True)  # that of an earlier predictor, before its weights go
+            for name in (CONFIG_NAME, WEIGHTS_NAME, *(texts.keys() - {CONFIG_NAME})):
+                new[name].replace(folder / name)
         finally:
-            new_config.unlink(missing_ok=True)
-            new_weights.unlink(missing_ok=True)
+            for file in new.values():
+                file.unlink(missing_ok=True)
 
     @classmethod
     @default_modes()
@@ -398,12 +417,12 @@ class FusedKANPredictor(nn.Module):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        config_file, weights_file = find_files(folder_or_id, hub)
+        files = find_files(folder_or_id, hub)
         try:
             file = CONFIG_NAME
-            config = PredictorConfig.from_dict(json.loads(config_file.read_text()))
+            config = PredictorConfig.from_dict(json.loads(files.config.read_text()))
             file = WEIGHTS_NAME
-            weights = load_file(weights_file)
+            weights = load_file(files.weights)
         except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
             raise argument_error(
                 "folder_or_id", f"hold a readable {file}", Said(str(error)), "Save or download it again."
@@ -427,6 +446,9 @@ class FusedKANPredictor(nn.Module):
             dtypes = FLOAT_DTYPES if kept.is_floating_point else (kept,)
             check_tensor(f"{WEIGHTS_NAME}: {name}", value, dtypes=dtypes)
         predictor.load_state_dict(weights, assign=True)
+        if files.provenance is not None:
+            predictor.provenance = read_provenance(files.provenance)
+        predictor._loaded_from = files.config.parent
         return predictor
 
     @classmethod
@@ -471,17 +493,39 @@ class FusedKANPredictor(nn.Module):
         return predictor
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-        """Uploads the predictor to the Hugging Face hub and returns its address. Creates the repository if needed."""
+        """Uploads the predictor to the Hugging Face hub and returns its address. Creates the repository if needed.
+
+        If it was loaded from a folder with a model card (`README.md`), that is uploaded too, with the pictures beside
+        it that its text names. Otherwise a minimal card is made, unless the repository has one.
+        """
         import tempfile
 
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
             self.save_pretrained(folder)
+            add_card(api, repo_id, self.config, self._loaded_from, folder)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a lesa-kernels predictor")
         return str(url)
+
+
+def _provenance_text(provenance: Any) -> str:
+    """The contents of `provenance.json`; raises `TypeError` or `ValueError` if they can't be JSON."""
+    must, remedy = "be None, or a dict of values that JSON has", "Convert the values, or set it to None."
+    if not isinstance(provenance, dict):
+        raise argument_error("provenance", must, provenance, remedy, TypeError)
+    try:
+        text = json.dumps(provenance, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise argument_error(
+            "provenance", must, Said(f"one with other values ({error})"), remedy, type(error)
+        ) from None
+    if json.loads(text) != provenance:  # such as keys that are numbers
+        raise argument_error("provenance", must, Said("one that JSON changes"), remedy)
+    return text
 
 
 def _has_pieces_apart(ring: FeatureRing | TieredRing, head: OutputHead) -> bool:

@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,10 @@ from lesa.pipelines import blocks_of
 
 _PACKAGES = {"torch", "diffusers", "transformers", "accelerate", "peft", "torchao", "bitsandbytes", "optimum", "lesa"}
 """Packages whose functions around a model make no other samples, or are seen by the other conditions."""
+
+
+_NOTES = ("unset", "elsewhere")
+"""What is no condition, but tells of the others."""
 
 
 def conditions_of(pipe: Any) -> dict[str, Any]:
@@ -38,7 +43,8 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
         configuration, and a fingerprint where it is not the transformer. `buffers`: by component, a digest of those
         that are saved with the weights. `autocast`: its dtype by kind of device. `tokenizers`: by component, its size
         and options. `replaced`: by component and path, the functions of other packages that wrap or replace a forward,
-        and attention processors of other packages.
+        and attention processors of other packages. `elsewhere`: the components whose weights could not all be read; see
+        `is_elsewhere`. It is never compared.
         `unset`: by the path of a configuration, the options in it that have their defaults. A manifest leaves it out.
     """
     components = _components(pipe)
@@ -68,8 +74,38 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
         "buffers": {name: made for name, module in modules.items() if (made := _buffers(module)) is not None},
         "replaced": {name: functions for name, module in modules.items() if (functions := _replaced(module))},
         "autocast": _autocast(),
+        "elsewhere": sorted(name for name, module in modules.items() if is_elsewhere(module)),
         "unset": {path: _unset(part) for path, part in configurations.items()},
     }
+
+
+def model_conditions_of(pipe: Any, models: Mapping[str, torch.nn.Module]) -> dict[str, Any]:
+    """Those of `conditions_of` that tell of these components and of the scheduler. They read no plain weights.
+
+    Args:
+        pipe: a diffusers pipeline, modular or not.
+        models: components by name.
+
+    Returns:
+        `dtypes`, `adapters`, `fused_loras`, `quantisation`, `unset`; and `scheduler`, if that has a configuration.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    of_scheduler: dict[str, Any] = {"unset": {}}
+    if isinstance(scheduler, ConfigMixin):
+        of_scheduler = {"scheduler": _options(scheduler), "unset": {"scheduler": _unset(scheduler)}}
+    return {
+        "dtypes": {name: _dtypes(module) for name, module in models.items()},
+        "adapters": {name: scales for name, module in models.items() if (scales := _adapters(module))},
+        "fused_loras": sorted(getattr(pipe, "fused_loras", ())),
+        "quantisation": {name: packed for name, module in models.items() if (packed := _quantisation(module))},
+        **of_scheduler,
+    }
+
+
+def is_elsewhere(module: torch.nn.Module) -> bool:
+    """Whether weights of a module are not in its memory: offloaded to the meta device, or shared among processes."""
+    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())  # not imported: there is none
+    return any(weight.is_meta or isinstance(weight.data, sharded) for weight in module.parameters())
 
 
 def common_conditions(kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +115,7 @@ def common_conditions(kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict
     did not have, unless they were changed from the default. A component that only one pipeline has is not compared. A
     pipeline without a text encoder gets embeddings, which are compared as arguments.
     """
-    common = {name: value for name, value in given.items() if name in kept and name != "unset"}
+    common = {name: value for name, value in given.items() if name in kept and name not in _NOTES}
     for name in {"buffers", "configs", "dtypes", "tokenizers", "weights"} & {*common}:
         common[name] = {part: value for part, value in {**kept[name], **common[name]}.items() if part in kept[name]}
     shared = {*kept.get("dtypes", given["dtypes"])} & {*given["dtypes"]}

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import EntryNotFoundError
 
 from lesa_kernels import (
     FeatureRing,
@@ -879,13 +880,17 @@ def test_loading_from_the_hub(saved, monkeypatch):
 
     def download(repo, file, **options):
         asked.append((repo, file, options))
+        if file == "provenance.json":
+            raise EntryNotFoundError("the repository has no such file")
         return str(saved / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     loaded = FusedKANPredictor.from_pretrained("someone/flux-newton", revision="v1")
     assert loaded.config == CONFIGS["newton"]
     options = {"revision": "v1"}
-    assert asked == [("someone/flux-newton", f, options) for f in ("config.json", "model.safetensors")]
+    files = ("config.json", "model.safetensors", "provenance.json")
+    assert asked == [("someone/flux-newton", file, options) for file in files]
+    assert loaded.provenance is None
 
 
 def test_push_to_hub(tmp_path, monkeypatch):

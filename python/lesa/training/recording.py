@@ -5,7 +5,6 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from lesa.artifacts import (
     files_in,
     fingerprint,
     output_folder,
-    owned,
     predictor_identity,
     remove_stale_lock,
     write_text,
@@ -29,6 +27,7 @@ from lesa.conditions import common_conditions, conditions_of, differing, of_tran
 from lesa.inputs import batches_of, check_inputs, collate
 from lesa.models import adapter_for, adapters_for
 from lesa.pipelines import quiet_progress, run_pipeline
+from lesa.processes import Processes, processes_for
 from lesa.training.recorder import Recorder
 from lesa.training.shards import DamagedError, check_tensors, identity_of, sample_files, save_sample, survey
 from lesa.training.trajectories import (
@@ -148,17 +147,24 @@ class Recording:
             out_dir: the folder; made if missing.
             bar: what the progress bar is called, or None for no bar.
         """
-        planned, folder = self._manifest(), output_folder(out_dir, to_write=False)
+        processes, planned = processes_for(self.pipe), self._manifest()
+        processes.begin("lesa.record", {**planned, "batch_size": self.batch_size})
+        folder = processes.in_all(lambda: output_folder(out_dir, to_write=False))
         sound: set[Path] = set()
-        left = self._left_to_do(folder, planned, sound)
+
+        def look() -> _Left:
+            return processes.by_first(lambda: self._left_to_do(folder, planned, sound))
+
+        left = look()
         if left.samples or not left.has_head:
-            with owned(folder, "recording"):
-                left = self._left_to_do(folder, planned, sound)  # another process may have recorded meanwhile
-                left.warn()
-                self._record(folder, planned, left.samples or {0}, bar)
-        else:
+            with processes.owned(folder, "recording"):
+                left = look()  # another process may have recorded meanwhile
+                if processes.is_first:
+                    left.warn()
+                _Work(self, processes, folder, planned, left.samples or {0}, bar).run()
+        elif processes.is_first:
             remove_stale_lock(folder)
-        trajectories = Trajectories(folder)
+        trajectories = processes.in_all(lambda: Trajectories(folder))
         numbers = range(len(self.inputs))
         trajectories.recorded = Recorded(
             kept=tuple(number for number in numbers if number not in left.samples),
@@ -213,39 +219,93 @@ class Recording:
             "predictor": None if self.predictor is None else predictor_identity(self.predictor),
         }
 
-    def _record(self, folder: Path, planned: dict[str, Any], missing: set[int], bar: str | None) -> None:
-        """Runs the pipeline for the missing samples and writes them."""
-        total = len(self.inputs)
-        recorder = Recorder(self.pipe, adapters_for(self.pipe), self.tokens_per_sample, self.seed)
-        finished = total - len(missing)
+
+class _Work:
+    """Runs the pipeline for the missing samples of a folder, and writes them.
+
+    Args:
+        recording: what to record.
+        processes: those that share the samples.
+        folder: of the recording.
+        planned: the part of the manifest that is known before the pipeline runs.
+        missing: the numbers of the samples.
+        bar: what the progress bar is called, or None for no bar.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        processes: Processes,
+        folder: Path,
+        planned: dict[str, Any],
+        missing: set[int],
+        bar: str | None,
+    ):
+        self.recording, self.processes, self.folder, self.planned = recording, processes, folder, planned
+        pipe, seed = recording.pipe, recording.seed
+        self.recorder = Recorder(pipe, adapters_for(pipe), recording.tokens_per_sample, seed)
+        self.missing, self.bar = missing, bar if processes.is_first else None
+        self.batches = [
+            numbers for numbers in batches_of(recording.inputs, recording.batch_size) if missing.intersection(numbers)
+        ]
+        self.finished = len(recording.inputs) - len(missing)
+        self.rounds = 0
+
+    def run(self) -> None:
+        """Records the batches that are this process's share. The first process writes heads and manifest."""
+        processes, recorder, total = self.processes, self.recorder, len(self.recording.inputs)
         with (
-            observed(self.pipe, recorder, self.predictor) as stats,
-            quiet_progress(self.pipe),
-            tqdm(total=total, initial=finished, desc=bar, unit="sample", disable=bar is None) as shown,
+            observed(self.recording.pipe, recorder, self.recording.predictor) as self.stats,
+            quiet_progress(self.recording.pipe),
+            tqdm(total=total, initial=self.finished, desc=self.bar, unit="sample", disable=self.bar is None) as bar,
         ):
-            for numbers in batches_of(self.inputs, self.batch_size):
-                wanted = missing.intersection(numbers)
-                if not wanted:
-                    continue
-                recorder.begin(numbers, partial(_show, shown, finished, len(wanted)))
-                arguments = collate([self.inputs[number] for number in numbers])
-                generators = [torch.Generator("cpu").manual_seed(self.seed + number) for number in numbers]
-                run_pipeline(self.pipe, arguments, generators, self.num_inference_steps)
-                recorder.check_complete(stats)
-                identity = identity_of(_begin(folder, {**planned, **recorder.facts()}, recorder.heads))
-                for position, number in enumerate(numbers):
-                    if number in wanted:
-                        save_sample(folder, number, recorder.trajectories_of(position), identity)
-                _show(shown, finished, len(wanted), 1)
-                finished += len(wanted)
-        for name, why in recorder.left_out.items():
-            warnings.warn(f"lesa: the stream {name!r} is not recorded, because {why}.", stacklevel=4)
+            self.shown = bar
+            processes.each(self.batches[: processes.width], self._run)  # only now are all facts known
+            self.manifest = processes.by_first(lambda: _begin(self.folder, self._facts(), recorder.heads))
+            processes.each(self.batches, self._finish)
+        every = processes.together([recorder.left_out])
+        for name, why in {name: why for left_out in every for name, why in left_out.items()}.items():
+            if processes.is_first:
+                warnings.warn(f"lesa: the stream {name!r} is not recorded, because {why}.", stacklevel=4)
 
+    def _facts(self) -> dict[str, Any]:
+        return {**self.planned, **self.recorder.facts()}
 
-def _show(bar: tqdm, finished: int, samples: int, share: float) -> None:
-    """Moves the bar to the finished samples and a share of the samples in progress."""
-    bar.n = finished + samples if share == 1 else round(finished + samples * share, 1)
-    bar.update(0)
+    def _run(self, numbers: list[int]) -> None:
+        """Runs the pipeline on a batch. What the recorder keeps of it can be written then."""
+        recording = self.recording
+        self.recorder.begin(numbers, self._show)
+        arguments = collate([recording.inputs[number] for number in numbers])
+        generators = [torch.Generator("cpu").manual_seed(recording.seed + number) for number in numbers]
+        run_pipeline(recording.pipe, arguments, generators, recording.num_inference_steps)
+        self.recorder.check_complete(self.stats)
+
+    def _finish(self, numbers: list[int]) -> None:
+        """Writes a batch, which is run before that if the recorder does not have it."""
+        if self.recorder.numbers != numbers:
+            self._run(numbers)
+        _check_same(self.folder, self.manifest, self._facts())
+        if self.processes.is_divided or self.processes.is_first:
+            for position, number in enumerate(numbers):
+                if number in self.missing:
+                    streams = self.recorder.trajectories_of(position)
+                    save_sample(self.folder, number, streams, identity_of(self.manifest))
+        self._show(1)
+        self.finished += self._in_progress
+        self.rounds += 1
+
+    @property
+    def _in_progress(self) -> int:
+        """How many samples all processes work on, as long as they are equally fast."""
+        first = self.rounds * self.processes.width
+        batches = self.batches[first : first + self.processes.width]
+        return sum(len(self.missing.intersection(numbers)) for numbers in batches)
+
+    def _show(self, share: float) -> None:
+        """Moves the bar to the finished samples and a share of the samples in progress."""
+        samples = self.finished + self._in_progress * share
+        self.shown.n = round(samples) if share == 1 else round(samples, 1)
+        self.shown.update(0)
 
 
 @dataclass(frozen=True)

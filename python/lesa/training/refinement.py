@@ -17,8 +17,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -28,13 +29,14 @@ from lesa.artifacts import (
     files_in,
     fingerprint,
     output_folder,
-    owned,
     predictor_identity,
     remove_partial,
     write_text,
 )
 from lesa.inputs import check_inputs
 from lesa.models import adapter_for
+from lesa.processes import Processes, processes_for
+from lesa.provenance import of_manifest
 from lesa.training.batches import Batch, Plan, RollOut, check_is_predictor, check_whole, roll_out
 from lesa.training.losses import feature_loss, head_aware_loss, roll_out_loss
 from lesa.training.recording import Recording, check_same_conditions
@@ -124,28 +126,51 @@ def refine(
         seed=seed,
     )
     samples_per_call, device = check_int("samples_per_call", samples_per_call), usable_device(device)
-    check_whole(trajectories)
-    with _working_folder(out_dir, _all_settings(predictor, trajectories, rounds, settings)) as folder:
+    processes = processes_for(pipe)
+    everything = _all_settings(predictor, trajectories, rounds, settings)
+    processes.begin("lesa.refine", {**everything, "samples_per_call": samples_per_call})
+    processes.by_first(lambda: check_whole(trajectories))
+    with _working_folder(out_dir, everything, processes) as folder:
         roll_outs: list[RollOuts] = []
         for number in range(1, rounds + 1):
-            bar = f"round {number} of {rounds}" if progress else None
+            bar = f"round {number} of {rounds}" if progress and processes.is_first else None
             rolled, trained = (folder / f"round-{number}" / name for name in (ROLL_OUTS, PREDICTOR))
             roll_outs.append(RollOuts(trajectories, predictor, pipe, inputs, rolled, samples_per_call, bar))
-            if is_finished(trained):
-                predictor = FusedKANPredictor.from_pretrained(trained)
-                continue
             training_bar = bar and f"{bar}, train"
-            with default_modes():  # the pipeline runs in those of the caller
-                run = _Refinement(
-                    trajectories, predictor.config, settings, out_dir=trained, device=device, bar=training_bar
-                )
-                run.start_from(predictor, roll_outs)
-                run.fit()
-                predictor = run.finish()
+            training = partial(refined, predictor, trajectories, roll_outs, settings, trained, device, training_bar)
+            predictor = processes.by_first(training)
         if out_dir is not None:
-            for file in trained.iterdir():
-                shutil.copy(file, folder)
+            processes.by_first(lambda: [shutil.copy(file, folder) for file in trained.iterdir()])
     return predictor
+
+
+def refined(
+    predictor: FusedKANPredictor,
+    trajectories: Trajectories,
+    roll_outs: Sequence["RolledOut"],
+    settings: TrainingSettings,
+    out_dir: Path,
+    device: torch.device,
+    bar: str | None = None,
+) -> FusedKANPredictor:
+    """Trains a predictor for one round. A round that is finished is read from its folder.
+
+    Args:
+        predictor: of the round before. It is not changed.
+        trajectories: the plain runs.
+        roll_outs: those of this round and of earlier ones.
+        settings: how to train.
+        out_dir: folder of the round. A training that was interrupted continues there.
+        device: where to train.
+        bar: what the progress bar is called, or None for no bar.
+    """
+    if is_finished(out_dir):
+        return FusedKANPredictor.from_pretrained(out_dir)
+    with default_modes():  # the pipeline runs in those of the caller
+        run = _Refinement(trajectories, predictor.config, settings, out_dir=out_dir, device=device, bar=bar)
+        run.start_from(predictor, roll_outs)
+        run.fit()
+        return run.finish()
 
 
 def _check_predictor(predictor: FusedKANPredictor, trajectories: Trajectories) -> None:
@@ -193,27 +218,42 @@ def _all_settings(
 
 
 @contextlib.contextmanager
-def _working_folder(out_dir: str | os.PathLike | None, settings: dict[str, Any]) -> Iterator[Path]:
+def _working_folder(
+    out_dir: str | os.PathLike | None, settings: dict[str, Any], processes: Processes
+) -> Iterator[Path]:
     """A folder for the rounds. It is cleaned up after the last round. Until then, the work can continue there."""
-    if out_dir is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            yield Path(temporary)
-        return
-    folder = output_folder(out_dir)
-    with owned(folder, "refining"):
-        file = folder / SETTINGS_NAME
-        remove_partial(file)
-        if file.exists():
-            check_same_settings(f"the unfinished refinement in {folder}", _read_settings(file), settings)
-        elif files_in(folder):
-            must = "be empty or hold an unfinished refinement"
-            raise argument_error("out_dir", must, Said(f"files in {folder}"), "Choose another folder.")
+    with contextlib.ExitStack() as stack:
+        if out_dir is None:
+            temporary = tempfile.TemporaryDirectory
+            folder = Path(processes.by_first(lambda: stack.enter_context(temporary())))
         else:
-            write_text(file, json.dumps(settings) + "\n")
+            folder = processes.in_all(lambda: output_folder(out_dir))
+        stack.enter_context(processes.owned(folder, "refining"))
+        file = folder / SETTINGS_NAME
+        processes.by_first(lambda: _check_folder(file, settings))
         yield folder
-        file.unlink()  # first: rounds that are left behind do no harm
-        for number in range(settings["rounds"]):
-            shutil.rmtree(folder / f"round-{number + 1}")
+        if out_dir is not None:
+            processes.by_first(lambda: _clean_up(file, settings["rounds"]))
+
+
+def _clean_up(file: Path, rounds: int) -> None:
+    """Removes what only the work needed."""
+    file.unlink()  # first: rounds that are left behind do no harm
+    for number in range(rounds):
+        shutil.rmtree(file.parent / f"round-{number + 1}")
+
+
+def _check_folder(file: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings of a refinement. Raises `ValueError` if its folder has files, and not one with the same."""
+    folder = file.parent
+    remove_partial(file)
+    if file.exists():
+        check_same_settings(f"the unfinished refinement in {folder}", _read_settings(file), settings)
+    elif files_in(folder):
+        must = "be empty or hold an unfinished refinement"
+        raise argument_error("out_dir", must, Said(f"files in {folder}"), "Choose another folder.")
+    else:
+        write_text(file, json.dumps(settings) + "\n")
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
@@ -223,6 +263,19 @@ def _read_settings(file: Path) -> dict[str, Any]:
             return settings
     got = Said(f"{file}, which is damaged")
     raise argument_error("out_dir", "hold a refinement that can be read", got, "Choose another folder.")
+
+
+class RolledOut(Protocol):
+    """Roll-outs of a predictor beside trajectories, as a training uses them.
+
+    Attributes:
+        predictor: what distinguishes the predictor from others.
+    """
+
+    predictor: dict[str, Any]
+
+    def of(self, number: int) -> RollOut:
+        """The roll-out beside the trajectory of this number."""
 
 
 class RollOuts:
@@ -237,8 +290,7 @@ class RollOuts:
 
     Attributes:
         recorded: the recording, of computed steps only.
-        drifts: of each, `[C, T, O]`: by how much the latents are off before each computed step, in the direction of the
-            velocity. Where guidance combines several streams of calls, they share it.
+        predictor: what distinguishes the predictor from others.
     """
 
     def __init__(
@@ -265,10 +317,20 @@ class RollOuts:
         if self.recorded.names != trajectories.names:
             got = Said(f"{len(self.recorded)} streams of calls instead of {len(trajectories)}")
             raise argument_error("pipe", "call its transformer as it did in the recording", got, "Record again.")
-        self.drifts = []
-        for plain, rolled in zip(trajectories, self.recorded):
+        self.predictor = self.recorded.manifest["predictor"]
+        self._plain = trajectories
+
+    @cached_property
+    def drifts(self) -> list[torch.Tensor]:
+        """Of each roll-out, `[C, T, O]`: by how much the latents are off before each computed step.
+
+        They are in the direction of the velocity. Where guidance combines several streams of calls, they share it.
+        """
+        found = []
+        for plain, rolled in zip(self._plain, self.recorded):
             computed = torch.isin(plain.sigmas, rolled.sigmas)
-            self.drifts.append(latents_of(plain)[computed].float() - latents_of(rolled).float())  # sigma falls
+            found.append(latents_of(plain)[computed].float() - latents_of(rolled).float())  # sigma falls
+        return found
 
     def of(self, number: int) -> RollOut:
         """The roll-out beside the trajectory of this number."""
@@ -279,15 +341,16 @@ class _Refinement(Training):
     """The training of one round: on trajectories and roll-outs."""
 
     validation_name = "validation with roll-outs"  # another quantity than the validation loss of `train`
-    roll_outs: Sequence[RollOuts] = ()
+    roll_outs: Sequence[RolledOut] = ()
 
-    def start_from(self, predictor: FusedKANPredictor, roll_outs: Sequence[RollOuts]) -> None:
+    def start_from(self, predictor: FusedKANPredictor, roll_outs: Sequence[RolledOut]) -> None:
         """Takes the weights of the round before, and the roll-outs to train on."""
         self.predictor.load_state_dict(predictor.state_dict())
+        self.predictor.provenance = {**(predictor.provenance or {}), **of_manifest(self.trajectories.manifest)}
         self.roll_outs = roll_outs
 
     def depends_on(self) -> dict[str, Any]:
-        return {"roll_outs": [rolled.recorded.manifest["predictor"] for rolled in self.roll_outs]}
+        return {"roll_outs": [rolled.predictor for rolled in self.roll_outs]}
 
     def is_fitted(self) -> bool:
         return False  # there is no closed form for roll-outs

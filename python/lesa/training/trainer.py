@@ -3,11 +3,14 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from lesa.artifacts import CONTINUE, output_folder, owned
+from lesa.processes import processes_for
+from lesa.provenance import of_manifest
 from lesa.schedule import ScheduleLike
 from lesa.training.batches import check_whole
 from lesa.training.schedule_search import check_budget, found_schedule
@@ -144,11 +147,30 @@ def train(
     if find_stages:
         check_divisible(trajectories, config)
     device = usable_device(device)
+    processes = processes_for()
+    processes.begin("lesa.train", {"config": config_settings(config), **settings.to_dict(), "budget": budget})
+    progress = progress and processes.is_first
+    fit = partial(_fitted, trajectories, config, settings, budget, find_stages, out_dir, device, progress)
+    return processes.by_first(fit)
+
+
+def _fitted(
+    trajectories: Trajectories,
+    config: PredictorConfig,
+    settings: TrainingSettings,
+    budget: int | None,
+    find_stages: bool,
+    out_dir: str | os.PathLike | None,
+    device: torch.device,
+    progress: bool,
+) -> FusedKANPredictor:
+    """What `train` returns, when its arguments are checked."""
     with _own_folder(out_dir) as folder:
         check_whole(trajectories)
         config = _searched(trajectories, config, settings, budget, find_stages, folder, device, progress)
         bar = "train" if progress else None
         run = Training(trajectories, config, settings, out_dir=folder, device=device, bar=bar)
+        run.predictor.provenance = of_manifest(trajectories.manifest)
         run.fit()
         return run.finish()
 

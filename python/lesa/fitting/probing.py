@@ -1,0 +1,67 @@
+"""What a run of a pipeline will be like: its steps and its tokens, seen in its first step."""
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lesa.cache import observed
+from lesa.cache.run import Call, Run
+from lesa.inputs import batches_of, collate
+from lesa.pipelines import quiet_progress, run_pipeline
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What was seen.
+
+    Args:
+        steps: that a run executes. With `strength`, they can be fewer than the pipeline was asked for.
+        tokens: of the smallest sample.
+    """
+
+    steps: int
+    tokens: int
+
+
+class _SeenError(Exception):
+    """Ends a run whose first step was seen."""
+
+
+class _FirstStep:
+    """Sees the first step of a run, and ends the run."""
+
+    steps = tokens = 0
+
+    def on_run(self, run: Run, computed: Set[int]) -> None:
+        self.steps = len(run.executed_sigmas)
+
+    def keep(self, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
+        self.tokens = features.shape[1]
+        raise _SeenError
+
+
+def probed(pipe: Any, inputs: Sequence[dict], num_inference_steps: int) -> Probed:
+    """Runs one step for each kind of inputs: those that can share a call are of one kind.
+
+    Args:
+        pipe: a pipeline of a supported family.
+        inputs: dicts of pipeline arguments.
+        num_inference_steps: of a run.
+
+    Raises:
+        What the pipeline and `lesa.cache.observed` raise.
+    """
+    seen = []
+    for numbers in batches_of([*inputs], len(inputs)):
+        first = _FirstStep()
+        generators = [torch.Generator("cpu").manual_seed(0)]
+        with observed(pipe, first), quiet_progress(pipe):
+            try:
+                run_pipeline(pipe, collate([inputs[numbers[0]]]), generators, num_inference_steps)
+            except _SeenError:
+                seen.append(first)
+    if not seen:  # the run had no step; the recording will say so
+        return Probed(num_inference_steps, 1)
+    return Probed(min(each.steps for each in seen), min(each.tokens for each in seen))

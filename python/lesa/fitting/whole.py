@@ -1,0 +1,156 @@
+"""All of a fit, from the first sample to the finished files."""
+
+import contextlib
+import json
+from dataclasses import asdict
+from typing import Any
+
+from lesa.artifacts import output_folder, owned, whole_file, write_text
+from lesa.fitting import amounts as defaults
+from lesa.fitting.bar import Bar
+from lesa.fitting.comparing import LatentRuns
+from lesa.fitting.folder import FitFolder, settings_of
+from lesa.fitting.one_budget import Fitted, OneBudget, on_device
+from lesa.fitting.planning import Work
+from lesa.fitting.probing import probed
+from lesa.fitting.samples import TEST, VALIDATION, Samples
+from lesa.fitting.testing import Test, decodes
+from lesa.models import adapters_for
+from lesa.processes import Processes
+from lesa.training.settings import usable_device
+from lesa.training.trajectories import Trajectories
+from lesa_kernels import FusedKANPredictor
+from lesa_kernels.checks import argument_error
+
+EVALUATION, PICTURE = "evaluation.json", "comparison.png"
+
+
+class Fit:
+    """One call of `fit`, with checked arguments.
+
+    Args:
+        pipe, inputs, num_inference_steps, batch_size, seed: see `fit`.
+        folder: for the predictors, one for each budget.
+        processes: those that share the samples.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        inputs: list[dict],
+        num_inference_steps: int,
+        batch_size: int,
+        seed: int,
+        folder: FitFolder,
+        processes: Processes,
+    ):
+        self.pipe, self.inputs, self.num_inference_steps = pipe, inputs, num_inference_steps
+        self.batch_size, self.seed, self.folder, self.processes = batch_size, seed, folder, processes
+        self.budgets, self.amounts = [*folder.places], defaults.AMOUNTS
+
+    def run(self, progress: bool) -> dict[int, FusedKANPredictor]:
+        """The predictors by budget, which are in the folder too."""
+        with contextlib.ExitStack() as stack:
+            self.processes.by_first(lambda: self._claim(stack))
+            if not self.processes.by_first(lambda: self.folder.is_finished):
+                bar = stack.enter_context(contextlib.closing(Bar(progress and self.processes.is_first)))
+                self._make(bar)
+            self.processes.by_first(self.folder.finish)
+            return {budget: FusedKANPredictor.from_pretrained(place) for budget, place in self.folder.places.items()}
+
+    def _claim(self, stack: contextlib.ExitStack) -> None:
+        """Makes the folder, in which no other call works then."""
+        output_folder(self.folder.path)
+        stack.enter_context(owned(self.folder.path, "fitting"))
+        self.folder.check()
+
+    def _make(self, bar: Bar) -> None:
+        """Makes all files of the predictors."""
+        first = probed(self.pipe, self.inputs, self.num_inference_steps)
+        for budget in self.budgets:
+            if budget >= first.steps:
+                must = f"be below the {first.steps} steps that a run of these inputs executes"
+                raise argument_error("budget", must, budget, "Compute fewer steps.")
+        options = {"budget": self.budgets, "seed": self.seed, "batch_size": self.batch_size}
+        options |= {"num_inference_steps": self.num_inference_steps, "amounts": asdict(self.amounts)}
+        settings = settings_of(self.pipe, self.inputs, **options)
+        self.processes.by_first(lambda: self.folder.begin(settings))
+        samples = Samples(
+            self.pipe,
+            self.inputs,
+            self.folder.work,
+            self.num_inference_steps,
+            min(self.amounts.tokens, first.tokens),
+            self.batch_size,
+            self.seed,
+            self.amounts,
+        )
+        with bar.counting(adapter.transformer for adapter in adapters_for(self.pipe).values()):
+            bar.plan(first.steps)
+            with bar.part("record the first sample", first.steps):
+                work = Work(self.amounts, first.steps, _calls(samples.part(0)), self.batch_size)
+            bar.plan(work.all_steps(self.budgets))
+            fitted = self._fitted(samples, work, bar)
+            with bar.part("test", work.test_steps(len(fitted))):
+                self._write(samples, fitted, bar)
+
+    def _fitted(self, samples: Samples, work: Work, bar: Bar) -> dict[int, Fitted]:
+        """The predictors, which are not tested yet."""
+        validation = self._runs(samples, VALIDATION, self.amounts.validation_samples, "validation")
+        with bar.part("validate", work.validation_steps):
+            validation.make_references()
+        return {
+            budget: OneBudget(
+                budget,
+                samples,
+                validation,
+                self.folder.work / f"budget-{budget}",
+                self.amounts,
+                work,
+                bar,
+                self.processes,
+            ).fit()
+            for budget in self.budgets
+        }
+
+    def _runs(self, samples: Samples, first: int, count: int, name: str) -> LatentRuns:
+        """Runs on samples that are not trained on, and a folder of this name for them."""
+        inputs, options = samples.inputs_of(first, first + count), (self.num_inference_steps, self.batch_size)
+        return LatentRuns(self.pipe, inputs, self.seed + first, *options, self.folder.work / name, self.processes)
+
+    def _write(self, samples: Samples, fitted: dict[int, Fitted], bar: Bar) -> None:
+        """Tests the predictors, and writes what belongs into their folders."""
+        device = usable_device(self.pipe._execution_device)
+        runs = self._runs(samples, TEST, self.amounts.test_samples, "test")
+        predictors = {budget: on_device(each.predictor, device) for budget, each in fitted.items()}
+        test = Test(runs, predictors, self.folder.work / "evaluation")
+        for budget, evaluation in test.run().items():
+            bar.say(_said(evaluation))
+            self.processes.by_first(lambda: self._write_one(budget, fitted[budget], evaluation, test))  # noqa: B023
+
+    def _write_one(self, budget: int, fitted: Fitted, evaluation: dict[str, Any], test: Test) -> None:
+        place = self.folder.places[budget]
+        place.mkdir(exist_ok=True)
+        fitted.predictor.save_pretrained(place)
+        contents = json.dumps({**evaluation, "made": fitted.made}, indent=2, allow_nan=False)
+        write_text(place / EVALUATION, contents + "\n")
+        if decodes(self.pipe):
+            with whole_file(place / PICTURE) as temporary:
+                test.draw(budget, temporary)
+
+
+def _calls(trajectories: Trajectories) -> int:
+    """How often a step calls its transformer: for each stream of calls once."""
+    every = sum(len(trajectories.sigmas_of(number)) for number in trajectories.by_sample[0])
+    return round(every / trajectories.num_inference_steps)
+
+
+def _said(evaluation: dict[str, Any]) -> str:
+    """How good a predictor is, in one line."""
+    figure = "psnr" if evaluation["compared"] == "pictures" else "latent_psnr"
+    parts = []
+    for run in evaluation["runs"][1:]:
+        ssim = "" if run["ssim"] is None else f", SSIM {run['ssim']:.4f}"
+        value = run[figure]
+        parts.append(f"{run['name']} {'-' if value is None else f'{value:.2f}'} dB{ssim}")
+    return f"PSNR of {evaluation['compared']} against all steps: {'; '.join(parts)}"
