@@ -132,7 +132,7 @@ def calls_of(monkeypatch, settings_of_the_command, tmp_path, folder, digits_pipe
         "evaluate": SimpleNamespace(table=lambda: "the table"),
         "run_demo": SimpleNamespace(table=lambda: "the table"),
         "estimate": SimpleNamespace(table=lambda: "the table", to_dict=lambda: {"as": "json"}),
-        "export": ["lesa record"],
+        "export": ["lesa fit", "lesa record"],
         "report": Path("page.html"),
     }
     seen, state = {}, {"cached": False, "interrupted": None}
@@ -770,6 +770,7 @@ def test_the_commands_of_the_demo(tmp_path, model):
     recorded = f"--model {at}model --inputs {at}inputs.safetensors --batch-size 16"
     fresh = f"--model {at}model --predictor {at}predictor --seed 10000"
     assert export(tmp_path, model) == [
+        f"lesa fit {recorded} --budget 9 --out {at}fitted",
         f"lesa record {recorded} --out {at}trajectories",
         f"lesa train --trajectories {at}trajectories --schedule {schedule} --epochs {epochs} --out {at}trained",
         f"lesa refine {recorded} --trajectories {at}trajectories --predictor {at}trained --epochs {refining} "
