@@ -76,6 +76,7 @@ def fit(
     if inputs is None:
         raise usage_error("`inputs` has no built-in prompts yet.", "Pass prompts, or dicts of pipeline arguments.")
     inputs = check_inputs(inputs)
+    given = len(inputs)
     check_own_steps(inputs, num_inference_steps)
     check_uncached(pipe)
     seed, batch_size = check_seed(seed), check_int("batch_size", batch_size)
@@ -86,7 +87,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory()) if out_dir is None else out_dir)
         folder = FitFolder(path, budgets, is_list)
-        found = Fit(pipe, inputs, num_inference_steps, batch_size, seed, folder, processes).run(progress)
+        found = Fit(pipe, inputs, num_inference_steps, batch_size, seed, given, folder, processes).run(progress)
     return found if is_list else found[budgets[0]]
 
 

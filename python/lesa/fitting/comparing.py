@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -53,11 +52,13 @@ class LatentRuns:
     def make_references(self) -> None:
         """Runs all steps for those samples that are not in the folder yet."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for number, samples in self.processes.share_of(self._batches):
-            if not self._file(number).exists():
-                said = {"samples": samples}
-                save_tensors(self._file(number), {"latents": self._latents(samples, self.steps).contiguous()}, said)
-        self.processes.wait()
+        self.processes.each(self._batches, self._make_reference)
+
+    def _make_reference(self, batch: tuple[int, list[int]]) -> None:
+        number, samples = batch
+        if not self._file(number).exists():
+            latents = self._latents(samples, self.steps).contiguous()
+            save_tensors(self._file(number), {"latents": latents}, {"samples": samples})
 
     def errors(
         self, predictor: FusedKANPredictor | None = None, schedule: Spread | None = None, steps: int | None = None
@@ -69,14 +70,16 @@ class LatentRuns:
             schedule: for a predictor that was not trained for one.
             steps: of the run. Default: all.
         """
-        own = []
-        for number, samples in self.processes.share_of(self._batches):
+
+        def compared(batch: tuple[int, list[int]]) -> list[tuple[float, float]]:
+            number, samples = batch
             cache = contextlib.nullcontext() if predictor is None else enable_cache(self.pipe, predictor, schedule)
             with cache:
-                made = self._latents(samples, steps or self.steps)
-            wanted = load_file(self._file(number))["latents"]
-            own.append([(psnr(a, b, PEAK), relative_error(a, b)) for a, b in zip(_arrays(made), _arrays(wanted))])
-        pairs = [pair for batch in self.processes.together(own) for pair in batch]
+                made = self._latents(samples, steps or self.steps).numpy()
+            wanted = load_file(self._file(number))["latents"].numpy()
+            return [(psnr(*pair, PEAK), relative_error(*pair)) for pair in zip(made, wanted)]
+
+        pairs = [pair for batch in self.processes.each(self._batches, compared) for pair in batch]
         return {"psnr": [pair[0] for pair in pairs], "latent_error": [pair[1] for pair in pairs]}
 
     def _latents(self, samples: Sequence[int], steps: int) -> torch.Tensor:
@@ -88,7 +91,3 @@ class LatentRuns:
 
     def _file(self, number: int) -> Path:
         return self.folder / f"latents-{number:05d}.safetensors"
-
-
-def _arrays(latents: torch.Tensor) -> np.ndarray:
-    return latents.numpy()

@@ -116,7 +116,7 @@ class OneBudget:
         with self.bar.part(f"{self.budget} steps, search", self.work.search_steps(self.budget)):
             schedule = Schedule(tuple(self.processes.by_first(lambda: self._schedule(trajectories))))
         with self.bar.part(f"{self.budget} steps, train", self.work.training_steps):
-            if is_finished(out_dir):
+            if self.processes.by_first(lambda: is_finished(out_dir)):
                 return FusedKANPredictor.from_pretrained(out_dir)
             batches = math.ceil(len(trajectories) / self.amounts.batch_size)
             return train(

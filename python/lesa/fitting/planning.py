@@ -4,12 +4,11 @@ import math
 from dataclasses import dataclass
 
 from lesa.fitting.amounts import Amounts
+from lesa.fitting.cost import CONTENDERS
 from lesa.training.schedule_search import BRIEF, SEARCH_TURNS
 
 MOVES = 5
 """How often a search moves a step of the schedule, about."""
-CONTENDERS = 3
-"""What is run in the test of a budget: the predictor, a forecaster without training, and fewer steps."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,19 @@ class Work:
         """Of the first training, which has a guided phase too."""
         return self.amounts.updates + self.amounts.updates // 6
 
+    @property
+    def brief_steps(self) -> int:
+        """Of the brief trainings of a search."""
+        return SEARCH_TURNS * BRIEF.guided_epochs * math.ceil(self.amounts.samples * self.calls / BRIEF.batch_size)
+
     def search_steps(self, budget: int) -> int:
         """Of the search for a schedule."""
-        batches = math.ceil(self.amounts.samples * self.calls / BRIEF.batch_size)
-        return SEARCH_TURNS * BRIEF.guided_epochs * batches + (SEARCH_TURNS + 1) * (budget - 1 + MOVES)
+        return self.brief_steps + (SEARCH_TURNS + 1) * (budget - 1 + MOVES)
+
+    @property
+    def optimiser_steps(self) -> int:
+        """Of all trainings for one budget."""
+        return self.brief_steps + self.training_steps + self.amounts.rounds * self.amounts.round_updates
 
     def refining_steps(self, number: int) -> int:
         """Of a round of refining: its roll-outs, and those of earlier predictors on samples that are new."""

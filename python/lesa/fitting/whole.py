@@ -2,13 +2,17 @@
 
 import contextlib
 import json
+import time
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
-from lesa.artifacts import output_folder, owned, whole_file, write_text
+from lesa.artifacts import output_folder, whole_file, write_text
 from lesa.fitting import amounts as defaults
 from lesa.fitting.bar import Bar
+from lesa.fitting.card import base_model_of, write_card
 from lesa.fitting.comparing import LatentRuns
+from lesa.fitting.cost import fit_cost, measured
 from lesa.fitting.folder import FitFolder, settings_of
 from lesa.fitting.one_budget import Fitted, OneBudget, on_device
 from lesa.fitting.planning import Work
@@ -30,6 +34,7 @@ class Fit:
 
     Args:
         pipe, inputs, num_inference_steps, batch_size, seed: see `fit`.
+        given: how many inputs the user gave; None for the built-in prompts.
         folder: for the predictors, one for each budget.
         processes: those that share the samples.
     """
@@ -41,28 +46,26 @@ class Fit:
         num_inference_steps: int,
         batch_size: int,
         seed: int,
+        given: int | None,
         folder: FitFolder,
         processes: Processes,
     ):
         self.pipe, self.inputs, self.num_inference_steps = pipe, inputs, num_inference_steps
-        self.batch_size, self.seed, self.folder, self.processes = batch_size, seed, folder, processes
+        self.batch_size, self.seed, self.given, self.folder = batch_size, seed, given, folder
+        self.processes = processes
         self.budgets, self.amounts = [*folder.places], defaults.AMOUNTS
 
     def run(self, progress: bool) -> dict[int, FusedKANPredictor]:
         """The predictors by budget, which are in the folder too."""
         with contextlib.ExitStack() as stack:
-            self.processes.by_first(lambda: self._claim(stack))
+            self.processes.in_all(lambda: output_folder(self.folder.path))
+            stack.enter_context(self.processes.owned(self.folder.path, "fitting"))
+            self.processes.by_first(self.folder.check)
             if not self.processes.by_first(lambda: self.folder.is_finished):
                 bar = stack.enter_context(contextlib.closing(Bar(progress and self.processes.is_first)))
                 self._make(bar)
             self.processes.by_first(self.folder.finish)
             return {budget: FusedKANPredictor.from_pretrained(place) for budget, place in self.folder.places.items()}
-
-    def _claim(self, stack: contextlib.ExitStack) -> None:
-        """Makes the folder, in which no other call works then."""
-        output_folder(self.folder.path)
-        stack.enter_context(owned(self.folder.path, "fitting"))
-        self.folder.check()
 
     def _make(self, bar: Bar) -> None:
         """Makes all files of the predictors."""
@@ -74,6 +77,7 @@ class Fit:
         options = {"budget": self.budgets, "seed": self.seed, "batch_size": self.batch_size}
         options |= {"num_inference_steps": self.num_inference_steps, "amounts": asdict(self.amounts)}
         settings = settings_of(self.pipe, self.inputs, **options)
+        self.processes.begin("lesa.fit", settings)
         self.processes.by_first(lambda: self.folder.begin(settings))
         samples = Samples(
             self.pipe,
@@ -88,11 +92,16 @@ class Fit:
         with bar.counting(adapter.transformer for adapter in adapters_for(self.pipe).values()):
             bar.plan(first.steps)
             with bar.part("record the first sample", first.steps):
-                work = Work(self.amounts, first.steps, _calls(samples.part(0)), self.batch_size)
+                start = time.perf_counter()
+                sample = samples.part(0)
+                seconds = time.perf_counter() - start
+            work = Work(self.amounts, first.steps, _calls(sample), self.batch_size)
+            if sample.recorded.new:  # else it was recorded by an earlier call, and its seconds are not known
+                self.processes.by_first(lambda: bar.say(self._cost(sample, seconds, work)))
             bar.plan(work.all_steps(self.budgets))
             fitted = self._fitted(samples, work, bar)
             with bar.part("test", work.test_steps(len(fitted))):
-                self._write(samples, fitted, bar)
+                self._test(samples, fitted, bar)
 
     def _fitted(self, samples: Samples, work: Work, bar: Bar) -> dict[int, Fitted]:
         """The predictors, which are not tested yet."""
@@ -113,30 +122,49 @@ class Fit:
             for budget in self.budgets
         }
 
+    def _cost(self, sample: Trajectories, seconds: float, work: Work) -> str:
+        """What the rest will cost, in words. Samples for choices count like those to train on."""
+        amounts, device = self.amounts, usable_device(self.pipe._execution_device)
+        cost = fit_cost(
+            measured(sample, seconds, self.budgets[0], device),
+            budgets=self.budgets,
+            samples=amounts.samples + amounts.validation_samples,
+            more_samples=amounts.samples_of(amounts.rounds) - amounts.samples,
+            test_samples=amounts.test_samples,
+            rounds=amounts.rounds,
+            optimiser_steps=len(self.budgets) * work.optimiser_steps,
+        )
+        return cost.text()
+
     def _runs(self, samples: Samples, first: int, count: int, name: str) -> LatentRuns:
         """Runs on samples that are not trained on, and a folder of this name for them."""
         inputs, options = samples.inputs_of(first, first + count), (self.num_inference_steps, self.batch_size)
         return LatentRuns(self.pipe, inputs, self.seed + first, *options, self.folder.work / name, self.processes)
 
-    def _write(self, samples: Samples, fitted: dict[int, Fitted], bar: Bar) -> None:
+    def _test(self, samples: Samples, fitted: dict[int, Fitted], bar: Bar) -> None:
         """Tests the predictors, and writes what belongs into their folders."""
+        more = {"base_model": base_model_of(self.pipe), "inputs": self.given}
         device = usable_device(self.pipe._execution_device)
         runs = self._runs(samples, TEST, self.amounts.test_samples, "test")
         predictors = {budget: on_device(each.predictor, device) for budget, each in fitted.items()}
         test = Test(runs, predictors, self.folder.work / "evaluation")
         for budget, evaluation in test.run().items():
             bar.say(_said(evaluation))
-            self.processes.by_first(lambda: self._write_one(budget, fitted[budget], evaluation, test))  # noqa: B023
+            made = {**fitted[budget].made, **more}
+            write = partial(self._write, fitted[budget].predictor, {**evaluation, "made": made}, budget, test)
+            self.processes.by_first(write)
 
-    def _write_one(self, budget: int, fitted: Fitted, evaluation: dict[str, Any], test: Test) -> None:
+    def _write(self, predictor: FusedKANPredictor, evaluation: dict[str, Any], budget: int, test: Test) -> None:
+        """Writes the files of a predictor."""
         place = self.folder.places[budget]
         place.mkdir(exist_ok=True)
-        fitted.predictor.save_pretrained(place)
-        contents = json.dumps({**evaluation, "made": fitted.made}, indent=2, allow_nan=False)
+        predictor.save_pretrained(place)
+        contents = json.dumps(evaluation, indent=2, allow_nan=False)
         write_text(place / EVALUATION, contents + "\n")
         if decodes(self.pipe):
             with whole_file(place / PICTURE) as temporary:
                 test.draw(budget, temporary)
+        write_card(place, evaluation, evaluation["made"])
 
 
 def _calls(trajectories: Trajectories) -> int:
