@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import lesa
 import small_pipelines as small
+from interrupted_fits import BUDGET, CASE, FEW, OPTIONS, STEPS, files_in, inputs
 from lesa.fitting import whole
 from lesa.fitting.amounts import Amounts
 from lesa.fitting.comparing import LatentRuns
@@ -15,11 +16,6 @@ from lesa.fitting.one_budget import OneBudget
 from lesa.fitting.samples import TEST, VALIDATION
 from lesa_kernels import FusedKANPredictor
 
-CASE, STEPS, BUDGET = small.ALL["flux"], 6, 3
-FEW = Amounts(
-    samples=2, most_samples=4, updates=6, round_updates=4, rounds=2, gain=-1e9, validation_samples=2, test_samples=2
-)
-OPTIONS = {"num_inference_steps": STEPS, "batch_size": 2, "progress": False}
 FILES = ["README.md", "comparison.png", "config.json", "evaluation.json", "model.safetensors", "provenance.json"]
 
 
@@ -31,19 +27,6 @@ def few(monkeypatch):
 @pytest.fixture
 def small_pipe():
     return CASE.build()
-
-
-def inputs(case=CASE, count=3):
-    generator, made = torch.Generator().manual_seed(5), []
-    for _ in range(count):
-        item = case.inputs(1)
-        embeddings = {name: torch.randn(item[name].shape, generator=generator) for name in item if "embeds" in name}
-        made.append({**item, **embeddings})
-    return made
-
-
-def files_in(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +132,83 @@ def test_the_best_round_is_kept(small_pipe, tmp_path, monkeypatch):
     first = load_file(tmp_path / "work" / f"budget-{BUDGET}" / "trained" / "model.safetensors")
     assert all(torch.equal(first[name], value) for name, value in best.predictor.state_dict().items())
     assert best.made["rounds"] == 0
+
+
+# Refusals
+
+
+def test_a_finished_folder_is_refused(fitted, small_pipe):
+    with pytest.raises(ValueError, match="`out_dir` must be empty or hold an unfinished fit, but got a predictor in"):
+        lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=fitted[0], **OPTIONS)
+
+
+def test_a_folder_with_other_files_is_refused(small_pipe, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="`out_dir` must be empty or hold an unfinished fit, but got files in"):
+        lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=tmp_path, **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("budget", [1, STEPS, [], [2, 2], "3", 2.5])
+def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_written(small_pipe, tmp_path, budget):
+    with pytest.raises((ValueError, TypeError), match="budget"):
+        lesa.fit(small_pipe, inputs(), budget=budget, out_dir=tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_of_all_steps_that_a_run_executes_is_refused_before_anything_is_recorded(tmp_path):
+    case = small.ALL["flux img2img"]
+    steps = round(STEPS / case.strength)
+    arguments = [{**item, "strength": case.strength} for item in inputs(case, 1)]
+    with pytest.raises(ValueError, match=f"`budget` must be below the {STEPS} steps that a run of these inputs exec"):
+        lesa.fit(case.build(), arguments, budget=STEPS, out_dir=tmp_path, **{**OPTIONS, "num_inference_steps": steps})
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.fixture
+def unfinished(small_pipe, tmp_path, monkeypatch):
+    """The folder of a fit that ended after the first sample."""
+
+    def ended(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(whole.Fit, "_fitted", ended)
+        with pytest.raises(KeyboardInterrupt):
+            lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=tmp_path, **OPTIONS)
+    return tmp_path
+
+
+def other_weights(pipe):
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight[0, 0] += 1
+    return pipe
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({"budget": 4}, "budget"),
+        ({"budget": [BUDGET, 4]}, "budget"),
+        ({"seed": 1}, "seed"),
+        ({"batch_size": 1}, "batch_size"),
+        ({"num_inference_steps": 7}, "num_inference_steps"),
+        ({"inputs": inputs(count=2)}, "inputs"),
+        ({"pipe": other_weights}, "pipe.transformer"),
+    ],
+)
+def test_unfinished_work_goes_on_with_the_same_arguments_only(unfinished, change, name):
+    pipe = change.pop("pipe", lambda pipe: pipe)(CASE.build())
+    arguments = {"inputs": inputs(), "budget": BUDGET, **OPTIONS, **change}
+    before = files_in(unfinished)
+    with pytest.raises(ValueError, match=rf"`{name}` must .* the unfinished fit in"):
+        lesa.fit(pipe, out_dir=unfinished, **arguments)
+    assert files_in(unfinished) == before
+
+
+def test_blocks_that_cannot_be_counted_are_refused_before_anything_is_recorded(small_pipe, tmp_path, monkeypatch):
+    adapter = type(whole.adapters_for(small_pipe)["transformer"])
+    monkeypatch.setattr(adapter, "counted_modules", [torch.nn.Identity()])  # as in a graph, where no hook is called
+    with pytest.raises(RuntimeError, match="whose blocks were not all seen to run"):
+        lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=tmp_path, **OPTIONS)
+    assert [*tmp_path.iterdir()] == []
