@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = modules_of(ROOT)
 # From the highest to the lowest. What is in one line may import each other, as long as there is no cycle.
 ROOMS = (
-    ("cli", "demo"),
+    ("cli", "demo", "__main__"),
     ("fitting",),
     ("evaluation",),
     ("contenders",),

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 
 from lesa.cli.quiet import discard_output, printing_everything, quiet_imports
+from lesa.cli.together import is_first, may_print, printing_once, work_alone
 from lesa.messages import is_message
 from lesa_kernels import __version__
 
@@ -24,6 +25,7 @@ COMMANDS = {
     "env": "print the versions and devices for a bug report",
 }
 RESUMABLE = ("fit", "record", "train", "refine", "evaluate")
+"""Commands that continue after an interruption, and whose work several processes can share."""
 
 
 class UsageError(Exception):
@@ -40,6 +42,9 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command. If it cannot, it raises `SystemExit` with code 2 and prints one line to stderr.
 
+    Under `torchrun` and `accelerate launch`, the processes share the work of the commands that can continue after an
+    interruption. Only the first process works on other commands.
+
     If the reader of its output ends before it does, it raises `SystemExit` with code 141, and prints nothing.
 
     Args:
@@ -48,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     with printing_everything():
         try:
             try:
-                _run(sys.argv[1:] if arguments is None else arguments)
+                with printing_once():
+                    _run(sys.argv[1:] if arguments is None else arguments)
             finally:
                 if sys.stdout is not None:  # it was closed before the start
                     sys.stdout.flush()
@@ -63,21 +69,28 @@ def _run(arguments: list[str]) -> None:
     try:
         options = parse(arguments)
     except UsageError as error:
-        raise _exit(f"error: {error}", 2) from None
+        raise _exit(f"error: {error}", 2, error) from None
+    if options.command not in RESUMABLE:
+        if not is_first():
+            return
+        work_alone()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its missing optional parts are of no interest here
     quiet_imports()
     command = _module(options.command)
     try:
         command.run(options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         resume = "; the same command continues where it stopped" if options.command in RESUMABLE else ""
-        raise _exit(f"interrupted{resume}", 130) from None
+        raise _exit(f"interrupted{resume}", 130, error) from None
     except BrokenPipeError:
         raise
     except Exception as error:
-        if not is_message(error):
+        if is_message(error):
+            line = f"error: {_with_options(str(error), getattr(command, 'OPTIONS', {}))}"
+            raise _exit(line, 2, error) from None
+        if may_print(error):
             raise
-        raise _exit(f"error: {_with_options(str(error), getattr(command, 'OPTIONS', {}))}", 2) from None
+        raise SystemExit(1) from None
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -122,6 +135,7 @@ def _with_options(message: str, options: Mapping[str, str]) -> str:
     return re.sub(r"`([A-Za-z_.]+)(\[[^`]*\])?`", option, message)
 
 
-def _exit(line: str, code: int) -> SystemExit:
-    print(f"lesa: {' '.join(line.split())}", file=sys.stderr)
+def _exit(line: str, code: int, error: BaseException | None = None) -> SystemExit:
+    if may_print(error):
+        print(f"lesa: {' '.join(line.split())}", file=sys.stderr, flush=True)
     return SystemExit(code)

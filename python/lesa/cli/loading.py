@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,6 +17,7 @@ from diffusers.utils import logging
 
 from lesa.cli import UsageError
 from lesa.cli.fitting import check_widths, fit
+from lesa.cli.together import are_several, is_first
 from lesa.cli.trying import check_by_pipeline
 from lesa.inputs import Sample, check_inputs, read_samples
 from lesa.messages import is_message
@@ -33,18 +35,20 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
     shows_downloads = not huggingface_hub.utils.are_progress_bars_disabled()
     transformers.utils.logging.disable_progress_bar()  # also those of downloads
-    if shows_downloads:
+    if shows_downloads and is_first():
         huggingface_hub.utils.enable_progress_bars()
 
 
 def device_of(options) -> str:
-    """The device that was asked for, or the default one.
+    """The device that was asked for, or the default one. Each process of a host has a GPU of its own by default.
 
     Raises:
         ValueError: torch cannot compute on it.
     """
     if options.device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}" if are_several() else "cuda"
     usable_device(options.device)
     return options.device
 
@@ -81,6 +85,8 @@ def pipeline_of(options) -> Any:
             reason = str(error) if is_message(error) else f"{type(error).__name__}: {error}"  # of a file in the folder
             raise UsageError(f"argument --model: diffusers can't load {model!r}: {reason}") from None
     adapter_for(pipe)
+    if (place := torch.device(device)).type == "cuda" and place.index is not None:
+        torch.cuda.set_device(device)  # what some kernels and libraries use
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from lesa.inputs import batches_of, collate
 from lesa.models import adapters_for
 from lesa.models.adapter import Adapter
 from lesa.pipelines import decoded_by_blocks, run_pipeline
+from lesa.processes import Processes
 from lesa_kernels.checks import usage_error
 
 WARM_UP_STEPS = 12
@@ -36,6 +37,20 @@ TRAJECTORY_SAMPLES = 16
 
 Batch = tuple[dict, list[int]]
 """Arguments of one pipeline call, and the seeds of its samples."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a contender made in one call of the pipeline. See `Outcome`."""
+
+    latents: np.ndarray
+    images: np.ndarray
+    trajectory: list[np.ndarray]
+    steps: tuple[int, ...]
+    counts: tuple[float, float, float]
+    seconds: float
+    denoise_seconds: float
+    peak_memory_bytes: int
 
 
 class Contest:
@@ -50,6 +65,7 @@ class Contest:
         num_inference_steps: steps of the reference.
         store: where finished runs are kept.
         bar: shows the progress.
+        processes: those that share the calls of the pipeline. Only the first one writes and judges.
     """
 
     def __init__(
@@ -62,11 +78,12 @@ class Contest:
         num_inference_steps: int,
         store: Store,
         bar: tqdm,
+        processes: Processes,
     ):
         self.pipe, self.adapter, self.seed, self.size = pipe, adapter, seed, batch_size
         self._adapters = adapters_for(pipe).values()
         self.num_inference_steps, self.store, self.bar = num_inference_steps, store, bar
-        self.inputs = inputs
+        self.inputs, self.processes = inputs, processes
         self.batches = self.batches_of(inputs)
         self.prompts = [text if isinstance(text := i.get("prompt"), str) else None for i in inputs]
         self.entries: list[Entry] = []
@@ -131,7 +148,7 @@ class Contest:
         """
         steps, identity, is_first = contender.steps_of(self.num_inference_steps), contender.identity(), not self.entries
         self.bar.set_postfix_str(str(contender).replace("{whole}", str(steps)))
-        kept = self.store.read(files, identity, with_outcome=is_first)
+        kept = self.processes.by_first(lambda: self.store.read(files, identity, with_outcome=is_first))
         if kept is not None:
             run, images = kept.run, kept.images
             if kept.outcome is not None:
@@ -141,10 +158,14 @@ class Contest:
             outcome = self.outcome(self.batches, contender, keep=True)
             if is_first:
                 self._timed = True
-                timesteps = self.pipe.scheduler.timesteps.tolist()
-                self._set_reference(outcome, sigmas_of(self.pipe.scheduler, timesteps)[: len(timesteps)])
-            run, images = self._judged(contender, steps, label, outcome)
-            self.store.write(files[0], identity, run, images, self.sigmas, outcome)
+                self._set_reference(outcome, self.processes.by_first(self._run_sigmas))
+
+            def judged() -> tuple[EvaluatedRun, np.ndarray]:
+                run, images = self._judged(contender, steps, label, outcome)
+                self.store.write(files[0], identity, run, images, self.sigmas, outcome)
+                return run, images
+
+            run, images = self.processes.by_first(judged)
         self.entries.append(Entry(run, images, digest(identity)))
         self.bar.update()
         return run
@@ -162,6 +183,13 @@ class Contest:
         self.bar.set_postfix_str("reference, timed again")
         contender, (kept, *_) = Reference(), self.entries
         made = self.outcome(self.batches, contender, keep=True)
+        run = self.processes.by_first(lambda: self._timed_again(kept.run, made))
+        self._timed = True
+        self.entries[0] = replace(kept, run=run)
+        self._done[contender.identity()] = run
+
+    def _timed_again(self, kept: EvaluatedRun, made: Outcome) -> EvaluatedRun:
+        """The kept run of the reference with the seconds of another run, which must have made the same."""
         pairs = zip((*made.latents, *made.images), (*self.reference.latents, *self.reference.images))
         if not all(np.array_equal(*pair, equal_nan=True) for pair in pairs):
             difference = np.mean([psnr(*pair, peak=1.0) for pair in sample_pairs(made.images, self.reference.images)])
@@ -172,20 +200,19 @@ class Contest:
                 "Choose another folder.",
                 RuntimeError,
             )
-        self._timed = True
         run = replace(
-            kept.run,
+            kept,
             seconds=made.seconds,
             denoise_seconds=made.denoise_seconds,
             reference_seconds=made.seconds,
             peak_memory_bytes=made.peak_memory_bytes,
         )
-        self.entries[0] = replace(kept, run=run)
-        self._done[contender.identity()] = run
+        contender = Reference()
         self.store.write_figures(contender.name, contender.identity(), run, self.sigmas, len(made.latents))
+        return run
 
     def outcome(self, batches: Sequence[Batch], contender: Contender, keep: bool = False, warm: bool = True) -> Outcome:
-        """What a contender makes of `batches`.
+        """What a contender makes of `batches`. The processes share them, and all get everything.
 
         Args:
             batches: arguments and seeds of the pipeline calls.
@@ -194,42 +221,73 @@ class Contest:
             warm: whether a short run goes before the timed one, where it is needed.
         """
         steps = contender.steps_of(self.num_inference_steps)
-        device = self.pipe.transformer.device
+        device, processes = self.pipe.transformer.device, self.processes
         on_cpu = device.type == "cpu"
-        seconds = denoise_seconds = 0.0
-        latents, images, trajectories, counts = [], [], [], []
-        first_steps: tuple[int, ...] = ()
+        left = TRAJECTORY_SAMPLES if keep and steps == self.num_inference_steps else 0
+        calls: list[tuple[Batch, int]] = []
+        for arguments, seeds in batches:
+            calls.append(((arguments, seeds), min(left, len(seeds))))
+            left -= calls[-1][1]
         for_all, for_each = (nullcontext, self._on) if contender.each_call else (self._on, nullcontext)
-        with for_all(contender):
+
+        def warm_up() -> None:
+            with for_each(contender):
+                self._warm_up(contender, batches[0], min(steps, 2 if on_cpu else WARM_UP_STEPS))
+
+        def call(batch_and_kept: tuple[Batch, int]) -> _Call:
+            return self._timed_call(*batch_and_kept, steps, for_each(contender))
+
+        with ExitStack() as stack:
+            processes.in_all(lambda: stack.enter_context(for_all(contender)))
             # On an accelerator each contender has kernels to load and to tune.
             if warm and (not on_cpu or isinstance(contender, Reference)):
-                with for_each(contender):
-                    self._warm_up(contender, batches[0], min(steps, 2 if on_cpu else WARM_UP_STEPS))
+                processes.in_all(warm_up)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            left = TRAJECTORY_SAMPLES if keep and steps == self.num_inference_steps else 0
-            for arguments, seeds in batches:
-                counter = Counter(self.pipe, self._adapters, min(left, len(seeds)))
-                left -= min(left, len(seeds))
-                with for_each(contender), counter.on():
-                    synchronise(device)
-                    start = time.perf_counter()
-                    made = self._call(arguments, seeds, steps, counter.on_step_end)
-                    synchronise(device)
-                    denoised = time.perf_counter()
-                images.append(self._decoded(made, arguments))
-                synchronise(device)
-                seconds += time.perf_counter() - start
-                denoise_seconds += denoised - (counter.first_call or start)
-                first_steps = first_steps or tuple(counter.steps)
-                counts.append(counter.counts())
-                latents.append(made.float().cpu().numpy())
-                trajectories.append([step.float().cpu().numpy() for step in counter.latents])
+            made = processes.each(calls, call)
         weights = [len(seeds) for _, seeds in batches]
-        whole, equivalents, passes = (float(np.average(values, weights=weights)) for values in zip(*counts))
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        whole, equivalents, passes = (
+            float(np.average(values, weights=weights)) for values in zip(*(each.counts for each in made))
+        )
         return Outcome(
-            latents, images, trajectories, first_steps, (whole, equivalents, passes), seconds, denoise_seconds, peak
+            [each.latents for each in made],
+            [each.images for each in made],
+            [each.trajectory for each in made],
+            next((each.steps for each in made if each.steps), ()),
+            (whole, equivalents, passes),
+            sum(each.seconds for each in made),
+            sum(each.denoise_seconds for each in made),
+            max(each.peak_memory_bytes for each in made) if device.type == "cuda" else None,
+        )
+
+    def _timed_call(self, batch: Batch, kept: int, steps: int, switched_on: AbstractContextManager[Any]) -> "_Call":
+        """One call of the pipeline, and the pictures of its samples.
+
+        Args:
+            batch: arguments and seeds.
+            kept: of how many samples to keep the latents after each step.
+            steps: of the call.
+            switched_on: the context of the call, without the decoding.
+        """
+        (arguments, seeds), device = batch, self.pipe.transformer.device
+        counter = Counter(self.pipe, self._adapters, kept)
+        with switched_on, counter.on():
+            synchronise(device)
+            start = time.perf_counter()
+            made = self._call(arguments, seeds, steps, counter.on_step_end)
+            synchronise(device)
+            denoised = time.perf_counter()
+        images = self._decoded(made, arguments)
+        synchronise(device)
+        return _Call(
+            made.float().cpu().numpy(),
+            images,
+            [step.float().cpu().numpy() for step in counter.latents],
+            tuple(counter.steps),
+            counter.counts(),
+            time.perf_counter() - start,
+            denoised - (counter.first_call or start),
+            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         )
 
     def _warm_up(self, contender: Contender, batch: Batch, steps: int) -> None:
@@ -244,6 +302,11 @@ class Contest:
     def call_once(self, inputs: list[dict]) -> None:
         """Runs the pipeline on some inputs."""
         self._call(*self.batches_of(inputs)[0], self.num_inference_steps)
+
+    def _run_sigmas(self) -> list[float]:
+        """The noise levels of the last run in this process."""
+        timesteps = self.pipe.scheduler.timesteps.tolist()
+        return sigmas_of(self.pipe.scheduler, timesteps)[: len(timesteps)]
 
     def _on(self, contender: Contender) -> AbstractContextManager[Any]:
         return contender.on(self.pipe, self.num_inference_steps)
@@ -261,7 +324,8 @@ class Contest:
     def _set_reference(self, outcome: Outcome, sigmas: list[float]) -> None:
         self._reference, self.sigmas = outcome, sigmas
         device, shape = self.pipe.transformer.device, outcome.images[0][0].shape
-        self._learned, self.not_available = learned_qualities(device, self.prompts, shape)
+        if self.processes.is_first:
+            self._learned, self.not_available = learned_qualities(device, self.prompts, shape)
 
     def _judged(
         self, contender: Contender, steps: int, label: str | None, outcome: Outcome

@@ -24,6 +24,7 @@ from lesa.inputs import check_inputs, steps_of
 from lesa.messages import is_message
 from lesa.models import adapter_for
 from lesa.pipelines import check_decodes, quiet_progress
+from lesa.processes import processes_for
 from lesa.schedule import ScheduleLike, Spread, as_schedule
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error, check_int, usage_error
@@ -107,16 +108,23 @@ def evaluate(
     seed = check_int("seed", seed, minimum=0)
     store = Store(out_dir, pipe, adapter, inputs, seed, size, num_inference_steps)
     kinds = {contender.name for contender in (*contestants.values(), *settings, *named)}
-    with store.owned():
-        earlier = earlier_in(out_dir, store, contestants, kinds)
-        store.open()
+    processes = processes_for(pipe)
+    opponents_said = [str(opponent) for opponent in against]
+    identities = {label: ours.identity() for label, ours in contestants.items()}
+    given = {"inputs": inputs, "predictors": identities, "against": opponents_said, "seed": seed, "batch_size": size}
+    given |= {"num_inference_steps": num_inference_steps, "search_samples": search_samples}
+    processes.begin("lesa.evaluate", given)
+    progress = progress and processes.is_first
+    with store.owned(processes):
+        earlier = processes.by_first(lambda: earlier_in(out_dir, store, contestants, kinds))
+        processes.by_first(store.open)
         with (
             quiet_progress(pipe),
             tqdm(desc="evaluate", unit="run", disable=not progress, total=1 + len(contestants)) as bar,
         ):
             if progress:
                 _tell(earlier, contestants, out_dir)
-            contest = Contest(pipe, adapter, inputs, seed, size, num_inference_steps, store, bar)
+            contest = Contest(pipe, adapter, inputs, seed, size, num_inference_steps, store, bar, processes)
             searched, not_available = _run_all(contest, contestants, settings, named, search_samples)
         facts = {
             **facts_of(pipe, inputs, seed, size),
@@ -126,10 +134,7 @@ def evaluate(
             "not_available": {**contest.not_available, **not_available},
             "searched": searched,
         }
-        evaluation = _together(earlier, contest, facts)
-        if out_dir is not None:
-            evaluation.save(out_dir)
-    return evaluation
+        return processes.by_first(lambda: _finished(earlier, contest, facts, out_dir))
 
 
 def _check_fits(
@@ -146,13 +151,19 @@ def _check_fits(
             raise argument_error("against", must, got, "Leave it out.")
 
 
-def _together(earlier: Earlier, contest: Contest, facts: dict[str, Any]) -> Evaluation:
-    """The runs and facts of this evaluation, with what is kept of the earlier one."""
+def _finished(
+    earlier: Earlier, contest: Contest, facts: dict[str, Any], out_dir: str | os.PathLike | None
+) -> Evaluation:
+    """The runs and facts of this evaluation, with what is kept of the earlier one. They are written to the folder."""
     every = merged(earlier, contest.entries)
     names = {id(entry.run): run.name for entry, run in zip(contest.entries, every.runs)}
     for row in (row for search in facts["searched"].values() for row in search["budgets"]):
         row["run"] = None if row["run"] is None else names[id(row["run"])]
-    return Evaluation(tuple(every.runs), every.images, merged_facts(earlier.facts, facts, every.renamed), every.notes)
+    facts = merged_facts(earlier.facts, facts, every.renamed)
+    evaluation = Evaluation(tuple(every.runs), every.images, facts, every.notes)
+    if out_dir is not None:
+        evaluation.save(out_dir)
+    return evaluation
 
 
 def _tell(earlier: Earlier, contestants: Mapping[str, Ours], out_dir: Any) -> None:

@@ -1,8 +1,11 @@
 """Searches the best settings of a forecaster that needs no training: its options, and which steps are computed."""
 
 import math
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from tempfile import TemporaryDirectory
+from functools import partial
+from pathlib import Path
+from tempfile import mkdtemp
 
 from lesa.cache import enable_cache
 from lesa.contenders import Ours
@@ -15,6 +18,9 @@ from lesa.training.recording import record
 from lesa.training.schedule_search import TOKENS_PER_SAMPLE, find_schedule
 from lesa.training.trajectories import Trajectories
 from lesa_kernels import FusedKANPredictor
+
+SEARCHED = ".searched"
+"""The folder of the recording in `runs/`, where several processes make it."""
 
 FOUND_FOR = 2
 """For how many of the options a schedule is searched for a budget: for those that are best with the other schedules."""
@@ -30,7 +36,7 @@ class SearchRecording:
 
     def __init__(self, contest: Contest, inputs: list[dict]):
         self.contest, self.inputs = contest, inputs
-        self._folder = TemporaryDirectory(prefix="lesa-")
+        self._folder: Path | None = None
         self._trajectories: Trajectories | None = None
         self._error: Exception | None = None
 
@@ -38,7 +44,8 @@ class SearchRecording:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
+        if self._folder is not None and self.contest.processes.is_first:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def trajectories(self) -> Trajectories:
@@ -49,11 +56,22 @@ class SearchRecording:
             contest = self.contest
             settings = (contest.num_inference_steps, TOKENS_PER_SAMPLE, contest.seed, contest.size)
             try:
-                self._trajectories = record(contest.pipe, self.inputs, self._folder.name, *settings, progress=False)
+                self._folder = contest.processes.by_first(self._new_folder)
+                self._trajectories = record(contest.pipe, self.inputs, self._folder, *settings, progress=False)
             except Exception as error:
                 self._error = error
                 raise
         return self._trajectories
+
+    def _new_folder(self) -> Path:
+        """An empty folder. Several processes need one that all of them see."""
+        shared = self.contest.store.folder
+        if self.contest.processes.count == 1 or shared is None:
+            return Path(mkdtemp(prefix="lesa-"))
+        folder = shared / SEARCHED
+        shutil.rmtree(folder, ignore_errors=True)  # of a command that was killed
+        folder.mkdir()
+        return folder
 
 
 class ForecasterSearch(SettingSearch):
@@ -104,7 +122,9 @@ class ForecasterSearch(SettingSearch):
         """The schedule that `find_schedule` finds."""
 
         def find() -> dict[str, list]:
-            found = find_schedule(self._recording.trajectories, budget, predictor.config, progress=False)
+            trajectories = self._recording.trajectories
+            search = partial(find_schedule, trajectories, budget, predictor.config, progress=False)
+            found = self.contest.processes.by_first(search)
             return {"steps": [*found.steps], "sigmas": [*(found.sigmas or ())]}
 
         words = f"{self.kind.detail(predictor.config)}, which {budget} steps to compute"

@@ -13,6 +13,7 @@ from lesa.contenders.base import Count
 from lesa.evaluation.contest import Contest, sample_pairs
 from lesa.evaluation.quality import psnr
 from lesa.evaluation.result import sortable
+from lesa.processes import OthersEndedError
 
 Searched = type[Peer] | type[Ours]
 """A kind of contender whose settings can be searched."""
@@ -43,7 +44,7 @@ class SettingSearch(ABC):
         self._tried: dict[str, Contender] = {}
         self._figures: dict[str, dict[str, float]] = {}  # "psnr" and both counts
         self._failed: dict[str, NotAvailableError] = {}
-        self._kept = contest.store.read_search(kind.name, len(inputs))
+        self._kept = contest.processes.by_first(lambda: contest.store.read_search(kind.name, len(inputs)))
 
     @abstractmethod
     def _try_all(self) -> str:
@@ -82,8 +83,12 @@ class SettingSearch(ABC):
 
     def _measured(self, setting: Contender) -> tuple[float, float, float]:
         made = self.contest.outcome(self._batches, setting, warm=False)
-        values = [psnr(*pair, peak=1.0) for pair in sample_pairs(made.images, self.contest.reference.images)]
-        return float(np.mean(values)), made.counts[0], made.counts[1]
+
+        def mean() -> float:
+            pairs = sample_pairs(made.images, self.contest.reference.images)
+            return float(np.mean([psnr(*pair, peak=1.0) for pair in pairs]))
+
+        return self.contest.processes.by_first(mean), made.counts[0], made.counts[1]
 
     def _once(self, key: str, function: Callable[[], Any], words: str) -> Any:
         """What is kept under the key, or else what the function gives, which is kept then.
@@ -100,14 +105,15 @@ class SettingSearch(ABC):
             self.contest.check_reference()
             self.contest.bar.set_postfix_str(f"search: {words}")
             self._kept[key] = self._attempt(function)
-            self.contest.store.write_search(self.kind.name, len(self.inputs), self._kept)
+            store, kind, samples = self.contest.store, self.kind.name, len(self.inputs)
+            self.contest.processes.by_first(lambda: store.write_search(kind, samples, self._kept))
         return self._kept[key]
 
     def _attempt(self, function: Callable[[], Any]) -> Any:
         """Calls it; a failure of the contender's code on this model makes its setting not available."""
         try:
             return function()
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, OthersEndedError):
             raise
         except Exception as error:
             message = " ".join(str(error).split())[:300]
@@ -164,7 +170,12 @@ class PeerSearch(SettingSearch):
     def _calibrate(self) -> tuple[float, ...]:
         contest = self.contest
         samples = self.inputs[:CALIBRATION_SAMPLES]
-        return self.kind.calibrate(contest.pipe, lambda: contest.call_once(samples), contest.num_inference_steps)
+
+        def calibrate() -> tuple[float, ...]:
+            return self.kind.calibrate(contest.pipe, lambda: contest.call_once(samples), contest.num_inference_steps)
+
+        found = contest.processes.in_all(calibrate)  # their pipelines may work together
+        return contest.processes.by_first(lambda: found)  # all use the same values, to the last bit
 
 
 def bisected(axis: Peer, count: Callable[[Peer], float], budget: float, probes: int = 7) -> Iterator[Peer]:

@@ -8,19 +8,20 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import numpy as np
 import torch
 
 import lesa_kernels
-from lesa.artifacts import check_same_settings, digest, fingerprint, owned, whole_file, write_text
+from lesa.artifacts import check_same_settings, digest, fingerprint, whole_file, write_text
 from lesa.conditions import common_conditions, conditions_of
 from lesa.contenders import Reference
 from lesa.contenders.base import Pipeline
 from lesa.evaluation.result import EvaluatedRun, Outcome, file_name
 from lesa.models.adapter import Adapter
+from lesa.processes import Processes
 from lesa_kernels.checks import Said, argument_error
 
 SETTINGS_FILE = "settings.json"
@@ -129,8 +130,11 @@ class Store:
         return self.folder is not None and (self.folder / SETTINGS_FILE).exists()
 
     @contextlib.contextmanager
-    def owned(self) -> Iterator[None]:
+    def owned(self, processes: Processes) -> Iterator[None]:
         """A context in which nobody else evaluates into the output folder. The folder is made if it is absent.
+
+        Args:
+            processes: those that evaluate together.
 
         Raises:
             ValueError: it is a file, or something else has the name of a file or folder of an evaluation.
@@ -139,7 +143,13 @@ class Store:
         if self.folder is None:
             yield
             return
-        out_dir = self.folder.parent
+        processes.in_all(self._check_out_dir)
+        with processes.owned(self.folder.parent, "evaluating"):
+            yield
+
+    def _check_out_dir(self) -> None:
+        """Makes the output folder, or raises `ValueError` if that, or something in it, is no folder or file."""
+        out_dir = cast(Path, self.folder).parent
         file = next((path for path in (out_dir, *out_dir.parents) if path.is_file()), None)
         if file is not None:
             raise argument_error("out_dir", "be a folder", Said(f"{file}, which is a file"), "Choose another path.")
@@ -151,8 +161,6 @@ class Store:
                 got = Said(f"{path}, which is {kinds[1]}")
                 remedy = "Choose another folder, or remove it."
                 raise argument_error("out_dir", f"have {kinds[0]} as {name}, or nothing", got, remedy)
-        with owned(out_dir, "evaluating"):
-            yield
 
     def open(self) -> None:
         """Writes what the runs in the folder are made from."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from lesa.cache.placement import check_uncached
 from lesa.evaluation.evaluator import check_own_steps
 from lesa.fitting.folder import FitFolder
+from lesa.fitting.inputs import chosen_inputs
 from lesa.fitting.whole import Fit
-from lesa.inputs import check_inputs
 from lesa.processes import processes_for
 from lesa.training.recording import Recording
 from lesa.training.settings import check_seed
@@ -73,21 +73,19 @@ def fit(
             `lesa.evaluate`.
     """
     budgets, is_list = _check_budgets(budget, num_inference_steps), not isinstance(budget, int)
-    if inputs is None:
-        raise usage_error("`inputs` has no built-in prompts yet.", "Pass prompts, or dicts of pipeline arguments.")
-    inputs = check_inputs(inputs)
-    given = len(inputs)
-    check_own_steps(inputs, num_inference_steps)
+    chosen = chosen_inputs(pipe, inputs)
+    given = None if inputs is None else len(inputs)
+    check_own_steps(chosen, num_inference_steps)
     check_uncached(pipe)
     seed, batch_size = check_seed(seed), check_int("batch_size", batch_size)
-    Recording(pipe, inputs, num_inference_steps, None, seed, batch_size)  # refuses what cannot be recorded
+    Recording(pipe, chosen, num_inference_steps, None, seed, batch_size)  # refuses what cannot be recorded
     processes = processes_for(pipe)
     if out_dir is None and processes.count > 1:
         raise usage_error("`out_dir` is required where several processes share the work.", "Pass a folder for all.")
     with contextlib.ExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory()) if out_dir is None else out_dir)
         folder = FitFolder(path, budgets, is_list)
-        found = Fit(pipe, inputs, num_inference_steps, batch_size, seed, given, folder, processes).run(progress)
+        found = Fit(pipe, chosen, num_inference_steps, batch_size, seed, given, folder, processes).run(progress)
     return found if is_list else found[budgets[0]]
 
 

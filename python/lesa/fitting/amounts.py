@@ -21,11 +21,11 @@ class Amounts:
         tokens_per_batch: random tokens of each trajectory per step of the optimiser.
     """
 
-    samples: int = 8
-    most_samples: int = 32
-    updates: int = 1200
-    round_updates: int = 400
-    rounds: int = 4
+    samples: int = 16
+    most_samples: int = 64
+    updates: int = 600
+    round_updates: int = 200
+    rounds: int = 3
     gain: float = 0.1
     tokens: int = 96
     validation_samples: int = 4

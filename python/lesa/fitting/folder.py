@@ -49,32 +49,34 @@ class FitFolder:
     """
 
     def __init__(self, out_dir: Path, budgets: Sequence[int], is_divided: bool):
-        self.path, self.work = out_dir, out_dir / WORK
+        self.path, self.work, self.is_divided = out_dir, out_dir / WORK, is_divided
         self.places = {budget: out_dir / f"budget-{budget}" if is_divided else out_dir for budget in budgets}
         self._state = self.work / STATE
 
-    def check(self) -> None:
-        """Raises `ValueError` unless the folder is empty or holds unfinished work of a fit."""
-        if self.work.is_dir():
-            remove_partial(self._state)
-            if not self._state.exists() and files_in(self.work):
-                got = Said(f"files in {self.work}, and no {STATE} among them")
-                raise argument_error("out_dir", "be empty or hold an unfinished fit", got, "Choose another folder.")
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Raises `ValueError` unless the folder is empty or holds unfinished work with these settings."""
+        remove_partial(self._state)
+        state = self._read()
+        if state is not None:
+            self._check_same(state["settings"], settings)
             return
-        others = files_in(self.path)
-        if others:
-            finished = [path for path in others if (path / CONFIG_NAME).exists() or path.name == CONFIG_NAME]
-            got = Said(f"a predictor in {self.path}" if finished else f"files in {self.path}")
-            raise argument_error("out_dir", "be empty or hold an unfinished fit", got, "Choose another folder.")
+        others = [path for path in files_in(self.path) if path != self.work]
+        others += files_in(self.work) if self.work.is_dir() else []
+        if not others or (self.work.is_dir() and self.is_finished):
+            return
+        has_predictor = any((path / CONFIG_NAME).exists() or path.name == CONFIG_NAME for path in others)
+        got = Said(f"a predictor in {self.path}" if has_predictor else f"files in {others[0].parent}")
+        raise argument_error("out_dir", "be empty or hold an unfinished fit", got, "Choose another folder.")
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Writes what this fit is made with; raises `ValueError` if unfinished work was begun with something else."""
+        """Writes what this fit is made with."""
         self.work.mkdir(exist_ok=True)
-        state = self._read()
-        if state is None:
+        if self._read() is None:
             self._write({"settings": settings, "is_finished": False})
-            return
-        kept, work = state["settings"], f"the unfinished fit in {self.path}"
+
+    def _check_same(self, kept: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Raises `ValueError` unless unfinished work was begun with these settings. The message says what differs."""
+        work = f"the unfinished fit in {self.path}"
         given = common_conditions(kept, settings)
         check_same_settings(work, kept, {name: value for name, value in given.items() if name not in _DIGESTS})
         for name in ("transformers", "weights"):
@@ -83,8 +85,8 @@ class FitFolder:
                 raise argument_error(f"pipe.{changed[0]}", must, Said("others"), CONTINUE)
         if kept["inputs"] != settings["inputs"]:
             names = differing(kept["inputs_by_name"], settings["inputs_by_name"])
-            got = Said(f"others, which differ in {', '.join(map(repr, names))}")
-            raise argument_error("inputs", f"be those of {work}", got, CONTINUE)
+            which = f", which differ in {', '.join(map(repr, names))}" if names else ""
+            raise argument_error("inputs", f"be those of {work}", Said(f"others{which}"), CONTINUE)
 
     @property
     def is_finished(self) -> bool:

@@ -1,6 +1,7 @@
 """What a run of a pipeline will be like: its steps and its tokens, seen in its first step."""
 
-from collections.abc import Sequence, Set
+import contextlib
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from lesa.cache import observed
 from lesa.cache.run import Call, Run
 from lesa.inputs import batches_of, collate
+from lesa.models import Adapter, adapter_for
 from lesa.pipelines import quiet_progress, run_pipeline
+from lesa_kernels.checks import usage_error
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,26 @@ class _SeenError(Exception):
 
 
 class _FirstStep:
-    """Sees the first step of a run, and ends the run."""
+    """Sees the first step of a run, and ends the run.
+
+    Args:
+        adapter: of the transformer.
+    """
 
     steps = tokens = 0
+
+    def __init__(self, adapter: Adapter):
+        self.left = {*adapter.counted_modules}
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """A context in which modules that run are removed from `left`."""
+        hooks = [module.register_forward_hook(lambda ran, *_: self.left.discard(ran)) for module in self.left]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def on_run(self, run: Run, computed: Set[int]) -> None:
         self.steps = len(run.executed_sigmas)
@@ -51,17 +71,23 @@ def probed(pipe: Any, inputs: Sequence[dict], num_inference_steps: int) -> Probe
         num_inference_steps: of a run.
 
     Raises:
+        RuntimeError: a compiled graph hides the blocks of the transformer, which the test must count.
         What the pipeline and `lesa.cache.observed` raise.
     """
     seen = []
     for numbers in batches_of([*inputs], len(inputs)):
-        first = _FirstStep()
+        first = _FirstStep(adapter_for(pipe))
         generators = [torch.Generator("cpu").manual_seed(0)]
-        with observed(pipe, first), quiet_progress(pipe):
+        with observed(pipe, first), first.counting(), quiet_progress(pipe):
             try:
                 run_pipeline(pipe, collate([inputs[numbers[0]]]), generators, num_inference_steps)
             except _SeenError:
                 seen.append(first)
+    if any(each.left for each in seen):
+        sentence = (
+            "`pipe` has a transformer whose blocks were not all seen to run, so `lesa.evaluate` cannot count them."
+        )
+        raise usage_error(sentence, "Fit before `compile`, or compile the blocks one by one.", RuntimeError)
     if not seen:  # the run had no step; the recording will say so
         return Probed(num_inference_steps, 1)
     return Probed(min(each.steps for each in seen), min(each.tokens for each in seen))

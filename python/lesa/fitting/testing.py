@@ -99,16 +99,16 @@ class Test:
         runs = self.runs
         runs.make_references()
         found = {}
+        total, untrained = runs.steps, self._untrained()
         for budget, predictor in self.predictors.items():
-            mixer, total = predictor.config.mixer, runs.steps
+            mixer, plain = predictor.config.mixer, str(FewerSteps(budget))
             made = [
-                _of_errors("reference", "reference", total, None),
-                _of_errors(f"{mixer}-{budget}", mixer, budget, runs.errors(predictor)),
-                _of_errors(f"{UNTRAINED}-{budget}", UNTRAINED, budget, runs.errors(self._untrained(), Spread(budget))),
+                _of_errors("reference", "reference", total, total, None),
+                _of_errors(f"{mixer}-{budget}", mixer, budget, total, runs.errors(predictor)),
+                _of_errors(f"{UNTRAINED}-{budget}", UNTRAINED, budget, total, runs.errors(untrained, Spread(budget))),
             ]
             if all(steps_of(item, budget) == budget for item in runs.inputs):
-                fewer = runs.errors(steps=budget)
-                made.append(_of_errors(str(FewerSteps(budget)), FewerSteps.name, budget, fewer))
+                made.append(_of_errors(plain, FewerSteps.name, budget, budget, runs.errors(steps=budget)))
             found[budget] = made
         return found
 
@@ -132,13 +132,16 @@ def _as_dict(run: EvaluatedRun) -> dict[str, Any]:
     return {"name": run.name, "contender": run.contender, **steps, **figures, "per_sample": dict(run.per_sample)}
 
 
-def _of_errors(name: str, contender: str, computed: int, errors: dict[str, list[float]] | None) -> dict[str, Any]:
+def _of_errors(
+    name: str, contender: str, computed: int, total: int, errors: dict[str, list[float]] | None
+) -> dict[str, Any]:
     """A run of which there are latents only. `errors` is None for the reference."""
     per_sample = {} if errors is None else {"latent_psnr": errors["psnr"], "latent_error": errors["latent_error"]}
     figures = {name: sum(values) / len(values) for name, values in per_sample.items()}
     return {
         "name": name,
         "contender": contender,
+        "num_inference_steps": total,
         "whole_steps": float(computed),
         **dict.fromkeys(("psnr", "ssim", "latent_psnr", "latent_error")),
         **figures,

@@ -60,24 +60,29 @@ class Fit:
         with contextlib.ExitStack() as stack:
             self.processes.in_all(lambda: output_folder(self.folder.path))
             stack.enter_context(self.processes.owned(self.folder.path, "fitting"))
-            self.processes.by_first(self.folder.check)
+            settings = self._settings()
+            self.processes.begin("lesa.fit", settings)
+            self.processes.by_first(lambda: self.folder.check(settings))
             if not self.processes.by_first(lambda: self.folder.is_finished):
                 bar = stack.enter_context(contextlib.closing(Bar(progress and self.processes.is_first)))
-                self._make(bar)
+                self._make(settings, bar)
             self.processes.by_first(self.folder.finish)
             return {budget: FusedKANPredictor.from_pretrained(place) for budget, place in self.folder.places.items()}
 
-    def _make(self, bar: Bar) -> None:
+    def _settings(self) -> dict[str, Any]:
+        """All that must be the same for the fit to continue."""
+        budget = self.budgets if self.folder.is_divided else self.budgets[0]
+        options = {"budget": budget, "seed": self.seed, "batch_size": self.batch_size}
+        options |= {"num_inference_steps": self.num_inference_steps, "amounts": asdict(self.amounts)}
+        return settings_of(self.pipe, self.inputs, **options)
+
+    def _make(self, settings: dict[str, Any], bar: Bar) -> None:
         """Makes all files of the predictors."""
         first = probed(self.pipe, self.inputs, self.num_inference_steps)
         for budget in self.budgets:
             if budget >= first.steps:
                 must = f"be below the {first.steps} steps that a run of these inputs executes"
                 raise argument_error("budget", must, budget, "Compute fewer steps.")
-        options = {"budget": self.budgets, "seed": self.seed, "batch_size": self.batch_size}
-        options |= {"num_inference_steps": self.num_inference_steps, "amounts": asdict(self.amounts)}
-        settings = settings_of(self.pipe, self.inputs, **options)
-        self.processes.begin("lesa.fit", settings)
         self.processes.by_first(lambda: self.folder.begin(settings))
         samples = Samples(
             self.pipe,

@@ -1,0 +1,214 @@
+"""`lesa.fit`: from a small pipeline to tested predictors."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lesa
+import small_pipelines as small
+from interrupted_fits import BUDGET, CASE, FEW, OPTIONS, STEPS, files_in, inputs
+from lesa.fitting import whole
+from lesa.fitting.amounts import Amounts
+from lesa.fitting.comparing import LatentRuns
+from lesa.fitting.one_budget import OneBudget
+from lesa.fitting.samples import TEST, VALIDATION
+from lesa_kernels import FusedKANPredictor
+
+FILES = ["README.md", "comparison.png", "config.json", "evaluation.json", "model.safetensors", "provenance.json"]
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(whole.defaults, "AMOUNTS", FEW)
+
+
+@pytest.fixture
+def small_pipe():
+    return CASE.build()
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A finished fit: its folder, its predictor, the seeds of all samples in order, and the sizes of the trainings."""
+    folder, seeds, sizes = tmp_path_factory.mktemp("fit") / "out", [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole.defaults, "AMOUNTS", FEW)
+        for name in ("lesa.training.recording", "lesa.fitting.comparing", "lesa.evaluation.contest"):
+            module = __import__(name, fromlist=["run_pipeline"])
+            patch.setattr(module, "run_pipeline", watched(module.run_pipeline, name.split(".")[1], seeds))
+        join = OneBudget._joined
+
+        def joined(self, count):
+            found = join(self, count)
+            sizes.append(len(found))
+            return found
+
+        patch.setattr(OneBudget, "_joined", joined)
+        predictor = lesa.fit(CASE.build(), inputs(), budget=BUDGET, out_dir=folder, **OPTIONS)
+    return folder, predictor, seeds, sizes
+
+
+def watched(run, who, seeds):
+    def noted(pipe, arguments, generators, *others):
+        seeds.extend((who, generator.initial_seed()) for generator in generators)
+        return run(pipe, arguments, generators, *others)
+
+    return noted
+
+
+def test_a_predictor_is_left_with_its_card_and_its_figures(fitted):
+    folder, predictor, *_ = fitted
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert len(predictor.config.schedule) == BUDGET and predictor.config.num_inference_steps == STEPS
+    loaded = FusedKANPredictor.from_pretrained(folder)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), predictor.parameters(), strict=True))
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert [run["name"] for run in evaluation["runs"]] == ["reference", "newton-3", "universal-3", "fewer-steps-3"]
+    assert [run["whole_steps"] for run in evaluation["runs"]] == [STEPS, BUDGET, BUDGET, BUDGET]
+    assert evaluation["schedule"] == [*predictor.config.schedule] and evaluation["compared"] == "pictures"
+    assert "newton" in evaluation["runs"][1]["name"] and "Figures" in (folder / "README.md").read_text()
+
+
+def test_no_file_says_when_or_where_it_was_made(fitted):
+    folder, *_ = fitted
+    for name, contents in files_in(folder).items():
+        for word in (str(folder).encode(), b"seconds", b"speed", b"2026", b"host"):
+            assert word not in contents, (name, word)
+
+
+def test_the_test_of_a_predictor_is_that_of_evaluate(fitted, small_pipe):
+    folder, predictor, *_ = fitted
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    chosen = [inputs()[(TEST + number) % 3] for number in range(FEW.test_samples)]
+    own = lesa.evaluate(small_pipe, chosen, [predictor], ["steps-3"], STEPS, TEST, batch_size=2, progress=False)
+    by_name = {run["name"]: run for run in evaluation["runs"]}
+    for run in own.runs[1:]:
+        assert by_name[run.name.split("@")[0]]["psnr"] == run.psnr
+
+
+def test_samples_for_choices_and_for_the_test_are_not_trained_on(fitted):
+    *_, seeds, _ = fitted
+    of = {who: {seed for one, seed in seeds if one == who} for who in ("training", "fitting", "evaluation")}
+    assert of["training"] == set(range(4))
+    assert of["fitting"] == {VALIDATION, VALIDATION + 1}
+    assert of["evaluation"] == {TEST, TEST + 1}
+
+
+def test_the_second_round_has_twice_the_samples(fitted):
+    *_, sizes = fitted
+    assert sizes == [2, 2, 4]
+
+
+@pytest.mark.parametrize("gain, rounds", [(1e9, 1), (-1e9, 2)])
+def test_rounds_and_samples_end_where_they_gain_too_little(small_pipe, tmp_path, monkeypatch, gain, rounds):
+    amounts = Amounts(**{**vars(FEW), "gain": gain})
+    recorded, psnrs = [], iter([30.0, 31.0, 32.0])
+    monkeypatch.setattr(whole.defaults, "AMOUNTS", amounts)
+    monkeypatch.setattr(LatentRuns, "errors", lambda self, *args, **options: {"psnr": [next(psnrs)]})
+    monkeypatch.setattr(OneBudget, "_trained", lambda self: self._joined(2) and "first")
+    monkeypatch.setattr(OneBudget, "_refined", lambda self, number, before: self._joined(2 * number) and str(number))
+    monkeypatch.setattr("lesa.fitting.one_budget.on_device", lambda predictor, device: predictor)
+    monkeypatch.setattr(whole.Fit, "_test", lambda self, samples, fitted, bar: recorded.append((fitted, samples)))
+    monkeypatch.setattr(whole.FusedKANPredictor, "from_pretrained", lambda place: None)
+    lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=tmp_path / "out", **OPTIONS)
+    ((found, samples),) = recorded
+    assert found[BUDGET].predictor == str(rounds)
+    assert found[BUDGET].made["validation_psnr"] == [30.0, 31.0, 32.0][: rounds + 1]
+    assert len(samples._parts) == rounds + 1  # one sample, the rest of the first ones, and twice as many
+
+
+def test_the_best_round_is_kept(small_pipe, tmp_path, monkeypatch):
+    psnrs = iter([30.0, 29.0])
+    monkeypatch.setattr(whole.defaults, "AMOUNTS", Amounts(**{**vars(FEW), "gain": 0.1}))
+    monkeypatch.setattr(LatentRuns, "errors", lambda self, *args, **options: {"psnr": [next(psnrs)]})
+    kept = []
+    monkeypatch.setattr(whole.Fit, "_test", lambda self, samples, fitted, bar: kept.append(fitted[BUDGET]))
+    monkeypatch.setattr(whole.FitFolder, "finish", lambda self: None)
+    monkeypatch.setattr(whole.FusedKANPredictor, "from_pretrained", lambda place: None)
+    lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=tmp_path, **OPTIONS)
+    (best,) = kept
+    first = load_file(tmp_path / "work" / f"budget-{BUDGET}" / "trained" / "model.safetensors")
+    assert all(torch.equal(first[name], value) for name, value in best.predictor.state_dict().items())
+    assert best.made["rounds"] == 0
+
+
+# Refusals
+
+
+def test_a_finished_folder_is_refused(fitted, small_pipe):
+    with pytest.raises(ValueError, match="`out_dir` must be empty or hold an unfinished fit, but got a predictor in"):
+        lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=fitted[0], **OPTIONS)
+
+
+def test_a_folder_with_other_files_is_refused(small_pipe, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="`out_dir` must be empty or hold an unfinished fit, but got files in"):
+        lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=tmp_path, **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("budget", [1, STEPS, [], [2, 2], "3", 2.5])
+def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_written(small_pipe, tmp_path, budget):
+    with pytest.raises((ValueError, TypeError), match="budget"):
+        lesa.fit(small_pipe, inputs(), budget=budget, out_dir=tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_of_all_steps_that_a_run_executes_is_refused_before_anything_is_recorded(tmp_path):
+    case = small.ALL["flux img2img"]
+    steps = round(STEPS / case.strength)
+    arguments = [{**item, "strength": case.strength} for item in inputs(case, 1)]
+    with pytest.raises(ValueError, match=f"`budget` must be below the {STEPS} steps that a run of these inputs exec"):
+        lesa.fit(case.build(), arguments, budget=STEPS, out_dir=tmp_path, **{**OPTIONS, "num_inference_steps": steps})
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.fixture
+def unfinished(small_pipe, tmp_path, monkeypatch):
+    """The folder of a fit that ended after the first sample."""
+
+    def ended(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(whole.Fit, "_fitted", ended)
+        with pytest.raises(KeyboardInterrupt):
+            lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=tmp_path, **OPTIONS)
+    return tmp_path
+
+
+def other_weights(pipe):
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight[0, 0] += 1
+    return pipe
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({"budget": 4}, "budget"),
+        ({"budget": [BUDGET, 4]}, "budget"),
+        ({"seed": 1}, "seed"),
+        ({"batch_size": 1}, "batch_size"),
+        ({"num_inference_steps": 7}, "num_inference_steps"),
+        ({"inputs": inputs(count=2)}, "inputs"),
+        ({"pipe": other_weights}, "pipe.transformer"),
+    ],
+)
+def test_unfinished_work_goes_on_with_the_same_arguments_only(unfinished, change, name):
+    pipe = change.pop("pipe", lambda pipe: pipe)(CASE.build())
+    arguments = {"inputs": inputs(), "budget": BUDGET, **OPTIONS, **change}
+    before = files_in(unfinished)
+    with pytest.raises(ValueError, match=rf"`{name}` must .* the unfinished fit in"):
+        lesa.fit(pipe, out_dir=unfinished, **arguments)
+    assert files_in(unfinished) == before
+
+
+def test_blocks_that_cannot_be_counted_are_refused_before_anything_is_recorded(small_pipe, tmp_path, monkeypatch):
+    adapter = type(whole.adapters_for(small_pipe)["transformer"])
+    monkeypatch.setattr(adapter, "counted_modules", [torch.nn.Identity()])  # as in a graph, where no hook is called
+    with pytest.raises(RuntimeError, match="whose blocks were not all seen to run"):
+        lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=tmp_path, **OPTIONS)
+    assert [*tmp_path.iterdir()] == []
