@@ -34,8 +34,8 @@ def test_what_is_said():
     lines = fit_cost(FIRST, budgets=[10, 5], **{**PLAN, "more_samples": 16}).text().splitlines()
     assert lines == [
         "The first sample took 30 s.",
-        "Predicted for the rest: 10 min; recording 7 more samples 4 min, the roll-outs 2 min, the training 30 s, the "
-        "test with 4 samples 4 min.",
+        "Predicted for the rest: at most 10 min; recording 7 more samples 4 min, the roll-outs 2 min, the training "
+        "30 s, the test with 4 samples 4 min.",
         "Predicted for the files until it is finished: 512 MB.",
         "Up to 16 more samples are recorded if they improve the predictor: 8 min.",
         "Predicted for a sample with 10 of 50 steps computed: 10 s. It has 5.0 times fewer computed steps.",
@@ -50,22 +50,20 @@ def test_a_plan_without_roll_outs_names_none():
 
 @pytest.mark.parametrize(("samples", "streams"), [(1, 1), (3, 2)])
 def test_what_is_measured_of_the_first_sample(tmp_path, monkeypatch, samples, streams):
-    """Only the first sample is used, with all of its streams."""
+    """The size of the first sample's files, with all of its streams, and a step of the optimiser on eight like it."""
     trained = []
 
     class Seen(cost.Training):
-        def fit(self):
-            trained.append((self.numbers, self.settings.epochs, self.settings.tokens_per_batch))
-            super().fit()
+        def loss_of(self, batch, guided):
+            trained.append((batch.features.shape, guided, sorted(self.computed_in(batch.sigmas.tolist()))))
+            return super().loss_of(batch, guided)
 
     monkeypatch.setattr(cost, "Training", Seen)
     monkeypatch.setattr(cost, "_bandwidth", lambda device: 1e6)
     recording = write_recording(tmp_path / "recording", samples, streams)
     with torch.no_grad():  # a caller may have it off
         first = measured(recording, 2.5, 4, "cpu")
-    assert [(numbers.training, numbers.validation, tokens) for numbers, _, tokens in trained] == [
-        ([*range(streams)], [], 256 // streams)
-    ] * 2
+    assert trained == [((STEPS, 8 * TOKENS, WIDTH), False, trained[0][2])] * 4 and len(trained[0][2]) == 4
     assert (first.seconds, first.num_inference_steps) == (2.5, STEPS)
     files = [tmp_path / "recording" / name for name in ("sample-00000.safetensors", "sample-00000-uncond.safetensors")]
     size = sum(file.stat().st_size for file in files[:streams])

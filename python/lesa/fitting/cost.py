@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lesa.estimation import predicted_work
-from lesa.training.batches import Split
+from lesa.training.batches import Batch, Split
 from lesa.training.settings import TrainingSettings, complete_config, spread_over
 from lesa.training.training_run import Training
 from lesa.training.trajectories import Trajectories
@@ -17,10 +17,10 @@ from lesa_kernels.torch_modes import default_modes
 CONTENDERS = 3
 """The runs of each budget in the test, beside the one with all steps: trained, without training, and fewer steps."""
 
-_TOKENS = 8 * 32
-"""Tokens in a step of the optimiser, with the defaults of `train`."""
-_EPOCHS = 4
-"""Passes over the first sample whose time is measured."""
+_TRAJECTORIES, _TOKENS = 8, 32
+"""Of a step of the optimiser, with the defaults of `train`: the trajectories, and the tokens of each."""
+_TIMED = 3
+"""Steps of the optimiser whose time is measured, after one whose time is not."""
 _COPIED = 2**24
 """How many numbers are copied to measure the bandwidth."""
 
@@ -55,7 +55,7 @@ class FitCost:
         samples: how many are recorded, the first one included.
         more_samples: how many are recorded in addition if they improve the predictor.
         test_samples: on how many it is tested.
-        recording_seconds, roll_out_seconds, training_seconds, test_seconds: what is left of each part.
+        recording_seconds, roll_out_seconds, training_seconds, test_seconds: what is left of each part, at most.
         nbytes: of the files that are kept meanwhile, without those of `more_samples`.
     """
 
@@ -91,7 +91,7 @@ class FitCost:
         said = ", ".join(f"{name} {_time(seconds)}" for name, seconds in parts.items() if seconds)
         lines = [
             f"The first sample took {_time(self.first.seconds)}.",
-            f"Predicted for the rest: {_time(self.seconds)}; {said}.",
+            f"Predicted for the rest: at most {_time(self.seconds)}; {said}.",
             f"Predicted for the files until it is finished: {_size(self.nbytes)}.",
         ]
         if self.more_samples:
@@ -113,8 +113,8 @@ class FitCost:
 def measured(trajectories: Trajectories, seconds: float, budget: int, device: torch.device | str) -> FirstSample:
     """Measures what the first sample says about the cost of a fit. It trains on that sample for a moment.
 
-    The predictor is the one that `lesa.train` makes by default. The time of a step of the optimiser is that of one with
-    as many tokens of the first sample. If the sample has fewer, it is scaled up, to more than the training will need.
+    The predictor is the one that `lesa.train` makes by default. A step of the optimiser is measured with the first
+    sample in place of each sample of a batch.
 
     Args:
         trajectories: the recording, whose first sample is used.
@@ -132,12 +132,11 @@ def measured(trajectories: Trajectories, seconds: float, budget: int, device: to
     sizes = (1, tokens, trajectories.feature_dim, first[0].features.dtype)
     moved, _ = predicted_work(PredictorConfig(trajectories.feature_dim), sizes, len(trajectories.head_weight))
     streams = len(alike) // len(trajectories.projections)  # of each step
-    used = len(alike) * min(_TOKENS // len(alike), len(first[0].token_index))
     return FirstSample(
         seconds=seconds,
         nbytes=sum(tensor.nbytes for tensor in tensors),
         num_inference_steps=len(trajectories.run_sigmas),
-        optimiser_step_seconds=_epoch_seconds(trajectories, alike, budget, device) * max(1.0, _TOKENS / used),
+        optimiser_step_seconds=_optimiser_step_seconds(trajectories, budget, device),
         predicted_step_seconds=streams * moved / _bandwidth(device),
     )
 
@@ -163,8 +162,9 @@ def fit_cost(
         samples: how many are recorded, the first one included.
         more_samples: how many are recorded in addition if they improve the predictor.
         test_samples: on how many it is tested.
-        rounds: of refining, for each budget.
-        optimiser_steps: of all trainings together, those of searches and of refining included.
+        rounds: of refining, for each budget, at most.
+        optimiser_steps: of all trainings together, at most. One of a round of refining counts as several, as it also
+            learns from the roll-outs.
     """
     parts = sum(budget / first.num_inference_steps for budget in budgets)  # of the time of a sample
     rolled = rounds * samples * parts
@@ -188,16 +188,23 @@ def _all_tokens(index: Sequence[int]) -> int:
     return most if most == len(index) else round(index[-1] * (len(index) + 1) / len(index))
 
 
-def _epoch_seconds(trajectories: Trajectories, numbers: list[int], budget: int, device: torch.device) -> float:
-    """Of one step of the optimiser with the trajectories of these numbers."""
+def _optimiser_step_seconds(trajectories: Trajectories, budget: int, device: torch.device) -> float:
     config = complete_config(trajectories, None, spread_over(trajectories, budget))
+    numbers = Split(trajectories.by_sample[0], [])
+    run = Training(trajectories, config, TrainingSettings(), numbers=numbers, device=device)
+    number = numbers.training[0]
+    end, alike = trajectories.end_of(number), [trajectories[number]] * _TRAJECTORIES
+    batch = Batch(alike, run.head, run.generator, _TOKENS, device, end=end)
+    optimizer = torch.optim.AdamW(run.predictor.parameters(), lr=0.0)
     seconds = []
-    for epochs in (1, 1 + _EPOCHS):
+    for _ in range(1 + _TIMED):
         start = time.perf_counter()
-        settings = TrainingSettings(epochs=epochs, tokens_per_batch=_TOKENS // len(numbers))
-        Training(trajectories, config, settings, numbers=Split(numbers, []), device=device).fit()
+        loss = run.loss_of(batch, guided=False)
+        loss.backward()
+        optimizer.step()
+        loss.item()  # after it, the step has ended, but for the optimiser's part
         seconds.append(time.perf_counter() - start)
-    return max(0.0, seconds[1] - seconds[0]) / _EPOCHS
+    return min(seconds[1:])
 
 
 def _bandwidth(device: torch.device) -> float:

@@ -11,6 +11,10 @@ MOVES = 5
 """How often a search moves a step of the schedule, about."""
 
 
+SEARCH_UPDATES = 80
+"""A turn of the search with eight samples takes as long as so many steps of the optimiser, on both bundled models."""
+
+
 @dataclass(frozen=True)
 class Work:
     """Counts calls of the transformer, steps of the optimiser and parts of the search alike.
@@ -52,8 +56,12 @@ class Work:
 
     @property
     def optimiser_steps(self) -> int:
-        """Of all trainings for one budget."""
-        return self.brief_steps + self.training_steps + self.amounts.rounds * self.amounts.round_updates
+        """Of all trainings for one budget, and of the searches, in steps of the first training.
+
+        One of round n of refining takes as long as n + 1, as it also learns from n roll-outs of each sample.
+        """
+        rounds = sum((number + 1) * self.amounts.round_updates for number in range(1, self.amounts.rounds + 1))
+        return self.brief_steps + SEARCH_TURNS * SEARCH_UPDATES + self.training_steps + rounds
 
     def refining_steps(self, number: int) -> int:
         """Of a round of refining: its roll-outs, and those of earlier predictors on samples that are new."""
