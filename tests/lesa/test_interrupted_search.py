@@ -83,7 +83,7 @@ def whole(recording, tmp_path_factory):
         for place in PLACES:
             counts[place] = stack.enter_context(interrupted(place, None))
         lesa.train(recording, out_dir=folder, **OPTIONS)
-    assert {*files(folder)} == {"config.json", "model.safetensors", "losses.json", "losses.png"}
+    assert {*files(folder)} == {"config.json", "model.safetensors", "provenance.json", "losses.json", "losses.png"}
     return files(folder), {place: len(counted) for place, counted in counts.items()}
 
 

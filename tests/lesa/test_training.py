@@ -223,7 +223,13 @@ def test_a_checkpoint_that_was_cut_off_is_no_obstacle(trajectories, tmp_path, su
     out.mkdir()
     (out / (CHECKPOINT_NAME + suffix)).write_bytes(b"half")
     lesa.train(trajectories, schedule=4, out_dir=out, **QUICK)
-    assert {file.name for file in out.iterdir()} == {"config.json", "model.safetensors", "losses.json", "losses.png"}
+    assert {file.name for file in out.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "provenance.json",
+        "losses.json",
+        "losses.png",
+    }
 
 
 def test_a_checkpoint_holds_what_those_of_earlier_versions_hold(unfinished):
