@@ -210,7 +210,8 @@ def _unset(thing: Any) -> list[str]:
 def _attributes(thing: Any) -> dict[str, Any]:
     """Public attributes that hold options."""
     if hasattr(thing, "timesteps"):  # a scheduler; its other attributes change from run to run
-        return {"shift": thing.shift} if hasattr(thing, "shift") else {}
+        has_own = hasattr(type(thing), "shift") or "shift" in vars(thing)  # else it is in the configuration, if at all
+        return {"shift": thing.shift} if has_own else {}
     if isinstance(thing, torch.nn.Module):  # its configuration says everything
         return {}
     kinds = (bool, int, float, str, list, tuple, set, dict)

@@ -171,7 +171,8 @@ def _has_other_weights(provenance: Mapping[str, Any], pipe: Any, name: str, mode
     kept = provenance.get("transformer") if name == FIRST else _part(provenance, "weights").get(name)
     if kept is None or is_elsewhere(model) or _has_idle_adapters(model):
         return False
-    if any(parameter.device != pipe._execution_device for parameter in model.parameters()):
+    device = pipe._execution_device
+    if any(parameter.device != device for parameter in model.parameters()):
         return False
     return fingerprint(model) != kept
 

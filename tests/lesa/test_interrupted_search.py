@@ -66,7 +66,7 @@ def very_brief():
     """The trainings within a search have a few epochs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "BRIEF", replace(stages.BRIEF, epochs=3))
-        patch.setattr(schedule_search, "BRIEF", replace(schedule_search.BRIEF, guided_epochs=4))
+        patch.setattr(schedule_search, "BRIEF_UPDATES", 4)
         yield
 
 
@@ -83,7 +83,7 @@ def whole(recording, tmp_path_factory):
         for place in PLACES:
             counts[place] = stack.enter_context(interrupted(place, None))
         lesa.train(recording, out_dir=folder, **OPTIONS)
-    assert {*files(folder)} == {"config.json", "model.safetensors", "losses.json", "losses.png"}
+    assert {*files(folder)} == {"config.json", "model.safetensors", "provenance.json", "losses.json", "losses.png"}
     return files(folder), {place: len(counted) for place, counted in counts.items()}
 
 

@@ -177,7 +177,7 @@ def test_what_was_stopped_goes_on_to_the_same_bits(pipe, recorded, predictor, tm
     loaded = FusedKANPredictor.from_pretrained(tmp_path / "stopped")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]) and torch.equal(value, loaded.state_dict()[name])
-    expected = {"config.json", "model.safetensors", "losses.json", "losses.png"}
+    expected = {"config.json", "model.safetensors", "provenance.json", "losses.json", "losses.png"}
     assert {file.name for file in (tmp_path / "stopped").iterdir()} == expected
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import lesa
 from lesa.schedule import Schedule
+from lesa.training import trainer
 from lesa.training.batches import Batch, Plan, split
 from lesa.training.guided_schedules import moved_steps
 from lesa.training.losses import head_aware_loss
@@ -138,6 +139,23 @@ def test_a_stopped_training_goes_on_to_the_same_bits(trajectories, tmp_path, mon
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize(
+    "samples, batch_size, guided, passes, saved",
+    [(2, 8, 3, 20, [0, 20, 23]), (9, 4, 1, 10, [0, 10, 11]), (23, 2, 0, 2, [0, 2])],
+)
+def test_by_default_steps_of_the_optimiser_count_and_not_passes(
+    tmp_path, monkeypatch, samples, batch_size, guided, passes, saved
+):
+    monkeypatch.setattr(trainer, "UPDATES", 20)
+    trajectories = write_trajectories(tmp_path / "t", samples=samples)  # a tenth of them, at least one, is held out
+    config, epochs, save = PredictorConfig(WIDTH, rank=2, hidden=4), [], Training._save_checkpoint
+    monkeypatch.setattr(Training, "_save_checkpoint", lambda run, *rest: epochs.append(rest[1]) or save(run, *rest))
+    lesa.train(trajectories, config, 4, out_dir=tmp_path / "out", batch_size=batch_size, progress=False)
+    losses = json.loads((tmp_path / "out" / LOSSES_NAME).read_text())
+    assert (losses["guided_epochs"], len(losses["training"])) == (guided, guided + passes)
+    assert epochs == saved  # a checkpoint every twenty steps of the optimiser
+
+
 def test_out_dir_gets_the_predictor_the_losses_and_their_picture(trajectories, tmp_path):
     out = tmp_path / "out"
     predictor = lesa.train(trajectories, schedule=4, out_dir=out, guided_epochs=2, **QUICK)
@@ -205,7 +223,13 @@ def test_a_checkpoint_that_was_cut_off_is_no_obstacle(trajectories, tmp_path, su
     out.mkdir()
     (out / (CHECKPOINT_NAME + suffix)).write_bytes(b"half")
     lesa.train(trajectories, schedule=4, out_dir=out, **QUICK)
-    assert {file.name for file in out.iterdir()} == {"config.json", "model.safetensors", "losses.json", "losses.png"}
+    assert {file.name for file in out.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "provenance.json",
+        "losses.json",
+        "losses.png",
+    }
 
 
 def test_a_checkpoint_holds_what_those_of_earlier_versions_hold(unfinished):

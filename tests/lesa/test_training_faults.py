@@ -561,7 +561,7 @@ def test_a_stopped_training_goes_on_to_the_same_bytes(recording, _whole, tmp_pat
     with watched_optimiser() as optimiser:
         lesa.train(recording, out_dir=out, **UNFINISHED)
     assert bytes_in(out) == _whole
-    assert {*_whole} == {"config.json", "model.safetensors", "losses.json", "losses.png"}
+    assert {*_whole} == {"config.json", "model.safetensors", "provenance.json", "losses.json", "losses.png"}
     whole_epochs = before // 2 * 2
     rates = [1e-2 * (1 + math.cos(math.pi * n / STEPS_IN_ALL)) / 2 for n in range(STEPS_IN_ALL)]
     assert optimiser.rates == pytest.approx(rates[whole_epochs:])  # no epoch is trained twice

@@ -21,7 +21,15 @@ from lesa.fitting.amounts import Amounts
 
 CASE, STEPS, BUDGET = small.ALL["flux"], 6, 3
 FEW = Amounts(
-    samples=2, most_samples=4, updates=6, round_updates=4, rounds=2, gain=-1e9, validation_samples=2, test_samples=2
+    samples=2,
+    first_samples=2,
+    most_samples=4,
+    updates=6,
+    round_updates=4,
+    rounds=2,
+    gain=-1e9,
+    validation_samples=2,
+    test_samples=2,
 )
 OPTIONS = {"num_inference_steps": STEPS, "batch_size": 2, "progress": False}
 

@@ -233,6 +233,8 @@ def _enable(
     as_trained = schedule is None or isinstance(schedule, Spread)
     options = (chosen, as_trained, max_device_bytes, strict, observer, owned)
     hook = ForecastingHook(pipe, adapters, {name: each.eval() for name, each in predictors.items()}, *options)
+    if observer is None:  # a recording compares the pipeline with what it holds
+        hook.compare()
     hook.install()
     return CacheHandle(hook)
 

@@ -14,9 +14,10 @@ from lesa.cache.controlnet import DeferredControl, computed
 from lesa.cache.device_values import DeviceValues, sum_of
 from lesa.cache.error_control import ControlledSteps, ErrorControl, forecast_error
 from lesa.cache.hook import StepHook
+from lesa.cache.made_for import MadeFor
 from lesa.cache.planning import Plan, Planner, can_plan, falling, times_at
 from lesa.cache.run import Call, Run, StepObserver
-from lesa.cache.sites import Site, adapters_on, switch_step
+from lesa.cache.sites import Site, switch_step
 from lesa.cache.stats import CacheStats, StreamStats
 from lesa.cache.streams import ForecastState, Stream, Track
 from lesa.models import Adapter
@@ -67,12 +68,22 @@ class ForecastingHook(StepHook[ForecastState]):
         if controlnet is not None and lists is not None:
             self._control = DeferredControl.of(controlnet, lists, converts)
         self._is_predicting = False  # whether the schedule of the latest run leaves out steps
+        self._made_for = MadeFor(pipe, self.sites, predictors)
         self.stats = CacheStats()
 
     def install(self) -> None:
         super().install()
         if self._control is not None:
             self._control.join(self.is_awaited)
+
+    def compare(self) -> None:
+        """Compares the pipeline with the one that the predictors were made for, and says what differs."""
+        self._remark(self._made_for.compare())
+
+    def _remark(self, remarks: Collection[str]) -> None:
+        for remark in remarks:
+            self.stats.note(remark)
+            self.warn(remark)
 
     def uninstall(self) -> None:
         super().uninstall()
@@ -96,7 +107,7 @@ class ForecastingHook(StepHook[ForecastState]):
         self.stats.begin_run()
         for note in (note for site in self.sites for note in site.adapter.notes):
             self.stats.note(note)
-        self._note_adapters()
+        self._remark(self._made_for.remarks())
         sigmas = state.run.executed_sigmas
         state.parts = [falling(sigmas, step) for step in range(len(sigmas))]
         state.switch = switch_step(self.pipe, state.run) if len(self.sites) > 1 else None
@@ -119,15 +130,6 @@ class ForecastingHook(StepHook[ForecastState]):
             predictor.forecaster.check_run(predictor.config, length)
         if self.observer is not None:
             self.observer.on_run(state.run, state.computed)
-
-    def _note_adapters(self) -> None:
-        if names := adapters_on(self.pipe, self.sites):
-            note = (
-                f"the adapters {', '.join(names)} are on: unless the predictor was trained with them, its forecasts "
-                "are less close"
-            )
-            self.stats.note(note)
-            self.warn(note)
 
     def on_unlocated(self) -> None:
         self.stats.unlocated += 1

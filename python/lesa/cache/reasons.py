@@ -1,4 +1,4 @@
-"""Why a call is computed that was to be predicted, and what helps: pairs of a reason and a remedy."""
+"""Why a call is computed that was to be predicted, and what helps: pairs of a reason and a remedy. And other notes."""
 
 UNLOCATED = (
     "the timestep is not one of the scheduler's, or not its current one",
@@ -46,6 +46,7 @@ COMPILE_FIRST = (
 )
 BEGINS = "the first call of this stream"
 FIRST_OF_SECOND = "the first step of transformer_2"
+MADE_FOR_OTHER = "this pipeline differs from the one that the predictor was made for"
 RISEN = ("the noise level rose", "Pass a list of steps that has this one.")
 MOVED = "the features came from another place of the transformer than before, so a new history begins"
 UNCLEAR = (

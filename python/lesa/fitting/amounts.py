@@ -1,6 +1,11 @@
 """How much is recorded and trained by default. The figures follow from measurements; see docs/research.md."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from lesa.training.settings import UPDATES
+
+RECORDED_FLOPS, RECORDED_FLOPS_ON_CPU = 1e15, 1e13
+"""How much work of the transformer the first samples may be: seconds to minutes, less than what the training takes."""
 
 
 @dataclass(frozen=True)
@@ -8,9 +13,10 @@ class Amounts:
     """How much work `fit` does at most.
 
     Args:
-        samples: recorded before the first training.
+        samples: recorded before the first training, at least.
+        first_samples: the same, at most, for models of which samples take little time.
         most_samples: recorded in the end, at most. Each round may double the samples until then.
-        updates: steps of the optimiser in the first training.
+        updates: steps of the optimiser in the closed loop of the first training.
         round_updates: the same in each round of refining.
         rounds: of refining, at most.
         gain: in dB. A round that gains less is the last one.
@@ -21,17 +27,28 @@ class Amounts:
         tokens_per_batch: random tokens of each trajectory per step of the optimiser.
     """
 
-    samples: int = 16
-    most_samples: int = 64
-    updates: int = 600
-    round_updates: int = 200
+    samples: int = 8
+    first_samples: int = 96
+    most_samples: int = 128
+    updates: int = UPDATES
+    round_updates: int = 240
     rounds: int = 3
     gain: float = 0.1
     tokens: int = 96
-    validation_samples: int = 4
+    validation_samples: int = 8
     test_samples: int = 8
     batch_size: int = 8
-    tokens_per_batch: int = 32
+    tokens_per_batch: int = 16
+
+    def for_model(self, flops: float, on_cpu: bool) -> "Amounts":
+        """The amounts for a model: as many first samples as `RECORDED_FLOPS` allow.
+
+        Args:
+            flops: of the run of one sample, about.
+            on_cpu: whether the model runs on a CPU.
+        """
+        allowed = int((RECORDED_FLOPS_ON_CPU if on_cpu else RECORDED_FLOPS) / flops)
+        return replace(self, samples=min(max(self.samples, allowed), self.first_samples))
 
     @property
     def ends(self) -> list[int]:

@@ -17,6 +17,7 @@ from lesa.fitting.planning import Work
 from lesa.fitting.samples import Samples
 from lesa.processes import Processes
 from lesa.schedule import Schedule
+from lesa.training.batches import passes
 from lesa.training.joined import JoinedRollOuts, JoinedTrajectories
 from lesa.training.refinement import MOST_LEARNING_RATE, RollOuts, refined
 from lesa.training.schedule_search import found_schedule
@@ -118,12 +119,11 @@ class OneBudget:
         with self.bar.part(f"{self.budget} steps, train", self.work.training_steps):
             if self.processes.by_first(lambda: is_finished(out_dir)):
                 return FusedKANPredictor.from_pretrained(out_dir)
-            batches = math.ceil(len(trajectories) / self.amounts.batch_size)
             return train(
                 trajectories,
                 schedule=schedule,
                 out_dir=out_dir,
-                epochs=math.ceil(self.amounts.updates / batches),
+                epochs=self._passes(trajectories, self.amounts.updates),
                 batch_size=self.amounts.batch_size,
                 tokens_per_batch=self.amounts.tokens_per_batch,
                 validation_fraction=0.0,
@@ -131,6 +131,11 @@ class OneBudget:
                 device=self.device,
                 progress=False,
             )
+
+    def _passes(self, trajectories: JoinedTrajectories, updates: int) -> int:
+        """In how many passes over all trajectories the optimiser takes about so many steps."""
+        settings = TrainingSettings(batch_size=self.amounts.batch_size, validation_fraction=0.0)
+        return passes(trajectories, updates, settings)
 
     def _schedule(self, trajectories: JoinedTrajectories) -> list[int]:
         """The computed steps. Of a pipeline with two transformers, for which there is no search, they are spread."""
@@ -153,7 +158,7 @@ class OneBudget:
             latest = before[-1]
             forecaster = latest.config.forecaster
             settings = TrainingSettings(
-                epochs=math.ceil(self.amounts.round_updates / math.ceil(len(trajectories) / self.amounts.batch_size)),
+                epochs=self._passes(trajectories, self.amounts.round_updates),
                 batch_size=self.amounts.batch_size,
                 tokens_per_batch=self.amounts.tokens_per_batch,
                 learning_rate=min(MOST_LEARNING_RATE, forecaster.learning_rate),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from lesa.fitting.amounts import Amounts
 from lesa.fitting.cost import CONTENDERS
-from lesa.training.schedule_search import BRIEF, SEARCH_TURNS
+from lesa.training.schedule_search import BRIEF_UPDATES, SEARCH_TURNS
 
 MOVES = 5
 """How often a search moves a step of the schedule, about."""
@@ -48,7 +48,7 @@ class Work:
     @property
     def brief_steps(self) -> int:
         """Of the brief trainings of a search."""
-        return SEARCH_TURNS * BRIEF.guided_epochs * math.ceil(self.amounts.samples * self.calls / BRIEF.batch_size)
+        return SEARCH_TURNS * BRIEF_UPDATES
 
     def search_steps(self, budget: int) -> int:
         """Of the search for a schedule."""

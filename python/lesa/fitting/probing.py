@@ -12,7 +12,7 @@ from lesa.cache.run import Call, Run
 from lesa.inputs import batches_of, collate
 from lesa.models import Adapter, adapter_for
 from lesa.pipelines import quiet_progress, run_pipeline
-from lesa_kernels.checks import usage_error
+from lesa_kernels.checks import Said, argument_error, usage_error
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,13 @@ class Probed:
     Args:
         steps: that a run executes. With `strength`, they can be fewer than the pipeline was asked for.
         tokens: of the smallest sample.
+        flops: of the run of a sample, with one call of the transformer in each step: two for each of its weights and
+            each token. Attention is left out.
     """
 
     steps: int
     tokens: int
+    flops: float
 
 
 class _SeenError(Exception):
@@ -71,6 +74,7 @@ def probed(pipe: Any, inputs: Sequence[dict], num_inference_steps: int) -> Probe
         num_inference_steps: of a run.
 
     Raises:
+        ValueError: the inputs leave no step to compute.
         RuntimeError: a compiled graph hides the blocks of the transformer, which the test must count.
         What the pipeline and `lesa.cache.observed` raise.
     """
@@ -88,6 +92,9 @@ def probed(pipe: Any, inputs: Sequence[dict], num_inference_steps: int) -> Probe
             "`pipe` has a transformer whose blocks were not all seen to run, so `lesa.evaluate` cannot count them."
         )
         raise usage_error(sentence, "Fit before `compile`, or compile the blocks one by one.", RuntimeError)
-    if not seen:  # the run had no step; the recording will say so
-        return Probed(num_inference_steps, 1)
-    return Probed(min(each.steps for each in seen), min(each.tokens for each in seen))
+    if not seen:
+        must, got = "make the pipeline call its transformer", Said("inputs of which it computes no step")
+        raise argument_error("inputs", must, got, "Choose more steps, or a larger `strength`.")
+    steps, tokens = min(each.steps for each in seen), min(each.tokens for each in seen)
+    weights = sum(weight.numel() for weight in adapter_for(pipe).transformer.parameters())
+    return Probed(steps, tokens, 2.0 * weights * steps * max(each.tokens for each in seen))

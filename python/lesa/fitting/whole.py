@@ -71,10 +71,15 @@ class Fit:
 
     def _settings(self) -> dict[str, Any]:
         """All that must be the same for the fit to continue."""
-        budget = self.budgets if self.folder.is_divided else self.budgets[0]
-        options = {"budget": budget, "seed": self.seed, "batch_size": self.batch_size}
-        options |= {"num_inference_steps": self.num_inference_steps, "amounts": asdict(self.amounts)}
-        return settings_of(self.pipe, self.inputs, **options)
+        return settings_of(
+            self.pipe,
+            self.inputs,
+            budget=self.budgets if self.folder.is_divided else self.budgets[0],
+            seed=self.seed,
+            batch_size=self.batch_size,
+            num_inference_steps=self.num_inference_steps,
+            amounts=asdict(self.amounts),
+        )
 
     def _make(self, settings: dict[str, Any], bar: Bar) -> None:
         """Makes all files of the predictors."""
@@ -83,16 +88,18 @@ class Fit:
             if budget >= first.steps:
                 must = f"be below the {first.steps} steps that a run of these inputs executes"
                 raise argument_error("budget", must, budget, "Compute fewer steps.")
+        device = self.pipe.transformer.device
+        amounts = self.amounts = defaults.AMOUNTS.for_model(first.flops, on_cpu=device.type == "cpu")
         self.processes.by_first(lambda: self.folder.begin(settings))
         samples = Samples(
             self.pipe,
             self.inputs,
             self.folder.work,
             self.num_inference_steps,
-            min(self.amounts.tokens, first.tokens),
+            min(amounts.tokens, first.tokens),
             self.batch_size,
             self.seed,
-            self.amounts,
+            amounts,
         )
         with bar.counting(adapter.transformer for adapter in adapters_for(self.pipe).values()):
             bar.plan(first.steps)
@@ -100,7 +107,7 @@ class Fit:
                 start = time.perf_counter()
                 sample = samples.part(0)
                 seconds = time.perf_counter() - start
-            work = Work(self.amounts, first.steps, _calls(sample), self.batch_size)
+            work = Work(amounts, first.steps, _calls(sample), self.batch_size)
             if sample.recorded.new:  # else it was recorded by an earlier call, and its seconds are not known
                 self.processes.by_first(lambda: bar.say(self._cost(sample, seconds, work)))
             bar.plan(work.all_steps(self.budgets))

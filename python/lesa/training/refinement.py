@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -37,10 +38,10 @@ from lesa.inputs import check_inputs
 from lesa.models import adapter_for
 from lesa.processes import Processes, processes_for
 from lesa.provenance import of_manifest
-from lesa.training.batches import Batch, Plan, RollOut, check_is_predictor, check_whole, roll_out
+from lesa.training.batches import Batch, Plan, RollOut, check_is_predictor, check_whole, passes, roll_out
 from lesa.training.losses import feature_loss, head_aware_loss, roll_out_loss
 from lesa.training.recording import Recording, check_same_conditions
-from lesa.training.settings import TrainingSettings, usable_device
+from lesa.training.settings import REFINING_UPDATES, TrainingSettings, usable_device
 from lesa.training.training_run import Training, is_finished
 from lesa.training.trajectories import Trajectories, as_trajectories, check_plain, latents_of
 from lesa_kernels import FusedKANPredictor
@@ -63,7 +64,7 @@ def refine(
     *,
     out_dir: str | os.PathLike | None = None,
     rounds: int = 2,
-    epochs: int = 20,
+    epochs: int | None = None,
     batch_size: int = 8,
     tokens_per_batch: int | None = 32,
     learning_rate: float | None = None,
@@ -87,7 +88,7 @@ def refine(
             refinement that was interrupted continues there. None: the roll-outs are in a temporary folder, and nothing
             is kept.
         rounds: how often to make roll-outs and train on them.
-        epochs: passes over the trajectories in each round.
+        epochs: passes over the trajectories in each round. Default: as many as give about 360 steps of the optimiser.
         batch_size, tokens_per_batch, learning_rate: see `train`; they apply to each round. The default learning rate is
             that of `train`, but at most 1e-3.
         samples_per_call: how many samples share a call of the pipeline.
@@ -118,13 +119,15 @@ def refine(
     rounds = check_int("rounds", rounds)
     forecaster = predictor.config.forecaster
     settings = TrainingSettings(
-        epochs=check_int("epochs", epochs),
+        epochs=0,
         batch_size=batch_size,
         tokens_per_batch=tokens_per_batch,
         learning_rate=min(MOST_LEARNING_RATE, forecaster.learning_rate) if learning_rate is None else learning_rate,
         head_aware=forecaster.head_aware,
         seed=seed,
     )
+    of_a_round = passes(trajectories, REFINING_UPDATES, settings) if epochs is None else check_int("epochs", epochs)
+    settings = replace(settings, epochs=of_a_round)
     samples_per_call, device = check_int("samples_per_call", samples_per_call), usable_device(device)
     processes = processes_for(pipe)
     everything = _all_settings(predictor, trajectories, rounds, settings)
