@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lesa.fitting import cost
+from lesa.fitting.amounts import Amounts
 from lesa.fitting.cost import FirstSample, fit_cost, measured
 from made_recordings import STEPS, TOKENS, WIDTH, write_recording
 
@@ -50,7 +51,7 @@ def test_a_plan_without_roll_outs_names_none():
 
 @pytest.mark.parametrize(("samples", "streams"), [(1, 1), (3, 2)])
 def test_what_is_measured_of_the_first_sample(tmp_path, monkeypatch, samples, streams):
-    """The size of the first sample's files, with all of its streams, and a step of the optimiser on eight like it."""
+    """The size of the first sample's files, with all of its streams, and a step of the optimiser on a batch of it."""
     trained = []
 
     class Seen(cost.Training):
@@ -62,8 +63,8 @@ def test_what_is_measured_of_the_first_sample(tmp_path, monkeypatch, samples, st
     monkeypatch.setattr(cost, "_bandwidth", lambda device: 1e6)
     recording = write_recording(tmp_path / "recording", samples, streams)
     with torch.no_grad():  # a caller may have it off
-        first = measured(recording, 2.5, 4, "cpu")
-    assert trained == [((STEPS, 8 * TOKENS, WIDTH), False, trained[0][2])] * 4 and len(trained[0][2]) == 4
+        first = measured(recording, 2.5, Amounts(batch_size=3, tokens_per_batch=2), 4, "cpu")
+    assert trained == [((STEPS, 3 * 2, WIDTH), False, trained[0][2])] * 4 and len(trained[0][2]) == 4
     assert (first.seconds, first.num_inference_steps) == (2.5, STEPS)
     files = [tmp_path / "recording" / name for name in ("sample-00000.safetensors", "sample-00000-uncond.safetensors")]
     size = sum(file.stat().st_size for file in files[:streams])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lesa.estimation import predicted_work
+from lesa.fitting.amounts import Amounts
 from lesa.training.batches import Batch, Split
 from lesa.training.settings import TrainingSettings, complete_config, spread_over
 from lesa.training.training_run import Training
@@ -17,8 +18,6 @@ from lesa_kernels.torch_modes import default_modes
 CONTENDERS = 3
 """The runs of each budget in the test, beside the one with all steps: trained, without training, and fewer steps."""
 
-_TRAJECTORIES, _TOKENS = 8, 32
-"""Of a step of the optimiser, with the defaults of `train`: the trajectories, and the tokens of each."""
 _TIMED = 3
 """Steps of the optimiser whose time is measured, after one whose time is not."""
 _COPIED = 2**24
@@ -110,7 +109,9 @@ class FitCost:
 
 
 @default_modes()
-def measured(trajectories: Trajectories, seconds: float, budget: int, device: torch.device | str) -> FirstSample:
+def measured(
+    trajectories: Trajectories, seconds: float, amounts: Amounts, budget: int, device: torch.device | str
+) -> FirstSample:
     """Measures what the first sample says about the cost of a fit. It trains on that sample for a moment.
 
     The predictor is the one that `lesa.train` makes by default. A step of the optimiser is measured with the first
@@ -119,6 +120,7 @@ def measured(trajectories: Trajectories, seconds: float, budget: int, device: to
     Args:
         trajectories: the recording, whose first sample is used.
         seconds: that the recording of this sample took.
+        amounts: the size of a step of the optimiser.
         budget: how many steps the predictor computes.
         device: where the predictor is trained, and the pipeline runs.
 
@@ -136,7 +138,7 @@ def measured(trajectories: Trajectories, seconds: float, budget: int, device: to
         seconds=seconds,
         nbytes=sum(tensor.nbytes for tensor in tensors),
         num_inference_steps=len(trajectories.run_sigmas),
-        optimiser_step_seconds=_optimiser_step_seconds(trajectories, budget, device),
+        optimiser_step_seconds=_optimiser_step_seconds(trajectories, amounts, budget, device),
         predicted_step_seconds=streams * moved / _bandwidth(device),
     )
 
@@ -188,13 +190,13 @@ def _all_tokens(index: Sequence[int]) -> int:
     return most if most == len(index) else round(index[-1] * (len(index) + 1) / len(index))
 
 
-def _optimiser_step_seconds(trajectories: Trajectories, budget: int, device: torch.device) -> float:
+def _optimiser_step_seconds(trajectories: Trajectories, amounts: Amounts, budget: int, device: torch.device) -> float:
     config = complete_config(trajectories, None, spread_over(trajectories, budget))
     numbers = Split(trajectories.by_sample[0], [])
     run = Training(trajectories, config, TrainingSettings(), numbers=numbers, device=device)
     number = numbers.training[0]
-    end, alike = trajectories.end_of(number), [trajectories[number]] * _TRAJECTORIES
-    batch = Batch(alike, run.head, run.generator, _TOKENS, device, end=end)
+    end, alike = trajectories.end_of(number), [trajectories[number]] * amounts.batch_size
+    batch = Batch(alike, run.head, run.generator, amounts.tokens_per_batch, device, end=end)
     optimizer = torch.optim.AdamW(run.predictor.parameters(), lr=0.0)
     seconds = []
     for _ in range(1 + _TIMED):

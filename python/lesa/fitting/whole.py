@@ -138,7 +138,7 @@ class Fit:
         """What the rest will cost, in words. Samples for choices count like those to train on."""
         amounts, device = self.amounts, usable_device(self.pipe._execution_device)
         cost = fit_cost(
-            measured(sample, seconds, self.budgets[0], device),
+            measured(sample, seconds, amounts, self.budgets[0], device),
             budgets=self.budgets,
             samples=amounts.samples + amounts.validation_samples,
             more_samples=amounts.samples_of(amounts.rounds) - amounts.samples,
