@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 import interrupted_fits
 import lesa
-from interrupted_fits import BUDGET, CASE, OPTIONS, files_in, inputs, make_quick
+from interrupted_fits import BUDGET, CASE, OPTIONS, inputs, make_quick
 from lesa.fitting import whole
 
 PROGRAM = Path(interrupted_fits.__file__)
@@ -24,30 +23,6 @@ def few(monkeypatch):
 
 class Interrupted(BaseException):
     pass
-
-
-def test_a_fit_that_is_interrupted_at_random_writes_goes_on(tmp_path, monkeypatch):
-    """Each call gets a random number of files written, until one comes to its end."""
-    pipe, chosen, replace = CASE.build(), random.Random(7), os.replace
-    lesa.fit(pipe, inputs(), budget=BUDGET, out_dir=tmp_path / "whole", **OPTIONS)
-    interruptions = 0
-    while interruptions < 50:
-        left = iter(range(chosen.randint(1, 40), -1, -1))
-
-        def counted(*arguments, left=left, **options):
-            if next(left) == 0:
-                raise Interrupted
-            return replace(*arguments, **options)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", counted)
-            try:
-                lesa.fit(pipe, inputs(), budget=BUDGET, out_dir=tmp_path / "out", **OPTIONS)
-                break
-            except Interrupted:
-                interruptions += 1
-    assert interruptions >= 5
-    assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("left", ["state", "empty work"])

@@ -42,8 +42,7 @@ CURVE_NAME = "losses.png"
 WEIGHT_DECAY = 1e-4
 GRADIENT_CLIP = 1.0
 
-MOST_CHECKPOINTS = 200
-"""How often a training writes a checkpoint, at most. With few trajectories there are many epochs, and each is short."""
+MOST_CHECKPOINTS = 200  # of a training. With few trajectories there are many epochs, and each of them is short
 
 MOST_TOKENS = 256
 """How many tokens of a trajectory are used where the errors of a trained predictor are measured, at most."""
