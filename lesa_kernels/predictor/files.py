@@ -3,12 +3,14 @@
 import difflib
 import json
 import os
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from lesa_kernels.checks import Said, argument_error, check_folder_or_id, usage_error
+from lesa_kernels.checks import Said, argument_error, check_folder_or_id, check_int, usage_error
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -58,6 +60,10 @@ def check_hub_options(given: Collection[str]) -> None:
             raise usage_error(f"`from_pretrained` has no argument `{name}`.", remedy, TypeError)
 
 
+_BUDGET = re.compile("budget-([1-9][0-9]*)")
+"""The folder of one of several predictors."""
+
+
 class Files(NamedTuple):
     """The files of a saved predictor; `provenance` is None if there is none."""
 
@@ -66,7 +72,7 @@ class Files(NamedTuple):
     provenance: Path | None
 
 
-def find_files(folder_or_id: str | os.PathLike, hub: Mapping[str, Any]) -> Files:
+def find_files(folder_or_id: str | os.PathLike, hub: Mapping[str, Any], budget: int | None = None) -> Files:
     """The files in a folder; they are downloaded if it is the id of a repository.
 
     What looks like a path is never asked of the hub; see `check_folder_or_id`. If the hub cannot be reached, files that
@@ -75,17 +81,84 @@ def find_files(folder_or_id: str | os.PathLike, hub: Mapping[str, Any]) -> Files
     Args:
         folder_or_id: a folder, or the id of a repository on the hub.
         hub: options of the download. In a folder, only `subfolder` has a meaning.
+        budget: which predictor to take, if there is one for each of several budgets.
 
     Raises:
         TypeError: `folder_or_id` is no path, or an option is unknown.
-        ValueError: it is neither a path nor a possible id.
+        ValueError: it is neither a path nor a possible id, or it has other budgets than `budget`.
         FileNotFoundError: it looks like a path and is no folder, or one of its files is missing.
     """
     check_folder_or_id("folder_or_id", folder_or_id)
     check_hub_options(hub)
-    name, folder = os.fspath(folder_or_id), Path(folder_or_id)
-    if folder.is_dir():
-        return _files_in(folder / (hub.get("subfolder") or ""))
+    name = os.fspath(folder_or_id)
+    inside = hub
+    if budget is not None:
+        folder = f"budget-{check_int('budget', budget)}"
+        inside = {**hub, "subfolder": f"{hub['subfolder']}/{folder}" if hub.get("subfolder") else folder}
+    try:
+        if Path(name).is_dir():
+            return _files_in(Path(name, inside.get("subfolder") or ""))
+        return _downloaded(name, inside)
+    except Exception as error:
+        if not _is_absent(error):
+            raise
+        budgets = budgets_in(folder_or_id, hub)
+        if budgets:
+            listed = ", ".join(map(str, budgets))
+            must, remedy = (
+                f"be one of {listed}",
+                f"Pass one of them, or its folder, such as {name}/budget-{budgets[0]}.",
+            )
+            raise argument_error("budget", f"{must}, for which {name} has predictors", budget, remedy) from None
+        if budget is not None:
+            must, remedy = f"be left out for {name}, which has no folders such as budget-9", "Leave it out."
+            raise argument_error("budget", must, budget, remedy) from None
+        raise
+
+
+def budgets_in(folder_or_id: str | os.PathLike, hub: Mapping[str, Any] = MappingProxyType({})) -> list[int]:
+    """The budgets for which there are predictors, in rising order; empty if there is one predictor, or none.
+
+    Args:
+        folder_or_id, hub: as in `find_files`. A predictor of the budget 9 is in the folder `budget-9`.
+    """
+    name, subfolder = os.fspath(folder_or_id), hub.get("subfolder") or ""
+    if Path(name).is_dir():
+        files = Path(name, subfolder).glob(f"*/{CONFIG_NAME}")
+        places = [file.parent.name for file in files] if not Path(name, subfolder, CONFIG_NAME).is_file() else []
+    else:
+        places = _places_on_hub(name, hub)
+    found = (_BUDGET.fullmatch(place) for place in places)
+    return sorted(int(match[1]) for match in found if match is not None)
+
+
+def _places_on_hub(name: str, hub: Mapping[str, Any]) -> list[str]:
+    """The folders of a repository that have a configuration; empty if that is not in a folder."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    try:
+        hf_hub_download(name, CONFIG_NAME, **hub)
+        return []
+    except Exception as error:
+        if not _is_absent(error):
+            raise
+    options = {key: hub[key] for key in ("revision", "repo_type") if key in hub}
+    files = HfApi(endpoint=hub.get("endpoint"), token=hub.get("token")).list_repo_files(name, **options)
+    prefix = f"{hub['subfolder']}/" if hub.get("subfolder") else ""
+    inside = [file.removeprefix(prefix).split("/") for file in files if file.startswith(prefix)]
+    return [place for place, *rest in inside if rest == [CONFIG_NAME]]
+
+
+def _is_absent(error: Exception) -> bool:
+    """Whether an error says that there is no such file, and not that the hub cannot be reached."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    if isinstance(error, EntryNotFoundError):
+        return not isinstance(error, LocalEntryNotFoundError)
+    return isinstance(error, FileNotFoundError) and hasattr(error, "lesa_message")
+
+
+def _downloaded(name: str, hub: Mapping[str, Any]) -> Files:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
@@ -121,7 +194,7 @@ def _downloaded_provenance(name: str, hub: Mapping[str, Any]) -> Path | None:
     except LocalEntryNotFoundError as error:
         if not (hub.get("local_files_only") or constants.HF_HUB_OFFLINE):
             text = f"lesa: {name} was loaded without {PROVENANCE_NAME}, which the hub could not be asked for: {error}"
-            warnings.warn(" ".join(text.split()), RuntimeWarning, stacklevel=4)
+            warnings.warn(" ".join(text.split()), RuntimeWarning, stacklevel=5)
         return None
     except EntryNotFoundError:
         return None

@@ -400,24 +400,28 @@ class FusedKANPredictor(nn.Module):
 
     @classmethod
     @default_modes()
-    def from_pretrained(cls, folder_or_id: str | os.PathLike, backend: str = "auto", **hub: Any) -> "FusedKANPredictor":
+    def from_pretrained(
+        cls, folder_or_id: str | os.PathLike, backend: str = "auto", *, budget: int | None = None, **hub: Any
+    ) -> "FusedKANPredictor":
         """Loads what `save_pretrained` wrote: the same bits, in the same dtype.
 
         Args:
             folder_or_id: a folder, or the id of a repository on the Hugging Face hub.
             backend: as in the constructor.
+            budget: which predictor to load from a folder or a repository that has one for each of several budgets, in
+                folders such as `budget-9`. None: it has one predictor only.
             hub: passed to `huggingface_hub.hf_hub_download`, such as `revision` or `token`. A folder needs none of
                 them; only `subfolder` has a meaning there.
 
         Raises:
             FileNotFoundError: the folder or one of its files is missing.
-            ValueError, TypeError: a keyword is unknown, a file can't be read, the format version is another one, or a
-                field or weight does not fit; the message names it.
+            ValueError, TypeError: a keyword is unknown, there are predictors for other budgets, a file can't be read,
+                the format version is another one, or a field or weight does not fit; the message names it.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        files = find_files(folder_or_id, hub)
+        files = find_files(folder_or_id, hub, budget)
         try:
             file = CONFIG_NAME
             config = PredictorConfig.from_dict(json.loads(files.config.read_text()))

@@ -27,7 +27,7 @@ MODEL = str(digits.PIPELINE_DIR)
 CALLED = (lesa.record, lesa.train, lesa.refine, lesa.evaluate, lesa.estimate, lesa.report, load_pipeline, export)
 PYTHON_ONLY = {
     *(name for function in CALLED for name in inspect.signature(function).parameters if "_" in name),
-    *inspect.signature(FusedKANPredictor.from_pretrained).parameters,
+    *(name for name in inspect.signature(FusedKANPredictor.from_pretrained).parameters if name != "budget"),
     "requested_num_inference_steps",
 }
 """Names that mean nothing to someone who uses the commands."""

@@ -1,6 +1,8 @@
 """`lesa.fit`: from a small pipeline to tested predictors."""
 
+import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,20 +10,22 @@ from safetensors.torch import load_file
 
 import lesa
 import small_pipelines as small
-from interrupted_fits import BUDGET, CASE, FEW, OPTIONS, STEPS, files_in, inputs
-from lesa.fitting import whole
+from interrupted_fits import BUDGET, CASE, FEW, OPTIONS, STEPS, files_in, inputs, make_quick
+from lesa.fitting import samples, whole
 from lesa.fitting.amounts import Amounts
+from lesa.fitting.bar import Bar
 from lesa.fitting.comparing import LatentRuns
 from lesa.fitting.one_budget import OneBudget
 from lesa.fitting.samples import TEST, VALIDATION
 from lesa_kernels import FusedKANPredictor
+from small_wan import EXPERTS
 
 FILES = ["README.md", "comparison.png", "config.json", "evaluation.json", "model.safetensors", "provenance.json"]
 
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    monkeypatch.setattr(whole.defaults, "AMOUNTS", FEW)
+    make_quick(monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -34,7 +38,7 @@ def fitted(tmp_path_factory):
     """A finished fit: its folder, its predictor, the seeds of all samples in order, and the sizes of the trainings."""
     folder, seeds, sizes = tmp_path_factory.mktemp("fit") / "out", [], []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(whole.defaults, "AMOUNTS", FEW)
+        make_quick(patch.setattr)
         for name in ("lesa.training.recording", "lesa.fitting.comparing", "lesa.evaluation.contest"):
             module = __import__(name, fromlist=["run_pipeline"])
             patch.setattr(module, "run_pipeline", watched(module.run_pipeline, name.split(".")[1], seeds))
@@ -103,9 +107,8 @@ def test_the_second_round_has_twice_the_samples(fitted):
 
 @pytest.mark.parametrize("gain, rounds", [(1e9, 1), (-1e9, 2)])
 def test_rounds_and_samples_end_where_they_gain_too_little(small_pipe, tmp_path, monkeypatch, gain, rounds):
-    amounts = Amounts(**{**vars(FEW), "gain": gain})
     recorded, psnrs = [], iter([30.0, 31.0, 32.0])
-    monkeypatch.setattr(whole.defaults, "AMOUNTS", amounts)
+    monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, gain=gain))
     monkeypatch.setattr(LatentRuns, "errors", lambda self, *args, **options: {"psnr": [next(psnrs)]})
     monkeypatch.setattr(OneBudget, "_trained", lambda self: self._joined(2) and "first")
     monkeypatch.setattr(OneBudget, "_refined", lambda self, number, before: self._joined(2 * number) and str(number))
@@ -113,15 +116,15 @@ def test_rounds_and_samples_end_where_they_gain_too_little(small_pipe, tmp_path,
     monkeypatch.setattr(whole.Fit, "_test", lambda self, samples, fitted, bar: recorded.append((fitted, samples)))
     monkeypatch.setattr(whole.FusedKANPredictor, "from_pretrained", lambda place: None)
     lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=tmp_path / "out", **OPTIONS)
-    ((found, samples),) = recorded
+    ((found, parts),) = recorded
     assert found[BUDGET].predictor == str(rounds)
     assert found[BUDGET].made["validation_psnr"] == [30.0, 31.0, 32.0][: rounds + 1]
-    assert len(samples._parts) == rounds + 1  # one sample, the rest of the first ones, and twice as many
+    assert len(parts._parts) == rounds + 1  # one sample, the rest of the first ones, and twice as many
 
 
 def test_the_best_round_is_kept(small_pipe, tmp_path, monkeypatch):
     psnrs = iter([30.0, 29.0])
-    monkeypatch.setattr(whole.defaults, "AMOUNTS", Amounts(**{**vars(FEW), "gain": 0.1}))
+    monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, gain=0.1))
     monkeypatch.setattr(LatentRuns, "errors", lambda self, *args, **options: {"psnr": [next(psnrs)]})
     kept = []
     monkeypatch.setattr(whole.Fit, "_test", lambda self, samples, fitted, bar: kept.append(fitted[BUDGET]))
@@ -212,3 +215,111 @@ def test_blocks_that_cannot_be_counted_are_refused_before_anything_is_recorded(s
     with pytest.raises(RuntimeError, match="whose blocks were not all seen to run"):
         lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=tmp_path, **OPTIONS)
     assert [*tmp_path.iterdir()] == []
+
+
+# Several budgets, other families, no pictures
+
+
+def test_several_budgets_are_made_from_one_recording(fitted, small_pipe, tmp_path, monkeypatch):
+    """The predictor for a budget does not depend on the others."""
+    folder, alone, *_ = fitted
+    recorded, record = [], samples.record
+    monkeypatch.setattr(samples, "record", lambda *args, **options: recorded.append(1) or record(*args, **options))
+    made = lesa.fit(small_pipe, inputs(), budget=[BUDGET, 2], out_dir=tmp_path, **OPTIONS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["budget-2", "budget-3"]
+    assert [*made] == [BUDGET, 2] and [len(each.config.schedule) for each in made.values()] == [BUDGET, 2]
+    assert len(recorded) == 3  # one sample, the rest of the first two, and two more
+    for name in ("config.json", "model.safetensors", "README.md"):
+        assert (tmp_path / "budget-3" / name).read_bytes() == (folder / name).read_bytes()
+    assert all(torch.equal(a, b) for a, b in zip(made[BUDGET].parameters(), alone.parameters(), strict=True))
+
+
+def test_without_a_decoder_figures_are_of_latents(small_pipe, monkeypatch, tmp_path):
+    small_pipe.vae = None
+    monkeypatch.setattr(small_pipe, "vae_scale_factor", 8, raising=False)
+    monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, rounds=1))
+    predictor = lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=tmp_path, **OPTIONS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name for name in FILES if name != "comparison.png"]
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert evaluation["compared"] == "latents"
+    reference, fitted, untrained, fewer = evaluation["runs"]
+    assert all(run["psnr"] is None and run["ssim"] is None for run in evaluation["runs"])
+    with lesa.enable_cache(small_pipe, predictor):
+        ours = [latents_of(small_pipe, number) for number in range(TEST, TEST + FEW.test_samples)]
+    wanted = [latents_of(small_pipe, number) for number in range(TEST, TEST + FEW.test_samples)]
+    psnr = [10 * (4 / (a - b).square().mean()).log10() for a, b in zip(ours, wanted)]
+    assert fitted["latent_psnr"] == pytest.approx(float(torch.stack(psnr).mean()), abs=0.05)
+    assert fewer["num_inference_steps"] == fewer["whole_steps"] == BUDGET
+
+
+def latents_of(pipe, number):
+    arguments = {**inputs()[number % 3], "num_inference_steps": STEPS, "output_type": "latent"}
+    return pipe(**arguments, generator=torch.Generator().manual_seed(number), return_dict=False)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen cfg", "hunyuan", "sd3 cfg"])
+def test_other_families_are_fitted(name, tmp_path):
+    case = small.ALL[name]
+    predictor = lesa.fit(case.build(), inputs(case), budget=BUDGET, out_dir=tmp_path, **OPTIONS)
+    assert len(predictor.config.schedule) == BUDGET and sorted(path.name for path in tmp_path.iterdir()) == FILES
+
+
+@pytest.mark.slow
+def test_two_transformers_get_a_spread_schedule_with_the_switch_in_it(tmp_path):
+    case = EXPERTS["wan 2.2 cfg"]  # the second transformer begins with step 6 of 12
+    pipe = case.build()
+    options = {**OPTIONS, "batch_size": 1, "num_inference_steps": 12}
+    predictor = lesa.fit(pipe, [case.inputs(1)], budget=4, out_dir=tmp_path, **options)
+    assert len(predictor.config.schedule) == 4 and {0, 6} < {*predictor.config.schedule}
+    with lesa.enable_cache(pipe, predictor) as cache:
+        case.run(pipe, steps=12)
+    assert {step for stream in cache.stats.streams.values() for step in stream.computed} == {*predictor.config.schedule}
+
+
+def test_nothing_is_kept_without_a_folder(small_pipe, monkeypatch):
+    places = []
+    monkeypatch.setattr(whole.Fit, "run", lambda self, progress: places.append(self.folder.path) or {BUDGET: "made"})
+    assert lesa.fit(small_pipe, inputs(), budget=BUDGET, **OPTIONS) == "made"
+    assert not places[0].exists()
+
+
+def test_one_bar_moves_in_every_part_and_is_full_at_the_end(small_pipe, tmp_path, capsys, monkeypatch):
+    moved, part = {}, Bar.part
+
+    @contextlib.contextmanager
+    def watched_part(self, name, steps):
+        with part(self, name, steps):
+            yield
+            moved.setdefault(name, []).append((self._within, steps))
+
+    bars = []
+    monkeypatch.setattr(Bar, "part", watched_part)
+    monkeypatch.setattr(Bar, "close", lambda self: bars.append((self._bar.n, self._bar.total)))
+    lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=tmp_path, **{**OPTIONS, "progress": True})
+    ((done, total),) = bars
+    assert done == total
+    assert {name for name, parts in moved.items() if any(within for within, _ in parts)} == {
+        "record the first sample",
+        "record",
+        "validate",
+        "test",
+        *(f"3 steps, {name}" for name in ("search", "train", "validate", "round 1", "round 2")),
+    }
+    assert all(
+        within >= 0.7 * steps for name, parts in moved.items() for within, steps in parts if "search" not in name
+    )
+    said = capsys.readouterr().err
+    assert "The first sample took" in said and "PSNR of pictures against all steps: newton-3" in said
+    assert said.index("The first sample took") < said.index("PSNR of pictures")
+
+
+@pytest.mark.parametrize(
+    "flops, on_cpu, first",
+    [(1.5e10, True, 96), (5e15, False, 8), (5e13, False, 20), (5e13, True, 8)],
+)
+def test_more_samples_are_recorded_first_where_they_are_cheap(flops, on_cpu, first):
+    amounts = Amounts().for_model(flops, on_cpu)
+    assert amounts.samples == first
+    assert amounts.ends[:2] == [1, first] and amounts.ends[-1] == amounts.most_samples
+    assert all(amounts.samples_of(number) in amounts.ends for number in range(1, amounts.rounds + 1))

@@ -11,7 +11,7 @@ import pytest
 
 import interrupted_fits
 import lesa
-from interrupted_fits import BUDGET, CASE, FEW, OPTIONS, files_in, inputs
+from interrupted_fits import BUDGET, CASE, OPTIONS, files_in, inputs, make_quick
 from lesa.fitting import whole
 
 PROGRAM = Path(interrupted_fits.__file__)
@@ -19,7 +19,7 @@ PROGRAM = Path(interrupted_fits.__file__)
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    monkeypatch.setattr(whole.defaults, "AMOUNTS", FEW)
+    make_quick(monkeypatch.setattr)
 
 
 class Interrupted(BaseException):
@@ -31,7 +31,7 @@ def test_a_fit_that_is_interrupted_at_random_writes_goes_on(tmp_path, monkeypatc
     pipe, chosen, replace = CASE.build(), random.Random(7), os.replace
     lesa.fit(pipe, inputs(), budget=BUDGET, out_dir=tmp_path / "whole", **OPTIONS)
     interruptions = 0
-    while interruptions < 100:
+    while interruptions < 50:
         left = iter(range(chosen.randint(1, 40), -1, -1))
 
         def counted(*arguments, left=left, **options):

@@ -905,6 +905,9 @@ def test_push_to_hub(tmp_path, monkeypatch):
             seen["repo"] = (repo_id, private, exist_ok)
             return f"https://hub/{repo_id}"
 
+        def file_exists(self, repo_id, filename):
+            return True
+
         def upload_folder(self, repo_id, folder_path, commit_message):
             seen["uploaded_to"] = repo_id
             seen["loaded"] = FusedKANPredictor.from_pretrained(folder_path)

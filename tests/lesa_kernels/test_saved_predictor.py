@@ -6,12 +6,14 @@ import io
 import json
 import pickle
 import struct
+import warnings
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError
+import yaml
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -186,6 +188,193 @@ def test_what_can_be_no_id_is_named(tmp_path, monkeypatch, name):
 def test_what_is_no_path_at_all_is_named(value):
     with pytest.raises(TypeError, match="`folder_or_id` must be a folder or a hub id such as 'user/name', but got"):
         FusedKANPredictor.from_pretrained(value)
+
+
+# What the predictor was made for
+
+MADE_FOR = {"dtypes": {"transformer": "bfloat16"}, "shift": 3.0, "list": [1, None, True, "\u00e9"]}
+
+
+def test_a_provenance_is_saved_beside_the_weights_and_an_older_one_is_removed(predictor, tmp_path):
+    predictor.provenance = MADE_FOR
+    predictor.save_pretrained(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors", "provenance.json"]
+    assert FusedKANPredictor.from_pretrained(tmp_path).provenance == MADE_FOR
+    predictor.provenance = None
+    predictor.save_pretrained(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert FusedKANPredictor.from_pretrained(tmp_path).provenance is None
+
+
+@pytest.mark.parametrize("value", [[1], "text", {"a": {1, 2}}, {"a": float("nan")}, {1: "a"}, {"a": (1, 2)}])
+def test_what_json_does_not_have_is_no_provenance(saved, predictor, value):
+    predictor.provenance = value
+    before = {file: file.read_bytes() for file in saved.iterdir()}
+    with pytest.raises((TypeError, ValueError), match="`provenance` must be None, or a dict of values that JSON has"):
+        predictor.save_pretrained(saved)
+    assert before == {file: file.read_bytes() for file in saved.iterdir()}
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"a": ', b"[1]", b"\xff\xfe{}", b"null"])
+def test_a_damaged_provenance_is_named(saved, damage):
+    (saved / "provenance.json").write_bytes(damage)
+    with pytest.raises(ValueError, match="`folder_or_id` must hold a readable provenance.json, but got .* delete it"):
+        FusedKANPredictor.from_pretrained(saved)
+
+
+def test_a_predictor_that_an_earlier_release_pickled_has_none(predictor):
+    assert "provenance" not in vars(predictor)
+    assert pickle.loads(pickle.dumps(predictor)).provenance is None
+
+
+def test_a_provenance_is_loaded_from_the_hub(saved, hub):
+    (saved / "provenance.json").write_text(json.dumps(MADE_FOR))
+    assert FusedKANPredictor.from_pretrained("someone/mine").provenance == MADE_FOR
+
+
+def failing(monkeypatch, saved, error):
+    def download(repo, file, **options):
+        if file == "provenance.json":
+            raise error
+        return str(saved / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+
+
+def test_an_error_of_the_network_is_not_hidden(saved, monkeypatch):
+    failing(monkeypatch, saved, ConnectionError("the hub does not answer"))
+    with pytest.raises(ConnectionError, match="does not answer"):
+        FusedKANPredictor.from_pretrained("someone/mine")
+    failing(monkeypatch, saved, LocalEntryNotFoundError("cannot reach the hub"))
+    text = "someone/mine was loaded without provenance.json, which the hub could not be asked for: cannot reach"
+    with pytest.warns(RuntimeWarning, match=text):
+        assert FusedKANPredictor.from_pretrained("someone/mine").provenance is None
+
+
+def test_a_user_who_asks_for_local_files_gets_them(saved, monkeypatch):
+    failing(monkeypatch, saved, LocalEntryNotFoundError("not there"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert FusedKANPredictor.from_pretrained("someone/mine", local_files_only=True).provenance is None
+
+
+# Several budgets
+
+
+@pytest.fixture
+def several(tmp_path):
+    """A folder with predictors for three budgets, and other things."""
+    for budget in (9, 12, 7):
+        steps = {"schedule": tuple(range(budget)), "schedule_sigmas": tuple(1 - i / 20 for i in range(budget))}
+        config = PredictorConfig(WIDTH, hidden=3, rank=2, num_inference_steps=20, **steps)
+        FusedKANPredictor(config).save_pretrained(tmp_path / "several" / f"budget-{budget}")
+    for name in ("budget-3", "budget-x", "budget-05"):
+        (tmp_path / "several" / name).mkdir()
+    (tmp_path / "several" / "budget-05" / "config.json").write_text("{}")
+    return tmp_path / "several"
+
+
+@pytest.fixture(params=["folder", "hub", "subfolder", "subfolder of the hub"])
+def source(request, several, monkeypatch):
+    """Positional and keyword arguments of `from_pretrained` for the three predictors."""
+    root = several.parent if "subfolder" in request.param else several
+    options = {"subfolder": "several"} if "subfolder" in request.param else {}
+    if "hub" not in request.param:
+        return (root,), options
+
+    def download(repo, file, subfolder=None, **hub):
+        assert (repo, hub) == ("someone/mine", {"revision": "v1"})
+        path = root / (subfolder or "") / file
+        if not path.exists():
+            raise EntryNotFoundError(f"no {path}")
+        return str(path)
+
+    class Api:
+        def __init__(self, endpoint=None, token=None):
+            pass
+
+        def list_repo_files(self, repo, revision=None):
+            assert (repo, revision) == ("someone/mine", "v1")
+            return [str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()]
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    return ("someone/mine",), {"revision": "v1", **options}
+
+
+def test_a_budget_chooses_one_of_several_predictors(source):
+    args, options = source
+    for budget in (7, 9, 12):
+        assert len(FusedKANPredictor.from_pretrained(*args, budget=budget, **options).config.schedule) == budget
+    for budget in (None, 8, 3):
+        with pytest.raises(ValueError, match=f"`budget` must be one of 7, 9, 12, for which .*, but got {budget}"):
+            FusedKANPredictor.from_pretrained(*args, budget=budget, **options)
+
+
+def test_a_budget_means_nothing_for_one_predictor(saved):
+    with pytest.raises(ValueError, match="`budget` must be left out for .*, which has no folders such as budget-9"):
+        FusedKANPredictor.from_pretrained(saved, budget=9)
+    for wrong in ("9", 0, True):
+        with pytest.raises((TypeError, ValueError), match="`budget` must be an integer of at least 1"):
+            FusedKANPredictor.from_pretrained(saved, budget=wrong)
+
+
+def test_a_hub_that_does_not_answer_is_no_question_of_budgets(monkeypatch):
+    def download(*args, **options):
+        raise LocalEntryNotFoundError("cannot reach the hub")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda **options: pytest.fail("asked for the files"))
+    with pytest.raises(LocalEntryNotFoundError, match="cannot reach"):
+        FusedKANPredictor.from_pretrained("someone/mine", budget=9)
+
+
+# Uploads
+
+
+@pytest.fixture
+def uploaded(monkeypatch):
+    """By name, the files that were uploaded; `on_hub` are those that the repository has before."""
+    seen, on_hub = {}, set()
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, private=None, exist_ok=False):
+            return f"https://hub/{repo_id}"
+
+        def file_exists(self, repo_id, filename):
+            return filename in on_hub
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            seen.update({file.name: file.read_bytes() for file in Path(folder_path).iterdir()})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    return seen, on_hub
+
+
+def test_a_predictor_without_a_card_gets_a_minimal_one(predictor, uploaded):
+    seen, on_hub = uploaded
+    predictor.push_to_hub("someone/mine")
+    head, text = seen["README.md"].decode().removeprefix("---\n").split("---\n", 1)
+    assert yaml.safe_load(head) == {"library_name": "lesa-kernels", "tags": ["lesa-kernels", "diffusers"]}
+    assert 'lesa.enable_cache(pipe, "user/name")' in text
+    seen.clear()
+    on_hub.add("README.md")
+    predictor.push_to_hub("someone/mine")
+    assert {*seen} == {"config.json", "model.safetensors"}
+
+
+def test_the_card_of_the_folder_is_uploaded_with_the_pictures_that_it_shows(saved, uploaded):
+    seen, on_hub = uploaded
+    on_hub.add("README.md")
+    (saved / "README.md").write_text("# Mine\n\n![the runs](comparison.png)\n")
+    for name in ("comparison.png", "private.png", "notes.txt"):
+        (saved / name).write_bytes(name.encode())
+    FusedKANPredictor.from_pretrained(saved).push_to_hub("someone/mine")
+    assert {*seen} == {"config.json", "model.safetensors", "README.md", "comparison.png"}
+    assert seen["README.md"].startswith(b"# Mine") and seen["comparison.png"] == b"comparison.png"
 
 
 # Files of other kinds

@@ -18,6 +18,7 @@ import lesa
 import small_pipelines as small
 from lesa.fitting import whole
 from lesa.fitting.amounts import Amounts
+from lesa.training import schedule_search
 
 CASE, STEPS, BUDGET = small.ALL["flux"], 6, 3
 FEW = Amounts(
@@ -32,6 +33,12 @@ FEW = Amounts(
     test_samples=2,
 )
 OPTIONS = {"num_inference_steps": STEPS, "batch_size": 2, "progress": False}
+
+
+def make_quick(set_attribute):
+    """Lets fits record and train little."""
+    set_attribute(whole.defaults, "AMOUNTS", FEW)
+    set_attribute(schedule_search, "BRIEF_UPDATES", 6)
 
 
 def inputs(case=CASE, count=3):
@@ -73,7 +80,7 @@ def ended(child, seconds):
 
 def main(folder, kills, seed):
     torch.set_num_threads(1)
-    whole.defaults.AMOUNTS = FEW
+    make_quick(setattr)
     pipe, folder, chosen = CASE.build(), Path(folder), random.Random(seed)
     start = time.monotonic()
     os.waitpid(started(pipe, folder / "whole"), 0)

@@ -3,11 +3,12 @@
 import contextlib
 import numbers
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lesa.cache.choosing import budget_for, note_of_budget
 from lesa.cache.error_control import ErrorControl, check_controllable
 from lesa.cache.forecasting import ForecastingHook
 from lesa.cache.observing import ComputingHook
@@ -19,6 +20,7 @@ from lesa.schedule import Schedule, ScheduleLike, Spread, as_schedule, schedule_
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import Said, argument_error, check_folder_or_id, check_int, usage_error
 from lesa_kernels.forecasters import UNTRAINED
+from lesa_kernels.predictor.files import budgets_in
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModularPipeline
@@ -76,7 +78,9 @@ def enable_cache(
         pipe: a diffusers pipeline, modular or not. A transformer without an adapter is watched in the first step, and
             predicted steps run its forward without the blocks; docs/limits.md says when this works.
         predictor: trained for the pipeline's transformer, on the transformer's device; or the folder or hub id of a
-            saved one, which is loaded to that device. What exists as a folder is not asked of the hub. None: the
+            saved one, which is loaded to that device. What exists as a folder is not asked of the hub. If it has
+            predictors for several budgets, in folders such as `budget-9`, `steps`, `quality` or the number of steps in
+            `schedule` chooses one of them, and `stats` has a note of it. None: the
             forecaster "universal", which fits every model without training. Of a pipeline with two transformers, it
             serves both. A dict by the names of the components, such as `{"transformer": a, "transformer_2": b}`, gives
             each its own.
@@ -107,22 +111,26 @@ def enable_cache(
     Raises:
         TypeError: `pipe` has no transformer that lesa can use, or `predictor` is no predictor, or no dict of them.
         FileNotFoundError: `predictor` is the name of a folder that does not exist.
-        ValueError: the predictor was made for another family or width, is on another device, has weights that are not
-            finite, can be trained but has no schedule although nothing says which steps are computed, or cannot be used
-            with an `ErrorControl`. A dict of predictors has other names than the pipeline's transformers, or its
-            predictors were trained for different steps and nothing says which steps are computed. Two of `schedule`,
-            `steps` and `quality` are given, or one is out of range. The first computed step raises it if
-            `max_device_bytes` is too small for its features.
+        ValueError: there are predictors for several budgets, and none for `steps`. Or the predictor was made for
+            another family or width, is on another device, has weights that are not finite, can be trained but has no
+            schedule although nothing says which steps are computed, or cannot be used with an `ErrorControl`. A dict of
+            predictors has other names than the pipeline's transformers, or its predictors were trained for different
+            steps and nothing says which steps are computed. Two of `schedule`, `steps` and `quality` are given, or one
+            is out of range. The first computed step raises it if `max_device_bytes` is too small for its features.
         RuntimeError: a cache is on already. A run also raises it if another cache was enabled in the meantime, or if a
             second thread enters the transformer.
     """
-    chosen = _one_of(schedule, steps, quality)
+    chosen = one_of(schedule, steps, quality)
     names = [*adapters_or_probes(pipe)]  # refuses what no cache can be on for, before a predictor is loaded
     given = _by_transformer(names, predictor)
-    loaded = {key: _loaded(pipe, value) for key, value in {id(value): value for value in given.values()}.items()}
+    notes: list[str] = []
+    by_id = {id(value): value for value in given.values()}
+    loaded = {key: _loaded(pipe, value, chosen, notes.append) for key, value in by_id.items()}
+    if isinstance(chosen, Spread) and chosen.steps is None and len(notes) == len(loaded):
+        chosen = None  # each predictor was chosen by the quality, and computes the steps that it was trained for
     predictors = {name: loaded[id(value)] for name, value in given.items()}
     owned = [predictors[name] for name, value in given.items() if predictors[name] is not value]
-    return _enable(pipe, predictors, chosen, max_device_bytes, strict, None, owned)
+    return _enable(pipe, predictors, chosen, max_device_bytes, strict, None, owned, notes)
 
 
 def _by_transformer(
@@ -137,10 +145,10 @@ def _by_transformer(
     return given
 
 
-def _one_of(
+def one_of(
     schedule: ScheduleLike | Spread | ErrorControl | None, steps: int | None, quality: str | None
 ) -> ScheduleLike | ErrorControl | Spread | None:
-    """What says which steps are computed."""
+    """What says which steps are computed: one of the arguments of `enable_cache`, which are refused together."""
     given = {"schedule": schedule, "steps": steps, "quality": quality}
     names = [f"`{name}`" for name, value in given.items() if value is not None]
     if len(names) > 1:
@@ -150,14 +158,18 @@ def _one_of(
     return schedule if quality is None else Spread(quality=quality)
 
 
-def _loaded(pipe: Any, predictor: FusedKANPredictor | str | os.PathLike | None) -> FusedKANPredictor:
-    """The predictor; one that is loaded is on the device of the transformer."""
+def _loaded(pipe: Any, predictor: PredictorLike, which: Any, note: Callable[[str], None]) -> FusedKANPredictor:
+    """The predictor; one that is loaded is on the device of the transformer. Notes which of several it is."""
     if predictor is None:
         return FusedKANPredictor(PredictorConfig(mixer=UNTRAINED))
     if not isinstance(predictor, (str, os.PathLike)):
         return predictor
     check_folder_or_id("predictor", predictor)
-    return FusedKANPredictor.from_pretrained(predictor).to(pipe._execution_device)
+    budgets, budget = budgets_in(predictor), None
+    if budgets:
+        budget = budget_for(budgets, which, predictor)
+        note(note_of_budget(budget, budgets))
+    return FusedKANPredictor.from_pretrained(predictor, budget=budget).to(pipe._execution_device)
 
 
 def disable_cache(pipe: "DiffusionPipeline | ModularPipeline") -> None:
@@ -212,6 +224,7 @@ def _enable(
     strict: bool,
     observer: StepObserver | None,
     owned: Sequence[FusedKANPredictor] = (),
+    notes: Sequence[str] = (),
 ) -> CacheHandle:
     adapters = adapters_or_probes(pipe)
     for name, adapter in adapters.items():
@@ -231,7 +244,7 @@ def _enable(
     if max_device_bytes is not None:
         check_int("max_device_bytes", max_device_bytes)
     as_trained = schedule is None or isinstance(schedule, Spread)
-    options = (chosen, as_trained, max_device_bytes, strict, observer, owned)
+    options = (chosen, as_trained, max_device_bytes, strict, observer, owned, notes)
     hook = ForecastingHook(pipe, adapters, {name: each.eval() for name, each in predictors.items()}, *options)
     if observer is None:  # a recording compares the pipeline with what it holds
         hook.compare()

@@ -1,13 +1,15 @@
 """Chooses the computed steps of a run, and notes what the user may not expect of them."""
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Mapping, Sequence, Sized
+from typing import Any, NamedTuple
 
 from lesa.cache import reasons
 from lesa.cache.planning import making_room
 from lesa.models import SECOND
-from lesa.schedule import FEW_STEPS, Schedule, Spread, as_schedule, schedule_of
+from lesa.schedule import DEFAULT_QUALITY, FEW_STEPS, Schedule, Spread, as_schedule, schedule_of
 from lesa_kernels import PredictorConfig
+from lesa_kernels.checks import argument_error
 
 
 class Chosen(NamedTuple):
@@ -25,6 +27,35 @@ class Chosen(NamedTuple):
 def note_of_switch(switch: int) -> str:
     """What is said of the first step of the second transformer where the schedule leaves it out."""
     return f"step {switch} is computed because it is the first step of {SECOND}"
+
+
+def budget_for(budgets: Sequence[int], which: Any, source: Any) -> int:
+    """Which of several predictors to take, by what says which steps are computed.
+
+    Args:
+        budgets: for which there are predictors, in rising order.
+        which: a `Spread` of as many steps as a budget, or of a quality: the smallest budget is "fast", the largest one
+            "high", and the middle one, of two the larger, "balanced". Of a list of steps or a `Schedule`, the budget
+            that is nearest to their number. Anything else, also None: as for "balanced".
+        source: where the predictors are.
+
+    Raises:
+        ValueError: there is no predictor for so many steps.
+    """
+    if isinstance(which, Spread) and which.steps is not None:
+        if which.steps not in budgets:
+            must = f"be one of {', '.join(map(str, budgets))}, for which {os.fspath(source)} has predictors"
+            raise argument_error("steps", must, which.steps, "Pass one of them, or a quality.")
+        return which.steps
+    if isinstance(which, Sized):
+        return min(budgets, key=lambda budget: (abs(budget - len(which)), -budget))
+    quality = which.quality if isinstance(which, Spread) else DEFAULT_QUALITY
+    return {"fast": budgets[0], "high": budgets[-1]}.get(quality, budgets[len(budgets) // 2])
+
+
+def note_of_budget(budget: int, budgets: Sequence[int]) -> str:
+    """What is said of the predictor that was chosen."""
+    return f"the predictor is the one for {budget} computed steps, of those for {', '.join(map(str, budgets))}"
 
 
 class Chooser:

@@ -38,6 +38,7 @@ class ForecastingHook(StepHook[ForecastState]):
         max_device_bytes, strict: as in `lesa.enable_cache`.
         observer: sees what is computed.
         owned: the predictors that nobody else has, so that they follow the features to their device.
+        notes: what the stats of each run say.
 
     Attributes:
         predictor: that of the current site.
@@ -54,12 +55,13 @@ class ForecastingHook(StepHook[ForecastState]):
         strict: bool,
         observer: StepObserver | None,
         owned: Collection[FusedKANPredictor] = (),
+        notes: Collection[str] = (),
     ):
         self.predictors = predictors
         super().__init__(pipe, adapters)
         self.schedule, self.as_trained = schedule, as_trained
         self.max_device_bytes, self.strict, self.observer = max_device_bytes, strict, observer
-        self.owned = owned
+        self.owned, self.notes = owned, notes
         self._configs = [*{id(each): each.config for each in predictors.values()}.values()]
         adapter = self.adapter
         controlnet = getattr(pipe, "controlnet", None)
@@ -105,7 +107,7 @@ class ForecastingHook(StepHook[ForecastState]):
 
     def on_run(self, state: ForecastState) -> None:
         self.stats.begin_run()
-        for note in (note for site in self.sites for note in site.adapter.notes):
+        for note in (*self.notes, *(note for site in self.sites for note in site.adapter.notes)):
             self.stats.note(note)
         self._remark(self._made_for.remarks())
         sigmas = state.run.executed_sigmas

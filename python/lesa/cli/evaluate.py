@@ -24,7 +24,10 @@ def add_arguments(parser) -> None:
     arguments.add_model(parser)
     arguments.add_inputs(parser)
     arguments.add_run(parser)
-    text = "folder or hub id of a predictor; can be given several times, or not at all if all of --against have budgets"
+    text = (
+        "folder or hub id of a predictor, or of predictors for several budgets, which are all compared; can be given "
+        "several times, or not at all if all of --against have budgets"
+    )
     parser.add_argument("--predictor", default=[], action="append", type=arguments.model, help=text)
     names = f"{', '.join(against_names())}, separated by commas"
     text = f"what to compare with: {names}; NAME-N sets a budget of N computed steps (default: {','.join(AGAINST)})"
@@ -37,7 +40,7 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     """Runs the command."""
-    from lesa.cli.loading import check_model, check_schedules, pipeline_of, predictor_of, prepare, read
+    from lesa.cli.loading import budgets_of, check_model, check_schedules, pipeline_of, predictor_of, prepare, read
     from lesa.cli.trying import explained
     from lesa.evaluation.evaluator import budget_within, check_own_steps
 
@@ -49,11 +52,14 @@ def run(options) -> None:
                 f"Give a predictor, or write --against {name}-{min(9, options.steps)}."
             )
     kind = check_model(options)
-    labels = [_label(source) for source in options.predictor]
+    given: list[tuple[str, int | None]] = []
+    for source in options.predictor:
+        given += [(source, budget) for budget in budgets_of(source)] or [(source, None)]
+    labels = [_label(*each) for each in given]
     for number, label in enumerate(labels):
         if label in labels[:number]:
-            raise UsageError(f"argument --predictor: {options.predictor[number]} is given twice. Give it once.")
-    predictors = {label: predictor_of(source) for label, source in zip(labels, options.predictor)}
+            raise UsageError(f"argument --predictor: {given[number][0]} is given twice. Give it once.")
+    predictors = {label: predictor_of(*each) for label, each in zip(labels, given)}
     samples = read(options, kind)
     check_own_steps([sample.arguments for sample in samples], options.steps, [sample.place for sample in samples])
     pipe = pipeline_of(options)
@@ -74,9 +80,10 @@ def run(options) -> None:
     show(evaluation, options.out)
 
 
-def _label(source: str) -> str:
+def _label(source: str, budget: int | None) -> str:
     """What the predictor is known by in the results: its folder, whatever the current one is, or its hub id."""
-    return str(Path(source).resolve()) if Path(source).is_dir() else source
+    name = str(Path(source).resolve()) if Path(source).is_dir() else source
+    return name if budget is None else f"{name}/budget-{budget}"
 
 
 def show(evaluation, folder: Path) -> None:

@@ -1,7 +1,9 @@
 """`lesa generate`."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import lesa
 from lesa.cli import UsageError, arguments
@@ -11,6 +13,7 @@ OPTIONS = {
     "predictor": "--predictor",
     "schedule": "--schedule",
     "quality": "--quality",
+    "steps": "--computed",
     "folder_or_id": "--predictor",
     "tolerance": "--tolerance",
     "ErrorControl": "--tolerance",
@@ -54,25 +57,26 @@ def run(options) -> None:
     """Runs the command."""
     import torch
 
-    from lesa.cli.loading import check_model, pipeline_of, predictor_of, prepare, read
+    from lesa.cli.loading import check_model, pipeline_of, prepare, read
     from lesa.cli.outputs import check_files, check_output, file_of, write
     from lesa.cli.trying import explained
+    from lesa_kernels import FusedKANPredictor
 
     check_output(options.output, None, options.fps)
     kind = check_model(options)
     samples = read(options, kind)
     _check_schedule(options, samples)
     check_files(options.output, samples, kind and kind.__call__)
-    predictor = None if options.predictor is None else predictor_of(options.predictor)
+    which = {"schedule": options.schedule, "steps": options.computed, "quality": options.quality}
+    if options.tolerance is not None:
+        which["schedule"] = lesa.ErrorControl(options.tolerance)
+    predictor = _predictor(options.predictor, which)
     pipe = pipeline_of(options)
     check_output(options.output, type(pipe).__call__, options.fps)
     check_files(options.output, samples, type(pipe).__call__)
     samples = prepare(options, pipe, _sized(options, samples), options.steps)
-    if predictor is not None:
+    if isinstance(predictor, FusedKANPredictor):
         predictor.to(pipe.transformer.device)
-    which = {"schedule": options.schedule, "steps": options.computed, "quality": options.quality}
-    if options.tolerance is not None:
-        which["schedule"] = lesa.ErrorControl(options.tolerance)
     running: list = []  # the sample that is drawn
     with explained(pipe, running, options.steps), lesa.enable_cache(pipe, predictor, **which) as handle:
         for number, sample in enumerate(samples):
@@ -87,6 +91,20 @@ def run(options) -> None:
             steps = computed + handle.stats.predicted_steps  # --steps, if nothing in the inputs changes their number
             print(f"Wrote {names}: {computed} of {steps} steps computed, {seconds:.2f} s")
     print(handle.stats.summary())
+
+
+def _predictor(source: str | None, which: Mapping[str, Any]) -> Any:
+    """The predictor, loaded; or its name, if it has several budgets, among which `enable_cache` chooses by `which`."""
+    from lesa.cache import one_of
+    from lesa.cache.choosing import budget_for
+    from lesa.cli.loading import budgets_of, predictor_of
+
+    if source is None:
+        return None
+    if not (budgets := budgets_of(source)):
+        return predictor_of(source)
+    predictor_of(source, budget_for(budgets, one_of(**which), source))  # an error is shown before the model is loaded
+    return source
 
 
 def _check_schedule(options, samples: list) -> None:

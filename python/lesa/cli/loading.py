@@ -1,10 +1,11 @@
 """What commands load before they start: the device, the inputs, the pipeline and predictors."""
 
+import contextlib
 import inspect
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lesa.pipelines import absent_encoders, embeddings_instead, load_pipeline, n
 from lesa.training.settings import usable_device
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error, check_folder_or_id
+from lesa_kernels.predictor.files import budgets_in
 
 
 def quiet_libraries() -> None:
@@ -92,10 +94,36 @@ def pipeline_of(options) -> Any:
     return pipe
 
 
-def predictor_of(source: str) -> FusedKANPredictor:
-    """The predictor of `--predictor`, on the CPU."""
+def predictor_of(source: str, budget: int | None = None) -> FusedKANPredictor:
+    """The predictor of `--predictor`, on the CPU.
+
+    Args:
+        source: the option.
+        budget: which one to take, if there are several.
+
+    Raises:
+        UsageError: there are several, and `budget` is None; or it cannot be loaded.
+    """
+    if budget is None and (budgets := budgets_of(source)):
+        listed = ", ".join(map(str, budgets))
+        remedy = f"Give the folder of one of them, such as {source}/budget-{budgets[0]}."
+        raise UsageError(f"argument --predictor: {source} has predictors for several budgets: {listed}. {remedy}")
+    with _explained(source):
+        return FusedKANPredictor.from_pretrained(source, budget=budget)
+
+
+def budgets_of(source: str) -> list[int]:
+    """The budgets for which `--predictor` has predictors; empty if it is one predictor."""
+    with _explained(source):
+        check_folder_or_id("folder_or_id", source)
+        return budgets_in(source)
+
+
+@contextlib.contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Names the option where an error is raised that does not."""
     try:
-        return FusedKANPredictor.from_pretrained(source)
+        yield
     except Exception as error:
         if not is_message(error) or "`folder_or_id`" in str(error):
             raise

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-from lesa.training.settings import UPDATES
-
 RECORDED_FLOPS, RECORDED_FLOPS_ON_CPU = 1e15, 1e13
 """How much work of the transformer the first samples may be: seconds to minutes, less than what the training takes."""
 
@@ -30,7 +28,7 @@ class Amounts:
     samples: int = 8
     first_samples: int = 96
     most_samples: int = 128
-    updates: int = UPDATES
+    updates: int = 600
     round_updates: int = 240
     rounds: int = 3
     gain: float = 0.1

@@ -32,9 +32,14 @@ class Bar:
         """Leaves the bar as it is."""
         self._bar.close()
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether there is a bar, and a text above it is seen."""
+        return not self._bar.disable
+
     def say(self, text: str) -> None:
         """Shows a text above the bar."""
-        if not self._bar.disable:
+        if self.is_shown:
             tqdm.write(text, file=sys.stderr)
 
     def plan(self, steps: int) -> None:

@@ -108,8 +108,8 @@ class Fit:
                 sample = samples.part(0)
                 seconds = time.perf_counter() - start
             work = Work(amounts, first.steps, _calls(sample), self.batch_size)
-            if sample.recorded.new:  # else it was recorded by an earlier call, and its seconds are not known
-                self.processes.by_first(lambda: bar.say(self._cost(sample, seconds, work)))
+            if bar.is_shown and sample.recorded.new:  # what an earlier call recorded took seconds that are not known
+                bar.say(self._cost(sample, seconds, work))
             bar.plan(work.all_steps(self.budgets))
             fitted = self._fitted(samples, work, bar)
             with bar.part("test", work.test_steps(len(fitted))):
