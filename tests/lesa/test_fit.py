@@ -316,7 +316,7 @@ def test_one_bar_moves_in_every_part_and_is_full_at_the_end(small_pipe, tmp_path
 
 @pytest.mark.parametrize(
     "flops, on_cpu, first",
-    [(1.5e10, True, 96), (5e15, False, 8), (5e13, False, 20), (5e13, True, 8)],
+    [(1.5e10, True, 160), (5e15, False, 8), (5e13, False, 20), (5e13, True, 8)],
 )
 def test_more_samples_are_recorded_first_where_they_are_cheap(flops, on_cpu, first):
     amounts = Amounts().for_model(flops, on_cpu)

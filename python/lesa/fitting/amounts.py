@@ -26,10 +26,10 @@ class Amounts:
     """
 
     samples: int = 8
-    first_samples: int = 96
-    most_samples: int = 128
+    first_samples: int = 160
+    most_samples: int = 160
     updates: int = 600
-    round_updates: int = 240
+    round_updates: int = 300
     rounds: int = 3
     gain: float = 0.1
     tokens: int = 96
