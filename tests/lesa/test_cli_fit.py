@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from interrupted_fits import CASE, FEW, STEPS, files_in, inputs
+from interrupted_fits import CASE, STEPS, files_in, inputs, make_quick
 from lesa import cli
 from lesa.fitting import whole
 from lesa.inputs import write_inputs
@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def fit(model, monkeypatch, capsys, settings_of_the_command):
     """`fit(budget, out)` -> what the command prints, and what it says on the way."""
-    monkeypatch.setattr(whole.defaults, "AMOUNTS", FEW)
+    make_quick(monkeypatch.setattr)
 
     def run(budget, out):
         words = (

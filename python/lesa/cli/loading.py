@@ -17,7 +17,7 @@ import transformers
 from diffusers.utils import logging
 
 from lesa.cli import UsageError
-from lesa.cli.fitting import check_widths, fit
+from lesa.cli.matching import check_widths, matched
 from lesa.cli.together import are_several, is_first
 from lesa.cli.trying import check_by_pipeline
 from lesa.inputs import Sample, check_inputs, read_samples
@@ -195,7 +195,7 @@ def prepare(options, pipe: Any, samples: list[Sample], num_inference_steps: int)
 
 
 def _fitted(options, samples: list[Sample], kind: type) -> list[Sample]:
-    return fit(samples, kind.__name__, kind.__call__, options.inputs.absolute().parent)
+    return matched(samples, kind.__name__, kind.__call__, options.inputs.absolute().parent)
 
 
 def _check_prompts(pipe: Any, samples: list[Sample]) -> None:
