@@ -10,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
 import lesa
+from lesa.artifacts import fingerprint
 from lesa.demo import digits
 from lesa.provenance import in_words, of_manifest
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -169,3 +170,36 @@ def test_a_provenance_of_another_form_is_named(pipe, predictor):
     with pytest.raises(ValueError, match=r"`predictor.provenance\['dtypes'\]` must be a dict, but got 'float32'"):
         lesa.enable_cache(pipe, predictor)
     assert not hasattr(pipe.transformer, "_diffusers_hook")
+
+
+def test_a_lora_is_named_once(fresh_pipe, predictor, generate):
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    transformer = fresh_pipe.transformer
+    transformer.add_adapter(peft.LoraConfig(r=1, lora_alpha=2, target_modules=["to_q"]), adapter_name="style")
+    with pytest.warns(RuntimeWarning) as caught, lesa.enable_cache(fresh_pipe, predictor) as handle:
+        generate(fresh_pipe)
+    assert handle.stats.notes == [f"{BEGIN}the adapter style is on with scale 2.0, and was not"]
+    assert len([warning for warning in caught if "style" in str(warning.message)]) == 1
+    predictor.provenance["adapters"] = {"transformer": {"style": 0.5, "other": 1.0}}
+    said = "the adapter other was on with scale 1.0, and is not; the scale of the adapter style was 0.5 and is 2.0"
+    assert notes_of(fresh_pipe, predictor) == [said]
+    known = {"adapters": {"transformer": {"style": 2.0}}, "transformer": fingerprint(transformer)}
+    predictor.provenance |= known
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with lesa.enable_cache(fresh_pipe, predictor) as handle:
+            generate(fresh_pipe)
+    assert handle.stats.notes == []
+
+
+def test_a_lora_that_is_off_or_comes_later(fresh_pipe, predictor, generate):
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    with lesa.enable_cache(fresh_pipe, predictor) as handle:
+        fresh_pipe.transformer.add_adapter(peft.LoraConfig(r=1, target_modules=["to_q"]), adapter_name="style")
+        with pytest.warns(RuntimeWarning, match="the adapters style are on: unless"):
+            generate(fresh_pipe)
+        assert len(handle.stats.notes) == 1
+    fresh_pipe.transformer.disable_adapters()
+    assert notes_of(fresh_pipe, predictor) == []  # its parameters are there, and change nothing
+    predictor.provenance["fused_loras"] = ["style"]
+    assert notes_of(fresh_pipe, predictor) == ["the fused LoRAs were style and are none"]
