@@ -236,17 +236,16 @@ class _Failure:
 
     @staticmethod
     def of(error: Exception) -> "_Failure":
-        failure = _Failure(type(error), error.args, vars(error))
-        try:
-            pickle.loads(pickle.dumps(failure)).error()
-        except Exception:  # it holds something that cannot travel
-            facts = {"lesa_message": True} if hasattr(error, "lesa_message") else {}
-            return _Failure(RuntimeError, (f"{type(error).__name__}: {error}",), facts)
-        return failure
+        # Of an OSError, `args` lack the file.
+        failure = _Failure(type(error), error.__reduce__()[1], vars(error))  # type: ignore[arg-type]
+        with contextlib.suppress(Exception):  # it may hold something that cannot travel
+            if str(pickle.loads(pickle.dumps(failure)).error()) == str(error):
+                return failure
+        facts = {"lesa_message": True} if hasattr(error, "lesa_message") else {}
+        return _Failure(RuntimeError, (f"{type(error).__name__}: {error}",), facts)
 
     def error(self) -> Exception:
         error = self.kind.__new__(self.kind, *self.arguments)
-        error.args = self.arguments
         vars(error).update(self.facts)
         return error
 

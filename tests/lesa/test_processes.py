@@ -96,6 +96,9 @@ def test_errors_keep_their_class_on_their_way():
 
     other = processes._Failure.of(OfThisTestError("hm")).error()
     assert type(other) is RuntimeError and str(other) == "OfThisTestError: hm"
+    with pytest.raises(UnicodeDecodeError) as caught:
+        b"\xff".decode()
+    assert "can't decode byte 0xff" in str(processes._Failure.of(caught.value).error())
 
 
 def test_only_the_first_process_prints(one_of_two, capsys):
