@@ -4,7 +4,7 @@
 bundled models, with different amounts of everything, and measures each one on samples that no training used: PSNR of
 the pictures against the run of all 50 steps, beside the bundled predictor on the same samples. Each result is one line
 of the table, written at once. What the table has already is not measured again, so the study can be interrupted.
-`--plot FILE` draws the table instead. The whole takes about two hours of one core.
+`--plot FILE` draws the table instead, and prints it. The whole takes about two hours of one core.
 """
 
 import argparse
@@ -44,6 +44,8 @@ TEST_SEED, TEST_BATCH, TEST_BATCHES = 70_000, 16, 2
 COLUMNS = ("rounds", "computed", "psnr", "lead", "lead_error", "search_s", "train_s", "refine_s")
 
 SECONDS = "seconds.json"
+SHOWN = ("8", "96")
+"""The numbers of samples in the panels for something else."""
 
 
 @dataclass(frozen=True)
@@ -65,27 +67,31 @@ class Chain:
     training_steps: int = 600
     refining_steps: int = 200
     most_rounds: int = 2
-    tokens: int = 32
+    tokens: int = 16
     schedule: str = "bundled"
+
+
+USUAL = Chain("", 0)
+"""What the panels of the picture have in common is as here, apart from model and samples."""
 
 
 def chains() -> list[Chain]:
     """All that is measured, the most informative first."""
     both = tuple(DEMOS)
     return [
+        *(Chain(model, 96, most_rounds=3) for model in both),
         *(Chain(model, 8) for model in both),
-        *(Chain(model, 8, tokens=16) for model in both),
-        *(Chain(model, 32) for model in both),
-        *(Chain(model, 8, steps, most_rounds=0) for steps, model in itertools.product((1200, 300), both)),
-        *(Chain(model, samples) for samples, model in itertools.product((16, 2), both)),
-        *(Chain(model, 8, refining_steps=100, most_rounds=3) for model in both),
-        *(Chain(model, samples) for samples, model in itertools.product((96, 4), both)),
-        *(Chain(model, 8, refining_steps=400) for model in both),
+        *(Chain(model, samples) for samples, model in itertools.product((32, 16), both)),
+        *(Chain(model, 160, most_rounds=3) for model in both),
+        *(Chain(model, 96, 1200, 400) for model in both),
+        *(Chain(model, 96, 300, most_rounds=0) for model in both),
+        *(Chain(model, 96, refining_steps=100, most_rounds=3) for model in both),
+        *(Chain(model, samples) for samples, model in itertools.product((2, 4), both)),
+        *(Chain(model, 8, tokens=32) for model in both),
+        *(Chain(model, samples, schedule="searched") for samples, model in itertools.product((96, 32, 8), both)),
+        *(Chain(model, samples, 2400, most_rounds=0) for samples, model in itertools.product((96, 8), both)),
         *(Chain(model, 8, 150, most_rounds=0) for model in both),
-        *(Chain(model, 32, 1200, 400) for model in both),
-        *(Chain(model, samples, schedule="searched") for samples, model in itertools.product((8, 16, 4), both)),
-        *(Chain(model, 8, 2400, most_rounds=0) for model in both),
-        *(Chain(model, 96, 2400, 400) for model in both),
+        *(Chain(model, 96, tokens=32) for model in both),
     ]
 
 
@@ -206,36 +212,52 @@ def read(table: Path) -> list[dict[str, str]]:
         return [*csv.DictReader(file)]
 
 
+def markdown(lines: list[dict[str, str]]) -> str:
+    """The table with one line for each chain, and its PSNR after each number of rounds."""
+    head = ("model", "schedule", "samples", "tokens", "training steps", "steps a round", "before refining")
+    rows = [[*head, "after 1 round", "2 rounds", "3 rounds", "against the bundled one"], ["---"] * (len(head) + 4)]
+    chain_of = ("model", "schedule", "samples", "tokens", "training_steps", "refining_steps")
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for line in lines:
+        groups.setdefault(tuple(line[name] for name in chain_of), []).append(line)
+    for key in sorted(groups, key=lambda key: (*key[:2], *map(int, key[2:]))):
+        psnrs = {line["rounds"]: line["psnr"] for line in groups[key]}
+        last = groups[key][-1]
+        lead = f"{float(last['lead']):+.2f} ± {last['lead_error']}"
+        steps = key[-1] if len(psnrs) > 1 else ""
+        rows.append([*key[:-1], steps, *(psnrs.get(str(rounds), "") for rounds in range(4)), lead])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def plot(lines: list[dict[str, str]], picture: Path) -> None:
     """Draws the lead over the bundled predictor: over the samples, over the optimiser's steps, and over the rounds."""
-    usual = {"training_steps": "600", "refining_steps": "200", "tokens": "32", "schedule": "bundled", "samples": "8"}
-    panels = (
-        ("samples", "recorded samples"),
-        ("training_steps", "optimiser steps of the training"),
-        ("rounds", "rounds"),
-    )
+    usual = {name: str(getattr(USUAL, name)) for name in ("training_steps", "refining_steps", "tokens", "schedule")}
+    panels = {"samples": "recorded samples", "training_steps": "steps of the optimiser in training", "rounds": "rounds"}
     figure, axes = pyplot.subplots(2, 3, figsize=(11, 6.2), sharey="row", constrained_layout=True)
     for row, model in zip(axes, DEMOS):
-        of_model = [line for line in lines if line["model"] == model]
-        for axis, (name, label) in zip(row, panels):
+        for axis, (name, label) in zip(row, panels.items()):
             curves: dict[str, dict[int, float]] = {}
-            for line in of_model:
-                varied = {name, "refining_steps"} if name == "rounds" else {name}
-                if all(line[key] == value for key, value in usual.items() if key not in varied):
-                    steps = f"{line['refining_steps']} steps a round"
-                    curve = steps if name == "rounds" else f"{line['rounds']} rounds"
+            varied = {name, "refining_steps"} if name == "rounds" else {name}
+            for line in lines:
+                alike = all(line[key] == value for key, value in usual.items() if key not in varied)
+                if line["model"] != model or not alike or (name != "samples" and line["samples"] not in SHOWN):
+                    continue
+                of_samples = f"{line['samples']} samples, {line['refining_steps']} steps a round"
+                of_rounds = f"{line['rounds']} rounds" if name == "samples" else f"{line['samples']} samples"
+                curve = of_samples if name == "rounds" else of_rounds
+                if name != "training_steps" or line["rounds"] == "0":
                     curves.setdefault(curve, {})[int(line[name])] = float(line["lead"])
-            for curve, points in sorted(curves.items()):
-                if len(points) > 1:
-                    axis.plot(*zip(*sorted(points.items())), marker="o", label=curve)
+            for curve, points in curves.items():
+                axis.plot(*zip(*sorted(points.items())), marker="o", label=curve)
             axis.axhline(0, color="gray", linewidth=1)
             axis.set_xlabel(label)
+            ticks = sorted({x for points in curves.values() for x in points})
             if name != "rounds":
                 axis.set_xscale("log", base=2)
-                ticks = sorted({x for points in curves.values() for x in points})
-                axis.set_xticks(ticks, map(str, ticks))
-            axis.legend(fontsize=8)
-        row[0].set_ylabel(f"{model}: dB above the bundled predictor")
+            axis.set_xticks(ticks, map(str, ticks))
+            if curves:
+                axis.legend(fontsize=8)
+        row[0].set_ylabel(f"{model}: dB above the bundled one")
     figure.savefig(picture, dpi=110)
 
 
@@ -251,6 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.plot:
         plot(read(options.table), options.plot)
+        print(markdown(read(options.table)))
         return
     names = [field.name for field in fields(Chain) if field.name != "most_rounds"]
     samples: dict[str, Samples] = {}

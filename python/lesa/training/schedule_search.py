@@ -38,7 +38,7 @@ from lesa_kernels.torch_modes import default_modes
 SEARCH_TURNS = 2
 """How many brief trainings there are, each followed by a search."""
 
-BRIEF = TrainingSettings(epochs=0, validation_fraction=0.0, reach=3)
+BRIEF = TrainingSettings(epochs=0, tokens_per_batch=16, validation_fraction=0.0, reach=3)
 """The settings of a brief training, which has guided epochs only. The loss is that of the forecaster."""
 
 BRIEF_UPDATES = 240
@@ -52,6 +52,9 @@ WIDEST = 2.5
 
 SAMPLES, TOKENS_PER_SAMPLE = 24, 16
 """How many trajectories, and how many tokens of each, a search uses at most."""
+
+FEWER_TOKENS = 4
+"""How many tokens of each a search uses whose schedule is only the middle of those of the next brief training."""
 
 
 @default_modes()
@@ -129,7 +132,8 @@ def found_schedule(
         run.epochs_per_checkpoint = epochs_per_checkpoint(trajectories, settings)
         if turn:
             run.fit()
-        errors = ScheduleErrors(trajectories, run.predictor.cpu(), SAMPLES, TOKENS_PER_SAMPLE, seed)
+        tokens = TOKENS_PER_SAMPLE if turn == turns[-1] else FEWER_TOKENS
+        errors = ScheduleErrors(trajectories, run.predictor.cpu(), SAMPLES, tokens, seed)
         return _cheapest_steps(errors, budget, progress, search, name)
 
     turns = range(1)
