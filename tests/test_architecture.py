@@ -14,6 +14,7 @@ MODULES = modules_of(ROOT)
 # From the highest to the lowest. What is in one line may import each other, as long as there is no cycle.
 ROOMS = (
     ("cli", "demo", "__main__"),
+    ("fitting",),
     ("evaluation",),
     ("contenders",),
     ("training",),

@@ -75,7 +75,7 @@ def test_commands_parse(command):
 
 def test_every_command_is_shown():
     shown = {command.split()[1] for command in commands()}
-    assert shown == {"demo", "record", "train", "refine", "generate", "evaluate", "report", "estimate", "env"}
+    assert shown == {"demo", "fit", "record", "train", "refine", "generate", "evaluate", "report", "estimate", "env"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS + PAGES)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lesa.estimation import estimate
     from lesa.evaluation.evaluator import evaluate
     from lesa.evaluation.report import report
+    from lesa.fitting import fit
     from lesa.schedule import Schedule
     from lesa.training.recording import record
     from lesa.training.refinement import refine
@@ -36,6 +37,7 @@ __all__ = [
     "evaluate",
     "find_schedule",
     "find_stages",
+    "fit",
     "record",
     "refine",
     "report",
@@ -55,6 +57,7 @@ _SOURCES = {  # a test holds it against the imports above
     "evaluate": "evaluation.evaluator",
     "find_schedule": "training.schedule_search",
     "find_stages": "training.stages",
+    "fit": "fitting",
     "record": "training.recording",
     "refine": "training.refinement",
     "report": "evaluation.report",

@@ -197,7 +197,7 @@ def estimate(
     sizes = (batch, tokens, costs.dim, getattr(torch, check_choice("dtype", dtype, DTYPES)))
     push = work.ring_push(*sizes)["bytes"] / bandwidth * streams
     plain = step_flops / rate if step_seconds is None else _positive("step_seconds", step_seconds)
-    moved, predicted_flops = (streams * amount for amount in _predicted_work(predictor_config, sizes, costs.head_width))
+    moved, predicted_flops = (streams * amount for amount in predicted_work(predictor_config, sizes, costs.head_width))
     predicted_seconds = max(moved / bandwidth, predicted_flops / rate)
     seconds = len(computed) * (plain + push) + (total - len(computed)) * predicted_seconds
     with torch.device("meta"):
@@ -343,10 +343,16 @@ def _computed(schedule, predictor: PredictorConfig, total: int) -> tuple[int, ..
     return chosen.steps
 
 
-def _predicted_work(
+def predicted_work(
     config: PredictorConfig, sizes: tuple[int, int, int, torch.dtype], out_channels: int
 ) -> tuple[float, float]:
-    """Bytes and FLOPs of a predicted step of one stream; the mean over the stages."""
+    """Bytes and FLOPs of a predicted step of one stream; the mean over the stages.
+
+    Args:
+        config: of the predictor.
+        sizes: batch, tokens, width and dtype of the features.
+        out_channels: of the output head.
+    """
     parts = []
     for history in config.lengths:
         parts.append(config.forecaster.work(config, sizes, out_channels, history))

@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,9 @@ from lesa_kernels.checks import Said, argument_error, check_folder_or_id, usage_
 
 _DECODER = "decode"
 """The name that diffusers gives to the last block of a modular pipeline, which makes pictures from the latents."""
+
+_OPTIONAL_ENCODERS = ("text_encoder_3",)
+"""Text encoders without which pipelines encode prompts: Stable Diffusion 3 then takes zeros."""
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
@@ -46,6 +49,25 @@ def load_pipeline(folder_or_id: str | os.PathLike, **options: Any) -> DiffusionP
         raise usage_error(sentence, "Put it together in Python, and pass it to lesa there.") from None
     absent = {name: None for name, value in index.items() if isinstance(value, (list, tuple)) and value[0] is None}
     return DiffusionPipeline.from_pretrained(folder_or_id, **{**absent, **options})
+
+
+def absent_encoders(pipe: Any) -> list[str]:
+    """The text encoders that a pipeline has a place for, but does not have."""
+    return [name for name, part in pipe.components.items() if name.startswith("text_encoder") and part is None]
+
+
+def needed_encoders(pipe: Any) -> list[str]:
+    """Those of `absent_encoders` without which the pipeline cannot encode a prompt."""
+    return [name for name in absent_encoders(pipe) if name not in _OPTIONAL_ENCODERS]
+
+
+def embeddings_instead(arguments: Iterable[str], name: str) -> list[str]:
+    """Those of a pipeline's arguments that hold embeddings, for the prompt in the argument `name`.
+
+    Embeddings of negative prompts are for negative prompts.
+    """
+    is_negative = name.startswith("negative_")
+    return [each for each in arguments if "prompt_embeds" in each and each.startswith("negative_") == is_negative]
 
 
 def _is_modular(folder_or_id: str | os.PathLike, hub: dict[str, Any]) -> bool:

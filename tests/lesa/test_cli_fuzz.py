@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lesa import cli
 from lesa.cli import UsageError, arguments
-from lesa.cli.fitting import fit
+from lesa.cli.matching import matched
 from lesa.contenders import budget_of
 from lesa.inputs import SUFFIXES, check_inputs, read_inputs, read_samples, write_inputs
 from lesa.messages import is_message
@@ -38,7 +38,7 @@ def named(error: Exception) -> str:
 def read_and_fit(file):
     samples = read_samples(file)
     check_inputs([sample.arguments for sample in samples], [sample.place for sample in samples])
-    return fit(samples, "FluxInpaintPipeline", FluxInpaintPipeline.__call__, file.parent)
+    return matched(samples, "FluxInpaintPipeline", FluxInpaintPipeline.__call__, file.parent)
 
 
 def tried(contents: bytes, suffix=".jsonl"):

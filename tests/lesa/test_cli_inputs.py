@@ -16,7 +16,7 @@ import prompted_pipelines
 import small_pipelines as small
 from lesa import cli
 from lesa.cache.choosing import Chooser
-from lesa.cli.fitting import check_widths, fit
+from lesa.cli.matching import check_widths, matched
 from lesa.cli.trying import check_by_pipeline
 from lesa.inputs import Sample, check_inputs, read_inputs, write_inputs
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -292,7 +292,7 @@ def test_a_pipeline_checks_its_arguments_and_does_not_run():
 def fitted(pipeline, tmp_path, **arguments):
     (tmp_path / "a.png").exists() or small.image(1).save(tmp_path / "a.png")
     call = getattr(diffusers, pipeline).__call__
-    (sample,) = fit([Sample("x.jsonl, line 1", arguments)], pipeline, call, tmp_path)
+    (sample,) = matched([Sample("x.jsonl, line 1", arguments)], pipeline, call, tmp_path)
     return sample.arguments
 
 
@@ -348,7 +348,7 @@ def test_a_pipeline_without_annotations_takes_anything(tmp_path):
     def call(self, prompt, size="one", **rest): ...
 
     arguments = {"prompt": 3, "size": [1], "colour": True}
-    (sample,) = fit([Sample("x", arguments)], "Mine", call, tmp_path)
+    (sample,) = matched([Sample("x", arguments)], "Mine", call, tmp_path)
     assert sample.arguments == arguments
 
 

@@ -5,6 +5,7 @@ import copy
 import functools
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 import shutil
@@ -24,13 +25,15 @@ from lesa import cli
 from lesa.contenders.taylorseer import TaylorSeer
 from lesa.demo import digits, photos
 from lesa.demo.run import export, run_demo
+from lesa.fitting.prompts import PICTURES
 from lesa.inputs import read_inputs, write_inputs
 from lesa.pipelines import load_pipeline
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.env_report import main as env_report
 
+WHOLE_CALL = FluxPipeline.__call__
 MODEL = str(digits.PIPELINE_DIR)
-NAMED = ("record", "train", "refine", "enable_cache", "evaluate", "report", "estimate")
+NAMED = ("fit", "record", "train", "refine", "enable_cache", "evaluate", "report", "estimate")
 LIBRARY = {name: getattr(lesa, name) for name in NAMED} | {
     "run_demo": run_demo,
     "export": export,
@@ -64,6 +67,20 @@ def bound(function, args, kwargs):
     made = inspect.signature(function).bind(*args, **kwargs)
     made.apply_defaults()
     return dict(made.arguments)
+
+
+def write_evaluations(folder, budget):
+    """What `lesa.fit` writes of its tests. The figures are PSNR and SSIM of three runs."""
+    figures = {"newton": (40.125, 0.98765), "universal": (38.0, None), "steps": (None, 0.5)}
+    for place in [folder] if isinstance(budget, int) else [folder / f"budget-{each}" for each in budget]:
+        place.mkdir(parents=True)
+        runs = [{"contender": "reference"}]
+        for contender, (psnr, ssim) in figures.items():
+            total = 9 if contender == "steps" else 50
+            runs.append({"contender": contender, "psnr": psnr, "ssim": ssim, "whole_steps": 9.0})
+            runs[-1]["num_inference_steps"] = total
+        evaluation = {"compared": "pictures", "num_inference_steps": 50, "samples": 8, "runs": runs}
+        (place / "evaluation.json").write_text(json.dumps(evaluation))
 
 
 def plain(value):
@@ -115,7 +132,7 @@ def calls_of(monkeypatch, settings_of_the_command, tmp_path, folder, digits_pipe
         "evaluate": SimpleNamespace(table=lambda: "the table"),
         "run_demo": SimpleNamespace(table=lambda: "the table"),
         "estimate": SimpleNamespace(table=lambda: "the table", to_dict=lambda: {"as": "json"}),
-        "export": ["lesa record"],
+        "export": ["lesa fit", "lesa record"],
         "report": Path("page.html"),
     }
     seen, state = {}, {"cached": False, "interrupted": None}
@@ -139,6 +156,8 @@ def calls_of(monkeypatch, settings_of_the_command, tmp_path, folder, digits_pipe
                 if any(word.startswith("--prompt") for word in state["words"]):  # they need an encoder
                     pipe.text_encoder = pipe.text_encoder_2 = pipe.vae
                 return pipe
+            if name == "fit":
+                write_evaluations(arguments["out_dir"], arguments["budget"])
             if name == "record":
                 return lesa.Trajectories(folder / "recording")
             if name == "enable_cache":
@@ -266,6 +285,30 @@ COMMANDS = {
             ("--model photos", {"run_demo.model": "photos"}),
         ],
     ),
+    "fit": Command(
+        f"--model {MODEL} --inputs {{}}/inputs.safetensors --budget 9 --out new",
+        LOADED
+        | called(
+            "fit",
+            pipe=pipe(),
+            inputs=placed(INPUTS),
+            budget=9,
+            out_dir=Path("new"),
+            num_inference_steps=50,
+            batch_size=1,
+            seed=0,
+            progress=True,
+        ),
+        [
+            *elsewhere("fit"),
+            ("--budget 7", {"fit.budget": 7}),
+            ("--budget 12,9,7", {"fit.budget": [12, 9, 7]}),
+            ("--out other", {"fit.out_dir": Path("other")}),
+            ("--steps 20", {"fit.num_inference_steps": 20}),
+            ("--batch-size 4", {"fit.batch_size": 4}),
+            ("--seed 5", {"fit.seed": 5}),
+        ],
+    ),
     "record": Command(
         f"--model {MODEL} --inputs {{}}/inputs.safetensors --out new",
         LOADED
@@ -302,7 +345,7 @@ COMMANDS = {
             out_dir=Path("new"),
             guided_epochs=None,
             controlled=False,
-            epochs=60,
+            epochs=None,
             batch_size=8,
             tokens_per_batch=32,
             learning_rate=None,
@@ -346,7 +389,7 @@ COMMANDS = {
             inputs=placed(INPUTS),
             out_dir=Path("new"),
             rounds=2,
-            epochs=20,
+            epochs=None,
             batch_size=8,
             tokens_per_batch=32,
             learning_rate=None,
@@ -581,6 +624,7 @@ def test_no_command_and_no_option_is_left_out(capsys):
 
 INTERRUPTED = {
     "demo": ("run_demo", False),
+    "fit": ("fit", True),
     "record": ("record", True),
     "train": ("train", True),
     "refine": ("refine", True),
@@ -624,6 +668,50 @@ def test_the_mask_of_a_prompt_keeps_its_dtype(calls_of, folder):
     ((given),) = calls_of(words.split())["record.inputs"]
     assert given["prompt_embeds"] == (torch.int64, "cpu", 1.0)
     assert given["latents"] == (torch.float16, "cpu", 0.0)
+
+
+def test_a_fit_shows_the_figures_of_each_budget_and_its_files(calls_of, folder, capsys):
+    words = f"fit --model {MODEL} --inputs {folder}/inputs.safetensors --budget 9,7 --out new"
+    calls_of(words.split())
+    *parts, last = capsys.readouterr().out.strip().split("\n\n")
+    table, wrote = parts[0].splitlines(), parts[1].splitlines()[0]
+    assert table == [
+        "Mean of 8 samples that served nothing else, against all 50 steps and the same seed:",
+        "                  computed steps  PSNR, dB    SSIM",
+        "this predictor           9 of 50     40.12  0.9877",
+        "without training         9 of 50     38.00       -",
+        "fewer steps               9 of 9         -  0.5000",
+    ]
+    assert wrote == "Wrote evaluation.json to new/budget-9"
+    assert last.splitlines()[0] == "Wrote evaluation.json to new/budget-7"
+    assert re.fullmatch(r"This took \d+\.\d minutes\.", last.splitlines()[1])
+
+
+def test_a_fit_without_inputs_takes_the_built_in_prompts(calls_of, digits_pipe, monkeypatch):
+    """They are checked by the pipeline, but `lesa.fit` gets None, so that its model card says it."""
+    refused = digits_pipe.check_inputs
+    asked = []
+
+    def check_inputs(self, prompt, *args, **options):
+        asked.append(prompt)
+        return refused(prompt, *args, **options)
+
+    monkeypatch.setattr(FluxPipeline, "check_inputs", check_inputs)
+    monkeypatch.setattr("lesa.fitting.inputs.needed_encoders", lambda pipe: [])
+    monkeypatch.setattr("lesa.cli.loading.needed_encoders", lambda pipe: [])
+    monkeypatch.setattr("lesa.cli.loading.absent_encoders", lambda pipe: [])
+    monkeypatch.setattr(FluxPipeline, "__call__", inspect.unwrap(WHOLE_CALL))
+    seen = calls_of(f"fit --model {MODEL} --budget 9 --out new".split())
+    assert seen["fit.inputs"] is None
+    assert asked == [*PICTURES]
+
+
+def test_a_fit_of_a_model_without_text_encoders_names_the_option_that_is_missing(calls_of, capsys):
+    with pytest.raises(SystemExit):
+        calls_of(f"fit --model {MODEL} --budget 9 --out new".split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lesa: error: `--inputs` are required for this FluxPipeline: it has no text encoder")
+    assert "prompt_embeds and pooled_prompt_embeds" in line and not Path("new").exists()
 
 
 # The demo
@@ -682,6 +770,7 @@ def test_the_commands_of_the_demo(tmp_path, model):
     recorded = f"--model {at}model --inputs {at}inputs.safetensors --batch-size 16"
     fresh = f"--model {at}model --predictor {at}predictor --seed 10000"
     assert export(tmp_path, model) == [
+        f"lesa fit {recorded} --budget 9 --out {at}fitted",
         f"lesa record {recorded} --out {at}trajectories",
         f"lesa train --trajectories {at}trajectories --schedule {schedule} --epochs {epochs} --out {at}trained",
         f"lesa refine {recorded} --trajectories {at}trajectories --predictor {at}trained --epochs {refining} "

@@ -42,12 +42,13 @@ def test_export_writes_the_inputs(exported):
 def test_export_names_commands_that_the_command_line_takes(exported):
     folder, commands = exported
     parsed = [cli.parse(shlex.split(command)[1:]) for command in commands]
-    record, train, refine, generate, evaluate = parsed
-    assert record.inputs == refine.inputs == folder / "inputs.safetensors"
+    fit, record, train, refine, generate, evaluate = parsed
+    assert fit.inputs == record.inputs == refine.inputs == folder / "inputs.safetensors"
     assert record.out == train.trajectories == refine.trajectories
     assert str(train.out) == refine.predictor
     assert str(refine.out) == generate.predictor == evaluate.predictor[0]
-    assert train.schedule == list(SCHEDULE_9)
+    assert train.schedule == list(SCHEDULE_9) and fit.budget == len(SCHEDULE_9)
+    assert fit.model == record.model and not fit.out.exists()
     assert generate.seed == evaluate.seed == SEED
 
 

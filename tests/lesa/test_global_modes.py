@@ -20,6 +20,7 @@ from diffusers import FluxPipeline
 import lesa
 import small_pipelines as small
 from driven_loops import call_arguments
+from lesa.training import schedule_search
 from lesa.training.settings import TrainingSettings
 from lesa.training.training_run import Training
 from lesa_kernels import FusedKANPredictor, PredictorConfig, make_ring
@@ -99,6 +100,14 @@ def trained(predictor):
 
 def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def brief_search():
+    """The trainings within a search take a few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule_search, "BRIEF_UPDATES", 12)
+        yield
 
 
 @pytest.fixture(scope="module")

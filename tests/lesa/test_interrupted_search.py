@@ -66,7 +66,7 @@ def very_brief():
     """The trainings within a search have a few epochs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "BRIEF", replace(stages.BRIEF, epochs=3))
-        patch.setattr(schedule_search, "BRIEF", replace(schedule_search.BRIEF, guided_epochs=4))
+        patch.setattr(schedule_search, "BRIEF_UPDATES", 4)
         yield
 
 

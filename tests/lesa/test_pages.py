@@ -13,6 +13,7 @@ import lesa
 import lesa_kernels
 import released_lesa
 import small_pipelines as small
+from interrupted_fits import make_quick
 from lesa.cache.placement import installed_hook
 from lesa.demo import digits
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -149,6 +150,27 @@ def test_the_training_example_runs(stand_ins, tmp_path, monkeypatch, capsys):
     exec(compile(example, "example", "exec"), {"pipe": pipe, "prompts": prompts, "test_prompts": prompts})
     assert (tmp_path / "flux-predictor" / "model.safetensors").exists()
     assert "newton-5" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_example_of_a_fit_runs(stand_ins, tmp_path, monkeypatch):
+    """With 12 steps, few samples and short training, but otherwise as it is written."""
+    (example,) = [block for block in python_blocks(ROOT / "docs" / "training.md") if "lesa.fit(" in block]
+    pipe = diffusers.FluxPipeline.from_pretrained("a/b", torch_dtype=torch.bfloat16)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    make_quick(monkeypatch.setattr)
+    monkeypatch.setattr(diffusers.FluxPipeline, "encode_prompt", encode_prompt)
+    monkeypatch.setattr(FusedKANPredictor, "to", lambda self, device: self)
+    fit = lesa.fit
+    monkeypatch.setattr(
+        lesa, "fit", lambda *a, **k: fit(*a, **k, num_inference_steps=12, progress=False), raising=False
+    )
+    names = {"pipe": pipe, "prompts": ["a fox", "a crow"]}
+    exec(compile(example, "example", "exec"), names)
+    assert len(names["predictor"].config.schedule) == 9
+    assert (tmp_path / "flux-predictor" / "README.md").exists()
+    lesa.disable_cache(pipe)
 
 
 def test_the_examples_of_released_lesa_run(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -240,7 +239,8 @@ def test_a_straight_world_needs_two_steps_only(tmp_path):
     assert search_schedule(trajectories, line(), 2, progress=False).steps == (0, 1)
 
 
-def test_searching_by_turns_with_training(tmp_path):
+def test_searching_by_turns_with_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(schedule_search, "BRIEF_UPDATES", 25)
     trajectories = write_trajectories(tmp_path / "t", bent, samples=9)
     config = PredictorConfig(WIDTH, rank=2, hidden=4)
     rates = []
@@ -254,8 +254,7 @@ def test_searching_by_turns_with_training(tmp_path):
 
 
 def test_a_history_with_forecasts_is_searched_after_one_brief_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(schedule_search, "BRIEF", replace(schedule_search.BRIEF, guided_epochs=2))
-    monkeypatch.setattr(schedule_search, "LEAST_UPDATES", 5)
+    monkeypatch.setattr(schedule_search, "BRIEF_UPDATES", 6)
     trajectories = write_trajectories(tmp_path / "t", bent, samples=9)
     config = PredictorConfig(WIDTH, mixer="lesa", hidden=4)
     plans, brief = [], Training.fit
@@ -274,7 +273,7 @@ def test_a_history_with_forecasts_is_searched_after_one_brief_training(tmp_path,
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["lesa", "dense", "l2p"])
 def test_a_budget_is_for_each_forecaster_that_can_be_trained(tmp_path, monkeypatch, mixer):
-    monkeypatch.setattr(schedule_search, "LEAST_UPDATES", 2)
+    monkeypatch.setattr(schedule_search, "BRIEF_UPDATES", 2)
     trajectories = write_trajectories(tmp_path / "t", bent)
     config = PredictorConfig(mixer=mixer, feature_dim=WIDTH, history_length=2, stage_bounds=())
     found = find_schedule(trajectories, 4, config, progress=False)
@@ -283,6 +282,7 @@ def test_a_budget_is_for_each_forecaster_that_can_be_trained(tmp_path, monkeypat
 
 
 def test_a_stopped_training_with_a_budget_keeps_its_schedule(tmp_path, monkeypatch):
+    monkeypatch.setattr(schedule_search, "BRIEF_UPDATES", 12)
     trajectories, config = write_trajectories(tmp_path / "t", bent), PredictorConfig(WIDTH, rank=2, hidden=4)
     options = {"budget": 4, "epochs": 3, "out_dir": tmp_path / "out", "progress": False}
     whole = lesa.train(trajectories, config, **{**options, "out_dir": None})

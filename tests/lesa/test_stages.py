@@ -10,7 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lesa
 from lesa.cli import main
-from lesa.training import stages
+from lesa.training import schedule_search, stages
 from lesa.training.training_run import CHECKPOINT_NAME, Training
 from lesa.training.trajectories import FORMAT_VERSION, HEAD, MANIFEST
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -156,6 +156,7 @@ def test_training_with_stages_that_are_found(few, monkeypatch):
     assert predictor.config.stage_bounds == (bound,) and predictor.config.history_length == (4, 4)
     assert predictor.config.schedule == SCHEDULE and predictor.config.rank == WIDTH
     asked.clear()
+    monkeypatch.setattr(schedule_search, "BRIEF_UPDATES", 12)
     predictor = lesa.train(few, CONFIG, budget=4, find_stages=True, epochs=1, progress=False)
     assert len(predictor.config.schedule) == 4
     chosen = {float(SIGMAS[step]) for step in predictor.config.schedule}

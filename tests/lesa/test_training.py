@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import lesa
 from lesa.schedule import Schedule
+from lesa.training import trainer
 from lesa.training.batches import Batch, Plan, split
 from lesa.training.guided_schedules import moved_steps
 from lesa.training.losses import head_aware_loss
@@ -136,6 +137,23 @@ def test_a_stopped_training_goes_on_to_the_same_bits(trajectories, tmp_path, mon
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
     losses = [json.loads((tmp_path / name / LOSSES_NAME).read_text()) for name in ("whole", "stopped")]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    "samples, batch_size, guided, passes, saved",
+    [(2, 8, 3, 20, [0, 20, 23]), (9, 4, 1, 10, [0, 10, 11]), (23, 2, 0, 2, [0, 2])],
+)
+def test_by_default_steps_of_the_optimiser_count_and_not_passes(
+    tmp_path, monkeypatch, samples, batch_size, guided, passes, saved
+):
+    monkeypatch.setattr(trainer, "UPDATES", 20)
+    trajectories = write_trajectories(tmp_path / "t", samples=samples)  # a tenth of them, at least one, is held out
+    config, epochs, save = PredictorConfig(WIDTH, rank=2, hidden=4), [], Training._save_checkpoint
+    monkeypatch.setattr(Training, "_save_checkpoint", lambda run, *rest: epochs.append(rest[1]) or save(run, *rest))
+    lesa.train(trajectories, config, 4, out_dir=tmp_path / "out", batch_size=batch_size, progress=False)
+    losses = json.loads((tmp_path / "out" / LOSSES_NAME).read_text())
+    assert (losses["guided_epochs"], len(losses["training"])) == (guided, guided + passes)
+    assert epochs == saved  # a checkpoint every twenty steps of the optimiser
 
 
 def test_out_dir_gets_the_predictor_the_losses_and_their_picture(trajectories, tmp_path):

@@ -14,6 +14,7 @@ from lesa_kernels import __version__
 
 COMMANDS = {
     "demo": "draw pictures with a bundled model and its predictors, and compare them",
+    "fit": "make a predictor for a model: record, search, train, refine and test in one command",
     "record": "record what a model computes, to train a predictor on it",
     "train": "train a predictor on recorded trajectories",
     "refine": "train a predictor further, on runs in which it is used",
@@ -23,7 +24,7 @@ COMMANDS = {
     "estimate": "show what predicting most steps would save, without running anything",
     "env": "print the versions and devices for a bug report",
 }
-RESUMABLE = ("record", "train", "refine", "evaluate")
+RESUMABLE = ("fit", "record", "train", "refine", "evaluate")
 """Commands that continue after an interruption, and whose work several processes can share."""
 
 

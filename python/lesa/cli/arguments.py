@@ -17,6 +17,13 @@ RUN_OPTIONS = {
     "device": "--device",
 }
 """The options of commands that run a pipeline, by the names that the library has for them."""
+CONDITION_OPTIONS = {
+    "pipeline": "--model (pipeline)",
+    "dtypes": "--dtype",
+    **{name: f"--model ({name})" for name in ("scheduler", "pipeline_config", "configs", "weights")},
+    **{name: f"--model ({name})" for name in ("adapters", "fused_loras", "quantisation", "autocast")},
+}
+"""The options that decide what a recording or a fit was begun with, by the names that it has for them."""
 DTYPES = ("float32", "bfloat16", "float16")
 QUALITIES = ("high", "balanced", "fast")
 
@@ -101,6 +108,12 @@ def schedule(text: str) -> int | list[int]:
     return steps[0] if len(steps) == 1 else list(steps)
 
 
+def budget(text: str) -> int | list[int]:
+    """One number of computed steps, or several."""
+    numbers = [positive(part) for part in text.split(",")]
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 def lengths(text: str) -> int | tuple[int, ...]:
     """One history length, or one for each stage."""
     values = _numbers(int, "an integer, or one for each stage such as 4,6,8")(text)
@@ -172,9 +185,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: float32 on a CPU, else bfloat16)")
 
 
-def add_inputs(parser, required: bool = True) -> None:
-    """`--inputs`."""
-    text = "prompts in a .jsonl file, or pipeline arguments in a .safetensors file"
+def add_inputs(parser, required: bool = True, default: str = "") -> None:
+    """`--inputs`. `default` is what is taken without it."""
+    text = "prompts in a .jsonl file, or pipeline arguments in a .safetensors file" + (default and f" ({default})")
     parser.add_argument("--inputs", required=required, type=existing, metavar="FILE", help=text)
 
 

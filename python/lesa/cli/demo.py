@@ -29,9 +29,10 @@ def run(options) -> None:
 
     quiet_libraries()
     if options.export is not None:
-        commands = export(options.export, options.model)
-        print(f"Wrote the model and its inputs to {options.export}. Run these commands one after the other:\n")
-        print("\n".join(f"  {command}" for command in commands))
+        at_once, *by_steps = export(options.export, options.model)
+        print(f"Wrote the model and its inputs to {options.export}. This makes a predictor, and says how good it is:\n")
+        print(f"  {at_once}\n\nOr do each step by a command of its own, one after the other:\n")
+        print("\n".join(f"  {command}" for command in by_steps))
         return
     duration = "This takes one to two minutes on two idle CPU cores, and up to five on busy ones."
     print(f"The bundled {options.model} model: 50 steps, then fewer computed ones. {duration}", flush=True)

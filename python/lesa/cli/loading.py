@@ -17,20 +17,17 @@ import transformers
 from diffusers.utils import logging
 
 from lesa.cli import UsageError
-from lesa.cli.fitting import check_widths, fit
+from lesa.cli.matching import check_widths, matched
 from lesa.cli.together import are_several, is_first
 from lesa.cli.trying import check_by_pipeline
 from lesa.inputs import Sample, check_inputs, read_samples
 from lesa.messages import is_message
 from lesa.models import adapter_for
-from lesa.pipelines import load_pipeline
+from lesa.pipelines import absent_encoders, embeddings_instead, load_pipeline, needed_encoders
 from lesa.training.settings import usable_device
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error, check_folder_or_id
 from lesa_kernels.predictor.files import budgets_in
-
-_OPTIONAL_ENCODERS = ("text_encoder_3",)
-"""Text encoders without which pipelines encode prompts: Stable Diffusion 3 then takes zeros."""
 
 
 def quiet_libraries() -> None:
@@ -198,14 +195,12 @@ def prepare(options, pipe: Any, samples: list[Sample], num_inference_steps: int)
 
 
 def _fitted(options, samples: list[Sample], kind: type) -> list[Sample]:
-    return fit(samples, kind.__name__, kind.__call__, options.inputs.absolute().parent)
+    return matched(samples, kind.__name__, kind.__call__, options.inputs.absolute().parent)
 
 
 def _check_prompts(pipe: Any, samples: list[Sample]) -> None:
     """Raises `UsageError` if there is a text for which the pipeline lacks the text encoder."""
-    encoders = [name for name in pipe.components if name.startswith("text_encoder")]
-    absent = [name for name in encoders if pipe.components[name] is None]
-    needed = [name for name in absent if name not in _OPTIONAL_ENCODERS]
+    absent, needed = absent_encoders(pipe), needed_encoders(pipe)
     for sample in samples:
         for key, value in sample.arguments.items():
             if "prompt" not in key or not _has_text(value):
@@ -226,7 +221,5 @@ def _remedy_for_prompts(call: Callable, key: str, needed: list[str]) -> str:
     """What to pass instead of the text in the argument `key`."""
     if not needed:
         return "Leave it out."
-    is_negative = key.startswith("negative_")
-    names = [name for name in inspect.signature(call).parameters if "prompt_embeds" in name]
-    names = [name for name in names if name.startswith("negative_") == is_negative]
+    names = embeddings_instead(inspect.signature(call).parameters, key)
     return f"Pass embeddings with --inputs, a safetensors file that holds {' and '.join(names)}."

@@ -5,22 +5,19 @@ from lesa.cli import arguments
 
 OPTIONS = {
     **arguments.RUN_OPTIONS,
+    **arguments.CONDITION_OPTIONS,
     "out_dir": "--out",
     "requested_num_inference_steps": "--steps",
     "tokens_per_sample": "--tokens-per-sample",
     "batch_size": "--batch-size",
     "inputs_digest": "--inputs (digest)",
     "folder": "--out",
-    "pipeline": "--model (pipeline)",
     "transformer": "--model (weights)",
     "family": "--model (family)",
     "feature_dim": "--model (feature_dim)",
     "head_eps": "--model (head_eps)",
     "samples": "--inputs (samples)",
     "dtype": "--dtype",
-    "dtypes": "--dtype",
-    **{name: f"--model ({name})" for name in ("scheduler", "pipeline_config", "configs", "weights")},
-    **{name: f"--model ({name})" for name in ("adapters", "fused_loras", "quantisation", "autocast")},
 }
 
 

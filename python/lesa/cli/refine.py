@@ -26,8 +26,8 @@ def add_arguments(parser) -> None:
     parser.add_argument("--out", required=True, type=arguments.folder, help="folder for the refined predictor")
     text = "how often to run the pipeline and train (default: 2)"
     parser.add_argument("--rounds", type=arguments.positive, default=2, help=text)
-    text = "passes over the trajectories in each round (default: 20)"
-    parser.add_argument("--epochs", type=arguments.positive, default=20, help=text)
+    text = "passes over the trajectories in each round (default: as many as give about 360 steps of the optimiser)"
+    parser.add_argument("--epochs", type=arguments.positive, help=text)
     parser.add_argument(
         "--batch-size", type=arguments.positive, default=1, help="samples per pipeline call (default: 1)"
     )

@@ -118,7 +118,7 @@ def run_demo(
 
 
 def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
-    """Writes a bundled model and inputs, to record, train, refine, generate and evaluate from the command line.
+    """Writes a bundled model and inputs, to make a predictor from the command line and to use it.
 
     Args:
         out_dir: gets `model`, a diffusers pipeline; `inputs.safetensors`, inputs to record, 160 of the digits and 320
@@ -127,7 +127,7 @@ def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
         model: "digits" or "photos".
 
     Returns:
-        The commands, in order.
+        The commands: `lesa fit`, which does all at once, and then those of the single steps, in order.
 
     Raises:
         ValueError: `out_dir` has files in it already, or there is no such model.
@@ -150,6 +150,7 @@ def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
     recorded, epochs = f"--trajectories {at('trajectories')}", f"--epochs {demo.refining_epochs}"
     fresh = f"--model {at('model')} --predictor {at('predictor')} --seed {SEED}"
     return [
+        f"lesa fit {record} --budget {len(demo.schedule)} --out {at('fitted')}",
         f"lesa record {record} --out {at('trajectories')}",
         f"lesa train {recorded} --schedule {steps} --epochs {demo.epochs} --out {at('trained')}",
         f"lesa refine {record} {recorded} --predictor {at('trained')} {epochs} --out {at('predictor')}",

@@ -18,13 +18,16 @@ ERROR_SCALE = 0.1
 """Mean absolute error per pixel, of a range of 1, that the error maps show as their brightest colour."""
 
 
-def draw_comparison(runs: Sequence["EvaluatedRun"], images: Mapping[str, np.ndarray], file: str | os.PathLike) -> None:
+def draw_comparison(
+    runs: Sequence["EvaluatedRun"], images: Mapping[str, np.ndarray], file: str | os.PathLike, timed: bool = True
+) -> None:
     """Draws one row per run: its name and figures, its images, and maps of their error against the first run.
 
     Args:
         runs: the first is the reference.
         images: by run, `[n, height, width, 3]` in [0, 1].
         file: the picture to write, in PNG.
+        timed: whether it says how long the runs took.
     """
     reference = images[runs[0].name]
     rows = sorted(runs, key=_place)
@@ -53,7 +56,7 @@ def draw_comparison(runs: Sequence["EvaluatedRun"], images: Mapping[str, np.ndar
         bottom = size[1] - top - (number + 1) * row_inches - number * 0.1
         style = {"fontsize": 9.5, "fontweight": "bold", "va": "center", "color": _color(run)}
         text(margin, bottom + 0.68 * row_inches, _title(run), **style)
-        text(margin, bottom + 0.30 * row_inches, _figures(run), fontsize=8, va="center", color="#404040")
+        text(margin, bottom + 0.30 * row_inches, _figures(run, timed), fontsize=8, va="center", color="#404040")
         pictures = place(left, bottom, strip_inches, row_inches)
         pictures.imshow(_strip(images[run.name], fill=1.0), vmin=0, vmax=1, interpolation=smoothing, aspect="auto")
         pictures.axis("off")
@@ -98,13 +101,14 @@ def _title(run: "EvaluatedRun") -> str:
     return run.name if kind is None else kind.heading(run.name)
 
 
-def _figures(run: "EvaluatedRun") -> str:
+def _figures(run: "EvaluatedRun", timed: bool) -> str:
     steps = f"{run.whole_steps:.3g} of {run.num_inference_steps} steps"
     if run.num_inference_steps == round(run.whole_steps):
         steps = f"{run.whole_steps:.3g} steps"
     elif abs(run.whole_steps - run.step_equivalents) >= 0.05:
         steps = f"{run.whole_steps:.3g} whole steps, cost {run.step_equivalents:.1f}"
     if run.contender == Reference.name:
-        return f"{steps} computed, {run.seconds:.2f} s"
-    speed = "" if "cost" in steps else f"speed-up {run.speedup:.1f}x, "  # one line has room for one of both
-    return f"{steps}, {speed}{run.psnr:.1f} dB"
+        return f"{steps} computed, {run.seconds:.2f} s" if timed else f"{steps} computed"
+    if "cost" in steps or not timed:  # one line has no room for both a cost and a speed-up
+        return f"{steps}, {run.psnr:.1f} dB"
+    return f"{steps}, speed-up {run.speedup:.1f}x, {run.psnr:.1f} dB"

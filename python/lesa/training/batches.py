@@ -1,5 +1,6 @@
 """Batches of recorded tokens, and forecasts of them. Training and the search for schedules use them."""
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
@@ -8,10 +9,14 @@ import torch.nn.functional as F
 
 from lesa.cache.planning import can_plan
 from lesa.schedule import Schedule
+from lesa.training.settings import TrainingSettings
 from lesa.training.trajectories import Trajectories, Trajectory
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error
 from lesa_kernels.stream import StoredFeatures, stream_forecast
+
+CHECKPOINT_UPDATES = 20
+"""After so many steps of the optimiser, or more, there is a checkpoint, where the user did not choose the epochs."""
 
 
 class Split(NamedTuple):
@@ -34,6 +39,27 @@ def split(trajectories: Trajectories, validation_fraction: float, seed: int) -> 
     held_out = min(len(order) - 1, max(1, round(validation_fraction * len(order)))) if validation_fraction else 0
     samples = [by_sample[i] for i in order]
     return Split(sum(samples[held_out:], []), sum(samples[:held_out], []))
+
+
+def passes(trajectories: Trajectories, updates: int, settings: TrainingSettings) -> int:
+    """In how many passes over the trajectories the optimiser takes about so many steps; at least one.
+
+    Args:
+        trajectories: to train on, and to validate with.
+        updates: steps of the optimiser.
+        settings: of the training. Its epochs do not matter.
+    """
+    return max(1, round(updates / _updates_of_a_pass(trajectories, settings)))
+
+
+def epochs_per_checkpoint(trajectories: Trajectories, settings: TrainingSettings) -> int:
+    """After how many epochs a training writes a checkpoint: where they are short, not after each of them."""
+    return math.ceil(CHECKPOINT_UPDATES / _updates_of_a_pass(trajectories, settings))
+
+
+def _updates_of_a_pass(trajectories: Trajectories, settings: TrainingSettings) -> int:
+    count = len(split(trajectories, settings.validation_fraction, settings.seed).training)
+    return math.ceil(count / settings.batch_size)
 
 
 def part_of(schedule: Schedule, sigmas: Sequence[float]) -> Schedule:

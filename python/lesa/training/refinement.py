@@ -17,9 +17,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -37,10 +38,10 @@ from lesa.inputs import check_inputs
 from lesa.models import adapter_for
 from lesa.processes import Processes, processes_for
 from lesa.provenance import of_manifest
-from lesa.training.batches import Batch, Plan, RollOut, check_is_predictor, check_whole, roll_out
+from lesa.training.batches import Batch, Plan, RollOut, check_is_predictor, check_whole, passes, roll_out
 from lesa.training.losses import feature_loss, head_aware_loss, roll_out_loss
 from lesa.training.recording import Recording, check_same_conditions
-from lesa.training.settings import TrainingSettings, usable_device
+from lesa.training.settings import REFINING_UPDATES, TrainingSettings, usable_device
 from lesa.training.training_run import Training, is_finished
 from lesa.training.trajectories import Trajectories, as_trajectories, check_plain, latents_of
 from lesa_kernels import FusedKANPredictor
@@ -63,7 +64,7 @@ def refine(
     *,
     out_dir: str | os.PathLike | None = None,
     rounds: int = 2,
-    epochs: int = 20,
+    epochs: int | None = None,
     batch_size: int = 8,
     tokens_per_batch: int | None = 32,
     learning_rate: float | None = None,
@@ -87,7 +88,7 @@ def refine(
             refinement that was interrupted continues there. None: the roll-outs are in a temporary folder, and nothing
             is kept.
         rounds: how often to make roll-outs and train on them.
-        epochs: passes over the trajectories in each round.
+        epochs: passes over the trajectories in each round. Default: as many as give about 360 steps of the optimiser.
         batch_size, tokens_per_batch, learning_rate: see `train`; they apply to each round. The default learning rate is
             that of `train`, but at most 1e-3.
         samples_per_call: how many samples share a call of the pipeline.
@@ -118,13 +119,15 @@ def refine(
     rounds = check_int("rounds", rounds)
     forecaster = predictor.config.forecaster
     settings = TrainingSettings(
-        epochs=check_int("epochs", epochs),
+        epochs=0,
         batch_size=batch_size,
         tokens_per_batch=tokens_per_batch,
         learning_rate=min(MOST_LEARNING_RATE, forecaster.learning_rate) if learning_rate is None else learning_rate,
         head_aware=forecaster.head_aware,
         seed=seed,
     )
+    of_a_round = passes(trajectories, REFINING_UPDATES, settings) if epochs is None else check_int("epochs", epochs)
+    settings = replace(settings, epochs=of_a_round)
     samples_per_call, device = check_int("samples_per_call", samples_per_call), usable_device(device)
     processes = processes_for(pipe)
     everything = _all_settings(predictor, trajectories, rounds, settings)
@@ -136,29 +139,38 @@ def refine(
             bar = f"round {number} of {rounds}" if progress and processes.is_first else None
             rolled, trained = (folder / f"round-{number}" / name for name in (ROLL_OUTS, PREDICTOR))
             roll_outs.append(RollOuts(trajectories, predictor, pipe, inputs, rolled, samples_per_call, bar))
-            training = partial(_trained, predictor, roll_outs, trajectories, settings, trained, device, bar)
+            training_bar = bar and f"{bar}, train"
+            training = partial(refined, predictor, trajectories, roll_outs, settings, trained, device, training_bar)
             predictor = processes.by_first(training)
         if out_dir is not None:
             processes.by_first(lambda: [shutil.copy(file, folder) for file in trained.iterdir()])
     return predictor
 
 
-def _trained(
+def refined(
     predictor: FusedKANPredictor,
-    roll_outs: Sequence["RollOuts"],
     trajectories: Trajectories,
+    roll_outs: Sequence["RolledOut"],
     settings: TrainingSettings,
-    folder: Path,
+    out_dir: Path,
     device: torch.device,
-    bar: str | None,
+    bar: str | None = None,
 ) -> FusedKANPredictor:
-    """The predictor after the training of one round, which may be in its folder already."""
-    if is_finished(folder):
-        return FusedKANPredictor.from_pretrained(folder)
+    """Trains a predictor for one round. A round that is finished is read from its folder.
+
+    Args:
+        predictor: of the round before. It is not changed.
+        trajectories: the plain runs.
+        roll_outs: those of this round and of earlier ones.
+        settings: how to train.
+        out_dir: folder of the round. A training that was interrupted continues there.
+        device: where to train.
+        bar: what the progress bar is called, or None for no bar.
+    """
+    if is_finished(out_dir):
+        return FusedKANPredictor.from_pretrained(out_dir)
     with default_modes():  # the pipeline runs in those of the caller
-        run = _Refinement(
-            trajectories, predictor.config, settings, out_dir=folder, device=device, bar=bar and f"{bar}, train"
-        )
+        run = _Refinement(trajectories, predictor.config, settings, out_dir=out_dir, device=device, bar=bar)
         run.start_from(predictor, roll_outs)
         run.fit()
         return run.finish()
@@ -256,6 +268,19 @@ def _read_settings(file: Path) -> dict[str, Any]:
     raise argument_error("out_dir", "hold a refinement that can be read", got, "Choose another folder.")
 
 
+class RolledOut(Protocol):
+    """Roll-outs of a predictor beside trajectories, as a training uses them.
+
+    Attributes:
+        predictor: what distinguishes the predictor from others.
+    """
+
+    predictor: dict[str, Any]
+
+    def of(self, number: int) -> RollOut:
+        """The roll-out beside the trajectory of this number."""
+
+
 class RollOuts:
     """Roll-outs of a predictor, beside the plain runs of the same samples.
 
@@ -268,6 +293,7 @@ class RollOuts:
 
     Attributes:
         recorded: the recording, of computed steps only.
+        predictor: what distinguishes the predictor from others.
     """
 
     def __init__(
@@ -294,6 +320,7 @@ class RollOuts:
         if self.recorded.names != trajectories.names:
             got = Said(f"{len(self.recorded)} streams of calls instead of {len(trajectories)}")
             raise argument_error("pipe", "call its transformer as it did in the recording", got, "Record again.")
+        self.predictor = self.recorded.manifest["predictor"]
         self._plain = trajectories
 
     @cached_property
@@ -317,16 +344,16 @@ class _Refinement(Training):
     """The training of one round: on trajectories and roll-outs."""
 
     validation_name = "validation with roll-outs"  # another quantity than the validation loss of `train`
-    roll_outs: Sequence[RollOuts] = ()
+    roll_outs: Sequence[RolledOut] = ()
 
-    def start_from(self, predictor: FusedKANPredictor, roll_outs: Sequence[RollOuts]) -> None:
+    def start_from(self, predictor: FusedKANPredictor, roll_outs: Sequence[RolledOut]) -> None:
         """Takes the weights of the round before, and the roll-outs to train on."""
         self.predictor.load_state_dict(predictor.state_dict())
         self.predictor.provenance = {**(predictor.provenance or {}), **of_manifest(self.trajectories.manifest)}
         self.roll_outs = roll_outs
 
     def depends_on(self) -> dict[str, Any]:
-        return {"roll_outs": [rolled.recorded.manifest["predictor"] for rolled in self.roll_outs]}
+        return {"roll_outs": [rolled.predictor for rolled in self.roll_outs]}
 
     def is_fitted(self) -> bool:
         return False  # there is no closed form for roll-outs

@@ -10,7 +10,16 @@ import torch
 from tqdm import tqdm
 
 from lesa.schedule import Schedule
-from lesa.training.batches import Batch, Head, Plan, check_is_predictor, check_whole, roll_out
+from lesa.training.batches import (
+    Batch,
+    Head,
+    Plan,
+    check_is_predictor,
+    check_whole,
+    epochs_per_checkpoint,
+    passes,
+    roll_out,
+)
 from lesa.training.searching import Search
 from lesa.training.settings import (
     TrainingSettings,
@@ -29,24 +38,23 @@ from lesa_kernels.torch_modes import default_modes
 SEARCH_TURNS = 2
 """How many brief trainings there are, each followed by a search."""
 
-BRIEF = TrainingSettings(guided_epochs=12, epochs=0, validation_fraction=0.0, reach=3)
-"""The settings of a brief training. The loss is that of the forecaster."""
+BRIEF = TrainingSettings(epochs=0, tokens_per_batch=16, validation_fraction=0.0, reach=3)
+"""The settings of a brief training, which has guided epochs only. The loss is that of the forecaster."""
 
-LEAST_UPDATES = 240
-"""The brief training of a predictor with forecasts in its history has so many steps of the optimiser, or more.
+BRIEF_UPDATES = 240
+"""How many steps of the optimiser a brief training has.
 
-These are twelve epochs of 160 trajectories. With 48 steps, or with the learning rate of 1e-4 of the released LESA, the
-search finds what it finds for an untrained predictor.
+With 48 of them, the search for a predictor with forecasts in its history finds what it finds for an untrained one.
 """
-
-CHECKPOINT_UPDATES = 20
-"""Such a training writes a checkpoint after so many steps of the optimiser, or more."""
 
 WIDEST = 2.5
 """The largest gap, as a multiple of the mean gap."""
 
 SAMPLES, TOKENS_PER_SAMPLE = 24, 16
 """How many trajectories, and how many tokens of each, a search uses at most."""
+
+FEWER_TOKENS = 4
+"""How many tokens of each a search uses whose schedule is only the middle of those of the next brief training."""
 
 
 @default_modes()
@@ -110,12 +118,8 @@ def found_schedule(
     schedule = spread_over(trajectories, budget)
     config = complete_config(trajectories, config, schedule)
     forecaster, every_step = config.forecaster, config.history == "steps"
-    epochs_per_checkpoint = 1
     settings = replace(BRIEF, seed=seed, head_aware=forecaster.head_aware)
-    if every_step:
-        updates = math.ceil(len(trajectories) / settings.batch_size)  # in an epoch
-        epochs, epochs_per_checkpoint = math.ceil(LEAST_UPDATES / updates), math.ceil(CHECKPOINT_UPDATES / updates)
-        settings = replace(settings, guided_epochs=max(settings.guided_epochs, epochs))
+    settings = replace(settings, guided_epochs=passes(trajectories, BRIEF_UPDATES, settings))
     bar = "train for the search" if progress else None
     turn_name = "turn-fitted" if forecaster.is_fitted else "turn"  # parts of earlier versions had other costs
 
@@ -125,10 +129,11 @@ def found_schedule(
         complete, name = complete_config(trajectories, config, trained_for), f"{turn_name}-{turn}"
         out_dir = search.training_folder(name) if turn else None
         run = Training(trajectories, complete, settings, out_dir=out_dir, device=device, bar=bar)
-        run.epochs_per_checkpoint = epochs_per_checkpoint
+        run.epochs_per_checkpoint = epochs_per_checkpoint(trajectories, settings)
         if turn:
             run.fit()
-        errors = ScheduleErrors(trajectories, run.predictor.cpu(), SAMPLES, TOKENS_PER_SAMPLE, seed)
+        tokens = TOKENS_PER_SAMPLE if turn == turns[-1] else FEWER_TOKENS
+        errors = ScheduleErrors(trajectories, run.predictor.cpu(), SAMPLES, tokens, seed)
         return _cheapest_steps(errors, budget, progress, search, name)
 
     turns = range(1)

@@ -13,6 +13,12 @@ from lesa_kernels.checks import Said, argument_error, check_float, check_int
 
 DEFAULT_COMPUTED_STEPS = 9
 
+UPDATES, REFINING_UPDATES = 1080, 360
+"""How many steps the optimiser takes in closed loop, and in each round of refining, if the epochs are not given.
+
+For 160 samples without guidance, these are 60 and 20 epochs.
+"""
+
 
 @dataclass(frozen=True)
 class TrainingSettings:

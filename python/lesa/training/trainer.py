@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from lesa.artifacts import CONTINUE, output_folder, owned
 from lesa.processes import processes_for
 from lesa.provenance import of_manifest
 from lesa.schedule import ScheduleLike
-from lesa.training.batches import check_whole
+from lesa.training.batches import check_whole, passes
 from lesa.training.schedule_search import check_budget, found_schedule
 from lesa.training.searching import Search, has_search
 from lesa.training.settings import (
+    UPDATES,
     TrainingSettings,
     check_config,
     check_one_transformer,
@@ -45,7 +47,7 @@ def train(
     out_dir: str | os.PathLike | None = None,
     guided_epochs: int | None = None,
     controlled: bool = False,
-    epochs: int = 60,
+    epochs: int | None = None,
     batch_size: int = 8,
     tokens_per_batch: int | None = 32,
     learning_rate: float | None = None,
@@ -79,7 +81,8 @@ def train(
         controlled: whether to train for `lesa.ErrorControl`: all epochs are guided, on schedules with gaps half to
             twice as long. The forecasts are less close on the schedule itself, and closer on others.
         epochs: passes over the trajectories in closed loop. They are guided too with `controlled`, and for a lesa
-            predictor.
+            predictor. Default: as many as give about 1080 steps of the optimiser. These count, and not the passes: with
+            fewer samples there are more passes.
         batch_size: trajectories per step of the optimiser.
         tokens_per_batch: how many random tokens of each trajectory to use per step; None for all. A part is enough,
             because predictor and head process each token separately.
@@ -114,24 +117,18 @@ def train(
     check_trainable(config)
     forecaster = config.forecaster
     _check_choices(config, schedule, budget, controlled)
-    epochs = check_int("epochs", epochs)
-    part = forecaster.guided_part
-    all_guided = controlled or part is None
-    if guided_epochs is None:
-        guided_epochs = 0 if part is None else epochs // part
-    if learning_rate is None:
-        learning_rate = forecaster.learning_rate
     settings = TrainingSettings(
-        guided_epochs=check_int("guided_epochs", guided_epochs, minimum=0) + (epochs if all_guided else 0),
-        epochs=0 if all_guided else epochs,
+        epochs=0,
         batch_size=batch_size,
         tokens_per_batch=tokens_per_batch,
-        learning_rate=learning_rate,
+        learning_rate=forecaster.learning_rate if learning_rate is None else learning_rate,
         head_aware=forecaster.head_aware if head_aware is None else head_aware,
         validation_fraction=validation_fraction,
         seed=seed,
         controlled=controlled,
     )
+    number = passes(trajectories, UPDATES, settings) if epochs is None else check_int("epochs", epochs)
+    settings = _with_epochs(settings, config, guided_epochs, number)
     for is_asked, what in (
         (budget is not None, "`budget`"),
         (find_stages, "`find_stages`"),
@@ -173,6 +170,19 @@ def _fitted(
         run.predictor.provenance = of_manifest(trajectories.manifest)
         run.fit()
         return run.finish()
+
+
+def _with_epochs(
+    settings: TrainingSettings, config: PredictorConfig, guided_epochs: int | None, epochs: int
+) -> TrainingSettings:
+    """The settings with the epochs of both phases."""
+    part = config.forecaster.guided_part
+    if guided_epochs is None:
+        guided_epochs = 0 if part is None else epochs // part
+    guided_epochs = check_int("guided_epochs", guided_epochs, minimum=0)
+    if settings.controlled or part is None:
+        return replace(settings, guided_epochs=guided_epochs + epochs)
+    return replace(settings, guided_epochs=guided_epochs, epochs=epochs)
 
 
 @contextlib.contextmanager

@@ -42,6 +42,8 @@ CURVE_NAME = "losses.png"
 WEIGHT_DECAY = 1e-4
 GRADIENT_CLIP = 1.0
 
+MOST_CHECKPOINTS = 200  # of a training. With few trajectories there are many epochs, and each of them is short
+
 MOST_TOKENS = 256
 """How many tokens of a trajectory are used where the errors of a trained predictor are measured, at most."""
 
@@ -68,8 +70,6 @@ class Training:
         schedule: the computed steps, with their noise levels.
     """
 
-    epochs_per_checkpoint = 1
-
     validation_name = "validation"
     """What the progress bar calls the validation loss."""
 
@@ -90,6 +90,7 @@ class Training:
         self.schedule = cast(Schedule, schedule_of(config))  # a complete configuration has one
         chosen = numbers or split(trajectories, settings.validation_fraction, settings.seed)
         self.numbers = Split(*([number for number in part if self._is_to_predict(number)] for part in chosen))
+        self.epochs_per_checkpoint = max(1, math.ceil((settings.guided_epochs + settings.epochs) / MOST_CHECKPOINTS))
         self.out_dir = None if out_dir is None else Path(out_dir)
         self.device, self.bar = torch.device(device), bar
         with torch.device("meta"):  # without random numbers of the default generator, which all threads share

@@ -27,7 +27,7 @@ _WIDTHS = {
 """The entries of a transformer's configuration that say how wide an argument is; the first that it has."""
 
 
-def fit(samples: Iterable[Sample], name: str, call: Callable, folder: Path) -> list[Sample]:
+def matched(samples: Iterable[Sample], name: str, call: Callable, folder: Path) -> list[Sample]:
     """The samples with images opened, after their arguments were compared with those of a pipeline.
 
     A number without a fraction, such as 512.0, becomes an integer where one is needed.

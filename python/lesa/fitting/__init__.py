@@ -1,0 +1,102 @@
+"""`fit`: from a pipeline to predictors that are trained, refined and tested, in one call."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lesa.cache.placement import check_uncached
+from lesa.evaluation.evaluator import check_own_steps
+from lesa.fitting.folder import FitFolder
+from lesa.fitting.inputs import chosen_inputs
+from lesa.fitting.whole import Fit
+from lesa.processes import processes_for
+from lesa.training.recording import Recording
+from lesa.training.settings import check_seed
+from lesa_kernels import FusedKANPredictor
+from lesa_kernels.checks import Said, argument_error, check_int, usage_error
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def fit(
+    pipe: "DiffusionPipeline",
+    inputs: list[str] | list[dict] | None = None,
+    *,
+    budget: int | list[int],
+    out_dir: str | os.PathLike | None = None,
+    num_inference_steps: int = 50,
+    batch_size: int = 1,
+    seed: int = 0,
+    progress: bool = True,
+) -> FusedKANPredictor | dict[int, FusedKANPredictor]:
+    """Makes a predictor for a pipeline: records, chooses the computed steps, trains, refines, and tests it.
+
+    A few samples are recorded first. `lesa.find_schedule` chooses the steps, and `lesa.train` trains on these samples.
+    Then there are rounds of refining, as in `lesa.refine`. Each round has twice as many samples as the one before, up
+    to a limit. After the training and after each round, the pipeline runs with the predictor on validation samples, on
+    which nothing is trained. The PSNR of their latents against those of all steps decides: the first round that gains
+    less than 0.1 dB is the last one, and the best round gives the predictor. So more samples are recorded only while
+    more samples and more rounds gain something.
+
+    Sample i is drawn from `inputs[i % len(inputs)]` with the seed `seed + i`. The numbers of validation samples begin
+    at 500,000. Those of the samples for the test begin at 1,000,000, and no choice depends on them.
+
+    Of a pipeline with two transformers, there is no search: the computed steps are spread, and the first step of each
+    transformer is one of them.
+
+    Args:
+        pipe: a diffusers pipeline of a supported family.
+        inputs: prompts, or dicts of pipeline arguments whose tensors have a leading dimension of 1. None: a list of
+            built-in prompts.
+        budget: how many steps are computed in a run: at least 2, and fewer than the run has. A list of numbers: one
+            predictor for each of them, from one recording.
+        out_dir: gets the predictor, `README.md`, `evaluation.json` with the figures of the test, and `comparison.png`,
+            which shows its pictures. Of several budgets, each has a folder in it, such as `budget-9`. The unfinished
+            work is in `work`. After an interruption, the same call continues, and leaves the files that it would have
+            left without the interruption. None: a temporary folder is used, and nothing is kept.
+        num_inference_steps: passed to the pipeline.
+        batch_size: samples per call of the pipeline.
+        seed: of sample 0, of the training and of the search.
+        progress: whether to show a progress bar, what the work will cost, and how good the predictors are.
+
+    Returns:
+        The predictor, on the CPU. For a list of budgets, a dict of predictors by budget.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range, the family of the pipeline is not supported, or `out_dir`
+            holds something else than unfinished work of this call. The message names what differs.
+        RuntimeError: a cache is on, or another process works in `out_dir`. See also `lesa.record`, `lesa.train` and
+            `lesa.evaluate`.
+    """
+    budgets, is_list = _check_budgets(budget, num_inference_steps), not isinstance(budget, int)
+    chosen = chosen_inputs(pipe, inputs)
+    given = None if inputs is None else len(inputs)
+    check_own_steps(chosen, num_inference_steps)
+    check_uncached(pipe)
+    seed, batch_size = check_seed(seed), check_int("batch_size", batch_size)
+    Recording(pipe, chosen, num_inference_steps, None, seed, batch_size)  # refuses what cannot be recorded
+    processes = processes_for(pipe)
+    if out_dir is None and processes.count > 1:
+        raise usage_error("`out_dir` is required where several processes share the work.", "Pass a folder for all.")
+    with contextlib.ExitStack() as stack:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory()) if out_dir is None else out_dir)
+        folder = FitFolder(path, budgets, is_list)
+        found = Fit(pipe, chosen, num_inference_steps, batch_size, seed, given, folder, processes).run(progress)
+    return found if is_list else found[budgets[0]]
+
+
+def _check_budgets(budget: Any, num_inference_steps: int) -> list[int]:
+    """The budgets; raises `TypeError` or `ValueError` unless a predictor can be made for each of them."""
+    total = check_int("num_inference_steps", num_inference_steps)
+    given = [*budget] if isinstance(budget, Sequence) and not isinstance(budget, str) else [budget]
+    if not given:
+        raise argument_error("budget", "be a number of steps, or a list of them", budget, "Pass at least one number.")
+    budgets = [check_int("budget", each, minimum=2, maximum=total - 1) for each in given]
+    twice = [each for each in budgets if budgets.count(each) > 1]
+    if twice:
+        raise argument_error("budget", "have different numbers", Said(f"{twice[0]} twice"), "Remove one of them.")
+    return budgets

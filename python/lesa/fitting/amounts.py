@@ -1,0 +1,70 @@
+"""How much is recorded and trained by default. The figures follow from measurements; see docs/research.md."""
+
+from dataclasses import dataclass, replace
+
+RECORDED_FLOPS, RECORDED_FLOPS_ON_CPU = 1e15, 1e13
+"""How much work of the transformer the first samples may be: seconds to minutes, less than what the training takes."""
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much work `fit` does at most.
+
+    Args:
+        samples: recorded before the first training, at least.
+        first_samples: the same, at most, for models of which samples take little time.
+        most_samples: recorded in the end, at most. Each round may double the samples until then.
+        updates: steps of the optimiser in the closed loop of the first training.
+        round_updates: the same in each round of refining.
+        rounds: of refining, at most.
+        gain: in dB. A round that gains less is the last one.
+        tokens: kept of each sample, at most.
+        validation_samples: with which rounds are compared.
+        test_samples: on which the predictor is tested in the end.
+        batch_size: trajectories per step of the optimiser.
+        tokens_per_batch: random tokens of each trajectory per step of the optimiser.
+    """
+
+    samples: int = 8
+    first_samples: int = 160
+    most_samples: int = 160
+    updates: int = 600
+    round_updates: int = 300
+    rounds: int = 3
+    gain: float = 0.1
+    tokens: int = 96
+    validation_samples: int = 8
+    test_samples: int = 8
+    batch_size: int = 8
+    tokens_per_batch: int = 16
+
+    def for_model(self, flops: float, on_cpu: bool) -> "Amounts":
+        """The amounts for a model: as many first samples as `RECORDED_FLOPS` allow.
+
+        Args:
+            flops: of the run of one sample, about.
+            on_cpu: whether the model runs on a CPU.
+        """
+        allowed = int((RECORDED_FLOPS_ON_CPU if on_cpu else RECORDED_FLOPS) / flops)
+        return replace(self, samples=min(max(self.samples, allowed), self.first_samples))
+
+    @property
+    def ends(self) -> list[int]:
+        """How many samples there are after each part of the recording: one, then the first ones, then twice as many."""
+        ends, end = [1], self.samples
+        while ends[-1] < self.most_samples:
+            if end > ends[-1]:
+                ends.append(min(end, self.most_samples))
+            end *= 2
+        return ends
+
+    def samples_of(self, number: int) -> int:
+        """How many samples a round of refining is trained on.
+
+        Args:
+            number: of the round, from 1.
+        """
+        return min(self.samples * 2 ** (number - 1), self.most_samples)
+
+
+AMOUNTS = Amounts()

@@ -1,0 +1,209 @@
+"""A predictor for one budget: search of the schedule, training, and rounds of refining while they gain."""
+
+import copy
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lesa.artifacts import remove_partial, write_text
+from lesa.fitting.amounts import Amounts
+from lesa.fitting.bar import Bar, CountedSearch
+from lesa.fitting.comparing import LatentRuns
+from lesa.fitting.planning import Work
+from lesa.fitting.samples import Samples
+from lesa.processes import Processes
+from lesa.schedule import Schedule
+from lesa.training.batches import passes
+from lesa.training.joined import JoinedRollOuts, JoinedTrajectories
+from lesa.training.refinement import MOST_LEARNING_RATE, RollOuts, refined
+from lesa.training.schedule_search import found_schedule
+from lesa.training.settings import TrainingSettings, spread_over, usable_device
+from lesa.training.trainer import train
+from lesa.training.training_run import is_finished
+from lesa_kernels import FusedKANPredictor
+from lesa_kernels.torch_modes import default_modes
+
+FIGURES, SCHEDULE = "validation.json", "schedule.json"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A predictor, and how it was made.
+
+    Args:
+        predictor: on the CPU.
+        made: facts, in types that JSON has.
+    """
+
+    predictor: FusedKANPredictor
+    made: dict[str, Any]
+
+
+class OneBudget:
+    """Makes the predictor for one budget.
+
+    Args:
+        budget: how many steps it computes.
+        samples: to train on.
+        validation: the runs with which the predictors of the rounds are compared.
+        folder: for all that is made on the way.
+        amounts: how much work there is at most.
+        work: how many steps of the bar each part has.
+        bar: shows the progress.
+        processes: those that share the samples.
+    """
+
+    def __init__(
+        self,
+        budget: int,
+        samples: Samples,
+        validation: LatentRuns,
+        folder: Path,
+        amounts: Amounts,
+        work: Work,
+        bar: Bar,
+        processes: Processes,
+    ):
+        self.budget, self.samples, self.validation, self.folder = budget, samples, validation, folder
+        self.amounts, self.work, self.bar, self.processes = amounts, work, bar, processes
+        self.pipe, self.seed = samples.pipe, samples.seed
+        self.device = usable_device(self.pipe._execution_device)
+
+    def fit(self) -> Fitted:
+        """The predictor of the round that is best on the validation samples.
+
+        The first round has the samples of the first training, and each later one has twice as many as the one before,
+        up to the most. A round that gains less than `amounts.gain` is the last one. So neither samples nor rounds are
+        added where they gain nothing.
+        """
+        self.processes.by_first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        predictor = self._trained()
+        best, best_number = predictor, 0
+        figures, before = [self._quality(0, predictor)], [predictor]
+        for number in range(1, self.amounts.rounds + 1):
+            predictor = self._refined(number, before)
+            figures.append(self._quality(number, predictor))
+            gain = figures[number] - figures[best_number]
+            if gain > 0:
+                best, best_number = predictor, number
+            if not gain >= self.amounts.gain:
+                break
+            before.append(predictor)
+        self.bar.skip(sum(self.work.round_steps(left) for left in range(len(figures), self.amounts.rounds + 1)))
+        return Fitted(best, self._made(best_number, figures))
+
+    def _made(self, best: int, figures: list[float]) -> dict[str, Any]:
+        return {
+            "samples": self.amounts.samples_of(max(best, 1)),
+            "rounds": best,
+            "updates": self.amounts.updates,
+            "updates_per_round": self.amounts.round_updates,
+            "tokens_per_sample": self.samples.tokens,
+            "num_inference_steps": self.samples.num_inference_steps,
+            "batch_size": self.samples.batch_size,
+            "seed": self.seed,
+            "validation_samples": self.amounts.validation_samples,
+            "validation_psnr": [figure if math.isfinite(figure) else None for figure in figures],
+        }
+
+    def _trained(self) -> FusedKANPredictor:
+        """The predictor of the first training."""
+        out_dir = self.folder / "trained"
+        trajectories = self._joined(self.amounts.samples)
+        with self.bar.part(f"{self.budget} steps, search", self.work.search_steps(self.budget)):
+            schedule = Schedule(tuple(self.processes.by_first(lambda: self._schedule(trajectories))))
+        with self.bar.part(f"{self.budget} steps, train", self.work.training_steps):
+            if self.processes.by_first(lambda: is_finished(out_dir)):
+                return FusedKANPredictor.from_pretrained(out_dir)
+            return train(
+                trajectories,
+                schedule=schedule,
+                out_dir=out_dir,
+                epochs=self._passes(trajectories, self.amounts.updates),
+                batch_size=self.amounts.batch_size,
+                tokens_per_batch=self.amounts.tokens_per_batch,
+                validation_fraction=0.0,
+                seed=self.seed,
+                device=self.device,
+                progress=False,
+            )
+
+    def _passes(self, trajectories: JoinedTrajectories, updates: int) -> int:
+        """In how many passes over all trajectories the optimiser takes about so many steps."""
+        settings = TrainingSettings(batch_size=self.amounts.batch_size, validation_fraction=0.0)
+        return passes(trajectories, updates, settings)
+
+    def _schedule(self, trajectories: JoinedTrajectories) -> list[int]:
+        """The computed steps. Of a pipeline with two transformers, for which there is no search, they are spread."""
+        if trajectories.switch is not None:
+            return [*spread_over(trajectories, self.budget).steps]
+        file = self.folder / SCHEDULE
+        if not file.exists():
+            search = CountedSearch(self.folder, {"trajectories": trajectories.manifest, "budget": self.budget})
+            search.on_part = self.bar.step
+            with default_modes():
+                found = found_schedule(trajectories, self.budget, None, self.seed, self.device, False, search)
+            write_text(file, json.dumps([*found.steps]) + "\n")
+        return json.loads(file.read_text())
+
+    def _refined(self, number: int, before: list[FusedKANPredictor]) -> FusedKANPredictor:
+        """The predictor of a round, which is made from those of all rounds before it."""
+        trajectories = self._joined(self.amounts.samples_of(number))
+        with self.bar.part(f"{self.budget} steps, round {number}", self.work.refining_steps(number)):
+            roll_outs = [self._rolled_out(trajectories, place, predictor) for place, predictor in enumerate(before)]
+            latest = before[-1]
+            forecaster = latest.config.forecaster
+            settings = TrainingSettings(
+                epochs=self._passes(trajectories, self.amounts.round_updates),
+                batch_size=self.amounts.batch_size,
+                tokens_per_batch=self.amounts.tokens_per_batch,
+                learning_rate=min(MOST_LEARNING_RATE, forecaster.learning_rate),
+                head_aware=forecaster.head_aware,
+                validation_fraction=0.0,
+                seed=self.seed,
+            )
+            out_dir = self.folder / f"round-{number}"
+            return self.processes.by_first(
+                lambda: refined(latest, trajectories, roll_outs, settings, out_dir=out_dir, device=self.device)
+            )
+
+    def _rolled_out(self, trajectories: JoinedTrajectories, place: int, predictor: FusedKANPredictor) -> JoinedRollOuts:
+        """Roll-outs of a predictor on all parts of the recording. Those of an earlier round are there already."""
+        folder, size = self.folder / f"roll-outs-{place}", self.samples.batch_size
+        parts = []
+        for number, part in enumerate(trajectories.parts):
+            inputs = self.samples.inputs_of(*self.samples.bounds(number))
+            parts.append(RollOuts(part, predictor, self.pipe, inputs, folder / f"part-{number}", size))
+        return JoinedRollOuts(parts)
+
+    def _joined(self, count: int) -> JoinedTrajectories:
+        missing = self.samples.missing(count)
+        with self.bar.part("record", self.work.recording_steps(missing)):
+            return self.samples.joined(count)
+
+    def _quality(self, number: int, predictor: FusedKANPredictor) -> float:
+        """The mean PSNR of the latents on the validation samples, in dB. NaN counts as no gain."""
+        figures: dict[str, float] = self.processes.by_first(self._read_figures)
+        name = str(number)
+        with self.bar.part(f"{self.budget} steps, validate", self.work.validation_steps):
+            if name not in figures:
+                errors = self.validation.errors(on_device(predictor, self.device))["psnr"]
+                figures[name] = sum(errors) / len(errors)
+                text = json.dumps(figures) + "\n"
+                self.processes.by_first(lambda: write_text(self.folder / FIGURES, text))
+        return figures[name]
+
+    def _read_figures(self) -> dict[str, float]:
+        file = self.folder / FIGURES
+        remove_partial(file)
+        return json.loads(file.read_text()) if file.exists() else {}
+
+
+def on_device(predictor: FusedKANPredictor, device: torch.device) -> FusedKANPredictor:
+    """A copy of the predictor on a device."""
+
+    return copy.deepcopy(predictor).to(device)

@@ -1,0 +1,196 @@
+"""All of a fit, from the first sample to the finished files."""
+
+import contextlib
+import json
+import time
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from lesa.artifacts import output_folder, whole_file, write_text
+from lesa.fitting import amounts as defaults
+from lesa.fitting.bar import Bar
+from lesa.fitting.card import base_model_of, write_card
+from lesa.fitting.comparing import LatentRuns
+from lesa.fitting.cost import fit_cost, measured
+from lesa.fitting.folder import FitFolder, settings_of
+from lesa.fitting.one_budget import Fitted, OneBudget, on_device
+from lesa.fitting.planning import Work
+from lesa.fitting.probing import probed
+from lesa.fitting.samples import TEST, VALIDATION, Samples
+from lesa.fitting.testing import Test, decodes
+from lesa.models import adapters_for
+from lesa.processes import Processes
+from lesa.training.settings import usable_device
+from lesa.training.trajectories import Trajectories
+from lesa_kernels import FusedKANPredictor
+from lesa_kernels.checks import argument_error
+
+EVALUATION, PICTURE = "evaluation.json", "comparison.png"
+
+
+class Fit:
+    """One call of `fit`, with checked arguments.
+
+    Args:
+        pipe, inputs, num_inference_steps, batch_size, seed: see `fit`.
+        given: how many inputs the user gave; None for the built-in prompts.
+        folder: for the predictors, one for each budget.
+        processes: those that share the samples.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        inputs: list[dict],
+        num_inference_steps: int,
+        batch_size: int,
+        seed: int,
+        given: int | None,
+        folder: FitFolder,
+        processes: Processes,
+    ):
+        self.pipe, self.inputs, self.num_inference_steps = pipe, inputs, num_inference_steps
+        self.batch_size, self.seed, self.given, self.folder = batch_size, seed, given, folder
+        self.processes = processes
+        self.budgets, self.amounts = [*folder.places], defaults.AMOUNTS
+
+    def run(self, progress: bool) -> dict[int, FusedKANPredictor]:
+        """The predictors by budget, which are in the folder too."""
+        with contextlib.ExitStack() as stack:
+            self.processes.in_all(lambda: output_folder(self.folder.path))
+            stack.enter_context(self.processes.owned(self.folder.path, "fitting"))
+            settings = self._settings()
+            self.processes.begin("lesa.fit", settings)
+            self.processes.by_first(lambda: self.folder.check(settings))
+            if not self.processes.by_first(lambda: self.folder.is_finished):
+                bar = stack.enter_context(contextlib.closing(Bar(progress and self.processes.is_first)))
+                self._make(settings, bar)
+            self.processes.by_first(self.folder.finish)
+            return {budget: FusedKANPredictor.from_pretrained(place) for budget, place in self.folder.places.items()}
+
+    def _settings(self) -> dict[str, Any]:
+        """All that must be the same for the fit to continue."""
+        return settings_of(
+            self.pipe,
+            self.inputs,
+            budget=self.budgets if self.folder.is_divided else self.budgets[0],
+            seed=self.seed,
+            batch_size=self.batch_size,
+            num_inference_steps=self.num_inference_steps,
+            amounts=asdict(self.amounts),
+        )
+
+    def _make(self, settings: dict[str, Any], bar: Bar) -> None:
+        """Makes all files of the predictors."""
+        first = probed(self.pipe, self.inputs, self.num_inference_steps)
+        for budget in self.budgets:
+            if budget >= first.steps:
+                must = f"be below the {first.steps} steps that a run of these inputs executes"
+                raise argument_error("budget", must, budget, "Compute fewer steps.")
+        device = self.pipe.transformer.device
+        amounts = self.amounts = defaults.AMOUNTS.for_model(first.flops, on_cpu=device.type == "cpu")
+        self.processes.by_first(lambda: self.folder.begin(settings))
+        samples = Samples(
+            self.pipe,
+            self.inputs,
+            self.folder.work,
+            self.num_inference_steps,
+            min(amounts.tokens, first.tokens),
+            self.batch_size,
+            self.seed,
+            amounts,
+        )
+        with bar.counting(adapter.transformer for adapter in adapters_for(self.pipe).values()):
+            bar.plan(first.steps)
+            with bar.part("record the first sample", first.steps):
+                start = time.perf_counter()
+                sample = samples.part(0)
+                seconds = time.perf_counter() - start
+            work = Work(amounts, first.steps, _calls(sample), self.batch_size)
+            if bar.is_shown and sample.recorded.new:  # what an earlier call recorded took seconds that are not known
+                bar.say(self._cost(sample, seconds, work))
+            bar.plan(work.all_steps(self.budgets))
+            fitted = self._fitted(samples, work, bar)
+            with bar.part("test", work.test_steps(len(fitted))):
+                self._test(samples, fitted, bar)
+
+    def _fitted(self, samples: Samples, work: Work, bar: Bar) -> dict[int, Fitted]:
+        """The predictors, which are not tested yet."""
+        validation = self._runs(samples, VALIDATION, self.amounts.validation_samples, "validation")
+        with bar.part("validate", work.validation_steps):
+            validation.make_references()
+        return {
+            budget: OneBudget(
+                budget,
+                samples,
+                validation,
+                self.folder.work / f"budget-{budget}",
+                self.amounts,
+                work,
+                bar,
+                self.processes,
+            ).fit()
+            for budget in self.budgets
+        }
+
+    def _cost(self, sample: Trajectories, seconds: float, work: Work) -> str:
+        """What the rest will cost, in words. Samples for choices count like those to train on."""
+        amounts, device = self.amounts, usable_device(self.pipe._execution_device)
+        cost = fit_cost(
+            measured(sample, seconds, amounts, self.budgets[0], device),
+            budgets=self.budgets,
+            samples=amounts.samples + amounts.validation_samples,
+            more_samples=amounts.samples_of(amounts.rounds) - amounts.samples,
+            test_samples=amounts.test_samples,
+            rounds=amounts.rounds,
+            optimiser_steps=len(self.budgets) * work.optimiser_steps,
+        )
+        return cost.text()
+
+    def _runs(self, samples: Samples, first: int, count: int, name: str) -> LatentRuns:
+        """Runs on samples that are not trained on, and a folder of this name for them."""
+        inputs, options = samples.inputs_of(first, first + count), (self.num_inference_steps, self.batch_size)
+        return LatentRuns(self.pipe, inputs, self.seed + first, *options, self.folder.work / name, self.processes)
+
+    def _test(self, samples: Samples, fitted: dict[int, Fitted], bar: Bar) -> None:
+        """Tests the predictors, and writes what belongs into their folders."""
+        more = {"base_model": base_model_of(self.pipe), "inputs": self.given}
+        device = usable_device(self.pipe._execution_device)
+        runs = self._runs(samples, TEST, self.amounts.test_samples, "test")
+        predictors = {budget: on_device(each.predictor, device) for budget, each in fitted.items()}
+        test = Test(runs, predictors, self.folder.work / "evaluation")
+        for budget, evaluation in test.run().items():
+            bar.say(_said(evaluation))
+            made = {**fitted[budget].made, **more}
+            write = partial(self._write, fitted[budget].predictor, {**evaluation, "made": made}, budget, test)
+            self.processes.by_first(write)
+
+    def _write(self, predictor: FusedKANPredictor, evaluation: dict[str, Any], budget: int, test: Test) -> None:
+        """Writes the files of a predictor."""
+        place = self.folder.places[budget]
+        place.mkdir(exist_ok=True)
+        predictor.save_pretrained(place)
+        contents = json.dumps(evaluation, indent=2, allow_nan=False)
+        write_text(place / EVALUATION, contents + "\n")
+        if decodes(self.pipe):
+            with whole_file(place / PICTURE) as temporary:
+                test.draw(budget, temporary)
+        write_card(place, evaluation, evaluation["made"])
+
+
+def _calls(trajectories: Trajectories) -> int:
+    """How often a step calls its transformer: for each stream of calls once."""
+    every = sum(len(trajectories.sigmas_of(number)) for number in trajectories.by_sample[0])
+    return round(every / trajectories.num_inference_steps)
+
+
+def _said(evaluation: dict[str, Any]) -> str:
+    """How good a predictor is, in one line."""
+    figure = "psnr" if evaluation["compared"] == "pictures" else "latent_psnr"
+    parts = []
+    for run in evaluation["runs"][1:]:
+        ssim = "" if run["ssim"] is None else f", SSIM {run['ssim']:.4f}"
+        value = run[figure]
+        parts.append(f"{run['name']} {'-' if value is None else f'{value:.2f}'} dB{ssim}")
+    return f"PSNR of {evaluation['compared']} against all steps: {'; '.join(parts)}"
