@@ -78,6 +78,9 @@ def record(
     file cannot be written, the run ends at its next computed step. After Ctrl-C, the batch that is being written is
     finished.
 
+    Where several processes were started together, as by `torchrun`, all must call this with the same arguments. They
+    share the calls of the pipeline, and each of them returns the whole recording.
+
     Args:
         pipe: a diffusers pipeline of a supported family, modular or not.
         inputs: prompts, or dicts of pipeline arguments whose tensors have a leading dimension of 1.
