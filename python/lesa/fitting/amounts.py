@@ -29,10 +29,10 @@ class Amounts:
     first_samples: int = 160
     most_samples: int = 160
     updates: int = 600
-    round_updates: int = 300
+    round_updates: int = 200
     rounds: int = 3
     gain: float = 0.1
-    tokens: int = 96
+    tokens: int = 512
     validation_samples: int = 8
     test_samples: int = 8
     batch_size: int = 8

@@ -41,7 +41,6 @@ CURVE_NAME = "losses.png"
 
 WEIGHT_DECAY = 1e-4
 GRADIENT_CLIP = 1.0
-
 MOST_CHECKPOINTS = 200  # of a training. With few trajectories there are many epochs, and each of them is short
 
 MOST_TOKENS = 256
