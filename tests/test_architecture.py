@@ -21,6 +21,7 @@ ROOMS = (
     ("models",),
     ("processes",),
     ("schedule", "inputs", "pipelines", "artifacts", "conditions"),
+    ("spread",),
     ("messages",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}

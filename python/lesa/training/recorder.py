@@ -1,7 +1,7 @@
 """What watches a run of the pipeline, and keeps what enters the output head."""
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -143,7 +143,8 @@ class Recorder:
         """Keeps the inputs of the output head of a computed call."""
         bad = (~features.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         adapter = self.adapters[call.transformer]
-        self.heads[call.transformer] = head = adapter.output_head(conditioning)
+        head = adapter.output_head(conditioning)
+        self.heads[call.transformer] = _copied(head)
         if head.scale.ndim != 2:
             sentence = "`inputs` make the model modulate each token in its own way, which a recording cannot store."
             raise usage_error(
@@ -232,6 +233,11 @@ class Recorder:
             torch.stack([_choose_tokens(tokens, kept, self.seed + number) for number in self.numbers]),
             call.stream,
         )
+
+
+def _copied(head: OutputHead) -> OutputHead:
+    """The head with weights of its own: sharded ones are freed after a call."""
+    return replace(head, weight=head.weight.clone(), bias=None if head.bias is None else head.bias.clone())
 
 
 def _is_guided(pipe: Any) -> bool:
