@@ -57,6 +57,7 @@ def run(options) -> None:
     from lesa.cli.loading import check_model, pipeline_of, predictor_of, prepare, read
     from lesa.cli.outputs import check_files, check_output, file_of, write
     from lesa.cli.trying import explained
+    from lesa.models import adapter_for, features_device
 
     check_output(options.output, None, options.fps)
     kind = check_model(options)
@@ -69,7 +70,7 @@ def run(options) -> None:
     check_files(options.output, samples, type(pipe).__call__)
     samples = prepare(options, pipe, _sized(options, samples), options.steps)
     if predictor is not None:
-        predictor.to(pipe.transformer.device)
+        predictor.to(features_device(pipe, adapter_for(pipe)))
     which = {"schedule": options.schedule, "steps": options.computed, "quality": options.quality}
     if options.tolerance is not None:
         which["schedule"] = lesa.ErrorControl(options.tolerance)
