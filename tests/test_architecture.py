@@ -22,6 +22,7 @@ ROOMS = (
     ("models",),
     ("processes",),
     ("schedule", "inputs", "pipelines", "artifacts", "conditions", "provenance"),
+    ("spread",),
     ("messages",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
+from lesa.spread import check_not_packed, is_sharded, local_part, reshard, sum_over_processes, values_elsewhere
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error
 
@@ -281,25 +282,38 @@ def digest(value: Any) -> str:
 def fingerprint(module: torch.nn.Module, with_buffers: bool = False) -> str:
     """SHA-256 of the names, shapes and sums of a module's parameters, and of the names of its active adapters.
 
-    A sum adds up the bits of the values as integers. It is exact: device and threads do not change it. Of a parameter
-    whose values are elsewhere (offloaded to the meta device, sharded or packed), name and shape are used.
+    A sum adds up the bits of the values as integers. It is exact: it does not matter on which devices the values are,
+    whether they are offloaded, and over how many processes they are sharded. Of a parameter whose values are packed or
+    cannot be found, name and shape are used. If a parameter is sharded, all processes must call this.
 
     Args:
         module: the module.
         with_buffers: whether its buffers count like parameters.
+
+    Raises:
+        TypeError: its weights are packed by `FullyShardedDataParallel`.
     """
     model: Any = module  # a model of diffusers, where it has adapters
     adapters = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else []
     running = hashlib.sha256(f"{adapters}\n".encode())
+    check_not_packed(module)
+    reshard(module)
+    elsewhere = values_elsewhere(module)
     buffers = module.named_buffers() if with_buffers else ()
     for name, tensor in sorted([*module.named_parameters(), *buffers]):
-        values = tensor.detach()
+        values = tensor.detach() if name not in elsewhere else elsewhere[name]().to(tensor.dtype)
         running.update(f"{name} {values.dtype} {list(values.shape)} {sum_of_bits(values)}\n".encode())
     return running.hexdigest()
 
 
 def sum_of_bits(values: torch.Tensor) -> int | None:
-    """The sum of the bits of the values as integers; None if the values are elsewhere, sharded or packed."""
+    """The sum of the bits of the values as integers; None if they are packed or not there.
+
+    If the tensor is sharded, it is the sum of all processes, and all of them must call this.
+    """
+    if is_sharded(values):
+        own = sum_of_bits(local_part(values))
+        return None if own is None else sum_over_processes(own, values)
     if type(values) is not torch.Tensor or values.is_meta:
         return None
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}

@@ -20,6 +20,7 @@ from diffusers.hooks import layer_skip
 
 from lesa.artifacts import digest, fingerprint, sum_of_bits
 from lesa.pipelines import blocks_of
+from lesa.spread import class_of, local_part, reshard, values_elsewhere
 
 _PACKAGES = {"torch", "diffusers", "transformers", "accelerate", "peft", "torchao", "bitsandbytes", "optimum", "lesa"}
 """Packages whose functions around a model make no other samples, or are seen by the other conditions."""
@@ -49,6 +50,8 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
     """
     components = _components(pipe)
     modules = {name: part for name, part in components.items() if isinstance(part, torch.nn.Module)}
+    for module in modules.values():
+        reshard(module)
     configured = {name: part for name, part in components.items() if isinstance(part, ConfigMixin)}
     others = {name: part for name, part in configured.items() if name not in modules and part is not pipe.scheduler}
     models = {name: part for name, part in configured.items() if name in modules}
@@ -162,6 +165,8 @@ def _buffers(module: torch.nn.Module) -> str | None:
     weights = {name for name, _ in module.named_parameters()}
     saved = {name: value for name, value in module.state_dict().items() if name not in weights}
     tensors = {name: value for name, value in saved.items() if isinstance(value, torch.Tensor)}
+    elsewhere = values_elsewhere(module) if tensors else {}
+    tensors = {name: elsewhere[name]() if name in elsewhere else value for name, value in tensors.items()}
     facts = {name: [str(t.dtype), list(t.shape), sum_of_bits(t.detach())] for name, t in tensors.items()}
     return digest(facts) if facts else None
 
@@ -253,7 +258,7 @@ def _other_functions(function: Any) -> Iterator[str]:
 
 
 def _class_of(thing: Any) -> str:
-    return type(thing).__qualname__
+    return class_of(thing).__qualname__
 
 
 def _autocast() -> dict[str, str]:
@@ -316,8 +321,9 @@ def _quantisation(module: torch.nn.Module) -> dict[str, Any]:
         as_dict = quantiser.to_dict() if hasattr(quantiser, "to_dict") else quantiser
         packed["config"] = json.loads(json.dumps(as_dict, default=str, sort_keys=True))
     plain = (torch.Tensor, torch.nn.Parameter)
-    weights = {name: weight for name, weight in sorted(module.named_parameters()) if type(weight) not in plain}
-    weights |= {name: weight for name, weight in module.named_parameters() if type(weight.data) is not torch.Tensor}
+    named = {name: local_part(weight) for name, weight in sorted(module.named_parameters())}
+    weights = {name: weight for name, weight in named.items() if type(weight) not in plain}
+    weights |= {name: weight for name, weight in named.items() if type(weight.data) is not torch.Tensor}
     if weights:
         packed["types"] = sorted({type(weight.data).__qualname__ for weight in weights.values()})
         packed["weights"] = digest({name: _parts_of(weight.data) for name, weight in weights.items()})

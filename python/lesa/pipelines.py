@@ -1,6 +1,7 @@
 """Loading pipelines by name, and running pipelines of either kind."""
 
 import contextlib
+import importlib
 import inspect
 import itertools
 import os
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import hooks
 from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.modular_pipelines import PipelineState
 
@@ -19,6 +21,8 @@ _DECODER = "decode"
 
 _OPTIONAL_ENCODERS = ("text_encoder_3",)
 """Text encoders without which pipelines encode prompts: Stable Diffusion 3 then takes zeros."""
+_DIVIDED = ("transformer", "transformer_2")
+"""The components that `load_divided` divides."""
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
@@ -68,6 +72,34 @@ def embeddings_instead(arguments: Iterable[str], name: str) -> list[str]:
     """
     is_negative = name.startswith("negative_")
     return [each for each in arguments if "prompt_embeds" in each and each.startswith("negative_") == is_negative]
+
+
+def load_divided(folder_or_id: str | os.PathLike, device: str, offload_folder: str, **options: Any) -> Any:
+    """Loads a pipeline whose transformers are divided among all GPUs, for a model that is larger than one.
+
+    What does not fit on the GPUs stays in the memory of the CPU, and then in files. Hooks of accelerate bring it to a
+    GPU when it is needed.
+
+    Args:
+        folder_or_id, options: as in `load_pipeline`.
+        device: where the other components go.
+        offload_folder: for these files.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_pipeline` does.
+    """
+    check_folder_or_id("folder_or_id", folder_or_id)
+    index = DiffusionPipeline.load_config(folder_or_id)
+    kinds = {name: index[name] for name in _DIVIDED if isinstance(index.get(name), (list, tuple)) and index[name][0]}
+    pipe = load_pipeline(folder_or_id, **dict.fromkeys(kinds), **options).to(device)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):  # by it diffusers knows where to make tensors
+            hooks.add_hook_to_module(part, hooks.AlignDevicesHook(device, io_same_device=True))
+    for name, (library, kind) in kinds.items():  # last: by then the memory of the other components is taken
+        load = getattr(importlib.import_module(library), kind).from_pretrained
+        place = {"device_map": "auto", "offload_folder": offload_folder}
+        pipe.register_modules(**{name: load(folder_or_id, subfolder=name, **place, **options)})
+    return pipe
 
 
 def _is_modular(folder_or_id: str | os.PathLike, hub: dict[str, Any]) -> bool:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from lesa.artifacts import LOCK, digest, owned
+from lesa.spread import is_spread
 from lesa_kernels.checks import Said, argument_error, usage_error
 
 T = TypeVar("T")
@@ -275,9 +276,8 @@ def processes_for(pipe: Any = None) -> Processes:
             raise usage_error(sentence, remedy)
     else:
         return Processes()
-    transformer = getattr(pipe, "transformer", None)
-    is_spread = getattr(transformer, "_parallel_config", None) is not None
-    return Processes(rank, count, not is_spread)
+    is_shared = any(is_spread(getattr(pipe, name, None)) for name in ("transformer", "transformer_2"))
+    return Processes(rank, count, not is_shared)
 
 
 def is_first_to(what: str) -> bool:

@@ -618,8 +618,9 @@ def test_no_command_and_no_option_is_left_out(capsys):
         known = set(re.findall(r"--[a-z][a-z-]*", summary)) - {"--help"}
         texts = [words for words, _ in command.options] + [text for text in INSTEAD if text.startswith(name + " ")]
         tried = {word.partition("=")[0] for text in texts for word in text.split() if word.startswith("--")}
-        # It is only for videos: see test_cli_outputs.py.
-        assert known - tried == ({"--fps"} if name == "generate" else set())
+        # They are only for videos, and for models on disk: see test_cli_outputs.py and test_large_models.py.
+        elsewhere = {"--device-map"} & known | ({"--fps"} if name == "generate" else set())
+        assert known - tried == elsewhere
 
 
 INTERRUPTED = {

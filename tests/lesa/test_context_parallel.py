@@ -4,8 +4,6 @@ The module is also the program of those processes: `python test_context_parallel
 save what they made in the folder. The tests compare it with what this process makes by itself.
 """
 
-import os
-import subprocess
 import sys
 import time
 
@@ -19,11 +17,10 @@ from driven_loops import SOME, STEPS
 from lesa.cache import device_values
 from lesa.demo import digits
 from predictors import make_predictor
+from process_pairs import RANKS, copied_late, join, leave, run_in_two
 
-RANKS = 2
 NAN_BELOW = 0.45  # a noise level between those of steps 6 and 7, of which both are predicted
 CASES = ["off", "everything", "cache first", "parallelism first", "disabled", "not finite", "found late"]
-TIME_LIMIT_S = 120  # all cases take about 15 s, most of it imports
 
 
 def flux_pipeline():
@@ -73,24 +70,6 @@ def predictor_for(pipe, case):
     return make_predictor(below, dim=config.num_attention_heads * config.attention_head_dim, seed=2)
 
 
-class LateEvent:
-    """Stands for the event of a GPU that has not come to its place when it is asked, but does so when waited for."""
-
-    def __init__(self):
-        self.waited = False
-
-    def query(self):
-        return self.waited
-
-    def synchronize(self):
-        self.waited = True
-
-
-def copied_late(value, slots):
-    """Stands for `copy_to_host`: the value is never there unless it is waited for."""
-    return value.detach().reshape(1), LateEvent()
-
-
 def run_case(family, case, parallelise=lambda transformer: None, late=False):
     """What one case makes: latents, how often the first block ran, and the steps of each stream.
 
@@ -124,11 +103,7 @@ def work(rank, folder):
     """What one of the processes does."""
     from diffusers import ContextParallelConfig
 
-    torch.set_num_threads(1)
-    torch.accelerator.device_count = lambda: RANKS  # diffusers numbers the ranks' accelerators; there is none
-    torch._C._get_accelerator = lambda *_: torch.device("cpu")
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
+    join(rank, folder)
 
     def parallelise(transformer):
         transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=RANKS))
@@ -140,40 +115,13 @@ def work(rank, folder):
             print(f"{family}, {case} ...", end=" ", flush=True)
             results[family, case] = run_case(family, case, parallelise, late)
             print(f"{time.perf_counter() - begun:.1f} s", flush=True)
-    torch.save(results, f"{folder}/results-{rank}")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave(rank, folder, results)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What each of the processes made, by family and case."""
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("torch is built without gloo")
-    folder = tmp_path_factory.mktemp("context-parallel")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    logs = [folder / f"log-{rank}" for rank in range(RANKS)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as out:
-            command = [sys.executable, __file__, str(rank), str(folder)]
-            processes.append(subprocess.Popen(command, stdout=out, stderr=out, env=environment))
-    until = time.monotonic() + TIME_LIMIT_S
-    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
-        if time.monotonic() > until:
-            break
-        time.sleep(0.05)
-    states = [process.poll() for process in processes]
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-    if states != [0] * RANKS:
-        ends = "\n".join(f"--- process {rank}:\n{log.read_text()[-3000:]}" for rank, log in enumerate(logs))
-        pytest.fail(f"exit codes {states} after {TIME_LIMIT_S} s or less (None: was still running)\n{ends}")
-    return [torch.load(folder / f"results-{rank}") for rank in range(RANKS)]
+    return run_in_two(__file__, tmp_path_factory.mktemp("context-parallel"))
 
 
 @pytest.mark.parametrize("case", CASES)

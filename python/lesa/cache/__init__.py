@@ -15,8 +15,9 @@ from lesa.cache.observing import ComputingHook
 from lesa.cache.placement import hook_of
 from lesa.cache.run import StepObserver
 from lesa.cache.stats import CacheStats
-from lesa.models import Adapter, adapters_for, adapters_or_probes
+from lesa.models import Adapter, adapters_for, adapters_or_probes, hooked_device
 from lesa.schedule import Schedule, ScheduleLike, Spread, as_schedule, schedule_of
+from lesa.spread import is_spread
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import Said, argument_error, check_folder_or_id, check_int, usage_error
 from lesa_kernels.forecasters import UNTRAINED
@@ -228,7 +229,10 @@ def _enable(
 ) -> CacheHandle:
     adapters = adapters_or_probes(pipe)
     for name, adapter in adapters.items():
-        _check_predictor(pipe, adapter, predictors[name])
+        _check_in_one_process(adapter)
+        _check_predictor(adapter, predictors[name])
+        if not any(predictors[name] is each for each in owned):
+            _check_device(pipe, adapter, predictors[name])
     schedules = [_checked_schedule(adapters[name], predictors[name], schedule) for name in adapters]
     chosen = schedules[0]
     if any(other != chosen for other in schedules):
@@ -252,7 +256,15 @@ def _enable(
     return CacheHandle(hook)
 
 
-def _check_predictor(pipe: Any, adapter: Adapter, predictor: FusedKANPredictor) -> None:
+def _check_in_one_process(adapter: Adapter) -> None:
+    """Raises `TypeError` if processes share a transformer without an adapter. They would not watch the same in it."""
+    if adapter.runs_around and is_spread(adapter.transformer):
+        must = "have a transformer with an adapter, because several processes share it"
+        got, remedy = Said(f"a {type(adapter.transformer).__name__}"), "Let each process have the whole transformer."
+        raise argument_error("pipe", must, got, remedy, TypeError)
+
+
+def _check_predictor(adapter: Adapter, predictor: FusedKANPredictor) -> None:
     """Checks that the predictor can forecast the features of the pipeline's transformer."""
     if not isinstance(predictor, FusedKANPredictor):
         raise argument_error(
@@ -285,19 +297,24 @@ def _check_predictor(pipe: Any, adapter: Adapter, predictor: FusedKANPredictor) 
             config.feature_dim,
             "Use a predictor that was trained for this model.",
         )
-    device, head_device = predictor.device, next(adapter.projection.parameters()).device
-    if device != head_device == pipe._execution_device and device is not None:  # an offloaded model runs elsewhere
-        raise argument_error(
-            "predictor",
-            f"be on the transformer's device, {head_device}",
-            Said(f"one on {device}"),
-            f"Move it with `predictor.to('{head_device}')`.",
-        )
     with torch.no_grad():  # the weights may belong to an inference mode
         bad = [name for name, weight in predictor.named_parameters() if not torch.isfinite(weight).all()]
     if bad:
         raise argument_error(
             "predictor", "have finite weights", Said(f"NaN or Inf in {', '.join(bad)}"), "Load or train it again."
+        )
+
+
+def _check_device(pipe: Any, adapter: Adapter, predictor: FusedKANPredictor) -> None:
+    """Raises `ValueError` if the predictor is known to be on another device than the features."""
+    device, hooked = predictor.device, hooked_device(adapter)
+    where = hooked or next(adapter.projection.parameters()).device
+    if device not in (None, where) and (hooked or where == pipe._execution_device):  # else it is offloaded
+        raise argument_error(
+            "predictor",
+            f"be on the transformer's device, {where}",
+            Said(f"one on {device}"),
+            f"Move it with `predictor.to('{where}')`.",
         )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from lesa.models import Adapter
 from lesa.schedule import Schedule
+from lesa.spread import is_spread
 from lesa_kernels import OutputHead, PredictorConfig
 from lesa_kernels.checks import check_float, check_int, usage_error
 from lesa_kernels.stream import output_head
@@ -163,8 +164,8 @@ def check_controllable(adapter: Adapter, config: PredictorConfig) -> None:
             "`ErrorControl` needs a predictor whose config has typical errors, as `schedule_errors`.",
             "Train it with `lesa.train(..., controlled=True)` on two computed steps or more, or pass a list of steps.",
         )
-    if getattr(adapter.transformer, "_parallel_config", None) is not None:
+    if is_spread(adapter.transformer):
         raise usage_error(
             "`ErrorControl` cannot be used where several processes share a transformer.",
-            "Pass a list of steps: each process sees only the errors of its own part.",
+            "Pass a list of steps: by the errors, the processes could choose different ones.",
         )

@@ -330,7 +330,7 @@ class ForecastingHook(StepHook[ForecastState]):
         fits = track.fits(features) and not stream.is_broken
         if head == 0:
             if self.observer is not None:
-                self.observer.keep(call, features, conditioning)
+                self.observer.keep(call, self.adapter.all_features(call.arguments, features), conditioning)
             if fits and len(stream.stats.computed) > 1:
                 self._measure(state, stream, call, features, conditioning)
         if not fits:

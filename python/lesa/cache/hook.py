@@ -17,6 +17,7 @@ from lesa.cache.placement import Watch, check_no_layer_cache, check_no_other_cac
 from lesa.cache.run import Call, Run
 from lesa.cache.sites import Site
 from lesa.models import Adapter
+from lesa.spread import is_spread
 from lesa_kernels.checks import usage_error
 
 
@@ -342,7 +343,6 @@ class StepHook(StepEvents[State], ModelHook):
         return state
 
     def _begin_state(self) -> State:
-        is_shared = getattr(self.adapter.transformer, "_parallel_config", None) is not None  # by several processes
-        scheduler = self.pipe.scheduler
+        scheduler, waits = self.pipe.scheduler, is_spread(self.adapter.transformer)
         run = Run(scheduler, lambda timesteps: self.adapter.pass_timesteps(timesteps, scheduler))
-        return self.new_state(run, DeviceValues(waits=is_shared))
+        return self.new_state(run, DeviceValues(waits))

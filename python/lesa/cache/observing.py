@@ -32,7 +32,7 @@ class ComputingHook(StepHook[RunState]):
 
     def keep(self, state: RunState, call: Call, head: int, features: torch.Tensor, conditioning: Any) -> None:
         if head == 0:
-            self.observer.keep(call, features, conditioning)
+            self.observer.keep(call, self.adapter.all_features(call.arguments, features), conditioning)
 
     def finish(self, state: RunState, call: Call) -> None:
         if max(call.heads.values(), default=0) > 1:

@@ -182,6 +182,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """`--model`, and where and in which dtype it runs."""
     parser.add_argument("--model", required=True, type=model, help="folder or hub id of a diffusers pipeline")
     add_device(parser)
+    text = (
+        "auto: divide the transformer among all GPUs, the memory of the CPU and temporary files, in this order, for a "
+        "model that is larger than one GPU"
+    )
+    parser.add_argument("--device-map", choices=("auto",), help=text)
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: float32 on a CPU, else bfloat16)")
 
 

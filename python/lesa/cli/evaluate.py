@@ -43,6 +43,7 @@ def run(options) -> None:
     from lesa.cli.loading import budgets_of, check_model, check_schedules, pipeline_of, predictor_of, prepare, read
     from lesa.cli.trying import explained
     from lesa.evaluation.evaluator import budget_within, check_own_steps
+    from lesa.models import adapter_for, features_device
 
     for name in options.against:
         _, budget = budget_within(name, options.steps)
@@ -65,11 +66,12 @@ def run(options) -> None:
     pipe = pipeline_of(options)
     check_schedules(predictors, pipe)
     samples = prepare(options, pipe, samples, options.steps)
+    device = features_device(pipe, adapter_for(pipe))
     with explained(pipe, samples, options.steps):
         evaluation = lesa.evaluate(
             pipe,
             [sample.arguments for sample in samples],
-            {label: predictor.to(pipe.transformer.device) for label, predictor in predictors.items()},
+            {label: predictor.to(device) for label, predictor in predictors.items()},
             against=options.against,
             num_inference_steps=options.steps,
             seed=options.seed,

@@ -60,6 +60,7 @@ def run(options) -> None:
     from lesa.cli.loading import check_model, pipeline_of, prepare, read
     from lesa.cli.outputs import check_files, check_output, file_of, write
     from lesa.cli.trying import explained
+    from lesa.models import adapter_for, features_device
     from lesa_kernels import FusedKANPredictor
 
     check_output(options.output, None, options.fps)
@@ -76,7 +77,7 @@ def run(options) -> None:
     check_files(options.output, samples, type(pipe).__call__)
     samples = prepare(options, pipe, _sized(options, samples), options.steps)
     if isinstance(predictor, FusedKANPredictor):
-        predictor.to(pipe.transformer.device)
+        predictor.to(features_device(pipe, adapter_for(pipe)))
     running: list = []  # the sample that is drawn
     with explained(pipe, running, options.steps), lesa.enable_cache(pipe, predictor, **which) as handle:
         for number, sample in enumerate(samples):

@@ -1,9 +1,12 @@
 """What commands load before they start: the device, the inputs, the pipeline and predictors."""
 
+import atexit
 import contextlib
 import inspect
 import json
 import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -23,7 +26,7 @@ from lesa.cli.trying import check_by_pipeline
 from lesa.inputs import Sample, check_inputs, read_samples
 from lesa.messages import is_message
 from lesa.models import adapter_for
-from lesa.pipelines import absent_encoders, embeddings_instead, load_pipeline, needed_encoders
+from lesa.pipelines import absent_encoders, embeddings_instead, load_divided, load_pipeline, needed_encoders
 from lesa.training.settings import usable_device
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error, check_folder_or_id
@@ -80,7 +83,7 @@ def pipeline_of(options) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer releases call it `dtype`; all know the older name
         try:
-            pipe = load_pipeline(model, torch_dtype=getattr(torch, dtype))
+            pipe = _loaded(model, device, options.device_map is not None, torch_dtype=getattr(torch, dtype))
         except Exception as error:
             if isinstance(error, OSError) and not Path(model).is_dir():
                 raise UsageError(f"argument --model: there is no folder {model!r}. The hub says: {error}") from None
@@ -89,9 +92,18 @@ def pipeline_of(options) -> Any:
     adapter_for(pipe)
     if (place := torch.device(device)).type == "cuda" and place.index is not None:
         torch.cuda.set_device(device)  # what some kernels and libraries use
-    pipe.to(device)
+    if options.device_map is None:
+        pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _loaded(model: str, device: str, is_divided: bool, **options: Any) -> Any:
+    if not is_divided:
+        return load_pipeline(model, **options)
+    folder = tempfile.mkdtemp(prefix="lesa-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return load_divided(model, device, folder, **options)
 
 
 def predictor_of(source: str, budget: int | None = None) -> FusedKANPredictor:
@@ -173,7 +185,7 @@ def prepare(options, pipe: Any, samples: list[Sample], num_inference_steps: int)
         samples = _fitted(options, samples, type(pipe))
     _check_prompts(pipe, samples)
     check_widths(samples, pipe.transformer.config)
-    device, dtype = pipe.transformer.device, pipe.transformer.dtype
+    device, dtype = pipe._execution_device, pipe.transformer.dtype
 
     def placed(place: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():

@@ -22,7 +22,7 @@ from lesa.evaluation.quality import learned_qualities, psnr, relative_error, ssi
 from lesa.evaluation.result import EvaluatedRun, Outcome
 from lesa.evaluation.store import Store
 from lesa.inputs import batches_of, collate
-from lesa.models import adapters_for
+from lesa.models import adapters_for, features_device
 from lesa.models.adapter import Adapter
 from lesa.pipelines import decoded_by_blocks, run_pipeline
 from lesa.processes import Processes
@@ -221,7 +221,7 @@ class Contest:
             warm: whether a short run goes before the timed one, where it is needed.
         """
         steps = contender.steps_of(self.num_inference_steps)
-        device, processes = self.pipe.transformer.device, self.processes
+        device, processes = features_device(self.pipe, self.adapter), self.processes
         on_cpu = device.type == "cpu"
         left = TRAJECTORY_SAMPLES if keep and steps == self.num_inference_steps else 0
         calls: list[tuple[Batch, int]] = []
@@ -269,7 +269,7 @@ class Contest:
             steps: of the call.
             switched_on: the context of the call, without the decoding.
         """
-        (arguments, seeds), device = batch, self.pipe.transformer.device
+        (arguments, seeds), device = batch, features_device(self.pipe, self.adapter)
         counter = Counter(self.pipe, self._adapters, kept)
         with switched_on, counter.on():
             synchronise(device)
@@ -323,7 +323,7 @@ class Contest:
 
     def _set_reference(self, outcome: Outcome, sigmas: list[float]) -> None:
         self._reference, self.sigmas = outcome, sigmas
-        device, shape = self.pipe.transformer.device, outcome.images[0][0].shape
+        device, shape = features_device(self.pipe, self.adapter), outcome.images[0][0].shape
         if self.processes.is_first:
             self._learned, self.not_available = learned_qualities(device, self.prompts, shape)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lesa.contenders.base import Pipeline
-from lesa.models import FIRST, SECOND
+from lesa.models import FIRST, SECOND, features_device
 from lesa.models.adapter import Adapter
 
 
@@ -30,7 +30,7 @@ class Counter:
         self._pipe, self._keep_latents = pipe, keep_latents
         self._adapters = [*adapters]
         self._blocks = [len(adapter.blocks) for adapter in adapters]
-        self._device = self._adapters[0].transformer.device
+        self._device = features_device(pipe, self._adapters[0])
         self._calls = self._whole_calls = 0
         self._attention_runs: Counted = Counted()  # by transformer
         self._body_runs: Counted = Counted()

@@ -13,6 +13,7 @@ from lesa.contenders.schedules import SCHEDULES, schedules_within
 from lesa.evaluation.contest import Contest
 from lesa.evaluation.result import sortable
 from lesa.evaluation.search import NotAvailableError, SettingSearch
+from lesa.models import features_device
 from lesa.schedule import Schedule, Spread
 from lesa.training.recording import record
 from lesa.training.schedule_search import TOKENS_PER_SAMPLE, find_schedule
@@ -108,7 +109,8 @@ class ForecasterSearch(SettingSearch):
     def _variants(self) -> list[FusedKANPredictor]:
         """The predictors with the options to try. Each of them can be switched on."""
         pipe = self.contest.pipe
-        made = [p.to(pipe.transformer.device) for p in self.kind.variants(self.contest.adapter.feature_dim)]
+        device = features_device(pipe, self.contest.adapter)
+        made = [predictor.to(device) for predictor in self.kind.variants(self.contest.adapter.feature_dim)]
         for predictor in made:
             enable_cache(pipe, predictor, Spread()).disable()
             self.kind(predictor, Spread()).identity()

@@ -20,8 +20,10 @@ from lesa.conditions import common_conditions, conditions_of
 from lesa.contenders import Reference
 from lesa.contenders.base import Pipeline
 from lesa.evaluation.result import EvaluatedRun, Outcome, file_name
+from lesa.models import adapter_for, features_device
 from lesa.models.adapter import Adapter
 from lesa.processes import Processes
+from lesa.spread import class_of
 from lesa_kernels.checks import Said, argument_error
 
 SETTINGS_FILE = "settings.json"
@@ -300,10 +302,10 @@ def _files(folder: Path, name: str) -> tuple[Path, Path]:
 def facts_of(pipe: Pipeline, inputs: list[dict], seed: int, batch_size: int) -> dict[str, Any]:
     """What the figures depend on, for `summary.json`: model, samples, device and versions."""
     transformer = pipe.transformer
-    device = transformer.device
+    device = features_device(pipe, adapter_for(pipe))
     parameters = sum(p.numel() for p in transformer.parameters())
     return {
-        "model": f"{type(pipe).__name__}, {type(transformer).__name__}, {parameters / 1e6:.1f} M parameters",
+        "model": f"{type(pipe).__name__}, {class_of(transformer).__name__}, {parameters / 1e6:.1f} M parameters",
         "samples": len(inputs),
         "seed": seed,
         "batch_size": batch_size,

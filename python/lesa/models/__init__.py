@@ -40,6 +40,7 @@ from lesa.models.sd3 import SD3Adapter
 from lesa.models.skyreels_v2 import SkyReelsV2Adapter
 from lesa.models.wan import WanAdapter
 from lesa.models.z_image import ZImageAdapter
+from lesa.spread import execution_device, inside_of
 from lesa_kernels.checks import Said, argument_error
 
 ADAPTERS: tuple[type[Adapter], ...] = (
@@ -136,6 +137,20 @@ def adapter_for(pipe: Any) -> Adapter:
     return next(iter(adapters_for(pipe).values()))
 
 
+def features_device(pipe: Any, adapter: Adapter) -> torch.device:
+    """The device on which the blocks of one of the pipeline's transformers give the features.
+
+    If the transformer is divided among devices, it is that of the last block. Offloaded weights are on another one.
+    """
+    own = adapter.transformer.device
+    return hooked_device(adapter) or (pipe._execution_device if own.type in ("cpu", "meta") else own)
+
+
+def hooked_device(adapter: Adapter) -> torch.device | None:
+    """The device to which hooks of accelerate bring the last block; None if there are no such hooks on it."""
+    return execution_device(torch.nn.ModuleList(adapter.blocks[-1:]))
+
+
 def _found(pipe: Any) -> dict[str, Any]:
     return transformers_of(pipe) or {FIRST: None}
 
@@ -144,6 +159,10 @@ def _adapter_of(pipe: Any, transformer: Any, probes: bool) -> Adapter:
     for adapter in ADAPTERS:
         if adapter.handles(transformer):
             return adapter(transformer)
+    if (inside := inside_of(transformer)) is not None:
+        outer = Said(f"a {type(transformer).__name__} around it")
+        remedy = f"Use the {type(inside).__name__} inside. To shard it, call `torch.distributed.fsdp.fully_shard`."
+        raise argument_error("pipe", "have the model itself as transformer", outer, remedy, TypeError)
     is_module = isinstance(transformer, torch.nn.Module)
     if is_module and probes:
         return Probe(pipe, transformer)

@@ -15,6 +15,7 @@ from lesa.models.costs import Costs
 from lesa.models.heads import AdaLayerNormHead, HeadForm
 from lesa.models.own_forward import OwnForward
 from lesa.models.plain_head import why_not_plain
+from lesa.spread import all_tokens
 from lesa_kernels import OutputHead
 from lesa_kernels.checks import usage_error
 
@@ -150,6 +151,10 @@ class Adapter:
     def features(self, call: dict, entered: torch.Tensor) -> torch.Tensor:
         """The features `[B, T, D]` of a call, from what entered the head. Other tokens, such as text, are left out."""
         return entered.to(self.sample(call).dtype) if self.head_form.enters_in_float32 else entered
+
+    def all_features(self, call: dict, features: torch.Tensor) -> torch.Tensor:
+        """The features of all tokens of a call, if each process has some of them. All processes must call it."""
+        return all_tokens(features, self.shape(call)[1], self.transformer)
 
     def arrange(self, call: dict, velocity: torch.Tensor) -> torch.Tensor:
         """The transformer's output from the projected tokens `[B, T, O]`."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers.models.normalization import AdaLayerNormContinuous, FP32LayerNorm
 
+from lesa.spread import unshard, whole
 from lesa_kernels import OutputHead
 
 
@@ -67,8 +68,12 @@ class HeadForm:
 
     def output_head(self, conditioning: torch.Tensor) -> OutputHead:
         """The head as plain tensors."""
+        norm, projection = self.entry, self.projection
+        for module in (norm, projection):
+            unshard(module)
         scale, shift = self.modulation(conditioning)
-        return OutputHead(self.projection.weight, self.projection.bias, scale, shift, self.eps, self.norm_kind)
+        weight: Any = whole(projection, "weight")
+        return OutputHead(weight, whole(projection, "bias"), scale, shift, self.eps, self.norm_kind)
 
     def parts(self) -> dict[str, tuple[Any, type | str]]:
         """By path, the modules that a kernel replaces, and their types; a str is a type's full name."""
@@ -155,7 +160,7 @@ def folded(norm: Any, scale: torch.Tensor, shift: torch.Tensor | None) -> tuple[
 
     They are made in float32 at least, because a narrow dtype loses digits of `scale` when the weights are small.
     """
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    weight, bias = whole(norm, "weight"), whole(norm, "bias")
     if weight is None and bias is None:
         return scale, shift
     dtype = torch.promote_types(scale.dtype, torch.float32)

@@ -5,6 +5,7 @@ import torch
 from lesa.models.adapter import Adapter, decoded, mean_and_deviation, packed_grid
 from lesa.models.costs import CountedCosts, valueless
 from lesa.models.heads import HeadForm
+from lesa.spread import whole
 
 _MODULE = "diffusers.models.transformers.transformer_krea2"
 
@@ -58,8 +59,8 @@ class Krea2Head(HeadForm):
         return self.entry(features, conditioning)
 
     def modulation(self, conditioning):
-        scale, shift = (conditioning + self.entry.scale_shift_table).unbind(1)
-        return (1 + self.entry.norm.weight) * (1 + scale) - 1, shift
+        scale, shift = (conditioning + whole(self.entry, "scale_shift_table")).unbind(1)
+        return (1 + whole(self.entry.norm, "weight")) * (1 + scale) - 1, shift
 
     def parts(self):
         layer = self.entry

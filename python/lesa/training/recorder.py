@@ -1,7 +1,7 @@
 """What watches a run of the pipeline, and keeps what enters the output head."""
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -151,7 +151,8 @@ class Recorder:
     def keep(self, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
         """Keeps the inputs of the output head of a computed call."""
         adapter = self.adapters[call.transformer]
-        self.heads[call.transformer] = head = adapter.output_head(conditioning)
+        head = adapter.output_head(conditioning)
+        self.heads[call.transformer] = _copied(head)
         if head.scale.ndim != 2:
             sentence = "`inputs` make the model modulate each token in its own way, which a recording cannot store."
             raise usage_error(
@@ -259,6 +260,11 @@ def _trajectories_of(
             "token_index": stream.token_index[position],
         }
     return recorded
+
+
+def _copied(head: OutputHead) -> OutputHead:
+    """The head with weights of its own: sharded ones are freed after a call."""
+    return replace(head, weight=head.weight.clone(), bias=None if head.bias is None else head.bias.clone())
 
 
 def _is_guided(pipe: Any) -> bool:

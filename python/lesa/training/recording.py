@@ -29,6 +29,7 @@ from lesa.inputs import batches_of, check_inputs, collate
 from lesa.models import adapter_for, adapters_for
 from lesa.pipelines import quiet_progress, run_pipeline
 from lesa.processes import Processes, processes_for
+from lesa.spread import class_of
 from lesa.training.recorder import Recorder
 from lesa.training.shards import DamagedError, check_tensors, identity_of, sample_files, save_sample, survey
 from lesa.training.trajectories import (
@@ -137,7 +138,7 @@ class Recording:
         check_int("batch_size", self.batch_size)
         if self.tokens_per_sample is not None:
             check_int("tokens_per_sample", self.tokens_per_sample)
-        for kind in (type(adapter.projection) for adapter in adapters_for(self.pipe).values()):
+        for kind in (class_of(adapter.projection) for adapter in adapters_for(self.pipe).values()):
             if kind is not torch.nn.Linear:
                 raise argument_error(
                     "pipe",

@@ -35,7 +35,7 @@ from lesa.artifacts import (
     write_text,
 )
 from lesa.inputs import check_inputs
-from lesa.models import adapter_for
+from lesa.models import adapter_for, features_device
 from lesa.processes import Processes, processes_for
 from lesa.provenance import of_manifest
 from lesa.training.batches import Batch, Plan, RollOut, check_is_predictor, check_whole, passes, roll_out
@@ -317,7 +317,7 @@ class RollOuts:
             tokens_per_sample=manifest["tokens_per_sample"],
             seed=manifest["seed"],
             batch_size=samples_per_call,
-            predictor=copy.deepcopy(predictor).to(pipe._execution_device),
+            predictor=copy.deepcopy(predictor).to(features_device(pipe, adapter_for(pipe))),
         )
         self.recorded = recording.write(folder, bar and f"{bar}, roll out")
         if self.recorded.names != trajectories.names:
