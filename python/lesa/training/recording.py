@@ -76,11 +76,8 @@ def record(
     names them. Sample i is drawn with `torch.Generator("cpu")` and the seed `seed + i` in any batch.
 
     A thread writes the samples of a batch while the pipeline makes the next batch, so two batches are in memory. If a
-    file cannot be written, the run ends at its next computed step. After Ctrl-C, the batch that is being written is
-    finished.
-
-    Where several processes were started together, as by `torchrun`, all must call this with the same arguments. They
-    share the calls of the pipeline, and each of them returns the whole recording.
+    file cannot be written, the run ends at its next computed step. Of several processes that were started together, as
+    by `torchrun`, all must call this with the same arguments. They share the calls of the pipeline.
 
     Args:
         pipe: a diffusers pipeline of a supported family, modular or not.
@@ -252,12 +249,11 @@ class _Work:
         bar: str | None,
     ):
         self.recording, self.processes, self.folder, self.planned = recording, processes, folder, planned
-        pipe, seed = recording.pipe, recording.seed
-        self.recorder = Recorder(pipe, adapters_for(pipe), recording.tokens_per_sample, seed)
+        pipe = recording.pipe
+        self.recorder = Recorder(pipe, adapters_for(pipe), recording.tokens_per_sample, recording.seed)
         self.missing, self.bar = missing, bar if processes.is_first else None
-        self.batches = [
-            numbers for numbers in batches_of(recording.inputs, recording.batch_size) if missing.intersection(numbers)
-        ]
+        batches = batches_of(recording.inputs, recording.batch_size)
+        self.batches = [numbers for numbers in batches if missing.intersection(numbers)]
         self.finished = len(recording.inputs) - len(missing)
         self.rounds = 0
 
