@@ -121,7 +121,7 @@ def everything(pipe, folder):
             trained = train(trajectories, schedule=[0, 1, 3], out_dir=folder / "trained", **TRAINING)
             options = {"out_dir": folder / "refined", "rounds": 2, "samples_per_call": 2}
             refined = refine(trained, trajectories, pipe, inputs(), **options, **TRAINING)
-            against = ["steps", "linear", "taylorseer-3"]
+            against = ["steps", "linear", "mag-cache-3"]
             more = {"num_inference_steps": STEPS, "batch_size": 2, "search_samples": 2, "progress": False}
             made = evaluate(pipe, inputs(), {"ours": refined}, against, out_dir=folder / "evaluation", **more)
         weights = {name: value.double().sum().item() for name, value in refined.state_dict().items()}

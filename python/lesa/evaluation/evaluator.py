@@ -57,6 +57,9 @@ def evaluate(
     that run a block in every step have two kinds of budget: step equivalents and whole steps. An adaptive cache decides
     once for all samples of a pipeline call; with `batch_size=1` it decides for each sample separately.
 
+    Where several processes were started together, as by `torchrun`, all must call this with the same arguments. They
+    share the calls of the pipeline, and each of them returns the whole evaluation.
+
     Args:
         pipe: a diffusers pipeline of a supported family.
         inputs: prompts, or dicts of pipeline arguments.

@@ -52,7 +52,8 @@ class EvaluatedRun:
         num_inference_steps: steps of the run.
         whole_steps: number of steps in which every block ran.
         step_equivalents: how often a block ran, divided by the number of blocks.
-        seconds: wall clock of the pipeline calls with decoding, after a warm-up.
+        seconds: wall clock of the pipeline calls with decoding, after a warm-up; where several processes share the
+            calls, of all calls, added up.
         speedup: `reference_seconds` over `seconds`.
         psnr: of the decoded images in [0, 1], in dB; infinite if any image equals the reference's, NaN if any is NaN.
         ssim: structural similarity of the decoded images.

@@ -72,6 +72,9 @@ def record(
     reads all files and compares the tensors with their digests. Damaged files are recorded again, with a warning that
     names them. Sample i is drawn with `torch.Generator("cpu")` and the seed `seed + i` in any batch.
 
+    Where several processes were started together, as by `torchrun`, all must call this with the same arguments. They
+    share the calls of the pipeline, and each of them returns the whole recording.
+
     Args:
         pipe: a diffusers pipeline of a supported family, modular or not.
         inputs: prompts, or dicts of pipeline arguments whose tensors have a leading dimension of 1.

@@ -79,6 +79,9 @@ def refine(
     roll-outs and those of earlier rounds. If its history has computed steps only, it is trained on the recorded
     trajectories too. For each input, a round costs the computed steps of the schedule.
 
+    Where several processes were started together, as by `torchrun`, all must call this with the same arguments. They
+    share the roll-outs. The first one trains, and all return the predictor.
+
     Args:
         predictor: what `train` made on these trajectories. It is not changed.
         trajectories: what `lesa.record` made of plain runs, or its folder.

@@ -64,6 +64,9 @@ def train(
     `lesa.refine` does. An l2p predictor is fitted in closed form, without epochs or a learning rate;
     `batch_size` limits the memory in which its losses are measured.
 
+    Where several processes were started together, as by `torchrun`, all must call this. The first one trains, and all
+    return the predictor.
+
     Args:
         trajectories: what `lesa.record` made, or its folder.
         config: configuration of the predictor. Default: the newton predictor with four anchors, rank 32 and three
