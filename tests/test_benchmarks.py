@@ -182,6 +182,26 @@ def test_ablation_trains_each_variant_once(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_the_study_of_amounts_writes_each_line_once(tmp_path, monkeypatch, capsys):
+    main = load("studies/training_amounts.py")["main"]
+    study = main.__globals__
+    monkeypatch.setitem(study, "chains", lambda: [study["Chain"]("digits", 2, 2, 1, most_rounds=1, schedule="bundled")])
+    monkeypatch.setitem(study, "TEST_BATCHES", 1)
+    monkeypatch.setitem(study, "TEST_BATCH", 2)
+    arguments = ["--work", str(tmp_path / "work"), "--table", str(tmp_path / "table.csv")]
+    main(arguments)
+    first, before, after = (tmp_path / "table.csv").read_text().splitlines()
+    assert first.startswith("model,samples,training_steps,refining_steps,tokens,schedule,rounds,computed,psnr,")
+    assert before.startswith("digits,2,2,1,16,bundled,0,0 2 7 13 19 26 34 41 47,")
+    assert after.startswith("digits,2,2,1,16,bundled,1,")
+    main(arguments)
+    assert (tmp_path / "table.csv").read_text().splitlines() == [first, before, after]
+    main([*arguments, "--plot", str(tmp_path / "lead.png")])
+    assert (tmp_path / "lead.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("| digits | bundled | 2 | 16 | 2 | 1 |") == 1
+
+
+@pytest.mark.slow
 def test_error_control_is_drawn_beside_fixed_steps(tmp_path):
     out, predictor = tmp_path / "out", digits.WEIGHTS / "newton-9"
     fewest = ["--tolerances", "1.0", "--stretches", "1.0", "--samples", "1", "--out", out]

@@ -237,7 +237,7 @@ def plot(lines: list[dict[str, str]], picture: Path) -> None:
     for row, model in zip(axes, DEMOS):
         for axis, (name, label) in zip(row, panels.items()):
             curves: dict[str, dict[int, float]] = {}
-            varied = {name, "refining_steps"} if name == "rounds" else {name}
+            varied = {name} if name == "samples" else {name, "refining_steps"}
             for line in lines:
                 alike = all(line[key] == value for key, value in usual.items() if key not in varied)
                 if line["model"] != model or not alike or (name != "samples" and line["samples"] not in SHOWN):
