@@ -62,9 +62,6 @@ Many samples with few tokens each say more about other samples than few with man
 LEAST_ERROR = 1e-20
 """A squared displacement below this counts as this one, since zero has no logarithm."""
 
-FEWER_TOKENS = 96
-"""The same for a search whose schedule is only the middle of those of the next brief training."""
-
 
 @default_modes()
 def find_schedule(
@@ -142,8 +139,7 @@ def found_schedule(
         if turn:
             run.fit()
         samples = min(MOST_SAMPLES, len(trajectories))
-        tokens = math.ceil((TOKENS if turn == turns[-1] else FEWER_TOKENS) / samples)
-        errors = ScheduleErrors(trajectories, run.predictor.cpu(), samples, tokens, seed)
+        errors = ScheduleErrors(trajectories, run.predictor.cpu(), samples, math.ceil(TOKENS / samples), seed)
         return _cheapest_steps(errors, budget, progress, search, name)
 
     turns = range(1)
