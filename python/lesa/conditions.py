@@ -9,7 +9,6 @@ import functools
 import inspect
 import json
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -26,7 +25,6 @@ _PACKAGES = {"torch", "diffusers", "transformers", "accelerate", "peft", "torcha
 """Packages whose functions around a model make no other samples, or are seen by the other conditions."""
 
 
-_NOTES = ("unset", "elsewhere")
 """What is no condition, but tells of the others."""
 
 
@@ -44,8 +42,7 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
         configuration, and a fingerprint where it is not the transformer. `buffers`: by component, a digest of those
         that are saved with the weights. `autocast`: its dtype by kind of device. `tokenizers`: by component, its size
         and options. `replaced`: by component and path, the functions of other packages that wrap or replace a forward,
-        and attention processors of other packages. `elsewhere`: the components whose weights could not all be read; see
-        `is_elsewhere`. It is never compared.
+        and attention processors of other packages.
         `unset`: by the path of a configuration, the options in it that have their defaults. A manifest leaves it out.
     """
     components = _components(pipe)
@@ -77,7 +74,6 @@ def conditions_of(pipe: Any) -> dict[str, Any]:
         "buffers": {name: made for name, module in modules.items() if (made := _buffers(module)) is not None},
         "replaced": {name: functions for name, module in modules.items() if (functions := _replaced(module))},
         "autocast": _autocast(),
-        "elsewhere": sorted(name for name, module in modules.items() if is_elsewhere(module)),
         "unset": {path: _unset(part) for path, part in configurations.items()},
     }
 
@@ -105,12 +101,6 @@ def model_conditions_of(pipe: Any, models: Mapping[str, torch.nn.Module]) -> dic
     }
 
 
-def is_elsewhere(module: torch.nn.Module) -> bool:
-    """Whether weights of a module are not in its memory: offloaded to the meta device, or shared among processes."""
-    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())  # not imported: there is none
-    return any(weight.is_meta or isinstance(weight.data, sharded) for weight in module.parameters())
-
-
 def common_conditions(kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The conditions `given` that `kept` knows too, to be compared.
 
@@ -118,7 +108,7 @@ def common_conditions(kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict
     did not have, unless they were changed from the default. A component that only one pipeline has is not compared. A
     pipeline without a text encoder gets embeddings, which are compared as arguments.
     """
-    common = {name: value for name, value in given.items() if name in kept and name not in _NOTES}
+    common = {name: value for name, value in given.items() if name in kept and name != "unset"}
     for name in {"buffers", "configs", "dtypes", "tokenizers", "weights"} & {*common}:
         common[name] = {part: value for part, value in {**kept[name], **common[name]}.items() if part in kept[name]}
     shared = {*kept.get("dtypes", given["dtypes"])} & {*given["dtypes"]}

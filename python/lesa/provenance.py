@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from lesa.artifacts import fingerprint
-from lesa.conditions import common_conditions, differing, is_elsewhere, model_conditions_of
+from lesa.conditions import common_conditions, differing, model_conditions_of
+from lesa.spread import is_sharded
 from lesa_kernels.checks import argument_error
 
 FIRST = "transformer"
@@ -25,8 +26,7 @@ def of_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Of the manifest's entries, under the same names: `family`, `pipeline`, `num_inference_steps`, `samples`,
         `scheduler`, `fused_loras`; of the transformers only, `dtypes`, `adapters` and `quantisation`; `transformer` and
-        `weights`, the fingerprints of the first transformer and of others, unless some of their weights could not be
-        read; and `guider`, that of a modular pipeline.
+        `weights`, the fingerprints of the first transformer and of others; and `guider`, that of a modular pipeline.
     """
     names = manifest.get("transformers", [FIRST])
     alike = ("family", "pipeline", "num_inference_steps", "samples", "scheduler", "fused_loras")
@@ -34,12 +34,9 @@ def of_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     for aspect in ("dtypes", "adapters", "quantisation"):
         if aspect in manifest:
             found[aspect] = {name: value for name, value in manifest[aspect].items() if name in names}
-    elsewhere = manifest.get("elsewhere", ())
-    if "transformer" in manifest and FIRST not in elsewhere:
+    if "transformer" in manifest:
         found["transformer"] = manifest["transformer"]
-    weights = {name: value for name, value in manifest.get("weights", {}).items() if name in names}
-    weights = {name: value for name, value in weights.items() if name not in elsewhere}
-    if weights:
+    if weights := {name: value for name, value in manifest.get("weights", {}).items() if name in names}:
         found["weights"] = weights
     if guider := manifest.get("pipeline_config", {}).get("guider"):
         found["guider"] = guider
@@ -169,12 +166,17 @@ def _of_scheduler(provenance: Mapping[str, Any], given: Mapping[str, Any]) -> li
 def _has_other_weights(provenance: Mapping[str, Any], pipe: Any, name: str, model: torch.nn.Module) -> bool:
     """Whether the weights of a transformer are known to be others. Those of a model that is offloaded are not read."""
     kept = provenance.get("transformer") if name == FIRST else _part(provenance, "weights").get(name)
-    if kept is None or is_elsewhere(model) or _has_idle_adapters(model):
+    if kept is None or _is_elsewhere(model) or _has_idle_adapters(model):
         return False
     device = pipe._execution_device
     if any(parameter.device != device for parameter in model.parameters()):
         return False
     return fingerprint(model) != kept
+
+
+def _is_elsewhere(model: torch.nn.Module) -> bool:
+    """Whether weights are offloaded or shared among processes: to read them all would make enabling slow."""
+    return any(weight.is_meta or is_sharded(weight) for weight in model.parameters())
 
 
 def _has_idle_adapters(model: Any) -> bool:

@@ -37,8 +37,8 @@ def python_blocks(page):
 
 
 def examples():
-    """Every Python block of the pages that loads a pipeline."""
-    for page in PAGES:
+    """Every Python block of the pages that loads a pipeline, without those that need several GPUs."""
+    for page in (page for page in PAGES if page.stem != "large-models"):  # `test_large_models.py` makes these calls
         for number, block in enumerate(b for b in python_blocks(page) if "Pipeline.from_pretrained(" in b):
             yield pytest.param(block, id=f"{page.stem}-{number}")
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import lesa
 from lesa.schedule import Schedule
-from lesa.training import trainer
+from lesa.training import trainer, training_run
 from lesa.training.batches import Batch, Plan, split
 from lesa.training.guided_schedules import moved_steps
 from lesa.training.losses import head_aware_loss
@@ -140,20 +140,27 @@ def test_a_stopped_training_goes_on_to_the_same_bits(trajectories, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    "samples, batch_size, guided, passes, saved",
-    [(2, 8, 3, 20, [0, 20, 23]), (9, 4, 1, 10, [0, 10, 11]), (23, 2, 0, 2, [0, 2])],
+    "samples, batch_size, guided, passes",
+    [(2, 8, 3, 20), (9, 4, 1, 10), (23, 2, 0, 2)],
 )
 def test_by_default_steps_of_the_optimiser_count_and_not_passes(
-    tmp_path, monkeypatch, samples, batch_size, guided, passes, saved
+    tmp_path, monkeypatch, samples, batch_size, guided, passes
 ):
     monkeypatch.setattr(trainer, "UPDATES", 20)
     trajectories = write_trajectories(tmp_path / "t", samples=samples)  # a tenth of them, at least one, is held out
-    config, epochs, save = PredictorConfig(WIDTH, rank=2, hidden=4), [], Training._save_checkpoint
-    monkeypatch.setattr(Training, "_save_checkpoint", lambda run, *rest: epochs.append(rest[1]) or save(run, *rest))
+    config = PredictorConfig(WIDTH, rank=2, hidden=4)
     lesa.train(trajectories, config, 4, out_dir=tmp_path / "out", batch_size=batch_size, progress=False)
     losses = json.loads((tmp_path / "out" / LOSSES_NAME).read_text())
     assert (losses["guided_epochs"], len(losses["training"])) == (guided, guided + passes)
-    assert epochs == saved  # a checkpoint every twenty steps of the optimiser
+
+
+def test_a_training_of_many_epochs_writes_few_checkpoints(trajectories, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_run, "MOST_CHECKPOINTS", 3)
+    epochs, save = [], Training._save_checkpoint
+    monkeypatch.setattr(Training, "_save_checkpoint", lambda run, *rest: epochs.append(rest[1]) or save(run, *rest))
+    config = PredictorConfig(WIDTH, rank=2, hidden=4)
+    lesa.train(trajectories, config, 4, out_dir=tmp_path / "out", epochs=7, guided_epochs=1, progress=False)
+    assert epochs == [0, 3, 6, 8]
 
 
 def test_out_dir_gets_the_predictor_the_losses_and_their_picture(trajectories, tmp_path):

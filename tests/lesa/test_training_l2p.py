@@ -90,7 +90,8 @@ def test_a_saved_predictor_has_the_same_bits(trajectories, tmp_path, monkeypatch
         patch.setattr(FusedKANPredictor, "save_pretrained", Mock(side_effect=KeyboardInterrupt))
         train()
     predictor = train()
-    assert {file.name for file in (tmp_path / "l2p").iterdir()} == {"config.json", "model.safetensors", "losses.json"}
+    files = {"config.json", "losses.json", "model.safetensors", "provenance.json"}
+    assert {file.name for file in (tmp_path / "l2p").iterdir()} == files
     loaded = FusedKANPredictor.from_pretrained(tmp_path / "l2p")
     assert json.loads((tmp_path / "l2p" / "config.json").read_text())["format_version"] == 2
     assert loaded.config == predictor.config

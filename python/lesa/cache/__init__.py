@@ -233,6 +233,7 @@ def _enable(
         _check_predictor(adapter, predictors[name])
         if not any(predictors[name] is each for each in owned):
             _check_device(pipe, adapter, predictors[name])
+        _check_finite(predictors[name])
     schedules = [_checked_schedule(adapters[name], predictors[name], schedule) for name in adapters]
     chosen = schedules[0]
     if any(other != chosen for other in schedules):
@@ -297,6 +298,10 @@ def _check_predictor(adapter: Adapter, predictor: FusedKANPredictor) -> None:
             config.feature_dim,
             "Use a predictor that was trained for this model.",
         )
+
+
+def _check_finite(predictor: FusedKANPredictor) -> None:
+    """Raises `ValueError` if a weight is NaN or Inf."""
     with torch.no_grad():  # the weights may belong to an inference mode
         bad = [name for name, weight in predictor.named_parameters() if not torch.isfinite(weight).all()]
     if bad:
