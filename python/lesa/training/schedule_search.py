@@ -51,16 +51,10 @@ WIDEST = 2.5
 """The largest gap, as a multiple of the mean gap."""
 
 SAMPLES, TOKENS_PER_SAMPLE = 24, 16
-"""How many trajectories, and how many tokens of each, `search_schedule` uses at most."""
+"""How many trajectories, and how many tokens of each, a search uses at most."""
 
-MOST_SAMPLES, TOKENS = 96, 384
-"""How many trajectories `find_schedule` uses at most, and how many tokens of all of them together, about.
-
-Many samples with few tokens each say more about other samples than few with many.
-"""
-
-LEAST_ERROR = 1e-20
-"""A squared displacement below this counts as this one, since zero has no logarithm."""
+FEWER_TOKENS = 4
+"""How many tokens of each a search uses whose schedule is only the middle of those of the next brief training."""
 
 
 @default_modes()
@@ -138,8 +132,8 @@ def found_schedule(
         run.epochs_per_checkpoint = epochs_per_checkpoint(trajectories, settings)
         if turn:
             run.fit()
-        samples = min(MOST_SAMPLES, len(trajectories))
-        errors = ScheduleErrors(trajectories, run.predictor.cpu(), samples, math.ceil(TOKENS / samples), seed)
+        tokens = TOKENS_PER_SAMPLE if turn == turns[-1] else FEWER_TOKENS
+        errors = ScheduleErrors(trajectories, run.predictor.cpu(), SAMPLES, tokens, seed)
         return _cheapest_steps(errors, budget, progress, search, name)
 
     turns = range(1)
@@ -239,7 +233,7 @@ class ScheduleErrors:
         names = [trajectories.streams[number] for number in numbers[order[0]]]
         levels = chosen[0][0].sigmas
         alike = [streams for streams in chosen if len(streams) == count and torch.equal(streams[0].sigmas, levels)]
-        self.total, self._samples = len(levels), len(alike)
+        self.total = len(levels)
         head, state = Head(trajectories, "cpu"), generator.get_state()
         self.batches = [  # the generator begins each batch in the same state: all get the same tokens
             Batch([*stream], head, generator.set_state(state), tokens, "cpu", stream=name)
@@ -307,19 +301,14 @@ class ScheduleErrors:
         return self._costs[key]
 
     def of(self, steps: tuple[int, ...]) -> float:
-        """The squared displacement at the end of a run that computes `steps`: the geometric mean over the samples.
-
-        PSNR is a logarithm, so it is this mean that a mean PSNR depends on. In the arithmetic mean, a few hard samples
-        would decide.
-        """
+        """The squared displacement at the end of a run that computes `steps`."""
         off = torch.zeros((), dtype=torch.float32)
         for number, end in enumerate((*steps[1:], self.total), start=1):
             gap = (*steps[max(0, number - self._longest) : number], end)
             if gap not in self._gaps:
                 self._gaps[gap] = self.after(gap[:-1], end - gap[-2] - 1)[-1]
             off = off + self._gaps[gap]
-        of_samples = off.square().unflatten(0, (self._samples, -1)).mean((1, 2))
-        return float(of_samples.clamp(min=LEAST_ERROR).log().mean().exp())
+        return float(off.square().mean())
 
 
 def guidance_weights(trajectories: Trajectories, streams: Sequence[Trajectory]) -> torch.Tensor:
