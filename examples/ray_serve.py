@@ -1,11 +1,13 @@
 """A pipeline with the cache on, in several replicas behind Ray Serve.
 
 Start it with `python examples/ray_serve.py --model MODEL --replicas 2`. Then `http://localhost:8000/?prompt=fox&seed=1`
-is a picture. Other parameters, such as `height=512`, are numbers and go to the pipeline. The header `lesa` of an answer
-says in JSON which replica made the picture, and how many steps it computed and predicted.
+is a picture. Other parameters, such as `height=512` and `guidance_scale=3.5`, are numbers and go to the pipeline. If a
+request has no prompt, or a parameter that the pipeline does not take, the answer has the status 400 and says so. The
+header `lesa` of an answer says in JSON which replica made the picture, and how many steps it computed and predicted.
 """
 
 import argparse
+import inspect
 import io
 import json
 
@@ -38,9 +40,36 @@ class Replica:
         return picture.getvalue(), {"replica": serve.get_replica_context().replica_id.unique_id, **stats}
 
     def __call__(self, request: Request) -> Response:
-        parameters = dict(request.query_params)
-        picture, stats = self.draw(parameters.pop("prompt"), **{name: int(value) for name, value in parameters.items()})
+        try:
+            arguments = self.arguments(dict(request.query_params))
+        except ValueError as error:
+            return Response(str(error), status_code=400, media_type="text/plain")
+        picture, stats = self.draw(**arguments)
         return Response(picture, media_type="image/png", headers={"lesa": json.dumps(stats)})
+
+    def arguments(self, parameters: dict[str, str]) -> dict:
+        """The parameters of a request as `draw` takes them.
+
+        Raises:
+            ValueError: one of them is absent, unknown or not a number.
+        """
+        if "prompt" not in parameters:
+            raise ValueError("The request has no `prompt`. Add one, such as `?prompt=fox`.")
+        known = {"seed", *inspect.signature(self.pipe.__call__).parameters}
+        arguments: dict = {}
+        for name, text in parameters.items():
+            if name not in known:
+                raise ValueError(f"The pipeline has no parameter `{name}`. Leave it out.")
+            try:
+                arguments[name] = text if name == "prompt" else _number(text, may_be_a_fraction=name != "seed")
+            except ValueError:
+                kind = "a whole number" if name == "seed" else "a number"
+                raise ValueError(f"`{name}` must be {kind}, but got {text!r}.") from None
+        return arguments
+
+
+def _number(text: str, may_be_a_fraction: bool) -> int | float:
+    return float(text) if "." in text and may_be_a_fraction else int(text)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
@@ -124,11 +125,20 @@ def serving(log, example, *arguments):
             server.kill()
 
 
+WRONG_REQUESTS = {
+    "seed=1": "The request has no `prompt`. Add one, such as `?prompt=fox`.",
+    "prompt=fox&widht=8": "The pipeline has no parameter `widht`. Leave it out.",
+    "prompt=fox&guidance_scale=much": "`guidance_scale` must be a number, but got 'much'.",
+    "prompt=fox&seed=1.5": "`seed` must be a whole number, but got '1.5'.",
+}
+
+
 @pytest.mark.slow
 def test_ray_serves_what_each_request_gets_alone(tmp_path):
     """Two replicas share six requests that come at the same time."""
     pytest.importorskip("ray.serve", reason="the example needs Ray Serve")
     size = {"height": small_pipelines.HEIGHT, "width": small_pipelines.WIDTH, "num_inference_steps": 10}
+    size["guidance_scale"] = 3.5
     pipe = prompted_pipelines.sd3(tmp_path)
     pipe.save_pretrained(tmp_path / "model")
     torch.manual_seed(0)
@@ -144,6 +154,10 @@ def test_ray_serves_what_each_request_gets_alone(tmp_path):
     options = ("--model", tmp_path / "model", "--replicas", "2", "--predictor", tmp_path / "predictor")
     with serving(tmp_path / "log", "ray_serve.py", *map(str, options)) as url, ThreadPoolExecutor(6) as clients:
         answers = list(clients.map(answer, range(6)))
+        for query, sentence in WRONG_REQUESTS.items():
+            with pytest.raises(HTTPError) as refused:
+                urlopen(f"{url}?{query}", timeout=120)
+            assert (refused.value.code, refused.value.read().decode()) == (400, sentence)
     assert len({said["replica"] for _, said in answers}) == 2
     with lesa.enable_cache(pipe, tmp_path / "predictor"):
         for seed, (picture, said) in enumerate(answers):

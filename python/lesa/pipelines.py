@@ -89,17 +89,20 @@ def load_divided(folder_or_id: str | os.PathLike, device: str, offload_folder: s
         FileNotFoundError, ValueError: as `load_pipeline` does.
     """
     check_folder_or_id("folder_or_id", folder_or_id)
-    index = DiffusionPipeline.load_config(folder_or_id)
+    hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
+    index = DiffusionPipeline.load_config(folder_or_id, **hub)
     kinds = {name: index[name] for name in _DIVIDED if isinstance(index.get(name), (list, tuple)) and index[name][0]}
     pipe = load_pipeline(folder_or_id, **dict.fromkeys(kinds), **options).to(device)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):  # by it diffusers knows where to make tensors
             hooks.add_hook_to_module(part, hooks.AlignDevicesHook(device, io_same_device=True))
+    divided = {}
     for name, (library, kind) in kinds.items():  # last: by then the memory of the other components is taken
         load = getattr(importlib.import_module(library), kind).from_pretrained
         place = {"device_map": "auto", "offload_folder": offload_folder}
-        pipe.register_modules(**{name: load(folder_or_id, subfolder=name, **place, **options)})
-    return pipe
+        divided[name] = load(folder_or_id, subfolder=name, **place, **options)
+    # Anew, because a pipeline takes settings such as its default size from the transformer when it is made.
+    return DiffusionPipeline.from_pretrained(folder_or_id, **{**pipe.components, **divided}, **hub)
 
 
 def _is_modular(folder_or_id: str | os.PathLike, hub: dict[str, Any]) -> bool:

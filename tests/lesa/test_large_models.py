@@ -12,12 +12,14 @@ from PIL import Image
 
 import digits_pipelines
 import lesa
+import small_pipelines
 from driven_loops import REST, SOME, STEPS
 from lesa import cli
 from lesa.artifacts import fingerprint
 from lesa.demo import digits
 from lesa.inputs import write_inputs
 from lesa.models import adapter_for, features_device
+from lesa.pipelines import load_divided, load_pipeline
 from predictors import make_predictor
 
 slow = pytest.mark.slow
@@ -61,11 +63,8 @@ def groups_on_disk(transformer, folder):
 
 EXACT = [blocks_on_disk, head_on_disk, all_on_one_device, all_in_memory, one_block_in_memory]
 WAYS = [*EXACT, groups_on_disk]
+MORE = [all_on_one_device, one_block_in_memory]  # slow tests
 ROUNDING = {"rtol": 0, "atol": 1e-5}
-
-
-def all_ways(test):
-    return pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)(test)
 
 
 def dispatched(way, folder):
@@ -74,6 +73,21 @@ def dispatched(way, folder):
     # By it diffusers knows where to make tensors; else it may take the first weight's device, which can be meta.
     accelerate.hooks.add_hook_to_module(pipe.vae, accelerate.hooks.AlignDevicesHook(CPU, io_same_device=True))
     return pipe
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(way, marks=slow if way in MORE else ()) for way in WAYS],
+    ids=lambda way: way.__name__,
+)
+def way(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def divided(way, tmp_path_factory):
+    """One pipeline for the tests of a way. They do not change it."""
+    return dispatched(way, tmp_path_factory.mktemp("offloaded"))
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +101,14 @@ def recorded(_digits_pipeline, inputs, tmp_path_factory):
     return lesa.record(_digits_pipeline, inputs, tmp_path_factory.mktemp("whole") / "recorded", **OPTIONS)
 
 
-@all_ways
-def test_the_cache_does_what_it_does_with_a_whole_model(pipe, generate, tmp_path, way):
-    divided = dispatched(way, tmp_path)
+def test_the_fingerprint_is_that_of_the_whole_model(pipe, divided, generate):
+    whole = fingerprint(pipe.transformer)
+    assert fingerprint(divided.transformer) == whole
+    generate(divided, steps=1)
+    assert fingerprint(divided.transformer) == whole
+
+
+def test_the_cache_does_what_it_does_with_a_whole_model(pipe, divided, generate, way):
     # Weights that are read from a file may begin at any byte, and then the CPU adds products in another order.
     same = {"rtol": 0, "atol": 0} if way in EXACT else ROUNDING
     torch.testing.assert_close(generate(divided), plain := generate(pipe), **same)
@@ -111,9 +130,7 @@ def test_the_cache_does_what_it_does_with_a_whole_model(pipe, generate, tmp_path
     torch.testing.assert_close(generate(divided), plain, **same)
 
 
-@all_ways
-def test_a_recording_has_the_same_bytes(recorded, inputs, tmp_path, way):
-    divided = dispatched(way, tmp_path / "offloaded")
+def test_a_recording_has_the_same_bytes(recorded, inputs, divided, tmp_path, way):
     again = lesa.record(divided, inputs, tmp_path / "recorded", **OPTIONS)
     names = sorted(file.name for file in recorded.folder.iterdir())
     assert names == sorted(file.name for file in again.folder.iterdir())
@@ -122,15 +139,6 @@ def test_a_recording_has_the_same_bytes(recorded, inputs, tmp_path, way):
     for ours, wanted in zip(again, recorded, strict=True):
         for name, value in vars(wanted).items():
             torch.testing.assert_close(getattr(ours, name), value, **ROUNDING)
-
-
-@all_ways
-def test_the_fingerprint_is_that_of_the_whole_model(pipe, generate, tmp_path, way):
-    divided = dispatched(way, tmp_path)
-    whole = fingerprint(pipe.transformer)
-    assert fingerprint(divided.transformer) == whole
-    generate(divided, steps=1)
-    assert fingerprint(divided.transformer) == whole
 
 
 @pytest.mark.parametrize("way", [head_on_disk, groups_on_disk, all_in_memory], ids=lambda way: way.__name__)
@@ -181,6 +189,15 @@ def exported(tmp_path):
     digits_pipelines.cut_pipeline().save_pretrained(tmp_path / "model")
     write_inputs(tmp_path / "inputs.safetensors", digits.inputs_for((3,)))
     return tmp_path
+
+
+def test_a_pipeline_has_the_settings_that_its_transformer_gives(tmp_path):
+    small_pipelines.SD3["sd3"].build().save_pretrained(tmp_path / "model")
+    whole, divided = load_pipeline(tmp_path / "model"), load_divided(tmp_path / "model", "cpu", f"{tmp_path}/offloaded")
+    names = [name for name, value in vars(whole).items() if isinstance(value, (bool, int, float, str))]
+    assert whole.default_sample_size != 128, "what the pipeline has without a transformer"
+    assert {name: getattr(divided, name) for name in names} == {name: getattr(whole, name) for name in names}
+    assert divided.config == whole.config
 
 
 @slow

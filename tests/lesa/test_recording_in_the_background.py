@@ -1,6 +1,7 @@
 """A recording copies and writes while the pipeline goes on: what arrives late is right, and an error is not lost."""
 
 import errno
+import functools
 import os
 import threading
 import time
@@ -28,8 +29,10 @@ class LateCopies(HostCopies):
     def is_copied_aside(self, tensor):
         return True
 
-    def started(self, tensor):
-        clone, copy = tensor.clone(), torch.empty_like(tensor)
+    def started(self, tensor, is_fresh):
+        clone = tensor if is_fresh else tensor.clone()
+        with torch.inference_mode(False):  # on a GPU, the host writes nothing when it waits
+            copy = torch.empty_like(tensor)
         copy.fill_(0 if copy.dtype == torch.bool else float("nan"))
 
         class Event:
@@ -38,8 +41,8 @@ class LateCopies(HostCopies):
 
         return copy, Event()
 
-    def give(self, tensors, receive):
-        super().give(tensors, receive)
+    def give(self, tensors, receive, fresh=frozenset()):
+        super().give(tensors, receive, fresh)
         LateCopies.most = max(LateCopies.most, len(self._pending))
 
 
@@ -96,6 +99,28 @@ def test_what_is_overwritten_afterwards_was_copied_before():
     assert received == [[[step] * 3, [step]] for step in map(float, range(5))]
 
 
+@pytest.mark.parametrize("kept, fresh", [(7, {0, 1, 2}), (None, {0})])
+def test_only_tensors_of_its_own_are_not_cloned(pipe, inputs, tmp_path, monkeypatch, kept, fresh):
+    """What the model gave may be overwritten as soon as it has been kept."""
+    keep, given, options = recorder.Recorder.keep, set(), {**OPTIONS, "tokens_per_sample": kept}
+
+    def overwriting(self, call, features, conditioning):
+        keep(self, call, clone := features.clone(), conditioning)
+        clone.fill_(float("nan"))
+
+    class Noted(LateCopies):
+        def give(self, tensors, receive, fresh=frozenset()):
+            given.add(frozenset(fresh))
+            super().give(tensors, receive, fresh)
+
+    record(pipe, inputs[:1], tmp_path / "plain", **options)
+    monkeypatch.setattr(recorder, "HostCopies", Noted)
+    monkeypatch.setattr(recorder.Recorder, "keep", overwriting)
+    record(pipe, inputs[:1], tmp_path / "overwritten", **options)
+    assert contents(tmp_path / "overwritten") == contents(tmp_path / "plain")
+    assert given == {frozenset(fresh)}
+
+
 def test_tensors_on_the_cpu_are_received_at_once_and_not_copied():
     values, received = torch.zeros(3), []
     HostCopies().give([values], received.extend)
@@ -110,6 +135,16 @@ def test_late_copies_make_the_same_files(pipe, inputs, tmp_path, monkeypatch, ba
     record(pipe, inputs, tmp_path / "late", **OPTIONS, batch_size=batch_size)
     assert contents(tmp_path / "late") == contents(tmp_path / "at once")
     assert LateCopies.most == ON_THEIR_WAY
+
+
+def test_the_mode_in_which_the_pipeline_was_called_may_end_before_a_copy_arrives(
+    pipe, inputs, whole, tmp_path, monkeypatch
+):
+    call = type(pipe).__call__
+    monkeypatch.setattr(recorder, "HostCopies", LateCopies)
+    monkeypatch.setattr(type(pipe), "__call__", functools.wraps(call)(torch.inference_mode()(call)))
+    record(pipe, inputs, tmp_path, **OPTIONS)
+    assert contents(tmp_path) == whole
 
 
 @pytest.mark.parametrize("last", [False, True])

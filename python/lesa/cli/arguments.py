@@ -184,7 +184,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     text = (
         "auto: divide the transformer among all GPUs, the memory of the CPU and temporary files, in this order, for a "
-        "model that is larger than one GPU"
+        "model that is larger than one GPU; in one process, and without --device"
     )
     parser.add_argument("--device-map", choices=("auto",), help=text)
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: float32 on a CPU, else bfloat16)")

@@ -48,14 +48,22 @@ def device_of(options) -> str:
     """The device that was asked for, or the default one. Each process of a host has a GPU of its own by default.
 
     Raises:
+        UsageError: there are several processes and GPUs, and nothing says which GPU is for this process.
         ValueError: torch cannot compute on it.
     """
-    if options.device is None:
-        if not torch.cuda.is_available():
-            return "cpu"
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}" if are_several() else "cuda"
-    usable_device(options.device)
-    return options.device
+    if options.device is not None:
+        usable_device(options.device)
+        return options.device
+    if not torch.cuda.is_available():
+        return "cpu"
+    count = torch.cuda.device_count()
+    if not are_several():
+        return "cuda"
+    if count > 1 and "LOCAL_RANK" not in os.environ:
+        sentence = f"the environment has RANK but no LOCAL_RANK, so it is not known which of {count} GPUs to use."
+        remedy = "Start the processes with `torchrun`, set LOCAL_RANK to the number of the process on its host"
+        raise UsageError(f"argument --device: {sentence} {remedy}, or give each process its --device.")
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}"
 
 
 def check_model(options) -> type | None:
@@ -63,9 +71,10 @@ def check_model(options) -> type | None:
 
     Raises:
         FileNotFoundError: `--model` is a path, and there is no such folder.
-        ValueError: there is no such device.
+        UsageError, ValueError: there is no such device, or the model cannot be divided as `--device-map` says.
     """
     check_folder_or_id("--model", options.model)
+    _check_device_map(options)
     device_of(options)
     try:
         name = json.loads((Path(options.model) / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
@@ -73,6 +82,20 @@ def check_model(options) -> type | None:
         return None
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     return kind if isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline) else None
+
+
+def _check_device_map(options) -> None:
+    """Raises `UsageError` where `--device-map` would make each process take all GPUs, or where a device is named."""
+    if options.device_map is None:
+        return
+    if are_several():
+        sentence = "it is for one process, which takes all GPUs, but several processes were started."
+        remedy = "Start the command without `torchrun` and `accelerate launch`, or leave --device-map out."
+        raise UsageError(f"argument --device-map: {sentence} {remedy}")
+    if options.device not in (None, "cuda"):
+        sentence = f"it takes all GPUs, so it cannot be used with --device {options.device}."
+        remedy = "Leave out one of the two. CUDA_VISIBLE_DEVICES chooses the GPUs that are taken."
+        raise UsageError(f"argument --device-map: {sentence} {remedy}")
 
 
 def pipeline_of(options) -> Any:

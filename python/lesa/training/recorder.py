@@ -30,9 +30,13 @@ class _Stream:
     steps: set[int] = field(default_factory=set)  # those that were kept, whose tensors may still be on their way
     indices: dict[torch.device, torch.Tensor] = field(default_factory=dict)  # token_index, by device
 
+    def chooses_from(self, values: torch.Tensor) -> bool:
+        """Whether only some of the tokens of values `[B, T, C]` are kept."""
+        return self.token_index.shape[1] != values.shape[1]
+
     def chosen(self, values: torch.Tensor) -> torch.Tensor:
         """The chosen tokens of values `[B, T, C]`. They are chosen on the device, so that only they are copied."""
-        if self.token_index.shape[1] == values.shape[1]:
+        if not self.chooses_from(values):
             return values
         if values.device not in self.indices:
             self.indices[values.device] = self.token_index.to(values.device)
@@ -53,7 +57,7 @@ class Recorder:
         tokens_per_sample, seed: see `record`.
 
     Attributes:
-        heads: the output heads, as they were called last, by transformer, in the order of their first calls.
+        heads: the output heads, as the latest run called them first, by transformer, in the order of their first calls.
         left_out: why streams of calls are not recorded, by name.
     """
 
@@ -72,6 +76,7 @@ class Recorder:
         self.numbers, self.on_step = numbers, on_step
         self.sigmas: list[float] = []
         self._rows: dict[str, int] = {}  # by stream of calls, the batch of its calls
+        self._has_head: set[str] = set()  # the transformers whose heads this run has called
         self.computed: Set[int] = frozenset()
         self.streams: dict[str, _Stream] = {}
 
@@ -86,7 +91,7 @@ class Recorder:
                 RuntimeError,
             )
         self.sigmas, self.computed = run.executed_sigmas, computed
-        self.streams, self._rows = {}, {}
+        self.streams, self._rows, self._has_head = {}, {}, set()
 
     def check_complete(self, stats: CacheStats | None) -> None:
         """Leaves out the streams that were called in a part of the run only, such as guidance in an interval.
@@ -152,7 +157,9 @@ class Recorder:
         """Keeps the inputs of the output head of a computed call."""
         adapter = self.adapters[call.transformer]
         head = adapter.output_head(conditioning)
-        self.heads[call.transformer] = _copied(head)
+        if call.transformer not in self._has_head:
+            self.heads[call.transformer] = _copied(head)
+            self._has_head.add(call.transformer)
         if head.scale.ndim != 2:
             sentence = "`inputs` make the model modulate each token in its own way, which a recording cannot store."
             raise usage_error(
@@ -167,15 +174,17 @@ class Recorder:
             halves = {call.stream: without, f"{call.stream}-with-prompt": with_prompts}
         latents = adapter.latents(call.arguments)
         shift = torch.zeros_like(head.scale) if head.shift is None else head.shift  # a head without one adds nothing
-        streams, tensors = [], [features.abs().flatten(1).amax(1).isfinite()]
+        streams, tensors, fresh = [], [features.abs().flatten(1).amax(1).isfinite()], {0}
         for name, rows in halves.items():
             stream = self.streams.get(name)
             if stream is None:
                 stream = self.streams[name] = self._new_stream(call, features[rows], latents[rows], head.scale)
+            if stream.chooses_from(features):
+                fresh |= {len(tensors), len(tensors) + 1}
             tensors += [stream.chosen(features[rows]), stream.chosen(latents[rows]), head.scale[rows], shift[rows]]
             streams.append(stream)
             stream.steps.add(call.step)
-        self._copies.give(tensors, partial(self._store, call.step, streams))
+        self._copies.give(tensors, partial(self._store, call.step, streams), fresh)
         self.on_step((call.step + 1) / len(self.sigmas))
 
     def finish(self) -> None:
@@ -233,15 +242,16 @@ class Recorder:
                 kept,
                 "Choose fewer, or None for all.",
             )
-        return _Stream(
-            call.transformer,
-            torch.empty(batch, steps, kept, width, dtype=features.dtype, device="cpu"),
-            torch.empty(batch, steps, kept, latents.shape[2], dtype=latents.dtype, device="cpu"),
-            torch.empty(batch, steps, width, dtype=scale.dtype, device="cpu"),
-            torch.empty(batch, steps, width, dtype=scale.dtype, device="cpu"),
-            torch.stack([_choose_tokens(tokens, kept, self.seed + number) for number in self.numbers]),
-            call.stream,
-        )
+        with torch.inference_mode(False):  # they are written to after the pipeline's call, which may be in that mode
+            return _Stream(
+                call.transformer,
+                torch.empty(batch, steps, kept, width, dtype=features.dtype, device="cpu"),
+                torch.empty(batch, steps, kept, latents.shape[2], dtype=latents.dtype, device="cpu"),
+                torch.empty(batch, steps, width, dtype=scale.dtype, device="cpu"),
+                torch.empty(batch, steps, width, dtype=scale.dtype, device="cpu"),
+                torch.stack([_choose_tokens(tokens, kept, self.seed + number) for number in self.numbers]),
+                call.stream,
+            )
 
 
 def _trajectories_of(
