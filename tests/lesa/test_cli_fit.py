@@ -52,6 +52,7 @@ def test_one_command_makes_a_predictor_and_says_what_it_costs_and_how_good_it_is
     runs = json.loads((out / "evaluation.json").read_text())["runs"]
     rows = [line for line in printed.splitlines() if re.search(r" 3 of \d ", line)]
     names = ["this predictor", "without training", "fewer steps"]
+    assert "Mean of 2 samples (other seeds, same inputs), against all 6 steps and the same seed:" in printed
     assert [row.split("  ")[0] for row in rows] == names
     for row, run in zip(rows, runs[1:], strict=True):
         assert row.endswith(f"  {run['psnr']:.2f}  {run['ssim']:.4f}")

@@ -1,6 +1,7 @@
 """`lesa.fit`: from a small pipeline to tested predictors."""
 
 import contextlib
+import copy
 import importlib
 import io
 import json
@@ -8,7 +9,9 @@ import os
 import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,9 +21,12 @@ from interrupted_fits import BUDGET, CASE, FEW, OPTIONS, STEPS, files_in, inputs
 from lesa.fitting import samples, whole
 from lesa.fitting.amounts import Amounts
 from lesa.fitting.bar import Bar
-from lesa.fitting.comparing import LatentRuns
+from lesa.fitting.comparing import LatentRuns, Made
 from lesa.fitting.one_budget import OneBudget
-from lesa.fitting.samples import TEST, VALIDATION
+from lesa.fitting.probing import probed, steps_to_ask_for
+from lesa.fitting.samples import TEST, VALIDATION, shares_of
+from lesa.fitting.testing import Test
+from lesa.processes import processes_for
 from lesa_kernels import FusedKANPredictor
 from small_wan import EXPERTS
 
@@ -110,6 +116,8 @@ def test_a_predictor_is_left_with_its_card_and_its_figures(fitted):
     assert [run["name"] for run in evaluation["runs"]] == ["reference", "newton-3", "universal-3", "fewer-steps-3"]
     assert [run["whole_steps"] for run in evaluation["runs"]] == [STEPS, BUDGET, BUDGET, BUDGET]
     assert evaluation["schedule"] == [*predictor.config.schedule] and evaluation["compared"] == "pictures"
+    assert evaluation["inputs_are_new"] is False and evaluation["not_available"] == {}  # there are three inputs only
+    assert "The inputs are not new: some of them served that too." in (folder / "README.md").read_text()
     assert "newton" in evaluation["runs"][1]["name"] and "Figures" in (folder / "README.md").read_text()
 
 
@@ -123,7 +131,7 @@ def test_no_file_says_when_or_where_it_was_made(fitted):
 def test_the_test_of_a_predictor_is_that_of_evaluate(fitted, small_pipe):
     folder, predictor = fitted.folder, fitted.predictor
     evaluation = json.loads((folder / "evaluation.json").read_text())
-    chosen = [inputs()[(TEST + number) % 3] for number in range(FEW.test_samples)]
+    chosen = inputs()[-FEW.test_samples :]
     own = lesa.evaluate(small_pipe, chosen, [predictor], ["steps-3"], STEPS, TEST, batch_size=2, progress=False)
     by_name = {run["name"]: run for run in evaluation["runs"]}
     for run in own.runs[1:]:
@@ -136,6 +144,73 @@ def test_samples_for_choices_and_for_the_test_are_not_trained_on(fitted):
     assert of["training"] == set(range(4))
     assert of["fitting"] == {VALIDATION, VALIDATION + 1}
     assert of["evaluation"] == {TEST, TEST + 1}
+
+
+def numbered(count):
+    return [{"prompt": str(number)} for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    "count, training, validation, test, is_new",
+    [
+        (160, range(144), range(144, 152), range(152, 160), True),
+        (40, range(24), range(24, 32), range(32, 40), True),
+        (24, range(8), range(8, 16), range(16, 24), True),
+        (20, range(12), range(4, 12), range(12, 20), True),
+        (15, range(15), range(7, 15), range(7, 15), False),
+        (3, range(3), [0, 1, 2, 0, 1, 2, 0, 1], [0, 1, 2, 0, 1, 2, 0, 1], False),
+    ],
+)
+def test_the_last_inputs_are_for_the_test_and_those_before_for_choices(count, training, validation, test, is_new):
+    inputs = numbered(count)
+    shares = shares_of(inputs, Amounts())
+    for share, wanted in ((shares.training, training), (shares.validation, validation), (shares.test, test)):
+        assert share == [inputs[number] for number in wanted]
+    assert shares.test_is_new is is_new
+    parts = samples.Samples(None, shares.training, Path(), STEPS, 1, 1, 0, Amounts(samples=160))
+    assert parts.inputs_of(0, 160) == [inputs[training[number % len(training)]] for number in range(160)]
+
+
+def test_inputs_of_the_test_that_equal_others_are_not_new():
+    assert not shares_of([*numbered(20), *numbered(20)], Amounts()).test_is_new
+    tensors = [{"prompt_embeds": torch.full((1, 2), float(number % 30))} for number in range(40)]
+    assert not shares_of(tensors, Amounts()).test_is_new and shares_of(tensors[:30], Amounts()).test_is_new
+
+
+def test_runs_say_what_they_computed_and_one_that_computes_more_than_its_schedule_has_no_psnr(
+    fitted, small_pipe, tmp_path
+):
+    runs = LatentRuns(small_pipe, inputs(), 5, STEPS, 2, tmp_path, processes_for(small_pipe))
+    runs.make_references()
+    assert runs.references == Made(tuple(range(STEPS)), STEPS, STEPS)
+    made = runs.errors(fitted.predictor)
+    assert made.steps == fitted.predictor.config.schedule and made.whole_steps == made.step_equivalents == BUDGET
+    assert len(made.psnr) == 3 and all(20 < psnr < 200 for psnr in made.psnr)
+    broken = copy.deepcopy(fitted.predictor)
+    with torch.no_grad():
+        for weight in broken.parameters():
+            weight.fill_(1e38)  # finite, but no forecast is
+    with pytest.warns(RuntimeWarning, match="the forecast was not finite"):
+        made = runs.errors(broken)
+    assert made.whole_steps > BUDGET and all(psnr != psnr for psnr in made.psnr)
+
+
+@pytest.mark.parametrize("budget", [2, 3, 4])
+def test_fewer_steps_are_as_many_as_are_executed_with_strength(budget):
+    case = small.ALL["flux img2img"]
+    pipe, chosen, total = case.build(), [{**inputs(case, 1)[0], "strength": 0.5}], 2 * STEPS
+    assert probed(pipe, chosen, total).steps == STEPS
+    asked = steps_to_ask_for(pipe, chosen, budget, total, STEPS)
+    assert asked > budget and probed(pipe, chosen, asked).steps == budget
+    assert probed(pipe, chosen, asked - 1).steps < budget
+    assert steps_to_ask_for(pipe, chosen, budget, STEPS, STEPS) == budget
+
+
+def test_it_is_said_if_inputs_do_not_allow_fewer_steps(fitted, monkeypatch, tmp_path):
+    runs = SimpleNamespace(pipe=CASE.build(), inputs=[{"sigmas": [1.0, 0.5]}], steps=2, seed=0)
+    monkeypatch.setattr(Test, "_with_pictures", lambda self: {BUDGET: []})
+    found = Test(runs, {BUDGET: fitted.predictor}, tmp_path, 2, True).run()[BUDGET]
+    assert found["not_available"] == {"steps": "the inputs set the steps themselves"}
 
 
 def test_the_second_round_has_twice_the_samples(fitted):
@@ -151,18 +226,26 @@ def test_the_second_round_has_twice_the_samples(fitted):
         (0.1, [30.0, 29.0], "first"),
         (0.1, [30.0, float("nan")], "first"),
         (-1e9, [30.0, 29.0, 31.0], "2"),
+        (0.1, [float("nan"), 30.0], None),
     ],
 )
 def test_rounds_and_samples_end_where_they_gain_too_little(small_pipe, tmp_path, monkeypatch, gain, psnrs, best):
     kept, left = [], iter(psnrs)
     monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, gain=gain))
-    monkeypatch.setattr(LatentRuns, "errors", lambda self, *args, **options: {"psnr": [next(left)]})
+    made = {"steps": (), "whole_steps": 3.0, "step_equivalents": 3.0}
+    monkeypatch.setattr(LatentRuns, "errors", lambda self, *args, **options: Made(**made, psnr=[next(left)]))
     monkeypatch.setattr(OneBudget, "_trained", lambda self: self._joined(2) and "first")
     monkeypatch.setattr(OneBudget, "_refined", lambda self, number, before: self._joined(2 * number) and str(number))
     monkeypatch.setattr("lesa.fitting.one_budget.on_device", lambda predictor, device: predictor)
     monkeypatch.setattr(whole.Fit, "_test", lambda self, samples, fitted, bar: kept.append((fitted[BUDGET], samples)))
     monkeypatch.setattr(whole.FusedKANPredictor, "from_pretrained", lambda place: None)
-    lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=tmp_path / "out", **OPTIONS)
+    call = {"budget": BUDGET, "out_dir": tmp_path / "out", **OPTIONS}
+    if best is None:
+        with pytest.raises(RuntimeError, match=r"has no predictor for `budget` 3: .* it makes NaN.* another `seed`"):
+            lesa.fit(small_pipe, inputs(), **call)
+        assert kept == [] and not [*tmp_path.rglob("config.json")]
+        return
+    lesa.fit(small_pipe, inputs(), **call)
     ((found, parts),) = kept
     assert found.predictor == best and found.made["rounds"] == (0 if best == "first" else int(best))
     assert found.made["validation_psnr"] == [None if psnr != psnr else psnr for psnr in psnrs]
@@ -216,6 +299,18 @@ def test_a_budget_that_cannot_be_met_is_refused_before_anything_is_written(small
     with pytest.raises((ValueError, TypeError), match="budget"):
         lesa.fit(small_pipe, inputs(), budget=budget, out_dir=tmp_path / "out", **OPTIONS)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_seed_is_refused_before_anything_is_written_if_the_test_has_no_seeds_after_it(small_pipe, tmp_path):
+    with pytest.raises(ValueError, match="`seed` must be"):
+        lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=tmp_path, **OPTIONS, seed=2**64 - TEST - 7)
+    assert [*tmp_path.iterdir()] == []
+    assert torch.Generator().manual_seed(2**64 - 1)  # the last one of the largest seed
+
+
+def test_predictors_for_several_budgets_are_refused_where_one_is_needed(fitted, small_pipe):
+    with pytest.raises(ValueError, match=r"for 4, 2 computed steps\. Choose one .* as in `predictors\[4\]`"):
+        lesa.enable_cache(small_pipe, {4: fitted.predictor, 2: fitted.predictor})
 
 
 def test_a_budget_of_all_steps_that_a_run_executes_is_refused_before_anything_is_recorded(tmp_path):
@@ -294,27 +389,52 @@ def test_several_budgets_are_made_from_one_recording(fitted, small_pipe, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(made[BUDGET].parameters(), alone.parameters(), strict=True))
 
 
-def test_without_a_decoder_figures_are_of_latents(small_pipe, monkeypatch, tmp_path):
+def test_without_a_decoder_figures_are_of_latents(fitted, small_pipe, monkeypatch, tmp_path):
     small_pipe.vae = None
     monkeypatch.setattr(small_pipe, "vae_scale_factor", 8, raising=False)
     monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, rounds=1))
-    predictor = lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=tmp_path, **OPTIONS)
+    twelve = inputs(count=12)  # eight to train on, and two each for the choices and the test
+    predictor = lesa.fit(small_pipe, twelve, budget=BUDGET, out_dir=tmp_path, **OPTIONS)
     assert sorted(path.name for path in tmp_path.iterdir()) == [name for name in FILES if name != "comparison.png"]
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    pictured = json.loads((fitted.folder / "evaluation.json").read_text())
+    assert [*evaluation] == [*pictured] and evaluation["inputs_are_new"] is True
+    for run, other in zip(evaluation["runs"], pictured["runs"], strict=True):
+        assert [*run] == [*other] and run["steps"] and run["step_equivalents"] == other["step_equivalents"]
     assert evaluation["compared"] == "latents"
-    reference, fitted, untrained, fewer = evaluation["runs"]
+    reference, ours_measured, untrained, fewer = evaluation["runs"]
     assert all(run["psnr"] is None and run["ssim"] is None for run in evaluation["runs"])
     with lesa.enable_cache(small_pipe, predictor):
-        ours = [latents_of(small_pipe, number) for number in range(TEST, TEST + FEW.test_samples)]
-    wanted = [latents_of(small_pipe, number) for number in range(TEST, TEST + FEW.test_samples)]
+        ours = [latents_of(small_pipe, twelve[10 + number], TEST + number) for number in range(FEW.test_samples)]
+    wanted = [latents_of(small_pipe, twelve[10 + number], TEST + number) for number in range(FEW.test_samples)]
     psnr = [10 * (4 / (a - b).square().mean()).log10() for a, b in zip(ours, wanted)]
-    assert fitted["latent_psnr"] == pytest.approx(float(torch.stack(psnr).mean()), abs=0.05)
+    assert ours_measured["latent_psnr"] == pytest.approx(float(torch.stack(psnr).mean()), abs=0.05)
     assert fewer["num_inference_steps"] == fewer["whole_steps"] == BUDGET
 
 
-def latents_of(pipe, number):
-    arguments = {**inputs()[number % 3], "num_inference_steps": STEPS, "output_type": "latent"}
-    return pipe(**arguments, generator=torch.Generator().manual_seed(number), return_dict=False)[0]
+def latents_of(pipe, item, seed):
+    arguments = {**item, "num_inference_steps": STEPS, "output_type": "latent"}
+    return pipe(**arguments, generator=torch.Generator().manual_seed(seed), return_dict=False)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_decoder", [True, False])
+def test_with_strength_fewer_steps_cost_as_much_as_the_predictor(monkeypatch, tmp_path, has_decoder):
+    case = small.ALL["flux img2img"]
+    pipe, total = case.build(), 2 * STEPS
+    if not has_decoder:
+        monkeypatch.setattr("lesa.fitting.testing.decodes", lambda pipe: False)
+        monkeypatch.setattr(whole, "decodes", lambda pipe: False)
+    monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, rounds=1))
+    arguments = [{**item, "strength": 0.5} for item in inputs(case, 2)]
+    lesa.fit(pipe, arguments, budget=BUDGET, out_dir=tmp_path, **{**OPTIONS, "num_inference_steps": total})
+    fewer = json.loads((tmp_path / "evaluation.json").read_text())["runs"][-1]
+    asked = fewer["num_inference_steps"]
+    assert asked > BUDGET and fewer["whole_steps"] == fewer["step_equivalents"] == BUDGET == len(fewer["steps"])
+    assert (
+        f"fewer steps, without a cache (the pipeline is asked for {asked}) | 3 |"
+        in (tmp_path / "README.md").read_text()
+    )
 
 
 @pytest.mark.slow
@@ -336,10 +456,11 @@ def test_two_transformers_get_a_spread_schedule_with_the_switch_in_it(tmp_path):
     assert {step for stream in cache.stats.streams.values() for step in stream.computed} == {*predictor.config.schedule}
 
 
-def test_nothing_is_kept_without_a_folder(small_pipe, monkeypatch):
+@pytest.mark.parametrize("budget", [BUDGET, np.int64(BUDGET)])
+def test_nothing_is_kept_without_a_folder(small_pipe, monkeypatch, budget):
     places = []
     monkeypatch.setattr(whole.Fit, "run", lambda self, progress: places.append(self.folder.path) or {BUDGET: "made"})
-    assert lesa.fit(small_pipe, inputs(), budget=BUDGET, **OPTIONS) == "made"
+    assert lesa.fit(small_pipe, inputs(), budget=budget, **OPTIONS) == "made"
     assert not places[0].exists()
 
 

@@ -10,8 +10,10 @@ import more_pipelines
 import small_pipelines
 import unadapted_pipelines
 from lesa.demo import digits
+from lesa.fitting.amounts import Amounts
 from lesa.fitting.inputs import chosen_inputs
 from lesa.fitting.prompts import CLIPS, PICTURES
+from lesa.fitting.samples import shares_of
 
 CASES = {**small_pipelines.ALL, **more_pipelines.ALL, **unadapted_pipelines.ALL}
 GIVEN = re.compile(
@@ -43,9 +45,9 @@ def asked_for(pipe):
 
 
 def test_there_are_a_few_dozen_prompts_and_none_is_there_twice():
-    assert len(PICTURES) == 40 and len(CLIPS) == 20
+    assert len(PICTURES) == 40 and len(CLIPS) == 32
     texts = [*PICTURES, *CLIPS]
-    assert len({text.lower() for text in texts}) == 60
+    assert len({text.lower() for text in texts}) == 72
     assert all(text == text.strip() and text.isprintable() for text in texts)
     lengths = sorted(len(text.split()) for text in PICTURES)
     assert lengths[0] <= 5 and lengths[-1] >= 30
@@ -54,7 +56,9 @@ def test_there_are_a_few_dozen_prompts_and_none_is_there_twice():
 def test_prompts_are_taken_for_pictures_and_videos():
     assert chosen_inputs(bare(diffusers.FluxPipeline), None) == [{"prompt": text} for text in PICTURES]
     clips = chosen_inputs(bare(diffusers.WanPipeline), None)
-    assert clips == [{"prompt": text} for text in (*CLIPS, *PICTURES)]
+    assert clips == [{"prompt": text} for text in (*CLIPS[:16], *PICTURES, *CLIPS[16:])]
+    shares = shares_of(clips, Amounts())  # what decides and what tests are clips, and so is what is trained on first
+    assert [item["prompt"] for item in (*shares.validation, *shares.test)] == [*CLIPS[16:]]
     assert chosen_inputs(bare(diffusers.SanaVideoPipeline), None) == clips
 
 

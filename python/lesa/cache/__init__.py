@@ -139,6 +139,10 @@ def _by_transformer(
 ) -> Mapping[str, PredictorLike]:
     """What the user gives as predictors, by the names of the pipeline's transformers."""
     given = predictor if isinstance(predictor, Mapping) else dict.fromkeys(names, predictor)
+    if given and all(isinstance(key, numbers.Integral) for key in given):
+        got = Said(f"a dict of predictors for {', '.join(map(str, given))} computed steps")
+        remedy = f"Choose one by its number of computed steps, as in `predictors[{next(iter(given))}]`."
+        raise argument_error("predictor", "be one predictor, or one for each transformer", got, remedy)
     if {*given} != {*names}:
         must = f"have the names of the pipeline's transformers, {', '.join(map(repr, names))}"
         remedy = "Give one predictor for each, or one for all."

@@ -85,6 +85,7 @@ def _table(evaluation: dict[str, Any]) -> str:
         rows.append((name, f"{run['whole_steps']:.4g} of {run['num_inference_steps']}", *figures))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-    served = f"{evaluation['samples']} samples that served nothing else"
-    what = f"Mean of {served}, against all {total} steps and the same seed:"
-    return "\n".join([what, *lines])
+    served = "inputs and seeds that served nothing else" if evaluation["inputs_are_new"] else "other seeds, same inputs"
+    what = f"Mean of {evaluation['samples']} samples ({served}), against all {total} steps and the same seed:"
+    notes = [f"There is no run of fewer steps: {why}." for why in evaluation["not_available"].values()]
+    return "\n".join([what, *lines, *notes])

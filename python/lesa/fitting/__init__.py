@@ -1,6 +1,7 @@
 """`fit`: from a pipeline to predictors that are trained, refined and tested, in one call."""
 
 import contextlib
+import numbers
 import os
 import tempfile
 from collections.abc import Sequence
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from lesa.cache.placement import check_uncached
 from lesa.evaluation.evaluator import check_own_steps
+from lesa.fitting.amounts import AMOUNTS
 from lesa.fitting.folder import FitFolder
 from lesa.fitting.inputs import chosen_inputs
+from lesa.fitting.samples import TEST
 from lesa.fitting.whole import Fit
 from lesa.processes import processes_for
 from lesa.training.recording import Recording
-from lesa.training.settings import check_seed
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error, check_int, usage_error
 
@@ -42,8 +44,11 @@ def fit(
     less than 0.1 dB is the last one, and the best round gives the predictor. So more samples are recorded only while
     more samples and more rounds gain something.
 
-    Sample i is drawn from `inputs[i % len(inputs)]` with the seed `seed + i`. The numbers of validation samples begin
-    at 500,000. Those of the samples for the test begin at 1,000,000, and no choice depends on them.
+    Sample i has the seed `seed + i`. The numbers of validation samples begin at 500,000. Those of the samples for the
+    test begin at 1,000,000, and no choice depends on them. The last 8 inputs are for the test, the 8 before them for
+    validation, and the others to train on; they repeat where there are fewer of them than samples. Where less than 8
+    would be left to train on, the test or both share inputs with the training, and differ in the seeds alone. The model
+    card says so.
 
     Of a pipeline with two transformers, there is no search: the computed steps are spread, and the first step of each
     transformer is one of them.
@@ -60,7 +65,7 @@ def fit(
             left without the interruption. None: a temporary folder is used, and nothing is kept.
         num_inference_steps: passed to the pipeline.
         batch_size: samples per call of the pipeline.
-        seed: of sample 0, of the training and of the search.
+        seed: of sample 0, of the training and of the search. It can be up to 2**64 - 1,000,008.
         progress: whether to show a progress bar, what the work will cost, and how good the predictors are.
 
     Returns:
@@ -72,12 +77,13 @@ def fit(
         RuntimeError: a cache is on, or another process works in `out_dir`. See also `lesa.record`, `lesa.train` and
             `lesa.evaluate`.
     """
-    budgets, is_list = _check_budgets(budget, num_inference_steps), not isinstance(budget, int)
+    budgets, is_list = _check_budgets(budget, num_inference_steps), not isinstance(budget, numbers.Integral)
     chosen = chosen_inputs(pipe, inputs)
     given = None if inputs is None else len(inputs)
     check_own_steps(chosen, num_inference_steps)
     check_uncached(pipe)
-    seed, batch_size = check_seed(seed), check_int("batch_size", batch_size)
+    seed = check_int("seed", seed, minimum=0, maximum=2**64 - TEST - AMOUNTS.test_samples)
+    batch_size = check_int("batch_size", batch_size)
     Recording(pipe, chosen, num_inference_steps, None, seed, batch_size)  # refuses what cannot be recorded
     processes = processes_for(pipe)
     if out_dir is None and processes.count > 1:

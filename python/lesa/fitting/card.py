@@ -118,12 +118,20 @@ def _figures(evaluation: Mapping[str, Any]) -> str:
     count, total = evaluation["samples"], evaluation["num_inference_steps"]
     what = "the latents" if of_latents else "each picture"
     text = (
-        f"Measured on {_counted(count, 'sample')} that served nothing else. The figures compare {what} of a run with "
-        f"those of all {total} steps and the same seed. They are means over the samples, and higher is better."
+        f"{_served(_counted(count, 'sample'), evaluation.get('inputs_are_new'))} The figures compare {what} of a run "
+        f"with {'those' if of_latents else 'that'} of all {total} steps and the same seed. They are means over the "
+        "samples, and higher is better."
     )
-    if not of_latents:
-        text = text.replace("with those of", "with that of")
-    return "\n".join(["## Figures", "", text, "", head, rule, *body])
+    notes = [f"There is no run of fewer steps: {why}." for why in evaluation.get("not_available", {}).values()]
+    return "\n".join(["## Figures", "", text, "", head, rule, *body, *(line for note in notes for line in ("", note))])
+
+
+def _served(samples: str, inputs_are_new: bool | None) -> str:
+    """On which samples a predictor was tested. None: it is not known whether their inputs served something else."""
+    if inputs_are_new:
+        return f"Measured on {samples} whose inputs and seeds served nothing else."
+    text = f"Measured on {samples} with other seeds than all samples that served to make the predictor."
+    return text if inputs_are_new is None else f"{text} The inputs are not new: some of them served that too."
 
 
 def _name(run: Mapping[str, Any], is_this: bool) -> str:
@@ -132,7 +140,9 @@ def _name(run: Mapping[str, Any], is_this: bool) -> str:
         return "**this predictor**"
     kind = kind_of(run["contender"])
     if kind is FewerSteps:
-        return "fewer steps, without a cache"
+        asked = run.get("num_inference_steps", run["whole_steps"])
+        is_less = round(run["whole_steps"]) != asked  # a run with `strength` begins later
+        return "fewer steps, without a cache" + (f" (the pipeline is asked for {asked})" if is_less else "")
     if kind is not None and issubclass(kind, Ours) and not kind.is_trained:
         return f"without training ({run['contender']})"
     return str(run["name"])

@@ -58,7 +58,9 @@ def chosen_inputs(pipe: Any, inputs: Any) -> list[dict]:
         remedy = _how_to_give(needed)
     else:
         makes_videos = any(name in known for name in _FRAMES)
-        return [{"prompt": text} for text in ((*CLIPS, *PICTURES) if makes_videos else PICTURES)]
+        half = len(CLIPS) // 2  # the first ones are to train on; the last ones are for the test and for choices
+        texts = (*CLIPS[:half], *PICTURES, *CLIPS[half:]) if makes_videos else PICTURES
+        return [{"prompt": text} for text in texts]
     sentence = f"`inputs` are required for this {kind}: {why}. The built-in prompts have none of this."
     raise usage_error(sentence, remedy)
 

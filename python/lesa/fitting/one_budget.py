@@ -25,6 +25,7 @@ from lesa.training.settings import TrainingSettings, spread_over, usable_device
 from lesa.training.trainer import train
 from lesa.training.training_run import is_finished
 from lesa_kernels import FusedKANPredictor
+from lesa_kernels.checks import usage_error
 from lesa_kernels.torch_modes import default_modes
 
 FIGURES, SCHEDULE = "validation.json", "schedule.json"
@@ -79,11 +80,22 @@ class OneBudget:
         The first round has the samples of the first training, and each later one has twice as many as the one before,
         up to the most. A round that gains less than `amounts.gain` is the last one. So neither samples nor rounds are
         added where they gain nothing.
+
+        Raises:
+            RuntimeError: the predictor of the first training has no PSNR, so there is nothing to choose.
         """
         self.processes.by_first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         predictor = self._trained()
         best, best_number = predictor, 0
         figures, before = [self._quality(0, predictor)], [predictor]
+        if math.isnan(figures[0]):
+            raise usage_error(
+                f"`fit` has no predictor for `budget` {self.budget}: on the validation samples it makes NaN, or steps "
+                "are computed that were to be predicted.",
+                "Check that the pipeline without a cache gives finite latents, for example in bfloat16, and read the "
+                "warnings above. Then fit with a larger `budget` or another `seed`, into another folder.",
+                RuntimeError,
+            )
         for number in range(1, self.amounts.rounds + 1):
             predictor = self._refined(number, before)
             figures.append(self._quality(number, predictor))
@@ -186,13 +198,16 @@ class OneBudget:
             return self.samples.joined(count)
 
     def _quality(self, number: int, predictor: FusedKANPredictor) -> float:
-        """The mean PSNR of the latents on the validation samples, in dB. NaN counts as no gain."""
+        """The mean PSNR of the latents on the validation samples, in dB. NaN counts as no gain.
+
+        It is NaN too if a step was computed that was to be predicted.
+        """
         figures: dict[str, float] = self.processes.by_first(self._read_figures)
         name = str(number)
         with self.bar.part(f"{self.budget} steps, validate", self.work.validation_steps):
             if name not in figures:
-                errors = self.validation.errors(on_device(predictor, self.device))["psnr"]
-                figures[name] = sum(errors) / len(errors)
+                psnr = self.validation.errors(on_device(predictor, self.device)).psnr
+                figures[name] = sum(psnr) / len(psnr)
                 text = json.dumps(figures) + "\n"
                 self.processes.by_first(lambda: write_text(self.folder / FIGURES, text))
         return figures[name]

@@ -65,6 +65,28 @@ class _FirstStep:
         raise _SeenError
 
 
+def steps_to_ask_for(pipe: Any, inputs: Sequence[dict], budget: int, num_inference_steps: int, executed: int) -> int:
+    """The fewest steps that a pipeline must be asked for, so that it executes `budget` of them.
+
+    They are more than `budget` only if a run with `strength` begins later. Then runs of some numbers of steps are
+    begun, to see how many they execute.
+
+    Args:
+        pipe, inputs: see `probed`.
+        budget: below `executed`.
+        num_inference_steps: of a run of all steps.
+        executed: how many of these it executes.
+    """
+    if executed == num_inference_steps:
+        return budget
+    asked = max(budget, round(budget * num_inference_steps / executed))
+    while probed(pipe, inputs, asked).steps < budget:
+        asked += 1
+    while asked > budget and probed(pipe, inputs, asked - 1).steps >= budget:
+        asked -= 1
+    return asked
+
+
 def probed(pipe: Any, inputs: Sequence[dict], num_inference_steps: int) -> Probed:
     """Runs one step for each kind of inputs: those that can share a call are of one kind.
 

@@ -72,5 +72,17 @@ CLIPS = (
     "a hummingbird hovers in front of a red flower",
     "A drone shot rises from a crowded market until the whole old town and its harbour can be seen.",
     "a robot arm stacks coloured cubes, one after the other",
+    "A farmer opens a wooden gate, and a flock of sheep runs past him onto the road.",
+    "macro shot of a snail that crawls over wet moss",
+    "The lights of a skyscraper go on floor by floor while the evening sky turns dark.",
+    "a child blows soap bubbles in a garden, and the wind carries them over the hedge",
+    "Two fencers in white step forward and back; one of them lunges.",
+    "heavy rain hits the windscreen of a parked car",
+    "The camera moves slowly along a shelf of old books and stops at a brass globe that spins.",
+    "an octopus changes its colour as it glides over a coral reef",
+    "A pencil drawing of a dancer comes alive and turns on one foot.",
+    "a waiter carries a full tray through a busy restaurant",
+    "Handheld shot: a cyclist rides down a narrow forest track and splashes through a puddle.",
+    "smoke rises from a chimney, and clouds pass quickly over the roofs",
 )
 """For videos; each says what moves."""

@@ -1,8 +1,11 @@
 """The samples that `fit` records and runs, and which of them serve what."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lesa.artifacts import digest
 from lesa.fitting.amounts import Amounts
 from lesa.training.joined import JoinedTrajectories
 from lesa.training.recording import record
@@ -11,15 +14,58 @@ from lesa.training.trajectories import Trajectories
 VALIDATION, TEST = 500_000, 1_000_000
 """The numbers of the first samples for choices and for the test."""
 
+LEAST = 8
+"""So many inputs at least are left to train on; see docs/research.md. With fewer, no inputs are kept for the rest."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The inputs of the samples for each purpose. Inputs repeat where there are fewer of them than samples.
+
+    Args:
+        training: those to train on. Sample i has the input `training[i % len(training)]`.
+        validation: one for each sample for choices.
+        test: one for each sample of the test.
+    """
+
+    training: Sequence[dict]
+    validation: Sequence[dict]
+    test: Sequence[dict]
+
+    @property
+    def test_is_new(self) -> bool:
+        """Whether no input of the test serves another purpose too. Inputs of equal values are one input."""
+        others = {digest(item) for item in (*self.training, *self.validation)}
+        return others.isdisjoint(digest(item) for item in self.test)
+
+
+def shares_of(inputs: Sequence[dict], amounts: Amounts) -> Shares:
+    """Divides the inputs: the last ones are for the test, those before them for the choices, the rest to train on.
+
+    Where less than `LEAST` would be left to train on, the samples have the same inputs, but stay the last ones.
+
+    Args:
+        inputs: dicts of pipeline arguments.
+        amounts: how many samples there are for choices and for the test.
+    """
+    left, held = [*inputs], []
+    for count in (amounts.test_samples, amounts.validation_samples):
+        last = left[-count:]
+        held.append([last[number % len(last)] for number in range(count)])
+        if len(left) - count >= LEAST:
+            left = left[:-count]
+    test, validation = held
+    return Shares(left, validation, test)
+
 
 class Samples:
-    """Numbered samples. Sample i is drawn from `inputs[i % len(inputs)]` with the seed `seed + i`.
+    """Numbered samples to train on. Sample i is drawn from `inputs[i % len(inputs)]` with the seed `seed + i`.
 
-    The samples for training are recorded in parts, so that there are more of them only where they are needed.
+    They are recorded in parts, so that there are more of them only where they are needed.
 
     Args:
         pipe: the pipeline.
-        inputs: dicts of pipeline arguments.
+        inputs: those to train on, dicts of pipeline arguments.
         folder: of the recordings.
         num_inference_steps: of a run.
         tokens: kept of each sample.
@@ -31,7 +77,7 @@ class Samples:
     def __init__(
         self,
         pipe: Any,
-        inputs: list[dict],
+        inputs: Sequence[dict],
         folder: Path,
         num_inference_steps: int,
         tokens: int,

@@ -1,6 +1,6 @@
 """The test of finished predictors, on samples that served nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ from lesa.contenders import FewerSteps
 from lesa.evaluation.evaluator import evaluate
 from lesa.evaluation.picture import draw_comparison
 from lesa.evaluation.result import EvaluatedRun, Evaluation, finite
-from lesa.fitting.comparing import LatentRuns
+from lesa.fitting.comparing import LatentRuns, Made
+from lesa.fitting.probing import steps_to_ask_for
 from lesa.inputs import steps_of
 from lesa.pipelines import check_decodes
 from lesa.schedule import Spread
@@ -33,21 +34,39 @@ class Test:
         runs: runs on the samples of the test.
         predictors: by budget, on the pipeline's device.
         folder: for unfinished work.
+        executed: how many steps a run of all steps executes. With `strength`, they can be fewer than it is asked for.
+        inputs_are_new: whether the inputs of the samples served nothing else.
     """
 
-    def __init__(self, runs: LatentRuns, predictors: Mapping[int, FusedKANPredictor], folder: Path):
+    def __init__(
+        self,
+        runs: LatentRuns,
+        predictors: Mapping[int, FusedKANPredictor],
+        folder: Path,
+        executed: int,
+        inputs_are_new: bool,
+    ):
         self.runs, self.predictors, self.folder = runs, predictors, folder
+        self.executed, self.inputs_are_new = executed, inputs_are_new
         self._pictured: Evaluation | None = None
+        self._fewer: dict[int, FewerSteps] = {}
 
     def run(self) -> dict[int, dict[str, Any]]:
         """By budget, what `evaluation.json` holds."""
+        if any(steps_of(item, budget) != budget for item in self.runs.inputs for budget in self.predictors):
+            not_available = {FewerSteps.name: "the inputs set the steps themselves"}
+        else:
+            not_available = {}
+            self._fewer = {budget: FewerSteps(self._asked(budget)) for budget in self.predictors}
         found = self._with_pictures() if decodes(self.runs.pipe) else self._of_latents()
         head = {
             "format_version": FORMAT_VERSION,
             "compared": "latents" if self._pictured is None else "pictures",
             "samples": len(self.runs.inputs),
+            "inputs_are_new": self.inputs_are_new,
             "seed": self.runs.seed,
             "num_inference_steps": self.runs.steps,
+            "not_available": not_available,
         }
         return {
             budget: {**head, "budget": budget, "schedule": self._schedule_of(budget), "runs": finite(found[budget])}
@@ -58,6 +77,10 @@ class Test:
         """Draws the pictures of a budget's runs side by side, if there are pictures."""
         if self._pictured is not None:
             draw_comparison(self._of_budget(self._pictured, budget), self._pictured.images, file, timed=False)
+
+    def _asked(self, budget: int) -> int:
+        """The number of steps that a run without a cache is asked for, so that it executes `budget` of them."""
+        return steps_to_ask_for(self.runs.pipe, self.runs.inputs, budget, self.runs.steps, self.executed)
 
     def _schedule_of(self, budget: int) -> list[int]:
         return [*(self.predictors[budget].config.schedule or ())]
@@ -75,7 +98,7 @@ class Test:
             runs.pipe,
             runs.inputs,
             contestants,
-            [f"{FewerSteps.name}-{budget}" for budget in self.predictors],
+            [f"{FewerSteps.name}-{steps}" for steps in dict.fromkeys(each.steps for each in self._fewer.values())],
             runs.steps,
             runs.seed,
             runs.batch_size,
@@ -87,7 +110,7 @@ class Test:
     def _of_budget(self, evaluation: Evaluation, budget: int) -> list[EvaluatedRun]:
         """The reference, the predictor, the forecaster without training, and fewer steps."""
         reference, *others = evaluation.runs
-        fewer = str(FewerSteps(budget))
+        fewer = str(self._fewer.get(budget))
         wanted = {_label(budget): 0, _label(budget, UNTRAINED): 1}
         found = {wanted[run.predictor]: run for run in others if run.predictor in wanted}
         for run in others:
@@ -98,18 +121,17 @@ class Test:
     def _of_latents(self) -> dict[int, list[dict[str, Any]]]:
         runs = self.runs
         runs.make_references()
-        found = {}
-        total, untrained = runs.steps, self._untrained()
+        found, total, untrained = {}, runs.steps, self._untrained()
         for budget, predictor in self.predictors.items():
-            mixer, plain = predictor.config.mixer, str(FewerSteps(budget))
-            made = [
-                _of_errors("reference", "reference", total, total, None),
-                _of_errors(f"{mixer}-{budget}", mixer, budget, total, runs.errors(predictor)),
-                _of_errors(f"{UNTRAINED}-{budget}", UNTRAINED, budget, total, runs.errors(untrained, Spread(budget))),
+            mixer = predictor.config.mixer
+            found[budget] = [
+                _measured("reference", "reference", total, runs.references),
+                _measured(f"{mixer}-{budget}", mixer, total, runs.errors(predictor)),
+                _measured(f"{UNTRAINED}-{budget}", UNTRAINED, total, runs.errors(untrained, Spread(budget))),
             ]
-            if all(steps_of(item, budget) == budget for item in runs.inputs):
-                made.append(_of_errors(plain, FewerSteps.name, budget, budget, runs.errors(steps=budget)))
-            found[budget] = made
+            if (fewer := self._fewer.get(budget)) is not None:
+                made = runs.errors(steps=fewer.steps)
+                found[budget].append(_measured(str(fewer), fewer.name, fewer.steps, made))
         return found
 
 
@@ -132,18 +154,18 @@ def _as_dict(run: EvaluatedRun) -> dict[str, Any]:
     return {"name": run.name, "contender": run.contender, **steps, **figures, "per_sample": dict(run.per_sample)}
 
 
-def _of_errors(
-    name: str, contender: str, computed: int, total: int, errors: dict[str, list[float]] | None
-) -> dict[str, Any]:
-    """A run of which there are latents only. `errors` is None for the reference."""
-    per_sample = {} if errors is None else {"latent_psnr": errors["psnr"], "latent_error": errors["latent_error"]}
-    figures = {name: sum(values) / len(values) for name, values in per_sample.items()}
-    return {
-        "name": name,
-        "contender": contender,
-        "num_inference_steps": total,
-        "whole_steps": float(computed),
-        **dict.fromkeys(("psnr", "ssim", "latent_psnr", "latent_error")),
-        **figures,
-        "per_sample": per_sample,
-    }
+def _measured(name: str, contender: str, asked: int, made: Made) -> dict[str, Any]:
+    """A run of which there are latents only.
+
+    Args:
+        name, contender: see `EvaluatedRun`.
+        asked: the number of steps that the pipeline was asked for.
+        made: what was measured.
+    """
+    errors: dict[str, Sequence[float]] = {"latent_psnr": made.psnr, "latent_error": made.latent_error}
+    per_sample = {name: [*values] for name, values in errors.items() if values}
+    means = {name: sum(values) / len(values) for name, values in per_sample.items()}
+    counts = {"whole_steps": made.whole_steps, "step_equivalents": made.step_equivalents}
+    figures = {**dict.fromkeys(_FIGURES), **counts, **means}
+    steps = {"steps": [*made.steps], "num_inference_steps": asked}
+    return {"name": name, "contender": contender, **steps, **figures, "per_sample": per_sample}

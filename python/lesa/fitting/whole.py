@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from lesa.fitting.folder import FitFolder, settings_of
 from lesa.fitting.one_budget import Fitted, OneBudget, on_device
 from lesa.fitting.planning import Work
 from lesa.fitting.probing import probed
-from lesa.fitting.samples import TEST, VALIDATION, Samples
+from lesa.fitting.samples import TEST, VALIDATION, Samples, shares_of
 from lesa.fitting.testing import Test, decodes
 from lesa.models import adapters_for
 from lesa.processes import Processes
@@ -54,6 +55,8 @@ class Fit:
         self.batch_size, self.seed, self.given, self.folder = batch_size, seed, given, folder
         self.processes = processes
         self.budgets, self.amounts = [*folder.places], defaults.AMOUNTS
+        self.shares = shares_of(inputs, self.amounts)
+        self.executed_steps = num_inference_steps
 
     def run(self, progress: bool) -> dict[int, FusedKANPredictor]:
         """The predictors by budget, which are in the folder too."""
@@ -84,6 +87,7 @@ class Fit:
     def _make(self, settings: dict[str, Any], bar: Bar) -> None:
         """Makes all files of the predictors."""
         first = probed(self.pipe, self.inputs, self.num_inference_steps)
+        self.executed_steps = first.steps
         for budget in self.budgets:
             if budget >= first.steps:
                 must = f"be below the {first.steps} steps that a run of these inputs executes"
@@ -93,7 +97,7 @@ class Fit:
         self.processes.by_first(lambda: self.folder.begin(settings))
         samples = Samples(
             self.pipe,
-            self.inputs,
+            self.shares.training,
             self.folder.work,
             self.num_inference_steps,
             min(amounts.tokens, first.tokens),
@@ -117,7 +121,7 @@ class Fit:
 
     def _fitted(self, samples: Samples, work: Work, bar: Bar) -> dict[int, Fitted]:
         """The predictors, which are not tested yet."""
-        validation = self._runs(samples, VALIDATION, self.amounts.validation_samples, "validation")
+        validation = self._runs(self.shares.validation, VALIDATION, "validation")
         with bar.part("validate", work.validation_steps):
             validation.make_references()
         return {
@@ -148,18 +152,19 @@ class Fit:
         )
         return cost.text()
 
-    def _runs(self, samples: Samples, first: int, count: int, name: str) -> LatentRuns:
+    def _runs(self, inputs: Sequence[dict], first: int, name: str) -> LatentRuns:
         """Runs on samples that are not trained on, and a folder of this name for them."""
-        inputs, options = samples.inputs_of(first, first + count), (self.num_inference_steps, self.batch_size)
-        return LatentRuns(self.pipe, inputs, self.seed + first, *options, self.folder.work / name, self.processes)
+        options = (self.num_inference_steps, self.batch_size)
+        return LatentRuns(self.pipe, [*inputs], self.seed + first, *options, self.folder.work / name, self.processes)
 
     def _test(self, samples: Samples, fitted: dict[int, Fitted], bar: Bar) -> None:
         """Tests the predictors, and writes what belongs into their folders."""
         more = {"base_model": base_model_of(self.pipe), "inputs": self.given}
         device = usable_device(self.pipe._execution_device)
-        runs = self._runs(samples, TEST, self.amounts.test_samples, "test")
+        runs = self._runs(self.shares.test, TEST, "test")
         predictors = {budget: on_device(each.predictor, device) for budget, each in fitted.items()}
-        test = Test(runs, predictors, self.folder.work / "evaluation")
+        work = self.folder.work / "evaluation"
+        test = Test(runs, predictors, work, self.executed_steps, self.shares.test_is_new)
         for budget, evaluation in test.run().items():
             bar.say(_said(evaluation))
             made = {**fitted[budget].made, **more}
