@@ -246,6 +246,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None if there is no such file, or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def check_same_settings(work: str, kept: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raises `ValueError` unless unfinished work can continue with the settings that were given.
 

@@ -685,7 +685,7 @@ def test_a_fit_shows_the_figures_of_each_budget_and_its_files(calls_of, folder, 
     ]
     assert wrote == "Wrote evaluation.json to new/budget-9"
     assert last.splitlines()[0] == "Wrote evaluation.json to new/budget-7"
-    assert re.fullmatch(r"This took \d+\.\d minutes\.", last.splitlines()[1])
+    assert re.fullmatch(r"This call took \d+\.\d minutes\.", last.splitlines()[1])
 
 
 def test_a_fit_without_inputs_takes_the_built_in_prompts(calls_of, digits_pipe, monkeypatch):

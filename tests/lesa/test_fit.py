@@ -7,6 +7,8 @@ import io
 import json
 import os
 import random
+import socket
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ from lesa.fitting import samples, whole
 from lesa.fitting.amounts import Amounts
 from lesa.fitting.bar import Bar
 from lesa.fitting.comparing import LatentRuns, Made
+from lesa.fitting.cost import _time
 from lesa.fitting.one_budget import OneBudget
 from lesa.fitting.probing import probed, steps_to_ask_for
 from lesa.fitting.samples import TEST, VALIDATION, shares_of
@@ -124,7 +127,8 @@ def test_a_predictor_is_left_with_its_card_and_its_figures(fitted):
 def test_no_file_says_when_or_where_it_was_made(fitted):
     folder = fitted.folder
     for name, contents in files_in(folder).items():
-        for word in (str(folder).encode(), b"seconds", b"speed", b"2026", b"host"):
+        for word in (str(folder), "seconds", "speed", str(time.localtime().tm_year), "host", socket.gethostname()):
+            word = word.encode()
             assert word not in contents, (name, word)
 
 
@@ -334,6 +338,52 @@ def unfinished(small_pipe, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=tmp_path, **OPTIONS)
     return tmp_path
+
+
+def test_a_fit_goes_on_where_other_amounts_would_be_chosen(unfinished, small_pipe, monkeypatch, capsys):
+    """So another kind of device can end it. It says the cost again, from the seconds of the first call."""
+    before = json.loads((unfinished / "work" / "state.json").read_text())["facts"]
+    seen = []
+
+    def fitted(self, sample, work, bar):
+        seen.append((self.amounts, work.amounts))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Amounts, "for_model", lambda self, flops, on_cpu: replace(self, samples=4))
+    monkeypatch.setattr(whole.Fit, "_fitted", fitted)
+    with pytest.raises(KeyboardInterrupt):
+        lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=unfinished, **{**OPTIONS, "progress": True})
+    assert seen == [(FEW, FEW)]
+    assert json.loads((unfinished / "work" / "state.json").read_text())["facts"] == before
+    said = capsys.readouterr().err
+    assert f"The first sample took {_time(before['first_sample_seconds'])}." in said
+    assert "An earlier call has done a part of it." in said
+
+
+@pytest.mark.parametrize("contents", ["", "{", '{"settings": {}}'])
+def test_a_damaged_state_is_named(unfinished, small_pipe, contents):
+    (unfinished / "work" / "state.json").write_text(contents)
+    with pytest.raises(ValueError, match=r"state\.json, which is damaged\. Delete .*work to begin again"):
+        lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=unfinished, **OPTIONS)
+
+
+def test_damaged_files_of_a_budget_are_made_again(small_pipe, tmp_path, monkeypatch):
+    """They are only what the search and the validation have found."""
+
+    def ended(self, samples, fitted, bar):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, rounds=0))
+    monkeypatch.setattr(whole.Fit, "_test", ended)
+    found = []
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=tmp_path, **OPTIONS)
+        files = [tmp_path / "work" / f"budget-{BUDGET}" / name for name in ("schedule.json", "validation.json")]
+        found.append([file.read_text() for file in files])
+        for file, text in zip(files, found[-1]):
+            file.write_text(text[: len(text) // 2])
+    assert found[0] == found[1]
 
 
 def other_weights(pipe):

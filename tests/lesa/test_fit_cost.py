@@ -1,52 +1,94 @@
 """What `lesa fit` says after its first sample about what it will cost."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lesa.fitting import cost
 from lesa.fitting.amounts import Amounts
 from lesa.fitting.cost import FirstSample, fit_cost, measured
+from lesa.fitting.planning import SEARCH_UPDATES, Work
 from made_recordings import STEPS, TOKENS, WIDTH, write_recording
 
 FIRST = FirstSample(30.0, 40_000_000, 50, optimiser_step_seconds=0.05, predicted_step_seconds=0.1)
-PLAN = {"samples": 8, "more_samples": 0, "test_samples": 4, "rounds": 2, "optimiser_steps": 600}
+SMALL = Amounts(samples=8, most_samples=32, rounds=3, validation_samples=8, test_samples=8)
+WORK = Work(SMALL, 50, 1, 1)
+WITH_9 = 30 * 9 / 50 + 41 * 0.1
+"""Seconds of a sample with nine computed steps."""
 
 
 def test_the_parts_add_up():
-    found = fit_cost(FIRST, budgets=[10], **PLAN)
-    assert found.recording_seconds == 7 * 30
-    assert found.roll_out_seconds == pytest.approx(2 * 8 * 10 / 50 * 30)
-    assert found.training_seconds == pytest.approx(600 * 0.05)
-    assert found.test_seconds == pytest.approx(4 * (50 + 3 * 10) / 50 * 30)  # all steps, ours, untrained and fewer
-    assert found.seconds == pytest.approx(210 + 96 + 30 + 192)
-    assert found.nbytes == (8 + 2 * 8 * 10 / 50) * 40e6
-    assert found.sample_seconds(10) == pytest.approx(30 * 10 / 50 + 40 * 0.1)
+    found = fit_cost(FIRST, WORK, [9])
+    assert FIRST.sample_seconds(9) == pytest.approx(WITH_9)
+    assert found.recording_seconds == (31 + 8) * 30  # to train on, and those of the validation with all steps
+    rolled_out = 8 + (16 + 8) + (32 + 16 + 16)  # of the latest predictor, and of earlier ones on new samples
+    assert found.roll_out_seconds == pytest.approx((rolled_out + 4 * 8) * WITH_9)  # four predictors are validated
+    assert found.test_seconds == pytest.approx(8 * (30 + 3 * WITH_9))  # all steps; ours, untrained and fewer steps
+    assert found.training_seconds == WORK.optimiser_steps * 0.05
+    parts = [found.recording_seconds, found.roll_out_seconds, found.training_seconds, found.test_seconds]
+    assert found.seconds == pytest.approx(sum(parts))
+    assert found.nbytes == pytest.approx((32 + rolled_out * 9 / 50) * 40e6)
 
 
-def test_each_budget_has_roll_outs_and_a_test_of_its_own():
-    one, other, both = (fit_cost(FIRST, budgets=budgets, **PLAN) for budgets in ([12], [7], [12, 7]))
+def test_the_cost_counts_the_runs_that_the_bar_counts():
+    for amounts in (SMALL, Amounts(), replace(SMALL, rounds=1)):
+        work, steps = Work(amounts, 50, 1, 1), 50
+        runs = work.recorded_samples - 1 + amounts.validation_samples
+        runs += work.rolled_out_samples + work.validated_samples + 4 * amounts.test_samples
+        trained = work.search_steps(9) + work.training_steps + amounts.rounds * amounts.round_updates
+        assert work.all_steps([9]) == runs * steps + trained
+
+
+def test_processes_share_the_samples_but_not_the_training():
+    one, two = fit_cost(FIRST, WORK, [9]), fit_cost(FIRST, replace(WORK, width=2), [9])
+    assert two.training_seconds == one.training_seconds
+    for name in ("recording_seconds", "roll_out_seconds", "test_seconds"):
+        assert getattr(two, name) == getattr(one, name) / 2
+    assert Work(SMALL, 50, 2, batch_size=3, width=2).recording_steps(8) == 2 * 50 * 2  # two of three batches
+
+
+def test_each_budget_has_roll_outs_training_and_a_test_of_its_own():
+    one, other, both = (fit_cost(FIRST, WORK, budgets) for budgets in ([12], [7], [12, 7]))
     assert both.roll_out_seconds == pytest.approx(one.roll_out_seconds + other.roll_out_seconds)
-    reference = 4 * 30
-    assert both.test_seconds == pytest.approx(one.test_seconds + other.test_seconds - reference)
+    assert both.training_seconds == pytest.approx(one.training_seconds + other.training_seconds)
+    assert both.test_seconds == pytest.approx(one.test_seconds + other.test_seconds - 8 * 30)
     assert both.recording_seconds == one.recording_seconds
 
 
+def test_a_search_takes_longer_where_a_step_has_several_calls():
+    two = replace(WORK, calls=2)
+    assert two.optimiser_steps - WORK.optimiser_steps == 3 * SEARCH_UPDATES
+
+
 def test_what_is_said():
-    lines = fit_cost(FIRST, budgets=[10, 5], **{**PLAN, "more_samples": 16}).text().splitlines()
-    assert lines == [
+    work = Work(replace(SMALL, rounds=1, validation_samples=2), 50, 1, 1)
+    first = replace(FIRST, optimiser_step_seconds=0.0)
+    assert fit_cost(first, work, [10, 5]).text().splitlines() == [
         "The first sample took 30 s.",
-        "Predicted for the rest: at most 10 min; recording 7 more samples 4 min, the roll-outs 2 min, the training "
-        "30 s, the test with 4 samples 4 min.",
-        "Predicted for the files until it is finished: 512 MB.",
-        "Up to 16 more samples are recorded if they improve the predictor: 8 min.",
+        "Predicted for all after it: about 18 min; 9 more samples 4.5 min, runs with the predictors 3.5 min, "
+        "training 0.01 s, the test with 8 samples 11 min.",
+        "Predicted for the files until it is finished: 416 MB.",
         "Predicted for a sample with 10 of 50 steps computed: 10 s. It has 5.0 times fewer computed steps.",
         "Predicted for a sample with 5 of 50 steps computed: 7.5 s. It has 10.0 times fewer computed steps.",
     ]
 
 
-def test_a_plan_without_roll_outs_names_none():
-    text = fit_cost(FIRST, budgets=[10], **{**PLAN, "rounds": 0, "samples": 2}).text()
-    assert "roll-outs" not in text and "recording 1 more sample 30 s" in text
+def test_what_the_figure_does_not_know_is_said():
+    alone, batches = (fit_cost(FIRST, replace(WORK, batch_size=size), [9]).text(True) for size in (1, 16))
+    assert "\nAn earlier call has done a part of it.\nIt takes less if a round" in alone and "counted like" not in alone
+    assert "\nRuns of 16 samples are counted like 16 runs, and may take less.\n" in batches
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.0, "0.01 s"), (0.314, "0.31 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min"), (90, "1.5 min"),
+        (598, "10 min"), (5940, "99 min"), (5990, "1.7 h"), (3600 * 10.4, "10 h"), (3600 * 123.4, "123 h"),
+    ],
+)  # fmt: skip
+def test_times_have_two_digits(seconds, said):
+    assert cost._time(seconds) == said
 
 
 @pytest.mark.parametrize(("samples", "streams"), [(1, 1), (3, 2)])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,26 +26,43 @@ class Interrupted(BaseException):
     pass
 
 
-@pytest.mark.parametrize("left", ["state", "empty work"])
+@pytest.mark.parametrize("left", ["work", "a part of work", "the state"])
 def test_a_fit_that_was_interrupted_while_it_cleaned_up_only_cleans_up(tmp_path, monkeypatch, left):
+    """Even then, it knows its arguments."""
     pipe, unlink = CASE.build(), Path.unlink
 
     def ended(path, **options):
-        if path.name in ("work", "state.json"):
+        if Path(path).name in ("work", ".fitted.json"):
+            if left == "a part of work":
+                unlink(sorted(each for each in path.rglob("*") if each.is_file())[0])
             raise Interrupted
         unlink(path, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(whole.OneBudget, "fit", lambda self: whole.Fitted("a predictor", {}))
         patch.setattr(whole.Fit, "_test", lambda self, samples, fitted, bar: write(tmp_path))
-        patch.setattr(Path, "rmdir" if left == "empty work" else "unlink", ended)
+        if left == "the state":
+            patch.setattr(Path, "unlink", ended)
+        else:
+            patch.setattr(shutil, "rmtree", ended)
         with pytest.raises(Interrupted):
             lesa.fit(pipe, inputs(), budget=BUDGET, out_dir=tmp_path, **OPTIONS)
-    assert (tmp_path / "work").is_dir()
+    assert (tmp_path / "work").is_dir() == (left != "the state")
+    with pytest.raises(ValueError, match="`seed` must be 0, as in the unfinished fit in"):
+        lesa.fit(pipe, inputs(), budget=BUDGET, out_dir=tmp_path, seed=77, **OPTIONS)
     monkeypatch.setattr(whole.Fit, "_make", lambda *arguments: pytest.fail("it was finished"))
     made = lesa.fit(pipe, inputs(), budget=BUDGET, out_dir=tmp_path, **OPTIONS)
     assert made.config.feature_dim == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    with pytest.raises(ValueError, match="but got a predictor in"):
+        lesa.fit(pipe, inputs(), budget=BUDGET, out_dir=tmp_path, **OPTIONS)
+
+
+def test_an_empty_folder_of_unfinished_work_does_not_make_a_predictor_one_of_this_call(tmp_path):
+    write(tmp_path)
+    (tmp_path / "work").mkdir()
+    with pytest.raises(ValueError, match="but got a predictor in"):
+        lesa.fit(CASE.build(), inputs(), budget=BUDGET, out_dir=tmp_path, **OPTIONS)
 
 
 def write(folder):

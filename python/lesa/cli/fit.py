@@ -33,6 +33,7 @@ def run(options) -> None:
     from lesa.cli.loading import check_model, pipeline_of, prepare, read
     from lesa.cli.trying import explained
     from lesa.fitting.inputs import chosen_inputs
+    from lesa.fitting.whole import without_figures
     from lesa.inputs import Sample
     from lesa.processes import processes_for
 
@@ -43,7 +44,7 @@ def run(options) -> None:
         samples = [Sample(f"built-in prompt {i}", item) for i, item in enumerate(chosen_inputs(pipe, None))]
     samples = prepare(options, pipe, samples, options.steps)
     start = time.perf_counter()
-    with explained(pipe, samples, options.steps):
+    with explained(pipe, samples, options.steps), without_figures():
         lesa.fit(
             pipe,
             [sample.arguments for sample in samples] if has_inputs else None,
@@ -69,7 +70,7 @@ def _show(options, seconds: float) -> None:
         evaluation = json.loads((place / EVALUATION).read_text(encoding="utf-8"))
         names = sorted(path.name for path in files_in(place))
         print(f"\n{_table(evaluation)}\n\nWrote {', '.join(names)} to {place}")
-    print(f"This took {seconds / 60:.1f} minutes.")
+    print(f"This call took {seconds / 60:.1f} minutes.")
 
 
 def _table(evaluation: dict[str, Any]) -> str:

@@ -8,15 +8,13 @@ import torch
 
 from lesa.estimation import predicted_work
 from lesa.fitting.amounts import Amounts
+from lesa.fitting.planning import CONTENDERS, Work
 from lesa.training.batches import Batch, Split
 from lesa.training.settings import TrainingSettings, complete_config, spread_over
 from lesa.training.training_run import Training
 from lesa.training.trajectories import Trajectories
 from lesa_kernels import PredictorConfig
 from lesa_kernels.torch_modes import default_modes
-
-CONTENDERS = 3
-"""The runs of each budget in the test, beside the one with all steps: trained, without training, and fewer steps."""
 
 _TIMED = 3
 """Steps of the optimiser whose time is measured, after one whose time is not."""
@@ -43,26 +41,30 @@ class FirstSample:
     optimiser_step_seconds: float
     predicted_step_seconds: float
 
+    def sample_seconds(self, budget: int) -> float:
+        """Of a sample with so many computed steps, without the host's part of the predicted ones."""
+        predicted = self.num_inference_steps - budget
+        return self.seconds * budget / self.num_inference_steps + predicted * self.predicted_step_seconds
+
 
 @dataclass(frozen=True)
 class FitCost:
-    """What a fit will cost, predicted from its first sample.
+    """What a fit will cost, predicted from its first sample, if all rounds of refining take place.
 
     Args:
         first: the first sample.
         budgets: numbers of computed steps, one for each predictor.
-        samples: how many are recorded, the first one included.
-        more_samples: how many are recorded in addition if they improve the predictor.
-        test_samples: on how many it is tested.
-        recording_seconds, roll_out_seconds, training_seconds, test_seconds: what is left of each part, at most.
-        nbytes: of the files that are kept meanwhile, without those of `more_samples`.
+        work: what there is to do.
+        recording_seconds: of all runs with all steps but that of the first sample, and without the test.
+        roll_out_seconds: of all runs with a predictor, without the test.
+        training_seconds: of the searches too.
+        test_seconds: of the test.
+        nbytes: of the files that are kept meanwhile.
     """
 
     first: FirstSample
     budgets: tuple[int, ...]
-    samples: int
-    more_samples: int
-    test_samples: int
+    work: Work
     recording_seconds: float
     roll_out_seconds: float
     training_seconds: float
@@ -71,41 +73,40 @@ class FitCost:
 
     @property
     def seconds(self) -> float:
-        """What is left in all, without `more_samples`."""
+        """Of all that comes after the first sample."""
         return self.recording_seconds + self.roll_out_seconds + self.training_seconds + self.test_seconds
 
-    def sample_seconds(self, budget: int) -> float:
-        """Of a sample with so many computed steps, without the host's part of the predicted ones."""
-        predicted = self.first.num_inference_steps - budget
-        return self.first.seconds * self._part(budget) + predicted * self.first.predicted_step_seconds
+    def text(self, is_continued: bool = False) -> str:
+        """What it costs and saves, in a few sentences, each on a line.
 
-    def text(self) -> str:
-        """What it costs and saves, in a few sentences, each on a line."""
-        parts = {
-            f"recording {_counted(self.samples - 1, 'more sample')}": self.recording_seconds,
-            "the roll-outs": self.roll_out_seconds,
-            "the training": self.training_seconds,
-            f"the test with {_counted(self.test_samples, 'sample')}": self.test_seconds,
-        }
-        said = ", ".join(f"{name} {_time(seconds)}" for name, seconds in parts.items() if seconds)
+        Args:
+            is_continued: whether an earlier call has done a part of it.
+        """
+        amounts, batch_size = self.work.amounts, self.work.batch_size
+        more = self.work.recorded_samples - 1 + amounts.validation_samples
+        parts = [
+            f"{_counted(more, 'more sample')} {_time(self.recording_seconds)}",
+            f"runs with the predictors {_time(self.roll_out_seconds)}",
+            f"training {_time(self.training_seconds)}",
+            f"the test with {_counted(amounts.test_samples, 'sample')} {_time(self.test_seconds)}",
+        ]
         lines = [
             f"The first sample took {_time(self.first.seconds)}.",
-            f"Predicted for the rest: at most {_time(self.seconds)}; {said}.",
-            f"Predicted for the files until it is finished: {_size(self.nbytes)}.",
+            f"Predicted for all after it: about {_time(self.seconds)}; {', '.join(parts)}.",
         ]
-        if self.more_samples:
-            more = f"Up to {_counted(self.more_samples, 'more sample')} are recorded if they improve the predictor"
-            lines.append(f"{more}: {_time(self.more_samples * self.first.seconds)}.")
+        if is_continued:
+            lines.append("An earlier call has done a part of it.")
+        if amounts.rounds > 1:
+            lines.append("It takes less if a round of refining gains so little that it is the last one.")
+        if batch_size > 1:
+            lines.append(f"Runs of {batch_size} samples are counted like {batch_size} runs, and may take less.")
+        lines.append(f"Predicted for the files until it is finished: {_size(self.nbytes)}.")
         total = self.first.num_inference_steps
         for budget in self.budgets:
-            line = (
-                f"Predicted for a sample with {budget} of {total} steps computed: {_time(self.sample_seconds(budget))}"
-            )
-            lines.append(f"{line}. It has {total / budget:.1f} times fewer computed steps.")
+            line = f"Predicted for a sample with {budget} of {total} steps computed"
+            fewer = f"It has {total / budget:.1f} times fewer computed steps."
+            lines.append(f"{line}: {_time(self.first.sample_seconds(budget))}. {fewer}")
         return "\n".join(lines)
-
-    def _part(self, budget: int) -> float:
-        return budget / self.first.num_inference_steps
 
 
 @default_modes()
@@ -143,44 +144,31 @@ def measured(
     )
 
 
-def fit_cost(
-    first: FirstSample,
-    *,
-    budgets: Sequence[int],
-    samples: int,
-    more_samples: int,
-    test_samples: int,
-    rounds: int,
-    optimiser_steps: int,
-) -> FitCost:
-    """What a fit will cost, from its first sample. All but that sample is counted.
+def fit_cost(first: FirstSample, work: Work, budgets: Sequence[int]) -> FitCost:
+    """What a fit will cost, from its first sample, if all rounds of refining take place.
 
-    A roll-out takes a sample's time for each computed step. The test runs each sample with all steps computed, and for
-    each budget as many times as there are `CONTENDERS`.
+    All but that sample is counted. Each sample counts as if it ran alone, and processes that share the samples as if
+    each had the same part of them. One process trains.
 
     Args:
         first: what `measured` returned.
+        work: what there is to do.
         budgets: numbers of computed steps, one for each predictor.
-        samples: how many are recorded, the first one included.
-        more_samples: how many are recorded in addition if they improve the predictor.
-        test_samples: on how many it is tested.
-        rounds: of refining, for each budget, at most.
-        optimiser_steps: of all trainings together, at most. One of a round of refining counts as several, as it also
-            learns from the roll-outs.
     """
-    parts = sum(budget / first.num_inference_steps for budget in budgets)  # of the time of a sample
-    rolled = rounds * samples * parts
+    amounts = work.amounts
+    of_each = [first.sample_seconds(budget) for budget in budgets]  # a sample
+    whole = work.recorded_samples - 1 + amounts.validation_samples
+    with_predictor = work.rolled_out_samples + work.validated_samples
+    parts = sum(budget / first.num_inference_steps for budget in budgets)  # of the features of a sample
     return FitCost(
         first=first,
         budgets=tuple(budgets),
-        samples=samples,
-        more_samples=more_samples,
-        test_samples=test_samples,
-        recording_seconds=(samples - 1) * first.seconds,
-        roll_out_seconds=rolled * first.seconds,
-        training_seconds=optimiser_steps * first.optimiser_step_seconds,
-        test_seconds=test_samples * (1 + CONTENDERS * parts) * first.seconds,
-        nbytes=round((samples + rolled) * first.nbytes),
+        work=work,
+        recording_seconds=whole * first.seconds / work.width,
+        roll_out_seconds=with_predictor * sum(of_each) / work.width,
+        training_seconds=len(budgets) * work.optimiser_steps * first.optimiser_step_seconds,
+        test_seconds=amounts.test_samples * (first.seconds + CONTENDERS * sum(of_each)) / work.width,
+        nbytes=round((work.recorded_samples + work.rolled_out_samples * parts) * first.nbytes),
     )
 
 
@@ -227,10 +215,13 @@ def _counted(count: int, what: str) -> str:
 
 
 def _time(seconds: float) -> str:
-    """In words, with two digits where it is shorter than a minute."""
-    if seconds < 60:
+    """In words, with two digits."""
+    if seconds < 59.5:
         return f"{max(seconds, 0.01):.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    if seconds < 99.5 * 60:
+        return f"{max(seconds / 60, 1):.2g} min"
+    hours = seconds / 3600
+    return f"{hours:.2g} h" if hours < 99.5 else f"{hours:.0f} h"
 
 
 def _size(nbytes: int) -> str:

@@ -6,13 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lesa.artifacts import CONTINUE, check_same_settings, digest, files_in, fingerprint, remove_partial, write_text
+from lesa.artifacts import (
+    CONTINUE,
+    check_same_settings,
+    digest,
+    files_in,
+    fingerprint,
+    read_json,
+    remove_partial,
+    write_text,
+)
 from lesa.conditions import common_conditions, conditions_of, differing
 from lesa.models import adapters_for
 from lesa_kernels.checks import Said, argument_error
 from lesa_kernels.predictor.files import CONFIG_NAME
 
 WORK, STATE = "work", "state.json"
+
+DONE = ".fitted.json"
+"""The state of a fit whose predictors are complete, while the rest is removed. This file is the last to go."""
 
 _DIGESTS = ("inputs", "inputs_by_name", "transformers", "weights")
 """Settings that error messages do not show."""
@@ -51,7 +63,7 @@ class FitFolder:
     def __init__(self, out_dir: Path, budgets: Sequence[int], is_divided: bool):
         self.path, self.work, self.is_divided = out_dir, out_dir / WORK, is_divided
         self.places = {budget: out_dir / f"budget-{budget}" if is_divided else out_dir for budget in budgets}
-        self._state = self.work / STATE
+        self._state, self._done = self.work / STATE, out_dir / DONE
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises `ValueError` unless the folder is empty or holds unfinished work with these settings."""
@@ -62,17 +74,31 @@ class FitFolder:
             return
         others = [path for path in files_in(self.path) if path != self.work]
         others += files_in(self.work) if self.work.is_dir() else []
-        if not others or (self.work.is_dir() and self.is_finished):
+        if not others:
             return
         has_predictor = any((path / CONFIG_NAME).exists() or path.name == CONFIG_NAME for path in others)
         got = Said(f"a predictor in {self.path}" if has_predictor else f"files in {others[0].parent}")
         raise argument_error("out_dir", "be empty or hold an unfinished fit", got, "Choose another folder.")
 
-    def begin(self, settings: Mapping[str, Any]) -> None:
-        """Writes what this fit is made with."""
+    def begin(self, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes what this fit is made with, unless an earlier call has done so. Returns the facts that are kept.
+
+        Args:
+            settings: that must be the same for the fit to continue.
+            facts: that the first call decides for those that continue.
+        """
         self.work.mkdir(exist_ok=True)
-        if self._read() is None:
-            self._write({"settings": settings, "is_finished": False})
+        state = self._read()
+        if state is None:
+            state = {"settings": settings, "facts": dict(facts)}
+            self._write(state)
+        return state["facts"]
+
+    def keep(self, facts: Mapping[str, Any]) -> None:
+        """Keeps these facts, as long as the fit is unfinished."""
+        state = self._read()
+        if state is not None and state["facts"] != facts:
+            self._write({**state, "facts": facts})
 
     def _check_same(self, kept: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Raises `ValueError` unless unfinished work was begun with these settings. The message says what differs."""
@@ -91,34 +117,33 @@ class FitFolder:
     @property
     def is_finished(self) -> bool:
         """Whether all predictors are there, and only what led to them has to be removed."""
-        if self.work.is_dir() and not files_in(self.work):  # it was interrupted between the last two operations
-            return all((place / CONFIG_NAME).exists() for place in self.places.values())
-        return bool((self._read() or {}).get("is_finished"))
+        return self._done.exists()
 
     def finish(self) -> None:
-        """Removes what led to the predictors."""
-        state = self._read()
-        if state is not None:
-            self._write({**state, "is_finished": True})
-            for path in self.work.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path != self._state:
-                    path.unlink()
-            self._state.unlink()
-        self.work.rmdir()
+        """Removes what led to the predictors.
+
+        There is a state until the end. So an interrupted call never leaves predictors of which nothing says for which
+        arguments they were made.
+        """
+        if not self.is_finished:
+            self._state.replace(self._done)
+        if self.work.is_dir():
+            shutil.rmtree(self.work)
+        self._done.unlink()
 
     def _write(self, state: Mapping[str, Any]) -> None:
         write_text(self._state, json.dumps(state) + "\n")
 
     def _read(self) -> dict[str, Any] | None:
-        if not self._state.exists():
+        file = self._done if self.is_finished else self._state
+        if not file.exists():
             return None
+        state = read_json(file)
         try:
-            state = json.loads(self._state.read_text(encoding="utf-8"))
-            if isinstance(state["settings"], dict) and isinstance(state["settings"]["inputs_by_name"], dict):
+            if all(isinstance(each, dict) for each in (state["facts"]["amounts"], state["settings"]["inputs_by_name"])):
                 return state
-        except (ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             pass
-        must, got = "hold a fit that can be read", Said(f"{self._state}, which is damaged")
-        raise argument_error("out_dir", must, got, f"Delete {self.work} to begin again.")
+        must, got = "hold a fit that can be read", Said(f"{file}, which is damaged")
+        remedy = f"Delete {self._done} and {self.work}" if self.is_finished else f"Delete {self.work} to begin again"
+        raise argument_error("out_dir", must, got, f"{remedy}.")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lesa.artifacts import remove_partial, write_text
+from lesa.artifacts import read_json, remove_partial, write_text
 from lesa.fitting.amounts import Amounts
 from lesa.fitting.bar import Bar, CountedSearch
 from lesa.fitting.comparing import LatentRuns
@@ -154,13 +154,15 @@ class OneBudget:
         if trajectories.switch is not None:
             return [*spread_over(trajectories, self.budget).steps]
         file = self.folder / SCHEDULE
-        if not file.exists():
+        steps: list[int] | None = read_json(file)
+        if steps is None:
             search = CountedSearch(self.folder, {"trajectories": trajectories.manifest, "budget": self.budget})
             search.on_part = self.bar.step
             with default_modes():
                 found = found_schedule(trajectories, self.budget, None, self.seed, self.device, False, search)
-            write_text(file, json.dumps([*found.steps]) + "\n")
-        return json.loads(file.read_text())
+            steps = [*found.steps]
+            write_text(file, json.dumps(steps) + "\n")
+        return steps
 
     def _refined(self, number: int, before: list[FusedKANPredictor]) -> FusedKANPredictor:
         """The predictor of a round, which is made from those of all rounds before it."""
@@ -215,7 +217,7 @@ class OneBudget:
     def _read_figures(self) -> dict[str, float]:
         file = self.folder / FIGURES
         remove_partial(file)
-        return json.loads(file.read_text()) if file.exists() else {}
+        return read_json(file) or {}  # a damaged one is made again
 
 
 def on_device(predictor: FusedKANPredictor, device: torch.device) -> FusedKANPredictor:

@@ -1,18 +1,22 @@
-"""How many steps of the progress bar each part of the work has, about."""
+"""How much work a fit is: what it runs and trains, and how many steps of the progress bar each part has, about."""
 
 import math
 from dataclasses import dataclass
 
 from lesa.fitting.amounts import Amounts
-from lesa.fitting.cost import CONTENDERS
 from lesa.training.schedule_search import BRIEF_UPDATES, SEARCH_TURNS
 
 MOVES = 5
 """How often a search moves a step of the schedule, about."""
 
+CONTENDERS = 3
+"""The runs of each budget in the test, beside the one with all steps: trained, without training, and fewer steps."""
 
-SEARCH_UPDATES = 80
-"""A turn of the search with eight samples takes as long as so many steps of the optimiser, on both bundled models."""
+SEARCH_UPDATES = 300
+"""One search takes as long as so many steps of the optimiser, for each call of the transformer in a step.
+
+It was measured on the bundled models. A search uses about as many tokens whatever the number of samples.
+"""
 
 
 @dataclass(frozen=True)
@@ -24,16 +28,33 @@ class Work:
         steps: of a run.
         calls: of the transformer in each step.
         batch_size: samples per call of the pipeline.
+        width: how many processes share the samples. The steps are those of one of them.
     """
 
     amounts: Amounts
     steps: int
     calls: int
     batch_size: int
+    width: int = 1
+
+    @property
+    def recorded_samples(self) -> int:
+        """How many samples are recorded to train on, if all rounds of refining take place."""
+        return self.amounts.samples_of(self.amounts.rounds)
+
+    @property
+    def rolled_out_samples(self) -> int:
+        """How many roll-outs all rounds of refining for one budget need."""
+        return sum(sum(self._roll_outs(number)) for number in range(1, self.amounts.rounds + 1))
+
+    @property
+    def validated_samples(self) -> int:
+        """How many runs with the predictors of one budget compare them: after the training, and after each round."""
+        return (1 + self.amounts.rounds) * self.amounts.validation_samples
 
     def recording_steps(self, samples: int) -> int:
         """Of runs of so many samples."""
-        return math.ceil(samples / self.batch_size) * self.steps * self.calls
+        return math.ceil(math.ceil(samples / self.batch_size) / self.width) * self.steps * self.calls
 
     @property
     def validation_steps(self) -> int:
@@ -61,13 +82,12 @@ class Work:
         One of round n of refining takes as long as n + 1, as it also learns from n roll-outs of each sample.
         """
         rounds = sum((number + 1) * self.amounts.round_updates for number in range(1, self.amounts.rounds + 1))
-        return self.brief_steps + SEARCH_TURNS * SEARCH_UPDATES + self.training_steps + rounds
+        searches = (SEARCH_TURNS + 1) * SEARCH_UPDATES * self.calls
+        return self.brief_steps + searches + self.training_steps + rounds
 
     def refining_steps(self, number: int) -> int:
-        """Of a round of refining: its roll-outs, and those of earlier predictors on samples that are new."""
-        most, before = self.amounts.samples_of(number), self.amounts.samples_of(max(number - 1, 1))
-        new = most - before if number > 1 else most
-        return self.recording_steps(most) + (number - 1) * self.recording_steps(new) + self.amounts.round_updates
+        """Of a round of refining, with its roll-outs."""
+        return sum(map(self.recording_steps, self._roll_outs(number))) + self.amounts.round_updates
 
     def round_steps(self, number: int) -> int:
         """Of a round of refining, with its validation."""
@@ -79,11 +99,19 @@ class Work:
 
     def all_steps(self, budgets: list[int]) -> int:
         """Of all that comes after the first sample."""
-        amounts = self.amounts
-        each = self.validation_steps + sum(self.round_steps(number) for number in range(1, amounts.rounds + 1))
+        rounds = range(1, self.amounts.rounds + 1)
+        each = self.validation_steps + sum(self.round_steps(number) for number in rounds)
         return (
             self.validation_steps
-            + self.recording_steps(amounts.samples_of(amounts.rounds) - 1)
+            + self.recording_steps(self.recorded_samples - 1)
             + sum(self.search_steps(budget) + self.training_steps + each for budget in budgets)
             + self.test_steps(len(budgets))
         )
+
+    def _roll_outs(self, number: int) -> list[int]:
+        """Of how many samples a round needs roll-outs: of the latest predictor, and of each earlier one.
+
+        Those of an earlier predictor are there already but for the samples that are new.
+        """
+        most = self.amounts.samples_of(number)
+        return [most] + (number - 1) * [most - self.amounts.samples_of(number - 1)] if number > 1 else [most]

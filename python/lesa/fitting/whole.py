@@ -3,17 +3,19 @@
 import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from lesa.artifacts import output_folder, whole_file, write_text
 from lesa.fitting import amounts as defaults
+from lesa.fitting.amounts import Amounts
 from lesa.fitting.bar import Bar
 from lesa.fitting.card import base_model_of, write_card
 from lesa.fitting.comparing import LatentRuns
-from lesa.fitting.cost import fit_cost, measured
+from lesa.fitting.cost import FitCost, fit_cost, measured
 from lesa.fitting.folder import FitFolder, settings_of
 from lesa.fitting.one_budget import Fitted, OneBudget, on_device
 from lesa.fitting.planning import Work
@@ -28,6 +30,19 @@ from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import argument_error
 
 EVALUATION, PICTURE = "evaluation.json", "comparison.png"
+
+_SECONDS = "first_sample_seconds"
+_shows_figures = ContextVar("shows_figures", default=True)
+
+
+@contextlib.contextmanager
+def without_figures() -> Iterator[None]:
+    """A context in which fits do not say how good the predictors are, because the caller does."""
+    token = _shows_figures.set(False)
+    try:
+        yield
+    finally:
+        _shows_figures.reset(token)
 
 
 class Fit:
@@ -93,8 +108,9 @@ class Fit:
                 must = f"be below the {first.steps} steps that a run of these inputs executes"
                 raise argument_error("budget", must, budget, "Compute fewer steps.")
         device = self.pipe.transformer.device
-        amounts = self.amounts = defaults.AMOUNTS.for_model(first.flops, on_cpu=device.type == "cpu")
-        self.processes.by_first(lambda: self.folder.begin(settings))
+        found = defaults.AMOUNTS.for_model(first.flops, on_cpu=device.type == "cpu")
+        facts = self.processes.by_first(lambda: self.folder.begin(settings, {"amounts": asdict(found)}))
+        amounts = self.amounts = Amounts(**facts["amounts"])  # so that the fit can go on where others would be chosen
         samples = Samples(
             self.pipe,
             self.shares.training,
@@ -111,9 +127,13 @@ class Fit:
                 start = time.perf_counter()
                 sample = samples.part(0)
                 seconds = time.perf_counter() - start
-            work = Work(amounts, first.steps, _calls(sample), self.batch_size)
-            if bar.is_shown and sample.recorded.new:  # what an earlier call recorded took seconds that are not known
-                bar.say(self._cost(sample, seconds, work))
+            work = Work(amounts, first.steps, _calls(sample), self.batch_size, self.processes.width)
+            is_continued = not sample.recorded.new
+            if not is_continued:
+                facts[_SECONDS] = seconds
+            self.processes.by_first(lambda: self.folder.keep(facts))
+            if bar.is_shown and _SECONDS in facts:  # an earlier call may have ended before it kept them
+                bar.say(self._cost(sample, facts[_SECONDS], work).text(is_continued))
             bar.plan(work.all_steps(self.budgets))
             fitted = self._fitted(samples, work, bar)
             with bar.part("test", work.test_steps(len(fitted))):
@@ -138,19 +158,11 @@ class Fit:
             for budget in self.budgets
         }
 
-    def _cost(self, sample: Trajectories, seconds: float, work: Work) -> str:
-        """What the rest will cost, in words. Samples for choices count like those to train on."""
-        amounts, device = self.amounts, usable_device(self.pipe._execution_device)
-        cost = fit_cost(
-            measured(sample, seconds, amounts, self.budgets[0], device),
-            budgets=self.budgets,
-            samples=amounts.samples + amounts.validation_samples,
-            more_samples=amounts.samples_of(amounts.rounds) - amounts.samples,
-            test_samples=amounts.test_samples,
-            rounds=amounts.rounds,
-            optimiser_steps=len(self.budgets) * work.optimiser_steps,
-        )
-        return cost.text()
+    def _cost(self, sample: Trajectories, seconds: float, work: Work) -> FitCost:
+        """What comes after the first sample will cost."""
+        device = usable_device(self.pipe._execution_device)
+        first = measured(sample, seconds, self.amounts, self.budgets[0], device)
+        return fit_cost(first, work, self.budgets)
 
     def _runs(self, inputs: Sequence[dict], first: int, name: str) -> LatentRuns:
         """Runs on samples that are not trained on, and a folder of this name for them."""
@@ -166,7 +178,8 @@ class Fit:
         work = self.folder.work / "evaluation"
         test = Test(runs, predictors, work, self.executed_steps, self.shares.test_is_new)
         for budget, evaluation in test.run().items():
-            bar.say(_said(evaluation))
+            if _shows_figures.get():
+                bar.say(_said(evaluation))
             made = {**fitted[budget].made, **more}
             write = partial(self._write, fitted[budget].predictor, {**evaluation, "made": made}, budget, test)
             self.processes.by_first(write)
