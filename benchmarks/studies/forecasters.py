@@ -48,6 +48,8 @@ SAMPLES = {"digits": 32, "photos": 16}
 TRAINED = ("newton", "lesa", "l2p")
 LESA_LEARNING_RATE = 3e-3
 """LESA's own 1e-4 is for more steps of the optimiser than there are here: docs/lesa.md."""
+TOKENS, ROUNDS = 32, 2
+"""Of each trajectory in a step of the optimiser, and of refining, as for the bundled predictors."""
 LESA_PART = 2
 """LESA is trained for a half of newton's epochs, before it is refined: on the digits with 10 computed steps and its own
 schedule, all epochs gave 38.24 dB, and 41.26 dB after refining. On the schedules that are found, it gained 0.2 to 0.5
@@ -101,7 +103,7 @@ class Workshop:
         config = PredictorConfig(self.trajectories.feature_dim, mixer=mixer)
         rate = LESA_LEARNING_RATE if mixer == "lesa" else None
         epochs, refining = self.demo.epochs // (LESA_PART if mixer == "lesa" else 1), self.demo.refining_epochs
-        more = {"learning_rate": rate, "progress": False}
+        more = {"learning_rate": rate, "tokens_per_batch": TOKENS, "progress": False}
         found: list[tuple[float, Schedule]] = []
         for kind, schedule in self._schedules(config, budget).items():
             brief = lesa.train(self.trajectories, config, schedule, epochs=epochs // BRIEF, **more)
@@ -110,7 +112,7 @@ class Workshop:
         best = lesa.train(self.trajectories, config, schedule, epochs=epochs, **more)
         self._noted(mixer, budget, "trained", best)
         if mixer != "l2p":
-            more["samples_per_call"] = 16
+            more |= {"samples_per_call": 16, "rounds": ROUNDS}
             best = lesa.refine(best, self.trajectories, self.pipe, self.inputs, epochs=refining, **more)
             self._noted(mixer, budget, "refined", best)
         return best

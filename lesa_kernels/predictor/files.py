@@ -100,7 +100,8 @@ def find_files(folder_or_id: str | os.PathLike, hub: Mapping[str, Any], budget: 
             return _files_in(Path(name, inside.get("subfolder") or ""))
         return _downloaded(name, inside)
     except Exception as error:
-        if not _is_absent(error):
+        is_unknown = _is_unreachable(error) and budget is None  # there may be several predictors in the hub's cache
+        if not _is_absent(error) and not is_unknown:
             raise
         budgets = budgets_in(folder_or_id, hub)
         if budgets:
@@ -120,7 +121,8 @@ def budgets_in(folder_or_id: str | os.PathLike, hub: Mapping[str, Any] = Mapping
     """The budgets for which there are predictors, in rising order; empty if there is one predictor, or none.
 
     Args:
-        folder_or_id, hub: as in `find_files`. A predictor of the budget 9 is in the folder `budget-9`.
+        folder_or_id, hub: as in `find_files`. A predictor of the budget 9 is in the folder `budget-9`. If the hub
+            cannot be reached, the predictors are those that were downloaded before.
     """
     name, subfolder = os.fspath(folder_or_id), hub.get("subfolder") or ""
     if Path(name).is_dir():
@@ -133,13 +135,18 @@ def budgets_in(folder_or_id: str | os.PathLike, hub: Mapping[str, Any] = Mapping
 
 
 def _places_on_hub(name: str, hub: Mapping[str, Any]) -> list[str]:
-    """The folders of a repository that have a configuration; empty if that is not in a folder."""
+    """The folders of a repository that have a configuration; empty if that is not in a folder.
+
+    If the hub cannot be reached, they are those that were downloaded before.
+    """
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
         hf_hub_download(name, CONFIG_NAME, **hub)
         return []
     except Exception as error:
+        if _is_unreachable(error) and (places := _downloaded_places(name, hub)):
+            return places
         if not _is_absent(error):
             raise
     options = {key: hub[key] for key in ("revision", "repo_type") if key in hub}
@@ -149,12 +156,33 @@ def _places_on_hub(name: str, hub: Mapping[str, Any]) -> list[str]:
     return [place for place, *rest in inside if rest == [CONFIG_NAME]]
 
 
+def _downloaded_places(name: str, hub: Mapping[str, Any]) -> list[str]:
+    """The folders with a configuration of what was downloaded of a repository before."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    options = {key: hub[key] for key in ("revision", "repo_type", "cache_dir", "local_dir") if key in hub}
+    try:
+        snapshot = snapshot_download(name, local_files_only=True, **options)
+    except LocalEntryNotFoundError:
+        return []
+    files = Path(snapshot, hub.get("subfolder") or "").glob(f"*/{CONFIG_NAME}")
+    return [file.parent.name for file in files]
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """Whether an error says that the hub cannot be reached, or must not be asked."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    return isinstance(error, LocalEntryNotFoundError)
+
+
 def _is_absent(error: Exception) -> bool:
     """Whether an error says that there is no such file, and not that the hub cannot be reached."""
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     if isinstance(error, EntryNotFoundError):
-        return not isinstance(error, LocalEntryNotFoundError)
+        return not _is_unreachable(error)
     return isinstance(error, FileNotFoundError) and hasattr(error, "lesa_message")
 
 

@@ -500,7 +500,10 @@ class FusedKANPredictor(nn.Module):
         """Uploads the predictor to the Hugging Face hub and returns its address. Creates the repository if needed.
 
         If it was loaded from a folder with a model card (`README.md`), that is uploaded too, with the pictures beside
-        it that its text names. Otherwise a minimal card is made, unless the repository has one.
+        it that its text names. Otherwise a minimal card is made, unless the repository has one. A card that
+        lesa-kernels made is used only for the weights and the schedule that it was made for; one of other weights is
+        replaced, and its pictures are deleted in the repository. So is a `provenance.json` there, if the predictor has
+        no provenance.
         """
         import tempfile
 
@@ -511,8 +514,11 @@ class FusedKANPredictor(nn.Module):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             self.save_pretrained(folder)
-            add_card(api, repo_id, self.config, self._loaded_from, folder)
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a lesa-kernels predictor")
+            outdated = add_card(api, repo_id, self.config, self._loaded_from, folder)
+            message = "Upload a lesa-kernels predictor"
+            api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=outdated or None
+            )
         return str(url)
 
 

@@ -25,9 +25,6 @@ _PACKAGES = {"torch", "diffusers", "transformers", "accelerate", "peft", "torcha
 """Packages whose functions around a model make no other samples, or are seen by the other conditions."""
 
 
-"""What is no condition, but tells of the others."""
-
-
 def conditions_of(pipe: Any) -> dict[str, Any]:
     """The conditions of a pipeline by name, in types that JSON has.
 

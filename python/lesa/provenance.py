@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -171,7 +172,47 @@ def _has_other_weights(provenance: Mapping[str, Any], pipe: Any, name: str, mode
     device = pipe._execution_device
     if any(parameter.device != device for parameter in model.parameters()):
         return False
-    return fingerprint(model) != kept
+    return _fingerprint_of(model) != kept
+
+
+_FINGERPRINTS: WeakKeyDictionary[torch.nn.Module, tuple[list[Any], str]] = WeakKeyDictionary()
+"""By transformer, the state in which its weights were read, and their fingerprint."""
+
+PROBED = 8
+"""How many values of each weight the state has."""
+
+
+def _fingerprint_of(model: Any) -> str:
+    """The fingerprint of a transformer. All its weights are read only if they have changed since the last time."""
+    state = _state_of(model)
+    if state is None:
+        return fingerprint(model)
+    known = _FINGERPRINTS.get(model)
+    if known is None or known[0] != state:
+        known = _FINGERPRINTS[model] = (state, fingerprint(model))
+    return known[1]
+
+
+@torch.no_grad()
+def _state_of(model: Any) -> list[Any] | None:
+    """What changes with the weights of a transformer and takes little time to read; None if it can't be told.
+
+    Changes through `.data` do not count as a new version of a tensor. PEFT fuses adapters in this way. So there are a
+    few values of each weight too.
+    """
+    weights = [*model.named_parameters()]
+    if any(type(weight.data) is not torch.Tensor or weight.is_inference() for _, weight in weights):
+        return None
+    if not all(weight.is_contiguous() for _, weight in weights):
+        return None
+    adapters = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else []
+    state: list[Any] = [adapters]
+    probes = []
+    for name, weight in weights:
+        state.append((name, weight.data_ptr(), weight._version, weight.dtype, weight.shape))
+        flat = weight.detach().flatten()
+        probes.append(flat[:: max(1, len(flat) // PROBED)][:PROBED].float())
+    return [*state, torch.cat(probes).cpu().numpy().tobytes()] if probes else state
 
 
 def _is_elsewhere(model: torch.nn.Module) -> bool:

@@ -10,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
 import lesa
+from lesa import provenance
 from lesa.artifacts import fingerprint
 from lesa.demo import digits
 from lesa.provenance import in_words, of_manifest
@@ -153,6 +154,24 @@ def test_quantisation_is_named(pipe, predictor):
     predictor.provenance["quantisation"] = {"transformer": {"config": {"quant_method": "bitsandbytes", "bits": 8}}}
     said = "the quantisation of `transformer` was bits 8, quant_method bitsandbytes and is none"
     assert notes_of(pipe, predictor) == [said]
+
+
+def test_weights_are_read_again_only_if_they_have_changed(fresh_pipe, predictor, monkeypatch):
+    read = []
+    monkeypatch.setattr(provenance, "fingerprint", lambda model: read.append(model) or fingerprint(model))
+    for _ in range(3):
+        assert notes_of(fresh_pipe, predictor) == []
+    assert len(read) == 1
+    weight = fresh_pipe.transformer.x_embedder.weight
+    weight.data += 1  # as PEFT fuses adapters; the version of the tensor stays
+    assert notes_of(fresh_pipe, predictor) == ["the weights of `transformer` are others"]
+    weight.data -= 1
+    with torch.no_grad():
+        weight[3, 1] += 1  # a value that is not probed
+    assert notes_of(fresh_pipe, predictor) == ["the weights of `transformer` are others"]
+    weight.data = weight.data.clone()
+    assert notes_of(fresh_pipe, predictor) == ["the weights of `transformer` are others"]
+    assert len(read) == 4 and notes_of(fresh_pipe, predictor) and len(read) == 4
 
 
 def test_weights_that_are_offloaded_are_not_read(pipe, predictor, monkeypatch):

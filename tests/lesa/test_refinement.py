@@ -24,7 +24,7 @@ from lesa.training.training_run import CHECKPOINT_NAME, Training
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS, SCHEDULE = 12, [0, 2, 5, 8]
-QUICK = {"epochs": 4, "batch_size": 4, "samples_per_call": 8, "progress": False}
+QUICK = {"rounds": 2, "epochs": 4, "batch_size": 4, "samples_per_call": 8, "progress": False}
 
 
 def labels(count):
@@ -603,7 +603,7 @@ class FeaturesSeen(FusedKANPredictor):
 def test_refining_a_history_with_forecasts_lowers_its_loss(pipe, recorded, with_forecasts, tmp_path):
     trajectories, inputs = recorded
     rate = RATES[with_forecasts.config.mixer] / 3
-    refined = lesa.refine(with_forecasts, trajectories, pipe, inputs, rounds=1, learning_rate=rate, **QUICK)
+    refined = lesa.refine(with_forecasts, trajectories, pipe, inputs, learning_rate=rate, **{**QUICK, "rounds": 1})
     run = refinement._Refinement(trajectories, with_forecasts.config, TrainingSettings(head_aware=False))
     losses = []
     for predictor in (refined, with_forecasts):

@@ -906,9 +906,9 @@ def test_push_to_hub(tmp_path, monkeypatch):
             return f"https://hub/{repo_id}"
 
         def file_exists(self, repo_id, filename):
-            return True
+            return False
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
+        def upload_folder(self, repo_id, folder_path, commit_message, delete_patterns):
             seen["uploaded_to"] = repo_id
             seen["loaded"] = FusedKANPredictor.from_pretrained(folder_path)
 

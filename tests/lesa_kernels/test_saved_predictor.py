@@ -5,8 +5,10 @@ import inspect
 import io
 import json
 import pickle
+import shutil
 import struct
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -18,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lesa_kernels import FeatureRing, FusedKANPredictor, PredictorConfig, make_ring
-from lesa_kernels.predictor.files import HUB_OPTIONS
+from lesa_kernels.predictor.files import HUB_OPTIONS, budgets_in
+from lesa_kernels.predictor.sharing import mark_of
 
 WIDTH = 8
 CONFIG = PredictorConfig(WIDTH, hidden=3, rank=2)
@@ -329,13 +332,38 @@ def test_a_hub_that_does_not_answer_is_no_question_of_budgets(monkeypatch):
         FusedKANPredictor.from_pretrained("someone/mine", budget=9)
 
 
+@pytest.fixture
+def cached(several, tmp_path, monkeypatch):
+    """The hub's cache, without a connection. It has two of the predictors of a repository, and its folder is given."""
+    folder = tmp_path / "cache" / "models--someone--mine"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("a" * 40)
+    for budget in (7, 12):
+        shutil.copytree(several / f"budget-{budget}", folder / "snapshots" / ("a" * 40) / f"budget-{budget}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+def test_without_a_connection_the_budgets_are_those_that_were_downloaded(cached):
+    options = {"cache_dir": cached}
+    assert budgets_in("someone/mine", options) == [7, 12]
+    assert len(FusedKANPredictor.from_pretrained("someone/mine", budget=7, **options).config.schedule) == 7
+    with pytest.raises(ValueError, match="`budget` must be one of 7, 12, for which someone/mine has predictors"):
+        FusedKANPredictor.from_pretrained("someone/mine", **options)
+    with pytest.raises(LocalEntryNotFoundError):  # whether the repository has it is not known
+        FusedKANPredictor.from_pretrained("someone/mine", budget=9, **options)
+    with pytest.raises(LocalEntryNotFoundError):
+        budgets_in("someone/else", options)
+
+
 # Uploads
 
 
 @pytest.fixture
-def uploaded(monkeypatch):
-    """By name, the files that were uploaded; `on_hub` are those that the repository has before."""
-    seen, on_hub = {}, set()
+def uploaded(monkeypatch, tmp_path):
+    """By name, the files that were uploaded; `on_hub` is a folder of those that the repository has."""
+    seen, on_hub = {}, tmp_path / "on-hub"
+    on_hub.mkdir()
 
     class Api:
         def __init__(self, token=None):
@@ -345,10 +373,18 @@ def uploaded(monkeypatch):
             return f"https://hub/{repo_id}"
 
         def file_exists(self, repo_id, filename):
-            return filename in on_hub
+            return (on_hub / filename).exists()
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
+        def hf_hub_download(self, repo_id, filename):
+            return str(on_hub / filename)
+
+        def upload_folder(self, repo_id, folder_path, commit_message, delete_patterns):
+            for name in delete_patterns or ():
+                (on_hub / name).unlink(missing_ok=True)
+            seen.clear()
             seen.update({file.name: file.read_bytes() for file in Path(folder_path).iterdir()})
+            for name, content in seen.items():
+                (on_hub / name).write_bytes(content)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     return seen, on_hub
@@ -360,21 +396,59 @@ def test_a_predictor_without_a_card_gets_a_minimal_one(predictor, uploaded):
     head, text = seen["README.md"].decode().removeprefix("---\n").split("---\n", 1)
     assert yaml.safe_load(head) == {"library_name": "lesa-kernels", "tags": ["lesa-kernels", "diffusers"]}
     assert 'lesa.enable_cache(pipe, "user/name")' in text
-    seen.clear()
-    on_hub.add("README.md")
-    predictor.push_to_hub("someone/mine")
-    assert {*seen} == {"config.json", "model.safetensors"}
+    for card in (seen["README.md"].decode(), "# Mine\n"):  # the same predictor, and a text of the user
+        (on_hub / "README.md").write_text(card)
+        predictor.push_to_hub("someone/mine")
+        assert {*seen} == {"config.json", "model.safetensors"} and (on_hub / "README.md").read_text() == card
 
 
 def test_the_card_of_the_folder_is_uploaded_with_the_pictures_that_it_shows(saved, uploaded):
     seen, on_hub = uploaded
-    on_hub.add("README.md")
+    (on_hub / "README.md").write_text("# Before\n")
     (saved / "README.md").write_text("# Mine\n\n![the runs](comparison.png)\n")
     for name in ("comparison.png", "private.png", "notes.txt"):
         (saved / name).write_bytes(name.encode())
     FusedKANPredictor.from_pretrained(saved).push_to_hub("someone/mine")
     assert {*seen} == {"config.json", "model.safetensors", "README.md", "comparison.png"}
     assert seen["README.md"].startswith(b"# Mine") and seen["comparison.png"] == b"comparison.png"
+
+
+def other_weights(predictor):
+    with torch.no_grad():
+        next(predictor.parameters()).add_(1)
+
+
+def other_schedule(predictor):
+    predictor.config = replace(predictor.config, num_inference_steps=12, schedule=(0, 4), schedule_sigmas=(1.0, 0.5))
+
+
+@pytest.mark.parametrize("changed", [other_weights, other_schedule])
+def test_figures_and_provenance_of_other_weights_are_not_uploaded_and_do_not_stay(saved, uploaded, changed):
+    seen, on_hub = uploaded
+    loaded = FusedKANPredictor.from_pretrained(saved)
+    loaded.provenance = {"family": "flux"}
+    loaded.save_pretrained(saved)
+    card = f"{mark_of(saved)}\n\n48.1 dB ![the runs](comparison.png)\n"
+    (saved / "README.md").write_text(card)
+    (saved / "comparison.png").write_bytes(b"picture")
+    (on_hub / "mine.txt").write_text("of the user")
+    loaded = FusedKANPredictor.from_pretrained(saved)
+    loaded.push_to_hub("someone/mine")
+    assert seen["README.md"].decode() == card
+    assert {file.name for file in on_hub.iterdir()} == {*seen, "mine.txt"} and len(seen) == 5
+    changed(loaded)
+    loaded.provenance = None
+    loaded.push_to_hub("someone/mine")
+    assert {file.name for file in on_hub.iterdir()} == {"config.json", "model.safetensors", "README.md", "mine.txt"}
+    assert b"A predictor of lesa-kernels" in seen["README.md"] and b"48.1" not in seen["README.md"]
+
+
+def test_the_card_of_a_folder_that_is_gone_is_no_obstacle(saved, uploaded):
+    seen, _ = uploaded
+    loaded = FusedKANPredictor.from_pretrained(saved)
+    shutil.rmtree(saved)
+    loaded.push_to_hub("someone/mine")
+    assert b"A predictor of lesa-kernels" in seen["README.md"]
 
 
 # Files of other kinds

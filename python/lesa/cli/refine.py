@@ -24,9 +24,9 @@ def add_arguments(parser) -> None:
     text = "folder that `lesa record` wrote for this model"
     parser.add_argument("--trajectories", required=True, type=arguments.existing, help=text)
     parser.add_argument("--out", required=True, type=arguments.folder, help="folder for the refined predictor")
-    text = "how often to run the pipeline and train (default: 2)"
-    parser.add_argument("--rounds", type=arguments.positive, default=2, help=text)
-    text = "passes over the trajectories in each round (default: as many as give about 360 steps of the optimiser)"
+    text = "how often to run the pipeline and train (default: 3)"
+    parser.add_argument("--rounds", type=arguments.positive, default=3, help=text)
+    text = "passes over the trajectories in each round (default: as many as give about 200 steps of the optimiser)"
     parser.add_argument("--epochs", type=arguments.positive, help=text)
     parser.add_argument(
         "--batch-size", type=arguments.positive, default=1, help="samples per pipeline call (default: 1)"

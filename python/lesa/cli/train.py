@@ -46,7 +46,7 @@ def add_arguments(parser) -> None:
     text = "noise levels between the noise stages, or auto to search for them (default: those of the mixer)"
     parser.add_argument("--stage-bounds", type=arguments.stage_bounds, help=text)
     text = (
-        "passes over the trajectories in closed loop (default: as many as give about 1080 steps of the optimiser); "
+        "passes over the trajectories in closed loop (default: as many as give about 600 steps of the optimiser); "
         "guided passes come first, how many depends on the mixer; with --controlled, all passes are guided"
     )
     parser.add_argument("--epochs", type=arguments.positive, help=text)

@@ -82,16 +82,25 @@ def train_predictors(demo: Demo, out: Path) -> None:
     """Records the demo's transformer in `out` and trains the demo's predictors on it."""
     pipe = demo.model.load_pipeline(out / demo.model.PIPELINE_DIR.name)
     inputs = demo.model.inputs_for(labels(demo.training_samples), out / demo.model.EMBEDDINGS_FILE.name)
+    tokens = 32  # of a sample in each step of the optimiser: with the defaults of today, other weights would result
     with tempfile.TemporaryDirectory() as scratch:
         trajectories = lesa.record(pipe, inputs, Path(scratch) / "trajectories", batch_size=16)
         for name, (mixer, schedule) in demo.predictors.items():
             config = PredictorConfig(trajectories.feature_dim, mixer=mixer)
             if mixer == "newton":
-                predictor = lesa.train(trajectories, config, schedule, epochs=demo.epochs)
-                epochs = demo.refining_epochs
-                predictor = lesa.refine(predictor, trajectories, pipe, inputs, epochs=epochs, samples_per_call=16)
+                predictor = lesa.train(trajectories, config, schedule, epochs=demo.epochs, tokens_per_batch=tokens)
+                predictor = lesa.refine(
+                    predictor,
+                    trajectories,
+                    pipe,
+                    inputs,
+                    rounds=2,
+                    epochs=demo.refining_epochs,
+                    tokens_per_batch=tokens,
+                    samples_per_call=16,
+                )
             else:
-                predictor = lesa.train(trajectories, config, schedule)
+                predictor = lesa.train(trajectories, config, schedule, epochs=60, tokens_per_batch=tokens)
             predictor.save_pretrained(out / name)
 
 

@@ -147,7 +147,7 @@ def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
     picture = "digit.png" if model == "digits" else "photo.png"
     steps = ",".join(map(str, demo.schedule))
     record = f"--model {at('model')} --inputs {at('inputs.safetensors')} --batch-size 16"
-    recorded, epochs = f"--trajectories {at('trajectories')}", f"--epochs {demo.refining_epochs}"
+    recorded, epochs = f"--trajectories {at('trajectories')}", f"--rounds 2 --epochs {demo.refining_epochs}"
     fresh = f"--model {at('model')} --predictor {at('predictor')} --seed {SEED}"
     return [
         f"lesa fit {record} --budget {len(demo.schedule)} --out {at('fitted')}",

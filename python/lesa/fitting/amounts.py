@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from lesa.training.settings import REFINING_UPDATES, ROUNDS, TOKENS_PER_BATCH, UPDATES
+
 RECORDED_FLOPS, RECORDED_FLOPS_ON_CPU = 1e15, 1e13
 """How much work of the transformer the first samples may be: seconds to minutes, less than what the training takes."""
 
@@ -28,15 +30,15 @@ class Amounts:
     samples: int = 8
     first_samples: int = 160
     most_samples: int = 160
-    updates: int = 600
-    round_updates: int = 200
-    rounds: int = 3
+    updates: int = UPDATES
+    round_updates: int = REFINING_UPDATES
+    rounds: int = ROUNDS
     gain: float = 0.1
     tokens: int = 512
     validation_samples: int = 8
     test_samples: int = 8
     batch_size: int = 8
-    tokens_per_batch: int = 16
+    tokens_per_batch: int = TOKENS_PER_BATCH
 
     def for_model(self, flops: float, on_cpu: bool) -> "Amounts":
         """The amounts for a model: as many first samples as `RECORDED_FLOPS` allow.

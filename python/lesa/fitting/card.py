@@ -13,7 +13,7 @@ from lesa.contenders.base import Ours
 from lesa.provenance import in_words
 from lesa_kernels import PredictorConfig
 from lesa_kernels.predictor.files import CONFIG_NAME, PROVENANCE_NAME, read_provenance
-from lesa_kernels.predictor.sharing import CARD_NAME, front_matter
+from lesa_kernels.predictor.sharing import CARD_NAME, front_matter, mark_of
 
 PICTURE = "comparison.png"
 
@@ -58,6 +58,7 @@ def write_card(folder: str | os.PathLike, evaluation: Mapping[str, Any] | None, 
     tags = [config.family] if config.family else []
     sections = [
         front_matter(tags, base_model),
+        mark_of(folder),
         f"# {_title(config)}",
         _what_it_is(config, known, base_model),
         f"## Use\n\n```python\n{_use(config)}\n```\n\nReplace the name by that of this repository or folder.",

@@ -41,7 +41,7 @@ from lesa.provenance import of_manifest
 from lesa.training.batches import Batch, Plan, RollOut, check_is_predictor, check_whole, passes, roll_out
 from lesa.training.losses import feature_loss, head_aware_loss, roll_out_loss
 from lesa.training.recording import Recording, check_same_conditions
-from lesa.training.settings import REFINING_UPDATES, TrainingSettings, usable_device
+from lesa.training.settings import REFINING_UPDATES, ROUNDS, TOKENS_PER_BATCH, TrainingSettings, usable_device
 from lesa.training.training_run import Training, is_finished
 from lesa.training.trajectories import Trajectories, as_trajectories, check_plain, latents_of
 from lesa_kernels import FusedKANPredictor
@@ -63,10 +63,10 @@ def refine(
     inputs: list[str] | list[dict],
     *,
     out_dir: str | os.PathLike | None = None,
-    rounds: int = 2,
+    rounds: int = ROUNDS,
     epochs: int | None = None,
     batch_size: int = 8,
-    tokens_per_batch: int | None = 32,
+    tokens_per_batch: int | None = TOKENS_PER_BATCH,
     learning_rate: float | None = None,
     samples_per_call: int = 1,
     seed: int = 0,
@@ -91,7 +91,7 @@ def refine(
             refinement that was interrupted continues there. None: the roll-outs are in a temporary folder, and nothing
             is kept.
         rounds: how often to make roll-outs and train on them.
-        epochs: passes over the trajectories in each round. Default: as many as give about 360 steps of the optimiser.
+        epochs: passes over the trajectories in each round. Default: as many as give about 200 steps of the optimiser.
         batch_size, tokens_per_batch, learning_rate: see `train`; they apply to each round. The default learning rate is
             that of `train`, but at most 1e-3.
         samples_per_call: how many samples share a call of the pipeline.

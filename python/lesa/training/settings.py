@@ -13,11 +13,17 @@ from lesa_kernels.checks import Said, argument_error, check_float, check_int
 
 DEFAULT_COMPUTED_STEPS = 9
 
-UPDATES, REFINING_UPDATES = 1080, 360
+UPDATES, REFINING_UPDATES = 600, 200
 """How many steps the optimiser takes in closed loop, and in each round of refining, if the epochs are not given.
 
-For 160 samples without guidance, these are 60 and 20 epochs.
+These and the next ones follow from measurements; see docs/research.md.
 """
+
+ROUNDS = 3
+"""How many rounds of refining there are."""
+
+TOKENS_PER_BATCH = 16
+"""How many random tokens of each trajectory a step of the optimiser takes."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class TrainingSettings:
     guided_epochs: int = 0
     epochs: int = 60
     batch_size: int = 8
-    tokens_per_batch: int | None = 32
+    tokens_per_batch: int | None = TOKENS_PER_BATCH
     learning_rate: float = 3e-3
     head_aware: bool = True
     validation_fraction: float = 0.1

@@ -29,7 +29,7 @@ LEAST_GAIN = 0.02
 MOST_STAGES = 4
 """The largest number of stages, by default."""
 
-BRIEF = TrainingSettings(epochs=10, learning_rate=1e-2, validation_fraction=0.25)
+BRIEF = TrainingSettings(epochs=10, tokens_per_batch=32, learning_rate=1e-2, validation_fraction=0.25)
 """The settings of a brief training."""
 
 MOST_TRAINING, MOST_VALIDATION = 64, 32

@@ -17,6 +17,7 @@ from lesa.training.batches import check_whole, passes
 from lesa.training.schedule_search import check_budget, found_schedule
 from lesa.training.searching import Search, has_search
 from lesa.training.settings import (
+    TOKENS_PER_BATCH,
     UPDATES,
     TrainingSettings,
     check_config,
@@ -49,7 +50,7 @@ def train(
     controlled: bool = False,
     epochs: int | None = None,
     batch_size: int = 8,
-    tokens_per_batch: int | None = 32,
+    tokens_per_batch: int | None = TOKENS_PER_BATCH,
     learning_rate: float | None = None,
     head_aware: bool | None = None,
     validation_fraction: float = 0.1,
@@ -84,7 +85,7 @@ def train(
         controlled: whether to train for `lesa.ErrorControl`: all epochs are guided, on schedules with gaps half to
             twice as long. The forecasts are less close on the schedule itself, and closer on others.
         epochs: passes over the trajectories in closed loop. They are guided too with `controlled`, and for a lesa
-            predictor. Default: as many as give about 1080 steps of the optimiser. These count, and not the passes: with
+            predictor. Default: as many as give about 600 steps of the optimiser. These count, and not the passes: with
             fewer samples there are more passes.
         batch_size: trajectories per step of the optimiser.
         tokens_per_batch: how many random tokens of each trajectory to use per step; None for all. A part is enough,
