@@ -12,6 +12,7 @@ import torch
 
 import lesa
 from lesa.artifacts import LOCK, owned
+from lesa.processes import Processes
 from lesa.training import refinement, training_run
 from lesa.training.training_run import CHECKPOINT_NAME
 from lesa_kernels import PredictorConfig
@@ -106,10 +107,10 @@ def test_the_lock_of_a_killed_training_is_taken_over(recording, whole, tmp_path)
 
 def test_a_second_refinement_in_a_folder_is_refused(tmp_path):
     settings = {"rounds": 1}
-    with refinement._working_folder(tmp_path, settings) as folder:
+    with refinement._working_folder(tmp_path, settings, Processes()) as folder:
         before = files(folder)
         words, again = "no other process is using, but got .*, refining since", refinement._working_folder
-        with pytest.raises(RuntimeError, match=words), again(tmp_path, settings):
+        with pytest.raises(RuntimeError, match=words), again(tmp_path, settings, Processes()):
             pytest.fail("it is not free")
         assert files(folder) == before
         (folder / "round-1").mkdir()
@@ -118,10 +119,13 @@ def test_a_second_refinement_in_a_folder_is_refused(tmp_path):
 
 def test_a_refinement_begins_beside_hidden_files_only(tmp_path):
     (tmp_path / ".DS_Store").write_bytes(b"")
-    with refinement._working_folder(tmp_path, {"rounds": 1}):
+    with refinement._working_folder(tmp_path, {"rounds": 1}, Processes()):
         (tmp_path / "round-1").mkdir()
     (tmp_path / "mine").write_bytes(b"")
-    with pytest.raises(ValueError, match="be empty or hold"), refinement._working_folder(tmp_path, {"rounds": 1}):
+    with (
+        pytest.raises(ValueError, match="be empty or hold"),
+        refinement._working_folder(tmp_path, {"rounds": 1}, Processes()),
+    ):
         pytest.fail("it holds something else")
 
 
