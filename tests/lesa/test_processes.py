@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import several_processes as several
 import two_hosts
@@ -74,6 +76,18 @@ def test_variables_that_lead_to_nobody_are_refused(one_of_two):
         ValueError, match="has RANK and WORLD_SIZE for 2 processes, but no MASTER_ADDR. Start them with"
     ):
         processes_for()
+
+
+def test_a_model_that_is_spread_is_run_together(monkeypatch):
+    """Whichever part of the pipeline it is."""
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)
+    encoder = torch.nn.Linear(2, 2)
+    pipe = SimpleNamespace(transformer=torch.nn.Linear(2, 2), text_encoder_2=encoder)
+    assert processes_for(pipe).is_divided
+    encoder._parallel_config = object()
+    assert not processes_for(pipe).is_divided
 
 
 def test_the_variables_of_slurm_are_not_read(monkeypatch):
@@ -179,6 +193,19 @@ def test_an_error_of_one_process_is_the_error_of_all(checks):
         assert said["message"].startswith(
             "`seed` must be the same in all 2 processes, but got another value in process 1"
         )
+
+
+@pytest.mark.slow
+def test_processes_with_another_model_or_folder_are_refused(checks):
+    """They would wait for each other, or mix figures of two models."""
+    _, found = checks
+    for facts in found["unlike"]:
+        name, messages = facts["name"], {said["message"] for said in facts["said"]}
+        wanted = f"`{name.split()[0]}` must be the same in all 2 processes"
+        if name == "function":
+            wanted = "Process 1 calls `lesa.evaluate`, and the first process calls `lesa.record`."
+        assert len(messages) == 1 and messages.pop().startswith(wanted), facts
+    assert len(found["unlike"]) == 6
 
 
 @pytest.mark.slow
