@@ -133,14 +133,17 @@ class Processes:
         if self.count == 1:
             return do()
         result: list[Any] = [None, None]
-        error = None
+        packed, error = [b""], None
         if self.is_first:
             try:
                 result[0] = do()
             except Exception as caught:
                 error, result[1] = caught, _Failure.of(caught)
+            packed[0] = pickle.dumps(result)
         with self._met() as group:
-            dist.broadcast_object_list(result, src=0, group=group)
+            dist.broadcast_object_list(packed, src=0, group=group)
+        if not self.is_first:
+            result = pickle.loads(packed[0])
         self._raise_first(result[1:], error)
         return result[0]
 
@@ -200,10 +203,11 @@ class Processes:
 
     def _exchange(self, own: Any) -> list[Any]:
         """What each of the processes gives, by rank."""
+        packed = pickle.dumps(own)  # here: if it fails, no other process has ended
         every: list[Any] = [None] * self.count
         with self._met() as group:
-            dist.all_gather_object(every, own, group=group)
-        return every
+            dist.all_gather_object(every, packed, group=group)
+        return [pickle.loads(each) for each in every]
 
     @contextlib.contextmanager
     def _met(self) -> Iterator[Any]:

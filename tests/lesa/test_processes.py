@@ -116,6 +116,18 @@ def test_errors_keep_their_class_on_their_way():
     assert "can't decode byte 0xff" in str(processes._Failure.of(caught.value).error())
 
 
+def test_what_cannot_travel_is_not_taken_for_the_end_of_another_process(monkeypatch):
+    class Stays:
+        def __reduce__(self):
+            raise RuntimeError("cannot be packed")
+
+    monkeypatch.setattr(Processes, "_met", lambda self: pytest.fail("the processes met"))
+    for give in (Processes(0, 2)._exchange, lambda thing: Processes(0, 2).by_first(lambda: thing)):
+        with pytest.raises(RuntimeError, match="cannot be packed") as caught:
+            give(Stays())
+        assert not isinstance(caught.value, OthersEndedError)
+
+
 def test_only_the_first_process_prints(one_of_two, capsys):
     for rank, printed in ((0, 1), (1, 0)):
         one_of_two(rank)
