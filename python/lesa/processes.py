@@ -79,6 +79,7 @@ class Processes:
 
         Raises:
             ValueError: an argument is not. The message names it.
+            RuntimeError: another process calls another function.
         """
         if self.count == 1:
             return
@@ -87,11 +88,15 @@ class Processes:
         late.daemon = True
         late.start()
         try:
-            every = self._exchange({name: digest(value) for name, value in settings.items()})
+            every = self._exchange((work, {name: digest(value) for name, value in settings.items()}))
         finally:
             late.cancel()
-        for rank, theirs in enumerate(every):
-            for name, value in every[0].items():
+        first_work, first = every[0]
+        for rank, (their_work, theirs) in enumerate(every):
+            if their_work != first_work:
+                sentence = f"Process {rank} calls `{their_work}`, and the first process calls `{first_work}`."
+                raise usage_error(sentence, "All processes must make the same calls.", RuntimeError)
+            for name, value in first.items():
                 if theirs.get(name) != value:
                     got = Said(f"another value in process {rank} than in the first")
                     remedy = "Pass the same to all, or start the processes without RANK and WORLD_SIZE."
@@ -128,14 +133,17 @@ class Processes:
         if self.count == 1:
             return do()
         result: list[Any] = [None, None]
-        error = None
+        packed, error = [b""], None
         if self.is_first:
             try:
                 result[0] = do()
             except Exception as caught:
                 error, result[1] = caught, _Failure.of(caught)
+            packed[0] = pickle.dumps(result)
         with self._met() as group:
-            dist.broadcast_object_list(result, src=0, group=group)
+            dist.broadcast_object_list(packed, src=0, group=group)
+        if not self.is_first:
+            result = pickle.loads(packed[0])
         self._raise_first(result[1:], error)
         return result[0]
 
@@ -195,10 +203,11 @@ class Processes:
 
     def _exchange(self, own: Any) -> list[Any]:
         """What each of the processes gives, by rank."""
+        packed = pickle.dumps(own)  # here: if it fails, no other process has ended
         every: list[Any] = [None] * self.count
         with self._met() as group:
-            dist.all_gather_object(every, own, group=group)
-        return every
+            dist.all_gather_object(every, packed, group=group)
+        return [pickle.loads(each) for each in every]
 
     @contextlib.contextmanager
     def _met(self) -> Iterator[Any]:
@@ -258,7 +267,7 @@ def processes_for(pipe: Any = None) -> Processes:
     RANK and WORLD_SIZE of the environment name, as `torchrun` and `accelerate launch` set them.
 
     Args:
-        pipe: the pipeline that they run. If its transformer is spread over them, they run it together.
+        pipe: the pipeline that they run. If a model of it is spread over them, they run it together.
 
     Raises:
         ValueError: there are several processes, and the environment does not say where to find the others.
@@ -276,7 +285,7 @@ def processes_for(pipe: Any = None) -> Processes:
             raise usage_error(sentence, remedy)
     else:
         return Processes()
-    is_shared = any(is_spread(getattr(pipe, name, None)) for name in ("transformer", "transformer_2"))
+    is_shared = any(map(is_spread, vars(pipe).values())) if pipe is not None else False
     return Processes(rank, count, not is_shared)
 
 

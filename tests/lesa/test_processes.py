@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import several_processes as several
 import two_hosts
@@ -76,6 +78,18 @@ def test_variables_that_lead_to_nobody_are_refused(one_of_two):
         processes_for()
 
 
+def test_a_model_that_is_spread_is_run_together(monkeypatch):
+    """Whichever part of the pipeline it is."""
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)
+    encoder = torch.nn.Linear(2, 2)
+    pipe = SimpleNamespace(transformer=torch.nn.Linear(2, 2), text_encoder_2=encoder)
+    assert processes_for(pipe).is_divided
+    encoder._parallel_config = object()
+    assert not processes_for(pipe).is_divided
+
+
 def test_the_variables_of_slurm_are_not_read(monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -100,6 +114,18 @@ def test_errors_keep_their_class_on_their_way():
     with pytest.raises(UnicodeDecodeError) as caught:
         b"\xff".decode()
     assert "can't decode byte 0xff" in str(processes._Failure.of(caught.value).error())
+
+
+def test_what_cannot_travel_is_not_taken_for_the_end_of_another_process(monkeypatch):
+    class Stays:
+        def __reduce__(self):
+            raise RuntimeError("cannot be packed")
+
+    monkeypatch.setattr(Processes, "_met", lambda self: pytest.fail("the processes met"))
+    for give in (Processes(0, 2)._exchange, lambda thing: Processes(0, 2).by_first(lambda: thing)):
+        with pytest.raises(RuntimeError, match="cannot be packed") as caught:
+            give(Stays())
+        assert not isinstance(caught.value, OthersEndedError)
 
 
 def test_only_the_first_process_prints(one_of_two, capsys):
@@ -179,6 +205,19 @@ def test_an_error_of_one_process_is_the_error_of_all(checks):
         assert said["message"].startswith(
             "`seed` must be the same in all 2 processes, but got another value in process 1"
         )
+
+
+@pytest.mark.slow
+def test_processes_with_another_model_or_folder_are_refused(checks):
+    """They would wait for each other, or mix figures of two models."""
+    _, found = checks
+    for facts in found["unlike"]:
+        name, messages = facts["name"], {said["message"] for said in facts["said"]}
+        wanted = f"`{name.split()[0]}` must be the same in all 2 processes"
+        if name == "function":
+            wanted = "Process 1 calls `lesa.evaluate`, and the first process calls `lesa.record`."
+        assert len(messages) == 1 and messages.pop().startswith(wanted), facts
+    assert len(found["unlike"]) == 6
 
 
 @pytest.mark.slow

@@ -151,6 +151,43 @@ def different(pipe, folder):
     return lambda rank: record(pipe, inputs(), folder, seed=rank, **OPTIONS) and None
 
 
+def unlike(pipe, folder):
+    """By what differs in the second process, work that all must refuse."""
+    options = {"num_inference_steps": STEPS, "batch_size": 1, "progress": False}
+
+    def evaluated(**more):
+        evaluate(pipe, inputs(2), [], ["steps-3"], **options, **more)
+
+    def weights(rank):
+        if rank == 1:
+            pipe.transformer.proj_out.weight.data.mul_(1.3)
+        evaluated()
+
+    def trained(rank):
+        trajectories = record(pipe, inputs(2), folder / "recording", **OPTIONS)
+        place = folder / "trained" if rank == 0 else None
+        train(trajectories, schedule=[0, 1, 3], out_dir=place, **TRAINING)
+
+    def refined(rank):
+        trajectories = record(pipe, inputs(2), folder / "recording", **OPTIONS)
+        predictor = train(trajectories, schedule=[0, 1, 3], **TRAINING)
+        place = folder / "refined" if rank == 0 else None
+        refine(predictor, trajectories, pipe, inputs(2), out_dir=place, rounds=1, **TRAINING)
+
+    def stages(rank):
+        trajectories = record(pipe, inputs(2), folder / "recording", **OPTIONS)
+        train(trajectories, schedule=[0, 1, 3], find_stages=rank == 1, **TRAINING)
+
+    return {
+        "transformer": weights,
+        "out_dir of evaluate": lambda rank: evaluated(out_dir=folder / "evaluated" if rank == 0 else None),
+        "out_dir of train": trained,
+        "out_dir of refine": refined,
+        "find_stages": stages,
+        "function": lambda rank: evaluated() if rank else record(pipe, inputs(2), folder / "recording", **OPTIONS),
+    }
+
+
 def late(pipe, folder):
     """The second process begins too late."""
 
@@ -204,6 +241,8 @@ def main(folder, count, seed):
     print(
         json.dumps({"check": "different", "said": Copies(2, different(pipe, folder / "different")).said()}), flush=True
     )
+    for name, work in unlike(pipe, folder / "unlike").items():
+        print(json.dumps({"check": "unlike", "name": name, "said": Copies(2, work).said()}), flush=True)
     print(json.dumps({"check": "late", "said": Copies(2, late(pipe, folder / "late")).said()}), flush=True)
     Copies(1, recorded(pipe, folder / "whole")).said()
     for facts in kills(pipe, folder, files_in(folder / "whole"), count, seed):

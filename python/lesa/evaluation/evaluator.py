@@ -9,10 +9,11 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from lesa.artifacts import digest
+from lesa.artifacts import digest, fingerprint
 from lesa.cache import enable_cache
 from lesa.cache.error_control import ErrorControl
 from lesa.cache.placement import check_uncached
+from lesa.conditions import conditions_of
 from lesa.contenders import AGAINST, Opponent, Ours, Peer, Plain, Reference, budget_of, opponents, ours_with
 from lesa.evaluation.contest import Contest
 from lesa.evaluation.earlier import Earlier, earlier_in, is_replaced, merged, merged_facts
@@ -115,7 +116,10 @@ def evaluate(
     opponents_said = [str(opponent) for opponent in against]
     identities = {label: ours.identity() for label, ours in contestants.items()}
     given = {"inputs": inputs, "predictors": identities, "against": opponents_said, "seed": seed, "batch_size": size}
-    given |= {"num_inference_steps": num_inference_steps, "search_samples": search_samples}
+    given |= {"num_inference_steps": num_inference_steps, "search_samples": search_samples, "out_dir": out_dir is None}
+    if processes.count > 1:  # the fingerprints read all weights
+        same = {name: value for name, value in conditions_of(pipe).items() if name != "unset"}
+        given |= {"transformer": fingerprint(adapter.transformer), **same}
     processes.begin("lesa.evaluate", given)
     progress = progress and processes.is_first
     with store.owned(processes):

@@ -134,7 +134,7 @@ def refine(
     samples_per_call, device = check_int("samples_per_call", samples_per_call), usable_device(device)
     processes = processes_for(pipe)
     everything = _all_settings(predictor, trajectories, rounds, settings)
-    processes.begin("lesa.refine", {**everything, "samples_per_call": samples_per_call})
+    processes.begin("lesa.refine", {**everything, "samples_per_call": samples_per_call, "out_dir": out_dir is None})
     processes.by_first(lambda: check_whole(trajectories))
     with _working_folder(out_dir, everything, processes) as folder:
         roll_outs: list[RollOuts] = []

@@ -149,7 +149,9 @@ def train(
         check_divisible(trajectories, config)
     device = usable_device(device)
     processes = processes_for()
-    processes.begin("lesa.train", {"config": config_settings(config), **settings.to_dict(), "budget": budget})
+    same = {"trajectories": trajectories.manifest, "out_dir": out_dir is None, "find_stages": find_stages}
+    same |= {"config": config_settings(config), **settings.to_dict(), "budget": budget}
+    processes.begin("lesa.train", same)
     progress = progress and processes.is_first
     fit = partial(_fitted, trajectories, config, settings, budget, find_stages, out_dir, device, progress)
     return processes.by_first(fit)
