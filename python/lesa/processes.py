@@ -276,7 +276,7 @@ def processes_for(pipe: Any = None) -> Processes:
         return Processes()
     if dist.is_initialized():
         rank, count = dist.get_rank(), dist.get_world_size()
-    elif "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    elif "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1:
         rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if lacking:

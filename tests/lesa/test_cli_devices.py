@@ -22,8 +22,10 @@ def environment(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         for name in VARIABLES:
             monkeypatch.delenv(name, raising=False)
-        for name, value in values.items():
-            monkeypatch.setenv(name, value)
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"} if values else {}
+        for name, value in {**place, **values}.items():
+            if value is not None:
+                monkeypatch.setenv(name, value)
 
     return begin
 
@@ -36,6 +38,8 @@ def environment(monkeypatch):
         (4, {"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2"}, "cuda:2"),
         (2, {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}, "cuda:1"),
         (1, {"RANK": "1", "WORLD_SIZE": "2"}, "cuda:0"),
+        (4, {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": None}, "cuda"),  # of a cluster: it works by itself
+        (4, {"RANK": "1", "WORLD_SIZE": ""}, "cuda"),
     ],
 )
 def test_each_process_takes_a_gpu(environment, gpus, variables, wanted):

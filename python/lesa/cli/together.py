@@ -11,8 +11,12 @@ PATIENCE_S = 60
 
 
 def are_several() -> bool:
-    """Whether the environment says that this is one of several processes."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1
+    """Whether the environment says that this is one of several processes, and where they meet.
+
+    Some clusters set RANK and WORLD_SIZE alone, in each container. Such a process works by itself.
+    """
+    has_place = {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}
+    return has_place and int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 def is_first() -> bool:
