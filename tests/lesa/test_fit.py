@@ -20,7 +20,7 @@ import torch
 import lesa
 import small_pipelines as small
 from interrupted_fits import BUDGET, CASE, FEW, OPTIONS, STEPS, files_in, inputs, make_quick
-from lesa.fitting import samples, whole
+from lesa.fitting import samples, testing, whole
 from lesa.fitting.amounts import Amounts
 from lesa.fitting.bar import Bar
 from lesa.fitting.comparing import LatentRuns, Made
@@ -28,7 +28,6 @@ from lesa.fitting.cost import _time
 from lesa.fitting.one_budget import OneBudget
 from lesa.fitting.probing import probed, steps_to_ask_for
 from lesa.fitting.samples import TEST, VALIDATION, shares_of
-from lesa.fitting.testing import Test
 from lesa.processes import processes_for
 from lesa_kernels import FusedKANPredictor
 from small_wan import EXPERTS
@@ -212,8 +211,8 @@ def test_fewer_steps_are_as_many_as_are_executed_with_strength(budget):
 
 def test_it_is_said_if_inputs_do_not_allow_fewer_steps(fitted, monkeypatch, tmp_path):
     runs = SimpleNamespace(pipe=CASE.build(), inputs=[{"sigmas": [1.0, 0.5]}], steps=2, seed=0)
-    monkeypatch.setattr(Test, "_with_pictures", lambda self: {BUDGET: []})
-    found = Test(runs, {BUDGET: fitted.predictor}, tmp_path, 2, True).run()[BUDGET]
+    monkeypatch.setattr(testing.Test, "_with_pictures", lambda self: {BUDGET: []})
+    found = testing.Test(runs, {BUDGET: fitted.predictor}, tmp_path, 2, True).run()[BUDGET]
     assert found["not_available"] == {"steps": "the inputs set the steps themselves"}
 
 
