@@ -66,7 +66,7 @@ def test_what_is_said():
     first = replace(FIRST, optimiser_step_seconds=0.0)
     assert fit_cost(first, work, [10, 5]).text().splitlines() == [
         "The first sample took 30 s.",
-        "Predicted for all after it: about 18 min; 9 more samples 4.5 min, runs with the predictors 3.5 min, "
+        "Predicted for all after it: about 19 min; 9 more samples 4.5 min, runs with the predictors 3.5 min, "
         "training 0.01 s, the test with 8 samples 11 min.",
         "Predicted for the files until it is finished: 416 MB.",
         "Predicted for a sample with 10 of 50 steps computed: 10 s. It has 5.0 times fewer computed steps.",
