@@ -56,7 +56,7 @@ def _digest_of(folder: Path) -> str:
     running = hashlib.sha256(json.dumps([config.get("num_inference_steps"), config.get("schedule")]).encode())
     for name, value in sorted(load_file(folder / WEIGHTS_NAME).items()):
         running.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        running.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        running.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return running.hexdigest()
 
 

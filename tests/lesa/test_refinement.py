@@ -24,7 +24,7 @@ from lesa.training.training_run import CHECKPOINT_NAME, Training
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS, SCHEDULE = 12, [0, 2, 5, 8]
-QUICK = {"rounds": 2, "epochs": 4, "batch_size": 4, "samples_per_call": 8, "progress": False}
+QUICK = {"rounds": 2, "epochs": 4, "tokens_per_batch": 32, "batch_size": 4, "samples_per_call": 8, "progress": False}
 
 
 def labels(count):
@@ -43,7 +43,7 @@ def recorded(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def predictor(recorded):
-    return lesa.train(recorded[0], schedule=SCHEDULE, epochs=6, batch_size=4, progress=False)
+    return lesa.train(recorded[0], schedule=SCHEDULE, epochs=6, batch_size=4, tokens_per_batch=32, progress=False)
 
 
 def latents_of(pipe, inputs, steps=STEPS):
@@ -126,7 +126,7 @@ def test_refining_gets_closer_on_samples_it_has_not_seen(pipe, recorded, predict
     assert replace(refined.config, schedule_errors=predictor.config.schedule_errors) == predictor.config
     assert not refined.training
     assert closeness(pipe, refined, 1000) > before + 0.3
-    longer = lesa.train(recorded[0], schedule=SCHEDULE, epochs=46, batch_size=4, progress=False)
+    longer = lesa.train(recorded[0], schedule=SCHEDULE, epochs=46, batch_size=4, tokens_per_batch=32, progress=False)
     assert closeness(pipe, refined, 1000) > closeness(pipe, longer, 1000)  # it is not for training longer
 
 
@@ -562,7 +562,9 @@ def with_forecasts(recorded, request):
     """A predictor whose history holds its own forecasts: LESA after its first stage, or the dense variant."""
     config = PredictorConfig(128, mixer=request.param, hidden=8)
     rate = RATES[request.param]
-    return lesa.train(recorded[0], config, SCHEDULE, epochs=8, learning_rate=rate, batch_size=4, progress=False)
+    return lesa.train(
+        recorded[0], config, SCHEDULE, epochs=8, learning_rate=rate, batch_size=4, tokens_per_batch=32, progress=False
+    )
 
 
 def test_a_history_with_forecasts_is_compared_with_the_recorded_features(pipe, recorded, with_forecasts, tmp_path):

@@ -250,7 +250,7 @@ def test_a_checkpoint_holds_what_those_of_earlier_versions_hold(unfinished):
         "guided_epochs": 0,
         "epochs": 4,
         "batch_size": 2,
-        "tokens_per_batch": 32,
+        "tokens_per_batch": 16,
         "learning_rate": 3e-3,
         "head_aware": True,
         "validation_fraction": 0.1,

@@ -340,7 +340,7 @@ def cached(several, tmp_path, monkeypatch):
     (folder / "refs" / "main").write_text("a" * 40)
     for budget in (7, 12):
         shutil.copytree(several / f"budget-{budget}", folder / "snapshots" / ("a" * 40) / f"budget-{budget}")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return tmp_path / "cache"
 
 
