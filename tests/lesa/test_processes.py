@@ -34,12 +34,15 @@ if os.environ["RANK"] == "1":
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+PLACE = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
 @pytest.fixture
 def one_of_two(monkeypatch):
     """`one_of_two(rank)` sets what `torchrun` sets, but nobody else is there."""
 
-    def begin(rank):
-        values = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    def begin(rank, **more):
+        values = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), **more}
         for name in VARIABLES:
             monkeypatch.delenv(name, raising=False)
         for name, value in values.items():
@@ -130,7 +133,7 @@ def test_what_cannot_travel_is_not_taken_for_the_end_of_another_process(monkeypa
 
 def test_only_the_first_process_prints(one_of_two, capsys):
     for rank, printed in ((0, 1), (1, 0)):
-        one_of_two(rank)
+        one_of_two(rank, **PLACE)
         with pytest.raises(SystemExit):
             cli.main(["--version"])
         assert capsys.readouterr().out.count("lesa ") == printed
@@ -138,7 +141,7 @@ def test_only_the_first_process_prints(one_of_two, capsys):
 
 def test_a_command_that_is_not_shared_runs_in_the_first_process_alone(one_of_two, capsys, settings_of_the_command):
     for rank, printed in ((1, False), (0, True)):
-        one_of_two(rank)
+        one_of_two(rank, **PLACE)
         cli.main(["env"])
         assert ("torch" in capsys.readouterr().out) == printed
     assert "RANK" not in os.environ and processes_for() == Processes()

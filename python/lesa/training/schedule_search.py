@@ -121,7 +121,7 @@ def found_schedule(
     settings = replace(BRIEF, seed=seed, head_aware=forecaster.head_aware)
     settings = replace(settings, guided_epochs=passes(trajectories, BRIEF_UPDATES, settings))
     bar = "train for the search" if progress else None
-    turn_name = "log-turn-fitted" if forecaster.is_fitted else "log-turn"  # earlier versions had other costs
+    turn_name = "turn-fitted" if forecaster.is_fitted else "updates-turn"  # parts of earlier versions were other ones
 
     def steps_of(turn: int) -> tuple[int, ...]:
         # A schedule of one step: all others are forecast in training.
