@@ -678,7 +678,7 @@ def test_a_fit_shows_the_figures_of_each_budget_and_its_files(calls_of, folder, 
     *parts, last = capsys.readouterr().out.strip().split("\n\n")
     table, wrote = parts[0].splitlines(), parts[1].splitlines()[0]
     assert table == [
-        "Mean of 8 samples that served nothing else, against all 50 steps and the same seed:",
+        "Mean of 8 samples (inputs and seeds that served nothing else), against all 50 steps and the same seed:",
         "                  computed steps  PSNR, dB    SSIM",
         "this predictor           9 of 50     40.12  0.9877",
         "without training         9 of 50     38.00       -",
