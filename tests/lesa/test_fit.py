@@ -240,7 +240,7 @@ def test_rounds_and_samples_end_where_they_gain_too_little(small_pipe, tmp_path,
     monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, gain=gain))
     made = {"steps": (), "whole_steps": 3.0, "step_equivalents": 3.0}
     monkeypatch.setattr(LatentRuns, "errors", lambda self, *args, **options: Made(**made, psnr=[next(left)]))
-    monkeypatch.setattr(OneBudget, "_trained", lambda self: (self._joined(2) and "first", next(left)))
+    monkeypatch.setattr(OneBudget, "_trained", lambda self: self._joined(2) and "first")
     monkeypatch.setattr(OneBudget, "_refined", lambda self, number, before: self._joined(2 * number) and str(number))
     monkeypatch.setattr("lesa.fitting.one_budget.on_device", lambda predictor, device: predictor)
     monkeypatch.setattr(whole.Fit, "_test", lambda self, samples, fitted, bar: kept.append((fitted[BUDGET], samples)))
@@ -256,28 +256,6 @@ def test_rounds_and_samples_end_where_they_gain_too_little(small_pipe, tmp_path,
     assert found.predictor == best and found.made["rounds"] == (0 if best == "first" else int(best))
     assert found.made["validation_psnr"] == [None if psnr != psnr else psnr for psnr in psnrs]
     assert len(parts._parts) == len(psnrs)  # one sample, the rest of the first ones, and twice as many in round 2
-
-
-@pytest.mark.parametrize(
-    "found, psnrs, chosen",
-    [
-        ([0, 2, 4], [30.0, 31.0], (0, 1, 4)),
-        ([0, 2, 4], [31.0, 30.0], (0, 2, 4)),
-        ([0, 1, 4], [30.0, 31.0], (0, 2, 4)),
-        ([0, 1, 4], [float("nan"), 31.0], (0, 2, 4)),
-        ([0, 1, 2], [30.0], (0, 1, 2)),
-    ],
-)
-def test_the_second_step_is_chosen_on_the_validation_samples(small_pipe, tmp_path, monkeypatch, found, psnrs, chosen):
-    left, kept = iter(psnrs), []
-    monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, rounds=0))
-    monkeypatch.setattr(OneBudget, "_schedule", lambda self, trajectories: found)
-    monkeypatch.setattr(OneBudget, "_quality", lambda self, name, predictor: next(left))
-    monkeypatch.setattr(whole.Fit, "_test", lambda self, samples, fitted, bar: kept.append(fitted[BUDGET]))
-    monkeypatch.setattr(whole.FusedKANPredictor, "from_pretrained", lambda place: None)
-    lesa.fit(small_pipe, inputs(), budget=BUDGET, out_dir=tmp_path / "out", **OPTIONS)
-    assert kept[0].predictor.config.schedule == chosen
-    assert next(left, None) is None and kept[0].made["validation_psnr"] == [max(p for p in psnrs if p == p)]
 
 
 class Interrupted(BaseException):

@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -13,7 +13,7 @@ from lesa.artifacts import read_json, remove_partial, write_text
 from lesa.fitting.amounts import Amounts
 from lesa.fitting.bar import Bar, CountedSearch
 from lesa.fitting.comparing import LatentRuns
-from lesa.fitting.planning import SCHEDULES, Work
+from lesa.fitting.planning import Work
 from lesa.fitting.samples import Samples
 from lesa.processes import Processes
 from lesa.schedule import Schedule
@@ -85,9 +85,9 @@ class OneBudget:
             RuntimeError: the predictor of the first training has no PSNR, so there is nothing to choose.
         """
         self.processes.by_first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
-        predictor, figure = self._trained()
+        predictor = self._trained()
         best, best_number = predictor, 0
-        figures, before = [figure], [predictor]
+        figures, before = [self._quality(0, predictor)], [predictor]
         if math.isnan(figures[0]):
             raise usage_error(
                 f"`fit` has no predictor for `budget` {self.budget}: on the validation samples it makes NaN, or steps "
@@ -98,7 +98,7 @@ class OneBudget:
             )
         for number in range(1, self.amounts.rounds + 1):
             predictor = self._refined(number, before)
-            figures.append(self._quality(f"round-{number}", predictor))
+            figures.append(self._quality(number, predictor))
             gain = figures[number] - figures[best_number]
             if gain > 0:
                 best, best_number = predictor, number
@@ -122,46 +122,27 @@ class OneBudget:
             "validation_psnr": [figure if math.isfinite(figure) else None for figure in figures],
         }
 
-    def _trained(self) -> tuple[FusedKANPredictor, float]:
-        """The predictor of the first training, and its PSNR on the validation samples.
-
-        Two schedules that a search cannot tell apart may differ by one dB in a run, and the second computed step
-        matters most. So there is a training for the found schedule, and one with another second step. The better one on
-        the validation samples is taken.
-        """
+    def _trained(self) -> FusedKANPredictor:
+        """The predictor of the first training."""
+        out_dir = self.folder / "trained"
         trajectories = self._joined(self.amounts.samples)
         with self.bar.part(f"{self.budget} steps, search", self.work.search_steps(self.budget)):
-            found: list[int] = self.processes.by_first(lambda: self._schedule(trajectories))
-        schedules = [found]
-        if trajectories.switch is None:
-            schedules += _with_another_second_step(found, self.samples.num_inference_steps)
-        best: tuple[FusedKANPredictor, float] | None = None
-        for number, steps in enumerate(schedules):
-            with self.bar.part(f"{self.budget} steps, train", self.work.training_steps // SCHEDULES):
-                predictor = self._trained_for(steps, trajectories, self.folder / f"trained-{number}")
-            figure = self._quality(f"trained-{number}", predictor)
-            if best is None or figure > best[1] or math.isnan(best[1]):
-                best = predictor, figure
-        left = SCHEDULES - len(schedules)
-        self.bar.skip(left * (self.work.training_steps // SCHEDULES + self.work.validation_steps))
-        return cast(tuple[FusedKANPredictor, float], best)
-
-    def _trained_for(self, steps: list[int], trajectories: JoinedTrajectories, out_dir: Path) -> FusedKANPredictor:
-        """The predictor of the first training for these computed steps."""
-        if self.processes.by_first(lambda: is_finished(out_dir)):
-            return FusedKANPredictor.from_pretrained(out_dir)
-        return train(
-            trajectories,
-            schedule=Schedule(tuple(steps)),
-            out_dir=out_dir,
-            epochs=self._passes(trajectories, self.amounts.updates),
-            batch_size=self.amounts.batch_size,
-            tokens_per_batch=self.amounts.tokens_per_batch,
-            validation_fraction=0.0,
-            seed=self.seed,
-            device=self.device,
-            progress=False,
-        )
+            schedule = Schedule(tuple(self.processes.by_first(lambda: self._schedule(trajectories))))
+        with self.bar.part(f"{self.budget} steps, train", self.work.training_steps):
+            if self.processes.by_first(lambda: is_finished(out_dir)):
+                return FusedKANPredictor.from_pretrained(out_dir)
+            return train(
+                trajectories,
+                schedule=schedule,
+                out_dir=out_dir,
+                epochs=self._passes(trajectories, self.amounts.updates),
+                batch_size=self.amounts.batch_size,
+                tokens_per_batch=self.amounts.tokens_per_batch,
+                validation_fraction=0.0,
+                seed=self.seed,
+                device=self.device,
+                progress=False,
+            )
 
     def _passes(self, trajectories: JoinedTrajectories, updates: int) -> int:
         """In how many passes over all trajectories the optimiser takes about so many steps."""
@@ -218,12 +199,13 @@ class OneBudget:
         with self.bar.part("record", self.work.recording_steps(missing)):
             return self.samples.joined(count)
 
-    def _quality(self, name: str, predictor: FusedKANPredictor) -> float:
+    def _quality(self, number: int, predictor: FusedKANPredictor) -> float:
         """The mean PSNR of the latents on the validation samples, in dB. NaN counts as no gain.
 
         It is NaN too if a step was computed that was to be predicted.
         """
         figures: dict[str, float] = self.processes.by_first(self._read_figures)
+        name = str(number)
         with self.bar.part(f"{self.budget} steps, validate", self.work.validation_steps):
             if name not in figures:
                 psnr = self.validation.errors(on_device(predictor, self.device)).psnr
@@ -236,15 +218,6 @@ class OneBudget:
         file = self.folder / FIGURES
         remove_partial(file)
         return read_json(file) or {}  # a damaged one is made again
-
-
-def _with_another_second_step(steps: list[int], total: int) -> list[list[int]]:
-    """The schedule with its second step one earlier or, if it is the second of the run, one later; if that is one."""
-    if len(steps) < 2:
-        return []
-    second = steps[1] - 1 if steps[1] > 1 else 2
-    end = steps[2] if len(steps) > 2 else total
-    return [[steps[0], second, *steps[2:]]] if second < end else []
 
 
 def on_device(predictor: FusedKANPredictor, device: torch.device) -> FusedKANPredictor:

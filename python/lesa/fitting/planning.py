@@ -9,9 +9,6 @@ from lesa.training.schedule_search import BRIEF_UPDATES, SEARCH_TURNS
 MOVES = 5
 """How often a search moves a step of the schedule, about."""
 
-SCHEDULES = 2
-"""For how many schedules the first training takes place: the found one, and one with another second step."""
-
 CONTENDERS = 3
 """The runs of each budget in the test, beside the one with all steps: trained, without training, and fewer steps."""
 
@@ -52,8 +49,8 @@ class Work:
 
     @property
     def validated_samples(self) -> int:
-        """How many runs with the predictors of one budget compare them: after each training and each round."""
-        return (SCHEDULES + self.amounts.rounds) * self.amounts.validation_samples
+        """How many runs with the predictors of one budget compare them: after the training, and after each round."""
+        return (1 + self.amounts.rounds) * self.amounts.validation_samples
 
     def recording_steps(self, samples: int) -> int:
         """Of runs of so many samples."""
@@ -66,8 +63,8 @@ class Work:
 
     @property
     def training_steps(self) -> int:
-        """Of the first trainings, which have a guided phase too."""
-        return SCHEDULES * (self.amounts.updates + self.amounts.updates // 6)
+        """Of the first training, which has a guided phase too."""
+        return self.amounts.updates + self.amounts.updates // 6
 
     @property
     def brief_steps(self) -> int:
@@ -103,7 +100,7 @@ class Work:
     def all_steps(self, budgets: list[int]) -> int:
         """Of all that comes after the first sample."""
         rounds = range(1, self.amounts.rounds + 1)
-        each = SCHEDULES * self.validation_steps + sum(self.round_steps(number) for number in rounds)
+        each = self.validation_steps + sum(self.round_steps(number) for number in rounds)
         return (
             self.validation_steps
             + self.recording_steps(self.recorded_samples - 1)
