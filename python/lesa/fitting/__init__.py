@@ -62,8 +62,8 @@ def fit(
         out_dir: gets the predictor, `README.md`, `evaluation.json` with the figures of the test, and `comparison.png`,
             which shows its pictures. Of several budgets, each has a folder in it, such as `budget-9`. The unfinished
             work is in `work`. After an interruption, the same call continues, and leaves the files that it would have
-            left without the interruption. None: a temporary folder is used, and
-            nothing is kept; `push_to_hub` of the predictor then makes a minimal model card, without figures.
+            left without the interruption. None: a temporary folder is used, and nothing is kept; `push_to_hub` of the
+            predictor then makes a minimal model card, without figures.
         num_inference_steps: passed to the pipeline.
         batch_size: samples per call of the pipeline.
         seed: of sample 0, of the training and of the search. It can be up to 2**64 - 1,000,008.

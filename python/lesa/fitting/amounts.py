@@ -1,4 +1,9 @@
-"""How much is recorded and trained by default. The figures follow from measurements; see docs/research.md."""
+"""How much is recorded and trained by default.
+
+The numbers of samples, of steps of the optimiser and of rounds follow from measurements; see docs/research.md. How much
+a large model needs is not measured: its numbers of samples and tokens are chosen so that there are more tokens in all
+than the small models have needed.
+"""
 
 from dataclasses import dataclass, replace
 
