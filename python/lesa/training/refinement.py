@@ -31,6 +31,7 @@ from lesa.artifacts import (
     fingerprint,
     output_folder,
     predictor_identity,
+    read_json,
     remove_partial,
     write_text,
 )
@@ -263,10 +264,9 @@ def _check_folder(file: Path, settings: dict[str, Any]) -> None:
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):
-        settings = json.loads(file.read_text())
-        if isinstance(settings, dict):
-            return settings
+    settings = read_json(file)
+    if isinstance(settings, dict):
+        return settings
     got = Said(f"{file}, which is damaged")
     raise argument_error("out_dir", "hold a refinement that can be read", got, "Choose another folder.")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lesa.artifacts import check_same_settings, remove_partial, write_text
+from lesa.artifacts import check_same_settings, read_json, remove_partial, write_text
 from lesa_kernels.checks import Said, argument_error
 
 SEARCH_NAME = "search"
@@ -78,11 +78,8 @@ def _as_json(value: Any) -> Any:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(kept["settings"], dict) and isinstance(kept["parts"], dict):
-            return kept
-    except (ValueError, KeyError, TypeError):
-        pass
+    kept = read_json(file)
+    if isinstance(kept, dict) and all(isinstance(kept.get(name), dict) for name in ("settings", "parts")):
+        return kept
     must, got = "hold a search that can be read", Said(f"{file}, which is damaged")
     raise argument_error("out_dir", must, got, f"Delete {file.parent} to search again.")
