@@ -1,9 +1,11 @@
 """How much work a fit is: what it runs and trains, and how many steps of the progress bar each part has, about."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lesa.fitting.amounts import Amounts
+from lesa.fitting.amounts import Amounts, EndToEndAmounts
+from lesa.fitting.schedule_family import family
 from lesa.training.schedule_search import BRIEF_UPDATES, SEARCH_TURNS
 
 MOVES = 5
@@ -18,6 +20,12 @@ SEARCH_UPDATES = 300
 It was measured on the bundled models. A search uses about as many tokens whatever the number of samples.
 """
 
+GIVEN = 2
+"""The schedules that are tried beside the family and those near it: what the searches on recordings find."""
+
+STAGES = 4
+"""The predictors that are validated in addition where the training goes through whole runs."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -29,6 +37,8 @@ class Work:
         calls: of the transformer in each step.
         batch_size: samples per call of the pipeline.
         width: how many processes share the samples. The steps are those of one of them.
+        through_runs: how much is trained through whole runs in addition; None if nothing is.
+        levels: the noise levels of the steps of a run. They are needed with `through_runs`.
     """
 
     amounts: Amounts
@@ -36,6 +46,8 @@ class Work:
     calls: int
     batch_size: int
     width: int = 1
+    through_runs: EndToEndAmounts | None = None
+    levels: Sequence[float] = ()
 
     @property
     def recorded_samples(self) -> int:
