@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lesa.evaluation.report import report
     from lesa.fitting import fit
     from lesa.schedule import Schedule
+    from lesa.training.end_to_end import train_end_to_end
     from lesa.training.recording import record
     from lesa.training.refinement import refine
     from lesa.training.schedule_search import find_schedule, search_schedule
@@ -43,6 +44,7 @@ __all__ = [
     "report",
     "search_schedule",
     "train",
+    "train_end_to_end",
 ]
 
 _SOURCES = {  # a test holds it against the imports above
@@ -63,6 +65,7 @@ _SOURCES = {  # a test holds it against the imports above
     "report": "evaluation.report",
     "search_schedule": "training.schedule_search",
     "train": "training.trainer",
+    "train_end_to_end": "training.end_to_end",
 }
 
 

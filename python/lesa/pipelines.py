@@ -150,6 +150,7 @@ def run_pipeline(
     generators: list[torch.Generator],
     num_inference_steps: int,
     on_step_end: Callable[[Any, int, Any, dict], dict] | None = None,
+    output_type: str = "latent",
 ) -> Any:
     """Runs a pipeline, modular or not, and returns its latents as they are before the VAE.
 
@@ -160,9 +161,10 @@ def run_pipeline(
         num_inference_steps: passed to the pipeline.
         on_step_end: called after each step, as diffusers calls `callback_on_step_end`. Modular pipelines and a few
             others have no such callback. There it is called with what the scheduler's step returns.
+        output_type: passed to a pipeline that is not modular, in place of "latent".
 
     Returns:
-        What the pipeline returns with `output_type="latent"`; of a modular pipeline, the value `latents` of its state.
+        What the pipeline returns with that `output_type`; of a modular pipeline, the value `latents` of its state.
 
     Raises:
         ValueError: a modular pipeline has no input of that name. diffusers would ignore it with a warning.
@@ -172,7 +174,7 @@ def run_pipeline(
         has_callback = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
         options = {"callback_on_step_end": on_step_end} if has_callback and on_step_end is not None else {}
         with _after_steps(pipe, None if has_callback else on_step_end):
-            return pipe(**call, **options, output_type="latent", return_dict=False)[0]
+            return pipe(**call, **options, output_type=output_type, return_dict=False)[0]
     with _without_decoding(pipe), _after_steps(pipe, on_step_end):
         known = {name for given in pipe._blocks.inputs for name in (given.name, given.kwargs_type) if name}
         unknown = [name for name in arguments if name not in known]

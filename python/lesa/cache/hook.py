@@ -52,7 +52,7 @@ class StepHook(StepEvents[State], ModelHook):
         self.pipe = pipe
         self.context = ContextTracker()
         self.state: State | None = None
-        self.sites = tuple(Site(self, name, adapter) for name, adapter in adapters.items())
+        self.sites = tuple(self.make_site(name, adapter) for name, adapter in adapters.items())
         self.go_to(self.sites[0])
         self._watch = Watch(self)
         self._entered = threading.Lock()  # held during a call
@@ -63,6 +63,10 @@ class StepHook(StepEvents[State], ModelHook):
         self._bypassed = False  # in the run of the pipeline
         self._last_index: int | None = None  # of the latest call in it whose place was known
         self._begun: int | None = None  # how many runs have begun while the pipeline runs; None if it does not run
+
+    def make_site(self, name: str, adapter: Adapter) -> Site:
+        """The site of the transformer that is the pipeline's component of this name."""
+        return Site(self, name, adapter)
 
     # On and off
 

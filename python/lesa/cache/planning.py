@@ -66,7 +66,7 @@ class Planner:
 
     def push(self, sigma: float) -> None:
         """Follows a push into the ring."""
-        self._levels = _pushed(self._levels, sigma, self._capacity)
+        self._levels = pushed(self._levels, sigma, self._capacity)
 
     def plan(self, step: int, sigmas: Sequence[float], computed: Set[int], measures: bool = False) -> Plan:
         """A plan with the weights of a step.
@@ -89,7 +89,7 @@ class Planner:
             if later == step or measures or later not in computed:
                 planned[later] = levels
             if later in computed or self._keeps_forecasts:
-                levels = _pushed(levels, sigmas[later], self._capacity)
+                levels = pushed(levels, sigmas[later], self._capacity)
         targets, more = [sigmas[later] for later in planned], self._more(sigmas, step)
         weights = self.predictor.plan([*planned.values()], targets, self._batch, **more)
         self._plan = Plan(planned, dict(zip(planned, weights)), self.predictor.low_rank(self._dtype))
@@ -139,7 +139,7 @@ def times_at(sigmas: Sequence[float], step: int) -> list[float]:
     return [*(sigmas[near] for near in falling(sigmas, step)), 0.0]
 
 
-def _pushed(levels: tuple[float, ...], sigma: float, capacity: int) -> tuple[float, ...]:
+def pushed(levels: tuple[float, ...], sigma: float, capacity: int) -> tuple[float, ...]:
     """The noise levels of a ring that held `levels` after a push; see `FeatureRing.push`."""
     level = ctypes.c_float(sigma).value  # as the ring stores it
     if levels and level == levels[0]:

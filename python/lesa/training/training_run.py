@@ -320,7 +320,7 @@ class Training:
         if self.out_dir is None:
             return 0
         check_folder(self.out_dir)
-        checkpoint = _read_checkpoint(self.out_dir)
+        checkpoint = read_checkpoint(self.out_dir)
         if checkpoint is None:
             self._save_checkpoint(optimizer, 0)
         else:
@@ -328,7 +328,7 @@ class Training:
             check_same_settings(work, checkpoint["settings"], self._all_settings())
             self.predictor.load_state_dict(checkpoint["predictor"])
             if optimizer is not None:
-                _load_optimizer(optimizer, checkpoint["optimizer"], work)
+                load_optimizer(optimizer, checkpoint["optimizer"], work)
             self.generator.set_state(checkpoint["generator"].cpu())
             self.losses = checkpoint["losses"]
         discard_search(self.out_dir)  # the checkpoint says what it found
@@ -360,7 +360,7 @@ def recorded_runs(
         yield RecordedRun(trajectory.features.to(device, torch.float32), trajectory.sigmas)
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, work: str) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, work: str) -> None:
     """Loads the state; raises `ValueError` if it is that of another optimiser, as an earlier version had it."""
     try:
         optimizer.load_state_dict(state or {"state": {}, "param_groups": []})
@@ -383,11 +383,11 @@ def check_folder(out_dir: str | os.PathLike) -> Path:
 
 def unfinished_config(out_dir: Path) -> dict[str, Any] | None:
     """The predictor's configuration in the checkpoint of an unfinished training, or None if there is none."""
-    checkpoint = _read_checkpoint(out_dir)
+    checkpoint = read_checkpoint(out_dir)
     return None if checkpoint is None else checkpoint["settings"]["config"]
 
 
-def _read_checkpoint(out_dir: Path) -> dict[str, Any] | None:
+def read_checkpoint(out_dir: Path) -> dict[str, Any] | None:
     """The checkpoint in the folder, on the CPU, or None if there is none.
 
     Raises:

@@ -1,0 +1,328 @@
+"""One training of a predictor through whole runs, and its checkpoint."""
+
+import copy
+import io
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lesa.artifacts import check_same_settings, digest, fingerprint, predictor_identity, whole_file, write_text
+from lesa.inputs import batches_of
+from lesa.models import adapter_for, features_device
+from lesa.pipelines import check_decodes
+from lesa.provenance import of_manifest
+from lesa.schedule import Schedule, schedule_of
+from lesa.training.batches import check_is_predictor
+from lesa.training.curves import plot_losses
+from lesa.training.differentiable_runs import DifferentiableRuns, GradientRun, check_differentiable, frozen
+from lesa.training.run_references import References
+from lesa.training.settings import check_seed
+from lesa.training.training_run import (
+    CHECKPOINT_NAME,
+    CURVE_NAME,
+    GRADIENT_CLIP,
+    LOSSES_NAME,
+    WEIGHT_DECAY,
+    check_folder,
+    load_optimizer,
+    read_checkpoint,
+)
+from lesa_kernels import FusedKANPredictor
+from lesa_kernels.checks import Said, argument_error, check_float, check_int
+from lesa_kernels.torch_modes import default_modes
+
+UPDATES = 50
+"""How many steps the optimiser takes by default."""
+
+BETAS, WARM_UP = (0.9, 0.99), 20
+"""Of AdamW; and after how many updates it has its learning rate."""
+
+MOST_CHECKPOINTS = 50
+"""Of a training."""
+
+FLOOR = 1e-9
+"""What is added to a mean square error before its logarithm is taken."""
+
+REFERENCES = "references"
+
+Loss = str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""What compares the end of a run: "latents", "pixels", or a function of images and those of the run of all steps."""
+
+
+@dataclass(frozen=True)
+class EndToEndSettings:
+    """How a predictor is trained through whole runs. For the arguments, see `train_end_to_end`.
+
+    Raises:
+        TypeError, ValueError: a setting is out of range; the message names it.
+    """
+
+    num_inference_steps: int
+    updates: int = UPDATES
+    batch_size: int = 8
+    samples_per_call: int = 8
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_inference_steps", "updates", "batch_size", "samples_per_call"):
+            object.__setattr__(self, name, check_int(name, getattr(self, name)))
+        object.__setattr__(self, "learning_rate", check_float("learning_rate", self.learning_rate, minimum=1e-8))
+        object.__setattr__(self, "seed", check_seed(self.seed))
+
+
+class EndToEndRun:
+    """One training through whole runs: `resume`, make the references, then `fit`. See `trained_end_to_end`."""
+
+    def __init__(
+        self,
+        predictor: FusedKANPredictor,
+        pipe: Any,
+        inputs: list[dict],
+        settings: EndToEndSettings,
+        folder: Path,
+        references: Path | None,
+        loss: Loss,
+        schedule_for: Callable[[int], Schedule] | None,
+    ):
+        _check_predictor(predictor, pipe)
+        check_differentiable(pipe, predictor)
+        self.loss, self.compares_images = loss, loss != "latents"
+        check_loss(loss)
+        if self.compares_images:
+            check_decodes(pipe)
+        self.pipe, self.inputs, self.settings, self.folder = pipe, inputs, settings, folder
+        if schedule_for is not None:
+            self.schedules = [schedule_for(update) for update in range(settings.updates)]
+        elif (own := schedule_of(predictor.config)) is not None:
+            self.schedules = [own] * settings.updates
+        else:
+            remedy = "Train it with a schedule, or pass `schedule_for`."
+            raise argument_error("predictor.config.schedule", "be the steps to compute", None, remedy)
+        self.device = features_device(pipe, adapter_for(pipe))
+        self.begin = predictor_identity(predictor)
+        with default_modes():
+            self.predictor = copy.deepcopy(predictor).to(self.device, torch.float32).requires_grad_(True)
+        self.predictor.backend = "auto"  # which has gradients
+        self.predictor.config = replace(predictor.config, schedule_errors=None)  # they are those of other weights
+        self._owns_references = references is None
+        self.references = References(
+            pipe,
+            inputs,
+            settings.seed,
+            settings.num_inference_steps,
+            settings.samples_per_call,
+            folder / REFERENCES if references is None else references,
+            self.compares_images,
+        )
+        self.losses: list[float] = []
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            self.predictor.parameters(), lr=self.settings.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
+        )
+
+    @default_modes()
+    def resume(self) -> int:
+        """Loads the checkpoint, or writes the first one. Returns how many updates are done.
+
+        Raises:
+            ValueError: the folder holds something else than an unfinished training with the same settings.
+        """
+        check_folder(self.folder)
+        checkpoint = read_checkpoint(self.folder)
+        if checkpoint is None:
+            self._save_checkpoint()
+            return 0
+        work = f"the unfinished training in {self.folder}"
+        check_same_settings(work, checkpoint["settings"], self._all_settings())
+        self.predictor.load_state_dict(checkpoint["predictor"])
+        load_optimizer(self.optimizer, checkpoint["optimizer"], work)
+        self.losses = checkpoint["losses"]
+        return len(self.losses)
+
+    def fit(self, bar: str | None, on_update: Callable[[int, float], None] | None) -> FusedKANPredictor:
+        """Trains from the checkpoint on, and writes what belongs into the folder."""
+        total, done = self.settings.updates, len(self.losses)
+        if done < total:
+            self._check_steps()
+        facts = of_manifest({"num_inference_steps": self.settings.num_inference_steps, **self.references.facts})
+        self.predictor.provenance = {"samples": len(self.inputs), **(self.predictor.provenance or {}), **facts}
+        every = math.ceil(total / MOST_CHECKPOINTS)
+        batches = itertools.islice(_batches(len(self.inputs), self.settings), done, total)
+        shown = tqdm(batches, desc=bar, initial=done, total=total, disable=bar is None, unit="update")
+        runs = DifferentiableRuns(self.pipe, self.predictor)
+        extra = [self.loss] if isinstance(self.loss, torch.nn.Module) else []
+        with runs.on(), frozen(extra):
+            for update, samples in enumerate(shown, done):
+                loss = self._update(runs, update, samples)
+                self.losses.append(loss)
+                shown.set_postfix({"loss": f"{loss:.4f}"})
+                if (update + 1) % every == 0 or update + 1 == total:
+                    self._save_checkpoint()
+                if on_update is not None:
+                    on_update(update, loss)
+        return self._finish()
+
+    def _update(self, runs: DifferentiableRuns, update: int, samples: list[int]) -> float:
+        """One step of the optimiser. Returns the loss before it."""
+        settings, optimizer = self.settings, self.optimizer
+        for group in optimizer.param_groups:
+            warm = min(1.0, (update + 1) / WARM_UP)
+            group["lr"] = settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * update / settings.updates))
+        optimizer.zero_grad()
+        total = 0.0
+        chosen = [self.inputs[sample] for sample in samples]
+        for numbers in batches_of(chosen, settings.samples_per_call):
+            alike = [samples[number] for number in numbers]
+            run = runs.run(
+                [self.inputs[sample] for sample in alike],
+                [settings.seed + sample for sample in alike],
+                settings.num_inference_steps,
+                self.schedules[update],
+                "pt" if self.compares_images else "latent",
+            )
+            with torch.inference_mode(False), torch.enable_grad():
+                loss = len(alike) / len(samples) * self._loss_of(run, alike)
+                self._check_finite("loss", loss.item(), update)
+                loss.backward()
+            total += loss.item()
+        with default_modes():
+            norm = torch.nn.utils.clip_grad_norm_(self.predictor.parameters(), GRADIENT_CLIP)
+            self._check_finite("gradient", norm.item(), update)
+            optimizer.step()
+        return total
+
+    def _loss_of(self, run: GradientRun, samples: list[int]) -> torch.Tensor:
+        """The mean of the losses at the end and before the computed steps, over some samples."""
+        last = len(run.latents) - 1
+        if self.compares_images:
+            end = self._loss_of_images(run.made.float(), self.references.images(samples, run.made.device))
+        else:
+            end = self._off(run, samples, last)
+        # Before the first forecast, nothing depends on the predictor.
+        between = [
+            self._off(run, samples, step - 1) for step in run.computed[1:] if run.latents[step - 1].requires_grad
+        ]
+        return (end + torch.stack(between).mean()) / 2 if between else end
+
+    def _off(self, run: GradientRun, samples: list[int], step: int) -> torch.Tensor:
+        """How far the latents are off after a step."""
+        latents = run.latents[step].float()
+        return _log_rms(latents, self.references.latents(samples, step, latents.device))
+
+    def _loss_of_images(self, images: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        if self.loss == "pixels":
+            return _log_rms(images, wanted)
+        frames, wanted_frames = (each.reshape(-1, *each.shape[-3:]) for each in (images, wanted))
+        function: Any = self.loss
+        distance = function(frames, wanted_frames)
+        if not isinstance(distance, torch.Tensor) or not distance.requires_grad or distance.min() < 0:
+            remedy = "Return a tensor of distances, made from the first argument."
+            raise argument_error("loss", "give distances of 0 or more, with a gradient", distance, remedy)
+        return (distance.float() + FLOOR).log().mean()
+
+    def _check_finite(self, name: str, value: float, update: int) -> None:
+        if not math.isfinite(value):
+            remedy = f"Lower `learning_rate`, which is {self.settings.learning_rate:g}."
+            raise argument_error(name, "stay finite", Said(f"{value} in update {update + 1}"), remedy, RuntimeError)
+
+    def _check_steps(self) -> None:
+        """Raises `ValueError` if the predictor is for another number of steps than the pipeline executes."""
+        wanted, steps = self.predictor.config.num_inference_steps, self.references.steps
+        if wanted not in (None, steps):
+            given = self.settings.num_inference_steps
+            must = f"make the pipeline execute {wanted} steps, for which the predictor was trained"
+            got = Said(f"{given}, with which it executes {steps}")
+            raise argument_error("num_inference_steps", must, got, "Pass another number, or train a predictor for it.")
+
+    def _all_settings(self) -> dict[str, Any]:
+        """All that must be the same for a training to continue, by name."""
+        steps = [list(schedule.steps) for schedule in self.schedules]
+        return {
+            "config": self.predictor.config.to_dict(),
+            "predictor": self.begin,
+            **asdict(self.settings),
+            "loss": name_of(self.loss),
+            "schedules": steps[:1] if steps == steps[:1] * len(steps) else steps,
+            **self.references.facts,
+            "inputs_digest": digest(self.inputs),
+        }
+
+    def _save_checkpoint(self) -> None:
+        checkpoint = {
+            "settings": self._all_settings(),
+            "predictor": self.predictor.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": None,  # the order follows from the seed
+            "losses": self.losses,
+            "epoch": len(self.losses),
+        }
+        contents = io.BytesIO()  # torch's own writer has no `OSError` for a full disk
+        torch.save(checkpoint, contents)
+        with whole_file(self.folder / CHECKPOINT_NAME) as temporary:
+            temporary.write_bytes(contents.getbuffer())
+
+    def _finish(self) -> FusedKANPredictor:
+        """Writes what belongs into the folder. Returns the predictor, on the CPU."""
+        self.predictor.save_pretrained(self.folder)
+        losses = {"training": self.losses}
+        write_text(self.folder / LOSSES_NAME, json.dumps(losses) + "\n")
+        plot_losses(losses, None, self.folder / CURVE_NAME, "update")
+        if self._owns_references:
+            shutil.rmtree(self.references.folder, ignore_errors=True)
+        (self.folder / CHECKPOINT_NAME).unlink()
+        return self.predictor.cpu().eval()
+
+
+def _batches(count: int, settings: EndToEndSettings) -> Iterator[list[int]]:
+    """The numbers of the samples of each update. One pass over all samples comes after another, in random order."""
+    generator, size = torch.Generator("cpu").manual_seed(settings.seed), min(settings.batch_size, count)
+    while True:
+        order = torch.randperm(count, generator=generator, device="cpu").tolist()
+        yield from (order[start : start + size] for start in range(0, count - size + 1, size))
+
+
+def _log_rms(values: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The logarithm of the root mean square error of each sample; the mean over the samples."""
+    return ((values - wanted).square().flatten(1).mean(1) + FLOOR).log().mean() / 2
+
+
+def name_of(loss: Loss) -> str:
+    """What distinguishes a loss from others, as far as is known."""
+    if isinstance(loss, str):
+        return loss
+    kind = loss if hasattr(loss, "__qualname__") else type(loss)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return f"{name} {fingerprint(loss, with_buffers=True)}" if isinstance(loss, torch.nn.Module) else name
+
+
+def check_loss(loss: Any) -> None:
+    """Raises `ValueError` unless it is a loss."""
+    if loss not in ("latents", "pixels") and (isinstance(loss, str) or not callable(loss)):
+        remedy = "Pass one of them."
+        raise argument_error("loss", "be 'latents', 'pixels' or a function of two batches of images", loss, remedy)
+
+
+def _check_predictor(predictor: FusedKANPredictor, pipe: Any) -> None:
+    """Raises `TypeError` or `ValueError` unless the predictor is for this pipeline, and has something to train."""
+    check_is_predictor(predictor)
+    config, adapter = predictor.config, adapter_for(pipe)
+    if not config.forecaster.is_trained:
+        raise argument_error(
+            "predictor.config.mixer", "be one that has something to train", config.mixer, "Use it as it is."
+        )
+    for field, wanted in (("family", adapter.family), ("feature_dim", adapter.feature_dim)):
+        if getattr(config, field) not in (None, wanted):
+            remedy = "Use a predictor that was trained for this model."
+            raise argument_error(f"predictor.config.{field}", f"be {wanted!r}", getattr(config, field), remedy)
