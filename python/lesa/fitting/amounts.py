@@ -99,7 +99,9 @@ class EndToEndAmounts:
         """The amounts for a model, between these and those that every model gets. For the arguments, see `Amounts`."""
         part = min(1.0, (SMALL_FLOPS_ON_CPU if on_cpu else SMALL_FLOPS) / flops)
         found = {name: int(most * part) for name, most in asdict(self).items()}
-        return EndToEndAmounts(**{name: min(max(each, _LEAST[name]), getattr(self, name)) for name, each in found.items()})
+        return EndToEndAmounts(
+            **{name: min(max(each, _LEAST[name]), getattr(self, name)) for name, each in found.items()}
+        )
 
 
 _LEAST = {"schedule_updates": 32, "updates": 56, "batch_size": 2, "moves": 12, "trial_samples": 4}

@@ -1,20 +1,24 @@
-"""`find_schedule_in_runs`: chooses the computed steps by runs of the pipeline with a trained predictor."""
+"""Chooses the computed steps by runs of the pipeline with a predictor that was trained on many schedules."""
 
+import copy
 import json
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from lesa.artifacts import read_json, remove_partial, write_text
+from lesa.artifacts import output_folder, read_json, remove_partial, write_text
 from lesa.fitting.comparing import LatentRuns
-from lesa.fitting.schedule_family import Steps, moved
+from lesa.fitting.schedule_family import Steps, family, moved
+from lesa.models import adapter_for, features_device
 from lesa.processes import Processes
 from lesa.schedule import Schedule
-from lesa_kernels import FusedKANPredictor
+from lesa.training.end_to_end import trained_end_to_end
+from lesa.training.end_to_end_run import EndToEndSettings, Loss
+from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import usage_error
 
 POOL = 4
@@ -23,8 +27,163 @@ POOL = 4
 MOST_MOVES = 3
 """How many times a step of a schedule is moved for one step of the optimiser, at most."""
 
+PREDICTOR, TRIALS, RUNS = "predictor", "trials.json", "trial-runs"
+
 _DRAWS = 200
 """So many schedules in a row that were tried before end the search: there are hardly others."""
+
+
+@dataclass(frozen=True)
+class SearchInRuns:
+    """Trains one predictor on many schedules, and compares schedules by its runs.
+
+    Args:
+        pipe: the pipeline.
+        inputs: of the samples to train on: dicts of pipeline arguments. Sample i starts from noise of seed `seed + i`.
+        num_inference_steps: passed to the pipeline.
+        levels: the noise levels of the steps that a run executes.
+        count: how many of them are computed.
+        candidates: schedules that are tried beside those of the family.
+        trial_samples: with how many of the samples schedules are compared.
+        samples_per_call: samples per call of the pipeline.
+        seed: of sample 0, and of all choices.
+        folder: for what is made on the way. A search that was interrupted continues there.
+        processes: those that share the runs.
+    """
+
+    pipe: Any
+    inputs: list[dict]
+    num_inference_steps: int
+    levels: tuple[float, ...]
+    count: int
+    candidates: Sequence[Steps]
+    trial_samples: int
+    samples_per_call: int
+    seed: int
+    folder: Path
+    processes: Processes
+
+    @cached_property
+    def schedules(self) -> list[Steps]:
+        """Those that are tried first: the family and the candidates, each of them once."""
+        return [*dict.fromkeys([*family(self.count, self.levels), *self.candidates])]
+
+    def learned(
+        self,
+        predictor: FusedKANPredictor,
+        updates: int,
+        batch_size: int,
+        references: Path,
+        loss: Loss,
+        bar: str | None = None,
+    ) -> FusedKANPredictor:
+        """A predictor that is trained through whole runs, on another schedule in each step of the optimiser.
+
+        Args:
+            predictor: where the training begins.
+            updates: steps of the optimiser.
+            batch_size: samples for each of them.
+            references, loss, bar: see `trained_end_to_end`.
+        """
+        settings = EndToEndSettings(
+            self.num_inference_steps, updates, batch_size, self.samples_per_call, seed=self.seed
+        )
+        total = len(self.levels)
+        return trained_end_to_end(
+            predictor,
+            self.pipe,
+            self.inputs,
+            settings,
+            self.processes.in_all(lambda: output_folder(self.folder / PREDICTOR)),
+            self.processes,
+            references=references,
+            loss=loss,
+            schedule_for=lambda update: self._schedule(drawn_schedule(self.schedules, total, self.seed, update)),
+            bar=bar,
+        )
+
+    def best(self, learned: FusedKANPredictor, moves: int, on_trial: Callable[[], object]) -> Schedule:
+        """The schedule with which the runs of a predictor are best, of all that are tried.
+
+        Args:
+            learned: what `learned` has made.
+            moves: how many schedules are tried beside those that are tried first.
+            on_trial: called after each trial.
+
+        Raises:
+            RuntimeError: with no schedule it has a PSNR.
+        """
+        runs = self._runs
+        runs.make_references()
+        placed = copy.deepcopy(learned).to(features_device(self.pipe, adapter_for(self.pipe)))
+        trials = _Trials(self.folder / TRIALS, self.processes)
+
+        def psnr(steps: Steps) -> float:
+            placed.config = config_for(placed, self._schedule(steps))
+            found = trials.figure(steps, lambda: runs.errors(placed).psnr)
+            on_trial()
+            return found
+
+        steps, figure = best_schedule(self.schedules, len(self.levels), psnr, moves, self.seed)
+        if figure == -math.inf:
+            raise usage_error(
+                "No schedule was found: in all runs with the predictor there is NaN, or steps are computed that were "
+                "to be predicted.",
+                "Check that the pipeline without a cache gives finite latents, and read the warnings above.",
+                RuntimeError,
+            )
+        return self._schedule(steps)
+
+    def tried(self) -> dict[str, float]:
+        """The mean PSNR of the latents with each schedule that was tried, in dB. Each name is a schedule: "0,2,5"."""
+        return self.processes.by_first(_Trials(self.folder / TRIALS, self.processes).read)
+
+    @property
+    def _runs(self) -> LatentRuns:
+        inputs = self.inputs[: self.trial_samples]
+        options = (self.num_inference_steps, self.samples_per_call, self.folder / RUNS, self.processes)
+        return LatentRuns(self.pipe, inputs, self.seed, *options)
+
+    def _schedule(self, steps: Steps) -> Schedule:
+        return Schedule(steps, len(self.levels), tuple(self.levels[step] for step in steps))
+
+
+def config_for(predictor: FusedKANPredictor, schedule: Schedule) -> PredictorConfig:
+    """The predictor's configuration with another schedule."""
+    return replace(
+        predictor.config,
+        num_inference_steps=schedule.num_inference_steps,
+        schedule=schedule.steps,
+        schedule_sigmas=schedule.sigmas,
+        schedule_errors=None,
+    )
+
+
+class _Trials:
+    """How good the schedules are that were tried, in a file.
+
+    Args:
+        file: its path.
+        processes: those that share the runs. The first one writes.
+    """
+
+    def __init__(self, file: Path, processes: Processes):
+        self.file, self.processes = file, processes
+
+    def figure(self, steps: Steps, measure: Callable[[], Sequence[float]]) -> float:
+        """The mean of what `measure` gives, unless it is known already. All processes must call this."""
+        name = ",".join(map(str, steps))
+        found = self.processes.by_first(lambda: self.read().get(name))
+        if found is None:
+            values = measure()
+            found = sum(values) / len(values)
+            self.processes.by_first(lambda: write_text(self.file, json.dumps({**self.read(), name: found}) + "\n"))
+        return found
+
+    def read(self) -> dict[str, float]:
+        """What is known, by the steps of the schedule."""
+        remove_partial(self.file)
+        return read_json(self.file) or {}  # a damaged one is made again
 
 
 def drawn_schedule(schedules: Sequence[Steps], total: int, seed: int, number: int) -> Steps:
@@ -43,15 +202,15 @@ def drawn_schedule(schedules: Sequence[Steps], total: int, seed: int, number: in
 
 def best_schedule(
     schedules: Sequence[Steps], total: int, quality: Callable[[Steps], float], moves: int, seed: int
-) -> Steps:
-    """The best of all schedules that were tried: first those given, and then others near the best ones.
+) -> tuple[Steps, float]:
+    """The best of all schedules that are tried, and its quality: first those given, and then others near the best ones.
 
     Each of the latter is one of the four best schedules so far, with one or two moves of a step.
 
     Args:
         schedules: those to begin with, each of them once.
         total: steps of a run.
-        quality: of a schedule; NaN is worse than all numbers.
+        quality: of a schedule; NaN counts as minus infinity.
         moves: how many others are tried.
         seed: of the choices.
     """
@@ -71,57 +230,5 @@ def best_schedule(
         if other is None:
             break
         try_(other)
-    return max(tried, key=tried.__getitem__)
-
-
-class Trials:
-    """How good a predictor is with other schedules. What was found is kept in a file.
-
-    Args:
-        predictor: on the pipeline's device.
-        runs: with which schedules are compared.
-        levels: the noise levels of the steps of a run.
-        file: of the figures.
-        processes: those that share the samples.
-        on_trial: called after each trial.
-    """
-
-    def __init__(
-        self,
-        predictor: FusedKANPredictor,
-        runs: LatentRuns,
-        levels: Sequence[float],
-        file: Path,
-        processes: Processes,
-        on_trial: Callable[[], object],
-    ):
-        self.predictor, self.runs, self.levels, self.file = predictor, runs, levels, file
-        self.processes, self.on_trial = processes, on_trial
-
-    def psnr(self, steps: Steps) -> float:
-        """The mean PSNR of the latents against those of all steps, in dB.
-
-        It is NaN if a step was computed that was to be predicted.
-        """
-        name = ",".join(map(str, steps))
-        found = self.processes.by_first(lambda: self._read().get(name))
-        if found is None:
-            self.predictor.config = replace(
-                self.predictor.config,
-                schedule=steps,
-                num_inference_steps=len(self.levels),
-                schedule_sigmas=tuple(self.levels[step] for step in steps),
-                schedule_errors=None,
-            )
-            psnr = self.runs.errors(self.predictor).psnr
-            found = sum(psnr) / len(psnr)
-            self.processes.by_first(lambda: self._keep(name, found))
-        self.on_trial()
-        return found
-
-    def _keep(self, name: str, psnr: float) -> None:
-        write_text(self.file, json.dumps({**self._read(), name: psnr}) + "\n")
-
-    def _read(self) -> dict[str, float]:
-        remove_partial(self.file)
-        return read_json(self.file) or {}  # a damaged one is made again
+    best = max(tried, key=tried.__getitem__)
+    return best, tried[best]
