@@ -180,7 +180,7 @@ def falling_levels(run_sigmas: Sequence[float]) -> Sequence[float]:
 
 
 def parts_of_run(levels: Sequence[float]) -> list[float]:
-    """Which part of a run lies before each of its steps: the mean of the part of its steps and that of its noise levels.
+    """Which part of a run lies before each of its steps: the mean of that of its steps and that of its noise levels.
 
     Args:
         levels: the noise levels of the steps, falling from one above 0.

@@ -5,7 +5,7 @@ a large model needs is not measured: its numbers of samples and tokens are chose
 than the small models have needed.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from lesa.training.settings import REFINING_UPDATES, ROUNDS, TOKENS_PER_BATCH, UPDATES
 
@@ -98,10 +98,8 @@ class EndToEndAmounts:
     def for_model(self, flops: float, on_cpu: bool) -> "EndToEndAmounts":
         """The amounts for a model, between these and those that every model gets. For the arguments, see `Amounts`."""
         part = min(1.0, (SMALL_FLOPS_ON_CPU if on_cpu else SMALL_FLOPS) / flops)
-        found = {name: int(most * part) for name, most in asdict(self).items()}
-        return EndToEndAmounts(
-            **{name: min(max(each, _LEAST[name]), getattr(self, name)) for name, each in found.items()}
-        )
+        found = {name: max(int(most * part), _LEAST[name]) for name, most in vars(self).items()}
+        return EndToEndAmounts(**{name: min(each, getattr(self, name)) for name, each in found.items()})
 
 
 _LEAST = {"schedule_updates": 32, "updates": 56, "batch_size": 2, "moves": 12, "trial_samples": 4}

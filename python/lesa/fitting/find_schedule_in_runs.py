@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from lesa.artifacts import files_in, output_folder, predictor_identity, read_json, remove_partial, write_text
 from lesa.cache.placement import check_uncached
 from lesa.fitting.amounts import END_TO_END
+from lesa.fitting.comparing import LatentRuns
 from lesa.fitting.folder import check_same, settings_of
 from lesa.fitting.probing import probed
 from lesa.fitting.schedule_in_runs import SearchInRuns
@@ -43,7 +45,7 @@ def find_schedule_in_runs(
     moves: int = END_TO_END.moves,
     samples: int = END_TO_END.trial_samples,
     batch_size: int = END_TO_END.batch_size,
-    samples_per_call: int = 1,
+    samples_per_call: int | None = None,
     num_inference_steps: int | None = None,
     seed: int = 0,
     out_dir: str | os.PathLike | None = None,
@@ -75,13 +77,13 @@ def find_schedule_in_runs(
         inputs: prompts, or dicts of pipeline arguments whose tensors have a leading dimension of 1. Sample i starts
             from noise of seed `seed + i`.
         count: how many steps are computed, at least 2 and fewer than a run has.
-        candidates: schedules that are tried beside those of the family, such as the one that `find_schedule` found. Each
+        candidates: schedules that are tried beside those of the family, such as one that `find_schedule` found. Each
             has `count` steps.
         updates: steps of the optimiser on many schedules.
         moves: how many schedules are tried beside the family and the candidates.
         samples: with how many of the inputs, the first ones, schedules are compared. At most all.
         batch_size: samples for each step of the optimiser.
-        samples_per_call: how many samples share a call of the pipeline.
+        samples_per_call: how many samples share a call of the pipeline. Fewer need less memory. Default: `batch_size`.
         num_inference_steps: passed to the pipeline. Default: that of the predictor.
         seed: of sample 0, of the training and of the search.
         out_dir: folder for `schedules.json`, which has the PSNR with each schedule that was tried, and for the
@@ -107,7 +109,9 @@ def find_schedule_in_runs(
     asked = check_int("num_inference_steps", num_inference_steps)
     given: dict[str, Any] = {"updates": updates, "samples": samples, "batch_size": batch_size}
     amounts = {name: check_int(name, value) for name, value in given.items()}
-    amounts["samples_per_call"] = check_int("samples_per_call", samples_per_call)
+    amounts["samples_per_call"] = check_int(
+        "samples_per_call", batch_size if samples_per_call is None else samples_per_call
+    )
     amounts["moves"] = check_int("moves", moves, minimum=0)
     count, levels = check_int("count", count, minimum=2, maximum=asked - 1), probed(pipe, inputs, asked).sigmas
     if predictor.config.num_inference_steps not in (None, len(levels)):
@@ -128,9 +132,9 @@ def find_schedule_in_runs(
     )
     processes.begin("lesa.find_schedule_in_runs", {**settings, "out_dir": out_dir is None})
     with _own_folder(out_dir, settings, processes) as folder:
-        trial_samples, work = min(amounts["samples"], len(inputs)), folder / WORK
-        options = (trial_samples, amounts["samples_per_call"], seed, work, processes)
-        search = SearchInRuns(pipe, inputs, asked, levels, count, chosen, *options)
+        size, work = amounts["samples_per_call"], folder / WORK
+        runs = LatentRuns(pipe, inputs[: amounts["samples"]], seed, asked, size, work / "trial-runs", processes)
+        search = SearchInRuns(pipe, inputs, asked, levels, count, chosen, runs, size, seed, work, processes)
         shown = progress and processes.is_first
         name = "train on many schedules" if progress else None
         learned = search.learned(
@@ -139,7 +143,8 @@ def find_schedule_in_runs(
         total = len(search.schedules) + amounts["moves"]
         with tqdm(desc="try schedules", total=total, unit="schedule", disable=not shown) as bar:
             found = search.best(learned, amounts["moves"], bar.update)
-        text = json.dumps({"schedule": [*found.steps], "num_inference_steps": len(levels), "psnr": search.tried()})
+        psnr = {name: figure if math.isfinite(figure) else None for name, figure in search.tried().items()}
+        text = json.dumps({"schedule": [*found.steps], "num_inference_steps": len(levels), "psnr": psnr})
         processes.by_first(lambda: write_text(folder / FOUND, text + "\n"))
     return found
 

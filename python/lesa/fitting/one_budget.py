@@ -24,7 +24,7 @@ from lesa.training.schedule_search import found_schedule
 from lesa.training.settings import TrainingSettings, spread_over, usable_device
 from lesa.training.trainer import train
 from lesa.training.training_run import is_finished
-from lesa_kernels import FusedKANPredictor
+from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import usage_error
 from lesa_kernels.torch_modes import default_modes
 
@@ -84,6 +84,11 @@ class OneBudget:
         Raises:
             RuntimeError: the predictor of the first training has no PSNR, so there is nothing to choose.
         """
+        predictor, number, figures = self._best_round()
+        return Fitted(predictor, self._made(number, figures))
+
+    def _best_round(self) -> tuple[FusedKANPredictor, int, list[float]]:
+        """The predictor of the best round, the number of this round, and the mean PSNR of all; see `fit`."""
         self.processes.by_first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         predictor = self._trained()
         best, best_number = predictor, 0
@@ -106,7 +111,7 @@ class OneBudget:
                 break
             before.append(predictor)
         self.bar.skip(sum(self.work.round_steps(left) for left in range(len(figures), self.amounts.rounds + 1)))
-        return Fitted(best, self._made(best_number, figures))
+        return best, best_number, figures
 
     def _made(self, best: int, figures: list[float]) -> dict[str, Any]:
         return {
@@ -126,7 +131,7 @@ class OneBudget:
         """The predictor of the first training."""
         trajectories = self._joined(self.amounts.samples)
         with self.bar.part(f"{self.budget} steps, search", self.work.search_steps(self.budget)):
-            schedule = Schedule(tuple(self.processes.by_first(lambda: self._schedule(trajectories))))
+            schedule = self._schedule(trajectories, self.folder)
         with self.bar.part(f"{self.budget} steps, train", self.work.training_steps):
             return self._trained_on(trajectories, schedule, self.folder / "trained")
 
@@ -152,17 +157,32 @@ class OneBudget:
         settings = TrainingSettings(batch_size=self.amounts.batch_size, validation_fraction=0.0)
         return passes(trajectories, updates, settings)
 
-    def _schedule(self, trajectories: JoinedTrajectories) -> list[int]:
-        """The computed steps. Of a pipeline with two transformers, for which there is no search, they are spread."""
+    def _schedule(
+        self, trajectories: JoinedTrajectories, folder: Path, config: PredictorConfig | None = None
+    ) -> Schedule:
+        """The computed steps that a search on recorded runs finds, or has found.
+
+        Of a pipeline with two transformers, for which there is no search, they are spread.
+
+        Args:
+            trajectories: the recorded runs.
+            folder: of this search.
+            config: of the predictor; None for the default.
+        """
         if trajectories.switch is not None:
-            return [*spread_over(trajectories, self.budget).steps]
-        file = self.folder / SCHEDULE
+            return spread_over(trajectories, self.budget)
+        return Schedule(tuple(self.processes.by_first(lambda: self._found(trajectories, folder, config))))
+
+    def _found(self, trajectories: JoinedTrajectories, folder: Path, config: PredictorConfig | None) -> list[int]:
+        """The steps that the search finds, which are kept in a file. Only the first process calls this."""
+        file = folder / SCHEDULE
         steps: list[int] | None = read_json(file)
         if steps is None:
-            search = CountedSearch(self.folder, {"trajectories": trajectories.manifest, "budget": self.budget})
+            folder.mkdir(parents=True, exist_ok=True)
+            search = CountedSearch(folder, {"trajectories": trajectories.manifest, "budget": self.budget})
             search.on_part = self.bar.step
             with default_modes():
-                found = found_schedule(trajectories, self.budget, None, self.seed, self.device, False, search)
+                found = found_schedule(trajectories, self.budget, config, self.seed, self.device, False, search)
             steps = [*found.steps]
             write_text(file, json.dumps(steps) + "\n")
         return steps

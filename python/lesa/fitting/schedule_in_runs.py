@@ -27,7 +27,7 @@ POOL = 4
 MOST_MOVES = 3
 """How many times a step of a schedule is moved for one step of the optimiser, at most."""
 
-PREDICTOR, TRIALS, RUNS = "predictor", "trials.json", "trial-runs"
+PREDICTOR, TRIALS = "predictor", "trials.json"
 
 _DRAWS = 200
 """So many schedules in a row that were tried before end the search: there are hardly others."""
@@ -44,7 +44,7 @@ class SearchInRuns:
         levels: the noise levels of the steps that a run executes.
         count: how many of them are computed.
         candidates: schedules that are tried beside those of the family.
-        trial_samples: with how many of the samples schedules are compared.
+        trial_runs: with which schedules are compared.
         samples_per_call: samples per call of the pipeline.
         seed: of sample 0, and of all choices.
         folder: for what is made on the way. A search that was interrupted continues there.
@@ -57,7 +57,7 @@ class SearchInRuns:
     levels: tuple[float, ...]
     count: int
     candidates: Sequence[Steps]
-    trial_samples: int
+    trial_runs: LatentRuns
     samples_per_call: int
     seed: int
     folder: Path
@@ -113,14 +113,13 @@ class SearchInRuns:
         Raises:
             RuntimeError: with no schedule it has a PSNR.
         """
-        runs = self._runs
-        runs.make_references()
+        self.trial_runs.make_references()
         placed = copy.deepcopy(learned).to(features_device(self.pipe, adapter_for(self.pipe)))
         trials = _Trials(self.folder / TRIALS, self.processes)
 
         def psnr(steps: Steps) -> float:
             placed.config = config_for(placed, self._schedule(steps))
-            found = trials.figure(steps, lambda: runs.errors(placed).psnr)
+            found = trials.figure(steps, lambda: self.trial_runs.errors(placed).psnr)
             on_trial()
             return found
 
@@ -137,12 +136,6 @@ class SearchInRuns:
     def tried(self) -> dict[str, float]:
         """The mean PSNR of the latents with each schedule that was tried, in dB. Each name is a schedule: "0,2,5"."""
         return self.processes.by_first(_Trials(self.folder / TRIALS, self.processes).read)
-
-    @property
-    def _runs(self) -> LatentRuns:
-        inputs = self.inputs[: self.trial_samples]
-        options = (self.num_inference_steps, self.samples_per_call, self.folder / RUNS, self.processes)
-        return LatentRuns(self.pipe, inputs, self.seed, *options)
 
     def _schedule(self, steps: Steps) -> Schedule:
         return Schedule(steps, len(self.levels), tuple(self.levels[step] for step in steps))
