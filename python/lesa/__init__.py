@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lesa.evaluation.evaluator import evaluate
     from lesa.evaluation.report import report
     from lesa.fitting import fit
+    from lesa.fitting.find_schedule_in_runs import find_schedule_in_runs
     from lesa.schedule import Schedule
     from lesa.training.end_to_end import train_end_to_end
     from lesa.training.recording import record
@@ -37,6 +38,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "find_schedule",
+    "find_schedule_in_runs",
     "find_stages",
     "fit",
     "record",
@@ -58,6 +60,7 @@ _SOURCES = {  # a test holds it against the imports above
     "estimate": "estimation",
     "evaluate": "evaluation.evaluator",
     "find_schedule": "training.schedule_search",
+    "find_schedule_in_runs": "fitting.find_schedule_in_runs",
     "find_stages": "training.stages",
     "fit": "fitting",
     "record": "training.recording",

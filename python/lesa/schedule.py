@@ -143,14 +143,8 @@ class Schedule:
             )
         if count < 3:
             return cls(tuple(range(count)), total)
-        parts = [(i / total + 1 - level / levels[0]) / 2 for i, level in enumerate(levels)]
-        shares = [((j + 0.5) / count) ** 0.7 * (1 - (j + 0.5) / count) ** 0.5 for j in range(count)]
-        steps = [0]
-        for j in range(1, count):
-            part = min(sum(shares[:j]) / sum(shares), 0.06 if j == 1 else 1.0)
-            nearest = min(range(total), key=lambda i: abs(parts[i] - part))
-            steps.append(min(max(nearest, steps[-1] + 1), total - count + j))
-        return cls(tuple(steps), total)
+        lengths = [((j + 0.5) / count) ** 0.7 * (1 - (j + 0.5) / count) ** 0.5 for j in range(count)]
+        return cls(steps_between(lengths, parts_of_run(levels), most_first=0.06), total)
 
     def computed_in(self, run_sigmas: Sequence[float]) -> frozenset[int]:
         """The steps to compute in a run with the falling noise levels `run_sigmas`.
@@ -173,6 +167,43 @@ class Schedule:
 
     def __str__(self) -> str:
         return ",".join(map(str, self.steps))
+
+
+def falling_levels(run_sigmas: Sequence[float]) -> Sequence[float]:
+    """The noise levels of a run, if they fall from one above 0.
+
+    Some schedulers have noise levels that rise, or begin at 0. They count as levels that fall evenly.
+    """
+    falls = run_sigmas[0] > 0 and all(a >= b for a, b in zip(run_sigmas, run_sigmas[1:]))
+    total = len(run_sigmas)
+    return run_sigmas if falls else [1 - i / total for i in range(total)]
+
+
+def parts_of_run(levels: Sequence[float]) -> list[float]:
+    """Which part of a run lies before each of its steps: the mean of that of its steps and that of its noise levels.
+
+    Args:
+        levels: the noise levels of the steps, falling from one above 0.
+    """
+    total = len(levels)
+    return [(i / total + 1 - level / levels[0]) / 2 for i, level in enumerate(levels)]
+
+
+def steps_between(lengths: Sequence[float], parts: Sequence[float], most_first: float = 1.0) -> tuple[int, ...]:
+    """The computed steps of a run between which there are gaps of these relative lengths, as nearly as possible.
+
+    Args:
+        lengths: of the gaps, in any unit. The first gap begins with step 0, and the last one ends with the run.
+        parts: for each step of the run, which part of the run lies before it; rising from 0.
+        most_first: the largest part of the run that the first gap has.
+    """
+    count, total = len(lengths), len(parts)
+    steps = [0]
+    for j in range(1, count):
+        part = min(sum(lengths[:j]) / sum(lengths), most_first if j == 1 else 1.0)
+        nearest = min(range(total), key=lambda i: abs(parts[i] - part))
+        steps.append(min(max(nearest, steps[-1] + 1), total - count + j))
+    return tuple(steps)
 
 
 @dataclass(frozen=True)
@@ -203,13 +234,9 @@ class Spread:
         return total if total < FEW_STEPS else max(3, -(-QUALITIES[self.quality] * total // 50))
 
     def computed_in(self, run_sigmas: Sequence[float]) -> frozenset[int]:
-        """The steps to compute in a run with the noise levels `run_sigmas`.
-
-        Some schedulers have noise levels that rise, or begin at 0. They count as levels that fall evenly.
-        """
-        falls = run_sigmas[0] > 0 and all(a >= b for a, b in zip(run_sigmas, run_sigmas[1:]))
+        """The steps to compute in a run with the noise levels `run_sigmas`; see `falling_levels`."""
         total = len(run_sigmas)
-        return frozenset(Schedule.spread(self.count_of(total), total, run_sigmas if falls else None).steps)
+        return frozenset(Schedule.spread(self.count_of(total), total, falling_levels(run_sigmas)).steps)
 
 
 ScheduleLike = Schedule | int | Iterable[int]

@@ -13,6 +13,8 @@ OPTIONS = {
     "out_dir": "--out",
     "budget": "--budget",
     "batch_size": "--batch-size",
+    "end_to_end": "--end-to-end",
+    "loss": "--loss",
 }
 
 
@@ -26,6 +28,10 @@ def add_arguments(parser) -> None:
     arguments.add_run(parser)
     text = "samples per pipeline call (default: 1)"
     parser.add_argument("--batch-size", type=arguments.positive, default=1, help=text)
+    text = "also train through whole runs, and choose the computed steps by runs; it takes longer"
+    parser.add_argument("--end-to-end", action="store_true", help=text)
+    text = "with --end-to-end, what is compared at the end of the runs (default: latents)"
+    parser.add_argument("--loss", choices=("latents", "pixels"), default="latents", help=text)
 
 
 def run(options) -> None:
@@ -52,6 +58,8 @@ def run(options) -> None:
             out_dir=options.out,
             num_inference_steps=options.steps,
             batch_size=options.batch_size,
+            end_to_end=options.end_to_end,
+            loss=options.loss,
             seed=options.seed,
         )
     if processes_for(pipe).is_first:

@@ -15,13 +15,19 @@ from lesa.fitting.folder import FitFolder
 from lesa.fitting.inputs import chosen_inputs
 from lesa.fitting.samples import TEST
 from lesa.fitting.whole import Fit
+from lesa.pipelines import check_decodes
 from lesa.processes import processes_for
+from lesa.training.differentiable_runs import check_differentiable
 from lesa.training.recording import Recording
-from lesa_kernels import FusedKANPredictor
-from lesa_kernels.checks import Said, argument_error, check_int, usage_error
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+from lesa_kernels.checks import Said, argument_error, check_choice, check_int, usage_error
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+LOSSES = ("latents", "pixels")
+"""Of a training through whole runs."""
 
 
 def fit(
@@ -32,6 +38,8 @@ def fit(
     out_dir: str | os.PathLike | None = None,
     num_inference_steps: int = 50,
     batch_size: int = 1,
+    end_to_end: bool = False,
+    loss: str = "latents",
     seed: int = 0,
     progress: bool = True,
 ) -> FusedKANPredictor | dict[int, FusedKANPredictor]:
@@ -53,6 +61,13 @@ def fit(
     Of a pipeline with two transformers, there is no search: the computed steps are spread, and the first step of each
     transformer is one of them.
 
+    With `end_to_end`, there is more work after the rounds. A copy of the predictor is trained through whole runs on
+    many schedules, and its runs choose the computed steps, as in `lesa.find_schedule_in_runs`. If they are others than
+    before, a predictor is trained for them on the recorded features, and refined in one round. Of all predictors for
+    these steps, the best one is trained through whole runs, as by `lesa.train_end_to_end`. The validation samples
+    choose among these predictors and the one of the rounds. So on them, the result is at least as good as without
+    `end_to_end`.
+
     Args:
         pipe: a diffusers pipeline of a supported family.
         inputs: prompts, or dicts of pipeline arguments whose tensors have a leading dimension of 1. None: a list of
@@ -66,6 +81,11 @@ def fit(
             predictor then makes a minimal model card, without figures.
         num_inference_steps: passed to the pipeline.
         batch_size: samples per call of the pipeline.
+        end_to_end: whether to go on with training through whole runs. Gradients must be able to pass through the
+            pipeline, which has one transformer. The result can't be used with `lesa.ErrorControl`, unless the
+            predictor of the rounds is the best one.
+        loss: of the training through whole runs: "latents", or "pixels" for a pipeline that decodes its latents. See
+            `lesa.train_end_to_end`.
         seed: of sample 0, of the training and of the search. It can be up to 2**64 - 1,000,008.
         progress: whether to show a progress bar, what the work will cost, and how good the predictors are.
 
@@ -73,8 +93,9 @@ def fit(
         The predictor, on the CPU. For a list of budgets, a dict of predictors by budget.
 
     Raises:
-        TypeError, ValueError: an argument is out of range, the family of the pipeline is not supported, or `out_dir`
-            holds something else than unfinished work of this call. The message names what differs.
+        TypeError, ValueError: an argument is out of range, the family of the pipeline is not supported, gradients can't
+            pass through it with `end_to_end`, or `out_dir` holds something else than unfinished work of this call. The
+            message names what differs.
         RuntimeError: a cache is on, or another process works in `out_dir`. See also `lesa.record`, `lesa.train` and
             `lesa.evaluate`.
     """
@@ -83,6 +104,7 @@ def fit(
     given = None if inputs is None else len(inputs)
     check_own_steps(chosen, num_inference_steps)
     check_uncached(pipe)
+    _check_end_to_end(pipe, end_to_end, loss)
     seed = check_int("seed", seed, minimum=0, maximum=2**64 - TEST - AMOUNTS.test_samples)
     batch_size = check_int("batch_size", batch_size)
     Recording(pipe, chosen, num_inference_steps, None, seed, batch_size)  # refuses what cannot be recorded
@@ -92,8 +114,22 @@ def fit(
     with contextlib.ExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory()) if out_dir is None else out_dir)
         folder = FitFolder(path, budgets, is_list)
-        found = Fit(pipe, chosen, num_inference_steps, batch_size, seed, given, folder, processes).run(progress)
+        of_runs = loss if end_to_end else None
+        fit = Fit(pipe, chosen, num_inference_steps, batch_size, seed, given, folder, processes, of_runs)
+        found = fit.run(progress)
     return found if is_list else found[budgets[0]]
+
+
+def _check_end_to_end(pipe: Any, end_to_end: bool, loss: Any) -> None:
+    """Raises `TypeError` or `ValueError` if a training through whole runs is asked for that is not possible."""
+    check_choice("loss", loss, LOSSES)
+    if not end_to_end:
+        if loss != LOSSES[0]:
+            raise usage_error("`loss` is that of a training through whole runs.", "Set `end_to_end`, or leave it out.")
+        return
+    check_differentiable(pipe, FusedKANPredictor(PredictorConfig(1, rank=0, hidden=1)))
+    if loss != LOSSES[0]:
+        check_decodes(pipe)
 
 
 def _check_budgets(budget: Any, num_inference_steps: int) -> list[int]:

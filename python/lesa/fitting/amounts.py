@@ -12,6 +12,9 @@ from lesa.training.settings import REFINING_UPDATES, ROUNDS, TOKENS_PER_BATCH, U
 RECORDED_FLOPS, RECORDED_FLOPS_ON_CPU = 1e15, 1e13
 """How much work of the transformer the first samples may be: seconds to minutes, less than what the training takes."""
 
+SMALL_FLOPS, SMALL_FLOPS_ON_CPU = 3e14, 1e11
+"""The work of one sample of a model for which there is all of the training through whole runs. Larger ones get less."""
+
 
 @dataclass(frozen=True)
 class Amounts:
@@ -74,4 +77,32 @@ class Amounts:
         return min(self.samples * 2 ** (number - 1), self.most_samples)
 
 
-AMOUNTS = Amounts()
+@dataclass(frozen=True)
+class EndToEndAmounts:
+    """How much work `fit` does in addition where it trains through whole runs. The defaults are those of small models.
+
+    Args:
+        schedule_updates: steps of the optimiser on many schedules, before schedules are compared.
+        updates: steps of the optimiser on the chosen schedule.
+        batch_size: samples for each of them.
+        moves: how many schedules are tried beside those of the family.
+        trial_samples: with which schedules are compared, at most as many as there are samples to train on.
+    """
+
+    schedule_updates: int = 100
+    updates: int = 200
+    batch_size: int = 8
+    moves: int = 60
+    trial_samples: int = 32
+
+    def for_model(self, flops: float, on_cpu: bool) -> "EndToEndAmounts":
+        """The amounts for a model, between these and those that every model gets. For the arguments, see `Amounts`."""
+        part = min(1.0, (SMALL_FLOPS_ON_CPU if on_cpu else SMALL_FLOPS) / flops)
+        found = {name: max(int(most * part), _LEAST[name]) for name, most in vars(self).items()}
+        return EndToEndAmounts(**{name: min(each, getattr(self, name)) for name, each in found.items()})
+
+
+_LEAST = {"schedule_updates": 32, "updates": 56, "batch_size": 2, "moves": 12, "trial_samples": 4}
+"""What every model gets. With it, a fit of a model of 12 B parameters stays below 40 minutes on an H100 by estimate."""
+
+AMOUNTS, END_TO_END = Amounts(), EndToEndAmounts()

@@ -17,6 +17,15 @@ from lesa_kernels.predictor.sharing import CARD_NAME, front_matter, mark_of
 
 PICTURE = "comparison.png"
 
+STAGES = {
+    "rounds": "that of the rounds of refining",
+    "schedules": "that which was trained through whole runs on many schedules",
+    "trained again": "that which was trained on recorded features for these computed steps",
+    "refined again": "that which was refined for these computed steps",
+    "end to end": "that which was trained through whole runs on these computed steps",
+}
+"""Of the predictors of a fit with training through whole runs, by name, which one the validation samples chose."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -44,7 +53,8 @@ def write_card(folder: str | os.PathLike, evaluation: Mapping[str, Any] | None, 
         made: how it was made. Each of these may be absent: `base_model`, from `base_model_of`; `seed`, `batch_size`;
             `inputs`, how many inputs the user gave, None for the built-in prompts; `samples`, how many were recorded to
             train on; `updates`, the optimiser steps of the training; `rounds`, those of refining; `updates_per_round`;
-            `validation_samples`.
+            `validation_samples`. With `end_to_end` also `stage`, which of the predictors on the way it is, one of
+            `STAGES`; `loss`, `schedules_tried`, `updates_on_schedules`, `updates_end_to_end`, `samples_per_update`.
 
     Raises:
         FileNotFoundError: there is no predictor in the folder.
@@ -175,6 +185,7 @@ def _how_it_was_made(config: PredictorConfig, made: Mapping[str, Any], base_mode
     if config.num_inference_steps is not None:
         command.append(f"--steps {config.num_inference_steps}")
     command += [f"--{name.replace('_', '-')} {made[name]}" for name in ("batch_size", "seed") if name in made]
+    command += ["--end-to-end", f"--loss {made['loss']}"] if made.get("end_to_end") else []
     facts = []
     if "inputs" in made:
         own = made["inputs"]
@@ -185,9 +196,15 @@ def _how_it_was_made(config: PredictorConfig, made: Mapping[str, Any], base_mode
         ("rounds", "rounds of refining"),
         ("updates_per_round", "optimiser steps of each round"),
         ("validation_samples", "samples to compare the rounds with"),
+        ("schedules_tried", "schedules that were compared by runs"),
+        ("updates_on_schedules", "optimiser steps through whole runs before that, on many schedules"),
+        ("updates_end_to_end", "optimiser steps through whole runs after that, on the best schedule"),
+        ("samples_per_update", "samples for each of these"),
     ):
         if made.get(name) is not None:
             facts.append(f"{text}: {made[name]}")
+    if made.get("end_to_end"):
+        facts.append(f"the predictor that was best with the samples for comparisons: {STAGES[made['stage']]}")
     return f"## How it was made\n\n```bash\n{' '.join(command)} --out FOLDER\n```\n\n{_listed(facts)}".rstrip()
 
 

@@ -10,9 +10,10 @@ from lesa.estimation import predicted_work
 from lesa.fitting.amounts import Amounts
 from lesa.fitting.planning import CONTENDERS, Work
 from lesa.training.batches import Batch, Split
+from lesa.training.end_to_end import CALLS_PER_COMPUTED_STEP
 from lesa.training.settings import TrainingSettings, complete_config, spread_over
 from lesa.training.training_run import Training
-from lesa.training.trajectories import Trajectories
+from lesa.training.trajectories import Trajectories, latents_of
 from lesa_kernels import PredictorConfig
 from lesa_kernels.torch_modes import default_modes
 
@@ -33,6 +34,7 @@ class FirstSample:
         optimiser_step_seconds: of one step of the optimiser in the training.
         predicted_step_seconds: of one predicted step of a run: its bytes at the bandwidth of the device, without the
             host's part.
+        latents_nbytes: of the latents after each step of its run.
     """
 
     seconds: float
@@ -40,6 +42,7 @@ class FirstSample:
     num_inference_steps: int
     optimiser_step_seconds: float
     predicted_step_seconds: float
+    latents_nbytes: int = 0
 
     def sample_seconds(self, budget: int) -> float:
         """Of a sample with so many computed steps, without the host's part of the predicted ones."""
@@ -57,9 +60,11 @@ class FitCost:
         work: what there is to do.
         recording_seconds: of all runs with all steps but that of the first sample, and without the test.
         roll_out_seconds: of all runs with a predictor, without the test.
-        training_seconds: of the searches too.
+        training_seconds: of the searches too, but not through whole runs.
         test_seconds: of the test.
         nbytes: of the files that are kept meanwhile.
+        schedule_seconds: of the training on many schedules through whole runs, and of the runs that compare them.
+        end_to_end_seconds: of the training through whole runs on the chosen schedules.
     """
 
     first: FirstSample
@@ -70,11 +75,14 @@ class FitCost:
     training_seconds: float
     test_seconds: float
     nbytes: int
+    schedule_seconds: float = 0.0
+    end_to_end_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Of all that comes after the first sample."""
-        return self.recording_seconds + self.roll_out_seconds + self.training_seconds + self.test_seconds
+        through_runs = self.schedule_seconds + self.end_to_end_seconds
+        return self.recording_seconds + self.roll_out_seconds + self.training_seconds + through_runs + self.test_seconds
 
     def text(self, is_continued: bool = False) -> str:
         """What it costs and saves, in a few sentences, each on a line.
@@ -83,11 +91,11 @@ class FitCost:
             is_continued: whether an earlier call has done a part of it.
         """
         amounts, batch_size = self.work.amounts, self.work.batch_size
-        more = self.work.recorded_samples - 1 + amounts.validation_samples
         parts = [
-            f"{_counted(more, 'more sample')} {_time(self.recording_seconds)}",
+            f"{_counted(_whole_runs(self.work), 'more sample')} {_time(self.recording_seconds)}",
             f"runs with the predictors {_time(self.roll_out_seconds)}",
             f"training {_time(self.training_seconds)}",
+            *self._through_runs(),
             f"the test with {_counted(amounts.test_samples, 'sample')} {_time(self.test_seconds)}",
         ]
         lines = [
@@ -107,6 +115,16 @@ class FitCost:
             fewer = f"It has {total / budget:.1f} times fewer computed steps."
             lines.append(f"{line}: {_time(self.first.sample_seconds(budget))}. {fewer}")
         return "\n".join(lines)
+
+    def _through_runs(self) -> list[str]:
+        """The parts of a training through whole runs, if there is one."""
+        if self.work.through_runs is None:
+            return []
+        trials = sum(map(self.work.trials, self.budgets))
+        return [
+            f"comparing {trials} schedules {_time(self.schedule_seconds)}",
+            f"training through whole runs {_time(self.end_to_end_seconds)}",
+        ]
 
 
 @default_modes()
@@ -141,6 +159,7 @@ def measured(
         num_inference_steps=len(trajectories.run_sigmas),
         optimiser_step_seconds=_optimiser_step_seconds(trajectories, amounts, budget, device),
         predicted_step_seconds=streams * moved / _bandwidth(device),
+        latents_nbytes=round(latents_of(first[0]).nbytes * tokens / len(first[0].token_index)),
     )
 
 
@@ -148,7 +167,8 @@ def fit_cost(first: FirstSample, work: Work, budgets: Sequence[int]) -> FitCost:
     """What a fit will cost, from its first sample, if all rounds of refining take place.
 
     All but that sample is counted. Each sample counts as if it ran alone, and processes that share the samples as if
-    each had the same part of them. One process trains.
+    each had the same part of them. One process trains. A training through whole runs counts four runs with the
+    predictor for each sample: the forward pass, twice the same for the backward pass, and the gradients.
 
     Args:
         first: what `measured` returned.
@@ -157,9 +177,14 @@ def fit_cost(first: FirstSample, work: Work, budgets: Sequence[int]) -> FitCost:
     """
     amounts = work.amounts
     of_each = [first.sample_seconds(budget) for budget in budgets]  # a sample
-    whole = work.recorded_samples - 1 + amounts.validation_samples
+    whole = _whole_runs(work)
     with_predictor = work.rolled_out_samples + work.validated_samples
     parts = sum(budget / first.num_inference_steps for budget in budgets)  # of the features of a sample
+    trials = sum(work.trials(budget) * each for budget, each in zip(budgets, of_each)) * work.trial_samples
+    on_many = end_to_end = 0.0
+    if more := work.through_runs:
+        update = min(more.batch_size, work.learning_samples) * CALLS_PER_COMPUTED_STEP * sum(of_each)
+        on_many, end_to_end = more.schedule_updates * update, more.updates * update
     return FitCost(
         first=first,
         budgets=tuple(budgets),
@@ -168,8 +193,17 @@ def fit_cost(first: FirstSample, work: Work, budgets: Sequence[int]) -> FitCost:
         roll_out_seconds=with_predictor * sum(of_each) / work.width,
         training_seconds=len(budgets) * work.optimiser_steps * first.optimiser_step_seconds,
         test_seconds=amounts.test_samples * (first.seconds + CONTENDERS * sum(of_each)) / work.width,
-        nbytes=round((work.recorded_samples + work.rolled_out_samples * parts) * first.nbytes),
+        nbytes=round((work.recorded_samples + work.rolled_out_samples * parts) * first.nbytes)
+        + work.learning_samples * first.latents_nbytes,
+        schedule_seconds=on_many + trials / work.width,
+        end_to_end_seconds=end_to_end,
     )
+
+
+def _whole_runs(work: Work) -> int:
+    """How many samples run with all steps after the first one, without those of the test."""
+    references = work.amounts.validation_samples + work.learning_samples + work.trial_samples
+    return work.recorded_samples - 1 + references
 
 
 def _all_tokens(index: Sequence[int]) -> int:

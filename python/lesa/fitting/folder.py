@@ -51,6 +51,26 @@ def settings_of(pipe: Any, inputs: Sequence[dict], **others: Any) -> dict[str, A
     return json.loads(json.dumps(settings))
 
 
+def check_same(work: str, kept: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises `ValueError` unless unfinished work was begun with these settings. The message says what differs.
+
+    Args:
+        work: what continues and where, such as "the unfinished fit in runs/a".
+        kept: its settings.
+        settings: what `settings_of` gives for this call.
+    """
+    given = common_conditions(kept, settings)
+    check_same_settings(work, kept, {name: value for name, value in given.items() if name not in _DIGESTS})
+    for name in ("transformers", "weights"):
+        if changed := differing(kept[name], {**kept[name], **settings[name]}):
+            must = f"have the weights and adapters that it had in {work}"
+            raise argument_error(f"pipe.{changed[0]}", must, Said("others"), CONTINUE)
+    if kept["inputs"] != settings["inputs"]:
+        names = differing(kept["inputs_by_name"], settings["inputs_by_name"])
+        which = f", which differ in {', '.join(map(repr, names))}" if names else ""
+        raise argument_error("inputs", f"be those of {work}", Said(f"others{which}"), CONTINUE)
+
+
 class FitFolder:
     """What `fit` writes.
 
@@ -70,7 +90,7 @@ class FitFolder:
         remove_partial(self._state)
         state = self._read()
         if state is not None:
-            self._check_same(state["settings"], settings)
+            check_same(f"the unfinished fit in {self.path}", state["settings"], settings)
             return
         others = [path for path in files_in(self.path) if path != self.work]
         others += files_in(self.work) if self.work.is_dir() else []
@@ -99,20 +119,6 @@ class FitFolder:
         state = self._read()
         if state is not None and state["facts"] != facts:
             self._write({**state, "facts": facts})
-
-    def _check_same(self, kept: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        """Raises `ValueError` unless unfinished work was begun with these settings. The message says what differs."""
-        work = f"the unfinished fit in {self.path}"
-        given = common_conditions(kept, settings)
-        check_same_settings(work, kept, {name: value for name, value in given.items() if name not in _DIGESTS})
-        for name in ("transformers", "weights"):
-            if changed := differing(kept[name], {**kept[name], **settings[name]}):
-                must = f"have the weights and adapters that it had in {work}"
-                raise argument_error(f"pipe.{changed[0]}", must, Said("others"), CONTINUE)
-        if kept["inputs"] != settings["inputs"]:
-            names = differing(kept["inputs_by_name"], settings["inputs_by_name"])
-            which = f", which differ in {', '.join(map(repr, names))}" if names else ""
-            raise argument_error("inputs", f"be those of {work}", Said(f"others{which}"), CONTINUE)
 
     @property
     def is_finished(self) -> bool:

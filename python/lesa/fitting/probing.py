@@ -20,15 +20,21 @@ class Probed:
     """What was seen.
 
     Args:
-        steps: that a run executes. With `strength`, they can be fewer than the pipeline was asked for.
+        sigmas: the noise levels of the steps that a run executes. With `strength`, they can be fewer than the pipeline
+            was asked for.
         tokens: of the smallest sample.
         flops: of the run of a sample, with one call of the transformer in each step: two for each of its weights and
             each token. Attention is left out.
     """
 
-    steps: int
+    sigmas: tuple[float, ...]
     tokens: int
     flops: float
+
+    @property
+    def steps(self) -> int:
+        """How many steps a run executes."""
+        return len(self.sigmas)
 
 
 class _SeenError(Exception):
@@ -42,7 +48,8 @@ class _FirstStep:
         adapter: of the transformer.
     """
 
-    steps = tokens = 0
+    sigmas: tuple[float, ...] = ()
+    tokens = 0
 
     def __init__(self, adapter: Adapter):
         self.left = {*adapter.counted_modules}
@@ -58,7 +65,7 @@ class _FirstStep:
                 hook.remove()
 
     def on_run(self, run: Run, computed: Set[int]) -> None:
-        self.steps = len(run.executed_sigmas)
+        self.sigmas = tuple(run.executed_sigmas)
 
     def keep(self, call: Call, features: torch.Tensor, conditioning: torch.Tensor) -> None:
         self.tokens = features.shape[1]
@@ -117,6 +124,6 @@ def probed(pipe: Any, inputs: Sequence[dict], num_inference_steps: int) -> Probe
     if not seen:
         must, got = "make the pipeline call its transformer", Said("inputs of which it computes no step")
         raise argument_error("inputs", must, got, "Choose more steps, or a larger `strength`.")
-    steps, tokens = min(each.steps for each in seen), min(each.tokens for each in seen)
+    sigmas, tokens = min((each.sigmas for each in seen), key=len), min(each.tokens for each in seen)
     weights = sum(weight.numel() for weight in adapter_for(pipe).transformer.parameters())
-    return Probed(steps, tokens, 2.0 * weights * steps * max(each.tokens for each in seen))
+    return Probed(sigmas, tokens, 2.0 * weights * len(sigmas) * max(each.tokens for each in seen))

@@ -11,11 +11,12 @@ from typing import Any
 
 from lesa.artifacts import output_folder, whole_file, write_text
 from lesa.fitting import amounts as defaults
-from lesa.fitting.amounts import Amounts
+from lesa.fitting.amounts import Amounts, EndToEndAmounts
 from lesa.fitting.bar import Bar
 from lesa.fitting.card import base_model_of, write_card
 from lesa.fitting.comparing import LatentRuns
 from lesa.fitting.cost import FitCost, fit_cost, measured
+from lesa.fitting.end_to_end import EndToEndBudget, ThroughRuns
 from lesa.fitting.folder import FitFolder, settings_of
 from lesa.fitting.one_budget import Fitted, OneBudget, on_device
 from lesa.fitting.planning import Work
@@ -24,6 +25,7 @@ from lesa.fitting.samples import TEST, VALIDATION, Samples, shares_of
 from lesa.fitting.testing import Test, decodes
 from lesa.models import adapters_for
 from lesa.processes import Processes
+from lesa.training.run_references import References
 from lesa.training.settings import usable_device
 from lesa.training.trajectories import Trajectories
 from lesa_kernels import FusedKANPredictor
@@ -53,6 +55,7 @@ class Fit:
         given: how many inputs the user gave; None for the built-in prompts.
         folder: for the predictors, one for each budget.
         processes: those that share the samples.
+        loss: of the training through whole runs; None without it.
     """
 
     def __init__(
@@ -65,11 +68,13 @@ class Fit:
         given: int | None,
         folder: FitFolder,
         processes: Processes,
+        loss: str | None,
     ):
         self.pipe, self.inputs, self.num_inference_steps = pipe, inputs, num_inference_steps
         self.batch_size, self.seed, self.given, self.folder = batch_size, seed, given, folder
-        self.processes = processes
+        self.processes, self.loss = processes, loss
         self.budgets, self.amounts = [*folder.places], defaults.AMOUNTS
+        self.end_to_end = None if loss is None else defaults.END_TO_END
         self.shares = shares_of(inputs, self.amounts)
         self.executed_steps = num_inference_steps
 
@@ -97,6 +102,9 @@ class Fit:
             batch_size=self.batch_size,
             num_inference_steps=self.num_inference_steps,
             amounts=asdict(self.amounts),
+            end_to_end=None if self.end_to_end is None else True,  # an unfinished fit of an earlier version has none
+            loss=self.loss,
+            amounts_end_to_end=self.end_to_end and asdict(self.end_to_end),
         )
 
     def _make(self, settings: dict[str, Any], bar: Bar) -> None:
@@ -107,10 +115,14 @@ class Fit:
             if budget >= first.steps:
                 must = f"be below the {first.steps} steps that a run of these inputs executes"
                 raise argument_error("budget", must, budget, "Compute fewer steps.")
-        device = self.pipe.transformer.device
-        found = defaults.AMOUNTS.for_model(first.flops, on_cpu=device.type == "cpu")
-        facts = self.processes.by_first(lambda: self.folder.begin(settings, {"amounts": asdict(found)}))
+        size = {"flops": first.flops, "on_cpu": self.pipe.transformer.device.type == "cpu"}
+        found = {"amounts": asdict(defaults.AMOUNTS.for_model(**size))}
+        if self.end_to_end is not None:
+            found["end_to_end"] = asdict(self.end_to_end.for_model(**size))
+        facts = self.processes.by_first(lambda: self.folder.begin(settings, found))
         amounts = self.amounts = Amounts(**facts["amounts"])  # so that the fit can go on where others would be chosen
+        if self.end_to_end is not None:
+            self.end_to_end = EndToEndAmounts(**facts["end_to_end"])
         samples = Samples(
             self.pipe,
             self.shares.training,
@@ -127,7 +139,8 @@ class Fit:
                 start = time.perf_counter()
                 sample = samples.part(0)
                 seconds = time.perf_counter() - start
-            work = Work(amounts, first.steps, _calls(sample), self.batch_size, self.processes.width)
+            shared = (self.batch_size, self.processes.width)
+            work = Work(amounts, first.steps, _calls(sample), *shared, self.end_to_end, first.sigmas)
             is_continued = not sample.recorded.new
             if not is_continued:
                 facts[_SECONDS] = seconds
@@ -144,19 +157,28 @@ class Fit:
         validation = self._runs(self.shares.validation, VALIDATION, "validation")
         with bar.part("validate", work.validation_steps):
             validation.make_references()
-        return {
-            budget: OneBudget(
-                budget,
-                samples,
-                validation,
-                self.folder.work / f"budget-{budget}",
-                self.amounts,
-                work,
-                bar,
-                self.processes,
-            ).fit()
-            for budget in self.budgets
-        }
+        given = self._through_runs(samples, work, bar)
+        fitted = {}
+        for budget in self.budgets:
+            folder = self.folder.work / f"budget-{budget}"
+            arguments = (budget, samples, validation, folder, self.amounts, work, bar, self.processes)
+            one = OneBudget(*arguments) if given is None else EndToEndBudget(*arguments, through_runs=given)
+            fitted[budget] = one.fit()
+        return fitted
+
+    def _through_runs(self, samples: Samples, work: Work, bar: Bar) -> ThroughRuns | None:
+        """What trainings through whole runs need, if there are any: the runs with all steps are made here."""
+        if self.end_to_end is None or self.loss is None:
+            return None
+        inputs = samples.inputs_of(0, work.learning_samples)
+        trials = self._runs(inputs[: work.trial_samples], 0, "trials")
+        folder, options = self.folder.work / "references", (self.num_inference_steps, self.batch_size)
+        references = References(self.pipe, inputs, self.seed, *options, folder, self.loss != "latents")
+        with bar.part("run all steps", work.recording_steps(work.learning_samples)):
+            references.make(self.processes)
+        with bar.part("run all steps", work.recording_steps(work.trial_samples)):
+            trials.make_references()
+        return ThroughRuns(self.end_to_end, self.loss, inputs, tuple(work.levels), trials, folder)
 
     def _cost(self, sample: Trajectories, seconds: float, work: Work) -> FitCost:
         """What comes after the first sample will cost."""

@@ -1,0 +1,180 @@
+"""A predictor for one budget that is also trained through whole runs, on computed steps that were chosen by runs."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lesa.artifacts import output_folder
+from lesa.fitting.amounts import EndToEndAmounts
+from lesa.fitting.comparing import LatentRuns
+from lesa.fitting.one_budget import Fitted, OneBudget
+from lesa.fitting.schedule_in_runs import SearchInRuns, config_for
+from lesa.schedule import Schedule
+from lesa.training.end_to_end import trained_end_to_end
+from lesa.training.end_to_end_run import EndToEndSettings
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+
+
+@dataclass(frozen=True)
+class ThroughRuns:
+    """What trainings through whole runs need, for all budgets.
+
+    Args:
+        amounts: how much work there is.
+        loss: what compares the ends of the runs; see `lesa.train_end_to_end`.
+        inputs: of the samples to train on. Sample i has the seed of the recorded one.
+        levels: the noise levels of the steps that a run executes.
+        trials: the runs with which schedules are compared.
+        references: folder of the runs with all steps, which were made before.
+    """
+
+    amounts: EndToEndAmounts
+    loss: str
+    inputs: list[dict]
+    levels: tuple[float, ...]
+    trials: LatentRuns
+    references: Path
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A predictor on the way.
+
+    Args:
+        name: of it.
+        predictor: on the CPU.
+        psnr: the mean of the validation, in dB.
+        rounds: how often it was refined.
+    """
+
+    name: str
+    predictor: FusedKANPredictor
+    psnr: float
+    rounds: int
+
+
+class EndToEndBudget(OneBudget):
+    """Makes the predictor for one budget as `OneBudget` does, and goes on from it.
+
+    First the computed steps are chosen by runs: see `SearchInRuns`. If they are others, a predictor is trained on the
+    recorded features for them, and refined in one round. Of all predictors for these steps, the one that is best on the
+    validation samples is trained through whole runs.
+
+    Args:
+        arguments: those of `OneBudget`.
+        through_runs: what the trainings through whole runs need.
+    """
+
+    def __init__(self, *arguments: Any, through_runs: ThroughRuns):
+        super().__init__(*arguments)
+        self.through_runs, self.again = through_runs, self.folder / "again"
+
+    def fit(self) -> Fitted:
+        """The predictor that is best on the validation samples, of those of the rounds and of all later ones.
+
+        Raises:
+            RuntimeError: see `OneBudget.fit`, `SearchInRuns.best` and `lesa.train_end_to_end`.
+        """
+        plain, rounds, figures = self._best_round()
+        first = _Stage("rounds", plain, figures[rounds], rounds)
+        search = self._search(plain)
+        learned, schedule = self._learned(search, plain)
+        starts = [self._stage("schedules", learned, rounds)]
+        if schedule.steps == plain.config.schedule:
+            starts.append(first)
+            self.bar.skip(self.work.again_steps + 2 * self.work.validation_steps)
+        else:
+            starts += self._again(schedule)
+        start = _best(starts)
+        last = self._stage("end to end", self._through_whole_runs(start.predictor), start.rounds)
+        stages = [first, *(each for each in starts if each is not first), last]
+        best = _best(stages)
+        facts = self._facts(best, stages, len(search.tried()))
+        return Fitted(best.predictor, {**self._made(rounds, figures), **facts})
+
+    def _search(self, plain: FusedKANPredictor) -> SearchInRuns:
+        """The search for the computed steps. Those that are found on recorded runs are tried too."""
+        trajectories = self._joined(self.amounts.samples)
+        l2p = PredictorConfig(trajectories.feature_dim, mixer="l2p")
+        with self.bar.part(f"{self.budget} steps, search for l2p", self.work.l2p_steps(self.budget)):
+            candidates = [plain.config.schedule, self._schedule(trajectories, self.folder / "l2p", l2p).steps]
+        given = self.through_runs
+        return SearchInRuns(
+            self.pipe,
+            given.inputs,
+            self.samples.num_inference_steps,
+            given.levels,
+            self.budget,
+            [steps for steps in candidates if steps is not None],
+            given.trials,
+            self.samples.batch_size,
+            self.seed,
+            self.folder / "schedules",
+            self.processes,
+        )
+
+    def _learned(self, search: SearchInRuns, plain: FusedKANPredictor) -> tuple[FusedKANPredictor, Schedule]:
+        """The predictor that was trained on many schedules, for the best one of them; and this one."""
+        given = self.through_runs
+        amounts = given.amounts
+        steps = self.work.learning_steps(amounts.schedule_updates)
+        with self.bar.part(f"{self.budget} steps, train on many schedules", steps):
+            options = (amounts.schedule_updates, amounts.batch_size, given.references, given.loss)
+            learned = copy.deepcopy(search.learned(plain, *options))
+        with self.bar.part(f"{self.budget} steps, compare schedules", self.work.trial_steps(self.budget)):
+            schedule = search.best(learned, amounts.moves, lambda: None)
+        learned.config = config_for(learned, schedule)
+        return learned, schedule
+
+    def _again(self, schedule: Schedule) -> list[_Stage]:
+        """Predictors that are trained on recorded features for other steps than before, and then refined."""
+        trajectories = self._joined(self.amounts.samples)
+        with self.bar.part(f"{self.budget} steps, train again", self.work.again_steps):
+            trained = self._trained_on(trajectories, schedule, self.again / "trained")
+            refined = self._refined_on(trajectories, self.again, 1, [trained])
+        return [self._stage("trained again", trained, 0), self._stage("refined again", refined, 1)]
+
+    def _through_whole_runs(self, start: FusedKANPredictor) -> FusedKANPredictor:
+        """The predictor after the training through whole runs."""
+        given, samples = self.through_runs, self.samples
+        amounts = given.amounts
+        with self.bar.part(f"{self.budget} steps, train end to end", self.work.learning_steps(amounts.updates)):
+            return trained_end_to_end(
+                start,
+                self.pipe,
+                given.inputs,
+                EndToEndSettings(
+                    samples.num_inference_steps, amounts.updates, amounts.batch_size, samples.batch_size, seed=self.seed
+                ),
+                self.processes.in_all(lambda: output_folder(self.folder / "end-to-end")),
+                self.processes,
+                references=given.references,
+                loss=given.loss,
+            )
+
+    def _stage(self, name: str, predictor: FusedKANPredictor, rounds: int) -> _Stage:
+        return _Stage(name, predictor, self._quality(name, predictor), rounds)
+
+    def _facts(self, best: _Stage, stages: Sequence[_Stage], tried: int) -> dict[str, Any]:
+        """What the model card and `evaluation.json` say in addition."""
+        amounts = self.through_runs.amounts
+        return {
+            "rounds": best.rounds,
+            "end_to_end": True,
+            "loss": self.through_runs.loss,
+            "samples_end_to_end": len(self.through_runs.inputs),
+            "updates_on_schedules": amounts.schedule_updates,
+            "updates_end_to_end": amounts.updates,
+            "samples_per_update": amounts.batch_size,
+            "schedules_tried": tried,
+            "validation_by_stage": {each.name: each.psnr if math.isfinite(each.psnr) else None for each in stages},
+            "stage": best.name,
+        }
+
+
+def _best(stages: Sequence[_Stage]) -> _Stage:
+    """The one with the largest PSNR; of equal ones, the first. NaN is smaller than all numbers."""
+    return max(stages, key=lambda each: -math.inf if math.isnan(each.psnr) else each.psnr)
