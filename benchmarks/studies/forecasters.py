@@ -1,23 +1,31 @@
 """Compares all forecasters on a bundled model: `python benchmarks/studies/forecasters.py --model digits --out DIR`.
 
-The trained ones (newton, LESA as released, L2P) are made first, for 10, 9, 8 and 7 of 50 steps. Each of them is trained
-on several schedules: the one that `lesa.find_schedule` finds for it; `Schedule.spread`, and one with an early second
-step (newton, L2P); that of LESA's code (LESA, L2P); and that of the newton predictor (L2P). A training with a quarter
-of the epochs tells which schedule is best, on 16 samples of other seeds. With that one, the predictor is trained and
-refined, except for L2P, which is fitted in closed form. For 9 and 8 steps, the newton predictors of the digits are the
-bundled ones.
+Runs have 50 steps, of which 10, 9, 8, 7 or 5 are computed. For each number, every forecaster but newton gets the best
+of these schedules: a family of simple ones (`lesa.fitting.schedule_family`), one with an early second step, that of
+LESA's code, that of the newton predictor, and those that `lesa.find_schedule` finds for it and for
+linear, L2P and LESA. Runs on 16 samples of other seeds decide. The forecasters:
 
-The coefficients of "universal" are those that `--coefficients FILE` names: for a judgement on a model that they have
-not seen, those of `train_universal.py --leave-out MODEL`.
+- L2P is fitted for each of the schedules.
+- The first phase of LESA forecasts every step from recorded ones, so one training serves for all schedules. Runs with
+  it choose the schedule, and it is refined with that one.
+- Of the forecasters without training, each set of options is tried with all schedules. The coefficients of "universal"
+  are those that `--coefficients FILE` names: for a judgement on a model that they have not seen, those of
+  `train_universal.py --leave-out MODEL`.
+- The newton predictor is trained for its own schedule: see `Workshop._chosen`.
 
-Then `lesa.evaluate` compares them, the forecasters without training, the caches of others and fewer steps, with batch
-size 1. What is finished in DIR is kept. `python benchmarks/studies/targets.py DIR/evaluation` makes tables of it.
+Then `lesa.evaluate` compares them with batch size 1: each with its best schedule ("l2p-9@best"), and with that of the
+newton predictor ("l2p-9@newton") where it is another. It compares the caches of others and fewer steps too. What is
+finished in DIR is kept. `python benchmarks/studies/targets.py DIR/evaluation` makes tables of it.
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -26,53 +34,47 @@ from tqdm import tqdm
 
 import lesa
 from lesa import Schedule
+from lesa.artifacts import write_text
 from lesa.demo import digits
 from lesa.demo.run import DEMOS, labels
 from lesa.evaluation.quality import psnr
+from lesa.fitting.schedule_family import family
 from lesa.inputs import collate
+from lesa.training.training_run import recorded_runs
 from lesa_kernels import FusedKANPredictor, PredictorConfig
-from lesa_kernels.forecasters import universal
+from lesa_kernels.forecasters import FORECASTERS, universal
 
-STEPS, BUDGETS = 50, (10, 9, 8, 7)
+STEPS, BUDGETS = 50, (10, 9, 8, 7, 5)
 VALIDATION_SEED, VALIDATION_SAMPLES = 30_000, 16
 SEED = 40_000
-BRIEF = 4
-"""A schedule is chosen after this part of the epochs."""
-KINDS = {
-    "newton": ("found", "spread", "early"),
-    "lesa": ("found", "lesa"),
-    "l2p": ("found", "spread", "early", "lesa", "newton"),
-}
-"""The schedules that each forecaster is trained on."""
 SAMPLES = {"digits": 32, "photos": 16}
-TRAINED = ("newton", "lesa", "l2p")
-LESA_LEARNING_RATE = 3e-3
-"""LESA's own 1e-4 is for more steps of the optimiser than there are here: docs/lesa.md."""
-TOKENS, ROUNDS = 32, 2
-"""Of each trajectory in a step of the optimiser, and of refining, as for the bundled predictors."""
-LESA_PART = 2
-"""LESA is trained for a half of newton's epochs, before it is refined: on the digits with 10 computed steps and its own
-schedule, all epochs gave 38.24 dB, and 41.26 dB after refining. On the schedules that are found, it gained 0.2 to 0.5
-dB from a quarter of the halved epochs to all of them."""
-BUNDLED = {"digits": {9: "newton-9", 8: "newton-8"}, "photos": {}}
+OTHERS = ("l2p", "lesa", "linear", "taylor", "chebyshev", "universal")
+LESA_EPOCHS = {"digits": (30, 20), "photos": (24, 12)}
+"""In the first phase, and in each round of refining. On the digits with 10 computed steps and its own schedule, twice
+the epochs in the first phase gave no more than these after refining."""
+LESA_TRAINING: dict[str, Any] = {"learning_rate": 3e-3, "tokens_per_batch": 32, "progress": False}
+"""LESA's own learning rate, 1e-4, is for more steps of the optimiser than there are here: docs/lesa.md."""
+ROUNDS = 2
+"""Of refining, as for the bundled predictors."""
+BUNDLED = {"digits": {9: "newton-9", 8: "newton-8"}, "photos": {9: "photos-newton-9"}}
 EARLY = {
     10: (0, 1, 4, 8, 14, 20, 27, 34, 41, 47),
     9: (0, 1, 5, 10, 18, 26, 34, 41, 47),
     8: (0, 1, 5, 11, 19, 29, 38, 46),
     7: (0, 1, 6, 14, 23, 33, 43),
+    5: (0, 1, 9, 21, 36),
 }
 """Schedules with an early second step, set by hand."""
-AGAINST = (
-    "universal",
-    "linear",
-    "taylor",
-    "chebyshev",
-    "taylorseer",
-    "mag-cache",
-    "first-block-cache",
-    "cache-dit",
-    "steps",
-)
+FOUND_FOR = ("linear", "l2p", "lesa")
+"""Their found schedules are tried with all forecasters."""
+AGAINST = ("taylorseer", "mag-cache", "first-block-cache", "cache-dit", "steps")
+
+
+class Choice(NamedTuple):
+    """A forecaster with options, and the steps that it computes."""
+
+    config: PredictorConfig
+    steps: tuple[int, ...]
 
 
 class Workshop:
@@ -88,67 +90,128 @@ class Workshop:
         self.pipe = self.demo.model.load_pipeline()
         self.inputs = self.demo.model.inputs_for(labels(self.demo.training_samples))
         self.trajectories = lesa.record(self.pipe, self.inputs, folder / "trajectories", batch_size=16)
-        self._full: torch.Tensor | None = None
+        self.levels = self.trajectories[0].sigmas.tolist()
+        self._notes = folder / "notes.json"
+        self._known: dict[str, Any] = json.loads(self._notes.read_text()) if self._notes.exists() else {}
 
-    def predictor(self, mixer: str, budget: int) -> FusedKANPredictor:
-        """The best one that is known, refined."""
-        if mixer == "newton" and budget in BUNDLED[self.name]:
-            return FusedKANPredictor.from_pretrained(digits.WEIGHTS / BUNDLED[self.name][budget])
-        folder = self.folder / f"{mixer}-{budget}"
+    def predictors(self, budget: int) -> dict[str, tuple[FusedKANPredictor, Schedule]]:
+        """Those to evaluate, by label."""
+        newton = self.newton(budget)
+        ours = tuple(newton.config.schedule or ())
+        made = {f"newton-{budget}": (newton, Schedule(ours, STEPS))}
+        for mixer in OTHERS:
+            best = self.best(mixer, budget)
+            for steps, where in {ours: "newton", best.steps: "best"}.items():  # where they are equal, the best
+                choice = Choice(best.config, steps)
+                made[f"{mixer}-{budget}/{where}"] = self.made(choice), Schedule(steps, STEPS)
+        return made
+
+    def newton(self, budget: int) -> FusedKANPredictor:
+        """The newton predictor, trained for its schedule."""
+        folder = self.folder / f"newton-{budget}"
         if not (folder / "config.json").exists():
-            self._chosen(mixer, budget).save_pretrained(folder)
+            self._chosen(budget).save_pretrained(folder)
         return FusedKANPredictor.from_pretrained(folder)
 
-    def _chosen(self, mixer: str, budget: int) -> FusedKANPredictor:
-        config = PredictorConfig(self.trajectories.feature_dim, mixer=mixer)
-        rate = LESA_LEARNING_RATE if mixer == "lesa" else None
-        epochs, refining = self.demo.epochs // (LESA_PART if mixer == "lesa" else 1), self.demo.refining_epochs
-        more = {"learning_rate": rate, "tokens_per_batch": TOKENS, "progress": False}
-        found: list[tuple[float, Schedule]] = []
-        for kind, schedule in self._schedules(config, budget).items():
-            brief = lesa.train(self.trajectories, config, schedule, epochs=epochs // BRIEF, **more)
-            found.append((self._noted(mixer, budget, kind, brief), schedule))
-        _, schedule = max(found, key=lambda entry: entry[0])
-        best = lesa.train(self.trajectories, config, schedule, epochs=epochs, **more)
-        self._noted(mixer, budget, "trained", best)
-        if mixer != "l2p":
-            more |= {"samples_per_call": 16, "rounds": ROUNDS}
-            best = lesa.refine(best, self.trajectories, self.pipe, self.inputs, epochs=refining, **more)
-            self._noted(mixer, budget, "refined", best)
-        return best
+    def _chosen(self, budget: int) -> FusedKANPredictor:
+        if budget in BUNDLED[self.name]:
+            return FusedKANPredictor.from_pretrained(digits.WEIGHTS / BUNDLED[self.name][budget])
+        more: dict[str, Any] = {"tokens_per_batch": 32, "progress": False}
+        trained = lesa.train(self.trajectories, budget=budget, epochs=self.demo.epochs, **more)
+        more |= {"samples_per_call": 16, "rounds": ROUNDS, "epochs": self.demo.refining_epochs}
+        return lesa.refine(trained, self.trajectories, self.pipe, self.inputs, **more)
 
-    def _schedules(self, config: PredictorConfig, budget: int) -> dict[str, Schedule]:
-        """The schedules to train on, without repeats."""
-        levels = self.trajectories[0].sigmas.tolist()
-        made = {
-            "found": lambda: lesa.find_schedule(self.trajectories, budget, config),
-            "spread": lambda: Schedule.spread(budget, STEPS, levels),
-            "early": lambda: Schedule(EARLY[budget], STEPS),
-            "lesa": lambda: next(
-                s for n in range(2, STEPS) if len(s := Schedule.interval(n, STEPS, first=4)) == budget
-            ),
-            "newton": lambda: Schedule(tuple(self.predictor("newton", budget).config.schedule or ()), STEPS),
-        }
-        different = {schedule.steps: (kind, schedule) for kind in KINDS[config.mixer] if (schedule := made[kind]())}
-        return dict(different.values())
+    def best(self, mixer: str, budget: int) -> Choice:
+        """The options and the schedule with which the runs of a forecaster are best."""
+        choices = []
+        for config in self.configs(mixer):
+            schedules = [*self.candidates(budget), self.found(config, budget)]
+            choices += [Choice(config, steps) for steps in dict.fromkeys(schedules)]
+        return max(tqdm(choices, desc=f"{mixer}, {budget} steps"), key=self.score)
 
-    def _noted(self, mixer: str, budget: int, what: str, predictor: FusedKANPredictor) -> float:
-        """The score of a predictor, which is kept."""
-        score = self.score(predictor)
-        steps = list(predictor.config.schedule or ())
-        row = {"mixer": mixer, "budget": budget, "what": what, "steps": steps, "psnr": round(score, 2)}
-        tqdm.write(json.dumps(row))
-        with (self.folder / "training.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        return score
+    def configs(self, mixer: str) -> list[PredictorConfig]:
+        """With each set of options that is tried."""
+        forecaster = FORECASTERS[mixer]
+        width = self.trajectories.feature_dim if forecaster.is_trained else None
+        return [PredictorConfig(width, mixer=mixer, options=dict(options)) for options in forecaster.variants]
 
-    def score(self, predictor: FusedKANPredictor) -> float:
+    def candidates(self, budget: int) -> list[tuple[int, ...]]:
+        """The schedules that are tried with all forecasters."""
+        made = [*family(budget, self.levels), EARLY[budget]]
+        made.append(next(s.steps for n in range(2, STEPS) if len(s := Schedule.interval(n, STEPS, 4)) == budget))
+        made.append(tuple(self.newton(budget).config.schedule or ()))
+        return made + [self.found(config, budget) for mixer in FOUND_FOR for config in self.configs(mixer)]
+
+    def found(self, config: PredictorConfig, budget: int) -> tuple[int, ...]:
+        """The schedule that `lesa.find_schedule` finds."""
+
+        def search() -> list[int]:
+            return [*lesa.find_schedule(self.trajectories, budget, config, progress=False).steps]
+
+        return tuple(self._once(f"{named(config)}, {budget} steps, found", search))
+
+    def score(self, choice: Choice) -> float:
+        """The PSNR of `psnr_of`, before LESA is refined."""
+
+        def measure() -> float:
+            predictor = self.first_phase if choice.config.mixer == "lesa" else self.made(choice)
+            return self.psnr_of(predictor, choice.steps)
+
+        return self._once(f"{named(choice.config)}, {','.join(map(str, choice.steps))}, PSNR", measure)
+
+    def psnr_of(self, predictor: FusedKANPredictor, steps: tuple[int, ...]) -> float:
         """Mean PSNR of the latents in dB, for a peak of 2, on the validation samples."""
-        if self._full is None:
-            self._full = self._run(nullcontext())
-        made = self._run(lesa.enable_cache(self.pipe, predictor))
+        made = self._run(lesa.enable_cache(self.pipe, predictor, steps))
         pairs = zip(made.numpy(), self._full.numpy())
         return sum(psnr(own, full, 2.0) for own, full in pairs) / VALIDATION_SAMPLES
+
+    def made(self, choice: Choice) -> FusedKANPredictor:
+        """The predictor, trained for its steps if it can be."""
+        if choice.config.mixer == "l2p":
+            return self._fitted(choice)
+        return self._refined(choice) if choice.config.mixer == "lesa" else FusedKANPredictor(choice.config)
+
+    def _fitted(self, choice: Choice) -> FusedKANPredictor:
+        """As `lesa.train` does, which reads the recording anew for each schedule."""
+        predictor = FusedKANPredictor(replace(choice.config, num_inference_steps=STEPS))
+        for step in range(1, STEPS):
+            computed = [earlier for earlier in choice.steps if earlier < step]
+            predictor.forecaster.fit_steps(predictor, self._summary, computed, [step])
+        return predictor
+
+    def _refined(self, choice: Choice) -> FusedKANPredictor:
+        """LESA after its second phase, or before it if that is better."""
+        folder = self.folder / "-".join(("lesa", *map(str, choice.steps)))
+        if not (folder / "config.json").exists():
+            levels = tuple(self.levels[step] for step in choice.steps)
+            start = self.first_phase
+            start.config = replace(start.config, schedule=choice.steps, schedule_sigmas=levels)
+            more: dict[str, Any] = {"rounds": ROUNDS, "samples_per_call": 16, "epochs": LESA_EPOCHS[self.name][1]}
+            refined = lesa.refine(start, self.trajectories, self.pipe, self.inputs, **more, **LESA_TRAINING)
+            better = max((start, refined), key=lambda predictor: self.psnr_of(predictor, choice.steps))
+            better.save_pretrained(folder)
+        return FusedKANPredictor.from_pretrained(folder)
+
+    @property
+    def first_phase(self) -> FusedKANPredictor:
+        """LESA after its first phase."""
+        folder = self.folder / "lesa-first-phase"
+        if not (folder / "config.json").exists():
+            (config,) = self.configs("lesa")
+            epochs = LESA_EPOCHS[self.name][0]
+            lesa.train(self.trajectories, config, [0], epochs=epochs, **LESA_TRAINING).save_pretrained(folder)
+        return FusedKANPredictor.from_pretrained(folder)
+
+    @cached_property
+    def _summary(self) -> Any:
+        """What the fits of L2P need of the recording."""
+        predictor = FusedKANPredictor(PredictorConfig(self.trajectories.feature_dim, mixer="l2p"))
+        runs = recorded_runs(self.trajectories, range(len(self.trajectories)), "cpu")
+        return predictor.forecaster.summarise(predictor, runs)
+
+    @cached_property
+    def _full(self) -> torch.Tensor:
+        return self._run(nullcontext())
 
     def _run(self, cache) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(VALIDATION_SEED + n) for n in range(VALIDATION_SAMPLES)]
@@ -157,29 +220,37 @@ class Workshop:
         with cache:
             return self.pipe(**arguments, **options, generator=generators)[0].float()
 
+    def _once(self, what: str, make: Callable[[], Any]) -> Any:
+        """A result that is kept."""
+        if what not in self._known:
+            self._known[what] = make()
+            write_text(self._notes, json.dumps(self._known, indent=0) + "\n")
+        return self._known[what]
+
+
+def named(config: PredictorConfig) -> str:
+    """The forecaster and its options."""
+    return ", ".join([config.mixer, *(f"{name} {value:g}" for name, value in (config.options or {}).items())])
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(DEMOS), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder; what is finished there is kept")
     parser.add_argument("--coefficients", type=Path, help="other ones for universal")
-    parser.add_argument("--only", choices=TRAINED, action="append", help="make predictors of this kind, and stop")
-    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="numbers of computed steps")
+    parser.add_argument("--budgets", type=int, nargs="+", choices=BUDGETS, default=BUDGETS, help="computed steps")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    workshop = Workshop(options.model, options.out)
-    predictors = {
-        f"{mixer}-{budget}": workshop.predictor(mixer, budget)
-        for mixer in options.only or TRAINED
-        for budget in options.budgets
-    }
-    if options.only is None:
-        stored = load_file(options.coefficients or universal.COEFFICIENTS)
-        numbers = [stored[name].double() for name in ("in_weight", "in_bias", "spline", "out_weight", "out_bias")]
+    stored = load_file(options.coefficients or universal.COEFFICIENTS)
+    numbers = [stored[name].double() for name in ("in_weight", "in_bias", "spline", "out_weight", "out_bias")]
+    with patch.object(universal, "coefficients", lambda device: numbers):
+        workshop = Workshop(options.model, options.out)
+        predictors: dict[str, Any] = {}
+        for budget in options.budgets:
+            predictors |= workshop.predictors(budget)
         inputs = workshop.demo.model.inputs_for(labels(SAMPLES[options.model]))
         more = {"seed": SEED, "batch_size": 1, "out_dir": options.out / "evaluation"}
-        with patch.object(universal, "coefficients", lambda device: numbers):
-            lesa.evaluate(workshop.pipe, inputs, predictors, AGAINST, **more)
+        lesa.evaluate(workshop.pipe, inputs, predictors, AGAINST, **more)
 
 
 if __name__ == "__main__":

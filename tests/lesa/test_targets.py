@@ -46,7 +46,7 @@ def test_every_contender_is_held_against_every_run_of_ours(targets, runs):
     (dense,) = (row for row in rows if row[:1] == ("newton-8",) and row[3] == "dense variant")
     assert dense[4] == "dense-8" and dense[-1] == "yes"
     (far,) = (row for row in rows if row[3] == "the best without training at 8")
-    assert far[4] == "cache-dit-5.7" and far[-2:] == ("2", "yes")
+    assert far[4] == "cache-dit-5.7" and far[-2:] == ("1", "yes")
     best = targets["best_at_most"](runs, 5, "whole_steps")
     behind = {**best, "name": "newton-4", "whole_steps": 4.0, "psnr": 20.0, "per_sample": {"psnr": [20.0] * 3}}
     rows = targets["rows_of"]([behind, *(run for run in runs if run["name"] != "newton-5")])
@@ -65,13 +65,27 @@ def run_of(contender: str, count: float, *psnr: float) -> dict:
 def test_trained_predictors_are_held_against_each_other_at_equal_steps(targets):
     """The best of several; ahead by enough, and certainly so."""
     ours = run_of("newton", 9, 50, 50)
-    lesa = [run_of("lesa", 9, 46, 45), run_of("lesa", 9, 46.5, 46), run_of("lesa", 10, 60, 60)]
-    runs = [ours, *lesa, run_of("l2p", 9, 51, 41), run_of("universal", 9, 49, 49), run_of("chebyshev", 9, 40, 41)]
+    lesa = [run_of("lesa", 9, 42, 41), run_of("lesa", 9, 42.5, 42), run_of("lesa", 10, 60, 60)]
+    without = [run_of("universal", 9, 49, 49), run_of("chebyshev", 9, 44, 44), run_of("linear", 9, 44, 43)]
+    runs = [ours, *lesa, run_of("l2p", 9, 51, 33), *without]
     rows = targets["rows_of"](runs)
     found = {(row[2], row[3]): row[4:] for row in rows}
-    assert found["whole_steps", "LESA"][1:] == ("46.25", "+3.75 (+3.50 to +4.00)", "3", "yes")
-    assert found["whole_steps", "L2P"] == ("l2p-9", "46.00", "+4.00 (-1.00 to +9.00)", "3", "no")
+    assert found["whole_steps", "LESA"][1:] == ("42.25", "+7.75 (+7.50 to +8.00)", "7", "yes")
+    assert found["whole_steps", "L2P"] == ("l2p-9", "42.00", "+8.00 (-1.00 to +17.00)", "7", "no")
+    assert found["whole_steps", "linear extrapolation"] == ("linear-9", "43.50", "+6.50 (+6.00 to +7.00)", "7", "no")
     assert found["step_equivalents", "the best without training"][0] == "chebyshev-9"  # the other one is ours
+    assert found["step_equivalents", "the best without training"][-2:] == ("10", "no")
+    short = [{**run, "whole_steps": 5.0} for run in (ours, *lesa[:2], *without)]
+    at_five = {(row[2], row[3]): row[-2:] for row in targets["rows_of"](short)}
+    assert at_five["whole_steps", "LESA"] == at_five["step_equivalents", "the best without training"] == ("5", "yes")
+
+
+def test_the_photographs_have_a_target_of_their_own_with_five_steps(targets):
+    runs = [run_of("newton", 5, 32, 35), run_of("newton", 5, 32, 33.9), run_of("newton", 7, 40), run_of("lesa", 5, 9)]
+    model = "QwenImagePipeline, QwenImageTransformer2DModel, 3.1 M parameters"
+    rows = targets["own_rows"](model, runs)
+    assert rows == [("newton-5", "33.50", "33", "yes"), ("newton-5", "32.95", "33", "no")]
+    assert targets["own_rows"]("FluxPipeline, FluxTransformer2DModel, 2.3 M parameters", runs) == []
 
 
 def test_without_training_the_best_other_counts_and_evaluations_have_equal_weights(targets):
