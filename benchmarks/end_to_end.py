@@ -21,7 +21,7 @@ from tqdm import tqdm
 import lesa
 from lesa.contenders.taylorseer import TaylorSeer
 from lesa.demo.digits import build_pipeline
-from lesa.demo.run import SCHEDULE_9
+from lesa.demo.run import SCHEDULES
 from lesa.models import adapter_for
 from lesa.schedule import Schedule
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
 
     dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
     model = FLUX_TINY if options.quick else FLUX_100M
-    schedule = Schedule.spread(4, 20) if options.quick else Schedule(SCHEDULE_9, NUM_STEPS)
+    schedule = Schedule.spread(4, 20) if options.quick else Schedule(SCHEDULES[9], NUM_STEPS)
     pipe, arguments = build(model, options.device, dtype)
     parameters = sum(p.numel() for p in pipe.transformer.parameters())
     print(f"{model}: {parameters / 1e6:.1f} M parameters, {model.image_tokens} image tokens, {options.device}, {dtype}")

@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 import lesa
-from lesa.demo.run import DEMOS, PHOTOS_SCHEDULE_9, SEED, labels
+from lesa.demo.run import DEMOS, SEED, labels
 from lesa.evaluation.quality import psnr
 from lesa.inputs import collate
 from lesa.models import adapter_for
@@ -34,7 +34,7 @@ BOUNDS = {1: (), 3: (0.67, 0.33)}
 WINDOWS = {"newton": {1: 4, 3: 4}, "dense": {1: 6, 3: (4, 6, 8)}}
 RATES = {"newton": 3e-3, "dense": 1e-4}
 # Nine computed steps of 50. Those of the dense variant are 0, 1, 2 and then every seventh.
-NEWTON_SCHEDULES = {"digits": (0, 2, 7, 13, 19, 26, 34, 41, 47), "photos": PHOTOS_SCHEDULE_9}
+NEWTON_SCHEDULES = {"digits": (0, 2, 7, 13, 19, 26, 34, 41, 47), "photos": (0, 2, 5, 9, 16, 23, 30, 39, 46)}
 DENSE_INTERVAL = 7
 
 

@@ -36,6 +36,7 @@ import lesa
 from lesa import Schedule
 from lesa.artifacts import write_text
 from lesa.demo import digits
+from lesa.demo.make_weights import END_TO_END_SAMPLES, newton_predictor
 from lesa.demo.run import DEMOS, labels
 from lesa.evaluation.quality import psnr
 from lesa.fitting.schedule_family import family
@@ -56,7 +57,7 @@ LESA_TRAINING: dict[str, Any] = {"learning_rate": 3e-3, "tokens_per_batch": 32, 
 """LESA's own learning rate, 1e-4, is for more steps of the optimiser than there are here: docs/lesa.md."""
 ROUNDS = 2
 """Of refining, as for the bundled predictors."""
-BUNDLED = {"digits": {9: "newton-9", 8: "newton-8"}, "photos": {9: "photos-newton-9"}}
+BUNDLED = {"digits": {9: "newton-9", 8: "newton-8"}, "photos": {9: "photos-newton-9", 8: "photos-newton-8"}}
 EARLY = {
     10: (0, 1, 4, 8, 14, 20, 27, 34, 41, 47),
     9: (0, 1, 5, 10, 18, 26, 34, 41, 47),
@@ -114,12 +115,11 @@ class Workshop:
         return FusedKANPredictor.from_pretrained(folder)
 
     def _chosen(self, budget: int) -> FusedKANPredictor:
+        """The bundled one, or one that is made like it."""
         if budget in BUNDLED[self.name]:
             return FusedKANPredictor.from_pretrained(digits.WEIGHTS / BUNDLED[self.name][budget])
-        more: dict[str, Any] = {"tokens_per_batch": 32, "progress": False}
-        trained = lesa.train(self.trajectories, budget=budget, epochs=self.demo.epochs, **more)
-        more |= {"samples_per_call": 16, "rounds": ROUNDS, "epochs": self.demo.refining_epochs}
-        return lesa.refine(trained, self.trajectories, self.pipe, self.inputs, **more)
+        more = self.demo.model.inputs_for(labels(END_TO_END_SAMPLES))
+        return newton_predictor(self.trajectories, self.pipe, self.inputs, more, self.demo.schedules[budget])
 
     def best(self, mixer: str, budget: int) -> Choice:
         """The options and the schedule with which the runs of a forecaster are best."""

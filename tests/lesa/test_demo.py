@@ -7,7 +7,7 @@ from diffusers import FluxPipeline
 
 from lesa import cli
 from lesa.demo import digits
-from lesa.demo.run import DEMOS, SCHEDULE_9, SEED, TAYLORSEER, TEST_SAMPLES, TRAINING_SAMPLES, export, run_demo
+from lesa.demo.run import DEMOS, SCHEDULES, SEED, TAYLORSEER, TEST_SAMPLES, TRAINING_SAMPLES, export, run_demo
 from lesa.inputs import read_inputs
 from lesa.pipelines import load_pipeline
 from lesa.schedule import as_schedule
@@ -47,7 +47,7 @@ def test_export_names_commands_that_the_command_line_takes(exported):
     assert record.out == train.trajectories == refine.trajectories
     assert str(train.out) == refine.predictor
     assert str(refine.out) == generate.predictor == evaluate.predictor[0]
-    assert train.schedule == list(SCHEDULE_9) and fit.budget == len(SCHEDULE_9)
+    assert train.schedule == list(SCHEDULES[9]) and fit.budget == 9
     assert fit.model == record.model and not fit.out.exists()
     assert generate.seed == evaluate.seed == SEED
 

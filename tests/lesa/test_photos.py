@@ -9,7 +9,7 @@ from diffusers import QwenImagePipeline
 import lesa
 from lesa import cli
 from lesa.demo import photos
-from lesa.demo.run import DEMOS, PHOTOS_SCHEDULE_9, TEST_SAMPLES, export, run_demo
+from lesa.demo.run import DEMOS, PHOTOS_SCHEDULES, TEST_SAMPLES, export, run_demo
 from lesa.inputs import collate, read_inputs
 from lesa.pipelines import load_pipeline
 from lesa_kernels import FusedKANPredictor
@@ -105,8 +105,8 @@ def test_both_streams_of_guidance_are_forecast(pipe, predictor):
     with lesa.enable_cache(pipe, predictor) as cache:
         draw(pipe, [2], steps=50)
     assert {name: stream.computed for name, stream in cache.stats.streams.items()} == {
-        "cond": list(PHOTOS_SCHEDULE_9),
-        "uncond": list(PHOTOS_SCHEDULE_9),
+        "cond": list(PHOTOS_SCHEDULES[9]),
+        "uncond": list(PHOTOS_SCHEDULES[9]),
     }
 
 

@@ -7,11 +7,12 @@ cores.
 import argparse
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import nn
@@ -20,7 +21,10 @@ from tqdm import tqdm
 import lesa
 from lesa.demo import digits
 from lesa.demo.run import DEMOS, Demo, labels
-from lesa_kernels import PredictorConfig
+from lesa_kernels import FusedKANPredictor, PredictorConfig
+
+UPDATES, END_TO_END_SAMPLES, END_TO_END_SEED = 250, 512, 100_000
+"""Of the trainings end to end: steps of the optimiser, samples, and the seed of the first of them."""
 
 
 def training_data() -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,27 +85,46 @@ def step_of(optimizer: torch.optim.Optimizer, loss: torch.Tensor, iteration: int
 def train_predictors(demo: Demo, out: Path) -> None:
     """Records the demo's transformer in `out` and trains the demo's predictors on it."""
     pipe = demo.model.load_pipeline(out / demo.model.PIPELINE_DIR.name)
-    inputs = demo.model.inputs_for(labels(demo.training_samples), out / demo.model.EMBEDDINGS_FILE.name)
-    tokens = 32  # of a sample in each step of the optimiser: with the defaults of today, other weights would result
+    inputs = inputs_of(demo, demo.training_samples, out)
     with tempfile.TemporaryDirectory() as scratch:
         trajectories = lesa.record(pipe, inputs, Path(scratch) / "trajectories", batch_size=16)
         for name, (mixer, schedule) in demo.predictors.items():
-            config = PredictorConfig(trajectories.feature_dim, mixer=mixer)
             if mixer == "newton":
-                predictor = lesa.train(trajectories, config, schedule, epochs=demo.epochs, tokens_per_batch=tokens)
-                predictor = lesa.refine(
-                    predictor,
-                    trajectories,
-                    pipe,
-                    inputs,
-                    rounds=2,
-                    epochs=demo.refining_epochs,
-                    tokens_per_batch=tokens,
-                    samples_per_call=16,
-                )
+                more = inputs_of(demo, END_TO_END_SAMPLES, out)
+                predictor = newton_predictor(trajectories, pipe, inputs, more, schedule)
             else:
-                predictor = lesa.train(trajectories, config, schedule, epochs=60, tokens_per_batch=tokens)
+                config = PredictorConfig(trajectories.feature_dim, mixer=mixer)
+                predictor = lesa.train(trajectories, config, schedule, epochs=60, tokens_per_batch=32)
             predictor.save_pretrained(out / name)
+
+
+def inputs_of(demo: Demo, count: int, out: Path) -> list[dict]:
+    """The inputs of `count` samples, with the embeddings in `out`."""
+    return demo.model.inputs_for(labels(count), out / demo.model.EMBEDDINGS_FILE.name)
+
+
+def newton_predictor(
+    trajectories: lesa.Trajectories,
+    pipe: DiffusionPipeline,
+    inputs: list[dict],
+    more_inputs: list[dict],
+    schedule: Sequence[int],
+    updates: int = UPDATES,
+) -> FusedKANPredictor:
+    """A newton predictor that is trained, refined, and then trained end to end.
+
+    Args:
+        trajectories: the recording.
+        pipe: the pipeline that was recorded.
+        inputs: those of the recording.
+        more_inputs: for the training end to end. Their seeds begin with `END_TO_END_SEED`.
+        schedule: the computed steps.
+        updates: of the training end to end.
+    """
+    trained = lesa.train(trajectories, schedule=schedule)
+    refined = lesa.refine(trained, trajectories, pipe, inputs, rounds=2, samples_per_call=16)
+    more = {"updates": updates, "learning_rate": 1.5e-3, "seed": END_TO_END_SEED}
+    return lesa.train_end_to_end(refined, pipe, more_inputs, **more)
 
 
 def main() -> None:

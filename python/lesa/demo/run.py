@@ -21,15 +21,23 @@ from lesa_kernels.forecasters import UNTRAINED
 SEED = 10_000
 """Of the first sample of the demo. Training samples have seeds from 0 on."""
 
+BUDGET = 9
+"""How many steps are computed in the commands that `export` gives, and without a trained predictor in the demo."""
+
 Predictors = Mapping[str, tuple[str, tuple[int, ...] | int]]
 """Mixer and schedule of predictors, by the names of their folders."""
 
-# The schedules of the bundled predictors are those that `lesa train --budget` finds.
-SCHEDULE_9 = (0, 2, 7, 13, 19, 26, 34, 41, 47)
-SCHEDULE_8 = (0, 2, 7, 14, 20, 28, 38, 45)
+# Runs with a predictor that was trained on many schedules chose these schedules; docs/research.md says how.
+SCHEDULES = {
+    10: (0, 2, 6, 11, 17, 23, 30, 37, 43, 47),
+    9: (0, 2, 7, 13, 19, 26, 34, 41, 47),
+    8: (0, 2, 7, 13, 21, 29, 37, 45),
+    7: (0, 4, 11, 19, 28, 37, 45),
+    5: (0, 9, 21, 32, 43),
+}
 PREDICTORS: Predictors = {
-    "newton-9": ("newton", SCHEDULE_9),
-    "newton-8": ("newton", SCHEDULE_8),
+    "newton-9": ("newton", SCHEDULES[9]),
+    "newton-8": ("newton", SCHEDULES[8]),
     "dense-9": ("dense", 7),
 }
 TRAINING_SAMPLES = 160
@@ -39,12 +47,16 @@ TEST_SAMPLES = 64
 # taylorseer-10,taylorseer-8` repeats the search.
 TAYLORSEER = tuple(TaylorSeer(interval, order=1, lite=lite) for interval in (7, 10) for lite in (False, True))
 
-# For the photographs, also found by search; see the README of the weights.
-PHOTOS_SCHEDULE_9 = (0, 2, 5, 9, 16, 23, 30, 39, 46)
-PHOTOS_SCHEDULE_8 = (0, 2, 5, 10, 18, 27, 37, 45)
+PHOTOS_SCHEDULES = {
+    10: (0, 2, 5, 8, 13, 19, 26, 34, 41, 47),
+    9: (0, 2, 5, 9, 15, 22, 31, 40, 46),
+    8: (0, 2, 5, 10, 18, 27, 37, 46),
+    7: (0, 2, 6, 13, 22, 33, 44),
+    5: (0, 4, 12, 25, 40),
+}
 PHOTOS_PREDICTORS: Predictors = {
-    "photos-newton-9": ("newton", PHOTOS_SCHEDULE_9),
-    "photos-newton-8": ("newton", PHOTOS_SCHEDULE_8),
+    "photos-newton-9": ("newton", PHOTOS_SCHEDULES[9]),
+    "photos-newton-8": ("newton", PHOTOS_SCHEDULES[8]),
 }
 # At 10 and at 9 of 50 steps TaylorSeer is best with order 1 in lite mode and these intervals, in the same search.
 PHOTOS_TAYLORSEER = tuple(TaylorSeer(interval, order=1, lite=lite) for interval in (7, 8) for lite in (False, True))
@@ -57,25 +69,22 @@ class Demo:
     Args:
         model: the module that loads it.
         predictors: mixer and schedule of the bundled predictors, by the names of their folders.
-        schedule: the computed steps in the commands that `export` gives.
+        schedules: of newton predictors, by the number of computed steps. The one of 9 steps is that of the commands
+            that `export` gives.
         taylorseer: settings to compare with.
-        training_samples: how many samples the predictors are trained on.
-        epochs: for training newton predictors.
-        refining_epochs: for each round of refining them.
+        training_samples: how many samples are recorded to train predictors.
     """
 
     model: ModuleType
     predictors: Predictors
-    schedule: tuple[int, ...]
+    schedules: Mapping[int, tuple[int, ...]]
     taylorseer: tuple[TaylorSeer, ...]
     training_samples: int
-    epochs: int
-    refining_epochs: int
 
 
 DEMOS = {
-    "digits": Demo(digits, PREDICTORS, SCHEDULE_9, TAYLORSEER, TRAINING_SAMPLES, 60, 20),
-    "photos": Demo(photos, PHOTOS_PREDICTORS, PHOTOS_SCHEDULE_9, PHOTOS_TAYLORSEER, 320, 24, 8),
+    "digits": Demo(digits, PREDICTORS, SCHEDULES, TAYLORSEER, TRAINING_SAMPLES),
+    "photos": Demo(photos, PHOTOS_PREDICTORS, PHOTOS_SCHEDULES, PHOTOS_TAYLORSEER, 320),
 }
 
 
@@ -103,9 +112,8 @@ def run_demo(
     check_int("num_samples", num_samples)
     demo = DEMOS[check_choice("model", model, tuple(DEMOS))]
     trained = {name: FusedKANPredictor.from_pretrained(digits.WEIGHTS / name) for name in demo.predictors}
-    budget = len(demo.schedule)
-    untrained = FusedKANPredictor(PredictorConfig(mixer=UNTRAINED)), Spread(budget)
-    predictors: dict[str, Contestant] = {**trained, f"{UNTRAINED}-{budget}": untrained}
+    untrained = FusedKANPredictor(PredictorConfig(mixer=UNTRAINED)), Spread(BUDGET)
+    predictors: dict[str, Contestant] = {**trained, f"{UNTRAINED}-{BUDGET}": untrained}
     return evaluate(
         demo.model.load_pipeline(),
         demo.model.inputs_for(labels(num_samples)),
@@ -145,15 +153,15 @@ def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
         return shlex.quote(str(folder / name))
 
     picture = "digit.png" if model == "digits" else "photo.png"
-    steps = ",".join(map(str, demo.schedule))
+    steps = ",".join(map(str, demo.schedules[BUDGET]))
     record = f"--model {at('model')} --inputs {at('inputs.safetensors')} --batch-size 16"
-    recorded, epochs = f"--trajectories {at('trajectories')}", f"--rounds 2 --epochs {demo.refining_epochs}"
+    recorded = f"--trajectories {at('trajectories')}"
     fresh = f"--model {at('model')} --predictor {at('predictor')} --seed {SEED}"
     return [
-        f"lesa fit {record} --budget {len(demo.schedule)} --out {at('fitted')}",
+        f"lesa fit {record} --budget {BUDGET} --out {at('fitted')}",
         f"lesa record {record} --out {at('trajectories')}",
-        f"lesa train {recorded} --schedule {steps} --epochs {demo.epochs} --out {at('trained')}",
-        f"lesa refine {record} {recorded} --predictor {at('trained')} {epochs} --out {at('predictor')}",
+        f"lesa train {recorded} --schedule {steps} --out {at('trained')}",
+        f"lesa refine {record} {recorded} --predictor {at('trained')} --out {at('predictor')}",
         f"lesa generate {fresh} --inputs {at('prompts.safetensors')} --output {at(picture)}",
         f"lesa evaluate {fresh} --inputs {at('test-inputs.safetensors')} --out {at('evaluation')}",
     ]
