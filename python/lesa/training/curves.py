@@ -6,7 +6,10 @@ from lesa.artifacts import whole_file
 
 
 def plot_losses(losses: dict[str, list[float]], closed_loop: int | None, file: Path, unit: str = "epoch") -> None:
-    """Draws the losses over the epochs or other units, and where the closed loop begins if that is after some."""
+    """Draws the losses over the epochs or other units, and where the closed loop begins if that is after some.
+
+    Losses that may be negative, such as logarithms, have a linear scale.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -15,7 +18,8 @@ def plot_losses(losses: dict[str, list[float]], closed_loop: int | None, file: P
         axes.plot(range(1, len(values) + 1), values, label=name, marker="o" if len(values) == 1 else None)
     if closed_loop:
         axes.axvline(closed_loop + 0.5, color="grey", linestyle=":", label="closed loop begins")
-    axes.set(xlabel=unit, ylabel="loss", yscale="log", title="Training of the predictor")
+    scale = "linear" if any(value < 0 for values in losses.values() for value in values) else "log"
+    axes.set(xlabel=unit, ylabel="loss", yscale=scale, title="Training of the predictor")
     axes.grid(alpha=0.3)
     axes.legend()
     with whole_file(file) as temporary:

@@ -109,7 +109,7 @@ class DifferentiableRuns:
         latents: list[torch.Tensor] = []
 
         def keep(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
-            latents.append(tensors["latents"])
+            latents.append(tensors["latents"].clone())  # some pipelines write into them
             return {}
 
         hook, generators = self._hook, [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -199,6 +199,16 @@ def _usable(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
 
 
+def _kept(value: Any) -> Any:
+    """An input of a call as its checkpoint keeps it: a copy of the sample, because some pipelines write into theirs."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.requires_grad else value
+
+
+def _checkpointed_module(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A call of a block, checkpointed. That of diffusers takes no keyword arguments, which a few models pass."""
+    return _checkpointed(module.__call__, *args, **kwargs)
+
+
 @contextlib.contextmanager
 def _with_gradients(pipe: Any) -> Iterator[None]:
     """A context in which the pipeline has a class whose `__call__` does not switch gradients off."""
@@ -227,7 +237,7 @@ def frozen(models: Sequence[torch.nn.Module]) -> Iterator[None]:
             module.training = False
         checkpointing: list[Any] = [each for each in models if getattr(each, "_supports_gradient_checkpointing", False)]
         for model in checkpointing:
-            model.enable_gradient_checkpointing()
+            model.enable_gradient_checkpointing(_checkpointed_module)
         yield
     finally:
         for block, values in zip(blocks, before):
@@ -373,9 +383,10 @@ class _CheckpointedSite(Site):
             finally:
                 hook.seen = None
 
-        output, seen = _checkpointed(computed, *args, *kwargs.values())
-        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        if any(value.requires_grad for value in inputs) and not all(each[1].requires_grad for each in seen):
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        is_wanted = any(value.requires_grad for value in tensors)
+        output, seen = _checkpointed(computed, *map(_kept, (*args, *kwargs.values())))
+        if is_wanted and not all(features.requires_grad for _, features, _ in seen):
             got = f"a {type(self.adapter.transformer).__name__}, which stops them, as some quantised layers do"
             raise _refusal("have a transformer with gradients", got)
         for each in seen:
