@@ -265,6 +265,7 @@ def test_two_transformers_are_refused_by_name(tmp_path):
         ({"count": STEPS}, "count"),
         ({"candidates": [(0, 1)]}, "candidates"),
         ({"candidates": [(0, 1, STEPS)]}, "candidates"),
+        ({"candidates": [lesa.Schedule((0, 1, 2), 50)]}, "candidates"),
         ({"updates": 0}, "updates"),
         ({"moves": -1}, "moves"),
         ({"samples": 0}, "samples"),
