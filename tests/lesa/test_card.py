@@ -5,7 +5,7 @@ import copy
 import pytest
 import yaml
 
-from lesa.fitting.card import base_model_of, write_card
+from lesa.fitting.card import STAGES, base_model_of, write_card
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 CONFIG = PredictorConfig(
@@ -89,6 +89,23 @@ def test_the_same_facts_give_the_same_bytes(folder):
     other["runs"][1]["seconds"] = 99.0
     card_of(folder, other)
     assert (folder / "README.md").read_bytes() == first
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_card_says_which_predictor_of_a_fit_through_whole_runs_it_is(folder, stage):
+    more = {"end_to_end": True, "loss": "latents", "stage": stage, "schedules_tried": 83, "updates_on_schedules": 100}
+    more |= {"updates_end_to_end": 200, "samples_per_update": 8}
+    _, body = card_of(folder, made={**MADE, **more})
+    assert "--batch-size 1 --seed 5 --end-to-end --loss latents --out FOLDER" in body
+    for line in (
+        "- schedules that were compared by runs: 83",
+        "- optimiser steps through whole runs before that, on many schedules: 100",
+        "- optimiser steps through whole runs after that, on the best schedule: 200",
+        "- samples for each of these: 8",
+        f"- the predictor that was best with the samples for comparisons: {STAGES[stage]}",
+    ):
+        assert line in body.splitlines()
+    assert "whole runs" not in card_of(folder)[1]
 
 
 def test_figures_of_latents_and_no_picture(folder):

@@ -1,12 +1,13 @@
 """What `lesa fit` says after its first sample about what it will cost."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from lesa.fitting import cost
-from lesa.fitting.amounts import Amounts
+from lesa.fitting.amounts import Amounts, EndToEndAmounts
 from lesa.fitting.cost import FirstSample, fit_cost, measured
 from lesa.fitting.planning import SEARCH_UPDATES, Work
 from made_recordings import STEPS, TOKENS, WIDTH, write_recording
@@ -38,6 +39,60 @@ def test_the_cost_counts_the_runs_that_the_bar_counts():
         runs += work.rolled_out_samples + work.validated_samples + 4 * amounts.test_samples
         trained = work.search_steps(9) + work.training_steps + amounts.rounds * amounts.round_updates
         assert work.all_steps([9]) == runs * steps + trained
+
+
+LARGE = EndToEndAmounts(schedule_updates=32, updates=56, batch_size=2, moves=12, trial_samples=4)
+THROUGH_RUNS = replace(WORK, through_runs=LARGE, levels=[1 - step / 50 for step in range(50)])
+
+
+def test_training_through_whole_runs_has_parts_of_its_own():
+    first = replace(FIRST, latents_nbytes=1_000_000)
+    plain, found = fit_cost(first, WORK, [9]), fit_cost(first, THROUGH_RUNS, [9])
+    trials = 21 + 2 + 12  # of the family, of the searches on the recording, and near the best ones
+    assert THROUGH_RUNS.trials(9) == trials
+    # Of each sample of an update, four runs with nine computed steps.
+    assert found.schedule_seconds == pytest.approx(32 * 2 * 4 * WITH_9 + trials * 4 * WITH_9)
+    assert found.end_to_end_seconds == pytest.approx(56 * 2 * 4 * WITH_9)
+    assert found.recording_seconds == (31 + 8 + 16 + 4) * 30  # all steps of 16 samples to train on, and of the trials
+    again, validated = 8, 4 * 8  # roll-outs of another round, and four more predictors
+    assert found.roll_out_seconds == pytest.approx(plain.roll_out_seconds + (again + validated) * WITH_9)
+    assert found.training_seconds == pytest.approx(plain.training_seconds + (300 + 700 + 2 * 200) * 0.05)
+    assert found.test_seconds == plain.test_seconds and plain.schedule_seconds == plain.end_to_end_seconds == 0
+    through_runs = found.schedule_seconds + found.end_to_end_seconds
+    others = (found.recording_seconds, found.roll_out_seconds, found.training_seconds, found.test_seconds)
+    assert found.seconds == pytest.approx(sum(others) + through_runs)
+    assert found.nbytes == pytest.approx(plain.nbytes + again * 9 / 50 * 40e6 + 16 * 1e6)
+    assert f"; {31 + 8 + 16 + 4} more samples " in found.text()
+    words = f"comparing 35 schedules {cost._time(found.schedule_seconds)}, training through whole runs "
+    assert f"{words}{cost._time(found.end_to_end_seconds)}, the test" in found.text()
+
+
+def test_its_cost_counts_the_runs_that_the_bar_counts():
+    runs = 31 + 8 + 16 + 4 + THROUGH_RUNS.rolled_out_samples + THROUGH_RUNS.validated_samples + 4 * 8 + 35 * 4
+    updates = 32 + 56
+    search = THROUGH_RUNS.search_steps(9) + THROUGH_RUNS.l2p_steps(9)
+    trained = search + 2 * THROUGH_RUNS.training_steps + (3 + 1) * 200 + updates
+    assert THROUGH_RUNS.all_steps([9]) == (runs + 2 * updates) * 50 + trained
+    both = THROUGH_RUNS.all_steps([9, 7]) - THROUGH_RUNS.all_steps([9])
+    assert both < THROUGH_RUNS.all_steps([7]) - (31 + 8 + 16 + 4) * 50  # all steps run once
+
+
+def test_processes_share_the_runs_that_compare_schedules_only():
+    one, two = (fit_cost(FIRST, replace(THROUGH_RUNS, width=width), [9]) for width in (1, 2))
+    assert two.end_to_end_seconds == one.end_to_end_seconds
+    assert one.schedule_seconds - two.schedule_seconds == pytest.approx(35 * 4 * WITH_9 / 2)
+
+
+def test_a_model_of_12_billion_parameters_takes_less_than_40_minutes():
+    """A picture of FLUX.1-dev of 1024 x 1024 pixels, whose step takes 0.15 s, as `lesa estimate` assumes on an H100."""
+    flops, shift = 2 * 12e9 * 50 * 4608, math.exp(1.15)
+    levels = [shift * level / (1 + (shift - 1) * level) for level in (1 - step / 50 for step in range(50))]
+    more = EndToEndAmounts().for_model(flops, on_cpu=False)
+    work = Work(Amounts().for_model(flops, on_cpu=False), 50, 1, 1, through_runs=more, levels=levels)
+    first = FirstSample(50 * 0.15, 157_000_000, 50, optimiser_step_seconds=0.05, predicted_step_seconds=0.001)
+    found = fit_cost(first, work, [9])
+    assert work.trials(9) == 54 and 38 < found.seconds / 60 < 40
+    assert fit_cost(first, replace(work, through_runs=None), [9]).seconds / 60 < 14
 
 
 def test_processes_share_the_samples_but_not_the_training():
@@ -108,6 +163,7 @@ def test_what_is_measured_of_the_first_sample(tmp_path, monkeypatch, samples, st
         first = measured(recording, 2.5, Amounts(batch_size=3, tokens_per_batch=2), 4, "cpu")
     assert trained == [((STEPS, 3 * 2, WIDTH), False, trained[0][2])] * 4 and len(trained[0][2]) == 4
     assert (first.seconds, first.num_inference_steps) == (2.5, STEPS)
+    assert first.latents_nbytes == recording[0].latents.nbytes > 0
     files = [tmp_path / "recording" / name for name in ("sample-00000.safetensors", "sample-00000-uncond.safetensors")]
     size = sum(file.stat().st_size for file in files[:streams])
     assert size - 2000 * streams < first.nbytes < size

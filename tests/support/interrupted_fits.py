@@ -17,7 +17,7 @@ import torch
 import lesa
 import small_pipelines as small
 from lesa.fitting import whole
-from lesa.fitting.amounts import Amounts
+from lesa.fitting.amounts import Amounts, EndToEndAmounts
 from lesa.training import schedule_search
 
 CASE, STEPS, BUDGET = small.ALL["flux"], 6, 3
@@ -32,12 +32,14 @@ FEW = Amounts(
     validation_samples=2,
     test_samples=2,
 )
+FEW_END_TO_END = EndToEndAmounts(schedule_updates=2, updates=2, batch_size=2, moves=2, trial_samples=2)
 OPTIONS = {"num_inference_steps": STEPS, "batch_size": 2, "progress": False}
 
 
 def make_quick(set_attribute):
     """Lets fits record and train little."""
     set_attribute(whole.defaults, "AMOUNTS", FEW)
+    set_attribute(whole.defaults, "END_TO_END", FEW_END_TO_END)
     set_attribute(schedule_search, "BRIEF_UPDATES", 6)
 
 

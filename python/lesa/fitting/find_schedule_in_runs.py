@@ -151,11 +151,12 @@ def find_schedule_in_runs(
 
 def _checked(candidate: ScheduleLike, count: int, total: int) -> tuple[int, ...]:
     """The steps of a candidate; raises `TypeError` or `ValueError` unless it has `count` of a run."""
-    steps = as_schedule(candidate, total).steps
-    if len(steps) != count or steps[-1] >= total:
-        must = f"have {count} steps each, all of them below {total}"
-        raise argument_error("candidates", must, steps, "Leave the others out.")
-    return steps
+    schedule = as_schedule(candidate, total)
+    is_for_others = schedule.num_inference_steps not in (None, total)
+    if len(schedule) != count or schedule.steps[-1] >= total or is_for_others:
+        must = f"have {count} computed steps of {total} each"
+        raise argument_error("candidates", must, schedule, "Leave the others out.")
+    return schedule.steps
 
 
 @contextlib.contextmanager

@@ -1,0 +1,267 @@
+"""`lesa.fit` with training through whole runs: what it chooses, what it says, and how it goes on."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import lesa
+import small_pipelines as small
+from interrupted_fits import BUDGET, CASE, FEW, FEW_END_TO_END, OPTIONS, STEPS, files_in, inputs, make_quick
+from lesa.fitting import whole
+from lesa.fitting.amounts import EndToEndAmounts
+from lesa.fitting.bar import Bar
+from lesa.fitting.end_to_end import EndToEndBudget, ThroughRuns
+from lesa.fitting.planning import Work
+from lesa.processes import Processes
+from lesa.schedule import Schedule
+from lesa_kernels import FusedKANPredictor
+from small_wan import EXPERTS
+
+LEVELS = tuple(1 - step / STEPS for step in range(STEPS))
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    make_quick(monkeypatch.setattr)
+
+
+# Which predictor is chosen
+
+
+def named(name, steps=(0, 1, 3)):
+    return SimpleNamespace(name=name, config=SimpleNamespace(schedule=steps))
+
+
+@pytest.fixture
+def chosen(monkeypatch, tmp_path):
+    """`chosen(figures, found)` -> what is fitted where predictors have these figures and runs find this schedule.
+
+    The second result has the names of the predictors that were validated, and where each training began.
+    """
+    seen = []
+
+    def begin(name, start):
+        seen.append(f"{name} from {start.name}")
+        return named(name, start.config.schedule)
+
+    def run(figures, found=(0, 2, 4)):
+        def quality(self, name, predictor):
+            seen.append(name)
+            return figures[name]
+
+        fakes = {
+            "_trained": lambda self: named("0"),
+            "_refined": lambda self, number, before: named(str(number)),
+            "_quality": quality,
+            "_joined": lambda self, count: SimpleNamespace(),
+            "_search": lambda self, plain: SimpleNamespace(tried=lambda: {"0,2,4": 30.0, "0,1,3": 29.0}),
+            "_learned": lambda self, search, plain: (named("learned", found), Schedule(found, STEPS)),
+            "_trained_on": lambda self, trajectories, schedule, out_dir: named("trained again", schedule.steps),
+            "_refined_on": lambda self, trajectories, folder, number, before: begin("refined again", before[-1]),
+            "_through_whole_runs": lambda self, start: begin("end to end", start),
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(EndToEndBudget, name, fake)
+        pipe = SimpleNamespace(_execution_device="cpu")
+        samples = SimpleNamespace(pipe=pipe, seed=0, tokens=1, num_inference_steps=STEPS, batch_size=1)
+        amounts = replace(FEW, rounds=1)
+        given = ThroughRuns(FEW_END_TO_END, "latents", [{}] * 4, LEVELS, SimpleNamespace(), tmp_path)
+        work = Work(amounts, STEPS, 1, 1, 1, FEW_END_TO_END, LEVELS)
+        options = (BUDGET, samples, SimpleNamespace(), tmp_path, amounts, work, Bar(False), Processes())
+        return EndToEndBudget(*options, through_runs=given).fit(), seen
+
+    return run
+
+
+PLAIN = {"0": 30.0, "1": 31.0}
+
+
+@pytest.mark.parametrize(
+    ("later", "stage", "rounds", "start"),
+    [
+        ((32.0, 33.0, 34.0, 36.0), "end to end", 1, "refined again"),
+        ((35.0, 33.0, 34.0, 36.0), "end to end", 1, "learned"),
+        ((32.0, 33.0, 32.5, 36.0), "end to end", 0, "trained again"),
+        ((32.0, 33.0, 34.0, 33.9), "refined again", 1, "refined again"),
+        ((32.0, 33.0, 30.0, 20.0), "trained again", 0, "trained again"),
+        ((36.0, 33.0, 34.0, 35.0), "schedules", 1, "learned"),
+        ((30.0, 29.0, 30.5, 30.9), "rounds", 1, "refined again"),
+        ((31.0, 31.0, 31.0, 31.0), "rounds", 1, "learned"),
+        ((math.nan, 29.0, math.nan, math.nan), "rounds", 1, "trained again"),
+        ((math.nan, math.nan, math.nan, 40.0), "end to end", 1, "learned"),
+    ],
+)
+def test_the_best_predictor_of_all_is_chosen(chosen, later, stage, rounds, start):
+    names = ("schedules", "trained again", "refined again", "end to end")
+    fitted, seen = chosen({**PLAIN, **dict(zip(names, later))})
+    made = fitted.made
+    assert (made["stage"], made["rounds"]) == (stage, rounds)
+    assert fitted.predictor.name == {"rounds": "1", "schedules": "learned"}.get(stage, stage)
+    assert f"end to end from {start}" in seen and "refined again from trained again" in seen
+    figures = {"rounds": 31.0, **dict(zip(names, later))}
+    assert made["validation_by_stage"] == {k: None if math.isnan(v) else v for k, v in figures.items()}
+    assert figures[stage] == max(each for each in figures.values() if not math.isnan(each)) >= max(PLAIN.values())
+    assert made["validation_psnr"] == [30.0, 31.0] and made["schedules_tried"] == 2
+
+
+@pytest.mark.parametrize(("learned", "start"), [(30.0, "1"), (31.0, "learned"), (32.0, "learned")])
+def test_for_the_schedule_that_was_there_before_nothing_is_trained_again(chosen, learned, start):
+    fitted, seen = chosen({**PLAIN, "schedules": learned, "end to end": 33.0}, found=(0, 1, 3))
+    assert seen == ["0", "1", "schedules", f"end to end from {start}", "end to end"]
+    assert fitted.made["stage"] == "end to end" and [*fitted.made["validation_by_stage"]][0] == "rounds"
+
+
+# How much is done
+
+
+@pytest.mark.parametrize(
+    ("flops", "on_cpu", "wanted"),
+    [
+        (1.5e10, True, EndToEndAmounts()),
+        (2e10, True, EndToEndAmounts()),
+        (3e14, False, EndToEndAmounts()),
+        (6e14, False, EndToEndAmounts(50, 100, 4, 30, 16)),
+        (5e15, False, EndToEndAmounts(32, 56, 2, 12, 4)),
+        (1e12, True, EndToEndAmounts(32, 56, 2, 12, 4)),
+    ],
+)
+def test_less_is_done_for_large_models(flops, on_cpu, wanted):
+    assert EndToEndAmounts(100, 200, 8, 60, 32).for_model(flops, on_cpu) == wanted
+    assert FEW_END_TO_END.for_model(flops, on_cpu) == FEW_END_TO_END
+
+
+# Refusals
+
+
+def test_a_pipeline_that_gradients_cannot_pass_is_refused_before_anything_is_recorded(tmp_path):
+    case = EXPERTS["wan 2.2 cfg"]
+    options = {**OPTIONS, "num_inference_steps": 12, "out_dir": tmp_path / "out"}
+    with pytest.raises(ValueError, match="`pipe` must have one transformer.* transformer and transformer_2"):
+        lesa.fit(case.build(), [case.inputs(1)], budget=4, end_to_end=True, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_losses_that_cannot_be_computed_are_refused(tmp_path):
+    pipe, options = CASE.build(), {"budget": BUDGET, "out_dir": tmp_path / "out", **OPTIONS}
+    with pytest.raises(ValueError, match="`loss` is that of a training through whole runs. Set `end_to_end`"):
+        lesa.fit(pipe, inputs(), loss="pixels", **options)
+    with pytest.raises(ValueError, match="`loss` must be"):
+        lesa.fit(pipe, inputs(), loss="lpips", end_to_end=True, **options)
+    pipe.vae = None
+    with pytest.raises((ValueError, TypeError), match="vae|VAE|decode"):
+        lesa.fit(pipe, inputs(), loss="pixels", end_to_end=True, **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("before", "after"), [({}, {"end_to_end": True}), ({"end_to_end": True}, {})])
+def test_unfinished_work_goes_on_with_the_same_choice_only(tmp_path, monkeypatch, before, after):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    pipe, call = CASE.build(), {"budget": BUDGET, "out_dir": tmp_path, **OPTIONS}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(whole.Fit, "_fitted", stop)
+        lesa.fit(pipe, inputs(), **call, **before)
+    with pytest.raises(ValueError, match=r"`end_to_end` must be (True|None), as in the unfinished fit in"):
+        lesa.fit(pipe, inputs(), **call, **after)
+
+
+def test_a_fit_that_an_earlier_version_has_begun_goes_on(tmp_path, monkeypatch):
+    pipe, call, begun = CASE.build(), {"budget": BUDGET, "out_dir": tmp_path, **OPTIONS}, []
+
+    def stop(*_):
+        begun.append(True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(whole.Fit, "_fitted", stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            lesa.fit(pipe, inputs(), **call)
+        state = json.loads((tmp_path / "work" / "state.json").read_text())
+        for name in ("end_to_end", "loss", "amounts_end_to_end"):
+            state["settings"].pop(name, None)  # which it did not have
+        (tmp_path / "work" / "state.json").write_text(json.dumps(state))
+    assert len(begun) == 2
+
+
+# The whole
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.mark.slow
+def test_a_fit_through_whole_runs_is_never_worse_and_goes_on_after_interruptions(tmp_path, monkeypatch):
+    """Each call after the first gets a random number of files written, until one comes to its end."""
+    monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, rounds=1, updates=2, round_updates=2))
+    pipe, call, moved, part = CASE.build(), {"budget": BUDGET, "end_to_end": True, **OPTIONS}, {}, Bar.part
+
+    @contextlib.contextmanager
+    def watched(self, name, steps):
+        with part(self, name, steps):
+            yield
+            moved.setdefault(name, []).append((self._within, steps))
+
+    with monkeypatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as shown:
+        patch.setattr(Bar, "part", watched)
+        predictor = lesa.fit(pipe, inputs(), out_dir=tmp_path / "whole", **{**call, "progress": True})
+    assert "schedules" in shown.getvalue() and "training through whole runs" in shown.getvalue()
+    for name in ("train on many schedules", "train end to end"):
+        assert all(within == steps > 0 for within, steps in moved[f"3 steps, {name}"])
+    made = json.loads((tmp_path / "whole" / "evaluation.json").read_text())["made"]
+    figures = made["validation_by_stage"]
+    assert figures[made["stage"]] == max(figures.values()) >= max(made["validation_psnr"])
+    assert len(predictor.config.schedule) == BUDGET
+    wanted, chosen, replaced, interruptions = files_in(tmp_path / "whole"), random.Random(3), os.replace, 0
+    while interruptions < 30:
+        left = iter(range(chosen.randint(15, 60), -1, -1))
+
+        def counted(*arguments, left=left, **options):
+            if next(left) == 0:
+                raise Interrupted
+            return replaced(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", counted)
+            try:
+                lesa.fit(pipe, inputs(), out_dir=tmp_path / "out", **call)
+                break
+            except Interrupted:
+                interruptions += 1
+    assert interruptions >= 2
+    assert files_in(tmp_path / "out") == wanted
+    assert "--end-to-end --loss latents" in wanted["README.md"].decode()
+
+
+@pytest.mark.slow
+def test_without_it_the_predictor_is_that_of_the_rounds(tmp_path):
+    """So the validation of a fit through whole runs, which has this predictor too, cannot be worse."""
+    pipe, made = CASE.build(), {}
+    for name, more in (("plain", {}), ("through runs", {"end_to_end": True})):
+        lesa.fit(pipe, inputs(), budget=BUDGET, out_dir=tmp_path / name, **OPTIONS, **more)
+        made[name] = json.loads((tmp_path / name / "evaluation.json").read_text())["made"]
+    assert made["plain"]["validation_psnr"] == made["through runs"]["validation_psnr"]
+    figures = made["through runs"]["validation_by_stage"]
+    assert figures["rounds"] == max(made["plain"]["validation_psnr"])
+    assert figures[made["through runs"]["stage"]] >= figures["rounds"]
+
+
+@pytest.mark.slow
+def test_pixels_two_streams_and_two_budgets(tmp_path):
+    case = small.ALL["qwen cfg"]
+    options = {**OPTIONS, "budget": [BUDGET, 2], "end_to_end": True, "loss": "pixels", "out_dir": tmp_path}
+    made = lesa.fit(case.build(), inputs(case), **options)
+    assert [len(made[budget].config.schedule) for budget in (BUDGET, 2)] == [BUDGET, 2]
+    for budget in (BUDGET, 2):
+        assert "--loss pixels" in (tmp_path / f"budget-{budget}" / "README.md").read_text()
+        same = FusedKANPredictor.from_pretrained(tmp_path / f"budget-{budget}")
+        assert all(torch.equal(a, b) for a, b in zip(same.parameters(), made[budget].parameters(), strict=True))
