@@ -45,13 +45,16 @@ class GradientRun:
     """What one run gave, with gradients.
 
     Args:
-        latents: after each step, the samples in the order of the inputs.
+        latents: by step, the latents after it: after the last step, and after each one that comes before a computed
+            one. The samples are in the order of the inputs.
         computed: the steps that were computed, rising from 0.
+        last: the last step.
         made: what the pipeline returned: the latents, or images `[B, C, H, W]` or videos `[B, F, C, H, W]` in [0, 1].
     """
 
-    latents: list[torch.Tensor]
+    latents: dict[int, torch.Tensor]
     computed: list[int]
+    last: int
     made: Any
 
 
@@ -106,24 +109,27 @@ class DifferentiableRuns:
             TypeError, ValueError, RuntimeError: a step can't be forecast, the scheduler makes another number of steps
                 than it has noise levels, or no gradient passes through the pipeline.
         """
-        latents: list[torch.Tensor] = []
+        hook, generators = self._hook, [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        latents: dict[int, torch.Tensor] = {}
+        counts: list[int] = []  # the samples of each step
 
         def keep(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
-            latents.append(tensors["latents"].clone())  # some pipelines write into them
+            counts.append(len(tensors["latents"]))
+            if step + 1 in hook.chosen or step + 1 == hook.total:
+                latents[step] = tensors["latents"].clone()  # some pipelines write into them
             return {}
 
-        hook, generators = self._hook, [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         hook.schedule = schedule
         with torch.inference_mode(False), torch.enable_grad(), quiet_progress(self.pipe):
             arguments = {name: _usable(value) for name, value in collate([*inputs]).items()}
             made = run_pipeline(self.pipe, arguments, generators, num_inference_steps, keep, output_type)
-        if len(latents) != hook.total or any(len(each) != len(seeds) for each in latents):
-            got = Said(f"{len(latents)} steps of a scheduler with {hook.total} noise levels, for {len(seeds)} samples")
+        if counts != [len(seeds)] * hook.total:
+            got = Said(f"{len(counts)} steps of a scheduler with {hook.total} noise levels, for {len(seeds)} samples")
             must = "make one step for each of its scheduler's noise levels, for all samples"
-            raise argument_error("pipe", must, got, "Use a scheduler with one call per step, and refine instead.")
-        if not latents[-1].requires_grad:
+            raise argument_error("pipe", must, got, "Use a scheduler with one call per step, or `lesa.refine`.")
+        if not latents[hook.total - 1].requires_grad:
             raise _refusal("keep gradients from step to step", f"a {type(self.pipe).__name__}, which stops them")
-        return GradientRun(latents, hook.chosen, made)
+        return GradientRun(latents, hook.chosen, hook.total - 1, made)
 
 
 def check_differentiable(pipe: Any, predictor: FusedKANPredictor) -> None:
@@ -142,6 +148,9 @@ def check_differentiable(pipe: Any, predictor: FusedKANPredictor) -> None:
         got = Said(f"{predictor.config.history!r}, that of the forecaster {predictor.config.mixer!r}")
         remedy = "Use a predictor whose history has computed steps only, such as 'newton', or use `lesa.refine`."
         raise argument_error("predictor.config.history", "be 'anchors'", got, remedy)
+    if not predictor.forecaster.plans:
+        must, remedy = "be a forecaster whose weights depend on noise levels only", "Use 'newton', or `lesa.refine`."
+        raise argument_error("predictor.config.mixer", must, predictor.config.mixer, remedy)
     if not hasattr(type(pipe).__call__, "__wrapped__"):
         raise _refusal("have a `__call__` with the decorator `torch.no_grad`", f"a {name}, which has none", TypeError)
     if len(adapters) > 1:

@@ -205,11 +205,10 @@ class EndToEndRun:
 
     def _loss_of(self, run: GradientRun, samples: list[int]) -> torch.Tensor:
         """The mean of the losses at the end and before the computed steps, over some samples."""
-        last = len(run.latents) - 1
         if self.compares_images:
             end = self._loss_of_images(run.made.float(), self.references.images(samples, run.made.device))
         else:
-            end = self._off(run, samples, last)
+            end = self._off(run, samples, run.last)
         # Before the first forecast, nothing depends on the predictor.
         between = [
             self._off(run, samples, step - 1) for step in run.computed[1:] if run.latents[step - 1].requires_grad
