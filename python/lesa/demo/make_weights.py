@@ -91,7 +91,7 @@ def train_predictors(demo: Demo, out: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trajectories = lesa.record(pipe, inputs, Path(scratch) / "trajectories", batch_size=16)
         for name, (mixer, schedule) in demo.predictors.items():
-            if mixer == "newton":
+            if mixer == "newton" and isinstance(schedule, tuple):
                 more = inputs_of(demo, END_TO_END_SAMPLES, out)
                 predictor = newton_predictor(trajectories, pipe, inputs, more, schedule)
             else:
