@@ -452,6 +452,12 @@ def test_pipelines_that_gradients_cannot_pass_through_are_refused(pipe):
 
 
 @pytest.mark.slow
+def test_another_number_of_steps_than_the_predictor_s_is_refused(pipe):
+    with pytest.raises(ValueError, match=r"`num_inference_steps` must make the pipeline execute 6 steps.*executes 8"):
+        trained(pipe, predictor_for(pipe), num_inference_steps=8)
+
+
+@pytest.mark.slow
 def test_a_transformer_that_stops_gradients_is_refused(pipe):
     block = pipe.transformer.single_transformer_blocks[-1]
     forward = block.forward

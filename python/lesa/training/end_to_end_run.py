@@ -23,7 +23,8 @@ from lesa.provenance import of_manifest
 from lesa.schedule import Schedule, schedule_of
 from lesa.training.batches import check_is_predictor
 from lesa.training.curves import plot_losses
-from lesa.training.differentiable_runs import DifferentiableRuns, GradientRun, check_differentiable, frozen
+from lesa.training.differentiable_runs import DifferentiableRuns, GradientRun, frozen
+from lesa.training.gradient_checks import check_differentiable
 from lesa.training.run_references import References
 from lesa.training.settings import check_seed
 from lesa.training.training_run import (
