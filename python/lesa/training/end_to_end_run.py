@@ -23,7 +23,8 @@ from lesa.provenance import of_manifest
 from lesa.schedule import Schedule, schedule_of
 from lesa.training.batches import check_is_predictor
 from lesa.training.curves import plot_losses
-from lesa.training.differentiable_runs import DifferentiableRuns, GradientRun, check_differentiable, frozen
+from lesa.training.differentiable_runs import DifferentiableRuns, GradientRun, frozen
+from lesa.training.gradient_checks import check_differentiable
 from lesa.training.run_references import References
 from lesa.training.settings import check_seed
 from lesa.training.training_run import (
@@ -205,11 +206,10 @@ class EndToEndRun:
 
     def _loss_of(self, run: GradientRun, samples: list[int]) -> torch.Tensor:
         """The mean of the losses at the end and before the computed steps, over some samples."""
-        last = len(run.latents) - 1
         if self.compares_images:
             end = self._loss_of_images(run.made.float(), self.references.images(samples, run.made.device))
         else:
-            end = self._off(run, samples, last)
+            end = self._off(run, samples, run.last)
         # Before the first forecast, nothing depends on the predictor.
         between = [
             self._off(run, samples, step - 1) for step in run.computed[1:] if run.latents[step - 1].requires_grad
