@@ -11,6 +11,7 @@ import lesa
 from interrupted_fits import CASE, STEPS, inputs
 from lesa.fitting import schedule_in_runs
 from lesa.fitting.comparing import LatentRuns, Made
+from lesa.fitting.probing import probed
 from lesa.fitting.schedule_family import REACH, family, moved
 from lesa.fitting.schedule_in_runs import best_schedule, drawn_schedule
 from lesa.schedule import Schedule
@@ -172,15 +173,16 @@ def judged(monkeypatch):
 
 
 def test_the_schedule_is_found_and_all_figures_are_kept(judged, tmp_path):
-    predictor = untrained()
-    found = lesa.find_schedule_in_runs(predictor, CASE.build(), inputs(), COUNT, out_dir=tmp_path, **OPTIONS)
+    predictor, pipe = untrained(), CASE.build()
+    found = lesa.find_schedule_in_runs(predictor, pipe, inputs(), COUNT, out_dir=tmp_path, **OPTIONS)
+    levels = probed(pipe, inputs(), STEPS).sigmas
     assert found.steps == (0, 3, 5) and found.num_inference_steps == STEPS
-    assert found.sigmas == pytest.approx([EVEN[step] for step in found.steps])
+    assert found.sigmas == tuple(levels[step] for step in found.steps)
     assert [path.name for path in tmp_path.iterdir()] == ["schedules.json"]
     kept = json.loads((tmp_path / "schedules.json").read_text())
     assert kept["schedule"] == [0, 3, 5] and len(kept["psnr"]) == len(judged)
     assert all(kept["psnr"][",".join(map(str, steps))] == near((0, 3, 5))(steps) for steps in judged)
-    assert {*family(COUNT, EVEN)} <= {*judged} and max(kept["psnr"].values()) == kept["psnr"]["0,3,5"]
+    assert {*family(COUNT, levels)} <= {*judged} and max(kept["psnr"].values()) == kept["psnr"]["0,3,5"]
     assert predictor.config.schedule == (0, 2, 4)
 
 
