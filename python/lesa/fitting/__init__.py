@@ -17,7 +17,7 @@ from lesa.fitting.samples import TEST
 from lesa.fitting.whole import Fit
 from lesa.pipelines import check_decodes
 from lesa.processes import processes_for
-from lesa.training.differentiable_runs import check_differentiable
+from lesa.training.gradient_checks import check_differentiable
 from lesa.training.recording import Recording
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import Said, argument_error, check_choice, check_int, usage_error

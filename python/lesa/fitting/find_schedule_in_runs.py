@@ -23,7 +23,7 @@ from lesa.inputs import check_inputs
 from lesa.processes import Processes, processes_for
 from lesa.schedule import Schedule, ScheduleLike, as_schedule
 from lesa.training.batches import check_is_predictor
-from lesa.training.differentiable_runs import check_differentiable
+from lesa.training.gradient_checks import check_differentiable
 from lesa.training.settings import check_seed
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error, check_int
