@@ -21,6 +21,7 @@ from tqdm import tqdm
 import lesa
 from lesa.demo import digits
 from lesa.demo.run import DEMOS, Demo, labels
+from lesa.training.trainer import with_typical_errors
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 UPDATES, END_TO_END_SAMPLES, END_TO_END_SEED = 250, 512, 100_000
@@ -123,9 +124,10 @@ def newton_predictor(
     """
     trained = lesa.train(trajectories, schedule=schedule)
     refined = lesa.refine(trained, trajectories, pipe, inputs, rounds=2, samples_per_call=16)
-    return lesa.train_end_to_end(
+    best = lesa.train_end_to_end(
         refined, pipe, more_inputs, updates=updates, learning_rate=1.5e-3, seed=END_TO_END_SEED
     )
+    return with_typical_errors(best, trajectories)
 
 
 def main() -> None:
