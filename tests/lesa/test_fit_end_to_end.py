@@ -129,8 +129,8 @@ def test_for_the_schedule_that_was_there_before_nothing_is_trained_again(chosen,
         (2e10, True, EndToEndAmounts()),
         (3e14, False, EndToEndAmounts()),
         (6e14, False, EndToEndAmounts(50, 100, 4, 30, 16)),
-        (5e15, False, EndToEndAmounts(32, 56, 2, 12, 4)),
-        (1e12, True, EndToEndAmounts(32, 56, 2, 12, 4)),
+        (5e15, False, EndToEndAmounts(32, 48, 2, 12, 4)),
+        (1e12, True, EndToEndAmounts(32, 48, 2, 12, 4)),
     ],
 )
 def test_less_is_done_for_large_models(flops, on_cpu, wanted):

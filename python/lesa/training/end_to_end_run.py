@@ -95,7 +95,7 @@ class EndToEndRun:
         loss: Loss,
         schedule_for: Callable[[int], Schedule] | None,
     ):
-        _check_predictor(predictor, pipe)
+        check_is_for(predictor, pipe)
         check_differentiable(pipe, predictor)
         self.loss, self.compares_images = loss, loss != "latents"
         check_loss(loss)
@@ -314,7 +314,7 @@ def check_loss(loss: Any) -> None:
         raise argument_error("loss", "be 'latents', 'pixels' or a function of two batches of images", loss, remedy)
 
 
-def _check_predictor(predictor: FusedKANPredictor, pipe: Any) -> None:
+def check_is_for(predictor: FusedKANPredictor, pipe: Any) -> None:
     """Raises `TypeError` or `ValueError` unless the predictor is for this pipeline, and has something to train."""
     check_is_predictor(predictor)
     config, adapter = predictor.config, adapter_for(pipe)
