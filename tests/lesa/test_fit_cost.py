@@ -88,7 +88,7 @@ def test_processes_share_the_runs_that_compare_schedules_only():
     assert two.trial_seconds == one.trial_seconds / 2 > 0
 
 
-@pytest.mark.parametrize(("budget", "minutes"), [(10, 39.7), (9, 37.1), (5, 26.4)])
+@pytest.mark.parametrize(("budget", "minutes"), [(10, 39.7), (9, 37.1), (5, 26.6)])
 def test_a_model_of_12_billion_parameters_takes_less_than_40_minutes(budget, minutes):
     """A picture of FLUX.1-dev of 1024 x 1024 pixels, whose step takes 0.15 s, as `lesa estimate` assumes on an H100."""
     flops, shift = 2 * 12e9 * 50 * 4608, math.exp(1.15)
@@ -97,6 +97,7 @@ def test_a_model_of_12_billion_parameters_takes_less_than_40_minutes(budget, min
     work = Work(Amounts().for_model(flops, on_cpu=False), 50, 1, 1, through_runs=more, levels=levels)
     first = FirstSample(50 * 0.15, 157_000_000, 50, optimiser_step_seconds=0.05, predicted_step_seconds=0.001)
     found = fit_cost(first, work, [budget]).seconds / 60
+    assert work.trials(9) == 54
     assert found == pytest.approx(minutes, abs=0.1) and found < 40
     assert fit_cost(first, replace(work, through_runs=None), [budget]).seconds / 60 < 14
 
