@@ -148,7 +148,7 @@ def test_of_equal_schedules_the_first_is_the_best():
 
 def untrained():
     trained_for = {"schedule": (0, 2, 4), "schedule_sigmas": tuple(EVEN[step] for step in (0, 2, 4))}
-    config = PredictorConfig(4, hidden=3, rank=1, family="flux", num_inference_steps=STEPS, **trained_for)
+    config = PredictorConfig(32, hidden=3, rank=1, family="flux", num_inference_steps=STEPS, **trained_for)
     predictor = FusedKANPredictor(config)
     predictor.reset_parameters(torch.Generator().manual_seed(0))
     return predictor
