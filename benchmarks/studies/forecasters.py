@@ -10,12 +10,13 @@ linear, L2P and LESA. Runs on 16 samples of other seeds decide. The forecasters:
   it choose the schedule, and it is refined with that one.
 - Of the forecasters without training, each set of options is tried with all schedules. The coefficients of "universal"
   are those that `--coefficients FILE` names: for a judgement on a model that they have not seen, those of
-  `train_universal.py --leave-out MODEL`.
-- The newton predictor is trained for its own schedule: see `Workshop._chosen`.
+  `train_universal.py --leave-out MODEL`. DIR belongs to the coefficients with which it began.
+- The newton predictor is trained for its own schedule: see `Workshop.newton`.
 
 Then `lesa.evaluate` compares them with batch size 1: each with its best schedule ("l2p-9@best"), and with that of the
-newton predictor ("l2p-9@newton") where it is another. It compares the caches of others and fewer steps too. What is
-finished in DIR is kept. `python benchmarks/studies/targets.py DIR/evaluation` makes tables of it.
+newton predictor ("l2p-9@newton") where it is another. Each has the options that are best with its schedule. It compares
+the caches of others and fewer steps too. What is finished in DIR is kept. `python benchmarks/studies/targets.py
+DIR/evaluation` makes tables of it.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 import lesa
 from lesa import Schedule
-from lesa.artifacts import write_text
+from lesa.artifacts import digest, write_text
 from lesa.demo import digits
 from lesa.demo.make_weights import END_TO_END_SAMPLES, newton_predictor
 from lesa.demo.run import DEMOS, labels
@@ -101,32 +102,36 @@ class Workshop:
         ours = tuple(newton.config.schedule or ())
         made = {f"newton-{budget}": (newton, Schedule(ours, STEPS))}
         for mixer in OTHERS:
-            best = self.best(mixer, budget)
-            for steps, where in {ours: "newton", best.steps: "best"}.items():  # where they are equal, the best
-                choice = Choice(best.config, steps)
-                made[f"{mixer}-{budget}/{where}"] = self.made(choice), Schedule(steps, STEPS)
+            chosen = {"newton": self.best(mixer, budget, ours), "best": self.best(mixer, budget)}
+            if chosen["best"].steps == ours:
+                del chosen["newton"]
+            for where, choice in chosen.items():
+                made[f"{mixer}-{budget}/{where}"] = self.made(choice), Schedule(choice.steps, STEPS)
         return made
 
     def newton(self, budget: int) -> FusedKANPredictor:
-        """The newton predictor, trained for its schedule."""
-        folder = self.folder / f"newton-{budget}"
-        if not (folder / "config.json").exists():
-            self._chosen(budget).save_pretrained(folder)
-        return FusedKANPredictor.from_pretrained(folder)
-
-    def _chosen(self, budget: int) -> FusedKANPredictor:
-        """The bundled one, or one that is made like it."""
+        """The newton predictor: the bundled one, or one that is made like it for its schedule, and kept."""
         if budget in BUNDLED[self.name]:
             return FusedKANPredictor.from_pretrained(digits.WEIGHTS / BUNDLED[self.name][budget])
-        more = self.demo.model.inputs_for(labels(END_TO_END_SAMPLES))
-        return newton_predictor(self.trajectories, self.pipe, self.inputs, more, self.demo.schedules[budget])
+        schedule = tuple(self.demo.schedules[budget])
+        folder = self.folder / "-".join(("newton", *map(str, schedule)))
+        if not (folder / "config.json").exists():
+            more = self.demo.model.inputs_for(labels(END_TO_END_SAMPLES))
+            newton_predictor(self.trajectories, self.pipe, self.inputs, more, schedule).save_pretrained(folder)
+        return FusedKANPredictor.from_pretrained(folder)
 
-    def best(self, mixer: str, budget: int) -> Choice:
-        """The options and the schedule with which the runs of a forecaster are best."""
+    def best(self, mixer: str, budget: int, steps: tuple[int, ...] | None = None) -> Choice:
+        """The options and the schedule with which the runs of a forecaster are best.
+
+        Args:
+            mixer: the forecaster.
+            budget: how many steps it computes.
+            steps: the schedule, if it is given. Then only the options are chosen.
+        """
         choices = []
         for config in self.configs(mixer):
-            schedules = [*self.candidates(budget), self.found(config, budget)]
-            choices += [Choice(config, steps) for steps in dict.fromkeys(schedules)]
+            schedules = [steps] if steps else [*self.candidates(budget), self.found(config, budget)]
+            choices += [Choice(config, each) for each in dict.fromkeys(schedules)]
         return max(tqdm(choices, desc=f"{mixer}, {budget} steps"), key=self.score)
 
     def configs(self, mixer: str) -> list[PredictorConfig]:
@@ -220,6 +225,10 @@ class Workshop:
         with cache:
             return self.pipe(**arguments, **options, generator=generators)[0].float()
 
+    def is_of(self, what: str, given: str) -> bool:
+        """Whether the folder began with this value, or begins with it now."""
+        return self._once(what, lambda: given) == given
+
     def _once(self, what: str, make: Callable[[], Any]) -> Any:
         """A result that is kept."""
         if what not in self._known:
@@ -245,6 +254,8 @@ def main() -> None:
     numbers = [stored[name].double() for name in ("in_weight", "in_bias", "spline", "out_weight", "out_bias")]
     with patch.object(universal, "coefficients", lambda device: numbers):
         workshop = Workshop(options.model, options.out)
+        if not workshop.is_of("coefficients", digest(numbers)):
+            parser.error("--coefficients must be those with which --out began. Choose another folder for others.")
         predictors: dict[str, Any] = {}
         for budget in options.budgets:
             predictors |= workshop.predictors(budget)

@@ -91,21 +91,46 @@ def test_the_same_facts_give_the_same_bytes(folder):
     assert (folder / "README.md").read_bytes() == first
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_card_says_which_predictor_of_a_fit_through_whole_runs_it_is(folder, stage):
-    more = {"end_to_end": True, "loss": "latents", "stage": stage, "schedules_tried": 83, "updates_on_schedules": 100}
-    more |= {"updates_end_to_end": 200, "samples_per_update": 8}
-    _, body = card_of(folder, made={**MADE, **more})
+RUNS = {"schedules_tried": 83, "updates_on_schedules": 100, "samples_end_to_end": 16, "samples_per_update": 8}
+OF_RUNS = {
+    "- schedules that were compared by runs: 83",
+    "- optimiser steps through whole runs on many schedules, before these were compared: 100",
+    "- samples for the training through whole runs: 16",
+    "- of these, for each optimiser step: 8",
+}
+NOT_THROUGH_RUNS = "- this predictor was not trained through whole runs"
+
+
+@pytest.mark.parametrize(
+    ("stage", "facts", "lines"),
+    [
+        ("rounds", {}, {NOT_THROUGH_RUNS}),
+        (
+            "schedules",
+            {**RUNS, "began_from": "rounds"},
+            {*OF_RUNS, f"- where its last training began: {STAGES['rounds']}"},
+        ),
+        ("trained again", RUNS, {*OF_RUNS, NOT_THROUGH_RUNS}),
+        ("refined again", RUNS, {*OF_RUNS, NOT_THROUGH_RUNS}),
+        (
+            "end to end",
+            {**RUNS, "updates_end_to_end": 200, "began_from": "refined again"},
+            {
+                *OF_RUNS,
+                "- optimiser steps through whole runs in the end, on these computed steps: 200",
+                f"- where its last training began: {STAGES['refined again']}",
+            },
+        ),
+    ],
+)
+def test_a_card_says_which_predictor_of_a_fit_through_whole_runs_it_is_and_what_led_to_it(folder, stage, facts, lines):
+    _, plain = card_of(folder)
+    _, body = card_of(folder, made={**MADE, "end_to_end": True, "loss": "latents", "stage": stage, **facts})
     assert "--batch-size 1 --seed 5 --end-to-end --loss latents --out FOLDER" in body
-    for line in (
-        "- schedules that were compared by runs: 83",
-        "- optimiser steps through whole runs before that, on many schedules: 100",
-        "- optimiser steps through whole runs after that, on the best schedule: 200",
-        "- samples for each of these: 8",
-        f"- the predictor that was best with the samples for comparisons: {STAGES[stage]}",
-    ):
-        assert line in body.splitlines()
-    assert "whole runs" not in card_of(folder)[1]
+    best = f"- the predictor that was best with the samples for comparisons: {STAGES[stage]}"
+    added = {line for line in body.splitlines() if line.startswith("- ")} - {*plain.splitlines()}
+    assert added == {best, *lines}
+    assert "whole runs" not in plain
 
 
 def test_figures_of_latents_and_no_picture(folder):

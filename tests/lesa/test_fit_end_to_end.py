@@ -6,7 +6,9 @@ import json
 import math
 import os
 import random
+import threading
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,8 +22,10 @@ from lesa.fitting.amounts import EndToEndAmounts
 from lesa.fitting.bar import Bar
 from lesa.fitting.end_to_end import EndToEndBudget, ThroughRuns
 from lesa.fitting.planning import Work
-from lesa.processes import Processes
+from lesa.processes import OthersEndedError, Processes
 from lesa.schedule import Schedule
+from lesa.training.end_to_end_run import EndToEndRun
+from lesa.training.shards import DamagedError
 from lesa_kernels import FusedKANPredictor
 from small_wan import EXPERTS
 
@@ -52,10 +56,13 @@ def chosen(monkeypatch, tmp_path):
         seen.append(f"{name} from {start.name}")
         return named(name, start.config.schedule)
 
-    def run(figures, found=(0, 2, 4)):
+    def run(figures, found=(0, 2, 4), fails=None):
         def quality(self, name, predictor):
             seen.append(name)
             return figures[name]
+
+        def fail(self, *arguments):
+            raise next(iter(fails.values()))
 
         fakes = {
             "_trained": lambda self: named("0"),
@@ -68,7 +75,7 @@ def chosen(monkeypatch, tmp_path):
             "_refined_on": lambda self, trajectories, folder, number, before: begin("refined again", before[-1]),
             "_through_whole_runs": lambda self, start: begin("end to end", start),
         }
-        for name, fake in fakes.items():
+        for name, fake in {**fakes, **dict.fromkeys(fails or {}, fail)}.items():
             monkeypatch.setattr(EndToEndBudget, name, fake)
         pipe = SimpleNamespace(_execution_device="cpu")
         samples = SimpleNamespace(pipe=pipe, seed=0, tokens=1, num_inference_steps=STEPS, batch_size=1)
@@ -76,7 +83,10 @@ def chosen(monkeypatch, tmp_path):
         given = ThroughRuns(FEW_END_TO_END, "latents", [{}] * 4, LEVELS, SimpleNamespace(), tmp_path)
         work = Work(amounts, STEPS, 1, 1, 1, FEW_END_TO_END, LEVELS)
         options = (BUDGET, samples, SimpleNamespace(), tmp_path, amounts, work, Bar(False), Processes())
-        return EndToEndBudget(*options, through_runs=given).fit(), seen
+        budget = EndToEndBudget(*options, through_runs=given)
+        fitted = budget.fit()
+        assert not fails or budget.bar.done > 0
+        return fitted, seen
 
     return run
 
@@ -109,7 +119,7 @@ def test_the_best_predictor_of_all_is_chosen(chosen, later, stage, rounds, start
     figures = {"rounds": 31.0, **dict(zip(names, later))}
     assert made["validation_by_stage"] == {k: None if math.isnan(v) else v for k, v in figures.items()}
     assert figures[stage] == max(each for each in figures.values() if not math.isnan(each)) >= max(PLAIN.values())
-    assert made["validation_psnr"] == [30.0, 31.0] and made["schedules_tried"] == 2
+    assert made["validation_psnr"] == [30.0, 31.0] and made.get("schedules_tried") == (None if stage == "rounds" else 2)
 
 
 @pytest.mark.parametrize(("learned", "start"), [(30.0, "1"), (31.0, "learned"), (32.0, "learned")])
@@ -117,6 +127,54 @@ def test_for_the_schedule_that_was_there_before_nothing_is_trained_again(chosen,
     fitted, seen = chosen({**PLAIN, "schedules": learned, "end to end": 33.0}, found=(0, 1, 3))
     assert seen == ["0", "1", "schedules", f"end to end from {start}", "end to end"]
     assert fitted.made["stage"] == "end to end" and [*fitted.made["validation_by_stage"]][0] == "rounds"
+
+
+ALL = {**PLAIN, "schedules": 32.0, "trained again": 33.0, "refined again": 34.0, "end to end": 36.0}
+
+
+@pytest.mark.parametrize(
+    ("failing", "stage", "made_of", "began_from"),
+    [
+        (["_learned"], "end to end", ["rounds", "end to end"], "rounds"),
+        (["_search"], "end to end", ["rounds", "end to end"], "rounds"),
+        (["_trained_on"], "end to end", ["rounds", "schedules", "end to end"], "schedules"),
+        (["_through_whole_runs"], "refined again", ["rounds", "schedules", "trained again", "refined again"], None),
+        (["_learned", "_through_whole_runs"], "rounds", ["rounds"], None),
+    ],
+)
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_where_a_part_fails_the_best_of_the_other_predictors_is_chosen(
+    chosen, failing, stage, made_of, began_from, kind
+):
+    with pytest.warns(RuntimeWarning, match=f"for `budget` {BUDGET}, `lesa.fit` goes on without .*: it is not") as seen:
+        fitted, _ = chosen(ALL, fails=dict.fromkeys(failing, kind("it is not finite")))
+    assert len(seen) == len(failing)
+    made = fitted.made
+    assert made["stage"] == stage and [*made["validation_by_stage"]] == made_of
+    assert made.get("began_from") == began_from
+    assert ("schedules_tried" in made) == ("schedules" in made_of and stage != "rounds")
+    assert ("updates_end_to_end" in made) == (stage == "end to end")
+
+
+def test_errors_that_the_same_call_can_mend_are_raised(chosen):
+    for error in (OthersEndedError("process 1 has ended"), DamagedError(Path("a/b"), "is missing"), OSError("full")):
+        with pytest.raises(type(error)):
+            chosen(ALL, fails={"_learned": error})
+
+
+def test_each_predictor_has_the_facts_that_led_to_it(chosen):
+    through = {"schedules_tried", "updates_on_schedules", "samples_end_to_end", "samples_per_update"}
+    for stage, samples, rounds, more in (
+        ("rounds", 2, 1, set()),
+        ("schedules", 2, 1, {*through, "began_from"}),
+        ("trained again", 2, 0, through),
+        ("refined again", 2, 1, through),
+        ("end to end", 2, 1, {*through, "began_from", "updates_end_to_end"}),
+    ):
+        made = chosen({**ALL, **({"1": 50.0} if stage == "rounds" else {stage: 50.0})})[0].made
+        assert (made["stage"], made["samples"], made["rounds"]) == (stage, samples, rounds)
+        known = {*through, "began_from", "updates_end_to_end"}
+        assert known & {*made} == more
 
 
 # How much is done
@@ -129,8 +187,8 @@ def test_for_the_schedule_that_was_there_before_nothing_is_trained_again(chosen,
         (2e10, True, EndToEndAmounts()),
         (3e14, False, EndToEndAmounts()),
         (6e14, False, EndToEndAmounts(50, 100, 4, 30, 16)),
-        (5e15, False, EndToEndAmounts(32, 56, 2, 12, 4)),
-        (1e12, True, EndToEndAmounts(32, 56, 2, 12, 4)),
+        (5e15, False, EndToEndAmounts(32, 48, 2, 12, 4)),
+        (1e12, True, EndToEndAmounts(32, 48, 2, 12, 4)),
     ],
 )
 def test_less_is_done_for_large_models(flops, on_cpu, wanted):
@@ -153,10 +211,15 @@ def test_losses_that_cannot_be_computed_are_refused(tmp_path):
     pipe, options = CASE.build(), {"budget": BUDGET, "out_dir": tmp_path / "out", **OPTIONS}
     with pytest.raises(ValueError, match="`loss` is that of a training through whole runs. Set `end_to_end`"):
         lesa.fit(pipe, inputs(), loss="pixels", **options)
+    for given in ("no", 1, None):
+        with pytest.raises(TypeError, match="`end_to_end` must be True or False"):
+            lesa.fit(pipe, inputs(), end_to_end=given, **options)
+    with pytest.raises(ValueError, match="`num_inference_steps` must be an integer of at least 3"):
+        lesa.fit(pipe, inputs(), **{**options, "num_inference_steps": 2})
     with pytest.raises(ValueError, match="`loss` must be"):
         lesa.fit(pipe, inputs(), loss="lpips", end_to_end=True, **options)
     pipe.vae = None
-    with pytest.raises((ValueError, TypeError), match="vae|VAE|decode"):
+    with pytest.raises(TypeError, match="`pipe` must have a VAE, so that pictures can be compared"):
         lesa.fit(pipe, inputs(), loss="pixels", end_to_end=True, **options)
     assert not (tmp_path / "out").exists()
 
@@ -170,7 +233,8 @@ def test_unfinished_work_goes_on_with_the_same_choice_only(tmp_path, monkeypatch
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(whole.Fit, "_fitted", stop)
         lesa.fit(pipe, inputs(), **call, **before)
-    with pytest.raises(ValueError, match=r"`end_to_end` must be (True|None), as in the unfinished fit in"):
+    wanted, got = (bool(options) for options in (before, after))
+    with pytest.raises(ValueError, match=f"`end_to_end` must be {wanted}, as in the unfinished fit in .* got {got}"):
         lesa.fit(pipe, inputs(), **call, **after)
 
 
@@ -203,23 +267,31 @@ class Interrupted(BaseException):
 def test_a_fit_through_whole_runs_is_never_worse_and_goes_on_after_interruptions(tmp_path, monkeypatch):
     """Each call after the first gets a random number of files written, until one comes to its end."""
     monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, rounds=1, updates=2, round_updates=2))
-    pipe, moved, part = CASE.build(), {}, Bar.part
+    pipe, moved, part, step = CASE.build(), {}, Bar.part, Bar.step
     lesa.fit(pipe, inputs(), budget=BUDGET, out_dir=tmp_path / "plain", **OPTIONS)
     plain = json.loads((tmp_path / "plain" / "evaluation.json").read_text())["made"]["validation_psnr"]
     call = {"budget": BUDGET, "end_to_end": True, **OPTIONS}
 
     @contextlib.contextmanager
     def watched(self, name, steps):
+        moved[name] = [0, steps]
         with part(self, name, steps):
+            self.name = name
             yield
-            moved.setdefault(name, []).append((self._within, steps))
+
+    def counted(self):
+        if threading.get_ident() == self._thread:
+            moved[self.name][0] += 1
+        step(self)
 
     with monkeypatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as shown:
         patch.setattr(Bar, "part", watched)
+        patch.setattr(Bar, "step", counted)
         predictor = lesa.fit(pipe, inputs(), out_dir=tmp_path / "whole", **{**call, "progress": True})
     assert "schedules" in shown.getvalue() and "training through whole runs" in shown.getvalue()
     for name in ("train on many schedules", "train end to end"):
-        assert all(within == steps > 0 for within, steps in moved[f"3 steps, {name}"])
+        done, expected = moved[f"3 steps, {name}"]
+        assert done == expected > 0
     made = json.loads((tmp_path / "whole" / "evaluation.json").read_text())["made"]
     figures = made["validation_by_stage"]
     assert made["validation_psnr"] == plain and figures["rounds"] == max(plain)  # the predictor without it is there too
@@ -229,13 +301,13 @@ def test_a_fit_through_whole_runs_is_never_worse_and_goes_on_after_interruptions
     while interruptions < 30:
         left = iter(range(chosen.randint(20, 90), -1, -1))
 
-        def counted(*arguments, left=left, **options):
+        def counted_files(*arguments, left=left, **options):
             if next(left) == 0:
                 raise Interrupted
             return replaced(*arguments, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", counted)
+            patch.setattr(os, "replace", counted_files)
             try:
                 lesa.fit(pipe, inputs(), out_dir=tmp_path / "out", **call)
                 break
@@ -244,6 +316,21 @@ def test_a_fit_through_whole_runs_is_never_worse_and_goes_on_after_interruptions
     assert interruptions >= 2
     assert files_in(tmp_path / "out") == wanted
     assert "--end-to-end --loss latents" in wanted["README.md"].decode()
+
+
+@pytest.mark.slow
+def test_where_training_through_whole_runs_fails_the_predictor_of_the_rounds_is_the_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, rounds=0, updates=2, round_updates=2))
+    monkeypatch.setattr(EndToEndRun, "_loss_of", lambda self, run, samples: run.latents[run.last].sum() * math.nan)
+    pipe, call = CASE.build(), {"budget": BUDGET, **OPTIONS}
+    plain = lesa.fit(pipe, inputs(), **call)
+    with pytest.warns(RuntimeWarning, match="goes on without .*`loss` must stay finite, but got nan") as seen:
+        made = lesa.fit(pipe, inputs(), end_to_end=True, out_dir=tmp_path, **call)
+    assert sum("goes on without" in str(each.message) for each in seen) == 2
+    assert made.config == plain.config
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), made.parameters(), strict=True))
+    assert "- this predictor was not trained through whole runs\n" in (tmp_path / "README.md").read_text()
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.slow

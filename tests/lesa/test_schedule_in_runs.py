@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -146,9 +147,16 @@ def test_of_equal_schedules_the_first_is_the_best():
 # The whole
 
 
-def untrained():
-    trained_for = {"schedule": (0, 2, 4), "schedule_sigmas": tuple(EVEN[step] for step in (0, 2, 4))}
-    config = PredictorConfig(4, hidden=3, rank=1, family="flux", num_inference_steps=STEPS, **trained_for)
+def untrained(**changes):
+    trained_for = {
+        "hidden": 3,
+        "rank": 1,
+        "schedule": (0, 2, 4),
+        "schedule_sigmas": tuple(EVEN[step] for step in (0, 2, 4)),
+    }
+    config = PredictorConfig(
+        **{"feature_dim": 32, "family": "flux", "num_inference_steps": STEPS, **trained_for, **changes}
+    )
     predictor = FusedKANPredictor(config)
     predictor.reset_parameters(torch.Generator().manual_seed(0))
     return predictor
@@ -269,6 +277,11 @@ def test_two_transformers_are_refused_by_name(tmp_path):
         ({"count": 1}, "count"),
         ({"count": STEPS}, "count"),
         ({"candidates": [(0, 1)]}, "candidates"),
+        ({"candidates": ["0,1,2"]}, "candidates"),
+        ({"candidates": [(0, 2, 1)]}, "candidates"),
+        ({"candidates": 3}, "candidates"),
+        ({"candidates": "0,1,2"}, "candidates"),
+        ({"num_inference_steps": 2}, "num_inference_steps"),
         ({"candidates": [(0, 1, STEPS)]}, "candidates"),
         ({"candidates": [lesa.Schedule((0, 1, 2), 50)]}, "candidates"),
         ({"updates": 0}, "updates"),
@@ -284,6 +297,42 @@ def test_what_is_out_of_range_is_refused_before_anything_is_written(judged, tmp_
     with pytest.raises((ValueError, TypeError), match=f"`{name}` must"):
         lesa.find_schedule_in_runs(untrained(), CASE.build(), inputs(), **arguments)
     assert not (tmp_path / "out").exists() and judged == []
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"feature_dim": 4}, "feature_dim"),
+        ({"family": "sd3"}, "family"),
+        ({"feature_dim": None, "hidden": None, "rank": None, "mixer": "universal"}, "mixer"),
+    ],
+)
+def test_a_predictor_that_cannot_be_trained_here_is_refused_before_anything_is_written(judged, tmp_path, change, name):
+    first = untrained(**{**change, **({"schedule": None, "schedule_sigmas": None} if name == "mixer" else {})})
+    with pytest.raises(ValueError, match=f"`predictor.config.{name}` must"):
+        lesa.find_schedule_in_runs(first, CASE.build(), inputs(), COUNT, out_dir=tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out").exists() and judged == []
+
+
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_a_search_that_was_interrupted_at_its_very_end_gives_what_it_has_found(
+    judged, tmp_path, monkeypatch, is_removed
+):
+    call, remove = (untrained(), CASE.build(), inputs(), COUNT), shutil.rmtree
+
+    def stop(folder):
+        if is_removed:
+            remove(folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lesa.fitting.find_schedule_in_runs.shutil.rmtree", stop)
+        lesa.find_schedule_in_runs(*call, out_dir=tmp_path, **OPTIONS)
+    assert (tmp_path / "work").exists() != is_removed
+    judged.clear()
+    found = lesa.find_schedule_in_runs(*call, out_dir=tmp_path, **OPTIONS)
+    assert judged == [] and found.steps == (0, 3, 5) and found.sigmas is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["schedules.json"]
 
 
 def test_unfinished_work_goes_on_with_the_same_arguments_only(judged, tmp_path, monkeypatch):

@@ -18,6 +18,10 @@ OPTIONS = {
 }
 
 
+LOSSES = ("latents", "pixels")
+"""Those of `lesa.fit`, which needs torch."""
+
+
 def add_arguments(parser) -> None:
     """The options of the command."""
     arguments.add_model(parser)
@@ -31,7 +35,7 @@ def add_arguments(parser) -> None:
     text = "also train through whole runs, and choose the computed steps by runs; it takes longer"
     parser.add_argument("--end-to-end", action="store_true", help=text)
     text = "with --end-to-end, what is compared at the end of the runs (default: latents)"
-    parser.add_argument("--loss", choices=("latents", "pixels"), default="latents", help=text)
+    parser.add_argument("--loss", choices=LOSSES, default=LOSSES[0], help=text)
 
 
 def run(options) -> None:
@@ -42,7 +46,11 @@ def run(options) -> None:
     from lesa.fitting.whole import without_figures
     from lesa.inputs import Sample
     from lesa.processes import processes_for
+    from lesa_kernels.checks import usage_error
 
+    if options.loss != LOSSES[0] and not options.end_to_end:
+        sentence = "`--loss` is that of a training through whole runs."
+        raise usage_error(sentence, "Set `--end-to-end`, or leave it out.")
     kind, has_inputs = check_model(options), options.inputs is not None
     samples = read(options, kind) if has_inputs else []
     pipe = pipeline_of(options)

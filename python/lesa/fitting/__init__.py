@@ -66,7 +66,8 @@ def fit(
     before, a predictor is trained for them on the recorded features, and refined in one round. Of all predictors for
     these steps, the best one is trained through whole runs, as by `lesa.train_end_to_end`. The validation samples
     choose among these predictors and the one of the rounds. So on them, the result is at least as good as without
-    `end_to_end`.
+    `end_to_end`. If a part of this work fails, such as a training whose loss is not finite, a warning says why, and
+    the best of the other predictors is returned.
 
     Args:
         pipe: a diffusers pipeline of a supported family.
@@ -82,8 +83,9 @@ def fit(
         num_inference_steps: passed to the pipeline.
         batch_size: samples per call of the pipeline.
         end_to_end: whether to go on with training through whole runs. Gradients must be able to pass through the
-            pipeline, which has one transformer. The result can't be used with `lesa.ErrorControl`, unless the
-            predictor of the rounds is the best one.
+            pipeline, which has one transformer. The result can't be used with `lesa.ErrorControl`, unless the best
+            predictor was not trained through whole runs: `stage` in `evaluation.json` is then "rounds", "trained again"
+            or "refined again".
         loss: of the training through whole runs: "latents", or "pixels" for a pipeline that decodes its latents. See
             `lesa.train_end_to_end`.
         seed: of sample 0, of the training and of the search. It can be up to 2**64 - 1,000,008.
@@ -120,9 +122,11 @@ def fit(
     return found if is_list else found[budgets[0]]
 
 
-def _check_end_to_end(pipe: Any, end_to_end: bool, loss: Any) -> None:
+def _check_end_to_end(pipe: Any, end_to_end: Any, loss: Any) -> None:
     """Raises `TypeError` or `ValueError` if a training through whole runs is asked for that is not possible."""
     check_choice("loss", loss, LOSSES)
+    if not isinstance(end_to_end, bool):
+        raise argument_error("end_to_end", "be True or False", end_to_end, "Pass one of them.", TypeError)
     if not end_to_end:
         if loss != LOSSES[0]:
             raise usage_error("`loss` is that of a training through whole runs.", "Set `end_to_end`, or leave it out.")
@@ -134,7 +138,7 @@ def _check_end_to_end(pipe: Any, end_to_end: bool, loss: Any) -> None:
 
 def _check_budgets(budget: Any, num_inference_steps: int) -> list[int]:
     """The budgets; raises `TypeError` or `ValueError` unless a predictor can be made for each of them."""
-    total = check_int("num_inference_steps", num_inference_steps)
+    total = check_int("num_inference_steps", num_inference_steps, minimum=3)
     given = [*budget] if isinstance(budget, Sequence) and not isinstance(budget, str) else [budget]
     if not given:
         raise argument_error("budget", "be a number of steps, or a list of them", budget, "Pass at least one number.")

@@ -37,6 +37,11 @@ class Bar:
         """Whether there is a bar, and a text above it is seen."""
         return not self._bar.disable
 
+    @property
+    def done(self) -> int:
+        """How many steps all parts that have ended had."""
+        return self._done
+
     def say(self, text: str) -> None:
         """Shows a text above the bar."""
         if self.is_shown:

@@ -24,7 +24,10 @@ STAGES = {
     "refined again": "that which was refined for these computed steps",
     "end to end": "that which was trained through whole runs on these computed steps",
 }
-"""Of the predictors of a fit with training through whole runs, by name, which one the validation samples chose."""
+"""What the predictors of a fit with training through whole runs are called in the card, by name."""
+
+THROUGH_RUNS = ("schedules", "end to end")
+"""Those of them that were trained through whole runs."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -53,8 +56,9 @@ def write_card(folder: str | os.PathLike, evaluation: Mapping[str, Any] | None, 
         made: how it was made. Each of these may be absent: `base_model`, from `base_model_of`; `seed`, `batch_size`;
             `inputs`, how many inputs the user gave, None for the built-in prompts; `samples`, how many were recorded to
             train on; `updates`, the optimiser steps of the training; `rounds`, those of refining; `updates_per_round`;
-            `validation_samples`. With `end_to_end` also `stage`, which of the predictors on the way it is, one of
-            `STAGES`; `loss`, `schedules_tried`, `updates_on_schedules`, `updates_end_to_end`, `samples_per_update`.
+            `validation_samples`. With `end_to_end` also `loss`; `stage`, which of the predictors on the way it is, one
+            of `STAGES`; and what led to it of these: `schedules_tried`, `updates_on_schedules`, `updates_end_to_end`,
+            `samples_end_to_end`, `samples_per_update`, and `began_from`, the stage before the last training.
 
     Raises:
         FileNotFoundError: there is no predictor in the folder.
@@ -197,14 +201,19 @@ def _how_it_was_made(config: PredictorConfig, made: Mapping[str, Any], base_mode
         ("updates_per_round", "optimiser steps of each round"),
         ("validation_samples", "samples to compare the rounds with"),
         ("schedules_tried", "schedules that were compared by runs"),
-        ("updates_on_schedules", "optimiser steps through whole runs before that, on many schedules"),
-        ("updates_end_to_end", "optimiser steps through whole runs after that, on the best schedule"),
-        ("samples_per_update", "samples for each of these"),
+        ("updates_on_schedules", "optimiser steps through whole runs on many schedules, before these were compared"),
+        ("updates_end_to_end", "optimiser steps through whole runs in the end, on these computed steps"),
+        ("samples_end_to_end", "samples for the training through whole runs"),
+        ("samples_per_update", "of these, for each optimiser step"),
     ):
         if made.get(name) is not None:
             facts.append(f"{text}: {made[name]}")
     if made.get("end_to_end"):
         facts.append(f"the predictor that was best with the samples for comparisons: {STAGES[made['stage']]}")
+        if made.get("began_from"):
+            facts.append(f"where its last training began: {STAGES[made['began_from']]}")
+        if made["stage"] not in THROUGH_RUNS:
+            facts.append("this predictor was not trained through whole runs")
     return f"## How it was made\n\n```bash\n{' '.join(command)} --out FOLDER\n```\n\n{_listed(facts)}".rstrip()
 
 

@@ -62,8 +62,9 @@ class FitCost:
         roll_out_seconds: of all runs with a predictor, without the test.
         training_seconds: of the searches too, but not through whole runs.
         test_seconds: of the test.
-        nbytes: of the files that are kept meanwhile.
-        schedule_seconds: of the training on many schedules through whole runs, and of the runs that compare them.
+        nbytes: of the files that are kept meanwhile, without the pictures of a training with the loss "pixels".
+        schedule_seconds: of the training on many schedules through whole runs.
+        trial_seconds: of the runs that compare schedules.
         end_to_end_seconds: of the training through whole runs on the chosen schedules.
     """
 
@@ -76,19 +77,21 @@ class FitCost:
     test_seconds: float
     nbytes: int
     schedule_seconds: float = 0.0
+    trial_seconds: float = 0.0
     end_to_end_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Of all that comes after the first sample."""
-        through_runs = self.schedule_seconds + self.end_to_end_seconds
+        through_runs = self.schedule_seconds + self.trial_seconds + self.end_to_end_seconds
         return self.recording_seconds + self.roll_out_seconds + self.training_seconds + through_runs + self.test_seconds
 
-    def text(self, is_continued: bool = False) -> str:
+    def text(self, is_continued: bool = False, of_pixels: bool = False) -> str:
         """What it costs and saves, in a few sentences, each on a line.
 
         Args:
             is_continued: whether an earlier call has done a part of it.
+            of_pixels: whether the loss of the training through whole runs compares pictures.
         """
         amounts, batch_size = self.work.amounts, self.work.batch_size
         parts = [
@@ -108,6 +111,8 @@ class FitCost:
             lines.append("It takes less if a round of refining gains so little that it is the last one.")
         if batch_size > 1:
             lines.append(f"Runs of {batch_size} samples are counted like {batch_size} runs, and may take less.")
+        if of_pixels:
+            lines.append("To decode the pictures of the loss takes longer, and they need more disk: it is not counted.")
         lines.append(f"Predicted for the files until it is finished: {_size(self.nbytes)}.")
         total = self.first.num_inference_steps
         for budget in self.budgets:
@@ -122,7 +127,8 @@ class FitCost:
             return []
         trials = sum(map(self.work.trials, self.budgets))
         return [
-            f"comparing {trials} schedules {_time(self.schedule_seconds)}",
+            f"training on many schedules {_time(self.schedule_seconds)}",
+            f"comparing {trials} schedules {_time(self.trial_seconds)}",
             f"training through whole runs {_time(self.end_to_end_seconds)}",
         ]
 
@@ -168,7 +174,8 @@ def fit_cost(first: FirstSample, work: Work, budgets: Sequence[int]) -> FitCost:
 
     All but that sample is counted. Each sample counts as if it ran alone, and processes that share the samples as if
     each had the same part of them. One process trains. A training through whole runs counts four runs with the
-    predictor for each sample: the forward pass, twice the same for the backward pass, and the gradients.
+    predictor for each sample: the forward pass, twice the same for the backward pass, and the gradients. What the loss
+    "pixels" adds, decoding and pictures on the disk, is not counted.
 
     Args:
         first: what `measured` returned.
@@ -195,7 +202,8 @@ def fit_cost(first: FirstSample, work: Work, budgets: Sequence[int]) -> FitCost:
         test_seconds=amounts.test_samples * (first.seconds + CONTENDERS * sum(of_each)) / work.width,
         nbytes=round((work.recorded_samples + work.rolled_out_samples * parts) * first.nbytes)
         + work.learning_samples * first.latents_nbytes,
-        schedule_seconds=on_many + trials / work.width,
+        schedule_seconds=on_many,
+        trial_seconds=trials / work.width,
         end_to_end_seconds=end_to_end,
     )
 

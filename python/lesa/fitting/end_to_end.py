@@ -1,9 +1,9 @@
 """A predictor for one budget that is also trained through whole runs, on computed steps that were chosen by runs."""
 
-import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from lesa.fitting.amounts import EndToEndAmounts
 from lesa.fitting.comparing import LatentRuns
 from lesa.fitting.one_budget import Fitted, OneBudget
 from lesa.fitting.schedule_in_runs import SearchInRuns, config_for
+from lesa.processes import OthersEndedError
 from lesa.schedule import Schedule
 from lesa.training.end_to_end import trained_end_to_end
 from lesa.training.end_to_end_run import EndToEndSettings
+from lesa.training.shards import DamagedError
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 
@@ -47,13 +49,13 @@ class _Stage:
         name: of it.
         predictor: on the CPU.
         psnr: the mean of the validation, in dB.
-        rounds: how often it was refined.
+        facts: what led to it, as the model card says it.
     """
 
     name: str
     predictor: FusedKANPredictor
     psnr: float
-    rounds: int
+    facts: dict[str, Any]
 
 
 class EndToEndBudget(OneBudget):
@@ -61,7 +63,7 @@ class EndToEndBudget(OneBudget):
 
     First the computed steps are chosen by runs: see `SearchInRuns`. If they are others, a predictor is trained on the
     recorded features for them, and refined in one round. Of all predictors for these steps, the one that is best on the
-    validation samples is trained through whole runs.
+    validation samples is trained through whole runs. What fails of this is left out, with a warning.
 
     Args:
         arguments: those of `OneBudget`.
@@ -76,24 +78,81 @@ class EndToEndBudget(OneBudget):
         """The predictor that is best on the validation samples, of those of the rounds and of all later ones.
 
         Raises:
-            RuntimeError: see `OneBudget.fit`, `SearchInRuns.best` and `lesa.train_end_to_end`.
+            RuntimeError: see `OneBudget.fit`.
         """
         plain, rounds, figures = self._best_round()
-        first = _Stage("rounds", plain, figures[rounds], rounds)
+        made = self._made(rounds, figures)
+        first = _Stage("rounds", plain, figures[rounds], {name: made[name] for name in ("samples", "rounds")})
+        starts = self._attempted(
+            "the choice of computed steps by runs", self._starts_steps, lambda: self._starts(first)
+        )
+        start = _best(starts or [first])
+        ends = self._attempted("the training on the chosen steps", self._end_steps, lambda: [self._end(start)])
+        stages = [first, *(each for each in starts if each.name != first.name), *ends]
+        best = _best(stages)
+        facts = {
+            "end_to_end": True,
+            "loss": self.through_runs.loss,
+            "validation_by_stage": {each.name: each.psnr if math.isfinite(each.psnr) else None for each in stages},
+            "stage": best.name,
+        }
+        return Fitted(best.predictor, {**made, **facts, **best.facts})
+
+    @property
+    def _starts_steps(self) -> int:
+        """Of the bar, for `_starts`."""
+        learning = self.work.learning_steps(self.through_runs.amounts.schedule_updates)
+        tried = self.work.l2p_steps(self.budget) + self.work.trial_steps(self.budget)
+        return learning + tried + self.work.again_steps + 3 * self.work.validation_steps
+
+    @property
+    def _end_steps(self) -> int:
+        """Of the bar, for `_end`."""
+        return self.work.learning_steps(self.through_runs.amounts.updates) + self.work.validation_steps
+
+    def _attempted(self, what: str, steps: int, make: Callable[[], list[_Stage]]) -> list[_Stage]:
+        """What `make` gives; nothing, and a warning, if it fails: the predictor of the rounds is there in any case.
+
+        Args:
+            what: in words, what it does.
+            steps: of the bar.
+            make: makes predictors.
+        """
+        end = self.bar.done + steps
+        try:
+            return make()
+        except (OthersEndedError, DamagedError):
+            raise
+        except (RuntimeError, ValueError) as error:  # a `ValueError` where layers of the model stop gradients
+            if self.processes.is_first:
+                text = f"lesa: for `budget` {self.budget}, `lesa.fit` goes on without {what}, which says: {error}"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            self.bar.skip(end - self.bar.done)
+            return []
+
+    def _starts(self, first: _Stage) -> list[_Stage]:
+        """The predictors for the computed steps that runs choose, and what led to them."""
+        plain, amounts = first.predictor, self.through_runs.amounts
         search = self._search(plain)
         learned, schedule = self._learned(search, plain)
-        starts = [self._stage("schedules", learned, rounds)]
+        facts: dict[str, Any] = {
+            "schedules_tried": len(search.tried()),
+            "updates_on_schedules": amounts.schedule_updates,
+        }
+        facts |= {"samples_end_to_end": len(self.through_runs.inputs), "samples_per_update": amounts.batch_size}
+        starts = [self._stage("schedules", learned, {**first.facts, **facts, "began_from": first.name})]
         if schedule.steps == plain.config.schedule:
-            starts.append(first)
             self.bar.skip(self.work.again_steps + 2 * self.work.validation_steps)
-        else:
-            starts += self._again(schedule)
-        start = _best(starts)
-        last = self._stage("end to end", self._through_whole_runs(start.predictor), start.rounds)
-        stages = [first, *(each for each in starts if each is not first), last]
-        best = _best(stages)
-        facts = self._facts(best, stages, len(search.tried()))
-        return Fitted(best.predictor, {**self._made(rounds, figures), **facts})
+            return [*starts, replace(first, facts={**first.facts, **facts})]
+        steps = self.work.again_steps + 2 * self.work.validation_steps
+        return starts + self._attempted("another training", steps, lambda: self._again(schedule, facts))
+
+    def _end(self, start: _Stage) -> _Stage:
+        """The predictor after the training through whole runs on the chosen steps."""
+        amounts = self.through_runs.amounts
+        facts: dict[str, Any] = {"updates_end_to_end": amounts.updates, "samples_per_update": amounts.batch_size}
+        facts |= {"samples_end_to_end": len(self.through_runs.inputs), "began_from": start.name}
+        return self._stage("end to end", self._through_whole_runs(start.predictor), {**start.facts, **facts})
 
     def _search(self, plain: FusedKANPredictor) -> SearchInRuns:
         """The search for the computed steps. Those that are found on recorded runs are tried too."""
@@ -123,19 +182,28 @@ class EndToEndBudget(OneBudget):
         steps = self.work.learning_steps(amounts.schedule_updates)
         with self.bar.part(f"{self.budget} steps, train on many schedules", steps):
             options = (amounts.schedule_updates, amounts.batch_size, given.references, given.loss)
-            learned = copy.deepcopy(search.learned(plain, *options))
+            learned = search.learned(plain, *options)
         with self.bar.part(f"{self.budget} steps, compare schedules", self.work.trial_steps(self.budget)):
-            schedule = search.best(learned, amounts.moves, lambda: None)
+            schedule = search.best(learned, amounts.moves)
         learned.config = config_for(learned, schedule)
         return learned, schedule
 
-    def _again(self, schedule: Schedule) -> list[_Stage]:
-        """Predictors that are trained on recorded features for other steps than before, and then refined."""
+    def _again(self, schedule: Schedule, facts: dict[str, Any]) -> list[_Stage]:
+        """Predictors that are trained on recorded features for other steps than before, and then refined.
+
+        Args:
+            schedule: these steps.
+            facts: what led to them.
+        """
         trajectories = self._joined(self.amounts.samples)
         with self.bar.part(f"{self.budget} steps, train again", self.work.again_steps):
             trained = self._trained_on(trajectories, schedule, self.again / "trained")
             refined = self._refined_on(trajectories, self.again, 1, [trained])
-        return [self._stage("trained again", trained, 0), self._stage("refined again", refined, 1)]
+        facts = {**facts, "samples": self.amounts.samples}
+        return [
+            self._stage("trained again", trained, {**facts, "rounds": 0}),
+            self._stage("refined again", refined, {**facts, "rounds": 1}),
+        ]
 
     def _through_whole_runs(self, start: FusedKANPredictor) -> FusedKANPredictor:
         """The predictor after the training through whole runs."""
@@ -155,24 +223,8 @@ class EndToEndBudget(OneBudget):
                 loss=given.loss,
             )
 
-    def _stage(self, name: str, predictor: FusedKANPredictor, rounds: int) -> _Stage:
-        return _Stage(name, predictor, self._quality(name, predictor), rounds)
-
-    def _facts(self, best: _Stage, stages: Sequence[_Stage], tried: int) -> dict[str, Any]:
-        """What the model card and `evaluation.json` say in addition."""
-        amounts = self.through_runs.amounts
-        return {
-            "rounds": best.rounds,
-            "end_to_end": True,
-            "loss": self.through_runs.loss,
-            "samples_end_to_end": len(self.through_runs.inputs),
-            "updates_on_schedules": amounts.schedule_updates,
-            "updates_end_to_end": amounts.updates,
-            "samples_per_update": amounts.batch_size,
-            "schedules_tried": tried,
-            "validation_by_stage": {each.name: each.psnr if math.isfinite(each.psnr) else None for each in stages},
-            "stage": best.name,
-        }
+    def _stage(self, name: str, predictor: FusedKANPredictor, facts: dict[str, Any]) -> _Stage:
+        return _Stage(name, predictor, self._quality(name, predictor), facts)
 
 
 def _best(stages: Sequence[_Stage]) -> _Stage:

@@ -18,11 +18,13 @@ from lesa.fitting.amounts import END_TO_END
 from lesa.fitting.comparing import LatentRuns
 from lesa.fitting.folder import check_same, settings_of
 from lesa.fitting.probing import probed
-from lesa.fitting.schedule_in_runs import SearchInRuns
+from lesa.fitting.schedule_family import Steps
+from lesa.fitting.schedule_in_runs import SearchInRuns, schedule_at
 from lesa.inputs import check_inputs
 from lesa.processes import Processes, processes_for
 from lesa.schedule import Schedule, ScheduleLike, as_schedule
 from lesa.training.batches import check_is_predictor
+from lesa.training.end_to_end_run import check_is_for
 from lesa.training.gradient_checks import check_differentiable
 from lesa.training.settings import check_seed
 from lesa_kernels import FusedKANPredictor
@@ -104,9 +106,10 @@ def find_schedule_in_runs(
     inputs, seed = check_inputs(inputs), check_seed(seed)
     check_uncached(pipe)
     check_differentiable(pipe, predictor)
+    check_is_for(predictor, pipe)
     if num_inference_steps is None and (num_inference_steps := predictor.config.num_inference_steps) is None:
         raise argument_error("num_inference_steps", "be given for a predictor without it", None, "Pass it.")
-    asked = check_int("num_inference_steps", num_inference_steps)
+    asked = check_int("num_inference_steps", num_inference_steps, minimum=3)
     given: dict[str, Any] = {"updates": updates, "samples": samples, "batch_size": batch_size}
     amounts = {name: check_int(name, value) for name, value in given.items()}
     amounts["samples_per_call"] = check_int(
@@ -117,8 +120,10 @@ def find_schedule_in_runs(
     if predictor.config.num_inference_steps not in (None, len(levels)):
         must, got = f"be for the {len(levels)} steps of the runs", predictor.config.num_inference_steps
         raise argument_error("predictor.config.num_inference_steps", must, got, "Train a predictor for them.")
-    count = check_int("count", count, minimum=2, maximum=len(levels) - 1)
-    chosen = [_checked(candidate, count, len(levels)) for candidate in candidates]
+    if count >= len(levels):
+        must = f"be below the {len(levels)} steps that a run of these inputs executes"
+        raise argument_error("count", must, count, "Compute fewer steps.")
+    chosen = _checked(candidates, count, len(levels))
     processes = processes_for(pipe)
     settings = settings_of(
         pipe,
@@ -132,6 +137,9 @@ def find_schedule_in_runs(
     )
     processes.begin("lesa.find_schedule_in_runs", {**settings, "out_dir": out_dir is None})
     with _own_folder(out_dir, settings, processes) as folder:
+        kept = processes.by_first(lambda: read_json(folder / FOUND))
+        if kept is not None:  # an earlier call was interrupted while it removed what only the work needed
+            return schedule_at(kept["schedule"], levels)
         size, work = amounts["samples_per_call"], folder / WORK
         runs = LatentRuns(pipe, inputs[: amounts["samples"]], seed, asked, size, work / "trial-runs", processes)
         search = SearchInRuns(pipe, inputs, asked, levels, count, chosen, runs, size, seed, work, processes)
@@ -142,21 +150,28 @@ def find_schedule_in_runs(
         )
         total = len(search.schedules) + amounts["moves"]
         with tqdm(desc="try schedules", total=total, unit="schedule", disable=not shown) as bar:
-            found = search.best(learned, amounts["moves"], bar.update)
+            found = search.best(learned, amounts["moves"], bar)
         psnr = {name: figure if math.isfinite(figure) else None for name, figure in search.tried().items()}
         text = json.dumps({"schedule": [*found.steps], "num_inference_steps": len(levels), "psnr": psnr})
         processes.by_first(lambda: write_text(folder / FOUND, text + "\n"))
     return found
 
 
-def _checked(candidate: ScheduleLike, count: int, total: int) -> tuple[int, ...]:
-    """The steps of a candidate; raises `TypeError` or `ValueError` unless it has `count` of a run."""
-    schedule = as_schedule(candidate, total)
-    is_for_others = schedule.num_inference_steps not in (None, total)
-    if len(schedule) != count or schedule.steps[-1] >= total or is_for_others:
-        must = f"have {count} computed steps of {total} each"
-        raise argument_error("candidates", must, schedule, "Leave the others out.")
-    return schedule.steps
+def _checked(candidates: Any, count: int, total: int) -> list[Steps]:
+    """The steps of all candidates; raises `TypeError` or `ValueError` unless each has `count` of a run."""
+    if isinstance(candidates, (str, Schedule)) or not isinstance(candidates, Iterable):
+        raise argument_error("candidates", "be a list of schedules", candidates, "Pass a list.", TypeError)
+    must, chosen = f"have {count} computed steps of {total} each", []
+    for candidate in candidates:
+        try:
+            schedule = as_schedule(candidate, total)
+        except (TypeError, ValueError) as error:
+            raise argument_error("candidates", must, candidate, "Pass each as a list of steps.", type(error)) from error
+        is_for_others = schedule.num_inference_steps not in (None, total)
+        if len(schedule) != count or schedule.steps[-1] >= total or is_for_others:
+            raise argument_error("candidates", must, schedule, "Leave the others out.")
+        chosen.append(schedule.steps)
+    return chosen
 
 
 @contextlib.contextmanager
@@ -190,5 +205,6 @@ def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def _clean_up(folder: Path) -> None:
     """Removes what only the work needed."""
-    (folder / STATE).unlink()  # first: what is left behind does no harm
-    shutil.rmtree(folder / WORK)
+    if (folder / WORK).is_dir():
+        shutil.rmtree(folder / WORK)
+    (folder / STATE).unlink()  # last: with it and `FOUND`, the same call knows that nothing is left to do

@@ -90,7 +90,8 @@ class FitFolder:
         remove_partial(self._state)
         state = self._read()
         if state is not None:
-            check_same(f"the unfinished fit in {self.path}", state["settings"], settings)
+            kept = {"end_to_end": False, **state["settings"]}  # a fit of an earlier version does not have it
+            check_same(f"the unfinished fit in {self.path}", kept, settings)
             return
         others = [path for path in files_in(self.path) if path != self.work]
         others += files_in(self.work) if self.work.is_dir() else []

@@ -117,10 +117,8 @@ def probed(pipe: Any, inputs: Sequence[dict], num_inference_steps: int) -> Probe
             except _SeenError:
                 seen.append(first)
     if any(each.left for each in seen):
-        sentence = (
-            "`pipe` has a transformer whose blocks were not all seen to run, so `lesa.evaluate` cannot count them."
-        )
-        raise usage_error(sentence, "Fit before `compile`, or compile the blocks one by one.", RuntimeError)
+        sentence = "`pipe` has a transformer whose blocks were not all seen to run, so they cannot be counted."
+        raise usage_error(sentence, "Call this before `compile`, or compile the blocks one by one.", RuntimeError)
     if not seen:
         must, got = "make the pipeline call its transformer", Said("inputs of which it computes no step")
         raise argument_error("inputs", must, got, "Choose more steps, or a larger `strength`.")

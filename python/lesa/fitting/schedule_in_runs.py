@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from lesa.artifacts import output_folder, read_json, remove_partial, write_text
 from lesa.fitting.comparing import LatentRuns
 from lesa.fitting.schedule_family import Steps, family, moved
@@ -98,17 +100,19 @@ class SearchInRuns:
             self.processes,
             references=references,
             loss=loss,
-            schedule_for=lambda update: self._schedule(drawn_schedule(self.schedules, total, self.seed, update)),
+            schedule_for=lambda update: schedule_at(
+                drawn_schedule(self.schedules, total, self.seed, update), self.levels
+            ),
             bar=bar,
         )
 
-    def best(self, learned: FusedKANPredictor, moves: int, on_trial: Callable[[], object]) -> Schedule:
+    def best(self, learned: FusedKANPredictor, moves: int, bar: tqdm | None = None) -> Schedule:
         """The schedule with which the runs of a predictor are best, of all that are tried.
 
         Args:
             learned: what `learned` has made.
             moves: how many schedules are tried beside those that are tried first.
-            on_trial: called after each trial.
+            bar: moves after each trial.
 
         Raises:
             RuntimeError: with no schedule it has a PSNR.
@@ -118,9 +122,10 @@ class SearchInRuns:
         trials = _Trials(self.folder / TRIALS, self.processes)
 
         def psnr(steps: Steps) -> float:
-            placed.config = config_for(placed, self._schedule(steps))
+            placed.config = config_for(placed, schedule_at(steps, self.levels))
             found = trials.figure(steps, lambda: self.trial_runs.errors(placed).psnr)
-            on_trial()
+            if bar is not None:
+                bar.update()
             return found
 
         steps, figure = best_schedule(self.schedules, len(self.levels), psnr, moves, self.seed)
@@ -131,14 +136,16 @@ class SearchInRuns:
                 "Check that the pipeline without a cache gives finite latents, and read the warnings above.",
                 RuntimeError,
             )
-        return self._schedule(steps)
+        return schedule_at(steps, self.levels)
 
     def tried(self) -> dict[str, float]:
         """The mean PSNR of the latents with each schedule that was tried, in dB. Each name is a schedule: "0,2,5"."""
         return self.processes.by_first(_Trials(self.folder / TRIALS, self.processes).read)
 
-    def _schedule(self, steps: Steps) -> Schedule:
-        return Schedule(steps, len(self.levels), tuple(self.levels[step] for step in steps))
+
+def schedule_at(steps: Sequence[int], levels: Sequence[float]) -> Schedule:
+    """The schedule of these computed steps, with their noise levels, in a run whose steps have `levels`."""
+    return Schedule(tuple(steps), len(levels), tuple(levels[step] for step in steps))
 
 
 def config_for(predictor: FusedKANPredictor, schedule: Schedule) -> PredictorConfig:

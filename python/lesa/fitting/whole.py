@@ -102,7 +102,7 @@ class Fit:
             batch_size=self.batch_size,
             num_inference_steps=self.num_inference_steps,
             amounts=asdict(self.amounts),
-            end_to_end=None if self.end_to_end is None else True,  # an unfinished fit of an earlier version has none
+            end_to_end=self.end_to_end is not None,
             loss=self.loss,
             amounts_end_to_end=self.end_to_end and asdict(self.end_to_end),
         )
@@ -146,7 +146,7 @@ class Fit:
                 facts[_SECONDS] = seconds
             self.processes.by_first(lambda: self.folder.keep(facts))
             if bar.is_shown and _SECONDS in facts:  # an earlier call may have ended before it kept them
-                bar.say(self._cost(sample, facts[_SECONDS], work).text(is_continued))
+                bar.say(self._cost(sample, facts[_SECONDS], work).text(is_continued, self.loss == "pixels"))
             bar.plan(work.all_steps(self.budgets))
             fitted = self._fitted(samples, work, bar)
             with bar.part("test", work.test_steps(len(fitted))):
@@ -173,6 +173,8 @@ class Fit:
         inputs = samples.inputs_of(0, work.learning_samples)
         trials = self._runs(inputs[: work.trial_samples], 0, "trials")
         folder, options = self.folder.work / "references", (self.num_inference_steps, self.batch_size)
+        # The trials are the first of these samples. Their runs with all steps are made twice, because the references
+        # have the latents after the last step, and some pipelines return others.
         references = References(self.pipe, inputs, self.seed, *options, folder, self.loss != "latents")
         with bar.part("run all steps", work.recording_steps(work.learning_samples)):
             references.make(self.processes)
@@ -187,7 +189,7 @@ class Fit:
         return fit_cost(first, work, self.budgets)
 
     def _runs(self, inputs: Sequence[dict], first: int, name: str) -> LatentRuns:
-        """Runs on samples that are not trained on, and a folder of this name for them."""
+        """Runs on samples, the first of which has this number, and a folder of this name for them."""
         options = (self.num_inference_steps, self.batch_size)
         return LatentRuns(self.pipe, [*inputs], self.seed + first, *options, self.folder.work / name, self.processes)
 

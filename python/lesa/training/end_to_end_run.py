@@ -324,14 +324,14 @@ def check_trainable(predictor: FusedKANPredictor, pipe: Any, loss: Any) -> None:
         TypeError, ValueError: it cannot. The message names why.
         RuntimeError: a cache is on.
     """
-    _check_predictor(predictor, pipe)
+    check_is_for(predictor, pipe)
     check_differentiable(pipe, predictor)
     check_loss(loss)
     if loss != "latents":
         check_decodes(pipe)
 
 
-def _check_predictor(predictor: FusedKANPredictor, pipe: Any) -> None:
+def check_is_for(predictor: FusedKANPredictor, pipe: Any) -> None:
     """Raises `TypeError` or `ValueError` unless the predictor is for this pipeline, and has something to train."""
     check_is_predictor(predictor)
     config, adapter = predictor.config, adapter_for(pipe)
