@@ -21,6 +21,7 @@ import modular_pipelines
 import small_ltx2
 import small_pipelines as small
 import small_wan
+import small_z_image
 from lesa.cache.placement import installed_hook
 from lesa.demo import digits
 from lesa.inputs import collate
@@ -33,6 +34,7 @@ from lesa.training.end_to_end_run import EndToEndRun, EndToEndSettings, name_of
 from lesa.training.run_references import References
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
+CASES = {**small.ALL, **small_z_image.CASES}
 STEPS, SCHEDULE = 6, (0, 1, 3)
 QUICK = {"updates": 4, "batch_size": 2, "samples_per_call": 2, "progress": False}
 
@@ -43,7 +45,7 @@ def pipe():
 
 
 def inputs_of(name="flux", count=1):
-    return [small.ALL[name].inputs(1) for _ in range(count)]
+    return [CASES[name].inputs(1) for _ in range(count)]
 
 
 def predictor_for(pipe, schedule=SCHEDULE, steps=STEPS, **options):
@@ -81,10 +83,10 @@ def is_like(found, wanted):
 
 
 @pytest.mark.parametrize(
-    "name", ["flux", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux cfg", "qwen cfg", "sd3 cfg"))]
+    "name", ["flux", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux cfg", "qwen cfg", "sd3 cfg", "z-image"))]
 )
 def test_a_run_with_gradients_is_that_of_the_cache(name):
-    pipe, inputs, schedule = small.ALL[name].build(), inputs_of(name, 2), (0, 1, 3, 7)
+    pipe, inputs, schedule = CASES[name].build(), inputs_of(name, 2), (0, 1, 3, 7)
     predictor = predictor_for(pipe, schedule, 10)
     with lesa.enable_cache(pipe, predictor, [*schedule]) as handle:
         wanted = run_of(pipe, inputs, [4, 5], 10)
