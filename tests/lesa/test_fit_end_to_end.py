@@ -259,37 +259,47 @@ def test_a_fit_that_an_earlier_version_has_begun_goes_on(tmp_path, monkeypatch):
 # The whole
 
 
+THROUGH_RUNS = ("train on many schedules", "train end to end")
+
+
 class Interrupted(BaseException):
     pass
 
 
-@pytest.mark.slow
-def test_a_fit_through_whole_runs_is_never_worse_and_goes_on_after_interruptions(tmp_path, monkeypatch):
-    """Each call after the first gets a random number of files written, until one comes to its end."""
-    monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, rounds=1, updates=2, round_updates=2))
-    pipe, moved, part, step = CASE.build(), {}, Bar.part, Bar.step
-    lesa.fit(pipe, inputs(), budget=BUDGET, out_dir=tmp_path / "plain", **OPTIONS)
-    plain = json.loads((tmp_path / "plain" / "evaluation.json").read_text())["made"]["validation_psnr"]
-    call = {"budget": BUDGET, "end_to_end": True, **OPTIONS}
+@pytest.fixture
+def moved(monkeypatch):
+    """By the name of each part of the bar: how many steps were done, and how many were expected."""
+    found, names, part, step = {}, [], Bar.part, Bar.step
 
     @contextlib.contextmanager
     def watched(self, name, steps):
-        moved[name] = [0, steps]
         with part(self, name, steps):
-            self.name = name
+            names.append(name)
+            found[name] = [0, steps]
             yield
 
-    def counted(self):
+    def counted(self):  # `step` stops where no more are expected
         if threading.get_ident() == self._thread:
-            moved[self.name][0] += 1
+            found[names[-1]][0] += 1
         step(self)
 
-    with monkeypatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as shown:
-        patch.setattr(Bar, "part", watched)
-        patch.setattr(Bar, "step", counted)
+    monkeypatch.setattr(Bar, "part", watched)
+    monkeypatch.setattr(Bar, "step", counted)
+    return found
+
+
+@pytest.mark.slow
+def test_a_fit_through_whole_runs_is_never_worse_and_goes_on_after_interruptions(tmp_path, monkeypatch, moved):
+    """Each call after the first gets a random number of files written, until one comes to its end."""
+    monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, rounds=1, updates=2, round_updates=2))
+    pipe = CASE.build()
+    lesa.fit(pipe, inputs(), budget=BUDGET, out_dir=tmp_path / "plain", **OPTIONS)
+    plain = json.loads((tmp_path / "plain" / "evaluation.json").read_text())["made"]["validation_psnr"]
+    call = {"budget": BUDGET, "end_to_end": True, **OPTIONS}
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
         predictor = lesa.fit(pipe, inputs(), out_dir=tmp_path / "whole", **{**call, "progress": True})
     assert "schedules" in shown.getvalue() and "training through whole runs" in shown.getvalue()
-    for name in ("train on many schedules", "train end to end"):
+    for name in THROUGH_RUNS:
         done, expected = moved[f"3 steps, {name}"]
         assert done == expected > 0
     made = json.loads((tmp_path / "whole" / "evaluation.json").read_text())["made"]
@@ -299,15 +309,15 @@ def test_a_fit_through_whole_runs_is_never_worse_and_goes_on_after_interruptions
     assert len(predictor.config.schedule) == BUDGET
     wanted, chosen, replaced, interruptions = files_in(tmp_path / "whole"), random.Random(3), os.replace, 0
     while interruptions < 30:
-        left = iter(range(chosen.randint(20, 90), -1, -1))
+        left = iter(range(chosen.randint(15, 60), -1, -1))
 
-        def counted_files(*arguments, left=left, **options):
+        def counted(*arguments, left=left, **options):
             if next(left) == 0:
                 raise Interrupted
             return replaced(*arguments, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", counted_files)
+            patch.setattr(os, "replace", counted)
             try:
                 lesa.fit(pipe, inputs(), out_dir=tmp_path / "out", **call)
                 break
@@ -322,23 +332,24 @@ def test_a_fit_through_whole_runs_is_never_worse_and_goes_on_after_interruptions
 def test_where_training_through_whole_runs_fails_the_predictor_of_the_rounds_is_the_result(tmp_path, monkeypatch):
     monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, rounds=0, updates=2, round_updates=2))
     monkeypatch.setattr(EndToEndRun, "_loss_of", lambda self, run, samples: run.latents[run.last].sum() * math.nan)
-    pipe, call = CASE.build(), {"budget": BUDGET, **OPTIONS}
-    plain = lesa.fit(pipe, inputs(), **call)
+    options = {"budget": BUDGET, "end_to_end": True, "out_dir": tmp_path, **OPTIONS}
     with pytest.warns(RuntimeWarning, match="goes on without .*`loss` must stay finite, but got nan") as seen:
-        made = lesa.fit(pipe, inputs(), end_to_end=True, out_dir=tmp_path, **call)
+        predictor = lesa.fit(CASE.build(), inputs(), **options)
     assert sum("goes on without" in str(each.message) for each in seen) == 2
-    assert made.config == plain.config
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), made.parameters(), strict=True))
+    made = json.loads((tmp_path / "evaluation.json").read_text())["made"]
+    assert made["validation_by_stage"] == {"rounds": made["validation_psnr"][0]} and made["stage"] == "rounds"
+    assert predictor.config.schedule_errors is not None
     assert "- this predictor was not trained through whole runs\n" in (tmp_path / "README.md").read_text()
     assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.slow
-def test_pixels_and_two_streams(tmp_path, monkeypatch):
+def test_pixels_and_two_streams(tmp_path, monkeypatch, moved):
     monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, rounds=0, updates=2, round_updates=2))
     monkeypatch.setattr(whole.defaults, "END_TO_END", EndToEndAmounts(1, 1, 2, 0, 1))
     case, options = small.ALL["qwen cfg"], {**OPTIONS, "end_to_end": True, "loss": "pixels", "out_dir": tmp_path}
     made = lesa.fit(case.build(), inputs(case), budget=2, **options)
     assert len(made.config.schedule) == 2 and "--loss pixels" in (tmp_path / "README.md").read_text()
+    assert all(moved[f"2 steps, {name}"] == [2 * STEPS + 1] * 2 for name in THROUGH_RUNS)
     same = FusedKANPredictor.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(same.parameters(), made.parameters(), strict=True))
