@@ -6,6 +6,8 @@ import json
 import math
 import os
 import random
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import fitting_processes
 import lesa
 import small_pipelines as small
 from interrupted_fits import BUDGET, CASE, FEW, FEW_END_TO_END, OPTIONS, STEPS, files_in, inputs, make_quick
@@ -341,6 +344,20 @@ def test_where_training_through_whole_runs_fails_the_predictor_of_the_rounds_is_
     assert predictor.config.schedule_errors is not None
     assert "- this predictor was not trained through whole runs\n" in (tmp_path / "README.md").read_text()
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_runs_and_make_what_one_makes(tmp_path):
+    paths = os.pathsep.join([*filter(None, sys.path), str(Path(fitting_processes.__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, fitting_processes.__file__, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (alone,), two = (json.loads(line)["said"] for line in done.stdout.splitlines() if line.startswith("{"))
+    assert "error" not in alone, alone
+    assert [said["schedule"] for said in two] == [alone["schedule"]] * 2
+    assert [said["runs"] for said in two] == [alone["runs"] / 2] * 2  # without gradients
+    assert files_in(tmp_path / "of-2") == files_in(tmp_path / "of-1") != {}
 
 
 @pytest.mark.slow
