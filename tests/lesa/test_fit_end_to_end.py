@@ -20,7 +20,9 @@ import fitting_processes
 import lesa
 import small_pipelines as small
 from interrupted_fits import BUDGET, CASE, FEW, FEW_END_TO_END, OPTIONS, STEPS, files_in, inputs, make_quick
-from lesa.fitting import whole
+from lesa import cli
+from lesa.cli import fit as command_of_fit
+from lesa.fitting import LOSSES, whole
 from lesa.fitting.amounts import EndToEndAmounts
 from lesa.fitting.bar import Bar
 from lesa.fitting.end_to_end import EndToEndBudget, ThroughRuns
@@ -225,6 +227,15 @@ def test_losses_that_cannot_be_computed_are_refused(tmp_path):
     with pytest.raises(TypeError, match="`pipe` must have a VAE, so that pictures can be compared"):
         lesa.fit(pipe, inputs(), loss="pixels", end_to_end=True, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_has_the_same_losses_and_refuses_them_before_it_loads_the_model(tmp_path, capsys):
+    assert command_of_fit.LOSSES == LOSSES
+    command = ["fit", "--model", str(tmp_path / "none"), "--budget", "3", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--loss", "pixels"])
+    wanted = "`--loss` is that of a training through whole runs. Set `--end-to-end`, or leave it out."
+    assert wanted in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(("before", "after"), [({}, {"end_to_end": True}), ({"end_to_end": True}, {})])
