@@ -21,7 +21,7 @@ from lesa.models import adapter_for
 from lesa.processes import Processes
 from lesa.schedule import Schedule
 from lesa.training.differentiable_runs import DifferentiableRuns
-from lesa.training.end_to_end import end_to_end_cost, trained_end_to_end
+from lesa.training.end_to_end import CALLS_PER_COMPUTED_STEP, trained_end_to_end
 from lesa.training.end_to_end_run import EndToEndRun, EndToEndSettings
 from lesa.training.run_references import References
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -468,6 +468,11 @@ def test_a_transformer_that_stops_gradients_is_refused(pipe):
         trained(pipe, predictor_for(pipe, (0, 2, 4)))
 
 
-def test_the_cost_counts_forward_passes():
-    settings = EndToEndSettings(50, updates=40, batch_size=8)
-    assert end_to_end_cost(settings, computed=9, streams=2) == 40 * 8 * 9 * 2 * 4
+@pytest.mark.slow
+def test_a_computed_step_costs_at_most_four_forward_passes(pipe):
+    """The blocks run three times, and the gradient of their inputs takes about as long as one of them."""
+    calls = []
+    pipe.transformer.single_transformer_blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    trained(pipe, predictor_for(pipe), updates=1, count=1, batch_size=1)
+    before_the_first_forecast, others = 2, len(SCHEDULE) - 2
+    assert len(calls) - STEPS == before_the_first_forecast + others * (CALLS_PER_COMPUTED_STEP - 1)

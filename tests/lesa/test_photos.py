@@ -136,7 +136,7 @@ def test_nine_of_fifty_steps_stay_close_to_all(tmp_path):
 
 def test_the_export_can_be_walked_from_the_command_line(tmp_path, pipe):
     commands = export(tmp_path, model="photos")
-    assert "--schedule 0,2,5,9,16,23,30,39,46 " in commands[2]
+    assert "--schedule 0,2,5,9,15,22,31,40,46 " in commands[2]
     counts = {"inputs": 320, "prompts": 10, "test-inputs": TEST_SAMPLES}
     assert {name: len(read_inputs(tmp_path / f"{name}.safetensors")) for name in counts} == counts
     generate = ["--model", str(tmp_path / "model"), "--inputs", str(tmp_path / "prompts.safetensors"), "--steps", "2"]

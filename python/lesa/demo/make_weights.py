@@ -21,12 +21,11 @@ from tqdm import tqdm
 import lesa
 from lesa.demo import digits
 from lesa.demo.run import DEMOS, Demo, labels
+from lesa.training.trainer import with_typical_errors
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 UPDATES, END_TO_END_SAMPLES, END_TO_END_SEED = 250, 512, 100_000
 """Of the trainings end to end: steps of the optimiser, samples, and the seed of the first of them."""
-FEW_STEPS = 5
-"""With so few computed steps, or fewer, there are twice as many steps of the optimiser."""
 
 
 def training_data() -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,6 +110,7 @@ def newton_predictor(
     inputs: list[dict],
     more_inputs: list[dict],
     schedule: Sequence[int],
+    updates: int = UPDATES,
 ) -> FusedKANPredictor:
     """A newton predictor that is trained, refined, and then trained end to end.
 
@@ -120,13 +120,14 @@ def newton_predictor(
         inputs: those of the recording.
         more_inputs: for the training end to end. Their seeds begin with `END_TO_END_SEED`.
         schedule: the computed steps.
+        updates: of the training end to end.
     """
     trained = lesa.train(trajectories, schedule=schedule)
     refined = lesa.refine(trained, trajectories, pipe, inputs, rounds=2, samples_per_call=16)
-    updates = UPDATES if len(schedule) > FEW_STEPS else 2 * UPDATES
-    return lesa.train_end_to_end(
+    best = lesa.train_end_to_end(
         refined, pipe, more_inputs, updates=updates, learning_rate=1.5e-3, seed=END_TO_END_SEED
     )
+    return with_typical_errors(best, trajectories)
 
 
 def main() -> None:

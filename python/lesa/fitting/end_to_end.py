@@ -135,7 +135,10 @@ class EndToEndBudget(OneBudget):
         plain, amounts = first.predictor, self.through_runs.amounts
         search = self._search(plain)
         learned, schedule = self._learned(search, plain)
-        facts: dict[str, Any] = {"schedules_tried": len(search.tried()), "updates_on_schedules": amounts.schedule_updates}
+        facts: dict[str, Any] = {
+            "schedules_tried": len(search.tried()),
+            "updates_on_schedules": amounts.schedule_updates,
+        }
         facts |= {"samples_end_to_end": len(self.through_runs.inputs), "samples_per_update": amounts.batch_size}
         starts = [self._stage("schedules", learned, {**first.facts, **facts, "began_from": first.name})]
         if schedule.steps == plain.config.schedule:

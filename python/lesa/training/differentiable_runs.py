@@ -8,19 +8,19 @@ model. While the model is run again, its blocks are checkpointed too.
 """
 
 import contextlib
-import inspect
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from lesa.inputs import collate
 from lesa.models import adapters_for
 from lesa.pipelines import quiet_progress, run_pipeline
 from lesa.schedule import Schedule
-from lesa.training.gradient_checks import models_of, refusal
+from lesa.training.gradient_checks import models_of, refusal, without_no_grad
 from lesa.training.gradient_hook import GradientHook, checkpointed_module
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error
@@ -66,7 +66,7 @@ class DifferentiableRuns:
         Raises:
             RuntimeError: a cache is on.
         """
-        with frozen(models_of(self.pipe)), _with_gradients(self.pipe):
+        with frozen(models_of(self.pipe)), _with_gradients(self.pipe), _restored(self.pipe.scheduler):
             self._hook.compare()
             self._hook.install()
             try:
@@ -107,7 +107,7 @@ class DifferentiableRuns:
 
         hook.schedule = schedule
         with torch.inference_mode(False), torch.enable_grad(), quiet_progress(self.pipe):
-            arguments = {name: _usable(value) for name, value in collate([*inputs]).items()}
+            arguments = tree_map_only(torch.Tensor, _usable, collate([*inputs]))
             made = run_pipeline(self.pipe, arguments, generators, num_inference_steps, keep, output_type)
         if counts != [len(seeds)] * hook.total:
             got = Said(f"{len(counts)} steps of a scheduler with {hook.total} noise levels, for {len(seeds)} samples")
@@ -118,11 +118,9 @@ class DifferentiableRuns:
         return GradientRun(latents, hook.chosen, hook.total - 1, made)
 
 
-def _usable(value: Any) -> Any:
-    """An argument that gradients may be saved for: a copy of a tensor that was made in an inference mode."""
-    if isinstance(value, list):
-        return [_usable(each) for each in value]
-    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
+def _usable(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without its graph, for which gradients may be saved: a copy if it was made in an inference mode."""
+    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
 
 
 @contextlib.contextmanager
@@ -130,12 +128,23 @@ def _with_gradients(pipe: Any) -> Iterator[None]:
     """A context in which the pipeline has a class whose `__call__` does not switch gradients off."""
     cls = type(pipe)
     members = {"__slots__": (), "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    members["__call__"] = inspect.unwrap(cls.__call__)
+    members["__call__"] = without_no_grad(cls)
     pipe.__class__ = types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(members))
     try:
         yield
     finally:
         pipe.__class__ = cls
+
+
+@contextlib.contextmanager
+def _restored(scheduler: Any) -> Iterator[None]:
+    """A context at whose end a scheduler has the attributes that it had: some keep the latest outputs and samples."""
+    before = dict(vars(scheduler))
+    try:
+        yield
+    finally:
+        vars(scheduler).clear()
+        vars(scheduler).update(before)
 
 
 @contextlib.contextmanager

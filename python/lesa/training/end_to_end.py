@@ -19,7 +19,7 @@ from lesa.inputs import check_inputs
 from lesa.processes import Processes, processes_for
 from lesa.schedule import Schedule
 from lesa.training.batches import check_is_predictor
-from lesa.training.end_to_end_run import UPDATES, EndToEndRun, EndToEndSettings, Loss, check_loss, name_of
+from lesa.training.end_to_end_run import UPDATES, EndToEndRun, EndToEndSettings, Loss, check_trainable, name_of
 from lesa.training.training_run import check_folder, is_finished
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import argument_error
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 CALLS_PER_COMPUTED_STEP = 4
-"""The cost of a computed step, in forward passes of the transformer.
+"""The cost of a computed step is at most this, in forward passes of the transformer.
 
 It runs once for the forward pass. For the backward pass it runs again, and each of its blocks once more. The gradient
-of its inputs takes about as long. Its weights have no gradients.
+of its inputs takes about as long. Its weights have no gradients. A step before the first forecast has no backward pass,
+because it does not depend on the predictor.
 """
 
 
@@ -54,8 +55,8 @@ def train_end_to_end(
 
     First the pipeline runs on the inputs with all steps. Then, in each update, it runs on some of the inputs with the
     predictor. The latents before each computed step and at the end are compared with those of the runs of all steps,
-    and the gradient goes back through the whole run. An update costs about four times the computed steps, for each
-    sample. Memory is needed for the latents of each step, and for one feature map of each computed step and stream.
+    and the gradient goes back through the whole run. An update costs at most about four times the computed steps, for
+    each sample. Memory is needed for the latents and one feature map of each computed step and stream.
 
     The model's weights are frozen, and they are as before at the end. See `docs/limits.md` for the pipelines that
     gradients cannot pass through.
@@ -72,7 +73,7 @@ def train_end_to_end(
             trains. A training that was interrupted continues there. None: nothing is kept.
         num_inference_steps: passed to the pipeline. Default: that of the predictor.
         updates: steps of the optimiser.
-        batch_size: samples per update.
+        batch_size: samples per update. With fewer inputs, all of them.
         samples_per_call: how many of them share a call of the pipeline. Fewer need less memory. Default: all.
         learning_rate: of AdamW. It rises over 20 updates, and falls to zero along a cosine.
         loss: what compares the ends of the runs. "latents": the latents. "pixels": the decoded images. Or a function
@@ -97,7 +98,6 @@ def train_end_to_end(
     model itself and a reward.
     """
     check_is_predictor(predictor)
-    check_loss(loss)
     inputs = check_inputs(inputs)
     if num_inference_steps is None and (num_inference_steps := predictor.config.num_inference_steps) is None:
         raise argument_error("num_inference_steps", "be given for a predictor without it", None, "Pass it.")
@@ -106,6 +106,7 @@ def train_end_to_end(
         raise argument_error("predictor.config.schedule", "be the steps to compute", None, remedy)
     samples_per_call = batch_size if samples_per_call is None else samples_per_call
     settings = EndToEndSettings(num_inference_steps, updates, batch_size, samples_per_call, learning_rate, seed)
+    check_trainable(predictor, pipe, loss)
     processes = processes_for(pipe)
     same = {"predictor": predictor_identity(predictor), "inputs": digest(inputs), "out_dir": out_dir is None}
     processes.begin("lesa.train_end_to_end", {**same, **asdict(settings), "loss": name_of(loss)})
@@ -119,17 +120,6 @@ def train_end_to_end(
         processes.by_first(lambda: check_folder(folder))
         bar = "train end to end" if progress else None
         return trained_end_to_end(predictor, pipe, inputs, settings, folder, processes, loss=loss, bar=bar)
-
-
-def end_to_end_cost(settings: EndToEndSettings, computed: int, streams: int) -> int:
-    """What a training costs, in forward passes of the transformer for one sample, without the runs of all steps.
-
-    Args:
-        settings: of the training.
-        computed: steps of the schedule.
-        streams: calls of the transformer in each step.
-    """
-    return settings.updates * settings.batch_size * computed * streams * CALLS_PER_COMPUTED_STEP
 
 
 def trained_end_to_end(
@@ -166,5 +156,5 @@ def trained_end_to_end(
     if processes.by_first(lambda: is_finished(folder)):
         return FusedKANPredictor.from_pretrained(folder)
     if processes.by_first(training.resume) < settings.updates:
-        training.references.make(processes, bar and f"{bar}, all steps")
+        training.references.make(processes, bar and f"{bar}, all steps", training.check_steps)
     return processes.by_first(lambda: training.fit(bar if processes.is_first else None, on_update))

@@ -1,6 +1,7 @@
 """One training of a predictor through whole runs, and its checkpoint."""
 
 import copy
+import functools
 import io
 import itertools
 import json
@@ -8,7 +9,6 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,8 @@ class EndToEndRun:
         loss: Loss,
         schedule_for: Callable[[int], Schedule] | None,
     ):
-        check_is_for(predictor, pipe)
-        check_differentiable(pipe, predictor)
+        check_trainable(predictor, pipe, loss)
         self.loss, self.compares_images = loss, loss != "latents"
-        check_loss(loss)
-        if self.compares_images:
-            check_decodes(pipe)
         self.pipe, self.inputs, self.settings, self.folder = pipe, inputs, settings, folder
         if schedule_for is not None:
             self.schedules = [schedule_for(update) for update in range(settings.updates)]
@@ -127,7 +123,7 @@ class EndToEndRun:
         )
         self.losses: list[float] = []
 
-    @cached_property
+    @functools.cached_property
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
             self.predictor.parameters(), lr=self.settings.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
@@ -155,8 +151,6 @@ class EndToEndRun:
     def fit(self, bar: str | None, on_update: Callable[[int, float], None] | None) -> FusedKANPredictor:
         """Trains from the checkpoint on, and writes what belongs into the folder."""
         total, done = self.settings.updates, len(self.losses)
-        if done < total:
-            self._check_steps()
         facts = of_manifest({"num_inference_steps": self.settings.num_inference_steps, **self.references.facts})
         self.predictor.provenance = {"samples": len(self.inputs), **(self.predictor.provenance or {}), **facts}
         every = math.ceil(total / MOST_CHECKPOINTS)
@@ -195,12 +189,12 @@ class EndToEndRun:
             )
             with torch.inference_mode(False), torch.enable_grad():
                 loss = len(alike) / len(samples) * self._loss_of(run, alike)
-                self._check_finite("loss", loss.item(), update)
+                self._check_finite("loss", "stay finite", loss.item(), update)
                 loss.backward()
             total += loss.item()
         with default_modes():
             norm = torch.nn.utils.clip_grad_norm_(self.predictor.parameters(), GRADIENT_CLIP)
-            self._check_finite("gradient", norm.item(), update)
+            self._check_finite("pipe", "give finite gradients", norm.item(), update)
             optimizer.step()
         return total
 
@@ -232,12 +226,14 @@ class EndToEndRun:
             raise argument_error("loss", "give distances of 0 or more, with a gradient", distance, remedy)
         return (distance.float() + FLOOR).log().mean()
 
-    def _check_finite(self, name: str, value: float, update: int) -> None:
+    def _check_finite(self, name: str, must: str, value: float, update: int) -> None:
         if not math.isfinite(value):
             remedy = f"Lower `learning_rate`, which is {self.settings.learning_rate:g}."
-            raise argument_error(name, "stay finite", Said(f"{value} in update {update + 1}"), remedy, RuntimeError)
+            if update == 0:  # no step of the optimiser was taken
+                remedy = "Check the inputs, the predictor and the loss. In float16, use bfloat16 or float32."
+            raise argument_error(name, must, Said(f"{value} in update {update + 1}"), remedy, RuntimeError)
 
-    def _check_steps(self) -> None:
+    def check_steps(self) -> None:
         """Raises `ValueError` if the predictor is for another number of steps than the pipeline executes."""
         wanted, steps = self.predictor.config.num_inference_steps, self.references.steps
         if wanted not in (None, steps):
@@ -282,11 +278,16 @@ class EndToEndRun:
         if self._owns_references:
             shutil.rmtree(self.references.folder, ignore_errors=True)
         (self.folder / CHECKPOINT_NAME).unlink()
+        self.optimizer.zero_grad(set_to_none=True)
         return self.predictor.cpu().eval()
 
 
 def _batches(count: int, settings: EndToEndSettings) -> Iterator[list[int]]:
-    """The numbers of the samples of each update. One pass over all samples comes after another, in random order."""
+    """The numbers of the samples of each update.
+
+    Passes over the samples follow one another, each in a new random order. If the number of samples is no multiple of
+    `batch_size`, a pass leaves out the rest, which is another one in each pass.
+    """
     generator, size = torch.Generator("cpu").manual_seed(settings.seed), min(settings.batch_size, count)
     while True:
         order = torch.randperm(count, generator=generator, device="cpu").tolist()
@@ -302,6 +303,8 @@ def name_of(loss: Loss) -> str:
     """What distinguishes a loss from others, as far as is known."""
     if isinstance(loss, str):
         return loss
+    if isinstance(loss, functools.partial):
+        return f"{name_of(loss.func)} {digest((loss.args, loss.keywords))}"
     kind = loss if hasattr(loss, "__qualname__") else type(loss)
     name = f"{kind.__module__}.{kind.__qualname__}"
     return f"{name} {fingerprint(loss, with_buffers=True)}" if isinstance(loss, torch.nn.Module) else name
@@ -310,8 +313,22 @@ def name_of(loss: Loss) -> str:
 def check_loss(loss: Any) -> None:
     """Raises `ValueError` unless it is a loss."""
     if loss not in ("latents", "pixels") and (isinstance(loss, str) or not callable(loss)):
-        remedy = "Pass one of them."
+        remedy = "Pass one of them, such as `lpips.LPIPS()` with its option `normalize=True`."
         raise argument_error("loss", "be 'latents', 'pixels' or a function of two batches of images", loss, remedy)
+
+
+def check_trainable(predictor: FusedKANPredictor, pipe: Any, loss: Any) -> None:
+    """Raises an error unless the predictor can be trained through runs of the pipeline, with this loss.
+
+    Raises:
+        TypeError, ValueError: it cannot. The message names why.
+        RuntimeError: a cache is on.
+    """
+    check_is_for(predictor, pipe)
+    check_differentiable(pipe, predictor)
+    check_loss(loss)
+    if loss != "latents":
+        check_decodes(pipe)
 
 
 def check_is_for(predictor: FusedKANPredictor, pipe: Any) -> None:

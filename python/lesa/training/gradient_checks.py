@@ -1,5 +1,6 @@
 """Which pipelines and predictors gradients can pass through."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,8 +35,7 @@ def check_differentiable(pipe: Any, predictor: FusedKANPredictor) -> None:
     if not predictor.forecaster.plans:
         must, remedy = "be a forecaster whose weights depend on noise levels only", "Use 'newton', or `lesa.refine`."
         raise argument_error("predictor.config.mixer", must, predictor.config.mixer, remedy)
-    if not hasattr(type(pipe).__call__, "__wrapped__"):
-        raise refusal("have a `__call__` with the decorator `torch.no_grad`", f"a {name}, which has none", TypeError)
+    without_no_grad(type(pipe))
     if len(adapters) > 1:
         raise refusal("have one transformer", f"a {name} with {' and '.join(adapters)}")
     (adapter,) = adapters.values()
@@ -44,6 +44,20 @@ def check_differentiable(pipe: Any, predictor: FusedKANPredictor) -> None:
     if getattr(pipe, "controlnet", None) is not None:
         raise refusal("have no ControlNet", f"a {name} with one")
     _check_weights(pipe, adapter.transformer)
+
+
+def without_no_grad(cls: type) -> Callable[..., Any]:
+    """The `__call__` of a pipeline class without its outermost decorator, which must be `no_grad` of torch.
+
+    Raises:
+        TypeError: it is another one, or there is none.
+    """
+    call: Any = cls.__call__
+    owners = [getattr(cell.cell_contents, "__self__", None) for cell in getattr(call, "__closure__", None) or ()]
+    if not any(isinstance(owner, (torch.no_grad, torch.inference_mode)) for owner in owners):
+        got = f"a {cls.__name__}, which has another decorator or none"
+        raise refusal("have a `__call__` whose outermost decorator is `torch.no_grad`", got, TypeError)
+    return call.__wrapped__
 
 
 def _check_weights(pipe: Any, transformer: torch.nn.Module) -> None:

@@ -1,30 +1,45 @@
 """The cache with gradients: features are tensors with gradients, and calls of the transformer are checkpointed."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence, Set
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from lesa.cache.forecasting import ForecastingHook
 from lesa.cache.planning import falling, pushed, times_at
 from lesa.cache.run import Call
 from lesa.cache.sites import Site
+from lesa.cache.stats import StreamStats
 from lesa.cache.streams import ForecastState
 from lesa.models import Adapter
 from lesa.schedule import Schedule
 from lesa.training.gradient_checks import refusal
 from lesa_kernels import FusedKANPredictor
+from lesa_kernels.checks import usage_error
 from lesa_kernels.stream import StoredFeatures, Weights, stream_forecast
 
 checkpointed: Callable[..., Any] = functools.partial(checkpoint, use_reentrant=False)
 
 
-def _kept(value: Any) -> Any:
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
     """An input of a call as its checkpoint keeps it: a copy of the sample, because some pipelines write into theirs."""
-    return value.clone() if isinstance(value, torch.Tensor) and value.requires_grad else value
+    return tensor.clone() if tensor.requires_grad else tensor
+
+
+def _shaped(tensor: torch.Tensor) -> torch.Tensor:
+    """In place of a sample, whose shape alone is read: a tensor of this shape that takes no memory."""
+    return tensor.new_zeros(()).expand(tensor.shape) if tensor.requires_grad else tensor
+
+
+def _have_gradients(values: Any) -> bool:
+    """Whether one of the tensors in nested lists, tuples and dicts has gradients."""
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(values))
 
 
 def checkpointed_module(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -121,6 +136,8 @@ class GradientHook(ForecastingHook):
         schedule: of the next run.
         total: how many steps the latest run has.
         chosen: the computed steps of the latest run, rising.
+        seen: the inputs of the output heads in a call that is computed now, or None.
+        are_layers_checked: whether the layers of the transformer are known to give gradients of their inputs.
     """
 
     def __init__(self, pipe: Any, adapters: Mapping[str, Adapter], predictor: FusedKANPredictor):
@@ -128,14 +145,33 @@ class GradientHook(ForecastingHook):
         self.chosen: list[int] = []
         self.seen: list[tuple[int, torch.Tensor, torch.Tensor | None]] | None = None
         follower: Any = _Follower(predictor)
-        super().__init__(pipe, adapters, dict.fromkeys(adapters, follower), Schedule((0,)), False, None, True, None)
+        self._first: int | None = None  # the step of the first forecast in the run
+        self.are_layers_checked = False
+        predictors = dict.fromkeys(adapters, follower)
+        super().__init__(
+            pipe,
+            adapters,
+            predictors,
+            Schedule((0,)),
+            as_trained=False,
+            max_device_bytes=None,
+            strict=True,
+            observer=None,
+        )
 
     def make_site(self, name: str, adapter: Adapter) -> Site:
         return _CheckpointedSite(self, name, adapter)
 
     def on_run(self, state: ForecastState) -> None:
         super().on_run(state)
-        self.total, self.chosen = len(state.run.executed_sigmas), sorted(state.computed)
+        self.total, self.chosen, self._first = len(state.run.executed_sigmas), sorted(state.computed), None
+
+    def wants_prediction(self, state: ForecastState, call: Call) -> bool:
+        is_after_forecast = self._first is not None and call.step > self._first
+        if is_after_forecast and not self.adapter.sample(call.arguments).requires_grad:
+            got = f"a {type(self.pipe).__name__}, which has stopped them before step {call.step}"
+            raise refusal("keep gradients from step to step", got)
+        return super().wants_prediction(state, call)
 
     def on_head_entry(self, site: Site, head: int, features: torch.Tensor, conditioning: torch.Tensor | None) -> None:
         if self.seen is None:
@@ -148,7 +184,25 @@ class GradientHook(ForecastingHook):
         history: Any = track.ring
         sigmas = state.run.executed_sigmas
         weights = history.plan(self.trained, call.step, sigmas, state.computed, call.stream)
-        return checkpointed(_output, track.branch, self.trained, weights, arguments, *history.features)
+        self._first = call.step if self._first is None else self._first
+        branch = track.branch
+        read = {
+            name: value if name in branch.conditioned_on else tree_map_only(torch.Tensor, _shaped, value)
+            for name, value in arguments.items()
+        }
+        return checkpointed(_output, branch, self.trained, weights, read, *history.features)
+
+    def _on_sum(self, state: ForecastState, stats: StreamStats, step: int, value: float) -> None:
+        if not math.isfinite(value):
+            remedy = (
+                "Lower `learning_rate`. If this comes in the first update, check the predictor with `lesa.evaluate`, "
+                "or use bfloat16 or float32."
+            )
+            raise usage_error(f"The forecast of step {step} was not finite.", remedy, RuntimeError)
+
+    def _fall_back(self, reason: str, remedy: str) -> None:
+        sentence = f"A step can't be forecast in a training through whole runs: {reason}."
+        raise usage_error(sentence, remedy, RuntimeError)
 
 
 class _CheckpointedSite(Site):
@@ -165,15 +219,44 @@ class _CheckpointedSite(Site):
             finally:
                 hook.seen = None
 
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        is_wanted = any(value.requires_grad for value in tensors)
-        output, seen = checkpointed(computed, *map(_kept, (*args, *kwargs.values())))
+        values = (*args, *kwargs.values())
+        is_wanted = _have_gradients(values)
+        is_to_check = is_wanted and not hook.are_layers_checked
+        with _checked_layers(self.adapter.transformer) if is_to_check else contextlib.nullcontext():
+            output, seen = checkpointed(computed, *tree_map_only(torch.Tensor, _kept, values))
         if is_wanted and not all(features.requires_grad for _, features, _ in seen):
-            got = f"a {type(self.adapter.transformer).__name__}, which stops them, as some quantised layers do"
-            raise refusal("have a transformer with gradients", got)
+            raise _stopped_in(self.adapter.transformer)
+        hook.are_layers_checked |= is_to_check
         for each in seen:
             hook.on_head_entry(self, *each)
         return output
+
+
+@contextlib.contextmanager
+def _checked_layers(transformer: torch.nn.Module) -> Iterator[None]:
+    """A context in which each layer that has weights, and no layers inside, must give gradients of its inputs.
+
+    Raises:
+        ValueError: one does not.
+    """
+
+    def check(layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+        if made and _have_gradients((args, kwargs)) and not _have_gradients(made):
+            raise _stopped_in(layer)
+
+    layers = [module for module in transformer.modules() if not module._modules and module._parameters]
+    handles = [layer.register_forward_hook(check, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stopped_in(module: torch.nn.Module) -> Exception:
+    got = f"one with a {type(module).__name__}, which stops them, as some quantised layers do"
+    return refusal("have a transformer with gradients", got)
 
 
 def _output(

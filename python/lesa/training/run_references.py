@@ -1,7 +1,7 @@
 """What plain runs of a pipeline gave: the latents after every step, which accelerated runs are compared with."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from lesa.inputs import batches_of, collate
 from lesa.models import adapter_for
 from lesa.pipelines import quiet_progress, run_pipeline
 from lesa.processes import Processes
+from lesa.training.differentiable_runs import frozen
+from lesa.training.gradient_checks import models_of
 from lesa.training.shards import save_tensors
 from lesa_kernels.checks import Said, argument_error
 
@@ -24,6 +26,8 @@ MANIFEST_NAME = "references.json"
 
 class References:
     """Plain runs of all steps, one file for each sample. They are made once, and kept in a folder.
+
+    A folder may be used again with another `samples_per_call`, which changes the latents by rounding only.
 
     Args:
         pipe: the pipeline.
@@ -59,12 +63,14 @@ class References:
             **conditions_of(pipe),
         }
 
-    def make(self, processes: Processes, bar: str | None = None) -> None:
-        """Runs all steps for those samples that are not in the folder yet. Processes share them.
+    def make(self, processes: Processes, bar: str | None = None, check: Callable[[], object] = lambda: None) -> None:
+        """Runs all steps for those samples that are not in the folder yet, in eval mode. Processes share them.
 
         Args:
             processes: those that call this.
             bar: what the progress bar is called, or None for no bar.
+            check: called in the first process when one call of the pipeline is done. It may raise an error, so that the
+                others are not made in vain.
 
         Raises:
             ValueError: the folder has runs of something else. The message names it.
@@ -73,10 +79,11 @@ class References:
         processes.by_first(self._check_folder)
         done = sum(self._file(number).exists() for number in range(len(self.inputs)))
         shown = None if bar is None or not processes.is_first else bar
-        with tqdm(
-            total=len(self.inputs), initial=done, desc=shown, unit="sample", disable=shown is None
-        ) as self._shown:
-            processes.each(self._batches, self._make)
+        self._shown = tqdm(total=len(self.inputs), initial=done, desc=shown, unit="sample", disable=shown is None)
+        with self._shown, frozen(models_of(self.pipe)):
+            processes.each(self._batches[:1], self._make)
+            processes.by_first(check)
+            processes.each(self._batches[1:], self._make)
 
     def latents(self, samples: Sequence[int], step: int, device: torch.device) -> torch.Tensor:
         """The latents of some samples after a step, in float32 on a device."""
@@ -132,6 +139,8 @@ class References:
                 got = Said(f"NaN or Inf in sample {sample} after step {bad[0]}")
                 remedy = "Run the pipeline in bfloat16 or float32, and check the sample's input."
                 raise argument_error("latents", "be finite", got, remedy, RuntimeError)
+            if self._file(sample).exists():  # the call was interrupted, and is repeated for the others
+                continue
             images = {"images": made[position].detach().cpu().contiguous()} if self.with_images else {}
             save_tensors(self._file(sample), {"latents": torch.stack(steps), **images}, {"sample": sample})
             self._shown.update()

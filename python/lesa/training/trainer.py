@@ -248,3 +248,18 @@ def _searched(
         bounds = found_stages(trajectories, config, MOST_STAGES, settings.seed, device, progress, search)
         config = with_stages(config, bounds)
     return config
+
+
+def with_typical_errors(predictor: FusedKANPredictor, trajectories: Trajectories) -> FusedKANPredictor:
+    """The predictor with the typical errors of its weights in its configuration, which `lesa.ErrorControl` needs.
+
+    They are measured on the trajectories that `train` would validate with.
+
+    Args:
+        predictor: trained for these trajectories and a schedule. It is not changed.
+        trajectories: what `lesa.record` made of plain runs.
+    """
+    run = Training(trajectories, predictor.config, TrainingSettings())
+    run.predictor.load_state_dict(predictor.state_dict())
+    run.predictor.provenance = predictor.provenance
+    return run.finish()
