@@ -6,6 +6,8 @@ import json
 import math
 import os
 import random
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +16,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import fitting_processes
 import lesa
 import small_pipelines as small
 from interrupted_fits import BUDGET, CASE, FEW, FEW_END_TO_END, OPTIONS, STEPS, files_in, inputs, make_quick
-from lesa.fitting import whole
+from lesa import cli
+from lesa.cli import fit as command_of_fit
+from lesa.fitting import LOSSES, whole
 from lesa.fitting.amounts import EndToEndAmounts
 from lesa.fitting.bar import Bar
 from lesa.fitting.end_to_end import EndToEndBudget, ThroughRuns
@@ -224,6 +229,15 @@ def test_losses_that_cannot_be_computed_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_command_has_the_same_losses_and_refuses_them_before_it_loads_the_model(tmp_path, capsys):
+    assert command_of_fit.LOSSES == LOSSES
+    command = ["fit", "--model", str(tmp_path / "none"), "--budget", "3", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--loss", "pixels"])
+    wanted = "`--loss` is that of a training through whole runs. Set `--end-to-end`, or leave it out."
+    assert wanted in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(("before", "after"), [({}, {"end_to_end": True}), ({"end_to_end": True}, {})])
 def test_unfinished_work_goes_on_with_the_same_choice_only(tmp_path, monkeypatch, before, after):
     def stop(*_):
@@ -259,37 +273,47 @@ def test_a_fit_that_an_earlier_version_has_begun_goes_on(tmp_path, monkeypatch):
 # The whole
 
 
+THROUGH_RUNS = ("train on many schedules", "train end to end")
+
+
 class Interrupted(BaseException):
     pass
 
 
-@pytest.mark.slow
-def test_a_fit_through_whole_runs_is_never_worse_and_goes_on_after_interruptions(tmp_path, monkeypatch):
-    """Each call after the first gets a random number of files written, until one comes to its end."""
-    monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, rounds=1, updates=2, round_updates=2))
-    pipe, moved, part, step = CASE.build(), {}, Bar.part, Bar.step
-    lesa.fit(pipe, inputs(), budget=BUDGET, out_dir=tmp_path / "plain", **OPTIONS)
-    plain = json.loads((tmp_path / "plain" / "evaluation.json").read_text())["made"]["validation_psnr"]
-    call = {"budget": BUDGET, "end_to_end": True, **OPTIONS}
+@pytest.fixture
+def moved(monkeypatch):
+    """By the name of each part of the bar: how many steps were done, and how many were expected."""
+    found, names, part, step = {}, [], Bar.part, Bar.step
 
     @contextlib.contextmanager
     def watched(self, name, steps):
-        moved[name] = [0, steps]
         with part(self, name, steps):
-            self.name = name
+            names.append(name)
+            found[name] = [0, steps]
             yield
 
-    def counted(self):
+    def counted(self):  # `step` stops where no more are expected
         if threading.get_ident() == self._thread:
-            moved[self.name][0] += 1
+            found[names[-1]][0] += 1
         step(self)
 
-    with monkeypatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as shown:
-        patch.setattr(Bar, "part", watched)
-        patch.setattr(Bar, "step", counted)
+    monkeypatch.setattr(Bar, "part", watched)
+    monkeypatch.setattr(Bar, "step", counted)
+    return found
+
+
+@pytest.mark.slow
+def test_a_fit_through_whole_runs_is_never_worse_and_goes_on_after_interruptions(tmp_path, monkeypatch, moved):
+    """Each call after the first gets a random number of files written, until one comes to its end."""
+    monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, rounds=1, updates=2, round_updates=2))
+    pipe = CASE.build()
+    lesa.fit(pipe, inputs(), budget=BUDGET, out_dir=tmp_path / "plain", **OPTIONS)
+    plain = json.loads((tmp_path / "plain" / "evaluation.json").read_text())["made"]["validation_psnr"]
+    call = {"budget": BUDGET, "end_to_end": True, **OPTIONS}
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
         predictor = lesa.fit(pipe, inputs(), out_dir=tmp_path / "whole", **{**call, "progress": True})
     assert "schedules" in shown.getvalue() and "training through whole runs" in shown.getvalue()
-    for name in ("train on many schedules", "train end to end"):
+    for name in THROUGH_RUNS:
         done, expected = moved[f"3 steps, {name}"]
         assert done == expected > 0
     made = json.loads((tmp_path / "whole" / "evaluation.json").read_text())["made"]
@@ -299,15 +323,15 @@ def test_a_fit_through_whole_runs_is_never_worse_and_goes_on_after_interruptions
     assert len(predictor.config.schedule) == BUDGET
     wanted, chosen, replaced, interruptions = files_in(tmp_path / "whole"), random.Random(3), os.replace, 0
     while interruptions < 30:
-        left = iter(range(chosen.randint(20, 90), -1, -1))
+        left = iter(range(chosen.randint(15, 60), -1, -1))
 
-        def counted_files(*arguments, left=left, **options):
+        def counted(*arguments, left=left, **options):
             if next(left) == 0:
                 raise Interrupted
             return replaced(*arguments, **options)
 
         with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", counted_files)
+            patch.setattr(os, "replace", counted)
             try:
                 lesa.fit(pipe, inputs(), out_dir=tmp_path / "out", **call)
                 break
@@ -322,23 +346,38 @@ def test_a_fit_through_whole_runs_is_never_worse_and_goes_on_after_interruptions
 def test_where_training_through_whole_runs_fails_the_predictor_of_the_rounds_is_the_result(tmp_path, monkeypatch):
     monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, rounds=0, updates=2, round_updates=2))
     monkeypatch.setattr(EndToEndRun, "_loss_of", lambda self, run, samples: run.latents[run.last].sum() * math.nan)
-    pipe, call = CASE.build(), {"budget": BUDGET, **OPTIONS}
-    plain = lesa.fit(pipe, inputs(), **call)
+    options = {"budget": BUDGET, "end_to_end": True, "out_dir": tmp_path, **OPTIONS}
     with pytest.warns(RuntimeWarning, match="goes on without .*`loss` must stay finite, but got nan") as seen:
-        made = lesa.fit(pipe, inputs(), end_to_end=True, out_dir=tmp_path, **call)
+        predictor = lesa.fit(CASE.build(), inputs(), **options)
     assert sum("goes on without" in str(each.message) for each in seen) == 2
-    assert made.config == plain.config
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), made.parameters(), strict=True))
+    made = json.loads((tmp_path / "evaluation.json").read_text())["made"]
+    assert made["validation_by_stage"] == {"rounds": made["validation_psnr"][0]} and made["stage"] == "rounds"
+    assert predictor.config.schedule_errors is not None
     assert "- this predictor was not trained through whole runs\n" in (tmp_path / "README.md").read_text()
     assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.slow
-def test_pixels_and_two_streams(tmp_path, monkeypatch):
+def test_two_processes_share_the_runs_and_make_what_one_makes(tmp_path):
+    paths = os.pathsep.join([*filter(None, sys.path), str(Path(fitting_processes.__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, fitting_processes.__file__, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (alone,), two = (json.loads(line)["said"] for line in done.stdout.splitlines() if line.startswith("{"))
+    assert "error" not in alone, alone
+    assert [said["schedule"] for said in two] == [alone["schedule"]] * 2
+    assert [said["runs"] for said in two] == [alone["runs"] / 2] * 2  # without gradients
+    assert files_in(tmp_path / "of-2") == files_in(tmp_path / "of-1") != {}
+
+
+@pytest.mark.slow
+def test_pixels_and_two_streams(tmp_path, monkeypatch, moved):
     monkeypatch.setattr(whole.defaults, "AMOUNTS", replace(FEW, rounds=0, updates=2, round_updates=2))
     monkeypatch.setattr(whole.defaults, "END_TO_END", EndToEndAmounts(1, 1, 2, 0, 1))
     case, options = small.ALL["qwen cfg"], {**OPTIONS, "end_to_end": True, "loss": "pixels", "out_dir": tmp_path}
     made = lesa.fit(case.build(), inputs(case), budget=2, **options)
     assert len(made.config.schedule) == 2 and "--loss pixels" in (tmp_path / "README.md").read_text()
+    assert all(moved[f"2 steps, {name}"] == [2 * STEPS + 1] * 2 for name in THROUGH_RUNS)
     same = FusedKANPredictor.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(same.parameters(), made.parameters(), strict=True))
