@@ -37,7 +37,7 @@ import lesa
 from lesa import Schedule
 from lesa.artifacts import digest, write_text
 from lesa.demo import digits
-from lesa.demo.make_weights import END_TO_END_SAMPLES, newton_predictor
+from lesa.demo.make_weights import END_TO_END_SAMPLES, UPDATES, newton_predictor
 from lesa.demo.run import DEMOS, labels
 from lesa.evaluation.quality import psnr
 from lesa.fitting.schedule_family import family
@@ -59,6 +59,8 @@ LESA_TRAINING: dict[str, Any] = {"learning_rate": 3e-3, "tokens_per_batch": 32, 
 ROUNDS = 2
 """Of refining, as for the bundled predictors."""
 BUNDLED = {"digits": {9: "newton-9", 8: "newton-8"}, "photos": {9: "photos-newton-9", 8: "photos-newton-8"}}
+LONGER = {("digits", 7): 300, ("photos", 7): 500, ("photos", 5): 500}
+"""Steps of the optimiser through whole runs, where there are more than usual."""
 EARLY = {
     10: (0, 1, 4, 8, 14, 20, 27, 34, 41, 47),
     9: (0, 1, 5, 10, 18, 26, 34, 41, 47),
@@ -117,7 +119,9 @@ class Workshop:
         folder = self.folder / "-".join(("newton", *map(str, schedule)))
         if not (folder / "config.json").exists():
             more = self.demo.model.inputs_for(labels(END_TO_END_SAMPLES))
-            newton_predictor(self.trajectories, self.pipe, self.inputs, more, schedule).save_pretrained(folder)
+            updates = LONGER.get((self.name, budget), UPDATES)
+            made = newton_predictor(self.trajectories, self.pipe, self.inputs, more, schedule, updates)
+            made.save_pretrained(folder)
         return FusedKANPredictor.from_pretrained(folder)
 
     def best(self, mixer: str, budget: int, steps: tuple[int, ...] | None = None) -> Choice:

@@ -1,19 +1,27 @@
 """`lesa.train_end_to_end`: runs through which gradients pass, and training through them."""
 
 import contextlib
+import copy
+import functools
 import gc
 import json
 import math
 from dataclasses import replace
 
+import accelerate
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lesa
+import modular_pipelines
+import small_ltx2
 import small_pipelines as small
+import small_wan
+import small_z_image
 from lesa.cache.placement import installed_hook
 from lesa.demo import digits
 from lesa.inputs import collate
@@ -26,6 +34,7 @@ from lesa.training.end_to_end_run import EndToEndRun, EndToEndSettings
 from lesa.training.run_references import References
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
+CASES = {**small.ALL, **small_z_image.CASES}
 STEPS, SCHEDULE = 6, (0, 1, 3)
 QUICK = {"updates": 4, "batch_size": 2, "samples_per_call": 2, "progress": False}
 
@@ -36,7 +45,7 @@ def pipe():
 
 
 def inputs_of(name="flux", count=1):
-    return [small.ALL[name].inputs(1) for _ in range(count)]
+    return [CASES[name].inputs(1) for _ in range(count)]
 
 
 def predictor_for(pipe, schedule=SCHEDULE, steps=STEPS, **options):
@@ -65,7 +74,7 @@ def assert_same_weights(one, other):
 def run_of(pipe, inputs, seeds, steps, **options):
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     call = {"num_inference_steps": steps, "generator": generators, "output_type": "latent", "return_dict": False}
-    return pipe(**collate(inputs), **call, **options)[0]
+    return pipe(**collate(inputs), **{**call, **options})[0]
 
 
 def is_like(found, wanted):
@@ -74,10 +83,10 @@ def is_like(found, wanted):
 
 
 @pytest.mark.parametrize(
-    "name", ["flux", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux cfg", "qwen cfg", "sd3 cfg"))]
+    "name", ["flux", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux cfg", "qwen cfg", "sd3 cfg", "z-image"))]
 )
 def test_a_run_with_gradients_is_that_of_the_cache(name):
-    pipe, inputs, schedule = small.ALL[name].build(), inputs_of(name, 2), (0, 1, 3, 7)
+    pipe, inputs, schedule = CASES[name].build(), inputs_of(name, 2), (0, 1, 3, 7)
     predictor = predictor_for(pipe, schedule, 10)
     with lesa.enable_cache(pipe, predictor, [*schedule]) as handle:
         wanted = run_of(pipe, inputs, [4, 5], 10)
@@ -183,28 +192,48 @@ class _Alive(TorchDispatchMode):
 
 
 @pytest.mark.slow
-def test_memory_grows_with_the_steps_by_their_latents_only(pipe):
-    """A predicted step keeps its latents and the weights of its forecast; a computed one also its features."""
-    inputs, predictor = inputs_of(count=4), predictor_for(pipe)
+@pytest.mark.parametrize(("name", "streams"), [("flux", 1), ("flux cfg", 2), ("flux kontext", 1)])
+def test_memory_grows_with_the_computed_steps(name, streams):
+    """A predicted step keeps the weights of its forecasts; a computed one also latents, samples and features."""
+    pipe = small.ALL[name].build()
+    inputs, predictor = inputs_of(name, 2), predictor_for(pipe)
 
     def kept(steps, computed):
-        runs, alive = DifferentiableRuns(pipe, predictor), _Alive()
+        runs, alive, samples = DifferentiableRuns(pipe, predictor), _Alive(), []
+        hook = pipe.transformer.register_forward_pre_hook(
+            lambda _, args, kwargs: samples.append(kwargs["hidden_states"]), with_kwargs=True
+        )
         with runs.on(), alive:
             run = runs.run(inputs, range(len(inputs)), steps, Schedule(computed))
-            return alive.bytes(), run.latents[run.last]
+            sample = samples[0]
+            hook.remove()
+            samples.clear()
+            return alive.bytes(), run.latents[run.last], sample
 
-    (few, latents), (many, _), (more, _) = kept(12, (0, 2, 5, 9)), kept(24, (0, 2, 5, 9)), kept(12, (0, 2, 5, 7, 9))
+    (few, latents, sample), (many, *_) = kept(12, (0, 2, 5, 9)), kept(24, (0, 2, 5, 9))
+    more, *_ = kept(12, (0, 2, 5, 7, 9))
     config = predictor.config
     length, width = config.max_history, config.feature_dim
     weights = 4 * ((length + 1) * width + (length - 1) * length + 2)  # anchors, constant, taps, count and stage
     small_ones = 64  # such as the timestep
-    assert 0 <= many - few - 12 * (latents.nbytes + weights) <= 12 * small_ones
-    features = latents.shape[0] * latents.shape[1] * width * 4
-    assert more - few <= features + 2 * latents.nbytes
+    assert 0 <= many - few - 12 * streams * weights <= 12 * small_ones
+    features = sample.shape[0] * sample.shape[1] * width * 4
+    assert more - few <= latents.nbytes + streams * (sample.nbytes + 2 * features)
 
 
 def trained(pipe, predictor, folder=None, count=3, **options):
     return lesa.train_end_to_end(predictor, pipe, inputs_of(count=count), out_dir=folder, **{**QUICK, **options})
+
+
+def interrupted_in_backward(pipe, number):
+    """Lets the backward pass of an update be interrupted. In each, the blocks of one step run twice."""
+    block, calls = pipe.transformer.transformer_blocks[0], iter(range(1, 100))
+
+    def interrupt(*_):
+        if torch._C._current_graph_task_id() != -1 and next(calls) == 2 * number:
+            raise KeyboardInterrupt
+
+    return block.register_forward_pre_hook(interrupt)
 
 
 @pytest.mark.slow
@@ -212,18 +241,12 @@ def test_an_interrupted_training_ends_with_the_same_bytes(pipe, tmp_path):
     predictor = predictor_for(pipe)
     before = weights_of(predictor)
     wanted = trained(pipe, predictor, tmp_path / "whole")
-    calls = iter(range(1, 100))
-
-    def interrupt(*_):
-        if next(calls) == 35:  # in the backward pass of the third update
-            raise KeyboardInterrupt
-
-    hook = pipe.transformer.register_forward_hook(interrupt)
+    hook = interrupted_in_backward(pipe, 3)
     with pytest.raises(KeyboardInterrupt):
         trained(pipe, predictor, tmp_path / "cut")
     hook.remove()
     checkpoint = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)
-    assert 0 < checkpoint["epoch"] < QUICK["updates"]
+    assert checkpoint["epoch"] == 2
     references = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut" / "references").iterdir()}
     assert len(references) == 4  # one of each sample, and what they are of
     with pytest.raises(ValueError, match=r"`learning_rate` must be 0.001, as in the unfinished training"):
@@ -253,11 +276,17 @@ def test_the_pipeline_is_as_before_also_after_an_error(pipe, tmp_path):
     def state():
         parts = (pipe.transformer, pipe.vae)
         weights = [weight.requires_grad for part in parts for weight in part.parameters()]
-        modules = [(each.training, vars(each).get("gradient_checkpointing")) for p in parts for each in p.modules()]
+        names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+        modules = [(each.training, *map(vars(each).get, names)) for part in parts for each in part.modules()]
         return weights, modules, type(pipe), installed_hook(pipe.transformer), vars(pipe.transformer).keys()
 
     before = state()
     trained(pipe, predictor, updates=1)
+    assert state() == before
+    hook = interrupted_in_backward(pipe, 1)
+    with pytest.raises(KeyboardInterrupt):
+        trained(pipe, predictor, updates=1)
+    hook.remove()
     assert state() == before
 
     def fail(update, loss):
@@ -269,8 +298,44 @@ def test_the_pipeline_is_as_before_also_after_an_error(pipe, tmp_path):
         trained_end_to_end(predictor, pipe, inputs_of(), settings, tmp_path, Processes(), on_update=fail)
     assert state() == before and type(pipe) is cls
     (inside,) = states
-    assert not any(inside[0]) and not any(training for training, _ in inside[1]) and (False, True) in inside[1]
+    assert not any(inside[0]) and not any(training for training, *_ in inside[1])
+    assert any(checkpoints for _, checkpoints, _ in inside[1])
     assert all(weight.grad is None for weight in pipe.transformer.parameters())
+
+
+@pytest.mark.slow
+def test_inputs_may_have_a_graph(pipe):
+    predictor, (given,) = predictor_for(pipe), inputs_of()
+    wanted = trained(pipe, predictor, count=1, updates=2).state_dict()
+    encoder = torch.nn.Parameter(torch.ones(()))
+    own = {name: value * encoder if name == "prompt_embeds" else value for name, value in given.items()}
+    found = lesa.train_end_to_end(predictor, pipe, [own], **{**QUICK, "updates": 2})
+    assert_same_weights(found.state_dict(), wanted)
+    assert encoder.grad is None and all(weight.grad is None for weight in found.parameters())
+
+
+class Keeping(FlowMatchEulerDiscreteScheduler):
+    """A scheduler that keeps the samples, as some do."""
+
+    def step(self, output, timestep, sample, *args, **options):
+        self.last_sample = sample
+        return super().step(output, timestep, sample, *args, **options)
+
+
+@pytest.mark.slow
+def test_the_scheduler_keeps_no_graph(pipe):
+    pipe.scheduler = Keeping.from_config(pipe.scheduler.config)
+    trained(pipe, predictor_for(pipe), updates=1, count=1)
+    copy.deepcopy(pipe.scheduler)
+    assert not getattr(pipe.scheduler, "last_sample", torch.zeros(())).requires_grad
+
+
+@pytest.mark.slow
+def test_the_runs_of_all_steps_are_in_eval_mode(pipe):
+    modes = []
+    pipe.transformer.train().register_forward_hook(lambda module, *_: modes.append(module.training))
+    trained(pipe, predictor_for(pipe), updates=1, count=1)
+    assert len(modes) > STEPS and not any(modes) and pipe.transformer.training
 
 
 @pytest.mark.slow
@@ -309,10 +374,24 @@ class Distance(torch.nn.Module):
 
 
 @pytest.mark.slow
-def test_images_can_be_compared(pipe):
+def test_images_can_be_compared(pipe, tmp_path):
     predictor, module = predictor_for(pipe), Distance()
     losses = ("latents", "pixels", squared, module)
     found = [trained(pipe, predictor, loss=loss, updates=1, count=2).state_dict() for loss in losses]
+    settings = EndToEndSettings(STEPS, 1, 1, 1)
+    for loss in losses[1:]:
+        training = EndToEndRun(predictor, pipe, inputs_of(), settings, tmp_path / name_of(loss), None, loss, None)
+        training.references.make(Processes())
+        runs = DifferentiableRuns(pipe, training.predictor)
+        with runs.on():
+            run = runs.run(inputs_of(), [0], STEPS, Schedule(SCHEDULE), "pt")
+        with lesa.enable_cache(pipe, predictor, [*SCHEDULE]):
+            made = run_of(pipe, inputs_of(), [0], STEPS, output_type="pt")
+        wanted = run_of(pipe, inputs_of(), [0], STEPS, output_type="pt")
+        distance = {"pixels": squared}.get(loss, loss)(made, wanted).mean()
+        end = torch.log(distance + 1e-9) / (2 if loss == "pixels" else 1)
+        before = log_rms(run.latents[2], training.references.latents([0], 2, run.made.device))
+        assert math.isclose(training._loss_of(run, [0]).item(), (end + before).item() / 2, rel_tol=1e-4)
     for number, one in enumerate(found):
         for other in (predictor.state_dict(), *found[:number]):
             assert any(not torch.equal(one[name], value) for name, value in other.items())
@@ -394,6 +473,34 @@ def test_a_loss_that_is_not_finite_is_an_error(pipe):
 
 
 @pytest.mark.slow
+def test_what_is_not_finite_in_the_model_is_named(pipe):
+    with pytest.raises(RuntimeError, match=r"The forecast of step \d was not finite. Lower `learning_rate`"):
+        trained(pipe, predictor_for(pipe), learning_rate=1e30)
+
+    class Overflow(torch.autograd.Function):
+        """The same images, without a finite gradient."""
+
+        @staticmethod
+        def forward(context, images):
+            return images.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * math.inf
+
+    with pytest.raises(
+        RuntimeError, match=r"`pipe` must give finite gradients, but got \w+ in update 1. Check the inp"
+    ):
+        trained(pipe, predictor_for(pipe), loss=lambda images, wanted: squared(Overflow.apply(images), wanted))
+
+
+def test_losses_have_names():
+    first, second, again = (functools.partial(torch.nn.functional.mse_loss, reduction=each) for each in "aba")
+    assert name_of(first) == name_of(again) != name_of(second)
+    assert name_of(squared).endswith("squared")
+
+
+@pytest.mark.slow
 def test_losses_that_cannot_be_used_are_refused(pipe):
     predictor = predictor_for(pipe)
     with pytest.raises(ValueError, match=r"`loss` must be 'latents', 'pixels' or a function .* but got 'lpips'"):
@@ -405,7 +512,7 @@ def test_losses_that_cannot_be_used_are_refused(pipe):
         trained(pipe, predictor, loss="pixels")
 
 
-def test_what_gradients_cannot_pass_through_is_refused(pipe):
+def test_what_gradients_cannot_pass_through_is_refused(pipe, tmp_path):
     predictor = predictor_for(pipe)
     for changed, message in (
         (
@@ -418,7 +525,8 @@ def test_what_gradients_cannot_pass_through_is_refused(pipe):
         ({"num_inference_steps": None}, r"`num_inference_steps` must be given"),
     ):
         with pytest.raises(ValueError, match=message):
-            trained(pipe, FusedKANPredictor(replace(predictor.config, **changed)))
+            trained(pipe, FusedKANPredictor(replace(predictor.config, **changed)), tmp_path / "new")
+        assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match=r"`predictor.config.mixer` must be one that has something to train"):
         trained(pipe, FusedKANPredictor(replace(predictor.config, mixer="linear", rank=None, hidden=None)))
     with lesa.enable_cache(pipe, predictor), pytest.raises(RuntimeError, match="must have no cache on"):
@@ -431,27 +539,68 @@ def test_what_gradients_cannot_pass_through_is_refused(pipe):
 @pytest.mark.slow
 def test_pipelines_that_gradients_cannot_pass_through_are_refused(pipe):
     predictor = predictor_for(pipe)
-    for name, message in (("flux controlnet", "`pipe` must have no ControlNet"),):
+    with pytest.raises(ValueError, match=r"`pipe` must have no ControlNet"):
+        trained(small.ALL["flux controlnet"].build(), predictor)
+    with pytest.raises(TypeError, match=r"`pipe` must be no modular pipeline"):
+        trained(modular_pipelines.CASES["flux"].build(plain=pipe), predictor)
+    for case, message in (
+        (small_wan.EXPERTS["wan 2.2"], r"have one transformer, .* with transformer and transformer_2"),
+        (small_ltx2.CASES["ltx-2"], r"have one output head, .* whose transformer has 2"),
+    ):
+        other = case.build()
         with pytest.raises(ValueError, match=message):
-            trained(small.ALL[name].build(), predictor)
+            trained(other, predictor_for(other))
+
+    class Around(type(pipe)):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    Around.__call__ = functools.wraps(Around.__base__.__call__)(Around.__call__)  # such as a decorator that times calls
+    pipe.__class__ = Around
+    with pytest.raises(TypeError, match=r"have a `__call__` whose outermost decorator is `torch.no_grad`"):
+        trained(pipe, predictor)
+    pipe.__class__ = Around.__base__
 
     class Undecorated(type(pipe)):
         def __call__(self, *args, **kwargs):
             return super().__call__(*args, **kwargs)
 
     pipe.__class__ = Undecorated
-    with pytest.raises(TypeError, match=r"have a `__call__` with the decorator `torch.no_grad`"):
+    with pytest.raises(TypeError, match=r"have a `__call__` whose outermost decorator is `torch.no_grad`"):
         trained(pipe, predictor)
     pipe.__class__ = Undecorated.__base__
+    accelerate.cpu_offload(pipe.transformer, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"a FluxTransformer2DModel that is offloaded or cast layer by layer"):
+        trained(pipe, predictor)
+    accelerate.hooks.remove_hook_from_submodules(pipe.transformer)
     pipe.transformer.compile()
     with pytest.raises(ValueError, match=r"a transformer that is not compiled as a whole"):
         trained(pipe, predictor)
 
 
 @pytest.mark.slow
-def test_another_number_of_steps_than_the_predictor_s_is_refused(pipe):
+def test_decorators_below_no_grad_stay(pipe):
+    calls = []
+
+    class Counted(type(pipe)):
+        pass
+
+    @functools.wraps(Counted.__call__)
+    def counted(self, *args, **kwargs):
+        calls.append(torch.is_grad_enabled())
+        return Counted.__base__.__call__.__wrapped__(self, *args, **kwargs)
+
+    Counted.__call__ = torch.no_grad()(counted)
+    pipe.__class__ = Counted
+    trained(pipe, predictor_for(pipe), updates=1, count=1)
+    assert calls == [False, True]
+
+
+@pytest.mark.slow
+def test_another_number_of_steps_than_the_predictor_s_is_refused_after_one_run(pipe, tmp_path):
     with pytest.raises(ValueError, match=r"`num_inference_steps` must make the pipeline execute 6 steps.*executes 8"):
-        trained(pipe, predictor_for(pipe), num_inference_steps=8)
+        trained(pipe, predictor_for(pipe), tmp_path, num_inference_steps=8, samples_per_call=1)
+    assert len([*(tmp_path / "references").glob("*.safetensors")]) == 1
 
 
 @pytest.mark.slow
@@ -464,15 +613,34 @@ def test_a_transformer_that_stops_gradients_is_refused(pipe):
             return forward(*args, **kwargs)
 
     block.forward = without
-    with pytest.raises(ValueError, match=r"a FluxTransformer2DModel, which stops them"):
+    with pytest.raises(ValueError, match=r"one with a FluxTransformer2DModel, which stops them"):
         trained(pipe, predictor_for(pipe, (0, 2, 4)))
+
+
+@pytest.mark.slow
+def test_a_layer_that_stops_gradients_is_refused(pipe):
+    """Around the layers inside a block, gradients still pass."""
+    layer = pipe.transformer.transformer_blocks[0].attn.to_q
+    forward = layer.forward
+    layer.forward = torch.no_grad()(forward)
+    with pytest.raises(ValueError, match=r"one with a Linear, which stops them, as some quantised layers do"):
+        trained(pipe, predictor_for(pipe, (0, 2, 4)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("computed", [(0, 2), (0, 2, 4)])
+def test_a_scheduler_that_stops_gradients_is_refused(pipe, computed):
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda *args, **options: tuple(each.detach() for each in step(*args, **options))
+    with pytest.raises(ValueError, match=r"keep gradients from step to step.*has stopped them before step 2"):
+        trained(pipe, predictor_for(pipe, computed))
 
 
 @pytest.mark.slow
 def test_a_computed_step_costs_at_most_four_forward_passes(pipe):
     """The blocks run three times, and the gradient of their inputs takes about as long as one of them."""
     calls = []
-    pipe.transformer.single_transformer_blocks[0].register_forward_hook(lambda *_: calls.append(1))
-    trained(pipe, predictor_for(pipe), updates=1, count=1, batch_size=1)
-    before_the_first_forecast, others = 2, len(SCHEDULE) - 2
+    pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    trained(pipe, predictor_for(pipe, (0, 2, 4)), updates=1, count=1, batch_size=1)
+    before_the_first_forecast, others = 1, 2
     assert len(calls) - STEPS == before_the_first_forecast + others * (CALLS_PER_COMPUTED_STEP - 1)

@@ -3,8 +3,8 @@
 The pipelines of diffusers switch gradients off around their `__call__`. Here the function inside runs. The cache is the
 usual one, so it computes and forecasts the same steps. It keeps the features as tensors with gradients, and not in a
 ring. Each call of the transformer is checkpointed, computed or predicted: the backward pass runs it again. So a run
-keeps the latents of each step, and one feature map for each computed step and stream, and nothing of the inside of the
-model. While the model is run again, its blocks are checkpointed too.
+keeps the samples and features of the computed steps, and nothing of the inside of the model. While the model is run
+again, its blocks are checkpointed too.
 """
 
 import contextlib
@@ -127,7 +127,12 @@ def _usable(tensor: torch.Tensor) -> torch.Tensor:
 def _with_gradients(pipe: Any) -> Iterator[None]:
     """A context in which the pipeline has a class whose `__call__` does not switch gradients off."""
     cls = type(pipe)
-    members = {"__slots__": (), "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    members: dict[str, Any] = {
+        "__slots__": (),
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
     members["__call__"] = without_no_grad(cls)
     pipe.__class__ = types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(members))
     try:

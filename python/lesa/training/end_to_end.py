@@ -56,7 +56,8 @@ def train_end_to_end(
     First the pipeline runs on the inputs with all steps. Then, in each update, it runs on some of the inputs with the
     predictor. The latents before each computed step and at the end are compared with those of the runs of all steps,
     and the gradient goes back through the whole run. An update costs at most about four times the computed steps, for
-    each sample. Memory is needed for the latents and one feature map of each computed step and stream.
+    each sample. Memory is needed for the latents of each computed step, and for a sample and up to two feature maps of
+    each of its streams of calls.
 
     The model's weights are frozen, and they are as before at the end. See `docs/limits.md` for the pipelines that
     gradients cannot pass through.
