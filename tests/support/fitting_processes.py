@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import lesa
-from interrupted_fits import BUDGET, CASE, FEW, OPTIONS, inputs, make_quick
+from interrupted_fits import CASE, FEW, OPTIONS, inputs, make_quick
 from lesa.fitting import whole
 from lesa.fitting.comparing import LatentRuns
 from several_processes import Copies
@@ -29,7 +29,7 @@ def main(folder):
             called = []
             LatentRuns._call = lambda self, samples, steps: called.append(samples) or call(self, samples, steps)
             options = {**OPTIONS, "batch_size": 1, "end_to_end": True, "out_dir": folder / f"of-{count}"}
-            made = lesa.fit(pipe, inputs(), budget=BUDGET, **options)
+            made = lesa.fit(pipe, inputs(), budget=2, **options)
             return {"schedule": made.config.schedule, "runs": len(called)}
 
         print(json.dumps({"count": count, "said": Copies(count, work).said()}), flush=True)
