@@ -83,9 +83,7 @@ def fit(
         num_inference_steps: passed to the pipeline.
         batch_size: samples per call of the pipeline.
         end_to_end: whether to go on with training through whole runs. Gradients must be able to pass through the
-            pipeline, which has one transformer. The result can't be used with `lesa.ErrorControl`, unless the best
-            predictor was not trained through whole runs: `stage` in `evaluation.json` is then "rounds", "trained again"
-            or "refined again".
+            pipeline, which has one transformer.
         loss: of the training through whole runs: "latents", or "pixels" for a pipeline that decodes its latents. See
             `lesa.train_end_to_end`.
         seed: of sample 0, of the training and of the search. It can be up to 2**64 - 1,000,008.

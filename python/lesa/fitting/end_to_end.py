@@ -16,6 +16,7 @@ from lesa.processes import OthersEndedError
 from lesa.schedule import Schedule
 from lesa.training.end_to_end import trained_end_to_end
 from lesa.training.end_to_end_run import EndToEndSettings
+from lesa.training.trainer import with_typical_errors
 from lesa.training.shards import DamagedError
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
@@ -96,7 +97,10 @@ class EndToEndBudget(OneBudget):
             "validation_by_stage": {each.name: each.psnr if math.isfinite(each.psnr) else None for each in stages},
             "stage": best.name,
         }
-        return Fitted(best.predictor, {**made, **facts, **best.facts})
+        predictor = best.predictor
+        if predictor.config.schedule_errors is None:
+            predictor = with_typical_errors(predictor, self._joined(self.amounts.samples))
+        return Fitted(predictor, {**made, **facts, **best.facts})
 
     @property
     def _starts_steps(self) -> int:
