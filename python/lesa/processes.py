@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import os
 import pickle
+import tempfile
 import threading
 import time
 import warnings
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from lesa.artifacts import LOCK, digest, owned
+from lesa.artifacts import LOCK, digest, output_folder, owned
 from lesa.spread import is_spread
 from lesa_kernels.checks import Said, argument_error, usage_error
 
@@ -191,6 +192,22 @@ class Processes:
             self.in_all(lambda: _check_shared(folder, mark))
             yield
             self.wait()
+
+    @contextlib.contextmanager
+    def working_folder(self, out_dir: str | os.PathLike | None, work: str) -> Iterator[Path]:
+        """A folder that these processes own: `out_dir`, which is made, or else a temporary one.
+
+        Args:
+            out_dir: the folder; None for a temporary one.
+            work: see `owned`.
+        """
+        with contextlib.ExitStack() as stack:
+            if out_dir is None:
+                folder = Path(self.by_first(lambda: stack.enter_context(tempfile.TemporaryDirectory())))
+            else:
+                folder = self.in_all(lambda: output_folder(out_dir))
+            stack.enter_context(self.owned(folder, work))
+            yield folder
 
     def _joined(self, own: Sequence[T], error: Exception | None) -> list[T]:
         """What all have made, in the order of the items. The errors of all are exchanged."""

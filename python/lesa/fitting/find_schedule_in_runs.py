@@ -5,14 +5,13 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from lesa.artifacts import files_in, output_folder, predictor_identity, read_json, remove_partial, write_text
+from lesa.artifacts import files_in, predictor_identity, read_json, remove_partial, write_text
 from lesa.cache.placement import check_uncached
 from lesa.fitting.amounts import END_TO_END
 from lesa.fitting.comparing import LatentRuns
@@ -177,13 +176,7 @@ def _checked(candidates: Any, count: int, total: int) -> list[Steps]:
 @contextlib.contextmanager
 def _own_folder(out_dir: str | os.PathLike | None, settings: Mapping[str, Any], processes: Processes) -> Iterator[Path]:
     """A folder in which no other call works meanwhile. What only the work needed is removed at the end."""
-    with contextlib.ExitStack() as stack:
-        if out_dir is None:
-            temporary = tempfile.TemporaryDirectory
-            yield Path(processes.by_first(lambda: stack.enter_context(temporary())))
-            return
-        folder = processes.in_all(lambda: output_folder(out_dir))
-        stack.enter_context(processes.owned(folder, "searching"))
+    with processes.working_folder(out_dir, "searching") as folder:
         processes.by_first(lambda: _begin(folder, settings))
         yield folder
         processes.by_first(lambda: _clean_up(folder))

@@ -6,15 +6,13 @@ back through all steps of the run, also through the computed ones, so that the p
 leads to.
 """
 
-import contextlib
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lesa.artifacts import digest, output_folder, predictor_identity
+from lesa.artifacts import digest, predictor_identity
 from lesa.inputs import check_inputs
 from lesa.processes import Processes, processes_for
 from lesa.schedule import Schedule
@@ -111,13 +109,7 @@ def train_end_to_end(
     processes = processes_for(pipe)
     same = {"predictor": predictor_identity(predictor), "inputs": digest(inputs), "out_dir": out_dir is None}
     processes.begin("lesa.train_end_to_end", {**same, **asdict(settings), "loss": name_of(loss)})
-    with contextlib.ExitStack() as stack:
-        if out_dir is None:
-            temporary = tempfile.TemporaryDirectory
-            folder = Path(processes.by_first(lambda: stack.enter_context(temporary())))
-        else:
-            folder = processes.in_all(lambda: output_folder(out_dir))
-        stack.enter_context(processes.owned(folder, "training"))
+    with processes.working_folder(out_dir, "training") as folder:
         processes.by_first(lambda: check_folder(folder))
         bar = "train end to end" if progress else None
         return trained_end_to_end(predictor, pipe, inputs, settings, folder, processes, loss=loss, bar=bar)

@@ -15,7 +15,6 @@ import copy
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -29,7 +28,6 @@ from lesa.artifacts import (
     digest,
     files_in,
     fingerprint,
-    output_folder,
     predictor_identity,
     read_json,
     remove_partial,
@@ -229,13 +227,7 @@ def _working_folder(
     out_dir: str | os.PathLike | None, settings: dict[str, Any], processes: Processes
 ) -> Iterator[Path]:
     """A folder for the rounds. It is cleaned up after the last round. Until then, the work can continue there."""
-    with contextlib.ExitStack() as stack:
-        if out_dir is None:
-            temporary = tempfile.TemporaryDirectory
-            folder = Path(processes.by_first(lambda: stack.enter_context(temporary())))
-        else:
-            folder = processes.in_all(lambda: output_folder(out_dir))
-        stack.enter_context(processes.owned(folder, "refining"))
+    with processes.working_folder(out_dir, "refining") as folder:
         file = folder / SETTINGS_NAME
         processes.by_first(lambda: _check_folder(file, settings))
         yield folder
