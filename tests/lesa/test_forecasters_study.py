@@ -53,7 +53,7 @@ def test_each_schedule_has_the_options_that_are_best_with_it(study, workshop, mo
 def test_bundled_predictors_are_not_copied_and_others_are_kept_by_their_schedule(study, workshop, monkeypatch):
     made = []
 
-    def train(trajectories, pipe, inputs, more, schedule):
+    def train(trajectories, pipe, inputs, more, schedule, *_):
         made.append(schedule)
         return workshop.newton(9)
 
