@@ -46,7 +46,7 @@ def few(monkeypatch):
 
 
 def named(name, steps=(0, 1, 3)):
-    return SimpleNamespace(name=name, config=SimpleNamespace(schedule=steps))
+    return SimpleNamespace(name=name, config=SimpleNamespace(schedule=steps, schedule_errors=()))
 
 
 @pytest.fixture
@@ -320,7 +320,7 @@ def test_a_fit_through_whole_runs_is_never_worse_and_goes_on_after_interruptions
     figures = made["validation_by_stage"]
     assert made["validation_psnr"] == plain and figures["rounds"] == max(plain)  # the predictor without it is there too
     assert figures[made["stage"]] == max(figures.values()) >= max(plain)
-    assert len(predictor.config.schedule) == BUDGET
+    assert len(predictor.config.schedule) == len(predictor.config.schedule_errors) == BUDGET
     wanted, chosen, replaced, interruptions = files_in(tmp_path / "whole"), random.Random(3), os.replace, 0
     while interruptions < 30:
         left = iter(range(chosen.randint(25, 60), -1, -1))
