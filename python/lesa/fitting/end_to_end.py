@@ -16,8 +16,8 @@ from lesa.processes import OthersEndedError
 from lesa.schedule import Schedule
 from lesa.training.end_to_end import trained_end_to_end
 from lesa.training.end_to_end_run import EndToEndSettings
-from lesa.training.trainer import with_typical_errors
 from lesa.training.shards import DamagedError
+from lesa.training.trainer import with_typical_errors
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 
