@@ -183,7 +183,7 @@ def test_each_quality_of_a_trained_predictor_is_its_schedule(pipe, generate):
     with lesa.enable_cache(pipe, NEWTON_9, quality="high", strict=True) as cache:
         generate(pipe, steps=50, labels=(3,))
         assert cache.stats.streams["cond"].computed == trained
-        assert cache.stats.notes == ["every quality is the 9 computed steps that the predictor was trained for"]
+        assert "every quality is the 9 computed steps that the predictor was trained for" in cache.stats.notes
         generate(pipe, steps=9, labels=(3,))
         assert cache.stats.computed_steps == 9
 

@@ -68,14 +68,14 @@ def test_training_through_whole_runs_has_parts_of_its_own():
     words = f"training on many schedules {cost._time(found.schedule_seconds)}, comparing 35 schedules "
     words += f"{cost._time(found.trial_seconds)}, training through whole runs "
     assert f"{words}{cost._time(found.end_to_end_seconds)}, the test" in found.text()
-    of_pixels = "\nTo decode the pictures of the loss takes longer, and they need more disk: it is not counted.\n"
+    of_pixels = "\nDecoding the pictures for the loss takes time and disk space that are not counted.\n"
     assert of_pixels in found.text(of_pixels=True) and of_pixels not in found.text()
 
 
 def test_its_cost_counts_the_runs_that_the_bar_counts():
     runs = 31 + 8 + 16 + 4 + THROUGH_RUNS.rolled_out_samples + THROUGH_RUNS.validated_samples + 4 * 8 + 35 * 4
     updates = 32 + 56
-    search = THROUGH_RUNS.search_steps(9) + THROUGH_RUNS.l2p_steps(9)
+    search = THROUGH_RUNS.search_steps(9) + THROUGH_RUNS.fitted_steps(9)
     trained = search + 2 * THROUGH_RUNS.training_steps + (3 + 1) * 200 + updates
     assert THROUGH_RUNS.all_steps([9]) == (runs + 2 * updates) * 50 + trained
     both = THROUGH_RUNS.all_steps([9, 7]) - THROUGH_RUNS.all_steps([9])

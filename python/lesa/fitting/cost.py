@@ -112,7 +112,7 @@ class FitCost:
         if batch_size > 1:
             lines.append(f"Runs of {batch_size} samples are counted like {batch_size} runs, and may take less.")
         if of_pixels:
-            lines.append("To decode the pictures of the loss takes longer, and they need more disk: it is not counted.")
+            lines.append("Decoding the pictures for the loss takes time and disk space that are not counted.")
         lines.append(f"Predicted for the files until it is finished: {_size(self.nbytes)}.")
         total = self.first.num_inference_steps
         for budget in self.budgets:

@@ -12,13 +12,16 @@ from lesa.fitting.amounts import EndToEndAmounts
 from lesa.fitting.comparing import LatentRuns
 from lesa.fitting.one_budget import Fitted, OneBudget
 from lesa.fitting.schedule_in_runs import SearchInRuns, config_for
-from lesa.processes import OthersEndedError
 from lesa.schedule import Schedule
 from lesa.training.end_to_end import trained_end_to_end
 from lesa.training.end_to_end_run import EndToEndSettings
-from lesa.training.shards import DamagedError
+from lesa.training.gradient_checks import NoGradientError, TrainingFailedError
 from lesa.training.trainer import with_typical_errors
 from lesa_kernels import FusedKANPredictor, PredictorConfig
+from lesa_kernels.forecasters import FORECASTERS
+
+_FITTED = next(name for name, forecaster in FORECASTERS.items() if forecaster.is_fitted)
+"""The mixer that is fitted in closed form, for which a search on recordings takes little time."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +102,15 @@ class EndToEndBudget(OneBudget):
         }
         predictor = best.predictor
         if predictor.config.schedule_errors is None:
-            predictor = with_typical_errors(predictor, self._joined(self.amounts.samples))
+            trajectories, device = self._joined(self.amounts.samples), self.device
+            predictor = self.processes.by_first(lambda: with_typical_errors(best.predictor, trajectories, device))
         return Fitted(predictor, {**made, **facts, **best.facts})
 
     @property
     def _starts_steps(self) -> int:
         """Of the bar, for `_starts`."""
         learning = self.work.learning_steps(self.through_runs.amounts.schedule_updates)
-        tried = self.work.l2p_steps(self.budget) + self.work.trial_steps(self.budget)
+        tried = self.work.fitted_steps(self.budget) + self.work.trial_steps(self.budget)
         return learning + tried + self.work.again_steps + 3 * self.work.validation_steps
 
     @property
@@ -125,11 +129,10 @@ class EndToEndBudget(OneBudget):
         end = self.bar.done + steps
         try:
             return make()
-        except (OthersEndedError, DamagedError):
-            raise
-        except (RuntimeError, ValueError) as error:  # a `ValueError` where layers of the model stop gradients
+        except (TrainingFailedError, NoGradientError) as error:  # which all processes have
             if self.processes.is_first:
-                text = f"lesa: for `budget` {self.budget}, `lesa.fit` goes on without {what}, which says: {error}"
+                reason, _, _ = str(error).partition(". ")  # the rest is advice for other functions
+                text = f"lesa: for `budget` {self.budget}, `lesa.fit` goes on without {what}, which says: {reason}."
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
             self.bar.skip(end - self.bar.done)
             return []
@@ -156,14 +159,16 @@ class EndToEndBudget(OneBudget):
         amounts = self.through_runs.amounts
         facts: dict[str, Any] = {"updates_end_to_end": amounts.updates, "samples_per_update": amounts.batch_size}
         facts |= {"samples_end_to_end": len(self.through_runs.inputs), "began_from": start.name}
-        return self._stage("end to end", self._through_whole_runs(start.predictor), {**start.facts, **facts})
+        predictor = self._through_whole_runs(start)
+        psnr = self._quality(f"end to end from {start.name}", predictor)
+        return _Stage("end to end", predictor, psnr, {**start.facts, **facts})
 
     def _search(self, plain: FusedKANPredictor) -> SearchInRuns:
         """The search for the computed steps. Those that are found on recorded runs are tried too."""
         trajectories = self._joined(self.amounts.samples)
-        l2p = PredictorConfig(trajectories.feature_dim, mixer="l2p")
-        with self.bar.part(f"{self.budget} steps, search for l2p", self.work.l2p_steps(self.budget)):
-            candidates = [plain.config.schedule, self._schedule(trajectories, self.folder / "l2p", l2p).steps]
+        fitted = PredictorConfig(trajectories.feature_dim, mixer=_FITTED)
+        with self.bar.part(f"{self.budget} steps, search for {_FITTED}", self.work.fitted_steps(self.budget)):
+            candidates = [plain.config.schedule, self._schedule(trajectories, self.folder / _FITTED, fitted).steps]
         given = self.through_runs
         return SearchInRuns(
             self.pipe,
@@ -209,19 +214,19 @@ class EndToEndBudget(OneBudget):
             self._stage("refined again", refined, {**facts, "rounds": 1}),
         ]
 
-    def _through_whole_runs(self, start: FusedKANPredictor) -> FusedKANPredictor:
-        """The predictor after the training through whole runs."""
+    def _through_whole_runs(self, start: _Stage) -> FusedKANPredictor:
+        """The predictor after the training through whole runs, in a folder for this start of it."""
         given, samples = self.through_runs, self.samples
         amounts = given.amounts
         with self.bar.part(f"{self.budget} steps, train end to end", self.work.learning_steps(amounts.updates)):
             return trained_end_to_end(
-                start,
+                start.predictor,
                 self.pipe,
                 given.inputs,
                 EndToEndSettings(
                     samples.num_inference_steps, amounts.updates, amounts.batch_size, samples.batch_size, seed=self.seed
                 ),
-                self.processes.in_all(lambda: output_folder(self.folder / "end-to-end")),
+                self.processes.in_all(lambda: output_folder(self.folder / f"end-to-end-from-{start.name}")),
                 self.processes,
                 references=given.references,
                 loss=given.loss,

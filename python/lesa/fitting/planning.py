@@ -141,7 +141,7 @@ class Work:
         """Of the training on recorded features for another schedule, and of its round of refining."""
         return self.training_steps + self.recording_steps(self.amounts.samples) + self.amounts.round_updates
 
-    def l2p_steps(self, budget: int) -> int:
+    def fitted_steps(self, budget: int) -> int:
         """Of the search for the schedule of another predictor, which is one of those that are compared."""
         return budget - 1 + MOVES
 
@@ -153,7 +153,7 @@ class Work:
         learning = self.learning_steps(more.schedule_updates + more.updates)
         each = learning + self.again_steps + STAGES * self.validation_steps
         first = self.recording_steps(self.learning_samples) + self.recording_steps(self.trial_samples)
-        return first + sum(each + self.l2p_steps(budget) + self.trial_steps(budget) for budget in budgets)
+        return first + sum(each + self.fitted_steps(budget) + self.trial_steps(budget) for budget in budgets)
 
     def test_steps(self, budgets: int) -> int:
         """Of the test of all predictors."""

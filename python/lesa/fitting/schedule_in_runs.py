@@ -20,6 +20,7 @@ from lesa.processes import Processes
 from lesa.schedule import Schedule
 from lesa.training.end_to_end import trained_end_to_end
 from lesa.training.end_to_end_run import EndToEndSettings, Loss
+from lesa.training.gradient_checks import TrainingFailedError
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import usage_error
 
@@ -134,7 +135,7 @@ class SearchInRuns:
                 "No schedule was found: in all runs with the predictor there is NaN, or steps are computed that were "
                 "to be predicted.",
                 "Check that the pipeline without a cache gives finite latents, and read the warnings above.",
-                RuntimeError,
+                TrainingFailedError,
             )
         return schedule_at(steps, self.levels)
 

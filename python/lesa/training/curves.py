@@ -18,8 +18,9 @@ def plot_losses(losses: dict[str, list[float]], closed_loop: int | None, file: P
         axes.plot(range(1, len(values) + 1), values, label=name, marker="o" if len(values) == 1 else None)
     if closed_loop:
         axes.axvline(closed_loop + 0.5, color="grey", linestyle=":", label="closed loop begins")
-    scale = "linear" if any(value < 0 for values in losses.values() for value in values) else "log"
-    axes.set(xlabel=unit, ylabel="loss", yscale=scale, title="Training of the predictor")
+    axes.set(xlabel=unit, ylabel="loss", title="Training of the predictor")
+    if all(value >= 0 for values in losses.values() for value in values):
+        axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
     with whole_file(file) as temporary:

@@ -24,7 +24,7 @@ from lesa.schedule import Schedule, schedule_of
 from lesa.training.batches import check_is_predictor
 from lesa.training.curves import plot_losses
 from lesa.training.differentiable_runs import DifferentiableRuns, GradientRun, frozen
-from lesa.training.gradient_checks import check_differentiable
+from lesa.training.gradient_checks import TrainingFailedError, check_differentiable
 from lesa.training.run_references import References
 from lesa.training.settings import check_seed
 from lesa.training.training_run import (
@@ -231,7 +231,7 @@ class EndToEndRun:
             remedy = f"Lower `learning_rate`, which is {self.settings.learning_rate:g}."
             if update == 0:  # no step of the optimiser was taken
                 remedy = "Check the inputs, the predictor and the loss. In float16, use bfloat16 or float32."
-            raise argument_error(name, must, Said(f"{value} in update {update + 1}"), remedy, RuntimeError)
+            raise argument_error(name, must, Said(f"{value} in update {update + 1}"), remedy, TrainingFailedError)
 
     def check_steps(self) -> None:
         """Raises `ValueError` if the predictor is for another number of steps than the pipeline executes."""

@@ -30,10 +30,10 @@ def check_differentiable(pipe: Any, predictor: FusedKANPredictor) -> None:
     check_uncached(pipe)
     if predictor.config.history == "steps":
         got = Said(f"{predictor.config.history!r}, that of the forecaster {predictor.config.mixer!r}")
-        remedy = "Use a predictor whose history has computed steps only, such as 'newton', or use `lesa.refine`."
+        remedy = "Use a predictor whose history has computed steps only, or use `lesa.refine`."
         raise argument_error("predictor.config.history", "be 'anchors'", got, remedy)
     if not predictor.forecaster.plans:
-        must, remedy = "be a forecaster whose weights depend on noise levels only", "Use 'newton', or `lesa.refine`."
+        must, remedy = "be a forecaster whose weights depend on noise levels only", "Use another, or `lesa.refine`."
         raise argument_error("predictor.config.mixer", must, predictor.config.mixer, remedy)
     without_no_grad(type(pipe))
     if len(adapters) > 1:
@@ -77,7 +77,15 @@ def _check_weights(pipe: Any, transformer: torch.nn.Module) -> None:
             raise argument_error("pipe", "have weights that can take part in gradients", got, "Load it outside of it.")
 
 
-def refusal(must: str, got: str, kind: type[Exception] = ValueError) -> Exception:
+class NoGradientError(ValueError):
+    """No gradient passes through a pipeline."""
+
+
+class TrainingFailedError(RuntimeError):
+    """A training through whole runs, or a search with it, cannot go on: numbers are not finite."""
+
+
+def refusal(must: str, got: str, kind: type[Exception] = NoGradientError) -> Exception:
     """The error for what gradients cannot pass through: what the pipeline must be, and what it is."""
     return argument_error("pipe", f"{must}, so that gradients pass through it", Said(got), "Use `lesa.refine`.", kind)
 

@@ -19,7 +19,7 @@ from lesa.cache.stats import StreamStats
 from lesa.cache.streams import ForecastState
 from lesa.models import Adapter
 from lesa.schedule import Schedule
-from lesa.training.gradient_checks import refusal
+from lesa.training.gradient_checks import TrainingFailedError, refusal
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import usage_error
 from lesa_kernels.stream import StoredFeatures, Weights, stream_forecast
@@ -198,7 +198,7 @@ class GradientHook(ForecastingHook):
                 "Lower `learning_rate`. If this comes in the first update, check the predictor with `lesa.evaluate`, "
                 "or use bfloat16 or float32."
             )
-            raise usage_error(f"The forecast of step {step} was not finite.", remedy, RuntimeError)
+            raise usage_error(f"The forecast of step {step} was not finite.", remedy, TrainingFailedError)
 
     def _fall_back(self, reason: str, remedy: str) -> None:
         sentence = f"A step can't be forecast in a training through whole runs: {reason}."

@@ -250,7 +250,10 @@ def _searched(
     return config
 
 
-def with_typical_errors(predictor: FusedKANPredictor, trajectories: Trajectories) -> FusedKANPredictor:
+@default_modes()
+def with_typical_errors(
+    predictor: FusedKANPredictor, trajectories: Trajectories, device: torch.device | str = "cpu"
+) -> FusedKANPredictor:
     """The predictor with the typical errors of its weights in its configuration, which `lesa.ErrorControl` needs.
 
     They are measured on the trajectories that `train` would validate with.
@@ -258,8 +261,9 @@ def with_typical_errors(predictor: FusedKANPredictor, trajectories: Trajectories
     Args:
         predictor: trained for these trajectories and a schedule. It is not changed.
         trajectories: what `lesa.record` made of plain runs.
+        device: where to measure.
     """
-    run = Training(trajectories, predictor.config, TrainingSettings())
+    run = Training(trajectories, predictor.config, TrainingSettings(), device=device)
     run.predictor.load_state_dict(predictor.state_dict())
     run.predictor.provenance = predictor.provenance
     return run.finish()
