@@ -266,7 +266,7 @@ def test_an_interrupted_training_ends_with_the_same_bytes(pipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_pipeline_is_as_before_also_after_an_error(pipe, tmp_path):
+def test_the_pipeline_is_as_before_also_after_an_error(pipe, tmp_path, monkeypatch):
     predictor, cls = predictor_for(pipe), type(pipe)
     pipe.transformer.train().requires_grad_(True)
     pipe.transformer.proj_out.weight.requires_grad_(False)
@@ -289,13 +289,14 @@ def test_the_pipeline_is_as_before_also_after_an_error(pipe, tmp_path):
     hook.remove()
     assert state() == before
 
-    def fail(update, loss):
+    def fail(self, run, samples):
         states.append(state())
         raise ZeroDivisionError
 
     settings = EndToEndSettings(STEPS, 1, 1, 1)
+    monkeypatch.setattr(EndToEndRun, "_loss_of", fail)
     with pytest.raises(ZeroDivisionError):
-        trained_end_to_end(predictor, pipe, inputs_of(), settings, tmp_path, Processes(), on_update=fail)
+        trained_end_to_end(predictor, pipe, inputs_of(), settings, tmp_path, Processes())
     assert state() == before and type(pipe) is cls
     (inside,) = states
     assert not any(inside[0]) and not any(training for training, *_ in inside[1])

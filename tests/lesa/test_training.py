@@ -1,6 +1,7 @@
 """`lesa.train` on a small linear world whose trajectories are polynomials in sigma, and on recorded digits."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -396,3 +397,17 @@ def test_a_recording_in_which_the_noise_level_rises_is_refused(trajectories):
 def test_what_is_no_recording_is_refused(wrong):
     with pytest.raises(TypeError, match="`trajectories` must be the folder of a recording, or what `lesa.record`"):
         lesa.train(wrong)
+
+
+def test_typical_errors_are_those_that_training_measures(trajectories):
+    trained = lesa.train(trajectories, **QUICK)
+    unknown = FusedKANPredictor(replace(trained.config, schedule_errors=None))
+    unknown.load_state_dict(trained.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        measured = trainer.with_typical_errors(unknown, trajectories)
+    assert measured.config == trained.config and unknown.config.schedule_errors is None
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in measured.state_dict().items())
+    with torch.no_grad():
+        unknown.out_bias.add_(0.5)
+    other = trainer.with_typical_errors(unknown, trajectories)
+    assert other.config.schedule_errors != trained.config.schedule_errors

@@ -1,8 +1,8 @@
 """Makes the bundled weights of the photographs: `python -m lesa.demo.make_photos`.
 
 Flow matching on details of the photographs that ship inside scikit-image and scikit-learn, then the predictors. Seeded.
-It takes about 30 minutes on 2 cores that others use as well, and the trainings through whole runs take about 10 minutes
-more for each predictor. One thread (`OMP_NUM_THREADS=1`) is fastest where cores are shared.
+It took about 30 minutes on 2 cores that others used as well, before there was training through whole runs. How long it
+takes with it was not measured. One thread (`OMP_NUM_THREADS=1`) is fastest where cores are shared.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Makes the bundled weights of the digits: `python -m lesa.demo.make_weights`.
 
-Flow matching on scikit-learn's handwritten digits, then the predictors of the demo. Seeded. It takes about 20 minutes
-on 2 cores, and the trainings through whole runs take about 5 minutes more for each predictor.
+Flow matching on scikit-learn's handwritten digits, then the predictors of the demo. Seeded. It took about 20 minutes
+on 2 cores before there was training through whole runs. How long it takes with it was not measured.
 """
 
 import argparse

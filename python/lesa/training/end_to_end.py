@@ -126,7 +126,6 @@ def trained_end_to_end(
     references: Path | None = None,
     loss: Loss = "latents",
     schedule_for: Callable[[int], Schedule] | None = None,
-    on_update: Callable[[int, float], None] | None = None,
     bar: str | None = None,
 ) -> FusedKANPredictor:
     """Trains a predictor through whole runs. A training that is finished is read from its folder.
@@ -142,7 +141,6 @@ def trained_end_to_end(
             inside `folder`, which is removed at the end.
         schedule_for: gives the schedule of an update, which are counted from 0. It must give the same ones when the
             training continues. None: that of the predictor.
-        on_update: called after each update with its number and its loss. In the first process only.
         bar: what the progress bars are called, or None for no bar.
     """
     training = EndToEndRun(predictor, pipe, inputs, settings, folder, references, loss, schedule_for)
@@ -150,4 +148,4 @@ def trained_end_to_end(
         return FusedKANPredictor.from_pretrained(folder)
     if processes.by_first(training.resume) < settings.updates:
         training.references.make(processes, bar and f"{bar}, all steps", training.check_steps)
-    return processes.by_first(lambda: training.fit(bar if processes.is_first else None, on_update))
+    return processes.by_first(lambda: training.fit(bar if processes.is_first else None))

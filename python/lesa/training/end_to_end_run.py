@@ -148,7 +148,7 @@ class EndToEndRun:
         self.losses = checkpoint["losses"]
         return len(self.losses)
 
-    def fit(self, bar: str | None, on_update: Callable[[int, float], None] | None) -> FusedKANPredictor:
+    def fit(self, bar: str | None) -> FusedKANPredictor:
         """Trains from the checkpoint on, and writes what belongs into the folder."""
         total, done = self.settings.updates, len(self.losses)
         facts = of_manifest({"num_inference_steps": self.settings.num_inference_steps, **self.references.facts})
@@ -165,8 +165,6 @@ class EndToEndRun:
                 shown.set_postfix({"loss": f"{loss:.4f}"})
                 if (update + 1) % every == 0 or update + 1 == total:
                     self._save_checkpoint()
-                if on_update is not None:
-                    on_update(update, loss)
         return self._finish()
 
     def _update(self, runs: DifferentiableRuns, update: int, samples: list[int]) -> float:
