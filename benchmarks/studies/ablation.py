@@ -139,7 +139,9 @@ def table(results: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=tuple(DEMOS), default="digits", help="bundled model (default: digits)")
+    parser.add_argument(
+        "--model", choices=tuple(NEWTON_SCHEDULES), default="digits", help="bundled model (default: digits)"
+    )
     parser.add_argument("--trajectories", type=Path, help="folder of its recording, made if missing (default: in OUT)")
     parser.add_argument("--samples", type=int, help="how many to record (default: as for the bundled predictors)")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps, where it is recorded (default: 50)")

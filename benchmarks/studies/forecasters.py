@@ -3,14 +3,15 @@
 Runs have 50 steps, of which 10, 9, 8, 7 or 5 are computed. For each number, every forecaster but newton gets the best
 of these schedules: a family of simple ones (`lesa.fitting.schedule_family`), one with an early second step, that of
 LESA's code, that of the newton predictor, and those that `lesa.find_schedule` finds for it and for
-linear, L2P and LESA. Runs on 16 samples of other seeds decide. The forecasters:
+linear, L2P and LESA. Runs on 16 samples of other seeds decide, of the videos on 8. The forecasters:
 
 - L2P is fitted for each of the schedules.
 - The first phase of LESA forecasts every step from recorded ones, so one training serves for all schedules. Runs with
   it choose the schedule, and it is refined with that one.
 - Of the forecasters without training, each set of options is tried with all schedules. The coefficients of "universal"
   are those that `--coefficients FILE` names: for a judgement on a model that they have not seen, those of
-  `train_universal.py --leave-out MODEL`. DIR belongs to the coefficients with which it began.
+  `train_universal.py --leave-out MODEL`. Those of the package have not seen the videos. DIR belongs to the coefficients
+  with which it began.
 - The newton predictor is trained for its own schedule: see `Workshop.newton`.
 
 Then `lesa.evaluate` compares them with batch size 1: each with its best schedule ("l2p-9@best"), and with that of the
@@ -37,7 +38,7 @@ import lesa
 from lesa import Schedule
 from lesa.artifacts import digest, write_text
 from lesa.demo import digits
-from lesa.demo.make_weights import END_TO_END_SAMPLES, UPDATES, newton_predictor
+from lesa.demo.make_weights import END_TO_END_SAMPLES, newton_predictor
 from lesa.demo.run import DEMOS, labels
 from lesa.evaluation.quality import psnr
 from lesa.fitting.schedule_family import family
@@ -47,27 +48,39 @@ from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.forecasters import FORECASTERS, universal
 
 STEPS, BUDGETS = 50, (10, 9, 8, 7, 5)
-VALIDATION_SEED, VALIDATION_SAMPLES = 30_000, 16
+VALIDATION_SEED, VALIDATION_SAMPLES = 30_000, {"digits": 16, "photos": 16, "video": 8}
 SEED = 40_000
-SAMPLES = {"digits": 32, "photos": 16}
+SAMPLES = {"digits": 32, "photos": 16, "video": 16}
 OTHERS = ("l2p", "lesa", "linear", "taylor", "chebyshev", "universal")
-LESA_EPOCHS = {"digits": (30, 20), "photos": (24, 12)}
+LESA_EPOCHS = {"digits": (30, 20), "photos": (24, 12), "video": (50, 33)}
 """In the first phase, and in each round of refining. On the digits with 10 computed steps and its own schedule, twice
 the epochs in the first phase gave no more than these after refining."""
 LESA_TRAINING: dict[str, Any] = {"learning_rate": 3e-3, "tokens_per_batch": 32, "progress": False}
 """LESA's own learning rate, 1e-4, is for more steps of the optimiser than there are here: docs/lesa.md."""
 ROUNDS = 2
 """Of refining, as for the bundled predictors."""
-BUNDLED = {"digits": {9: "newton-9", 8: "newton-8"}, "photos": {9: "photos-newton-9", 8: "photos-newton-8"}}
+BUNDLED = {
+    "digits": {9: "newton-9", 8: "newton-8"},
+    "photos": {9: "photos-newton-9", 8: "photos-newton-8"},
+    "video": {9: "video-newton-9", 8: "video-newton-8"},
+}
 LONGER = {("digits", 7): 300, ("photos", 7): 500, ("photos", 5): 500}
 """Steps of the optimiser through whole runs, where there are more than usual."""
-EARLY = {
+_EARLY_OF_IMAGES = {
     10: (0, 1, 4, 8, 14, 20, 27, 34, 41, 47),
     9: (0, 1, 5, 10, 18, 26, 34, 41, 47),
     8: (0, 1, 5, 11, 19, 29, 38, 46),
     7: (0, 1, 6, 14, 23, 33, 43),
     5: (0, 1, 9, 21, 36),
 }
+_EARLY_OF_VIDEOS = {  # their noise levels fall late
+    10: (0, 1, 6, 12, 18, 25, 32, 38, 43, 47),
+    9: (0, 1, 7, 14, 21, 28, 35, 41, 46),
+    8: (0, 1, 8, 16, 24, 32, 39, 45),
+    7: (0, 1, 9, 19, 29, 37, 45),
+    5: (0, 1, 14, 28, 41),
+}
+EARLY = {"digits": _EARLY_OF_IMAGES, "photos": _EARLY_OF_IMAGES, "video": _EARLY_OF_VIDEOS}
 """Schedules with an early second step, set by hand."""
 FOUND_FOR = ("linear", "l2p", "lesa")
 """Their found schedules are tried with all forecasters."""
@@ -119,7 +132,7 @@ class Workshop:
         folder = self.folder / "-".join(("newton", *map(str, schedule)))
         if not (folder / "config.json").exists():
             more = self.demo.model.inputs_for(labels(END_TO_END_SAMPLES))
-            updates = LONGER.get((self.name, budget), UPDATES)
+            updates = LONGER.get((self.name, budget), self.demo.updates)
             made = newton_predictor(self.trajectories, self.pipe, self.inputs, more, schedule, updates)
             made.save_pretrained(folder)
         return FusedKANPredictor.from_pretrained(folder)
@@ -146,7 +159,7 @@ class Workshop:
 
     def candidates(self, budget: int) -> list[tuple[int, ...]]:
         """The schedules that are tried with all forecasters."""
-        made = [*family(budget, self.levels), EARLY[budget]]
+        made = [*family(budget, self.levels), EARLY[self.name][budget]]
         made.append(next(s.steps for n in range(2, STEPS) if len(s := Schedule.interval(n, STEPS, 4)) == budget))
         made.append(tuple(self.newton(budget).config.schedule or ()))
         return made + [self.found(config, budget) for mixer in FOUND_FOR for config in self.configs(mixer)]
@@ -172,7 +185,7 @@ class Workshop:
         """Mean PSNR of the latents in dB, for a peak of 2, on the validation samples."""
         made = self._run(lesa.enable_cache(self.pipe, predictor, steps))
         pairs = zip(made.numpy(), self._full.numpy())
-        return sum(psnr(own, full, 2.0) for own, full in pairs) / VALIDATION_SAMPLES
+        return sum(psnr(own, full, 2.0) for own, full in pairs) / VALIDATION_SAMPLES[self.name]
 
     def made(self, choice: Choice) -> FusedKANPredictor:
         """The predictor, trained for its steps if it can be."""
@@ -223,8 +236,9 @@ class Workshop:
         return self._run(nullcontext())
 
     def _run(self, cache) -> torch.Tensor:
-        generators = [torch.Generator().manual_seed(VALIDATION_SEED + n) for n in range(VALIDATION_SAMPLES)]
-        arguments = collate(self.demo.model.inputs_for(labels(VALIDATION_SAMPLES)))
+        count = VALIDATION_SAMPLES[self.name]
+        generators = [torch.Generator().manual_seed(VALIDATION_SEED + n) for n in range(count)]
+        arguments = collate(self.demo.model.inputs_for(labels(count)))
         options = {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False}
         with cache:
             return self.pipe(**arguments, **options, generator=generators)[0].float()
@@ -248,7 +262,7 @@ def named(config: PredictorConfig) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=tuple(DEMOS), required=True)
+    parser.add_argument("--model", choices=tuple(SAMPLES), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder; what is finished there is kept")
     parser.add_argument("--coefficients", type=Path, help="other ones for universal")
     parser.add_argument("--budgets", type=int, nargs="+", choices=BUDGETS, default=BUDGETS, help="computed steps")

@@ -16,7 +16,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from tqdm import tqdm
-from train_universal import inputs_for
+from train_universal import MODELS, inputs_for
 
 import lesa
 from lesa import Schedule
@@ -158,7 +158,7 @@ def table(results: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder; what is finished there is kept")
-    parser.add_argument("--models", nargs="+", choices=tuple(DEMOS), default=list(DEMOS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--samples", type=int, default=16, help="of each model (default: 16)")
     parser.add_argument(
         "--coefficients", action="append", default=[], metavar="MODEL=FILE", help="other ones for universal"

@@ -280,7 +280,7 @@ MINE, OTHER = ("predictor", 2, "cpu"), ("predictor", 3, "cpu")
 COMMANDS = {
     "demo": Command(
         "",
-        called("run_demo", out_dir=Path("demo-out"), num_samples=64, progress=True, model="digits"),
+        called("run_demo", out_dir=Path("demo-out"), num_samples=None, progress=True, model="digits"),
         [
             ("--out elsewhere", {"run_demo.out_dir": Path("elsewhere")}),
             ("--model photos", {"run_demo.model": "photos"}),

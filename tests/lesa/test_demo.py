@@ -52,7 +52,7 @@ def test_export_names_commands_that_the_command_line_takes(exported):
     assert generate.seed == evaluate.seed == SEED
 
 
-@pytest.mark.parametrize("model", ["digits", "photos"])
+@pytest.mark.parametrize("model", tuple(DEMOS))
 def test_bundled_predictors_are_those_that_the_demo_names(model):
     for name, (mixer, schedule) in DEMOS[model].predictors.items():
         config = FusedKANPredictor.from_pretrained(digits.WEIGHTS / name).config

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,9 +65,18 @@ def test_bundled_predictors_are_not_copied_and_others_are_kept_by_their_schedule
     for _ in range(2):
         workshop.newton(7)
     assert made == [tuple(workshop.demo.schedules[7])]
-    workshop.demo = SimpleNamespace(model=workshop.demo.model, schedules={7: (0, 1, 2, 3, 4, 5, 6)})
+    workshop.demo = replace(workshop.demo, schedules={7: (0, 1, 2, 3, 4, 5, 6)})
     workshop.newton(7)
     assert made[1:] == [(0, 1, 2, 3, 4, 5, 6)]
+
+
+def test_every_table_has_every_model(study):
+    tables = ("VALIDATION_SAMPLES", "SAMPLES", "LESA_EPOCHS", "BUNDLED", "EARLY")
+    assert [set(study[table]) for table in tables] == [set(study["SAMPLES"])] * len(tables)
+    assert set(study["SAMPLES"]) <= set(DEMOS)
+    for name, of_model in study["EARLY"].items():
+        assert {budget: len(steps) for budget, steps in of_model.items()} == {n: n for n in study["BUDGETS"]}
+        assert set(study["BUNDLED"][name].values()) <= set(DEMOS[name].predictors)
 
 
 def test_a_folder_belongs_to_the_coefficients_with_which_it_began(workshop):

@@ -20,6 +20,7 @@ DOCUMENTED = [  # beside the names in `lesa.__all__`
     ("lesa.contenders.base", "Peer"),
     ("lesa.demo.digits", "inputs_for"),
     ("lesa.demo.photos", "inputs_for"),
+    ("lesa.demo.video", "inputs_for"),
 ]
 PUBLIC = [("lesa", name) for name in lesa.__all__ if name != "__version__"] + DOCUMENTED
 

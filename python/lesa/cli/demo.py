@@ -10,8 +10,8 @@ OPTIONS = {"out_dir": "--export"}
 
 def add_arguments(parser) -> None:
     """The options of the command."""
-    models = "digits: a FLUX model (default); photos: a Qwen-Image model with guidance"
-    parser.add_argument("--model", choices=("digits", "photos"), default="digits", help=models)
+    models = "digits: a FLUX model (default); photos: a Qwen-Image model with guidance; video: a HunyuanVideo model"
+    parser.add_argument("--model", choices=("digits", "photos", "video"), default="digits", help=models)
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
         "--out", type=arguments.folder, default=Path("demo-out"), help="folder for the results (default: demo-out)"

@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from lesa.demo import video
-from lesa.demo.make_weights import step_of
+from lesa.demo.make_weights import round_predictors, step_of, train_predictors
+from lesa.demo.run import DEMOS
 
 DIGIT = 10
 """Height and width of a digit in a frame, in pixels."""
@@ -121,9 +122,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=video.WEIGHTS)
     parser.add_argument("--iterations", type=int, default=2800, help="training iterations of the transformer")
     parser.add_argument("--checkpoint", type=Path, help="file to keep the training in and to go on from")
+    parser.add_argument("--predictors-only", action="store_true", help="keep the transformer that is there")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    save(*train_transformer(arguments.iterations, arguments.checkpoint), arguments.out)
+    if not arguments.predictors_only:
+        save(*train_transformer(arguments.iterations, arguments.checkpoint), arguments.out)
+    train_predictors(DEMOS["video"], arguments.out)
+    round_predictors(DEMOS["video"], arguments.out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from lesa.contenders import FewerSteps, TaylorSeer
-from lesa.demo import digits, photos
+from lesa.demo import digits, photos, video
 from lesa.evaluation import Evaluation, evaluate
 from lesa.evaluation.evaluator import Contestant
 from lesa.inputs import write_inputs
@@ -61,6 +61,19 @@ PHOTOS_PREDICTORS: Predictors = {
 # At 10 and at 9 of 50 steps TaylorSeer is best with order 1 in lite mode and these intervals, in the same search.
 PHOTOS_TAYLORSEER = tuple(TaylorSeer(interval, order=1, lite=lite) for interval in (7, 8) for lite in (False, True))
 
+VIDEO_SCHEDULES = {
+    10: (0, 2, 6, 11, 18, 25, 32, 38, 44, 47),
+    9: (0, 2, 6, 12, 18, 25, 32, 40, 46),
+    8: (0, 2, 7, 14, 22, 30, 38, 45),
+    7: (0, 3, 10, 20, 30, 39, 46),
+    5: (0, 6, 18, 32, 44),
+}
+VIDEO_PREDICTORS: Predictors = {
+    "video-newton-9": ("newton", VIDEO_SCHEDULES[9]),
+    "video-newton-8": ("newton", VIDEO_SCHEDULES[8]),
+}
+VIDEO_TAYLORSEER = tuple(TaylorSeer(interval, order=1, lite=lite) for interval in (7, 8) for lite in (False, True))
+
 
 @dataclass(frozen=True)
 class Demo:
@@ -73,6 +86,9 @@ class Demo:
             that `export` gives.
         taylorseer: settings to compare with.
         training_samples: how many samples are recorded to train predictors.
+        test_samples: how many samples the demo draws.
+        updates: steps of the optimiser when predictors are trained end to end.
+        output: the file that `lesa generate` writes in the commands that `export` gives.
     """
 
     model: ModuleType
@@ -80,21 +96,25 @@ class Demo:
     schedules: Mapping[int, tuple[int, ...]]
     taylorseer: tuple[TaylorSeer, ...]
     training_samples: int
+    test_samples: int = TEST_SAMPLES
+    updates: int = 250
+    output: str = "digit.png"
 
 
 DEMOS = {
     "digits": Demo(digits, PREDICTORS, SCHEDULES, TAYLORSEER, TRAINING_SAMPLES),
-    "photos": Demo(photos, PHOTOS_PREDICTORS, PHOTOS_SCHEDULES, PHOTOS_TAYLORSEER, 320),
+    "photos": Demo(photos, PHOTOS_PREDICTORS, PHOTOS_SCHEDULES, PHOTOS_TAYLORSEER, 320, output="photo.png"),
+    "video": Demo(video, VIDEO_PREDICTORS, VIDEO_SCHEDULES, VIDEO_TAYLORSEER, 96, 24, updates=120, output="video.gif"),
 }
 
 
 def labels(count: int) -> list[int]:
-    """The classes of `count` samples: 0 to 9, again and again. Both models have ten."""
+    """The classes of `count` samples: 0 to 9, again and again. Each model has ten."""
     return [number % digits.NUM_CLASSES for number in range(count)]
 
 
 def run_demo(
-    out_dir: str | os.PathLike, num_samples: int = TEST_SAMPLES, progress: bool = True, model: str = "digits"
+    out_dir: str | os.PathLike, num_samples: int | None = None, progress: bool = True, model: str = "digits"
 ) -> Evaluation:
     """Compares a bundled model's predictors with its 50 steps, a cache without a predictor, TaylorSeer and fewer steps.
 
@@ -102,21 +122,22 @@ def run_demo(
 
     Args:
         out_dir: gets `summary.json` and `comparison.png`.
-        num_samples: number of pictures to draw. None of them was used in training.
+        num_samples: number of pictures or videos to draw. None of them was used in training. None: as many as are
+            enough for the model.
         progress: whether to show a progress bar.
-        model: "digits" or "photos".
+        model: "digits", "photos" or "video".
 
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    check_int("num_samples", num_samples)
     demo = DEMOS[check_choice("model", model, tuple(DEMOS))]
+    count = demo.test_samples if num_samples is None else check_int("num_samples", num_samples)
     trained = {name: FusedKANPredictor.from_pretrained(digits.WEIGHTS / name) for name in demo.predictors}
     untrained = FusedKANPredictor(PredictorConfig(mixer=UNTRAINED)), Spread(BUDGET)
     predictors: dict[str, Contestant] = {**trained, f"{UNTRAINED}-{BUDGET}": untrained}
     return evaluate(
         demo.model.load_pipeline(),
-        demo.model.inputs_for(labels(num_samples)),
+        demo.model.inputs_for(labels(count)),
         predictors,
         against=(FewerSteps.name, *demo.taylorseer),
         seed=SEED,
@@ -129,10 +150,10 @@ def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
     """Writes a bundled model and inputs, to make a predictor from the command line and to use it.
 
     Args:
-        out_dir: gets `model`, a diffusers pipeline; `inputs.safetensors`, inputs to record, 160 of the digits and 320
-            of the photographs; `prompts.safetensors`, one per class to generate from; and `test-inputs.safetensors`,
-            the 64 inputs of the demo.
-        model: "digits" or "photos".
+        out_dir: gets `model`, a diffusers pipeline; `inputs.safetensors`, inputs to record, 160 of the digits, 320
+            of the photographs and 96 of the videos; `prompts.safetensors`, one per class to generate from; and
+            `test-inputs.safetensors`, the inputs of the demo.
+        model: "digits", "photos" or "video".
 
     Returns:
         The commands: `lesa fit`, which does all at once, and then those of the single steps, in order.
@@ -145,14 +166,13 @@ def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
     if folder.exists() and any(folder.iterdir()):
         raise argument_error("out_dir", "be empty or absent", Said(f"files in {folder}"), "Choose another folder.")
     shutil.copytree(demo.model.PIPELINE_DIR, folder / "model")
-    files = {"inputs": demo.training_samples, "prompts": demo.model.NUM_CLASSES, "test-inputs": TEST_SAMPLES}
+    files = {"inputs": demo.training_samples, "prompts": demo.model.NUM_CLASSES, "test-inputs": demo.test_samples}
     for name, count in files.items():
         write_inputs(folder / f"{name}.safetensors", demo.model.inputs_for(labels(count)))
 
     def at(name: str) -> str:
         return shlex.quote(str(folder / name))
 
-    picture = "digit.png" if model == "digits" else "photo.png"
     steps = ",".join(map(str, demo.schedules[BUDGET]))
     record = f"--model {at('model')} --inputs {at('inputs.safetensors')} --batch-size 16"
     recorded = f"--trajectories {at('trajectories')}"
@@ -162,6 +182,6 @@ def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
         f"lesa record {record} --out {at('trajectories')}",
         f"lesa train {recorded} --schedule {steps} --out {at('trained')}",
         f"lesa refine {record} {recorded} --predictor {at('trained')} --out {at('predictor')}",
-        f"lesa generate {fresh} --inputs {at('prompts.safetensors')} --output {at(picture)}",
+        f"lesa generate {fresh} --inputs {at('prompts.safetensors')} --output {at(demo.output)}",
         f"lesa evaluate {fresh} --inputs {at('test-inputs.safetensors')} --out {at('evaluation')}",
     ]

@@ -53,10 +53,10 @@ TRANSFORMER_CONFIG = {
 def pixel_autoencoder() -> AutoencoderKLLTXVideo:
     """An autoencoder whose latents are the squares of 4x4 grey pixels, in both directions within 1e-4 in float32.
 
-    `AutoencoderKLLTXVideo` moves the pixels by itself; weights make the rest of it the identity. Of the 33 channels that
-    reach the last norm, 16 hold x, 16 hold -x, and one holds a number so large that the norm does little but divide by
-    it. The activation turns them into silu(x) and silu(-x), whose difference is x. HunyuanVideo's own class has no form
-    that keeps every frame.
+    `AutoencoderKLLTXVideo` moves the pixels by itself; weights make the rest of it the identity. Of the 33 channels
+    that reach the last norm, 16 hold x, 16 hold -x, and one holds a number so large that the norm does little but
+    divide by it. The activation turns them into silu(x) and silu(-x), whose difference is x. HunyuanVideo's own class
+    has no form that keeps every frame.
     """
     count, colours, large = PATCH**2, 3, 1280.0
     width = 2 * count + 1
