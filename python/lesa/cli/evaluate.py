@@ -89,5 +89,9 @@ def _label(source: str, budget: int | None) -> str:
 
 
 def show(evaluation, folder: Path) -> None:
-    """Prints the table of an evaluation, and where its picture and figures are."""
-    print(f"\n{evaluation.table()}\n\nWrote {folder / 'comparison.png'} and {folder / 'summary.json'}")
+    """Prints the table of an evaluation, and where its pictures and figures are."""
+    from lesa.evaluation.shown import GIF, MP4
+
+    moving = [folder / name for name in (GIF, MP4) if evaluation.clips and (folder / name).exists()]
+    *files, last = map(str, (folder / "comparison.png", *moving, folder / "summary.json"))
+    print(f"\n{evaluation.table()}\n\nWrote {', '.join(files)} and {last}")

@@ -1,20 +1,19 @@
 """Files of pictures and videos: which formats can be written, and under which names."""
 
-import importlib.util
 import inspect
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from lesa.cli import UsageError
 from lesa.inputs import Sample
+from lesa.videos import why_no_mp4, write_gif, write_mp4
 
 FPS = 24
 """Frames per second of a video, if no rate is given; HunyuanVideo is trained for it."""
@@ -70,8 +69,8 @@ def check_output(file: Path, call: Callable | None, fps: float | None = None) ->
         what = f"{suffix!r} cannot be written" if suffix else "it has no suffix"
         raise UsageError(f"argument --output: {file} must end in the suffix of a format, but {what}. Use .mp4 for a "
                          f"video, or {known} or another format that Pillow can write.")  # fmt: skip
-    if suffix == ".mp4":
-        _check_video_writer(file)
+    if suffix == ".mp4" and (why := why_no_mp4()) is not None:
+        raise UsageError(f"argument --output: {file} cannot be written: {why} Or use .gif or .png.")
     if call is not None and not makes_videos(call) and (suffix == ".mp4" or fps is not None):
         option = "--output: an .mp4 file holds a video" if fps is None else "--fps: it is for videos"
         raise UsageError(f"argument {option}, and this model makes pictures. Use .png, without --fps.")
@@ -111,18 +110,6 @@ def check_files(output: Path, samples: Sequence[Sample], call: Callable | None) 
             _check_file(file)
 
 
-def _check_video_writer(file: Path) -> None:
-    if any(importlib.util.find_spec(name) is None for name in ("imageio", "imageio_ffmpeg")):
-        remedy = "Install it with `pip install lesa-kernels[video]`, or use .gif or .png."
-        raise UsageError(f"argument --output: {file} needs imageio with ffmpeg, which is not installed. {remedy}")
-    import imageio_ffmpeg
-
-    try:
-        imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError as error:
-        raise UsageError(f"argument --output: {file} needs ffmpeg: {error} Or use .gif or .png.") from None
-
-
 def _check_file(file: Path) -> None:
     if file.is_dir():
         raise UsageError(f"argument --output: {file} is a folder. Give the name of a file in it.")
@@ -147,7 +134,7 @@ def write(result: Any, file: Path, fps: float | None) -> list[Path]:
         videos = [[*_pictures(video)] for video in result.frames]
         files = _numbered(file, len(videos))
         for video, name in zip(videos, files):
-            (_write_mp4 if suffix == ".mp4" else _write_gif)(video, name, rate)
+            (write_mp4 if suffix == ".mp4" else write_gif)(video, name, rate)
         return files
     pictures = [*_pictures(result.frames if hasattr(result, "frames") else result.images)]
     files = _numbered(file, len(pictures))
@@ -169,23 +156,3 @@ def _numbered(file: Path, count: int) -> list[Path]:
     if count == 1:
         return [file]
     return [file.with_name(f"{file.stem}-{number:04d}{file.suffix}") for number in range(count)]
-
-
-def _write_mp4(pictures: Iterable[Image.Image], file: Path, fps: float) -> None:
-    """H.264 needs an even height and width. If one is odd, the last row or column is repeated."""
-    import imageio.v2 as imageio
-
-    options: dict[str, Any] = {"fps": fps, "codec": "libx264", "macro_block_size": 1}
-    writer: Any = imageio.get_writer(file, format="FFMPEG", **options)
-    with writer:
-        for picture in pictures:
-            pixels = np.asarray(picture.convert("RGB"))
-            odd = [(0, side % 2) for side in pixels.shape[:2]]
-            writer.append_data(np.pad(pixels, (*odd, (0, 0)), mode="edge"))
-
-
-def _write_gif(pictures: list[Image.Image], file: Path, fps: float) -> None:
-    """Frame times are rounded to hundredths of a second so that the total length is right."""
-    ends = [round(100 * number / fps) for number in range(len(pictures) + 1)]
-    durations = [10 * (end - start) for start, end in zip(ends, ends[1:])]
-    pictures[0].save(file, save_all=True, append_images=pictures[1:], duration=durations, loop=0)

@@ -18,8 +18,9 @@ from lesa.contenders.base import Pipeline
 from lesa.evaluation.counting import Counter, synchronise
 from lesa.evaluation.earlier import Entry
 from lesa.evaluation.naming import SEPARATOR
-from lesa.evaluation.quality import learned_qualities, psnr, relative_error, ssim
+from lesa.evaluation.quality import frame_psnr, learned_qualities, psnr, relative_error, ssim, temporal_psnr
 from lesa.evaluation.result import EvaluatedRun, Outcome
+from lesa.evaluation.shown import Shown
 from lesa.evaluation.store import Store
 from lesa.inputs import batches_of, collate
 from lesa.models import adapters_for, features_device
@@ -31,7 +32,6 @@ from lesa_kernels.checks import usage_error
 WARM_UP_STEPS = 12
 """Steps of the warm-up run. With fewer than 10 steps, a cache predicts none."""
 
-PICTURED_SAMPLES = 8
 TRAJECTORY_SAMPLES = 16
 """Samples whose latents are kept after each step."""
 
@@ -150,7 +150,7 @@ class Contest:
         self.bar.set_postfix_str(str(contender).replace("{whole}", str(steps)))
         kept = self.processes.by_first(lambda: self.store.read(files, identity, with_outcome=is_first))
         if kept is not None:
-            run, images = kept.run, kept.images
+            run, shown = kept.run, kept.shown
             if kept.outcome is not None:
                 self._set_reference(kept.outcome, kept.sigmas)
         else:
@@ -160,13 +160,13 @@ class Contest:
                 self._timed = True
                 self._set_reference(outcome, self.processes.by_first(self._run_sigmas))
 
-            def judged() -> tuple[EvaluatedRun, np.ndarray]:
-                run, images = self._judged(contender, steps, label, outcome)
-                self.store.write(files[0], identity, run, images, self.sigmas, outcome)
-                return run, images
+            def judged() -> tuple[EvaluatedRun, Shown]:
+                run, shown = self._judged(contender, steps, label, outcome)
+                self.store.write(files[0], identity, run, shown, self.sigmas, outcome)
+                return run, shown
 
-            run, images = self.processes.by_first(judged)
-        self.entries.append(Entry(run, images, digest(identity)))
+            run, shown = self.processes.by_first(judged)
+        self.entries.append(Entry(run, shown, digest(identity)))
         self.bar.update()
         return run
 
@@ -329,7 +329,7 @@ class Contest:
 
     def _judged(
         self, contender: Contender, steps: int, label: str | None, outcome: Outcome
-    ) -> tuple[EvaluatedRun, np.ndarray]:
+    ) -> tuple[EvaluatedRun, Shown]:
         latents = [*sample_pairs(outcome.latents, self.reference.latents)]
         images = [*sample_pairs(outcome.images, self.reference.images)]
         per_sample = {
@@ -337,6 +337,11 @@ class Contest:
             "ssim": [ssim(*pair) for pair in images],
             "latent_error": [relative_error(*pair) for pair in latents],
         }
+        if images[0][0].ndim == 4:
+            per_sample |= {
+                "frame_psnr": [frame_psnr(*pair) for pair in images],
+                "temporal_psnr": [temporal_psnr(*pair) for pair in images],
+            }
         figures = {key: float(np.mean(values)) for key, values in per_sample.items()}
         figures["latent_psnr"] = float(np.mean([psnr(*pair, peak=2.0) for pair in latents]))
         figures |= self._learned_figures(images)
@@ -361,11 +366,7 @@ class Contest:
             reference_seconds=of_reference,
             **figures,
         )
-        shape = images[0][0].shape
-        pictured = [image for image, _ in images if image.shape == shape]
-        if len(shape) == 4:
-            pictured = [video[len(video) // 2] for video in pictured]
-        return run, np.stack(pictured[:PICTURED_SAMPLES])
+        return run, Shown.of([image for image, _ in images])
 
     def _learned_figures(self, images) -> dict[str, float]:
         return {

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lesa.artifacts import check_same_settings
 from lesa.contenders import Reference
 from lesa.evaluation.naming import unique_names
 from lesa.evaluation.result import EvaluatedRun
+from lesa.evaluation.shown import Shown
 from lesa.evaluation.store import REMEDY, UNREADABLE, Kept, Store, read_run
 from lesa.evaluation.summaries import SUMMARY, read_summary
 from lesa_kernels.checks import Said, argument_error
@@ -23,16 +22,16 @@ _NOT_COMPARED = ("name", "speedup", "is_best", "against_ours", "against_ours_by_
 
 @dataclass(frozen=True)
 class Entry:
-    """A run, its images and what distinguishes it from others of its name.
+    """A run, what is shown of it, and what distinguishes it from others of its name.
 
     Args:
         run: its figures, with a name that others may share.
-        images: those that are shown.
+        shown: what is shown of it.
         identity: a digest of the contender's `identity()`. None if that is not known.
     """
 
     run: EvaluatedRun
-    images: np.ndarray
+    shown: Shown
     identity: str | None
 
     @property
@@ -106,7 +105,7 @@ def earlier_in(
     for run in runs:
         kept = next((kept for kept in found if _is_run(run, kept.run)), None)
         if kept is not None:
-            entries[run["name"]] = Entry(kept.run, kept.images, kept.identity)
+            entries[run["name"]] = Entry(kept.run, kept.shown, kept.identity)
             continue
         label = run.get("predictor")
         if (label not in labels) if label is not None else (run["contender"] not in contenders):
@@ -147,13 +146,13 @@ class Merged:
 
     Args:
         runs: with unique names; those of this evaluation first, in their order.
-        images: by run.
+        shown: what is shown, by run.
         renamed: the new names of the earlier evaluation's runs by the old ones.
         notes: sentences that say what was kept, replaced and left out.
     """
 
     runs: Sequence[EvaluatedRun]
-    images: Mapping[str, np.ndarray]
+    shown: Mapping[str, Shown]
     renamed: Mapping[str, str]
     notes: Sequence[str]
 
@@ -192,7 +191,7 @@ def merged(earlier: Earlier, entries: Sequence[Entry]) -> Merged:
     notes += [f"Left out {name}: its files were missing or damaged, and it was not run again." for name in absent]
     return Merged(
         [replace(entry.run, name=name) for name, entry in zip(names, every)],
-        {name: entry.images for name, entry in zip(names, every)},
+        {name: entry.shown for name, entry in zip(names, every)},
         renamed,
         notes,
     )

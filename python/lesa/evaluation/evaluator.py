@@ -20,6 +20,7 @@ from lesa.evaluation.earlier import Earlier, earlier_in, is_replaced, merged, me
 from lesa.evaluation.forecaster_search import ForecasterSearch, SearchRecording
 from lesa.evaluation.result import Evaluation
 from lesa.evaluation.search import NotAvailableError, PeerSearch
+from lesa.evaluation.shown import MP4
 from lesa.evaluation.store import Store, facts_of
 from lesa.inputs import check_inputs, steps_of
 from lesa.messages import is_message
@@ -27,6 +28,7 @@ from lesa.models import adapter_for
 from lesa.pipelines import check_decodes, quiet_progress
 from lesa.processes import processes_for
 from lesa.schedule import ScheduleLike, Spread, as_schedule
+from lesa.videos import why_no_mp4
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error, check_int, usage_error
 
@@ -78,10 +80,11 @@ def evaluate(
         seed: seed of the first input.
         batch_size: inputs per pipeline call. None: all in one. Inputs that cannot share a call, such as images of two
             sizes, get separate calls.
-        out_dir: gets `summary.json`, `runs.csv`, `images/` and `comparison.png`; and `runs/` with the finished runs.
-            The same call continues from there after an interruption. Another call adds its runs to those of earlier
-            ones, if inputs, model and settings are the same; a run of the same predictor or setting is replaced. The
-            reference is timed again in each call that runs something. None: nothing is written.
+        out_dir: gets `summary.json`, `runs.csv`, `images/` and `comparison.png`; of videos `comparison.gif` too, and
+            `comparison.mp4` where imageio-ffmpeg is installed; and `runs/` with the finished runs. The same call
+            continues from there after an interruption. Another call adds its runs to those of earlier ones, if inputs,
+            model and settings are the same; a run of the same predictor or setting is replaced. The reference is timed
+            again in each call that runs something. None: nothing is written.
         progress: whether to show a progress bar.
         search_samples: how many inputs the search uses.
 
@@ -167,7 +170,12 @@ def _finished(
     for row in (row for search in facts["searched"].values() for row in search["budgets"]):
         row["run"] = None if row["run"] is None else names[id(row["run"])]
     facts = merged_facts(earlier.facts, facts, every.renamed)
-    evaluation = Evaluation(tuple(every.runs), every.images, facts, every.notes)
+    images = {name: shown.images for name, shown in every.shown.items()}
+    clips = {name: shown.clips for name, shown in every.shown.items() if shown.clips is not None}
+    facts["not_available"].pop(MP4, None)
+    if clips and (why := why_no_mp4()) is not None:
+        facts["not_available"][MP4] = why
+    evaluation = Evaluation(tuple(every.runs), images, facts, every.notes, clips)
     if out_dir is not None:
         evaluation.save(out_dir)
     return evaluation

@@ -30,7 +30,7 @@ def draw_comparison(
         timed: whether it says how long the runs took.
     """
     reference = images[runs[0].name]
-    rows = sorted(runs, key=_place)
+    rows = sorted(runs, key=place_of_run)
     count, height, width, _ = reference.shape
     row_inches = 0.62
     strip_inches = row_inches * (count * width + count - 1) / height
@@ -54,9 +54,9 @@ def draw_comparison(
     text(right, size[1] - 0.5, "error against the reference", **heading)
     for number, run in enumerate(rows):
         bottom = size[1] - top - (number + 1) * row_inches - number * 0.1
-        style = {"fontsize": 9.5, "fontweight": "bold", "va": "center", "color": _color(run)}
-        text(margin, bottom + 0.68 * row_inches, _title(run), **style)
-        text(margin, bottom + 0.30 * row_inches, _figures(run, timed), fontsize=8, va="center", color="#404040")
+        style = {"fontsize": 9.5, "fontweight": "bold", "va": "center", "color": color_of_run(run)}
+        text(margin, bottom + 0.68 * row_inches, title_of_run(run), **style)
+        text(margin, bottom + 0.30 * row_inches, figures_of_run(run, timed), fontsize=8, va="center", color="#404040")
         pictures = place(left, bottom, strip_inches, row_inches)
         pictures.imshow(_strip(images[run.name], fill=1.0), vmin=0, vmax=1, interpolation=smoothing, aspect="auto")
         pictures.axis("off")
@@ -83,7 +83,7 @@ def _strip(images: np.ndarray, fill: float) -> np.ndarray:
     return np.concatenate([part for image in images for part in (gap, image)][1:], axis=1)
 
 
-def _place(run: "EvaluatedRun") -> tuple[int, int]:
+def place_of_run(run: "EvaluatedRun") -> tuple[int, int]:
     """Of its row: the reference, contenders in their order, those that are not registered, runs without a cache."""
     kind = kind_of(run.contender)
     if kind is Reference:
@@ -91,17 +91,20 @@ def _place(run: "EvaluatedRun") -> tuple[int, int]:
     return (2 if kind is not None and issubclass(kind, Plain) else 1), order_of(run.contender)
 
 
-def _color(run: "EvaluatedRun") -> str:
+def color_of_run(run: "EvaluatedRun") -> str:
+    """Of its title."""
     kind = kind_of(run.contender)
     return (UNKNOWN_COLOR if kind is None else kind.color).light
 
 
-def _title(run: "EvaluatedRun") -> str:
+def title_of_run(run: "EvaluatedRun") -> str:
+    """Its name, as people call it."""
     kind = kind_of(run.contender)
     return run.name if kind is None else kind.heading(run.name)
 
 
-def _figures(run: "EvaluatedRun", timed: bool) -> str:
+def figures_of_run(run: "EvaluatedRun", timed: bool) -> str:
+    """Its steps and its PSNR, and how long it took if `timed`."""
     steps = f"{run.whole_steps:.3g} of {run.num_inference_steps} steps"
     if run.num_inference_steps == round(run.whole_steps):
         steps = f"{run.whole_steps:.3g} steps"

@@ -18,6 +18,7 @@ LEARNED = ("lpips", "clip_score", "image_reward")
 """Qualities that need weights, which are never downloaded."""
 
 RESAMPLES = 10_000
+MOST_OF_A_FRAME = 100.0  # dB: a root mean square error of 1e-5, far below what 8 bits hold
 LARGEST_DRAW = 1 << 20  # of indices, so that resampling takes little memory however many samples there are
 SMALLEST_IMAGE = 64  # pixels; the networks of LPIPS and CLIP can't judge smaller ones
 
@@ -29,6 +30,42 @@ def psnr(values: np.ndarray, wanted: np.ndarray, peak: float) -> float:
     """Peak signal-to-noise ratio in dB; infinite if both are equal."""
     error = float(np.mean(np.square(values - wanted, dtype=np.float64)))
     return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
+
+
+def frame_psnr(video: np.ndarray, wanted: np.ndarray) -> float:
+    """The mean of the frames' PSNRs in dB.
+
+    It is never below the PSNR of the whole video, for which the errors of all frames are averaged first, unless that
+    is above the limit. It is much higher where most of the error is in a few frames.
+
+    Args:
+        video, wanted: `[frames, height, width, 3]` in [0, 1].
+
+    Returns:
+        Infinite if the videos are equal. Else a frame counts at most `MOST_OF_A_FRAME`, so that one that is equal, such
+        as a frame that was given, does not make the mean infinite.
+    """
+    values = [psnr(*frames, peak=1.0) for frames in zip(video, wanted)]
+    return math.inf if min(values) == math.inf else float(np.mean(np.minimum(values, MOST_OF_A_FRAME)))
+
+
+def temporal_psnr(video: np.ndarray, wanted: np.ndarray) -> float:
+    """The PSNR in dB of the differences between neighbouring frames, against those of the reference, for a peak of 2.
+
+    Differences of values in [0, 1] lie in [-1, 1], a range of 2. An error that stays the same from frame to frame does
+    not count. An error of one size that changes its sign in each frame, a flicker, gives the PSNR of the whole video.
+    With F frames, the figure is never more than `10 log10(F / (F - 1))` below it.
+
+    Args:
+        video, wanted: `[frames, height, width, 3]` in [0, 1].
+
+    Returns:
+        Infinite if all differences are equal. NaN for a single frame.
+    """
+    if len(video) < 2:
+        return math.nan
+    ours, theirs = (np.diff(frames.astype(np.float64), axis=0) for frames in (video, wanted))
+    return psnr(ours, theirs, peak=2.0)
 
 
 def ssim(image: np.ndarray, wanted: np.ndarray) -> float:

@@ -18,8 +18,10 @@ from lesa.artifacts import digest, whole_file, write_text
 from lesa.contenders import Ours, Peer, Reference, kind_of
 from lesa.contenders.base import Count
 from lesa.evaluation.budgets import ours_among
+from lesa.evaluation.moving import save_moving_picture
 from lesa.evaluation.picture import draw_comparison
 from lesa.evaluation.quality import LEARNED, paired_lead, signed
+from lesa.evaluation.shown import GIF
 from lesa_kernels.checks import check_choice
 
 FORMAT_VERSION = 1
@@ -32,7 +34,7 @@ TABLE_WIDTH = 120
 
 _SCALARS = (
     "num_inference_steps", "whole_steps", "step_equivalents", "block_passes", "seconds", "denoise_seconds", "speedup",
-    "peak_memory_bytes", "psnr", "ssim", "latent_error", "latent_psnr", *LEARNED,
+    "peak_memory_bytes", "psnr", "ssim", "latent_error", "latent_psnr", "frame_psnr", "temporal_psnr", *LEARNED,
 )  # fmt: skip
 
 
@@ -55,7 +57,8 @@ class EvaluatedRun:
         seconds: wall clock of the pipeline calls with decoding, after a warm-up; where several processes share the
             calls, of all calls, added up.
         speedup: `reference_seconds` over `seconds`.
-        psnr: of the decoded images in [0, 1], in dB; infinite if any image equals the reference's, NaN if any is NaN.
+        psnr: of the decoded images in [0, 1], or of whole videos, in dB; infinite if any of them equals the
+            reference's, NaN if any is NaN.
         ssim: structural similarity of the decoded images.
         latent_psnr: of the latents for a peak of 2, in dB. The latents of the bundled digits are the pixels before they
             are clipped to [-1, 1].
@@ -67,7 +70,11 @@ class EvaluatedRun:
             latents of every step, which are kept for `step_errors`.
         latent_error: L2 norm of the final latents' difference over the norm of the reference's.
         lpips, clip_score, image_reward: None where their weights are not on the machine.
-        per_sample: lists of "psnr", "ssim" and "latent_error".
+        frame_psnr: of videos, the mean over the frames of the PSNR of each frame, in dB; a frame counts at most 100.
+            None for images.
+        temporal_psnr: of videos, the PSNR of the differences between neighbouring frames, for a peak of 2, in dB; see
+            docs/glossary.md. None for images.
+        per_sample: lists of "psnr", "ssim" and "latent_error"; of videos "frame_psnr" and "temporal_psnr" too.
         step_errors: like `latent_error`, after each step, over the first 16 samples; None if the run has other steps.
         predictor: where it came from: its folder, its hub id, or the name under which it was passed. Of one that was
             passed without a name, the first digits of its digest. None for other contenders, and if it is not known.
@@ -98,6 +105,8 @@ class EvaluatedRun:
     step_errors: Sequence[float | None] = ()
     predictor: str | None = None
     reference_seconds: float | None = None
+    frame_psnr: float | None = None
+    temporal_psnr: float | None = None
 
     @property
     def computed_steps(self) -> int:
@@ -136,12 +145,15 @@ class Evaluation:
         images: by run, the first few images of one size, `[n, height, width, 3]` in [0, 1]; of a video the middle one.
         facts: on what it was measured, what was searched and what was not available; see `evaluate`.
         notes: what `evaluate` kept, replaced and left out of an earlier evaluation in the same folder.
+        clips: by run, the first few videos, uint8 `[n, frames, height, width, 3]`, small enough for the moving picture.
+            Empty for images.
     """
 
     runs: tuple[EvaluatedRun, ...]
     images: Mapping[str, np.ndarray]
     facts: Mapping[str, Any]
     notes: Sequence[str] = ()
+    clips: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> EvaluatedRun:
         found = next((run for run in self.runs if run.name == name), None)
@@ -197,8 +209,17 @@ class Evaluation:
         return {"ours": nearest.name, "psnr_difference": mean, "low": low, "high": high}
 
     def table(self) -> str:
-        """Steps, seconds, speed-up, PSNR, SSIM and our lead of the runs in `shown`, as text of at most 120 columns."""
-        head = ("run", "whole steps", "step eq.", "seconds", "speed-up", "PSNR dB", "SSIM", "ours ahead by, dB")
+        """Steps, seconds, speed-up, qualities and our lead of the runs in `shown`, as text of at most 120 columns."""
+        head = (
+            "run",
+            "whole steps",
+            "step eq.",
+            "seconds",
+            "speed-up",
+            "PSNR dB",
+            *(name for _, name in self._of_videos),
+        )
+        head = (*head, "SSIM", "ours ahead by, dB")
         rows = [head, *map(self._row, self.shown)]
         widths = [max(map(len, column)) for column in zip(*rows)]
         left = TABLE_WIDTH - sum(widths[1:]) - 2 * len(widths[1:])  # for the names
@@ -214,8 +235,17 @@ class Evaluation:
             lines += textwrap.wrap(note, TABLE_WIDTH, subsequent_indent="  ", break_on_hyphens=False)
         return "\n".join(lines)
 
+    @property
+    def _of_videos(self) -> list[tuple[str, str]]:
+        """Qualities that only videos have, and their columns; empty for images."""
+        has = any(run.frame_psnr is not None for run in self.runs)
+        return [("frame_psnr", "frame dB"), ("temporal_psnr", "temporal dB")] if has else []
+
     def _row(self, run: EvaluatedRun) -> tuple[str, ...]:
-        quality = ("-", "-") if run.contender == Reference.name else (f"{run.psnr:.2f}", f"{run.ssim:.4f}")
+        figures = [run.psnr, *(getattr(run, name) for name, _ in self._of_videos)]
+        quality = ["-" if value is None else f"{value:.2f}" for value in figures] + [f"{run.ssim:.4f}"]
+        if run.contender == Reference.name:
+            quality = ["-"] * len(quality)
         whole = f"{run.whole_steps:.4g} of {run.num_inference_steps}"
         lead = finite(self.against_ours(run) or {})
         ahead = "-"
@@ -231,6 +261,11 @@ class Evaluation:
             "Step eq.: how often a block ran, divided by the number of blocks. The lead is the mean difference in PSNR "
             f"to {ours} that needs no more of them, with its 95 % interval."
         ]
+        if self._of_videos:
+            notes.append(
+                "PSNR is that of whole videos, frame dB the mean of the PSNRs of the frames, and temporal dB the PSNR "
+                "of the differences between neighbouring frames, for a peak of 2."
+            )
         for name in dict.fromkeys(run.contender for run in self.shown):
             kind = kind_of(name)
             note = kind.note([run.name for run in self.shown if run.contender == name]) if kind is not None else None
@@ -264,7 +299,8 @@ class Evaluation:
             for run in self.runs
         ]
         head = {"format_version": FORMAT_VERSION, "counted": COUNTED}
-        return {**head, **finite(dict(self.facts)), "runs": runs, "images": self._files()}
+        moving = {"moving_picture": GIF} if self.clips else {}
+        return {**head, **finite(dict(self.facts)), "runs": runs, "images": self._files(), **moving}
 
     def _files(self) -> dict[str, list[str]]:
         """By run, the files of its images."""
@@ -276,16 +312,18 @@ class Evaluation:
         }
 
     def save(self, folder: str | os.PathLike) -> list[Path]:
-        """Writes `summary.json`, `runs.csv`, `images/` and `comparison.png` into `folder`.
+        """Writes `summary.json`, `runs.csv`, `images/` and `comparison.png` into `folder`, and a video of videos.
 
         Returns:
-            The paths of `comparison.png` and `summary.json`.
+            The paths of `comparison.png`; of videos those of `comparison.gif` and, if it can be written, of
+            `comparison.mp4`; and that of `summary.json`.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         picture, summary = folder / "comparison.png", folder / "summary.json"
         with whole_file(picture) as temporary:
             draw_comparison(self.shown, self.images, temporary)
+        moving = save_moving_picture(self.shown, self.clips, folder) if self.clips else []
         contents = self.summary()
         for name, files in contents["images"].items():
             for file, image in zip(files, self.images[name]):
@@ -302,7 +340,7 @@ class Evaluation:
                 first = [run["name"], run["contender"], run["setting"], run["is_best"]]
                 writer.writerow([*first, *(run[name] for name in _SCALARS), *(ahead.get(name) for name in lead)])
         write_text(summary, json.dumps(contents, indent=2, allow_nan=False) + "\n")
-        return [picture, summary]
+        return [picture, *moving, summary]
 
 
 def file_name(name: str) -> str:

@@ -20,6 +20,7 @@ from lesa.conditions import common_conditions, conditions_of
 from lesa.contenders import Reference
 from lesa.contenders.base import Pipeline
 from lesa.evaluation.result import EvaluatedRun, Outcome, file_name
+from lesa.evaluation.shown import GIF, MP4, Shown
 from lesa.models import adapter_for, features_device
 from lesa.models.adapter import Adapter
 from lesa.processes import Processes
@@ -32,7 +33,8 @@ SETTINGS_FILE = "settings.json"
 _DIGESTS = ("inputs", "transformer", "weights")
 """Settings that are digests; error messages do not show them."""
 
-_WRITTEN = {"summary.json": False, "runs.csv": False, "comparison.png": False, "images": True, "runs": True}
+_FILES, _FOLDERS = ("summary.json", "runs.csv", "comparison.png", GIF, MP4), ("images", "runs")
+_WRITTEN = {**dict.fromkeys(_FILES, False), **dict.fromkeys(_FOLDERS, True)}
 """What an evaluation writes into its folder, and whether it is a folder."""
 
 REMEDY = "Choose another folder, or use the same inputs, model and settings."
@@ -47,7 +49,7 @@ class Kept:
 
     Args:
         run: its figures. Its name is the one before `lesa.evaluation.naming` makes it unique.
-        images: those that are shown.
+        shown: what is shown of it.
         sigmas: the noise levels of the reference.
         outcome: what the reference made. None where it was not asked for.
         identity: a digest of the contender's `identity()`. None if an older release wrote the file.
@@ -55,7 +57,7 @@ class Kept:
     """
 
     run: EvaluatedRun
-    images: np.ndarray
+    shown: Shown
     sigmas: list[float]
     outcome: Outcome | None
     identity: str | None
@@ -206,7 +208,7 @@ class Store:
         name: str,
         identity: str,
         run: EvaluatedRun,
-        images: np.ndarray,
+        shown: Shown,
         sigmas: list[float],
         outcome: Outcome,
     ) -> None:
@@ -217,7 +219,9 @@ class Store:
         if self.folder is None:
             return
         key = self._key_of(digest(identity))
-        values: dict[str, np.ndarray] = {"pictured": images, "key": np.array(key)}
+        values: dict[str, np.ndarray] = {"pictured": shown.images, "key": np.array(key)}
+        if shown.clips is not None:
+            values["clips"] = shown.clips
         if run.contender == Reference.name:
             for number in range(len(outcome.latents)):
                 values[f"latents-{number}"] = outcome.latents[number]
@@ -278,7 +282,7 @@ def read_run(file: Path, arrays: Path, with_outcome: bool) -> Kept:
     with np.load(arrays) as stored:
         if "key" in stored and str(stored["key"]) != contents["key"]:
             raise ValueError(f"{arrays} is not of the run in {file}")
-        images, outcome = stored["pictured"], None
+        shown, outcome = Shown(stored["pictured"], stored.get("clips")), None
         if with_outcome:
             batches = range(contents["batches"])
             outcome = Outcome(
@@ -291,7 +295,7 @@ def read_run(file: Path, arrays: Path, with_outcome: bool) -> Kept:
                 run.denoise_seconds,
                 run.peak_memory_bytes,
             )
-    return Kept(run, images, contents["sigmas"], outcome, contents.get("identity"), contents["key"])
+    return Kept(run, shown, contents["sigmas"], outcome, contents.get("identity"), contents["key"])
 
 
 def _files(folder: Path, name: str) -> tuple[Path, Path]:
