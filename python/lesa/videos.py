@@ -11,10 +11,8 @@ from PIL import Image
 
 def why_no_mp4() -> str | None:
     """Why `write_mp4` cannot write; None if it can."""
-    if any(importlib.util.find_spec(name) is None for name in ("imageio", "imageio_ffmpeg")):
-        return (
-            "it needs imageio with ffmpeg, which is not installed. Install it with `pip install lesa-kernels[video]`."
-        )
+    if importlib.util.find_spec("imageio_ffmpeg") is None:
+        return "it needs imageio-ffmpeg, which is not installed. Install it with `pip install lesa-kernels[video]`."
     import imageio_ffmpeg
 
     try:

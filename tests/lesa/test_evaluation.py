@@ -122,6 +122,7 @@ def test_figures_are_against_the_same_seeds_and_by_definition(evaluated, _digits
     pixels = [(latents.clamp(-1, 1) + 1) / 2 for latents in (few, full)]
     errors = (pixels[0] - pixels[1]).square().mean((1, 2))
     assert fewer.psnr == pytest.approx((10 * torch.log10(1 / errors)).mean().item(), abs=0.05)
+    assert fewer.frame_psnr is None and fewer.temporal_psnr is None and evaluation.clips == {}
 
 
 def test_whole_runs_equal_the_reference_and_predicted_ones_do_not(evaluated):

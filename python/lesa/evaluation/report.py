@@ -15,7 +15,7 @@ from lesa.contenders import UNKNOWN_COLOR, Reference, order_of
 from lesa.evaluation.budgets import budgets_of, chosen, color_of, headline, label_of, ours_among, title_of
 from lesa.evaluation.naming import SEPARATOR
 from lesa.evaluation.quality import signed
-from lesa.evaluation.report_pictures import pictures_of
+from lesa.evaluation.report_pictures import moving_picture_of, pictures_of
 from lesa.evaluation.rivals import rivals
 from lesa.evaluation.summaries import read_summary
 
@@ -23,6 +23,8 @@ _PAGE = Path(__file__).with_name("page")
 
 _METRICS = (  # key, short, name, digits, whether errors: the less the better, and on a logarithmic axis
     ("psnr", "PSNR", "PSNR, dB", 2, False),
+    ("frame_psnr", "frames", "PSNR per frame, dB", 2, False),
+    ("temporal_psnr", "temporal", "temporal PSNR, dB", 2, False),
     ("ssim", "SSIM", "SSIM", 4, False),
     ("latent_error", "latents", "relative error of the latents", 4, True),
     ("lpips", "LPIPS", "LPIPS", 4, True),
@@ -79,6 +81,7 @@ def report(folder: str | os.PathLike, out: str | os.PathLike | None = None) -> P
         error_scale=f"{page.pop('error_scale'):.0%}",
         gradient=", ".join(matplotlib.colors.to_hex(c) for c in matplotlib.colormaps["magma"](np.linspace(0, 1, 9))),
         scaled=page.pop("scaled"),
+        moving=moving_picture_of(summary, folder),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, html)

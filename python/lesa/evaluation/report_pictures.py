@@ -16,6 +16,9 @@ ERROR_SCALES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Mean absolute errors of a pixel, of a range of 1. The error maps show one of them as their brightest colour: the
 smallest that 95 % of all pixels are below."""
 
+LARGEST_MOVING_PICTURE = 8 << 20
+"""In bytes. A larger one is named, but not embedded."""
+
 LARGEST_SIDE = 768
 """Of an embedded picture, in pixels. A larger one is scaled down, so that the page can be sent by mail."""
 
@@ -66,15 +69,41 @@ def pictures_of(summary: dict, budgets: Sequence[dict], folder: Path) -> dict[st
     }
 
 
+def moving_picture_of(summary: dict, folder: Path) -> dict[str, Any] | None:
+    """The moving picture of an evaluation of videos, or None.
+
+    Args:
+        summary, folder: as for `pictures_of`.
+
+    Returns:
+        `file`, its name; `uri`, its contents; None in place of the contents if it is too large to be embedded.
+
+    Raises:
+        FileNotFoundError, ValueError: as `pictures_of` does.
+    """
+    file = summary.get("moving_picture")
+    if file is None:
+        return None
+    path = _path(folder, file)
+    uri = None
+    if path.stat().st_size <= LARGEST_MOVING_PICTURE:
+        uri = f"data:image/gif;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return {"file": file, "uri": uri}
+
+
 def _open(folder: Path, file: str) -> Image.Image:
+    with Image.open(_path(folder, file)) as image:
+        return image.convert("RGB")
+
+
+def _path(folder: Path, file: str) -> Path:
     path = (folder / file).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise argument_error("images", "be files in the evaluation's folder", file, "Remove it from summary.json.")
     if not path.is_file():
         remedy = "Keep the pictures beside summary.json, or run `lesa evaluate` again."
         raise argument_error("images", "exist", Said(f"no {path}"), remedy, FileNotFoundError)
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    return path
 
 
 def _error(image: Image.Image, wanted: Image.Image) -> np.ndarray:
