@@ -21,7 +21,7 @@ ROOMS = (
     ("cache", "estimation"),
     ("models",),
     ("processes",),
-    ("schedule", "inputs", "pipelines", "artifacts", "conditions", "provenance"),
+    ("schedule", "inputs", "pipelines", "artifacts", "conditions", "provenance", "videos"),
     ("spread",),
     ("messages",),
 )

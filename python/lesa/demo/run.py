@@ -104,7 +104,7 @@ class Demo:
 DEMOS = {
     "digits": Demo(digits, PREDICTORS, SCHEDULES, TAYLORSEER, TRAINING_SAMPLES),
     "photos": Demo(photos, PHOTOS_PREDICTORS, PHOTOS_SCHEDULES, PHOTOS_TAYLORSEER, 320, output="photo.png"),
-    "video": Demo(video, VIDEO_PREDICTORS, VIDEO_SCHEDULES, VIDEO_TAYLORSEER, 96, 24, updates=120, output="video.gif"),
+    "video": Demo(video, VIDEO_PREDICTORS, VIDEO_SCHEDULES, VIDEO_TAYLORSEER, 96, 32, updates=120, output="video.gif"),
 }
 
 
