@@ -1,4 +1,4 @@
-"""The small video model: a 2.4 M-parameter HunyuanVideo transformer that draws videos of moving handwritten digits.
+"""The small video model: a 2.6 M-parameter HunyuanVideo transformer that draws videos of moving handwritten digits.
 
 The pipeline is a plain `diffusers.HunyuanVideoPipeline`, with the shift of the noise levels that HunyuanVideo has. Its
 text encoders are `None`: a prompt is one of ten class embeddings. Its autoencoder moves each square of 4x4 pixels into
