@@ -23,7 +23,7 @@ FPS = 10
 SMALLEST_SIDE = 96
 """Narrower frames are shown enlarged, by a whole factor."""
 
-MOST_PIXELS = 24 << 20
+MOST_PIXELS = 12 << 20
 """Of all frames of the moving picture together. Larger videos are shown scaled down."""
 
 GAP = 4

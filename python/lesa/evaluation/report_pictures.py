@@ -16,7 +16,7 @@ ERROR_SCALES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Mean absolute errors of a pixel, of a range of 1. The error maps show one of them as their brightest colour: the
 smallest that 95 % of all pixels are below."""
 
-LARGEST_MOVING_PICTURE = 8 << 20
+LARGEST_MOVING_PICTURE = 12 << 20
 """In bytes. A larger one is named, but not embedded."""
 
 LARGEST_SIDE = 768
