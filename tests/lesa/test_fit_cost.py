@@ -97,7 +97,7 @@ def test_a_model_of_12_billion_parameters_takes_less_than_40_minutes(budget, min
     work = Work(Amounts().for_model(flops, on_cpu=False), 50, 1, 1, through_runs=more, levels=levels)
     first = FirstSample(50 * 0.15, 157_000_000, 50, optimiser_step_seconds=0.05, predicted_step_seconds=0.001)
     found = fit_cost(first, work, [budget]).seconds / 60
-    assert work.trials(9) == 54
+    assert work.trials(9) == 55
     assert found == pytest.approx(minutes, abs=0.1) and found < 40
     assert fit_cost(first, replace(work, through_runs=None), [budget]).seconds / 60 < 14
 

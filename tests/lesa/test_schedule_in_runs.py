@@ -59,9 +59,9 @@ def test_the_gaps_of_a_member_have_the_lengths_that_are_stated():
     found = family(count, levels)
     lengths = [x**1.2 * (1 - x) ** 0.4 for x in (0.125, 0.375, 0.625, 0.875)]
     shares = [sum(lengths[:j]) / sum(lengths) for j in (1, 2, 3)]
-    assert (0, *(round(share * total) for share in shares)) in found
     passed = [(step / total + 1 - level) / 2 for step, level in enumerate(levels)]  # in steps and noise levels
     assert (0, *(min(range(total), key=lambda step: abs(passed[step] - share)) for share in shares)) in found
+    assert (0, *(min(range(total), key=lambda step: abs(1 - levels[step] - share)) for share in shares)) in found
     assert found[0] == Schedule.spread(count, total, levels).steps
 
 

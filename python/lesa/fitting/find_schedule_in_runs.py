@@ -61,10 +61,10 @@ def find_schedule_in_runs(
 
     First a family of simple schedules is tried. Of n computed steps, gap j has the relative length `x^p (1 - x)^q` with
     `x = (j + 1/2) / n`, for each p in 0.3, 0.5, 0.7, 0.9, 1.2 and each q in 0, 0.2, 0.4, 0.6. Lengths are measured in
-    steps, and also in the mean of steps and noise levels, as `Schedule.spread` does. This one is tried too, and so are
-    the candidates. Then other schedules are tried, each of which is one of the four best ones so far with one or two
-    steps moved. The best of all is returned. So it is at least as good as each of the family and of the candidates, on
-    these samples and with this predictor.
+    noise levels, and also in the mean of steps and noise levels, as `Schedule.spread` does. This one is tried too, and
+    so are the candidates. Then other schedules are tried, each of which is one of the four best ones so far with one or
+    two steps moved. The best of all is returned. So it is at least as good as each of the family and of the candidates,
+    on these samples and with this predictor.
 
     The predictor of the search is not returned. Train one for the schedule, with `train` or `train_end_to_end`.
 

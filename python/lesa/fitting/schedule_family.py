@@ -19,16 +19,16 @@ def family(count: int, levels: Sequence[float]) -> list[Steps]:
 
     Of n computed steps, gap j (0, ..., n - 1; the last one ends with the run) has the relative length `x^p (1 - x)^q`
     with `x = (j + 1/2) / n`. The gaps become longer during the run, and with q above 0 shorter again at its end. For
-    each p in 0.3, 0.5, 0.7, 0.9, 1.2 and each q in 0, 0.2, 0.4, 0.6 there are two schedules. One has lengths in steps.
-    The other has lengths in the mean of two parts of the run, that of its steps and that of its noise levels, as
-    `Schedule.spread` has. If the noise levels fall evenly, both are the same.
+    each p in 0.3, 0.5, 0.7, 0.9, 1.2 and each q in 0, 0.2, 0.4, 0.6 there are two schedules. One has lengths in noise
+    levels. The other has lengths in the mean of two parts of the run, that of its steps and that of its noise levels,
+    as `Schedule.spread` has. If the noise levels fall evenly, both are the same.
 
     Args:
         count: how many steps are computed, at least 2 and fewer than the run has.
         levels: the noise levels of the steps of the run.
     """
     levels, total = falling_levels(levels), len(levels)
-    measures = [step / total for step in range(total)], parts_of_run(levels)
+    measures = [1 - level / levels[0] for level in levels], parts_of_run(levels)
     found = {Schedule.spread(count, total, levels).steps: None}
     middles = [(j + 0.5) / count for j in range(count)]
     for p in RISE:
