@@ -104,7 +104,16 @@ class Demo:
 DEMOS = {
     "digits": Demo(digits, PREDICTORS, SCHEDULES, TAYLORSEER, TRAINING_SAMPLES),
     "photos": Demo(photos, PHOTOS_PREDICTORS, PHOTOS_SCHEDULES, PHOTOS_TAYLORSEER, 320, output="photo.png"),
-    "video": Demo(video, VIDEO_PREDICTORS, VIDEO_SCHEDULES, VIDEO_TAYLORSEER, 96, 32, updates=120, output="video.gif"),
+    "video": Demo(
+        video,
+        VIDEO_PREDICTORS,
+        VIDEO_SCHEDULES,
+        VIDEO_TAYLORSEER,
+        training_samples=96,
+        test_samples=32,
+        updates=120,
+        output="video.gif",
+    ),
 }
 
 
