@@ -62,11 +62,10 @@ PHOTOS_PREDICTORS: Predictors = {
 PHOTOS_TAYLORSEER = tuple(TaylorSeer(interval, order=1, lite=lite) for interval in (7, 8) for lite in (False, True))
 
 VIDEO_SCHEDULES = {
-    10: (0, 2, 6, 11, 18, 25, 32, 38, 44, 47),
-    9: (0, 2, 6, 12, 18, 25, 32, 40, 46),
-    8: (0, 2, 7, 14, 22, 30, 38, 45),
-    7: (0, 3, 10, 20, 30, 39, 46),
-    5: (0, 6, 18, 32, 44),
+    10: (0, 7, 16, 24, 31, 38, 42, 46, 48, 49),
+    9: (0, 8, 18, 26, 33, 40, 43, 47, 49),
+    8: (0, 6, 15, 26, 35, 42, 46, 49),
+    7: (0, 13, 27, 37, 43, 47, 49),
 }
 VIDEO_PREDICTORS: Predictors = {
     "video-newton-9": ("newton", VIDEO_SCHEDULES[9]),
