@@ -23,10 +23,9 @@ from lesa_kernels.checks import usage_error
 class Adapter:
     """Base of the adapters, one for each model family.
 
-    A family names its classes and says what conditions its head. If the transformer's output is not just the projected
-    tokens, the family also says how the output is built from them. The base expects the head to be the modules
-    `norm_out` (an `AdaLayerNormContinuous`) and `proj_out` (a linear layer); a family with another head overrides
-    `make_head`.
+    A family names its classes and says what conditions its head, and how the output is built if it is not just the
+    projected tokens. The base expects the head to be the modules `norm_out` (an `AdaLayerNormContinuous`) and
+    `proj_out` (a linear layer); a family with another head overrides `make_head`.
 
     Args:
         transformer: an instance of one of `transformer_classes`.
@@ -55,6 +54,7 @@ class Adapter:
         notes: what is said of each run.
         runs_around: whether a predicted step is `run_around`, the forward without its blocks, and not `run_head`. Then
             `compute` stands in place of the forward in computed steps.
+        untold: why the transformer cannot be told another noise level than that of its latents; empty if it can.
     """
 
     family: str
@@ -71,6 +71,7 @@ class Adapter:
     prompts_first: bool = False
     notes: tuple[str, ...] = ()
     runs_around = False
+    untold = ""
     conditioned_on: tuple[str, ...] = ()
     block_lists: Mapping[str, str] = {"transformer_blocks": "attn.norm_q", "single_transformer_blocks": "attn.norm_q"}
 
