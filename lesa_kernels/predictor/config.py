@@ -242,7 +242,7 @@ class PredictorConfig:
         """
         if not isinstance(values, dict):
             raise argument_error("config", "be a dict", values, "Pass what `to_dict` returned.", TypeError)
-        version = values.get("format_version")  # first, since other versions have other fields
+        version: Any = values.get("format_version")  # first, since other versions have other fields
         _check_format_version(version, _format_version_of(values.get("mixer"), values.get("told_levels")))
         known = {f.name for f in fields(cls)} - {name for name, since in _SINCE.items() if version < since}
         unknown = sorted(set(values) - known)

@@ -47,7 +47,7 @@ class Told:
         passed: Any = call.arguments.get(adapter.timestep_argument)
         if call.step not in self._places:
             return args, kwargs
-        if not isinstance(passed, torch.Tensor) or passed.ndim > 1 or not passed.is_floating_point():
+        if not isinstance(passed, torch.Tensor) or passed.ndim > 1:
             note(reasons.UNTOLD_TOKENS)
             return args, kwargs
         timestep = self._timesteps_like(passed)[self._places[call.step]]
@@ -56,14 +56,19 @@ class Told:
     def _timesteps_like(self, passed: torch.Tensor) -> list[torch.Tensor]:
         """For each computed step a tensor of the shape, strides, dtype and device of a timestep that was passed.
 
+        Where the scheduler has whole numbers, such as Wan's, the told ones are rounded too, but not in a training.
         All are made with the first one, so later steps move nothing to the device. They share no memory, so that
         graphs that were compiled without them fit.
         """
         like = (passed.shape, passed.stride(), passed.dtype, passed.device)
         if like not in self._made:
-            kind = self._run.identity.dtype
-            timesteps = self._timesteps.to(kind if kind.is_floating_point else torch.float32)
-            timesteps = self._run.passes(timesteps.to(passed.device, passed.dtype, non_blocking=True))
+            kept, timesteps = self._run.identity.dtype, self._timesteps
+            if timesteps.requires_grad and not passed.is_floating_point():  # rounded ones would have no gradient
+                kept = given = torch.float32
+            else:
+                given = passed.dtype
+            timesteps = (timesteps if kept.is_floating_point else timesteps.round()).to(kept)
+            timesteps = self._run.passes(timesteps.to(passed.device, given, non_blocking=True))
             is_expanded = passed.stride() in ((), (0,))
             rows = [
                 each.clone().expand(passed.shape) if is_expanded else each.repeat(len(passed)) for each in timesteps

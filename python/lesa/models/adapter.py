@@ -37,8 +37,7 @@ class Adapter:
         costs: what `lesa estimate` knows about the family.
         embedders: paths of the modules that `condition` calls.
         timestep_scale: the family's pipelines divide the scheduler's timesteps by this for the transformer.
-        sample_argument, timestep_argument, text_argument: names of the arguments of `forward` with the sample, its
-            timestep and the embedded text.
+        sample_argument, timestep_argument, text_argument: names of `forward`'s arguments of sample, timestep and text.
         attention_kwargs: name of the argument of `forward` that holds the scale of LoRA; None if there is none.
         control_outputs: how many lists of residuals the family's ControlNets return in a tuple; 0 for one bare list;
             None if that is not known, so that they run in every step.
