@@ -124,7 +124,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", ["steps", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS if n != "steps")])
 def test_another_run_than_the_schedules_is_told_its_own_levels(pipe, name):
     options, cache = OTHERS[name]
     found = []
@@ -333,6 +333,7 @@ def test_levels_are_learned_where_timesteps_are_whole_numbers():
     assert all(a != b for a, b in zip(made.config.told_levels[1:], predictor.config.schedule_sigmas[1:]))
 
 
+@pytest.mark.slow
 def test_levels_for_other_runs_are_not_learned(pipe):
     predictor = predictor_of(pipe, told=None, sigmas=(1.0, 0.8, 0.4))
     with pytest.raises(ValueError, match="`predictor.config.schedule_sigmas` must have the steps and noise levels"):
