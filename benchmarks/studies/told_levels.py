@@ -5,9 +5,8 @@
 Each setting is a bundled model, a number of computed steps of 50, and a forecaster. A forecaster without training is
 measured as it is ("as it is") and after so many updates of `lesa.train_end_to_end(learn_levels=True)`, which train one
 number for each computed step ("levels"). A newton predictor is measured as it is, after so many updates without levels
-("predictor"), and after as many with them ("both"). It is the bundled one; for 7 steps there is none, so it is one that
-was never trained, and "as it is" extrapolates linearly. All of a setting start from the same weights and see the same
-samples.
+("predictor"), and after as many with them ("both"). It is the bundled one. All of a setting start from the same weights
+and see the same samples.
 
 Writes `told-levels.csv`, with the PSNR of the latents of each sample for a peak of 2, and `told-levels-learned.csv`,
 with the levels. What these files have is not measured again. Then it prints the table. `--parts` measures forecasters
@@ -70,7 +69,6 @@ SETTINGS = (
     Setting("digits", 7, "linear", 60),
     Setting("digits", 9, "newton", 60),
     Setting("photos", 9, "linear", 40),
-    Setting("digits", 7, "newton", 60),
     Setting("digits", 9, "universal", 60),
 )
 
@@ -81,16 +79,13 @@ VARIANTS = {False: ("as it is", "levels"), True: ("as it is", "predictor", "both
 def predictor_of(setting: Setting) -> FusedKANPredictor:
     """The predictor that a setting starts from: a bundled one, or a forecaster without training and its schedule."""
     prefix = "photos-" if setting.model == "photos" else ""
-    bundled = WEIGHTS / f"{prefix}newton-{setting.computed}"
-    if setting.mixer == "newton" and bundled.exists():
-        return FusedKANPredictor.from_pretrained(bundled)
+    if setting.mixer == "newton":
+        return FusedKANPredictor.from_pretrained(WEIGHTS / f"{prefix}newton-{setting.computed}")
     like = FusedKANPredictor.from_pretrained(WEIGHTS / f"{prefix}newton-9").config
     levels = [1 - step / STEPS for step in range(STEPS)]
     steps = Schedule.spread(setting.computed, STEPS, levels).steps
     if setting.mixer == "linear":
         steps = BEST[setting.model, setting.computed]
-    elif setting.mixer == "newton":
-        steps = DEMOS[setting.model].schedules[setting.computed]
     sigmas = tuple(levels[step] for step in steps)
     known: dict[str, Any] = {"schedule": steps, "schedule_sigmas": sigmas, "num_inference_steps": STEPS}
     return FusedKANPredictor(PredictorConfig(like.feature_dim, setting.mixer, family=like.family, **known))
