@@ -35,7 +35,6 @@ from lesa.evaluation.quality import paired_lead, psnr
 from lesa.inputs import batches_of, check_inputs, collate
 from lesa.pipelines import run_pipeline
 from lesa.processes import Processes
-from lesa.schedule import Schedule
 from lesa.training.end_to_end import trained_end_to_end
 from lesa.training.end_to_end_run import EndToEndSettings
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -69,7 +68,6 @@ SETTINGS = (
     Setting("digits", 7, "linear", 60),
     Setting("digits", 9, "newton", 60),
     Setting("photos", 9, "linear", 40),
-    Setting("digits", 9, "universal", 60),
 )
 
 VARIANTS = {False: ("as it is", "levels"), True: ("as it is", "predictor", "both")}
@@ -82,11 +80,8 @@ def predictor_of(setting: Setting) -> FusedKANPredictor:
     if setting.mixer == "newton":
         return FusedKANPredictor.from_pretrained(WEIGHTS / f"{prefix}newton-{setting.computed}")
     like = FusedKANPredictor.from_pretrained(WEIGHTS / f"{prefix}newton-9").config
-    levels = [1 - step / STEPS for step in range(STEPS)]
-    steps = Schedule.spread(setting.computed, STEPS, levels).steps
-    if setting.mixer == "linear":
-        steps = BEST[setting.model, setting.computed]
-    sigmas = tuple(levels[step] for step in steps)
+    steps = BEST[setting.model, setting.computed]
+    sigmas = tuple(1 - step / STEPS for step in steps)
     known: dict[str, Any] = {"schedule": steps, "schedule_sigmas": sigmas, "num_inference_steps": STEPS}
     return FusedKANPredictor(PredictorConfig(like.feature_dim, setting.mixer, family=like.family, **known))
 
