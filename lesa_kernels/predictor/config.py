@@ -8,8 +8,11 @@ from lesa_kernels.checks import argument_error, check_choice, check_float, check
 from lesa_kernels.forecasters.base import Forecaster
 from lesa_kernels.forecasters.registry import forecaster_of
 
-FORMAT_VERSIONS = (1, 2)
-"""Version 2 may have `options`, and no width. Version 1 is what earlier releases know; what they can read has it."""
+FORMAT_VERSIONS = (1, 2, 3)
+"""Version 3 has `told_levels`. Version 2 may have `options`, and no width. Earlier releases know lower versions only;
+what they can read has these."""
+_SINCE = {"options": 2, "told_levels": 3}
+"""The first version that has a field."""
 _OF_VERSION_1 = ("newton", "dense")
 """The mixers that the first releases know."""
 
@@ -67,11 +70,15 @@ class PredictorConfig:
             fields, also if another known version is given.
         options: settings of the forecaster by name, such as `{"order": 2}`; its class lists them. What is not given has
             its default. None for a forecaster without options.
+        told_levels: for each step of `schedule`, the noise level in [0, 1] that the model is told when the step is
+            computed, in place of that of its latents. Or None: that of its latents. Only a run with the steps and noise
+            levels of `schedule` uses them. `lesa.train_end_to_end` trains them with `learn_levels=True`.
 
     Raises:
         ValueError, TypeError: a field is out of range; the message names it.
 
-    Source: LESA, arXiv 2602.20497, for experts of noise stages.
+    Source: LESA, arXiv 2602.20497, for experts of noise stages. LD3, arXiv 2405.15506, whose released code learns the
+    times that the model is told apart from those of the solver, for `told_levels`.
     """
 
     feature_dim: int | None = None
@@ -90,6 +97,7 @@ class PredictorConfig:
     schedule_errors: tuple[float, ...] | None = None
     format_version: int = None  # type: ignore[assignment]  # which the oldest that fits replaces
     options: dict[str, int | float] | None = None
+    told_levels: tuple[float, ...] | None = None
 
     def __post_init__(self):
         put, put_all = self._put, self._put_all
@@ -99,7 +107,7 @@ class PredictorConfig:
             put("feature_dim", check_int("feature_dim", self.feature_dim))
         if self.format_version is not None:
             _check_format_version(self.format_version, max(FORMAT_VERSIONS))
-        put("format_version", _format_version_of(self.mixer))
+        put("format_version", _format_version_of(self.mixer, self.told_levels))
         put("history", check_choice("history", self.history or forecaster.history, ("anchors", "steps")))
         if self.stage_bounds is None:
             put("stage_bounds", forecaster.default_bounds(self))
@@ -180,6 +188,12 @@ class PredictorConfig:
                     self.schedule_errors,
                     "Pass one error for each step, or None.",
                 )
+        if self.told_levels is not None:
+            self._put_all("told_levels", check_float, minimum=0.0, maximum=1.0)
+            if not steps or len(self.told_levels) != steps:
+                must = f"have one noise level for each of the {steps} steps of `schedule`"
+                remedy = "Pass one level for each step, or None." if steps else "Pass `schedule` too, or None."
+                raise argument_error("told_levels", must, self.told_levels, remedy)
 
     def _put(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -213,8 +227,10 @@ class PredictorConfig:
     def to_dict(self) -> dict:
         """The fields as a dict for JSON: those that its format version has."""
         values = asdict(self)
-        options = values.pop("options")
-        return values if self.format_version == 1 else {**values, "options": options and dict(options)}
+        options, told = values.pop("options"), values.pop("told_levels")
+        if self.format_version > 1:
+            values["options"] = options and dict(options)
+        return values if told is None else {**values, "told_levels": told}
 
     @classmethod
     def from_dict(cls, values: dict) -> "PredictorConfig":
@@ -226,9 +242,9 @@ class PredictorConfig:
         """
         if not isinstance(values, dict):
             raise argument_error("config", "be a dict", values, "Pass what `to_dict` returned.", TypeError)
-        version = values.get("format_version")  # first, since other versions have other fields
-        _check_format_version(version, _format_version_of(values.get("mixer")))
-        known = {f.name for f in fields(cls)} - ({"options"} if version == 1 else set())
+        version: Any = values.get("format_version")  # first, since other versions have other fields
+        _check_format_version(version, _format_version_of(values.get("mixer"), values.get("told_levels")))
+        known = {f.name for f in fields(cls)} - {name for name, since in _SINCE.items() if version < since}
         unknown = sorted(set(values) - known)
         if unknown:
             remedy = "Remove them. If a newer release of lesa-kernels wrote it, use that release."
@@ -239,9 +255,11 @@ class PredictorConfig:
         return cls(**arguments)
 
 
-def _format_version_of(mixer: Any) -> int:
-    """The oldest format version that can hold a configuration with this mixer."""
-    return 1 if mixer in _OF_VERSION_1 else max(FORMAT_VERSIONS)
+def _format_version_of(mixer: Any, told_levels: Any) -> int:
+    """The oldest format version that can hold a configuration with this mixer and these told levels."""
+    if told_levels is not None:
+        return _SINCE["told_levels"]
+    return 1 if mixer in _OF_VERSION_1 else 2
 
 
 def _check_format_version(version: Any, latest: int) -> None:

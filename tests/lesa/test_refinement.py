@@ -225,6 +225,9 @@ def test_what_does_not_belong_together_is_refused(pipe, recorded, predictor, tmp
         lesa.refine(loaded, trajectories, pipe, inputs, **QUICK)
     with pytest.raises(ValueError, match=r"`predictor.config.family` must be 'flux', but got None"):
         lesa.refine(FusedKANPredictor(PredictorConfig(128)), trajectories, pipe, inputs, **QUICK)
+    told = FusedKANPredictor(replace(predictor.config, told_levels=predictor.config.schedule_sigmas))
+    with pytest.raises(ValueError, match=r"`predictor.config.told_levels` must be None to refine"):
+        lesa.refine(told, trajectories, pipe, inputs, **QUICK)
     with pytest.raises(ValueError, match="`epochs` must be an integer of at least 1"):
         lesa.refine(predictor, trajectories, pipe, inputs, **{**QUICK, "epochs": 0})
     (tmp_path / "mine.txt").write_text("mine")

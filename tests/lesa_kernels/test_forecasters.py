@@ -403,6 +403,7 @@ def test_format_versions():
         config = PredictorConfig(DIM, mixer)
         version = 1 if mixer in ("newton", "dense") else 2
         assert config.format_version == version and ("options" in config.to_dict()) == (version == 2)
+        assert "told_levels" not in config.to_dict()
     values = PredictorConfig(DIM, "taylor").to_dict()
     with pytest.raises(ValueError, match="`format_version` must be 1 or 2, but got 3"):
         PredictorConfig.from_dict({**values, "format_version": 3})

@@ -624,7 +624,7 @@ def test_config_must_be_a_config():
         ("schedule", ()),
         ("schedule_sigmas", (1.0, math.nan)),
         ("schedule_sigmas", (1.0, 1.0)),
-        ("format_version", 3),
+        ("format_version", 4),
     ],
 )
 def test_config_fields_are_checked(field, value):

@@ -15,6 +15,7 @@ from lesa.cache.observing import ComputingHook
 from lesa.cache.placement import hook_of
 from lesa.cache.run import StepObserver
 from lesa.cache.stats import CacheStats
+from lesa.cache.told import check_can_be_told
 from lesa.models import Adapter, adapters_for, adapters_or_probes, hooked_device
 from lesa.schedule import Schedule, ScheduleLike, Spread, as_schedule, schedule_of
 from lesa.spread import is_spread
@@ -238,6 +239,8 @@ def _enable(
         if not any(predictors[name] is each for each in owned):
             _check_device(pipe, adapter, predictors[name])
         _check_finite(predictors[name])
+        if predictors[name].config.told_levels is not None:
+            check_can_be_told(pipe, adapter)
     schedules = [_checked_schedule(adapters[name], predictors[name], schedule) for name in adapters]
     chosen = schedules[0]
     if any(other != chosen for other in schedules):

@@ -20,6 +20,7 @@ from lesa.cache.run import Call, Run, StepObserver
 from lesa.cache.sites import Site, switch_step
 from lesa.cache.stats import CacheStats, StreamStats
 from lesa.cache.streams import ForecastState, Stream, Track
+from lesa.cache.told import levels_in, told_in
 from lesa.models import Adapter
 from lesa.schedule import Schedule, Spread, schedule_of
 from lesa_kernels import FeatureRing, FusedKANPredictor, OutputHead, PredictorConfig
@@ -42,7 +43,10 @@ class ForecastingHook(StepHook[ForecastState]):
 
     Attributes:
         predictor: that of the current site.
+        levels_of: gives the noise levels that the model is told by a predictor with some configuration, or None.
     """
+
+    levels_of: Callable[[PredictorConfig], torch.Tensor | None] = staticmethod(levels_in)
 
     def __init__(
         self,
@@ -100,6 +104,11 @@ class ForecastingHook(StepHook[ForecastState]):
     def needed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         return computed(kwargs)
 
+    def given(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if self._located is not None and (told := self._located[0].told.get(self.site.name)) is not None:
+            args, kwargs = told.given(self.adapter, self._located[1], args, kwargs, self.stats.note)
+        return super().given(args, kwargs)
+
     def new_state(self, run: Run, values: DeviceValues) -> ForecastState:
         return ForecastState(run, values)
 
@@ -130,6 +139,8 @@ class ForecastingHook(StepHook[ForecastState]):
         lengths = {len(state.parts[step]) for step in predicted if step > state.parts[step].start}
         for predictor, length in itertools.product(self.predictors.values(), lengths):
             predictor.forecaster.check_run(predictor.config, length)
+        configs = {name: each.config for name, each in self.predictors.items()}
+        state.told = told_in(state, configs, self.levels_of, self.stats.note)
         if self.observer is not None:
             self.observer.on_run(state.run, state.computed)
 

@@ -168,7 +168,7 @@ class StepHook(StepEvents[State], ModelHook):
             if output is not None:
                 return output
             self.inside = "compute"
-            output = site.compute(self._located and self._located[1].stream, args, self.needed(kwargs))
+            output = site.compute(self._located and self._located[1].stream, *self.given(args, kwargs))
             self._computed()
             return output
         except BaseException:
@@ -177,6 +177,10 @@ class StepHook(StepEvents[State], ModelHook):
         finally:
             self._located, self.inside, self._captured = None, None, ()
             self._entered.release()
+
+    def given(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """What the transformer gets in a call that is computed."""
+        return args, self.needed(kwargs)
 
     @torch.compiler.disable
     def _begin(self, args: tuple, kwargs: dict[str, Any]) -> Any:

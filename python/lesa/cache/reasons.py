@@ -46,6 +46,14 @@ COMPILE_FIRST = (
 )
 BEGINS = "the first call of this stream"
 FIRST_OF_SECOND = "the first step of transformer_2"
+UNTOLD = (
+    "the levels that the predictor tells the model are not used: this run has other computed steps or noise levels "
+    "than its schedule"
+)
+UNTOLD_TOKENS = (
+    "the levels that the predictor tells the model are not used: the transformer does not get one timestep for each "
+    "sample"
+)
 MADE_FOR_OTHER = "this pipeline differs from the one that the predictor was made for"
 RISEN = ("the noise level rose", "Pass a list of steps that has this one.")
 MOVED = "the features came from another place of the transformer than before, so a new history begins"

@@ -11,6 +11,7 @@ from lesa.cache.error_control import ControlledSteps
 from lesa.cache.planning import Plan, Planner
 from lesa.cache.run import RunState
 from lesa.cache.stats import StreamStats
+from lesa.cache.told import Told
 from lesa.models import Adapter
 from lesa_kernels import FeatureRing, FusedKANPredictor, TieredRing
 
@@ -90,6 +91,7 @@ class ForecastState(RunState):
         controlled: chooses the computed steps, in a run under `lesa.ErrorControl`.
         forecasts_are_finite: whether no forecast of this run is known to hold NaN or Inf.
         was_predicting: whether the schedule of the run before left out steps.
+        told: by the name of the transformer, what it is told in its computed steps.
     """
 
     streams: dict[str, Stream] = field(default_factory=dict)
@@ -100,6 +102,7 @@ class ForecastState(RunState):
     controlled: ControlledSteps | None = None
     forecasts_are_finite: bool = True
     was_predicting: bool = False
+    told: Mapping[str, Told] = field(default_factory=dict)
 
     @property
     def needs_values(self) -> bool:

@@ -23,10 +23,9 @@ from lesa_kernels.checks import usage_error
 class Adapter:
     """Base of the adapters, one for each model family.
 
-    A family names its classes and says what conditions its head. If the transformer's output is not just the projected
-    tokens, the family also says how the output is built from them. The base expects the head to be the modules
-    `norm_out` (an `AdaLayerNormContinuous`) and `proj_out` (a linear layer); a family with another head overrides
-    `make_head`.
+    A family names its classes and says what conditions its head, and how the output is built if it is not just the
+    projected tokens. The base expects the head to be the modules `norm_out` (an `AdaLayerNormContinuous`) and
+    `proj_out` (a linear layer); a family with another head overrides `make_head`.
 
     Args:
         transformer: an instance of one of `transformer_classes`.
@@ -38,8 +37,7 @@ class Adapter:
         costs: what `lesa estimate` knows about the family.
         embedders: paths of the modules that `condition` calls.
         timestep_scale: the family's pipelines divide the scheduler's timesteps by this for the transformer.
-        sample_argument, timestep_argument, text_argument: names of the arguments of `forward` with the sample, its
-            timestep and the embedded text.
+        sample_argument, timestep_argument, text_argument: names of `forward`'s arguments of sample, timestep and text.
         attention_kwargs: name of the argument of `forward` that holds the scale of LoRA; None if there is none.
         control_outputs: how many lists of residuals the family's ControlNets return in a tuple; 0 for one bare list;
             None if that is not known, so that they run in every step.
@@ -55,6 +53,7 @@ class Adapter:
         notes: what is said of each run.
         runs_around: whether a predicted step is `run_around`, the forward without its blocks, and not `run_head`. Then
             `compute` stands in place of the forward in computed steps.
+        untold: why the transformer cannot be told another noise level than that of its latents; empty if it can.
     """
 
     family: str
@@ -71,6 +70,7 @@ class Adapter:
     prompts_first: bool = False
     notes: tuple[str, ...] = ()
     runs_around = False
+    untold = ""
     conditioned_on: tuple[str, ...] = ()
     block_lists: Mapping[str, str] = {"transformer_blocks": "attn.norm_q", "single_transformer_blocks": "attn.norm_q"}
 

@@ -91,6 +91,7 @@ class CosmosAdapter(Adapter):
     costs = CosmosCosts
     transformer_classes = ("CosmosTransformer3DModel",)
     embedders = ("time_embed",)
+    untold = "it gets a timestep for each frame in some pipelines, and the part of noise in others"
     attention_kwargs = None
     control_outputs = 1
     block_lists = {"transformer_blocks": "attn1.norm_q"}

@@ -32,6 +32,7 @@ class HeliosAdapter(WanAdapter):
     family = "helios"
     costs = HeliosCosts
     transformer_classes = ("HeliosTransformer3DModel",)
+    untold = "its timesteps are whole numbers, and those of the given frames are others"
 
     def make_head(self):
         return TableHead(self.transformer, "norm_out.norm", table="norm_out.scale_shift_table", in_float32=True)

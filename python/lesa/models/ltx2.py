@@ -48,6 +48,7 @@ class LTX2Adapter(Adapter):
     costs = LTX2Costs
     transformer_classes = ("LTX2VideoTransformer3DModel",)
     embedders: tuple[str, ...] = ("time_embed",)
+    untold = "it gets a timestep for the sound too"
     block_lists = {"transformer_blocks": "attn1.norm_q"}
 
     def __init__(self, transformer):

@@ -63,6 +63,13 @@ class OwnForward:
         """The arguments of a call by name, with defaults. Unknown ones stay, and the forward refuses them."""
         return {**self._defaults, **dict(zip(self._names, args)), **kwargs}
 
+    def with_argument(self, name: str, value: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments of a call with another value for the one of this name, passed in the same way as before."""
+        if name in kwargs:
+            return args, {**kwargs, name: value}
+        place = self._names.index(name)
+        return (*args[:place], value, *args[place + 1 :]), kwargs
+
     def _is_written(self, value: Any) -> bool:
         """Whether `value` is the function in the source of the class.
 

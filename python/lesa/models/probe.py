@@ -69,6 +69,7 @@ class Probe(Adapter):
     attention_kwargs = None
     control_outputs = None
     runs_around = True
+    untold = "lesa has no adapter for it"
 
     def __init__(self, pipe: Any, transformer: Any):
         self.pipe, self.transformer = pipe, transformer

@@ -31,6 +31,7 @@ class SkyReelsV2Adapter(WanAdapter):
     family = "skyreels-v2"
     costs = SkyReelsV2Costs
     transformer_classes = ("SkyReelsV2Transformer3DModel",)
+    untold = "it gets a timestep for each frame"
 
     def timestep(self, call):
         timestep = call.get("timestep")

@@ -22,6 +22,7 @@ from lesa.pipelines import quiet_progress, run_pipeline
 from lesa.schedule import Schedule
 from lesa.training.gradient_checks import models_of, refusal, without_no_grad
 from lesa.training.gradient_hook import GradientHook, checkpointed_module
+from lesa.training.learned_levels import LearnedLevels
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import Said, argument_error
 
@@ -50,11 +51,12 @@ class DifferentiableRuns:
     Args:
         pipe: the pipeline.
         predictor: what is trained. It is on the device of the features, in float32.
+        levels: the noise levels that the model is told, if they are trained too.
     """
 
-    def __init__(self, pipe: Any, predictor: FusedKANPredictor):
+    def __init__(self, pipe: Any, predictor: FusedKANPredictor, levels: LearnedLevels | None = None):
         self.pipe = pipe
-        self._hook = GradientHook(pipe, adapters_for(pipe), predictor)
+        self._hook = GradientHook(pipe, adapters_for(pipe), predictor, levels)
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:

@@ -47,6 +47,7 @@ def train_end_to_end(
     learning_rate: float = 1e-3,
     loss: Loss = "latents",
     seed: int = 0,
+    learn_levels: bool = False,
     progress: bool = True,
 ) -> FusedKANPredictor:
     """Trains a predictor further, with the gradient through whole accelerated runs.
@@ -81,6 +82,9 @@ def train_end_to_end(
             videos are passed as images. The logarithm of the distance is minimised, and for "latents" and "pixels" that
             of the root mean square error.
         seed: seed of the first sample, as in `record`, and of the order.
+        learn_levels: whether to train, in addition, one number for each computed step: the noise level that the model
+            is told there in place of that of its latents, `config.told_levels`. A predictor that has nothing to train
+            itself, such as `mixer="linear"`, must have a schedule with its noise levels.
         progress: whether to show progress bars.
 
     Returns:
@@ -104,8 +108,10 @@ def train_end_to_end(
         remedy = "Give the predictor a configuration with `schedule` and `schedule_sigmas`, or train it first."
         raise argument_error("predictor.config.schedule", "be the steps to compute", None, remedy)
     samples_per_call = batch_size if samples_per_call is None else samples_per_call
-    settings = EndToEndSettings(num_inference_steps, updates, batch_size, samples_per_call, learning_rate, seed)
-    check_trainable(predictor, pipe, loss)
+    settings = EndToEndSettings(
+        num_inference_steps, updates, batch_size, samples_per_call, learning_rate, seed, learn_levels
+    )
+    check_trainable(predictor, pipe, loss, learn_levels)
     processes = processes_for(pipe)
     same = {"predictor": predictor_identity(predictor), "inputs": digest(inputs), "out_dir": out_dir is None}
     processes.begin("lesa.train_end_to_end", {**same, **asdict(settings), "loss": name_of(loss)})

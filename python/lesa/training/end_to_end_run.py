@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from lesa.artifacts import check_same_settings, digest, fingerprint, predictor_identity, whole_file, write_text
+from lesa.cache.told import check_can_be_told
 from lesa.inputs import batches_of
 from lesa.models import adapter_for, features_device
 from lesa.pipelines import check_decodes
@@ -25,6 +26,7 @@ from lesa.training.batches import check_is_predictor
 from lesa.training.curves import plot_losses
 from lesa.training.differentiable_runs import DifferentiableRuns, GradientRun, frozen
 from lesa.training.gradient_checks import TrainingFailedError, check_differentiable
+from lesa.training.learned_levels import RATE, LearnedLevels
 from lesa.training.run_references import References
 from lesa.training.settings import check_seed
 from lesa.training.training_run import (
@@ -73,6 +75,7 @@ class EndToEndSettings:
     samples_per_call: int = 8
     learning_rate: float = 1e-3
     seed: int = 0
+    learn_levels: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_inference_steps", "updates", "batch_size", "samples_per_call"):
@@ -95,7 +98,7 @@ class EndToEndRun:
         loss: Loss,
         schedule_for: Callable[[int], Schedule] | None,
     ):
-        check_trainable(predictor, pipe, loss)
+        check_trainable(predictor, pipe, loss, settings.learn_levels)
         self.loss, self.compares_images = loss, loss != "latents"
         self.pipe, self.inputs, self.settings, self.folder = pipe, inputs, settings, folder
         if schedule_for is not None:
@@ -111,6 +114,7 @@ class EndToEndRun:
             self.predictor = copy.deepcopy(predictor).to(self.device, torch.float32).requires_grad_(True)
         self.predictor.backend = "auto"  # which has gradients
         self.predictor.config = replace(predictor.config, schedule_errors=None)  # they are those of other weights
+        self.levels = LearnedLevels(predictor.config) if settings.learn_levels else None
         self._owns_references = references is None
         self.references = References(
             pipe,
@@ -125,9 +129,11 @@ class EndToEndRun:
 
     @functools.cached_property
     def optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            self.predictor.parameters(), lr=self.settings.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
-        )
+        groups: list[dict[str, Any]] = [{"params": [*self.predictor.parameters()]}]
+        if self.levels is not None:
+            groups.append({"params": [self.levels.offsets], "weight_decay": 0.0, "rate": RATE})
+        groups = [group for group in groups if group["params"]]  # an untrained forecaster has levels only
+        return torch.optim.AdamW(groups, lr=self.settings.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
 
     @default_modes()
     def resume(self) -> int:
@@ -144,6 +150,8 @@ class EndToEndRun:
         work = f"the unfinished training in {self.folder}"
         check_same_settings(work, checkpoint["settings"], self._all_settings())
         self.predictor.load_state_dict(checkpoint["predictor"])
+        if self.levels is not None:
+            self.levels.load_state_dict(checkpoint["levels"])
         load_optimizer(self.optimizer, checkpoint["optimizer"], work)
         self.losses = checkpoint["losses"]
         return len(self.losses)
@@ -156,7 +164,7 @@ class EndToEndRun:
         every = math.ceil(total / MOST_CHECKPOINTS)
         batches = itertools.islice(_batches(len(self.inputs), self.settings), done, total)
         shown = tqdm(batches, desc=bar, initial=done, total=total, disable=bar is None, unit="update")
-        runs = DifferentiableRuns(self.pipe, self.predictor)
+        runs = DifferentiableRuns(self.pipe, self.predictor, self.levels)
         extra = [self.loss] if isinstance(self.loss, torch.nn.Module) else []
         with runs.on(), frozen(extra):
             for update, samples in enumerate(shown, done):
@@ -172,7 +180,8 @@ class EndToEndRun:
         settings, optimizer = self.settings, self.optimizer
         for group in optimizer.param_groups:
             warm = min(1.0, (update + 1) / WARM_UP)
-            group["lr"] = settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * update / settings.updates))
+            rate = settings.learning_rate * group.get("rate", 1.0)
+            group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * update / settings.updates))
         optimizer.zero_grad()
         total = 0.0
         chosen = [self.inputs[sample] for sample in samples]
@@ -191,10 +200,23 @@ class EndToEndRun:
                 loss.backward()
             total += loss.item()
         with default_modes():
-            norm = torch.nn.utils.clip_grad_norm_(self.predictor.parameters(), GRADIENT_CLIP)
+            norm = torch.nn.utils.clip_grad_norm_([*self.predictor.parameters()], GRADIENT_CLIP)
             self._check_finite("pipe", "give finite gradients", norm.item(), update)
+            self._clip_levels(update)
             optimizer.step()
+            if self.levels is not None:
+                self.levels.keep_in_range()
         return total
+
+    def _clip_levels(self, update: int) -> None:
+        """Clips the gradients of the levels, and sees that the model gives some."""
+        if self.levels is None:
+            return
+        if self.levels.offsets.grad is None:
+            remedy = "Pass `learn_levels=False`."
+            raise argument_error("pipe", "give gradients of its timesteps, to learn levels", Said("none"), remedy)
+        norm = torch.nn.utils.clip_grad_norm_([self.levels.offsets], GRADIENT_CLIP)
+        self._check_finite("pipe", "give finite gradients of its timesteps", norm.item(), update)
 
     def _loss_of(self, run: GradientRun, samples: list[int]) -> torch.Tensor:
         """The mean of the losses at the end and before the computed steps, over some samples."""
@@ -247,6 +269,7 @@ class EndToEndRun:
             "config": self.predictor.config.to_dict(),
             "predictor": self.begin,
             **asdict(self.settings),
+            "learn_levels": self.settings.learn_levels or None,  # as in a training of an earlier release
             "loss": name_of(self.loss),
             "schedules": steps[:1] if steps == steps[:1] * len(steps) else steps,
             **self.references.facts,
@@ -257,6 +280,7 @@ class EndToEndRun:
         checkpoint = {
             "settings": self._all_settings(),
             "predictor": self.predictor.state_dict(),
+            "levels": None if self.levels is None else self.levels.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": None,  # the order follows from the seed
             "losses": self.losses,
@@ -269,6 +293,8 @@ class EndToEndRun:
 
     def _finish(self) -> FusedKANPredictor:
         """Writes what belongs into the folder. Returns the predictor, on the CPU."""
+        if self.levels is not None:
+            self.predictor.config = replace(self.predictor.config, told_levels=self.levels.values())
         self.predictor.save_pretrained(self.folder)
         losses = {"training": self.losses}
         write_text(self.folder / LOSSES_NAME, json.dumps(losses) + "\n")
@@ -315,25 +341,29 @@ def check_loss(loss: Any) -> None:
         raise argument_error("loss", "be 'latents', 'pixels' or a function of two batches of images", loss, remedy)
 
 
-def check_trainable(predictor: FusedKANPredictor, pipe: Any, loss: Any) -> None:
+def check_trainable(predictor: FusedKANPredictor, pipe: Any, loss: Any, learns_levels: bool = False) -> None:
     """Raises an error unless the predictor can be trained through runs of the pipeline, with this loss.
+
+    With `learns_levels`, the predictor itself may have nothing to train.
 
     Raises:
         TypeError, ValueError: it cannot. The message names why.
         RuntimeError: a cache is on.
     """
-    check_is_for(predictor, pipe)
+    check_is_for(predictor, pipe, learns_levels)
     check_differentiable(pipe, predictor)
+    if learns_levels or predictor.config.told_levels is not None:
+        check_can_be_told(pipe, adapter_for(pipe))
     check_loss(loss)
     if loss != "latents":
         check_decodes(pipe)
 
 
-def check_is_for(predictor: FusedKANPredictor, pipe: Any) -> None:
-    """Raises `TypeError` or `ValueError` unless the predictor is for this pipeline, and has something to train."""
+def check_is_for(predictor: FusedKANPredictor, pipe: Any, learns_levels: bool = False) -> None:
+    """Raises `TypeError` or `ValueError` unless the predictor is for this pipeline, and there is something to train."""
     check_is_predictor(predictor)
     config, adapter = predictor.config, adapter_for(pipe)
-    if not config.forecaster.is_trained:
+    if not config.forecaster.is_trained and not learns_levels:
         raise argument_error(
             "predictor.config.mixer", "be one that has something to train", config.mixer, "Use it as it is."
         )

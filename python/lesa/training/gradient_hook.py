@@ -20,8 +20,9 @@ from lesa.cache.streams import ForecastState
 from lesa.models import Adapter
 from lesa.schedule import Schedule
 from lesa.training.gradient_checks import TrainingFailedError, refusal
+from lesa.training.learned_levels import LearnedLevels
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels.checks import usage_error
+from lesa_kernels.checks import argument_error, usage_error
 from lesa_kernels.stream import StoredFeatures, Weights, stream_forecast
 
 checkpointed: Callable[..., Any] = functools.partial(checkpoint, use_reentrant=False)
@@ -131,6 +132,7 @@ class GradientHook(ForecastingHook):
     Args:
         pipe, adapters: as in `ForecastingHook`.
         predictor: what is trained.
+        levels: what the model is told, if that is trained too.
 
     Attributes:
         schedule: of the next run.
@@ -140,7 +142,13 @@ class GradientHook(ForecastingHook):
         are_layers_checked: whether the layers of the transformer are known to give gradients of their inputs.
     """
 
-    def __init__(self, pipe: Any, adapters: Mapping[str, Adapter], predictor: FusedKANPredictor):
+    def __init__(
+        self,
+        pipe: Any,
+        adapters: Mapping[str, Adapter],
+        predictor: FusedKANPredictor,
+        levels: LearnedLevels | None = None,
+    ):
         self.trained, self.total = predictor, 0
         self.chosen: list[int] = []
         self.seen: list[tuple[int, torch.Tensor, torch.Tensor | None]] | None = None
@@ -148,6 +156,9 @@ class GradientHook(ForecastingHook):
         self._first: int | None = None  # the step of the first forecast in the run
         self.are_layers_checked = False
         predictors = dict.fromkeys(adapters, follower)
+        if levels is not None:
+            self.levels_of = lambda _: levels()
+        self._levels = levels
         super().__init__(
             pipe,
             adapters,
@@ -165,6 +176,10 @@ class GradientHook(ForecastingHook):
     def on_run(self, state: ForecastState) -> None:
         super().on_run(state)
         self.total, self.chosen, self._first = len(state.run.executed_sigmas), sorted(state.computed), None
+        if self._levels is not None and not state.told:
+            must = "have the steps and noise levels of the pipeline's runs, so that levels can be learned for them"
+            got = self.trained.config.schedule_sigmas
+            raise argument_error("predictor.config.schedule_sigmas", must, got, "Pass `learn_levels=False`.")
 
     def wants_prediction(self, state: ForecastState, call: Call) -> bool:
         is_after_forecast = self._first is not None and call.step > self._first

@@ -194,6 +194,9 @@ def _check_predictor(predictor: FusedKANPredictor, trajectories: Trajectories) -
     if config.schedule is None:
         remedy = "Give the predictor a configuration with `schedule` and `schedule_sigmas`, or train it first."
         raise argument_error("predictor.config.schedule", "be the steps to compute", None, remedy)
+    if config.told_levels is not None:
+        remedy = "Refine before `lesa.train_end_to_end` learns levels, or remove them with `dataclasses.replace`."
+        raise argument_error("predictor.config.told_levels", "be None to refine", config.told_levels, remedy)
 
 
 def _check_recorded(trajectories: Trajectories, pipe: "DiffusionPipeline", inputs: list[dict]) -> None:
