@@ -75,7 +75,7 @@ def test_every_table_has_every_model(study):
     assert [set(study[table]) for table in tables] == [set(study["SAMPLES"])] * len(tables)
     assert set(study["SAMPLES"]) <= set(DEMOS)
     for name, of_model in study["EARLY"].items():
-        assert {budget: len(steps) for budget, steps in of_model.items()} == {n: n for n in study["BUDGETS"]}
+        assert {budget: len(steps) for budget, steps in of_model.items()} == {n: n for n in DEMOS[name].schedules}
         assert set(study["BUNDLED"][name].values()) <= set(DEMOS[name].predictors)
 
 
