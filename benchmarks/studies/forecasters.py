@@ -1,8 +1,8 @@
 """Compares all forecasters on a bundled model: `python benchmarks/studies/forecasters.py --model digits --out DIR`.
 
-Runs have 50 steps, of which 10, 9, 8, 7 or, of the pictures, 5 are computed. For each number, every forecaster but newton gets the best
-of these schedules: a family of simple ones (`lesa.fitting.schedule_family`), one with an early second step, that of
-LESA's code, that of the newton predictor, and those that `lesa.find_schedule` finds for it and for
+Runs have 50 steps, of which 10, 9, 8, 7 or, of the pictures, 5 are computed. For each number, every forecaster but
+newton gets the best of these schedules: a family of simple ones (`lesa.fitting.schedule_family`), one with an early
+second step, that of LESA's code, that of the newton predictor, and those that `lesa.find_schedule` finds for it and for
 linear, L2P and LESA. Runs on 16 samples of other seeds decide, of the videos on 8. The forecasters:
 
 - L2P is fitted for each of the schedules.
@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--model", choices=tuple(SAMPLES), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder; what is finished there is kept")
     parser.add_argument("--coefficients", type=Path, help="other ones for universal")
-    parser.add_argument("--budgets", type=int, nargs="+", choices=BUDGETS, help="computed steps (default: all of the model)")
+    parser.add_argument("--budgets", type=int, nargs="+", choices=BUDGETS, help="default: all of the model")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     stored = load_file(options.coefficients or universal.COEFFICIENTS)
