@@ -67,6 +67,8 @@ class PredictorConfig:
             fields, also if another known version is given.
         options: settings of the forecaster by name, such as `{"order": 2}`; its class lists them. What is not given has
             its default. None for a forecaster without options.
+        more_step_counts: other numbers of steps for which it was trained too, rising. In their runs, the steps that are
+            nearest to `schedule_sigmas` were computed. None: `num_inference_steps` was the only one.
 
     Raises:
         ValueError, TypeError: a field is out of range; the message names it.
@@ -90,6 +92,7 @@ class PredictorConfig:
     schedule_errors: tuple[float, ...] | None = None
     format_version: int = None  # type: ignore[assignment]  # which the oldest that fits replaces
     options: dict[str, int | float] | None = None
+    more_step_counts: tuple[int, ...] | None = None
 
     def __post_init__(self):
         put, put_all = self._put, self._put_all
@@ -129,6 +132,7 @@ class PredictorConfig:
             remedy = "Pass a name such as 'flux', or None."
             raise argument_error("family", "be a string or None", self.family, remedy, TypeError)
         self._check_schedule()
+        self._check_more_step_counts()
 
     def _complete_options(self, forecaster: Forecaster) -> Options | None:
         """The options, checked, with the defaults of those that are not given."""
@@ -181,6 +185,19 @@ class PredictorConfig:
                     "Pass one error for each step, or None.",
                 )
 
+    def _check_more_step_counts(self) -> None:
+        """Checks the other numbers of steps for which it was trained."""
+        if self.more_step_counts is None:
+            return
+        self._put_all("more_step_counts", check_int)
+        counts = self.more_step_counts
+        if not counts or any(a >= b for a, b in zip(counts, counts[1:])) or self.num_inference_steps in counts:
+            must = f"rise, without {self.num_inference_steps}, the `num_inference_steps`"
+            raise argument_error("more_step_counts", must, counts, "Sort them and remove repeats, or pass None.")
+        if self.num_inference_steps is None or self.schedule is None:
+            must = "be None where there is no `num_inference_steps` or no `schedule`"
+            raise argument_error("more_step_counts", must, counts, "Pass all of them.")
+
     def _put(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
@@ -189,6 +206,12 @@ class PredictorConfig:
         if not isinstance(values, (tuple, list)):
             raise argument_error(name, "be a tuple", values, "Pass a tuple or a list.", TypeError)
         self._put(name, tuple(check(name, value, **limits) for value in values))
+
+    @property
+    def step_counts(self) -> tuple[int, ...]:
+        """All numbers of steps for which it was trained, that of `schedule` first; empty if that is unknown."""
+        own = () if self.num_inference_steps is None else (self.num_inference_steps,)
+        return own + (self.more_step_counts or ())
 
     @property
     def forecaster(self) -> Forecaster:
@@ -211,9 +234,15 @@ class PredictorConfig:
         return max(self.lengths)
 
     def to_dict(self) -> dict:
-        """The fields as a dict for JSON: those that its format version has."""
+        """The fields as a dict for JSON: those that its format version has.
+
+        `more_step_counts` is left out where it is None. So an earlier release, which does not know it, refuses a
+        predictor that has it, and names the field.
+        """
         values = asdict(self)
         options = values.pop("options")
+        if self.more_step_counts is None:
+            del values["more_step_counts"]
         return values if self.format_version == 1 else {**values, "options": options and dict(options)}
 
     @classmethod

@@ -157,6 +157,7 @@ def config_for(predictor: FusedKANPredictor, schedule: Schedule) -> PredictorCon
         schedule=schedule.steps,
         schedule_sigmas=schedule.sigmas,
         schedule_errors=None,
+        more_step_counts=None,
     )
 
 

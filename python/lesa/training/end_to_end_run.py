@@ -6,8 +6,9 @@ import io
 import itertools
 import json
 import math
+import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import torch
 from tqdm import tqdm
 
 from lesa.artifacts import check_same_settings, digest, fingerprint, predictor_identity, whole_file, write_text
-from lesa.inputs import batches_of
 from lesa.models import adapter_for, features_device
 from lesa.pipelines import check_decodes
 from lesa.provenance import of_manifest
@@ -25,7 +25,7 @@ from lesa.training.batches import check_is_predictor
 from lesa.training.curves import plot_losses
 from lesa.training.differentiable_runs import DifferentiableRuns, GradientRun, frozen
 from lesa.training.gradient_checks import TrainingFailedError, check_differentiable
-from lesa.training.run_references import References
+from lesa.training.run_references import References, calls_of
 from lesa.training.settings import check_seed
 from lesa.training.training_run import (
     CHECKPOINT_NAME,
@@ -67,7 +67,7 @@ class EndToEndSettings:
         TypeError, ValueError: a setting is out of range; the message names it.
     """
 
-    num_inference_steps: int
+    num_inference_steps: int | Sequence[int]
     updates: int = UPDATES
     batch_size: int = 8
     samples_per_call: int = 8
@@ -75,10 +75,30 @@ class EndToEndSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_inference_steps", "updates", "batch_size", "samples_per_call"):
+        counts = self.num_inference_steps
+        given = counts if isinstance(counts, Sequence) and not isinstance(counts, str) else (counts,)
+        checked = tuple(sorted(check_int("num_inference_steps", each) for each in given))
+        if not checked or len({*checked}) < len(checked):
+            must = "be a number, or different ones"
+            raise argument_error("num_inference_steps", must, counts, "Remove repeats, or leave it out.")
+        object.__setattr__(self, "num_inference_steps", checked[0] if len(checked) == 1 else checked)
+        for name in ("updates", "batch_size", "samples_per_call"):
             object.__setattr__(self, name, check_int(name, getattr(self, name)))
         object.__setattr__(self, "learning_rate", check_float("learning_rate", self.learning_rate, minimum=1e-8))
         object.__setattr__(self, "seed", check_seed(self.seed))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """All numbers of steps, rising."""
+        given = self.num_inference_steps
+        return (given,) if isinstance(given, int) else (*given,)
+
+    def count_of_each_update(self) -> list[int]:
+        """The number of steps of each update: all of them in a new random order, again and again."""
+        rng, chosen = random.Random(self.seed), []
+        while len(chosen) < self.updates:
+            chosen += rng.sample(self.counts, len(self.counts))
+        return chosen[: self.updates]
 
 
 class EndToEndRun:
@@ -105,6 +125,9 @@ class EndToEndRun:
         else:
             remedy = "Train it with a schedule, or pass `schedule_for`."
             raise argument_error("predictor.config.schedule", "be the steps to compute", None, remedy)
+        if len(settings.counts) > 1 and predictor.config.num_inference_steps is None:
+            must, remedy = "be the number of steps of `schedule`", "Set it, or pass one number of steps."
+            raise argument_error("predictor.config.num_inference_steps", must, None, remedy)
         self.device = features_device(pipe, adapter_for(pipe))
         self.begin = predictor_identity(predictor)
         with default_modes():
@@ -112,15 +135,20 @@ class EndToEndRun:
         self.predictor.backend = "auto"  # which has gradients
         self.predictor.config = replace(predictor.config, schedule_errors=None)  # they are those of other weights
         self._owns_references = references is None
-        self.references = References(
-            pipe,
-            inputs,
-            settings.seed,
-            settings.num_inference_steps,
-            settings.samples_per_call,
-            folder / REFERENCES if references is None else references,
-            self.compares_images,
-        )
+        self._references_folder = folder / REFERENCES if references is None else references
+        self.references = {
+            count: References(
+                pipe,
+                inputs,
+                settings.seed,
+                count,
+                settings.samples_per_call,
+                self._references_folder / f"steps-{count}" if len(settings.counts) > 1 else self._references_folder,
+                self.compares_images,
+            )
+            for count in settings.counts
+        }
+        self.step_counts = settings.count_of_each_update()
         self.losses: list[float] = []
 
     @functools.cached_property
@@ -151,7 +179,7 @@ class EndToEndRun:
     def fit(self, bar: str | None) -> FusedKANPredictor:
         """Trains from the checkpoint on, and writes what belongs into the folder."""
         total, done = self.settings.updates, len(self.losses)
-        facts = of_manifest({"num_inference_steps": self.settings.num_inference_steps, **self.references.facts})
+        facts = of_manifest({"num_inference_steps": self._own_count, **self._facts})
         self.predictor.provenance = {"samples": len(self.inputs), **(self.predictor.provenance or {}), **facts}
         every = math.ceil(total / MOST_CHECKPOINTS)
         batches = itertools.islice(_batches(len(self.inputs), self.settings), done, total)
@@ -175,18 +203,16 @@ class EndToEndRun:
             group["lr"] = settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * update / settings.updates))
         optimizer.zero_grad()
         total = 0.0
-        chosen = [self.inputs[sample] for sample in samples]
-        for numbers in batches_of(chosen, settings.samples_per_call):
-            alike = [samples[number] for number in numbers]
+        for alike in calls_of(self.inputs, samples, settings.samples_per_call):
             run = runs.run(
                 [self.inputs[sample] for sample in alike],
                 [settings.seed + sample for sample in alike],
-                settings.num_inference_steps,
+                self.step_counts[update],
                 self.schedules[update],
                 "pt" if self.compares_images else "latent",
             )
             with torch.inference_mode(False), torch.enable_grad():
-                loss = len(alike) / len(samples) * self._loss_of(run, alike)
+                loss = len(alike) / len(samples) * self._loss_of(run, alike, self.references[self.step_counts[update]])
                 self._check_finite("loss", "stay finite", loss.item(), update)
                 loss.backward()
             total += loss.item()
@@ -196,22 +222,20 @@ class EndToEndRun:
             optimizer.step()
         return total
 
-    def _loss_of(self, run: GradientRun, samples: list[int]) -> torch.Tensor:
+    def _loss_of(self, run: GradientRun, samples: list[int], references: References) -> torch.Tensor:
         """The mean of the losses at the end and before the computed steps, over some samples."""
-        if self.compares_images:
-            end = self._loss_of_images(run.made.float(), self.references.images(samples, run.made.device))
-        else:
-            end = self._off(run, samples, run.last)
-        # Before the first forecast, nothing depends on the predictor.
-        between = [
-            self._off(run, samples, step - 1) for step in run.computed[1:] if run.latents[step - 1].requires_grad
-        ]
-        return (end + torch.stack(between).mean()) / 2 if between else end
 
-    def _off(self, run: GradientRun, samples: list[int], step: int) -> torch.Tensor:
-        """How far the latents are off after a step."""
-        latents = run.latents[step].float()
-        return _log_rms(latents, self.references.latents(samples, step, latents.device))
+        def off(step: int) -> torch.Tensor:
+            latents = run.latents[step].float()
+            return _log_rms(latents, references.latents(samples, step, latents.device))
+
+        if self.compares_images:
+            end = self._loss_of_images(run.made.float(), references.images(samples, run.made.device))
+        else:
+            end = off(run.last)
+        # Before the first forecast, nothing depends on the predictor.
+        between = [off(step - 1) for step in run.computed[1:] if run.latents[step - 1].requires_grad]
+        return (end + torch.stack(between).mean()) / 2 if between else end
 
     def _loss_of_images(self, images: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         if self.loss == "pixels":
@@ -232,13 +256,35 @@ class EndToEndRun:
             raise argument_error(name, must, Said(f"{value} in update {update + 1}"), remedy, TrainingFailedError)
 
     def check_steps(self) -> None:
-        """Raises `ValueError` if the predictor is for another number of steps than the pipeline executes."""
-        wanted, steps = self.predictor.config.num_inference_steps, self.references.steps
-        if wanted not in (None, steps):
-            given = self.settings.num_inference_steps
-            must = f"make the pipeline execute {wanted} steps, for which the predictor was trained"
-            got = Said(f"{given}, with which it executes {steps}")
-            raise argument_error("num_inference_steps", must, got, "Pass another number, or train a predictor for it.")
+        """Raises `ValueError` if the pipeline executes other numbers of steps than that of the predictor's schedule.
+
+        Of several numbers, one must be that. As long as one of them has no run of all steps, it may be this one.
+        """
+        wanted, executed = self.predictor.config.num_inference_steps, self._executed
+        is_open = len(executed) < len(self.references)
+        if wanted in executed.values() or is_open or (wanted is None and len(executed) == 1):
+            return
+        must = f"make the pipeline execute {wanted} steps, for which the predictor was trained"
+        if len(executed) > 1:
+            must = f"have one that makes the pipeline execute the {wanted} steps of the predictor's schedule"
+        got = Said("; ".join(f"{given}, with which it executes {steps}" for given, steps in executed.items()))
+        raise argument_error("num_inference_steps", must, got, "Pass another number, or train a predictor for it.")
+
+    @property
+    def _executed(self) -> dict[int, int]:
+        """How many steps a run executes, for those numbers of steps of which there is a run."""
+        return {count: each.steps for count, each in self.references.items() if each.has_begun}
+
+    @property
+    def _own_count(self) -> int:
+        """The number of steps that is passed to the pipeline for the predictor's schedule."""
+        own = (count for count, steps in self._executed.items() if steps == self.predictor.config.num_inference_steps)
+        return next(own, self.settings.counts[0])
+
+    @property
+    def _facts(self) -> dict[str, Any]:
+        """Of the pipeline, as the manifest of a recording has them."""
+        return next(iter(self.references.values())).facts
 
     def _all_settings(self) -> dict[str, Any]:
         """All that must be the same for a training to continue, by name."""
@@ -249,7 +295,7 @@ class EndToEndRun:
             **asdict(self.settings),
             "loss": name_of(self.loss),
             "schedules": steps[:1] if steps == steps[:1] * len(steps) else steps,
-            **self.references.facts,
+            **self._facts,
             "inputs_digest": digest(self.inputs),
         }
 
@@ -269,12 +315,15 @@ class EndToEndRun:
 
     def _finish(self) -> FusedKANPredictor:
         """Writes what belongs into the folder. Returns the predictor, on the CPU."""
+        config, executed = self.predictor.config, {*self._executed.values()}
+        more = tuple(sorted(executed - {config.num_inference_steps})) if len(self.references) > 1 else ()
+        self.predictor.config = replace(config, more_step_counts=more or None)
         self.predictor.save_pretrained(self.folder)
         losses = {"training": self.losses}
         write_text(self.folder / LOSSES_NAME, json.dumps(losses) + "\n")
         plot_losses(losses, None, self.folder / CURVE_NAME, "update")
         if self._owns_references:
-            shutil.rmtree(self.references.folder, ignore_errors=True)
+            shutil.rmtree(self._references_folder, ignore_errors=True)
         (self.folder / CHECKPOINT_NAME).unlink()
         self.optimizer.zero_grad(set_to_none=True)
         return self.predictor.cpu().eval()
