@@ -289,7 +289,7 @@ def test_the_pipeline_is_as_before_also_after_an_error(pipe, tmp_path, monkeypat
     hook.remove()
     assert state() == before
 
-    def fail(self, run, samples, references):
+    def fail(self, run, samples):
         states.append(state())
         raise ZeroDivisionError
 

@@ -151,7 +151,7 @@ def trained_end_to_end(
     if processes.by_first(lambda: is_finished(folder)):
         return FusedKANPredictor.from_pretrained(folder)
     if processes.by_first(training.resume) < settings.updates:
-        for count, plain in training.references.items():
-            what = f"all {count} steps" if len(training.references) > 1 else "all steps"
+        for count, plain in training.all_references.items():
+            what = f"all {count} steps" if len(training.all_references) > 1 else "all steps"
             plain.make(processes, bar and f"{bar}, {what}", training.check_steps)
     return processes.by_first(lambda: training.fit(bar if processes.is_first else None))

@@ -95,14 +95,20 @@ class EndToEndSettings:
 
     def count_of_each_update(self) -> list[int]:
         """The number of steps of each update: all of them in a new random order, again and again."""
-        rng, chosen = random.Random(self.seed), []
+        rng = random.Random(self.seed)
+        chosen: list[int] = []
         while len(chosen) < self.updates:
             chosen += rng.sample(self.counts, len(self.counts))
         return chosen[: self.updates]
 
 
 class EndToEndRun:
-    """One training through whole runs: `resume`, make the references, then `fit`. See `trained_end_to_end`."""
+    """One training through whole runs: `resume`, make the references, then `fit`. See `trained_end_to_end`.
+
+    Attributes:
+        all_references: the runs of all steps, by the number of steps that is passed to the pipeline.
+        references: those for the number of steps of the latest update.
+    """
 
     def __init__(
         self,
@@ -136,7 +142,7 @@ class EndToEndRun:
         self.predictor.config = replace(predictor.config, schedule_errors=None)  # they are those of other weights
         self._owns_references = references is None
         self._references_folder = folder / REFERENCES if references is None else references
-        self.references = {
+        self.all_references = {
             count: References(
                 pipe,
                 inputs,
@@ -148,6 +154,7 @@ class EndToEndRun:
             )
             for count in settings.counts
         }
+        self.references = self.all_references[settings.counts[0]]
         self.step_counts = settings.count_of_each_update()
         self.losses: list[float] = []
 
@@ -179,7 +186,7 @@ class EndToEndRun:
     def fit(self, bar: str | None) -> FusedKANPredictor:
         """Trains from the checkpoint on, and writes what belongs into the folder."""
         total, done = self.settings.updates, len(self.losses)
-        facts = of_manifest({"num_inference_steps": self._own_count, **self._facts})
+        facts = of_manifest({"num_inference_steps": self._own_count, **self.references.facts})
         self.predictor.provenance = {"samples": len(self.inputs), **(self.predictor.provenance or {}), **facts}
         every = math.ceil(total / MOST_CHECKPOINTS)
         batches = itertools.islice(_batches(len(self.inputs), self.settings), done, total)
@@ -197,7 +204,8 @@ class EndToEndRun:
 
     def _update(self, runs: DifferentiableRuns, update: int, samples: list[int]) -> float:
         """One step of the optimiser. Returns the loss before it."""
-        settings, optimizer = self.settings, self.optimizer
+        settings, optimizer, steps = self.settings, self.optimizer, self.step_counts[update]
+        self.references = self.all_references[steps]
         for group in optimizer.param_groups:
             warm = min(1.0, (update + 1) / WARM_UP)
             group["lr"] = settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * update / settings.updates))
@@ -207,12 +215,12 @@ class EndToEndRun:
             run = runs.run(
                 [self.inputs[sample] for sample in alike],
                 [settings.seed + sample for sample in alike],
-                self.step_counts[update],
+                steps,
                 self.schedules[update],
                 "pt" if self.compares_images else "latent",
             )
             with torch.inference_mode(False), torch.enable_grad():
-                loss = len(alike) / len(samples) * self._loss_of(run, alike, self.references[self.step_counts[update]])
+                loss = len(alike) / len(samples) * self._loss_of(run, alike)
                 self._check_finite("loss", "stay finite", loss.item(), update)
                 loss.backward()
             total += loss.item()
@@ -222,20 +230,22 @@ class EndToEndRun:
             optimizer.step()
         return total
 
-    def _loss_of(self, run: GradientRun, samples: list[int], references: References) -> torch.Tensor:
+    def _loss_of(self, run: GradientRun, samples: list[int]) -> torch.Tensor:
         """The mean of the losses at the end and before the computed steps, over some samples."""
-
-        def off(step: int) -> torch.Tensor:
-            latents = run.latents[step].float()
-            return _log_rms(latents, references.latents(samples, step, latents.device))
-
         if self.compares_images:
-            end = self._loss_of_images(run.made.float(), references.images(samples, run.made.device))
+            end = self._loss_of_images(run.made.float(), self.references.images(samples, run.made.device))
         else:
-            end = off(run.last)
+            end = self._off(run, samples, run.last)
         # Before the first forecast, nothing depends on the predictor.
-        between = [off(step - 1) for step in run.computed[1:] if run.latents[step - 1].requires_grad]
+        between = [
+            self._off(run, samples, step - 1) for step in run.computed[1:] if run.latents[step - 1].requires_grad
+        ]
         return (end + torch.stack(between).mean()) / 2 if between else end
+
+    def _off(self, run: GradientRun, samples: list[int], step: int) -> torch.Tensor:
+        """How far the latents are off after a step."""
+        latents = run.latents[step].float()
+        return _log_rms(latents, self.references.latents(samples, step, latents.device))
 
     def _loss_of_images(self, images: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         if self.loss == "pixels":
@@ -261,7 +271,7 @@ class EndToEndRun:
         Of several numbers, one must be that. As long as one of them has no run of all steps, it may be this one.
         """
         wanted, executed = self.predictor.config.num_inference_steps, self._executed
-        is_open = len(executed) < len(self.references)
+        is_open = len(executed) < len(self.all_references)
         if wanted in executed.values() or is_open or (wanted is None and len(executed) == 1):
             return
         must = f"make the pipeline execute {wanted} steps, for which the predictor was trained"
@@ -273,18 +283,13 @@ class EndToEndRun:
     @property
     def _executed(self) -> dict[int, int]:
         """How many steps a run executes, for those numbers of steps of which there is a run."""
-        return {count: each.steps for count, each in self.references.items() if each.has_begun}
+        return {count: each.steps for count, each in self.all_references.items() if each.has_begun}
 
     @property
     def _own_count(self) -> int:
         """The number of steps that is passed to the pipeline for the predictor's schedule."""
         own = (count for count, steps in self._executed.items() if steps == self.predictor.config.num_inference_steps)
         return next(own, self.settings.counts[0])
-
-    @property
-    def _facts(self) -> dict[str, Any]:
-        """Of the pipeline, as the manifest of a recording has them."""
-        return next(iter(self.references.values())).facts
 
     def _all_settings(self) -> dict[str, Any]:
         """All that must be the same for a training to continue, by name."""
@@ -295,7 +300,7 @@ class EndToEndRun:
             **asdict(self.settings),
             "loss": name_of(self.loss),
             "schedules": steps[:1] if steps == steps[:1] * len(steps) else steps,
-            **self._facts,
+            **self.references.facts,
             "inputs_digest": digest(self.inputs),
         }
 
@@ -316,7 +321,7 @@ class EndToEndRun:
     def _finish(self) -> FusedKANPredictor:
         """Writes what belongs into the folder. Returns the predictor, on the CPU."""
         config, executed = self.predictor.config, {*self._executed.values()}
-        more = tuple(sorted(executed - {config.num_inference_steps})) if len(self.references) > 1 else ()
+        more = tuple(sorted(executed - {config.num_inference_steps})) if len(self.all_references) > 1 else ()
         self.predictor.config = replace(config, more_step_counts=more or None)
         self.predictor.save_pretrained(self.folder)
         losses = {"training": self.losses}
