@@ -71,9 +71,9 @@ def train_end_to_end(
         out_dir: folder for the predictor, `losses.json` and `losses.png`, and for the runs of all steps while it
             trains. A training that was interrupted continues there. None: nothing is kept.
         num_inference_steps: passed to the pipeline. Default: that of the predictor. Several numbers: each update takes
-            one of them, all equally often, in an order that follows from the seed. In runs of another number of steps
-            than the predictor's, which must be among them, the steps that are nearest in noise level to its schedule
-            are computed. The runs of all steps are made for each number.
+            one of them, all equally often, in an order that follows from the seed. One that is given twice is taken
+            twice as often. In runs of another number of steps than the predictor's, which must be among them, the steps
+            that are nearest in noise level to its schedule are computed. Runs of all steps are made for each number.
         updates: steps of the optimiser.
         batch_size: samples per update. With fewer inputs, all of them.
         samples_per_call: how many of them share a call of the pipeline. Fewer need less memory. Default: all.

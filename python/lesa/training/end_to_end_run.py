@@ -78,10 +78,11 @@ class EndToEndSettings:
         counts = self.num_inference_steps
         given = counts if isinstance(counts, Sequence) and not isinstance(counts, str) else (counts,)
         checked = tuple(sorted(check_int("num_inference_steps", each) for each in given))
-        if not checked or len({*checked}) < len(checked):
-            must = "be a number, or different ones"
-            raise argument_error("num_inference_steps", must, counts, "Remove repeats, or leave it out.")
-        object.__setattr__(self, "num_inference_steps", checked[0] if len(checked) == 1 else checked)
+        if not checked:
+            raise argument_error(
+                "num_inference_steps", "be one number or several", counts, "Pass some, or leave it out."
+            )
+        object.__setattr__(self, "num_inference_steps", checked[0] if len({*checked}) == 1 else checked)
         for name in ("updates", "batch_size", "samples_per_call"):
             object.__setattr__(self, name, check_int(name, getattr(self, name)))
         object.__setattr__(self, "learning_rate", check_float("learning_rate", self.learning_rate, minimum=1e-8))
@@ -89,16 +90,16 @@ class EndToEndSettings:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """All numbers of steps, rising."""
+        """All numbers of steps, rising; each of them once."""
         given = self.num_inference_steps
-        return (given,) if isinstance(given, int) else (*given,)
+        return (given,) if isinstance(given, int) else tuple(sorted({*given}))
 
     def count_of_each_update(self) -> list[int]:
-        """The number of steps of each update: all of them in a new random order, again and again."""
-        rng = random.Random(self.seed)
-        chosen: list[int] = []
+        """The number of steps of each update: all that were given in a new random order, again and again."""
+        rng, given = random.Random(self.seed), self.num_inference_steps
+        drawn, chosen = [given] if isinstance(given, int) else [*given], list[int]()
         while len(chosen) < self.updates:
-            chosen += rng.sample(self.counts, len(self.counts))
+            chosen += rng.sample(drawn, len(drawn))
         return chosen[: self.updates]
 
 
