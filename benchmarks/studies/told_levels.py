@@ -36,7 +36,7 @@ from lesa.inputs import batches_of, check_inputs, collate
 from lesa.pipelines import run_pipeline
 from lesa.processes import Processes
 from lesa.training.end_to_end import trained_end_to_end
-from lesa.training.end_to_end_run import EndToEndSettings
+from lesa.training.end_to_end_settings import EndToEndSettings
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 
 STEPS, TRAINING_SEED, BATCH_SIZE = 50, 100_000, 8

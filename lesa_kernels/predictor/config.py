@@ -1,6 +1,6 @@
 """The configuration of a predictor: its shape, and what it was trained for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
@@ -9,9 +9,9 @@ from lesa_kernels.forecasters.base import Forecaster
 from lesa_kernels.forecasters.registry import forecaster_of
 
 FORMAT_VERSIONS = (1, 2, 3)
-"""Version 3 has `told_levels`. Version 2 may have `options`, and no width. Earlier releases know lower versions only;
-what they can read has these."""
-_SINCE = {"options": 2, "told_levels": 3}
+"""Version 3 has `told_levels` or `more_step_counts`. Version 2 may have `options`, and no width. Earlier releases know
+lower versions only; what they can read has these."""
+_SINCE = {"options": 2, "told_levels": 3, "more_step_counts": 3}
 """The first version that has a field."""
 _OF_VERSION_1 = ("newton", "dense")
 """The mixers that the first releases know."""
@@ -73,6 +73,8 @@ class PredictorConfig:
         told_levels: for each step of `schedule`, the noise level in [0, 1] that the model is told when the step is
             computed, in place of that of its latents. Or None: that of its latents. Only a run with the steps and noise
             levels of `schedule` uses them. `lesa.train_end_to_end` trains them with `learn_levels=True`.
+        more_step_counts: other numbers of steps for which it was trained too, rising. In their runs, the steps that are
+            nearest to `schedule_sigmas` were computed. None: `num_inference_steps` was the only one.
 
     Raises:
         ValueError, TypeError: a field is out of range; the message names it.
@@ -98,6 +100,7 @@ class PredictorConfig:
     format_version: int = None  # type: ignore[assignment]  # which the oldest that fits replaces
     options: dict[str, int | float] | None = None
     told_levels: tuple[float, ...] | None = None
+    more_step_counts: tuple[int, ...] | None = None
 
     def __post_init__(self):
         put, put_all = self._put, self._put_all
@@ -107,7 +110,7 @@ class PredictorConfig:
             put("feature_dim", check_int("feature_dim", self.feature_dim))
         if self.format_version is not None:
             _check_format_version(self.format_version, max(FORMAT_VERSIONS))
-        put("format_version", _format_version_of(self.mixer, self.told_levels))
+        put("format_version", _format_version_of(vars(self)))
         put("history", check_choice("history", self.history or forecaster.history, ("anchors", "steps")))
         if self.stage_bounds is None:
             put("stage_bounds", forecaster.default_bounds(self))
@@ -137,6 +140,7 @@ class PredictorConfig:
             remedy = "Pass a name such as 'flux', or None."
             raise argument_error("family", "be a string or None", self.family, remedy, TypeError)
         self._check_schedule()
+        self._check_more_step_counts()
 
     def _complete_options(self, forecaster: Forecaster) -> Options | None:
         """The options, checked, with the defaults of those that are not given."""
@@ -195,6 +199,19 @@ class PredictorConfig:
                 remedy = "Pass one level for each step, or None." if steps else "Pass `schedule` too, or None."
                 raise argument_error("told_levels", must, self.told_levels, remedy)
 
+    def _check_more_step_counts(self) -> None:
+        """Checks the other numbers of steps for which it was trained."""
+        if self.more_step_counts is None:
+            return
+        self._put_all("more_step_counts", check_int)
+        counts = self.more_step_counts
+        if not counts or any(a >= b for a, b in zip(counts, counts[1:])) or self.num_inference_steps in counts:
+            must = f"rise, without {self.num_inference_steps}, the `num_inference_steps`"
+            raise argument_error("more_step_counts", must, counts, "Sort them and remove repeats, or pass None.")
+        if self.num_inference_steps is None or self.schedule is None:
+            must = "be None where there is no `num_inference_steps` or no `schedule`"
+            raise argument_error("more_step_counts", must, counts, "Pass all of them.")
+
     def _put(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
@@ -203,6 +220,12 @@ class PredictorConfig:
         if not isinstance(values, (tuple, list)):
             raise argument_error(name, "be a tuple", values, "Pass a tuple or a list.", TypeError)
         self._put(name, tuple(check(name, value, **limits) for value in values))
+
+    @property
+    def step_counts(self) -> tuple[int, ...]:
+        """All numbers of steps for which it was trained, that of `schedule` first; empty if that is unknown."""
+        own = () if self.num_inference_steps is None else (self.num_inference_steps,)
+        return own + (self.more_step_counts or ())
 
     @property
     def forecaster(self) -> Forecaster:
@@ -225,12 +248,14 @@ class PredictorConfig:
         return max(self.lengths)
 
     def to_dict(self) -> dict:
-        """The fields as a dict for JSON: those that its format version has."""
+        """The fields as a dict for JSON: those that its format version has, of those of version 3 the given ones."""
         values = asdict(self)
-        options, told = values.pop("options"), values.pop("told_levels")
-        if self.format_version > 1:
-            values["options"] = options and dict(options)
-        return values if told is None else {**values, "told_levels": told}
+        for name, since in _SINCE.items():
+            if self.format_version < since or (since == 3 and values[name] is None):
+                del values[name]
+        if values.get("options") is not None:
+            values["options"] = dict(values["options"])
+        return values
 
     @classmethod
     def from_dict(cls, values: dict) -> "PredictorConfig":
@@ -243,7 +268,7 @@ class PredictorConfig:
         if not isinstance(values, dict):
             raise argument_error("config", "be a dict", values, "Pass what `to_dict` returned.", TypeError)
         version: Any = values.get("format_version")  # first, since other versions have other fields
-        _check_format_version(version, _format_version_of(values.get("mixer"), values.get("told_levels")))
+        _check_format_version(version, _format_version_of(values))
         known = {f.name for f in fields(cls)} - {name for name, since in _SINCE.items() if version < since}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -255,11 +280,11 @@ class PredictorConfig:
         return cls(**arguments)
 
 
-def _format_version_of(mixer: Any, told_levels: Any) -> int:
-    """The oldest format version that can hold a configuration with this mixer and these told levels."""
-    if told_levels is not None:
-        return _SINCE["told_levels"]
-    return 1 if mixer in _OF_VERSION_1 else 2
+def _format_version_of(values: Mapping[str, Any]) -> int:
+    """The oldest format version that can hold a configuration with these fields."""
+    if any(values.get(name) is not None for name, since in _SINCE.items() if since == 3):
+        return 3
+    return 1 if values.get("mixer") in _OF_VERSION_1 else 2
 
 
 def _check_format_version(version: Any, latest: int) -> None:

@@ -5,6 +5,7 @@ import re
 import threading
 import warnings
 import weakref
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -334,6 +335,23 @@ def test_another_schedule_than_the_trained_is_noted(pipe, generate):
     with lesa.enable_cache(pipe, trained_predictor((0, 2, 5, 9), STEPS), 4) as handle:
         generate(pipe)
     assert handle.stats.notes == ["the predictor was trained with the computed steps 0,2,5,9"]
+
+
+def test_steps_that_it_was_trained_for_too_are_not_noted(pipe, generate):
+    predictor = trained_predictor((0, 2, 5, 9), STEPS)
+    predictor.config = replace(predictor.config, more_step_counts=(8, 20))
+    for steps in (8, 20):
+        with lesa.enable_cache(pipe, predictor) as handle:
+            generate(pipe, steps=steps)
+        assert handle.stats.notes == []
+        nearest = handle.stats.streams["cond"].computed
+        with lesa.enable_cache(pipe, predictor, [0, 3]) as handle:
+            generate(pipe, steps=steps)
+        steps_of_training = ",".join(map(str, nearest))
+        assert handle.stats.notes == [f"the predictor was trained with the computed steps {steps_of_training}"]
+    with lesa.enable_cache(pipe, predictor) as handle:
+        generate(pipe, steps=15)
+    assert handle.stats.notes == [f"the predictor was trained at 8, {STEPS}, 20 steps, this run has 15"]
 
 
 def test_a_schedule_without_noise_levels_at_another_count_is_noted(pipe, generate):

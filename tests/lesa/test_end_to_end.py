@@ -30,7 +30,8 @@ from lesa.processes import Processes
 from lesa.schedule import Schedule
 from lesa.training.differentiable_runs import DifferentiableRuns
 from lesa.training.end_to_end import CALLS_PER_COMPUTED_STEP, trained_end_to_end
-from lesa.training.end_to_end_run import EndToEndRun, EndToEndSettings, name_of
+from lesa.training.end_to_end_run import EndToEndRun, name_of
+from lesa.training.end_to_end_settings import EndToEndSettings
 from lesa.training.run_references import References
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 

@@ -624,12 +624,30 @@ def test_config_must_be_a_config():
         ("schedule", ()),
         ("schedule_sigmas", (1.0, math.nan)),
         ("schedule_sigmas", (1.0, 1.0)),
+        ("more_step_counts", 28),
+        ("more_step_counts", ()),
+        ("more_step_counts", (28, 20)),
+        ("more_step_counts", (0, 20)),
+        ("more_step_counts", (20, 28)),
         ("format_version", 4),
     ],
 )
 def test_config_fields_are_checked(field, value):
     with pytest.raises((ValueError, TypeError), match=f"`{field}` must .* but got .*"):
         PredictorConfig(**{"feature_dim": DIM, field: value})
+
+
+def test_more_step_counts_are_saved_only_where_there_are_some():
+    """An earlier release knows no such field, and names it: so an ordinary predictor must not have it."""
+    options = {"num_inference_steps": 50, "schedule": (0, 9), "schedule_sigmas": (1.0, 0.8)}
+    config = PredictorConfig(DIM, **options)
+    assert "more_step_counts" not in config.to_dict() and config.step_counts == (50,)
+    several = PredictorConfig(DIM, **options, more_step_counts=[20, 28])
+    values = json.loads(json.dumps(several.to_dict()))
+    assert values["more_step_counts"] == [20, 28] and values["format_version"] == 3
+    assert PredictorConfig.from_dict(values) == several and several.step_counts == (50, 20, 28)
+    with pytest.raises(ValueError, match="`more_step_counts` must rise, without 50"):
+        PredictorConfig(DIM, **options, more_step_counts=(28, 50))
 
 
 def test_a_schedule_fits_its_number_of_steps():

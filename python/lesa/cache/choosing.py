@@ -125,7 +125,7 @@ class Chooser:
     def _scheduled(self, schedule: Schedule | int, sigmas: list[float]) -> frozenset[int]:
         """The computed steps of a run with these noise levels. Notes what the user may not expect."""
         config, total = self._first, len(sigmas)
-        if self._as_trained and total < FEW_STEPS and total != config.num_inference_steps:
+        if self._as_trained and total < FEW_STEPS and total not in config.step_counts:
             self._note_few(total)
             return frozenset(range(total))
         schedule = as_schedule(schedule, total)
@@ -153,11 +153,20 @@ class Chooser:
     def _note_trained(self, config: PredictorConfig, chosen: frozenset[int], sigmas: list[float]) -> None:
         total = len(sigmas)
         near = 1e-5 if config.forecaster.is_fitted else 1e-3  # a fit is for its own noise levels only
-        if config.num_inference_steps not in (None, total):
-            trained = config.num_inference_steps
+        if config.step_counts and total not in config.step_counts:
+            trained = ", ".join(map(str, sorted(config.step_counts)))
             self._note(f"the predictor was trained at {trained} steps, this run has {total}")
+        elif total in (config.more_step_counts or ()):
+            self._note_mapped(config, chosen, sigmas)
         elif config.schedule is not None and chosen != frozenset(config.schedule):
             steps = ",".join(map(str, config.schedule))
             self._note(f"the predictor was trained with the computed steps {steps}")
         elif any(abs(sigmas[s] - level) > near for s, level in zip(sorted(chosen), config.schedule_sigmas or ())):
             self._note("the predictor's schedule was made for other noise levels than those of this run")
+
+    def _note_mapped(self, config: PredictorConfig, chosen: frozenset[int], sigmas: list[float]) -> None:
+        """Notes if the computed steps are not those nearest to the schedule, with which a predictor was trained too."""
+        trained = schedule_of(config)
+        if trained is not None and chosen != trained.computed_in(sigmas):
+            steps = ",".join(map(str, sorted(trained.computed_in(sigmas))))
+            self._note(f"the predictor was trained with the computed steps {steps}")

@@ -14,7 +14,7 @@ from lesa.fitting.one_budget import Fitted, OneBudget
 from lesa.fitting.schedule_in_runs import SearchInRuns, config_for
 from lesa.schedule import Schedule
 from lesa.training.end_to_end import trained_end_to_end
-from lesa.training.end_to_end_run import EndToEndSettings
+from lesa.training.end_to_end_settings import EndToEndSettings
 from lesa.training.gradient_checks import NoGradientError, TrainingFailedError
 from lesa.training.trainer import with_typical_errors
 from lesa_kernels import FusedKANPredictor, PredictorConfig

@@ -19,7 +19,8 @@ from lesa.models import adapter_for, features_device
 from lesa.processes import Processes
 from lesa.schedule import Schedule
 from lesa.training.end_to_end import trained_end_to_end
-from lesa.training.end_to_end_run import EndToEndSettings, Loss
+from lesa.training.end_to_end_run import Loss
+from lesa.training.end_to_end_settings import EndToEndSettings
 from lesa.training.gradient_checks import TrainingFailedError
 from lesa_kernels import FusedKANPredictor, PredictorConfig
 from lesa_kernels.checks import usage_error
@@ -157,6 +158,7 @@ def config_for(predictor: FusedKANPredictor, schedule: Schedule) -> PredictorCon
         schedule=schedule.steps,
         schedule_sigmas=schedule.sigmas,
         schedule_errors=None,
+        more_step_counts=None,
     )
 
 

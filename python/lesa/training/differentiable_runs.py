@@ -115,6 +115,9 @@ class DifferentiableRuns:
             got = Said(f"{len(counts)} steps of a scheduler with {hook.total} noise levels, for {len(seeds)} samples")
             must = "make one step for each of its scheduler's noise levels, for all samples"
             raise argument_error("pipe", must, got, "Use a scheduler with one call per step, or `lesa.refine`.")
+        if len(hook.chosen) == hook.total:
+            must, remedy = "leave steps to forecast", "Compute fewer of them, or leave this number of steps out."
+            raise argument_error("schedule", must, Said(f"one that computes all {hook.total} steps"), remedy)
         if not latents[hook.total - 1].requires_grad:
             raise refusal("keep gradients from step to step", f"a {type(self.pipe).__name__}, which stops them")
         return GradientRun(latents, hook.chosen, hook.total - 1, made)

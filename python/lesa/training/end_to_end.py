@@ -7,7 +7,7 @@ leads to.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ from lesa.inputs import check_inputs
 from lesa.processes import Processes, processes_for
 from lesa.schedule import Schedule
 from lesa.training.batches import check_is_predictor
-from lesa.training.end_to_end_run import UPDATES, EndToEndRun, EndToEndSettings, Loss, check_trainable, name_of
+from lesa.training.end_to_end_run import EndToEndRun, Loss, check_trainable, name_of
+from lesa.training.end_to_end_settings import UPDATES, EndToEndSettings
 from lesa.training.training_run import check_folder, is_finished
 from lesa_kernels import FusedKANPredictor
 from lesa_kernels.checks import argument_error
@@ -40,7 +41,7 @@ def train_end_to_end(
     inputs: list[str] | list[dict],
     *,
     out_dir: str | os.PathLike | None = None,
-    num_inference_steps: int | None = None,
+    num_inference_steps: int | Sequence[int] | None = None,
     updates: int = UPDATES,
     batch_size: int = 8,
     samples_per_call: int | None = None,
@@ -71,7 +72,10 @@ def train_end_to_end(
             of the recording, or others.
         out_dir: folder for the predictor, `losses.json` and `losses.png`, and for the runs of all steps while it
             trains. A training that was interrupted continues there. None: nothing is kept.
-        num_inference_steps: passed to the pipeline. Default: that of the predictor.
+        num_inference_steps: passed to the pipeline. Default: that of the predictor. Several numbers: each update takes
+            one of them, all equally often, in an order that follows from the seed. One that is given twice is taken
+            twice as often. In runs of another number of steps than the predictor's, which must be among them, the steps
+            that are nearest in noise level to its schedule are computed. Runs of all steps are made for each number.
         updates: steps of the optimiser.
         batch_size: samples per update. With fewer inputs, all of them.
         samples_per_call: how many of them share a call of the pipeline. Fewer need less memory. Default: all.
@@ -89,7 +93,8 @@ def train_end_to_end(
 
     Returns:
         The predictor after the last update, on the CPU, in float32. Its config has no `schedule_errors`, because they
-        were measured for other weights. So it can't be used with `lesa.ErrorControl`.
+        were measured for other weights. So it can't be used with `lesa.ErrorControl`. Of several numbers of steps, its
+        config has those beside `num_inference_steps` as `more_step_counts`.
 
     Raises:
         TypeError, ValueError: an argument is out of range, the predictor has no schedule, has nothing to train or is
@@ -102,7 +107,7 @@ def train_end_to_end(
     """
     check_is_predictor(predictor)
     inputs = check_inputs(inputs)
-    if num_inference_steps is None and (num_inference_steps := predictor.config.num_inference_steps) is None:
+    if num_inference_steps is None and not (num_inference_steps := predictor.config.step_counts):
         raise argument_error("num_inference_steps", "be given for a predictor without it", None, "Pass it.")
     if predictor.config.schedule is None:
         remedy = "Give the predictor a configuration with `schedule` and `schedule_sigmas`, or train it first."
@@ -153,5 +158,7 @@ def trained_end_to_end(
     if processes.by_first(lambda: is_finished(folder)):
         return FusedKANPredictor.from_pretrained(folder)
     if processes.by_first(training.resume) < settings.updates:
-        training.references.make(processes, bar and f"{bar}, all steps", training.check_steps)
+        for count, plain in training.all_references.items():
+            what = f"all {count} steps" if len(training.all_references) > 1 else "all steps"
+            plain.make(processes, bar and f"{bar}, {what}", training.check_steps)
     return processes.by_first(lambda: training.fit(bar if processes.is_first else None))

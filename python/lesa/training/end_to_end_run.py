@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from lesa.artifacts import check_same_settings, digest, fingerprint, predictor_identity, whole_file, write_text
 from lesa.cache.told import check_can_be_told
-from lesa.inputs import batches_of
 from lesa.models import adapter_for, features_device
 from lesa.pipelines import check_decodes
 from lesa.provenance import of_manifest
@@ -25,10 +24,10 @@ from lesa.schedule import Schedule, schedule_of
 from lesa.training.batches import check_is_predictor
 from lesa.training.curves import plot_losses
 from lesa.training.differentiable_runs import DifferentiableRuns, GradientRun, frozen
+from lesa.training.end_to_end_settings import EndToEndSettings
 from lesa.training.gradient_checks import TrainingFailedError, check_differentiable
 from lesa.training.learned_levels import RATE, LearnedLevels
-from lesa.training.run_references import References
-from lesa.training.settings import check_seed
+from lesa.training.run_references import References, calls_of
 from lesa.training.training_run import (
     CHECKPOINT_NAME,
     CURVE_NAME,
@@ -40,11 +39,8 @@ from lesa.training.training_run import (
     read_checkpoint,
 )
 from lesa_kernels import FusedKANPredictor
-from lesa_kernels.checks import Said, argument_error, check_float, check_int
+from lesa_kernels.checks import Said, argument_error
 from lesa_kernels.torch_modes import default_modes
-
-UPDATES = 50
-"""How many steps the optimiser takes by default."""
 
 BETAS, WARM_UP = (0.9, 0.99), 20
 """Of AdamW; and after how many updates it has its learning rate."""
@@ -61,31 +57,13 @@ Loss = str | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """What compares the end of a run: "latents", "pixels", or a function of images and those of the run of all steps."""
 
 
-@dataclass(frozen=True)
-class EndToEndSettings:
-    """How a predictor is trained through whole runs. For the arguments, see `train_end_to_end`.
-
-    Raises:
-        TypeError, ValueError: a setting is out of range; the message names it.
-    """
-
-    num_inference_steps: int
-    updates: int = UPDATES
-    batch_size: int = 8
-    samples_per_call: int = 8
-    learning_rate: float = 1e-3
-    seed: int = 0
-    learn_levels: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("num_inference_steps", "updates", "batch_size", "samples_per_call"):
-            object.__setattr__(self, name, check_int(name, getattr(self, name)))
-        object.__setattr__(self, "learning_rate", check_float("learning_rate", self.learning_rate, minimum=1e-8))
-        object.__setattr__(self, "seed", check_seed(self.seed))
-
-
 class EndToEndRun:
-    """One training through whole runs: `resume`, make the references, then `fit`. See `trained_end_to_end`."""
+    """One training through whole runs: `resume`, make the references, then `fit`. See `trained_end_to_end`.
+
+    Attributes:
+        all_references: the runs of all steps, by the number of steps that is passed to the pipeline.
+        references: those for the number of steps of the latest update.
+    """
 
     def __init__(
         self,
@@ -108,6 +86,9 @@ class EndToEndRun:
         else:
             remedy = "Train it with a schedule, or pass `schedule_for`."
             raise argument_error("predictor.config.schedule", "be the steps to compute", None, remedy)
+        if len(settings.counts) > 1 and predictor.config.num_inference_steps is None:
+            must, remedy = "be the number of steps of `schedule`", "Set it, or pass one number of steps."
+            raise argument_error("predictor.config.num_inference_steps", must, None, remedy)
         self.device = features_device(pipe, adapter_for(pipe))
         self.begin = predictor_identity(predictor)
         with default_modes():
@@ -116,15 +97,21 @@ class EndToEndRun:
         self.predictor.config = replace(predictor.config, schedule_errors=None)  # they are those of other weights
         self.levels = LearnedLevels(predictor.config) if settings.learn_levels else None
         self._owns_references = references is None
-        self.references = References(
-            pipe,
-            inputs,
-            settings.seed,
-            settings.num_inference_steps,
-            settings.samples_per_call,
-            folder / REFERENCES if references is None else references,
-            self.compares_images,
-        )
+        self._references_folder = folder / REFERENCES if references is None else references
+        self.all_references = {
+            count: References(
+                pipe,
+                inputs,
+                settings.seed,
+                count,
+                settings.samples_per_call,
+                self._references_folder / f"steps-{count}" if len(settings.counts) > 1 else self._references_folder,
+                self.compares_images,
+            )
+            for count in settings.counts
+        }
+        self.references = self.all_references[settings.counts[0]]
+        self.step_counts = settings.count_of_each_update()
         self.losses: list[float] = []
 
     @functools.cached_property
@@ -159,7 +146,7 @@ class EndToEndRun:
     def fit(self, bar: str | None) -> FusedKANPredictor:
         """Trains from the checkpoint on, and writes what belongs into the folder."""
         total, done = self.settings.updates, len(self.losses)
-        facts = of_manifest({"num_inference_steps": self.settings.num_inference_steps, **self.references.facts})
+        facts = of_manifest({"num_inference_steps": self._own_count, **self.references.facts})
         self.predictor.provenance = {"samples": len(self.inputs), **(self.predictor.provenance or {}), **facts}
         every = math.ceil(total / MOST_CHECKPOINTS)
         batches = itertools.islice(_batches(len(self.inputs), self.settings), done, total)
@@ -177,20 +164,19 @@ class EndToEndRun:
 
     def _update(self, runs: DifferentiableRuns, update: int, samples: list[int]) -> float:
         """One step of the optimiser. Returns the loss before it."""
-        settings, optimizer = self.settings, self.optimizer
+        settings, optimizer, steps = self.settings, self.optimizer, self.step_counts[update]
+        self.references = self.all_references[steps]
         for group in optimizer.param_groups:
             warm = min(1.0, (update + 1) / WARM_UP)
             rate = settings.learning_rate * group.get("rate", 1.0)
             group["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * update / settings.updates))
         optimizer.zero_grad()
         total = 0.0
-        chosen = [self.inputs[sample] for sample in samples]
-        for numbers in batches_of(chosen, settings.samples_per_call):
-            alike = [samples[number] for number in numbers]
+        for alike in calls_of(self.inputs, samples, settings.samples_per_call):
             run = runs.run(
                 [self.inputs[sample] for sample in alike],
                 [settings.seed + sample for sample in alike],
-                settings.num_inference_steps,
+                steps,
                 self.schedules[update],
                 "pt" if self.compares_images else "latent",
             )
@@ -254,13 +240,30 @@ class EndToEndRun:
             raise argument_error(name, must, Said(f"{value} in update {update + 1}"), remedy, TrainingFailedError)
 
     def check_steps(self) -> None:
-        """Raises `ValueError` if the predictor is for another number of steps than the pipeline executes."""
-        wanted, steps = self.predictor.config.num_inference_steps, self.references.steps
-        if wanted not in (None, steps):
-            given = self.settings.num_inference_steps
-            must = f"make the pipeline execute {wanted} steps, for which the predictor was trained"
-            got = Said(f"{given}, with which it executes {steps}")
-            raise argument_error("num_inference_steps", must, got, "Pass another number, or train a predictor for it.")
+        """Raises `ValueError` if the pipeline executes other numbers of steps than that of the predictor's schedule.
+
+        Of several numbers, one must be that. As long as one of them has no run of all steps, it may be this one.
+        """
+        wanted, executed = self.predictor.config.num_inference_steps, self._executed
+        is_open = len(executed) < len(self.all_references)
+        if wanted in executed.values() or is_open or (wanted is None and len(executed) == 1):
+            return
+        must = f"make the pipeline execute {wanted} steps, for which the predictor was trained"
+        if len(executed) > 1:
+            must = f"have one that makes the pipeline execute the {wanted} steps of the predictor's schedule"
+        got = Said("; ".join(f"{given}, with which it executes {steps}" for given, steps in executed.items()))
+        raise argument_error("num_inference_steps", must, got, "Pass another number, or train a predictor for it.")
+
+    @property
+    def _executed(self) -> dict[int, int]:
+        """How many steps a run executes, for those numbers of steps of which there is a run."""
+        return {count: each.steps for count, each in self.all_references.items() if each.has_begun}
+
+    @property
+    def _own_count(self) -> int:
+        """The number of steps that is passed to the pipeline for the predictor's schedule."""
+        own = (count for count, steps in self._executed.items() if steps == self.predictor.config.num_inference_steps)
+        return next(own, self.settings.counts[0])
 
     def _all_settings(self) -> dict[str, Any]:
         """All that must be the same for a training to continue, by name."""
@@ -295,12 +298,15 @@ class EndToEndRun:
         """Writes what belongs into the folder. Returns the predictor, on the CPU."""
         if self.levels is not None:
             self.predictor.config = replace(self.predictor.config, told_levels=self.levels.values())
+        config, executed = self.predictor.config, {*self._executed.values()}
+        more = tuple(sorted(executed - {config.num_inference_steps})) if len(self.all_references) > 1 else ()
+        self.predictor.config = replace(config, more_step_counts=more or None)
         self.predictor.save_pretrained(self.folder)
         losses = {"training": self.losses}
         write_text(self.folder / LOSSES_NAME, json.dumps(losses) + "\n")
         plot_losses(losses, None, self.folder / CURVE_NAME, "update")
         if self._owns_references:
-            shutil.rmtree(self.references.folder, ignore_errors=True)
+            shutil.rmtree(self._references_folder, ignore_errors=True)
         (self.folder / CHECKPOINT_NAME).unlink()
         self.optimizer.zero_grad(set_to_none=True)
         return self.predictor.cpu().eval()

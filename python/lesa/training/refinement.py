@@ -172,7 +172,8 @@ def refined(
     if is_finished(out_dir):
         return FusedKANPredictor.from_pretrained(out_dir)
     with default_modes():  # the pipeline runs in those of the caller
-        run = _Refinement(trajectories, predictor.config, settings, out_dir=out_dir, device=device, bar=bar)
+        config = replace(predictor.config, more_step_counts=None)  # it is refined for those of the trajectories
+        run = _Refinement(trajectories, config, settings, out_dir=out_dir, device=device, bar=bar)
         run.start_from(predictor, roll_outs)
         run.fit()
         return run.finish()

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lesa.artifacts import check_same_settings, digest, fingerprint, read_json, remove_partial, write_text
 from lesa.conditions import conditions_of
-from lesa.inputs import batches_of, collate
+from lesa.inputs import can_share_a_call, collate
 from lesa.models import adapter_for
 from lesa.pipelines import quiet_progress, run_pipeline
 from lesa.processes import Processes
@@ -22,6 +22,22 @@ from lesa.training.shards import save_tensors
 from lesa_kernels.checks import Said, argument_error
 
 MANIFEST_NAME = "references.json"
+
+
+def calls_of(inputs: Sequence[dict], samples: Sequence[int], samples_per_call: int) -> list[list[int]]:
+    """Divides samples into calls of the pipeline: those whose arguments can share a call come together.
+
+    Args:
+        inputs: dicts of pipeline arguments.
+        samples: numbers of some of them.
+        samples_per_call: at most.
+    """
+    calls, left = [], [*samples]
+    while left:
+        alike = [sample for sample in left if can_share_a_call(inputs[left[0]], inputs[sample])]
+        calls += [alike[start : start + samples_per_call] for start in range(0, len(alike), samples_per_call)]
+        left = [sample for sample in left if sample not in alike]
+    return calls
 
 
 class References:
@@ -54,7 +70,7 @@ class References:
     ):
         self.pipe, self.inputs, self.seed, self.folder = pipe, inputs, seed, folder
         self.num_inference_steps, self.with_images = num_inference_steps, with_images
-        self._batches = [*batches_of(inputs, samples_per_call)]
+        self._batches = calls_of(inputs, range(len(inputs)), samples_per_call)
         adapter = adapter_for(pipe)
         self.facts = {
             "family": adapter.family,
@@ -98,6 +114,11 @@ class References:
         """How many steps a run executes."""
         with safe_open(self._file(0), "pt") as file:
             return file.get_slice("latents").get_shape()[0]
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a run of the first sample."""
+        return self._file(0).exists()
 
     def _check_folder(self) -> None:
         """Writes what the runs depend on into a new folder; raises `ValueError` if a folder has something else."""
