@@ -34,3 +34,4 @@ gpu:  ## on this machine's NVIDIA GPU, all benchmarks, all tests that need one, 
 demo-weights:  ## make the bundled models and predictors again
 	$(PYTHON) -m lesa.demo.make_weights
 	$(PYTHON) -m lesa.demo.make_photos
+	$(PYTHON) -m lesa.demo.make_few_step

@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 import lesa
-from lesa.demo.run import DEMOS, SEED, labels
+from lesa.demo.run import DEMOS, OF_50_STEPS, SEED, labels
 from lesa.evaluation.quality import psnr
 from lesa.inputs import collate
 from lesa.models import adapter_for
@@ -139,7 +139,7 @@ def table(results: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=tuple(DEMOS), default="digits", help="bundled model (default: digits)")
+    parser.add_argument("--model", choices=OF_50_STEPS, default="digits", help="bundled model (default: digits)")
     parser.add_argument("--trajectories", type=Path, help="folder of its recording, made if missing (default: in OUT)")
     parser.add_argument("--samples", type=int, help="how many to record (default: as for the bundled predictors)")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps, where it is recorded (default: 50)")

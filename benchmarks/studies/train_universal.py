@@ -21,7 +21,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from lesa.demo.run import DEMOS, labels
+from lesa.demo.run import DEMOS, OF_50_STEPS, labels
 from lesa.inputs import collate
 from lesa_kernels.forecasters import universal
 from lesa_kernels.predictor.reference import newton_weights
@@ -215,10 +215,10 @@ def train(runs: list[Run], iterations: int, seed: int = 0, rate: float = 5e-3) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help=f"folder that gets {universal.COEFFICIENTS.name}")
-    parser.add_argument("--leave-out", choices=tuple(DEMOS), help="a model that is not trained on")
+    parser.add_argument("--leave-out", choices=OF_50_STEPS, help="a model that is not trained on")
     parser.add_argument("--iterations", type=int, default=2500, help="random schedules (default: 2500)")
     options = parser.parse_args()
-    models = [name for name in DEMOS if name != options.leave_out]
+    models = [name for name in OF_50_STEPS if name != options.leave_out]
     settings = [(name, shift, kind == "other guidance") for shift, kind in SETTINGS for name in models]
     runs = [record(*setting) for setting in tqdm(settings, desc="recording", unit="run")]
     options.out.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import lesa
 from lesa.demo import digits
-from lesa.demo.run import DEMOS, labels
+from lesa.demo.run import DEMOS, OF_50_STEPS, labels
 from lesa.evaluation.quality import psnr
 from lesa.inputs import collate
 from lesa.models import adapter_for
@@ -77,7 +77,7 @@ USUAL = Chain("", 0)
 
 def chains() -> list[Chain]:
     """All that is measured, the most informative first."""
-    both = tuple(DEMOS)
+    both = OF_50_STEPS
     return [
         *(Chain(model, 96, most_rounds=3) for model in both),
         *(Chain(model, 8) for model in both),
@@ -234,7 +234,7 @@ def plot(lines: list[dict[str, str]], picture: Path) -> None:
     usual = {name: str(getattr(USUAL, name)) for name in ("training_steps", "refining_steps", "tokens", "schedule")}
     panels = {"samples": "recorded samples", "training_steps": "steps of the optimiser in training", "rounds": "rounds"}
     figure, axes = pyplot.subplots(2, 3, figsize=(11, 6.2), sharey="row", constrained_layout=True)
-    for row, model in zip(axes, DEMOS):
+    for row, model in zip(axes, OF_50_STEPS):
         for axis, (name, label) in zip(row, panels.items()):
             curves: dict[str, dict[int, float]] = {}
             varied = {name} if name == "samples" else {name, "refining_steps"}
@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     table = Path(__file__).parents[1] / "results" / "cpu" / "training-amounts.csv"
     parser.add_argument("--table", type=Path, default=table, help="the table to continue")
-    parser.add_argument("--model", choices=tuple(DEMOS), help="measure this model only")
+    parser.add_argument("--model", choices=OF_50_STEPS, help="measure this model only")
     parser.add_argument(
         "--work", type=Path, default=Path("amounts"), help="folder for recordings, which are kept there"
     )

@@ -20,7 +20,7 @@ from train_universal import inputs_for
 
 import lesa
 from lesa import Schedule
-from lesa.demo.run import DEMOS
+from lesa.demo.run import DEMOS, OF_50_STEPS
 from lesa.evaluation.quality import psnr
 from lesa.inputs import collate
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -158,7 +158,7 @@ def table(results: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder; what is finished there is kept")
-    parser.add_argument("--models", nargs="+", choices=tuple(DEMOS), default=list(DEMOS))
+    parser.add_argument("--models", nargs="+", choices=OF_50_STEPS, default=list(OF_50_STEPS))
     parser.add_argument("--samples", type=int, default=16, help="of each model (default: 16)")
     parser.add_argument(
         "--coefficients", action="append", default=[], metavar="MODEL=FILE", help="other ones for universal"
