@@ -28,7 +28,7 @@ from lesa_kernels import FusedKANPredictor
 TEACHER_STEPS, SAMPLES, SEED = 48, 1024, 200_000
 """Steps of the teacher, how many samples it draws, and the seed of the first of them."""
 RANK = 16
-STEP_UPDATES, RUN_UPDATES = 150, {8: 50, 4: 100}
+STEP_UPDATES, RUN_UPDATES = 150, {8: 50, 4: 60}
 """Steps of the optimiser in the first part, and in the second by the steps of the student."""
 STEP_BATCH, RUN_BATCH = 64, 16
 STEP_RATE, RUN_RATE = 2e-3, 1e-3

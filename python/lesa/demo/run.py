@@ -100,7 +100,7 @@ class Demo:
 DEMOS = {
     "digits": Demo(digits, PREDICTORS, SCHEDULES, TAYLORSEER, TRAINING_SAMPLES),
     "photos": Demo(photos, PHOTOS_PREDICTORS, PHOTOS_SCHEDULES, PHOTOS_TAYLORSEER, 320),
-    "few-step": Demo(few_step, FEW_STEP_PREDICTORS, FEW_STEP_SCHEDULES, FEW_STEP_TAYLORSEER, 160, 8, updates=150),
+    "few-step": Demo(few_step, FEW_STEP_PREDICTORS, FEW_STEP_SCHEDULES, FEW_STEP_TAYLORSEER, 160, 8, updates=64),
 }
 
 OF_50_STEPS = tuple(name for name, demo in DEMOS.items() if demo.num_inference_steps == 50)
