@@ -35,3 +35,4 @@ demo-weights:  ## make the bundled models and predictors again
 	$(PYTHON) -m lesa.demo.make_weights
 	$(PYTHON) -m lesa.demo.make_photos
 	$(PYTHON) -m lesa.demo.make_video
+	$(PYTHON) -m lesa.demo.make_few_step

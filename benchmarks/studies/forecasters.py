@@ -39,7 +39,7 @@ from lesa import Schedule
 from lesa.artifacts import digest, write_text
 from lesa.demo import digits
 from lesa.demo.make_weights import END_TO_END_SAMPLES, newton_predictor
-from lesa.demo.run import DEMOS, labels
+from lesa.demo.run import DEMOS, Demo, labels
 from lesa.evaluation.quality import psnr
 from lesa.fitting.schedule_family import family
 from lesa.inputs import collate
@@ -99,35 +99,41 @@ class Workshop:
     Args:
         name: of the model.
         folder: where everything is kept.
+        demo: the model. None: the one of this name in `DEMOS`.
     """
 
-    def __init__(self, name: str, folder: Path):
-        self.name, self.folder, self.demo = name, folder, DEMOS[name]
-        self.pipe = self.demo.model.load_pipeline()
+    def __init__(self, name: str, folder: Path, demo: Demo | None = None):
+        self.name, self.folder, self.demo = name, folder, demo or DEMOS[name]
+        self.pipe, steps = self.load(), self.demo.num_inference_steps
         self.inputs = self.demo.model.inputs_for(labels(self.demo.training_samples))
-        self.trajectories = lesa.record(self.pipe, self.inputs, folder / "trajectories", batch_size=16)
+        self.trajectories = lesa.record(self.pipe, self.inputs, folder / "trajectories", steps, batch_size=16)
         self.levels = self.trajectories[0].sigmas.tolist()
         self._notes = folder / "notes.json"
         self._known: dict[str, Any] = json.loads(self._notes.read_text()) if self._notes.exists() else {}
+
+    def load(self) -> Any:
+        """The pipeline."""
+        return self.demo.model.load_pipeline()
 
     def predictors(self, budget: int) -> dict[str, tuple[FusedKANPredictor, Schedule]]:
         """Those to evaluate, by label."""
         newton = self.newton(budget)
         ours = tuple(newton.config.schedule or ())
-        made = {f"newton-{budget}": (newton, Schedule(ours, STEPS))}
+        steps = self.demo.num_inference_steps
+        made = {f"newton-{budget}": (newton, Schedule(ours, steps))}
         for mixer in OTHERS:
             chosen = {"newton": self.best(mixer, budget, ours), "best": self.best(mixer, budget)}
             if chosen["best"].steps == ours:
                 del chosen["newton"]
             for where, choice in chosen.items():
-                made[f"{mixer}-{budget}/{where}"] = self.made(choice), Schedule(choice.steps, STEPS)
+                made[f"{mixer}-{budget}/{where}"] = self.made(choice), Schedule(choice.steps, steps)
         return made
 
     def newton(self, budget: int) -> FusedKANPredictor:
         """The newton predictor: the bundled one, or one that is made like it for its schedule, and kept."""
-        if budget in BUNDLED[self.name]:
+        if budget in BUNDLED.get(self.name, {}):
             return FusedKANPredictor.from_pretrained(digits.WEIGHTS / BUNDLED[self.name][budget])
-        schedule = tuple(self.demo.schedules[budget])
+        schedule = self.newton_schedule(budget)
         folder = self.folder / "-".join(("newton", *map(str, schedule)))
         if not (folder / "config.json").exists():
             more = self.demo.model.inputs_for(labels(END_TO_END_SAMPLES))
@@ -135,6 +141,10 @@ class Workshop:
             made = newton_predictor(self.trajectories, self.pipe, self.inputs, more, schedule, updates)
             made.save_pretrained(folder)
         return FusedKANPredictor.from_pretrained(folder)
+
+    def newton_schedule(self, budget: int) -> tuple[int, ...]:
+        """The steps that a newton predictor computes."""
+        return tuple(self.demo.schedules[budget])
 
     def best(self, mixer: str, budget: int, steps: tuple[int, ...] | None = None) -> Choice:
         """The options and the schedule with which the runs of a forecaster are best.
@@ -146,7 +156,7 @@ class Workshop:
         """
         choices = []
         for config in self.configs(mixer):
-            schedules = [steps] if steps else [*self.candidates(budget), self.found(config, budget)]
+            schedules = [steps] if steps else self.schedules(config, budget)
             choices += [Choice(config, each) for each in dict.fromkeys(schedules)]
         return max(tqdm(choices, desc=f"{mixer}, {budget} steps"), key=self.score)
 
@@ -155,6 +165,10 @@ class Workshop:
         forecaster = FORECASTERS[mixer]
         width = self.trajectories.feature_dim if forecaster.is_trained else None
         return [PredictorConfig(width, mixer=mixer, options=dict(options)) for options in forecaster.variants]
+
+    def schedules(self, config: PredictorConfig, budget: int) -> list[tuple[int, ...]]:
+        """The schedules that are tried with a forecaster."""
+        return [*self.candidates(budget), self.found(config, budget)]
 
     def candidates(self, budget: int) -> list[tuple[int, ...]]:
         """The schedules that are tried with all forecasters."""
@@ -184,7 +198,7 @@ class Workshop:
         """Mean PSNR of the latents in dB, for a peak of 2, on the validation samples."""
         made = self._run(lesa.enable_cache(self.pipe, predictor, steps))
         pairs = zip(made.numpy(), self._full.numpy())
-        return sum(psnr(own, full, 2.0) for own, full in pairs) / VALIDATION_SAMPLES[self.name]
+        return sum(psnr(own, full, 2.0) for own, full in pairs) / self.validation_samples
 
     def made(self, choice: Choice) -> FusedKANPredictor:
         """The predictor, trained for its steps if it can be."""
@@ -194,8 +208,8 @@ class Workshop:
 
     def _fitted(self, choice: Choice) -> FusedKANPredictor:
         """As `lesa.train` does, which reads the recording anew for each schedule."""
-        predictor = FusedKANPredictor(replace(choice.config, num_inference_steps=STEPS))
-        for step in range(1, STEPS):
+        predictor = FusedKANPredictor(replace(choice.config, num_inference_steps=self.demo.num_inference_steps))
+        for step in range(1, self.demo.num_inference_steps):
             computed = [earlier for earlier in choice.steps if earlier < step]
             predictor.forecaster.fit_steps(predictor, self._summary, computed, [step])
         return predictor
@@ -207,11 +221,21 @@ class Workshop:
             levels = tuple(self.levels[step] for step in choice.steps)
             start = self.first_phase
             start.config = replace(start.config, schedule=choice.steps, schedule_sigmas=levels)
-            more: dict[str, Any] = {"rounds": ROUNDS, "samples_per_call": 16, "epochs": LESA_EPOCHS[self.name][1]}
+            more: dict[str, Any] = {"rounds": ROUNDS, "samples_per_call": 16, "epochs": self.lesa_epochs[1]}
             refined = lesa.refine(start, self.trajectories, self.pipe, self.inputs, **more, **LESA_TRAINING)
             better = max((start, refined), key=lambda predictor: self.psnr_of(predictor, choice.steps))
             better.save_pretrained(folder)
         return FusedKANPredictor.from_pretrained(folder)
+
+    @property
+    def validation_samples(self) -> int:
+        """How many runs choose."""
+        return VALIDATION_SAMPLES[self.name]
+
+    @property
+    def lesa_epochs(self) -> tuple[int, int]:
+        """Of LESA's first phase, and of each round of refining."""
+        return LESA_EPOCHS[self.name]
 
     @property
     def first_phase(self) -> FusedKANPredictor:
@@ -219,7 +243,7 @@ class Workshop:
         folder = self.folder / "lesa-first-phase"
         if not (folder / "config.json").exists():
             (config,) = self.configs("lesa")
-            epochs = LESA_EPOCHS[self.name][0]
+            epochs = self.lesa_epochs[0]
             lesa.train(self.trajectories, config, [0], epochs=epochs, **LESA_TRAINING).save_pretrained(folder)
         return FusedKANPredictor.from_pretrained(folder)
 
@@ -235,10 +259,10 @@ class Workshop:
         return self._run(nullcontext())
 
     def _run(self, cache) -> torch.Tensor:
-        count = VALIDATION_SAMPLES[self.name]
+        count = self.validation_samples
         generators = [torch.Generator().manual_seed(VALIDATION_SEED + n) for n in range(count)]
         arguments = collate(self.demo.model.inputs_for(labels(count)))
-        options = {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False}
+        options = {"num_inference_steps": self.demo.num_inference_steps, "output_type": "latent", "return_dict": False}
         with cache:
             return self.pipe(**arguments, **options, generator=generators)[0].float()
 

@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     from lesa_kernels import PredictorConfig
 
 FEW_STEPS = 10
-"""A run with fewer steps is computed completely, unless it has a schedule or the predictor was trained for it."""
+"""A run with fewer steps is computed completely with a predictor that was trained for another number of steps."""
+
+FEW_UNTRAINED, LEAST_COMPUTED = 8, 6
+"""Without training, a run with fewer steps is computed completely, and of a longer one at least so many steps are.
+
+With 3 of 12 steps, runs without training are worse than plain runs of 3 steps; with 6 of 12 or 8 they are better.
+"""
 
 QUALITIES = {"high": 16, "balanced": 12, "fast": 9}
 """By name, how many of 50 steps are computed."""
@@ -213,7 +219,7 @@ class Spread:
     Args:
         steps: how many; a shorter run is computed in full. None: as many as `quality` says.
         quality: "high", "balanced" or "fast": 16, 12 or 9 of 50 steps. Of another number of steps it is the same part,
-            rounded up, and at least three. A run of fewer than 10 steps is computed in full.
+            rounded up, and at least six. A run of fewer than 8 steps is computed in full.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -231,7 +237,7 @@ class Spread:
         """How many steps of a run of `total` steps are computed."""
         if self.steps is not None:
             return min(self.steps, total)
-        return total if total < FEW_STEPS else max(3, -(-QUALITIES[self.quality] * total // 50))
+        return total if total < FEW_UNTRAINED else max(LEAST_COMPUTED, -(-QUALITIES[self.quality] * total // 50))
 
     def computed_in(self, run_sigmas: Sequence[float]) -> frozenset[int]:
         """The steps to compute in a run with the noise levels `run_sigmas`; see `falling_levels`."""

@@ -383,7 +383,10 @@ def test_few_steps_are_computed_whole_unless_a_schedule_is_given(pipe, generate)
     with lesa.enable_cache(pipe, trained_predictor()) as handle:
         assert torch.equal(generate(pipe, steps=9), plain)
         assert handle.stats.computed_steps == 9
-        assert handle.stats.notes == ["computed everything: 9 steps are too few to predict any"]
+        assert handle.stats.notes == [
+            "computed everything: 9 steps are too few to predict any with a predictor that was trained for another "
+            "number. Train a predictor for 9 steps, or take fewer steps"
+        ]
         generate(pipe, steps=10)
         assert 0 < handle.stats.computed_steps < 10
     with lesa.enable_cache(pipe, trained_predictor(), [0, 1]) as handle:

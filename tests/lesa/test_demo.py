@@ -6,7 +6,7 @@ import torch
 from diffusers import FluxPipeline
 
 from lesa import cli
-from lesa.demo import digits
+from lesa.demo import digits, few_step
 from lesa.demo.run import DEMOS, SCHEDULES, SEED, TAYLORSEER, TEST_SAMPLES, TRAINING_SAMPLES, export, run_demo
 from lesa.inputs import read_inputs
 from lesa.pipelines import load_pipeline
@@ -56,8 +56,29 @@ def test_export_names_commands_that_the_command_line_takes(exported):
 def test_bundled_predictors_are_those_that_the_demo_names(model):
     for name, (mixer, schedule) in DEMOS[model].predictors.items():
         config = FusedKANPredictor.from_pretrained(digits.WEIGHTS / name).config
-        assert (config.mixer, config.schedule) == (mixer, as_schedule(schedule, 50).steps)
+        steps = DEMOS[model].num_inference_steps
+        assert (config.mixer, config.num_inference_steps) == (mixer, steps)
+        assert config.schedule == as_schedule(schedule, steps).steps
         assert (config.schedule_errors is None) == (mixer == "dense")
+
+
+def test_a_student_draws_like_its_updates_in_diffusers(generate):
+    pytest.importorskip("peft")
+    student, plain = few_step.load_pipeline(steps=4), digits.load_pipeline()
+    plain.load_lora_weights(few_step.file_of(4))
+    assert torch.allclose(generate(student, steps=2), generate(plain, steps=2), atol=1e-5)
+    with pytest.raises(ValueError, match="`steps` must be one of 8, 4, but got 6"):
+        few_step.load_pipeline(steps=6)
+
+
+def test_export_of_a_student(tmp_path, generate):
+    commands = export(tmp_path / "out", "few-step")
+    parsed = [cli.parse(shlex.split(command)[1:]) for command in commands]
+    assert [options.steps for options in parsed if "steps" in options] == [8, 8, 8, 8]
+    assert parsed[0].budget == 6 and parsed[2].schedule == list(DEMOS["few-step"].schedules[6])
+    pipe = load_pipeline(tmp_path / "out" / "model")
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.equal(generate(pipe, steps=2), generate(few_step.load_pipeline(), steps=2))
 
 
 def test_taylorseer_settings_have_the_demo_s_budgets():
@@ -86,6 +107,14 @@ def test_demo_with_the_bundled_predictors(tmp_path):
     assert evaluation["newton-8"].psnr > taylorseer[8] + 8
     assert taylorseer[10] > evaluation["fewer-steps-9"].psnr
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_demo_of_a_student(tmp_path):
+    evaluation = run_demo(tmp_path, num_samples=2, progress=False, model="few-step")
+    assert evaluation["reference"].num_inference_steps == 8
+    assert evaluation["newton-6"].psnr > evaluation["universal-6"].psnr
+    assert evaluation["newton-6"].psnr > evaluation["fewer-steps-6"].psnr
 
 
 def test_export_overwrites_nothing(tmp_path):

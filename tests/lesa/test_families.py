@@ -224,7 +224,8 @@ def test_models_of_few_steps_are_computed_whole_and_it_is_said_once(pipe, name, 
     with lesa.enable_cache(pipe, trained_on_50(adapter_for(pipe).family)) as handle:
         for _ in range(2):
             assert torch.equal(case.latents(pipe, steps=steps), wanted)
-            assert handle.stats.notes == [f"computed everything: {steps} steps are too few to predict any"]
+            (note,) = handle.stats.notes
+            assert note.startswith(f"computed everything: {steps} steps are too few to predict any")
     assert all(s.computed == [*range(steps)] for s in handle.stats.streams.values())
 
 

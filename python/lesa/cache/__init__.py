@@ -103,8 +103,8 @@ def enable_cache(
             of the predictor are used if there are as many of them. Where the noise level rises in a run, the first step
             after each rise is one of them, and so is the first step of `transformer_2`; more are computed if need be.
         quality: "high", "balanced" or "fast": 16, 12 or 9 of 50 steps are computed. Of another number of steps it is
-            the same part, rounded up, and at least three. `Schedule.spread` chooses them. Runs of fewer than 10 steps
-            are computed in full. A predictor with a trained schedule has been trained for these steps alone, so every
+            the same part, rounded up, and at least six. `Schedule.spread` chooses them. Runs of fewer than 8 steps are
+            computed in full. A predictor with a trained schedule has been trained for these steps alone, so every
             quality is its trained schedule, and `stats` has a note of it.
 
     Returns:

@@ -109,7 +109,7 @@ class Chooser:
             return self._scheduled(trained, sigmas)
         if count == total:
             if spread.steps is None:
-                self._note_few(total)
+                self._note_few(total, "without training")
             else:
                 self._note(f"computed everything: the run has {total} steps")
             return frozenset(range(total))
@@ -126,7 +126,7 @@ class Chooser:
         """The computed steps of a run with these noise levels. Notes what the user may not expect."""
         config, total = self._first, len(sigmas)
         if self._as_trained and total < FEW_STEPS and total not in config.step_counts:
-            self._note_few(total)
+            self._note_few(total, "with a predictor that was trained for another number")
             return frozenset(range(total))
         schedule = as_schedule(schedule, total)
         if schedule.sigmas is None and schedule.num_inference_steps not in (None, total):
@@ -142,8 +142,9 @@ class Chooser:
         self._note_other_training(chosen, sigmas)
         return chosen
 
-    def _note_few(self, total: int) -> None:
-        self._note(f"computed everything: {total} steps are too few to predict any")
+    def _note_few(self, total: int, how: str) -> None:
+        instead = f"Train a predictor for {total} steps, or take fewer steps"
+        self._note(f"computed everything: {total} steps are too few to predict any {how}. {instead}")
 
     def _note_other_training(self, chosen: frozenset[int], sigmas: list[float]) -> None:
         """Notes if a predictor's steps, computed steps or noise levels are others than those of the run."""

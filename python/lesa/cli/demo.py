@@ -10,8 +10,10 @@ OPTIONS = {"out_dir": "--export"}
 
 def add_arguments(parser) -> None:
     """The options of the command."""
-    models = "digits: a FLUX model (default); photos: a Qwen-Image model with guidance; video: a HunyuanVideo model"
-    parser.add_argument("--model", choices=("digits", "photos", "video"), default="digits", help=models)
+    models = "digits: a FLUX model (default); photos: a Qwen-Image model with guidance; video: a HunyuanVideo model; "
+    models += "few-step: digits in 8 steps"
+    choices = ("digits", "photos", "video", "few-step")
+    parser.add_argument("--model", choices=choices, default="digits", help=models)
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
         "--out", type=arguments.folder, default=Path("demo-out"), help="folder for the results (default: demo-out)"
@@ -35,7 +37,7 @@ def run(options) -> None:
         print("\n".join(f"  {command}" for command in by_steps))
         return
     duration = "This takes one to two minutes on two idle CPU cores, and up to five on busy ones."
-    print(f"The bundled {options.model} model: 50 steps, then fewer computed ones. {duration}", flush=True)
+    print(f"The bundled {options.model} model: all steps, then fewer computed ones. {duration}", flush=True)
     start = time.perf_counter()
     show(run_demo(options.out, model=options.model), options.out)
     print(f"The demo took {time.perf_counter() - start:.0f} s.")

@@ -88,7 +88,8 @@ def train_predictors(demo: Demo, out: Path) -> None:
     pipe = demo.model.load_pipeline(out / demo.model.PIPELINE_DIR.name)
     inputs = inputs_of(demo, demo.training_samples, out)
     with tempfile.TemporaryDirectory() as scratch:
-        trajectories = lesa.record(pipe, inputs, Path(scratch) / "trajectories", batch_size=16)
+        steps = demo.num_inference_steps
+        trajectories = lesa.record(pipe, inputs, Path(scratch) / "trajectories", steps, batch_size=16)
         for name, (mixer, schedule) in demo.predictors.items():
             if mixer == "newton" and isinstance(schedule, tuple):
                 more = inputs_of(demo, END_TO_END_SAMPLES, out)

@@ -2,14 +2,13 @@
 
 import os
 import shlex
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from lesa.contenders import FewerSteps, TaylorSeer
-from lesa.demo import digits, photos, video
+from lesa.demo import digits, few_step, photos, video
 from lesa.evaluation import Evaluation, evaluate
 from lesa.evaluation.evaluator import Contestant
 from lesa.inputs import write_inputs
@@ -73,6 +72,13 @@ VIDEO_PREDICTORS: Predictors = {
 }
 VIDEO_TAYLORSEER = tuple(TaylorSeer(interval, order=1, lite=lite) for interval in (7, 8) for lite in (False, True))
 
+FEW_STEP_SCHEDULES = {6: (0, 1, 2, 3, 5, 7), 5: (0, 1, 2, 4, 6)}
+FEW_STEP_PREDICTORS: Predictors = {
+    "few-step-newton-6": ("newton", FEW_STEP_SCHEDULES[6]),
+    "few-step-newton-5": ("newton", FEW_STEP_SCHEDULES[5]),
+}
+FEW_STEP_TAYLORSEER = tuple(TaylorSeer(2, lite=lite) for lite in (False, True))
+
 
 @dataclass(frozen=True)
 class Demo:
@@ -86,6 +92,7 @@ class Demo:
         taylorseer: settings to compare with.
         training_samples: how many samples are recorded to train predictors.
         test_samples: how many samples the demo draws.
+        num_inference_steps: steps of a run.
         updates: steps of the optimiser when predictors are trained end to end.
         output: the file that `lesa generate` writes in the commands that `export` gives.
     """
@@ -96,8 +103,14 @@ class Demo:
     taylorseer: tuple[TaylorSeer, ...]
     training_samples: int
     test_samples: int = TEST_SAMPLES
+    num_inference_steps: int = 50
     updates: int = 250
     output: str = "digit.png"
+
+    @property
+    def budget(self) -> int:
+        """How many steps are computed where nothing else says so."""
+        return min(BUDGET, max(self.schedules))
 
 
 DEMOS = {
@@ -112,6 +125,15 @@ DEMOS = {
         test_samples=32,
         updates=120,
         output="video.gif",
+    ),
+    "few-step": Demo(
+        few_step,
+        FEW_STEP_PREDICTORS,
+        FEW_STEP_SCHEDULES,
+        FEW_STEP_TAYLORSEER,
+        training_samples=160,
+        num_inference_steps=8,
+        updates=64,
     ),
 }
 
@@ -141,13 +163,14 @@ def run_demo(
     demo = DEMOS[check_choice("model", model, tuple(DEMOS))]
     count = demo.test_samples if num_samples is None else check_int("num_samples", num_samples)
     trained = {name: FusedKANPredictor.from_pretrained(digits.WEIGHTS / name) for name in demo.predictors}
-    untrained = FusedKANPredictor(PredictorConfig(mixer=UNTRAINED)), Spread(BUDGET)
-    predictors: dict[str, Contestant] = {**trained, f"{UNTRAINED}-{BUDGET}": untrained}
+    untrained = FusedKANPredictor(PredictorConfig(mixer=UNTRAINED)), Spread(demo.budget)
+    predictors: dict[str, Contestant] = {**trained, f"{UNTRAINED}-{demo.budget}": untrained}
     return evaluate(
         demo.model.load_pipeline(),
         demo.model.inputs_for(labels(count)),
         predictors,
         against=(FewerSteps.name, *demo.taylorseer),
+        num_inference_steps=demo.num_inference_steps,
         seed=SEED,
         out_dir=out_dir,
         progress=progress,
@@ -173,7 +196,7 @@ def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
     demo = DEMOS[check_choice("model", model, tuple(DEMOS))]
     if folder.exists() and any(folder.iterdir()):
         raise argument_error("out_dir", "be empty or absent", Said(f"files in {folder}"), "Choose another folder.")
-    shutil.copytree(demo.model.PIPELINE_DIR, folder / "model")
+    demo.model.load_pipeline().save_pretrained(folder / "model")
     files = {"inputs": demo.training_samples, "prompts": demo.model.NUM_CLASSES, "test-inputs": demo.test_samples}
     for name, count in files.items():
         write_inputs(folder / f"{name}.safetensors", demo.model.inputs_for(labels(count)))
@@ -181,13 +204,14 @@ def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
     def at(name: str) -> str:
         return shlex.quote(str(folder / name))
 
-    steps = ",".join(map(str, demo.schedules[BUDGET]))
+    steps = ",".join(map(str, demo.schedules[demo.budget]))
     record = f"--model {at('model')} --inputs {at('inputs.safetensors')} --batch-size 16"
+    run = "" if demo.num_inference_steps == 50 else f" --steps {demo.num_inference_steps}"
     recorded = f"--trajectories {at('trajectories')}"
-    fresh = f"--model {at('model')} --predictor {at('predictor')} --seed {SEED}"
+    fresh = f"--model {at('model')} --predictor {at('predictor')} --seed {SEED}{run}"
     return [
-        f"lesa fit {record} --budget {BUDGET} --out {at('fitted')}",
-        f"lesa record {record} --out {at('trajectories')}",
+        f"lesa fit {record}{run} --budget {demo.budget} --out {at('fitted')}",
+        f"lesa record {record}{run} --out {at('trajectories')}",
         f"lesa train {recorded} --schedule {steps} --out {at('trained')}",
         f"lesa refine {record} {recorded} --predictor {at('trained')} --out {at('predictor')}",
         f"lesa generate {fresh} --inputs {at('prompts.safetensors')} --output {at(demo.output)}",
