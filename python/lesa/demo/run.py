@@ -60,11 +60,13 @@ PHOTOS_PREDICTORS: Predictors = {
 # At 10 and at 9 of 50 steps TaylorSeer is best with order 1 in lite mode and these intervals, in the same search.
 PHOTOS_TAYLORSEER = tuple(TaylorSeer(interval, order=1, lite=lite) for interval in (7, 8) for lite in (False, True))
 
+# Of 8 steps. Runs on other samples chose these among all schedules: benchmarks/studies/few_steps.py.
 FEW_STEP_SCHEDULES = {6: (0, 1, 2, 3, 5, 7), 5: (0, 1, 2, 4, 6)}
 FEW_STEP_PREDICTORS: Predictors = {
     "few-step-newton-6": ("newton", FEW_STEP_SCHEDULES[6]),
     "few-step-newton-5": ("newton", FEW_STEP_SCHEDULES[5]),
 }
+# Each computes 5 steps.
 FEW_STEP_TAYLORSEER = tuple(TaylorSeer(2, lite=lite) for lite in (False, True))
 
 
@@ -115,15 +117,15 @@ def labels(count: int) -> list[int]:
 def run_demo(
     out_dir: str | os.PathLike, num_samples: int = TEST_SAMPLES, progress: bool = True, model: str = "digits"
 ) -> Evaluation:
-    """Compares a bundled model's predictors with its 50 steps, a cache without a predictor, TaylorSeer and fewer steps.
+    """Compares a bundled model's predictors with all its steps, a cache without a predictor, TaylorSeer and fewer steps.
 
-    The cache without a predictor is `lesa.enable_cache(pipe, steps=9)`.
+    The cache without a predictor is `lesa.enable_cache(pipe, steps=9)`, of the model for 8 steps `steps=6`.
 
     Args:
         out_dir: gets `summary.json` and `comparison.png`.
         num_samples: number of pictures to draw. None of them was used in training.
         progress: whether to show a progress bar.
-        model: "digits" or "photos".
+        model: "digits", "photos" or "few-step".
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -149,10 +151,10 @@ def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
     """Writes a bundled model and inputs, to make a predictor from the command line and to use it.
 
     Args:
-        out_dir: gets `model`, a diffusers pipeline; `inputs.safetensors`, inputs to record, 160 of the digits and 320
-            of the photographs; `prompts.safetensors`, one per class to generate from; and `test-inputs.safetensors`,
+        out_dir: gets `model`, a diffusers pipeline; `inputs.safetensors`, inputs to record, 320 of the photographs and
+            160 of the others; `prompts.safetensors`, one per class to generate from; and `test-inputs.safetensors`,
             the 64 inputs of the demo.
-        model: "digits" or "photos".
+        model: "digits", "photos" or "few-step".
 
     Returns:
         The commands: `lesa fit`, which does all at once, and then those of the single steps, in order.
