@@ -77,8 +77,8 @@ class Demo:
     Args:
         model: the module that loads it.
         predictors: mixer and schedule of the bundled predictors, by the names of their folders.
-        schedules: of newton predictors, by the number of computed steps. The one of 9 steps is that of the commands
-            that `export` gives.
+        schedules: of newton predictors, by the number of computed steps. The one of `budget` steps is that of the
+            commands that `export` gives.
         taylorseer: settings to compare with.
         training_samples: how many samples are recorded to train predictors.
         num_inference_steps: steps of a run.
@@ -117,7 +117,7 @@ def labels(count: int) -> list[int]:
 def run_demo(
     out_dir: str | os.PathLike, num_samples: int = TEST_SAMPLES, progress: bool = True, model: str = "digits"
 ) -> Evaluation:
-    """Compares a bundled model's predictors with all its steps, a cache without a predictor, TaylorSeer and fewer steps.
+    """Compares a bundled model's predictors with all steps, a cache without a predictor, TaylorSeer and fewer steps.
 
     The cache without a predictor is `lesa.enable_cache(pipe, steps=9)`, of the model for 8 steps `steps=6`.
 
@@ -174,7 +174,7 @@ def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
     def at(name: str) -> str:
         return shlex.quote(str(folder / name))
 
-    picture = "digit.png" if model == "digits" else "photo.png"
+    picture = "photo.png" if model == "photos" else "digit.png"
     steps = ",".join(map(str, demo.schedules[demo.budget]))
     record = f"--model {at('model')} --inputs {at('inputs.safetensors')} --batch-size 16"
     run = "" if demo.num_inference_steps == 50 else f" --steps {demo.num_inference_steps}"
