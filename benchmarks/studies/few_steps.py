@@ -3,8 +3,10 @@
 With `--steps`, it compares forecasters, the caches of others and fewer steps on the digits' student for 8 or 4 steps.
 Of 8 steps 6 or 5 are computed, of 4 steps 3. There are so few schedules that all are tried with L2P, linear and
 universal, by runs on 16 samples of other seeds. The others are tried with those that are best with these three. For
-newton, a brief training comes before each of its runs. The forecasters are made as in `forecasters.py`. Besides the
-PSNR to the student's run of all steps, there is the PSNR to the teacher's picture of 50 steps from the same noise.
+newton, a brief training comes before each of its runs. The forecasters are made as in `forecasters.py`, but LESA has
+the first phase of its training only. Besides the PSNR to the student's run of all steps, there is the PSNR to the
+teacher's picture of 50 steps from the same noise. Then `lesa.evaluate` compares newton with the caches of others, with
+batch size 1.
 
 With `--untrained`, it compares forecasts without training with fewer steps, in runs of 12 and 8 steps of the models
 that are made for 50 steps, and of the student for 8.
@@ -53,7 +55,7 @@ class Student(Workshop):
         folder: where everything is kept.
     """
 
-    validation_samples, lesa_epochs = 16, (20, 10)
+    validation_samples, lesa_epochs = 16, (20, 0)
 
     def __init__(self, steps: int, folder: Path):
         super().__init__(f"few-step-{steps}", folder, replace(DEMOS["few-step"], num_inference_steps=steps))
@@ -70,8 +72,16 @@ class Student(Workshop):
             made[f"{mixer}-{budget}/best"] = self.made(choice), Schedule(choice.steps, steps)
         return made
 
+    def configs(self, mixer: str) -> list[PredictorConfig]:
+        """With at most two sets of options."""
+        return super().configs(mixer)[-2:]
+
     def schedules(self, config: PredictorConfig, budget: int) -> list[tuple[int, ...]]:
         return self.candidates(budget) if config.mixer in LIKELY else self.likely(budget)
+
+    def made(self, choice: Choice) -> FusedKANPredictor:
+        """As there, but LESA has the first phase of its training only."""
+        return self.first_phase if choice.config.mixer == "lesa" else super().made(choice)
 
     def candidates(self, budget: int) -> list[tuple[int, ...]]:
         """All schedules that compute so many steps."""
@@ -144,10 +154,10 @@ def mean(values: Sequence[float]) -> float:
 
 
 def row(
-    model: str, steps: int, computed: int, run: str, own: Sequence[float], far: Sequence[float], plain: Any
+    model: str, steps: int, computed: int, run: str, own: Sequence[float], far: Sequence[float], pair: Any = None
 ) -> dict[str, Any]:
-    """A line of a table. The lead is that over `plain`, fewer steps."""
-    lead = ("", "", "") if plain is None else tuple(f"{value:.2f}" for value in paired_lead(own, plain))
+    """A line of a table. `pair` is two lists of PSNR: that of the run which leads, and that of the other."""
+    lead = ("", "", "") if pair is None else tuple(f"{value:.2f}" for value in paired_lead(*pair))
     figures = [f"{mean(values):.2f}" for values in (own, far)]
     return dict(zip(COLUMNS, (model, steps, computed, run, *figures, *lead), strict=True))
 
@@ -159,14 +169,15 @@ def untrained(seed: int) -> Iterator[dict]:
         far = (teacher_runs(BATCH, seed) if name == "few-step" else runs).run(50)
         for steps, budgets in UNTRAINED.items():
             full = runs.run(steps)
-            yield row(name, steps, steps, "all", [float("inf")], compared(full, far), None)
+            yield row(name, steps, steps, "all", [float("inf")], compared(full, far))
             for budget in budgets:
                 plain = runs.run(budget)
                 base = compared(plain, full)
-                yield row(name, steps, budget, "fewer steps", base, compared(plain, far), None)
+                yield row(name, steps, budget, "fewer steps", base, compared(plain, far))
                 for mixer in ("universal", "linear"):
                     made = runs.run(steps, FusedKANPredictor(PredictorConfig(mixer=mixer)), Spread(budget))
-                    yield row(name, steps, budget, mixer, compared(made, full), compared(made, far), base)
+                    own = compared(made, full)
+                    yield row(name, steps, budget, mixer, own, compared(made, far), (own, base))
 
 
 def teacher_runs(count: int, seed: int) -> Runs:
@@ -175,21 +186,26 @@ def teacher_runs(count: int, seed: int) -> Runs:
 
 
 def of_student(workshop: Student, predictors: dict[str, tuple[FusedKANPredictor, Schedule]]) -> Iterator[dict]:
-    """The lines of the table of a student: its predictors and fewer steps, with the teacher's picture."""
+    """The lines of the table of a student. The lead is that of newton over the run."""
     steps = workshop.demo.num_inference_steps
     runs = Runs(workshop.pipe, workshop.demo.model.inputs_for(labels(SAMPLES)), SEED)
     full, far = runs.run(steps), teacher_runs(SAMPLES, SEED).run(50)
-    yield row(workshop.name, steps, steps, "all", [float("inf")], compared(full, far), None)
-    for count in range(steps - 1, min(BUDGETS[steps]) - 1, -1):
-        plain = runs.run(count)
-        base = compared(plain, full)
-        yield row(workshop.name, steps, count, "fewer steps", base, compared(plain, far), None)
-        same = teacher_runs(SAMPLES, SEED).run(count)
-        yield row(workshop.name, steps, count, "teacher", compared(same, full), compared(same, far), None)
+    same = teacher_runs(SAMPLES, SEED).run(steps)
+    yield row(workshop.name, steps, steps, "teacher", compared(same, full), compared(same, far))
+    yield row(workshop.name, steps, steps, "all", [float("inf")], compared(full, far))
+    plain = {count: runs.run(count) for count in range(steps - 1, min(BUDGETS[steps]) - 1, -1)}
+    for count in BUDGETS[steps]:
+        best: list[float] = []
         for label, (predictor, schedule) in predictors.items():
             if len(schedule) == count:
                 made = runs.run(steps, predictor, schedule)
-                yield row(workshop.name, steps, count, label, compared(made, full), compared(made, far), base)
+                own = compared(made, full)
+                best = best or own  # newton comes first
+                yield row(workshop.name, steps, count, label, own, compared(made, far), (best, own))
+        for fewer, made in plain.items():
+            own = compared(made, full)
+            label = f"{fewer} steps"
+            yield row(workshop.name, steps, count, label, own, compared(made, far), (best, own))
 
 
 def write(file: Path, rows: Iterator[dict]) -> None:
@@ -221,8 +237,9 @@ def main() -> None:
         predictors |= workshop.predictors(budget)
     write(options.out / "to-teacher.csv", of_student(workshop, predictors))
     inputs = workshop.demo.model.inputs_for(labels(SAMPLES))
-    more = {"seed": SEED, "batch_size": 1, "out_dir": options.out / "evaluation"}
-    lesa.evaluate(workshop.pipe, inputs, predictors, AGAINST, options.steps, **more)
+    more = {"seed": SEED, "batch_size": 1, "search_samples": 2, "out_dir": options.out / "evaluation"}
+    newton = {label: made for label, made in predictors.items() if label.startswith("newton")}
+    lesa.evaluate(workshop.pipe, inputs, newton, AGAINST, options.steps, **more)
 
 
 if __name__ == "__main__":

@@ -384,8 +384,8 @@ def test_few_steps_are_computed_whole_unless_a_schedule_is_given(pipe, generate)
         assert torch.equal(generate(pipe, steps=9), plain)
         assert handle.stats.computed_steps == 9
         assert handle.stats.notes == [
-            "computed everything: 9 steps are too few to predict any with a predictor that was trained for another "
-            "number. Train a predictor for 9 steps, or take fewer steps"
+            "computed everything: 9 steps are too few to predict any. The predictor is for another number of steps: "
+            "train one for 9, or pass none"
         ]
         generate(pipe, steps=10)
         assert 0 < handle.stats.computed_steps < 10

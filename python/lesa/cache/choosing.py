@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from lesa.cache import reasons
 from lesa.cache.planning import making_room
 from lesa.models import SECOND
-from lesa.schedule import DEFAULT_QUALITY, FEW_STEPS, Schedule, Spread, as_schedule, schedule_of
+from lesa.schedule import DEFAULT_QUALITY, FEW_STEPS, FEW_UNTRAINED, Schedule, Spread, as_schedule, schedule_of
 from lesa_kernels import PredictorConfig
 from lesa_kernels.checks import argument_error
 
@@ -109,7 +109,7 @@ class Chooser:
             return self._scheduled(trained, sigmas)
         if count == total:
             if spread.steps is None:
-                self._note_few(total, "without training")
+                self._note_few(total)
             else:
                 self._note(f"computed everything: the run has {total} steps")
             return frozenset(range(total))
@@ -126,7 +126,7 @@ class Chooser:
         """The computed steps of a run with these noise levels. Notes what the user may not expect."""
         config, total = self._first, len(sigmas)
         if self._as_trained and total < FEW_STEPS and total not in config.step_counts:
-            self._note_few(total, "with a predictor that was trained for another number")
+            self._note_few(total)
             return frozenset(range(total))
         schedule = as_schedule(schedule, total)
         if schedule.sigmas is None and schedule.num_inference_steps not in (None, total):
@@ -142,9 +142,11 @@ class Chooser:
         self._note_other_training(chosen, sigmas)
         return chosen
 
-    def _note_few(self, total: int, how: str) -> None:
-        instead = f"Train a predictor for {total} steps, or take fewer steps"
-        self._note(f"computed everything: {total} steps are too few to predict any {how}. {instead}")
+    def _note_few(self, total: int) -> None:
+        instead = "Take fewer steps instead"
+        if total >= FEW_UNTRAINED:
+            instead = f"The predictor is for another number of steps: train one for {total}, or pass none"
+        self._note(f"computed everything: {total} steps are too few to predict any. {instead}")
 
     def _note_other_training(self, chosen: frozenset[int], sigmas: list[float]) -> None:
         """Notes if a predictor's steps, computed steps or noise levels are others than those of the run."""

@@ -72,11 +72,13 @@ VIDEO_PREDICTORS: Predictors = {
 }
 VIDEO_TAYLORSEER = tuple(TaylorSeer(interval, order=1, lite=lite) for interval in (7, 8) for lite in (False, True))
 
+# Of 8 steps. Runs on other samples chose these among all schedules: benchmarks/studies/few_steps.py.
 FEW_STEP_SCHEDULES = {6: (0, 1, 2, 3, 5, 7), 5: (0, 1, 2, 4, 6)}
 FEW_STEP_PREDICTORS: Predictors = {
     "few-step-newton-6": ("newton", FEW_STEP_SCHEDULES[6]),
     "few-step-newton-5": ("newton", FEW_STEP_SCHEDULES[5]),
 }
+# Each computes 5 steps.
 FEW_STEP_TAYLORSEER = tuple(TaylorSeer(2, lite=lite) for lite in (False, True))
 
 
@@ -87,8 +89,8 @@ class Demo:
     Args:
         model: the module that loads it.
         predictors: mixer and schedule of the bundled predictors, by the names of their folders.
-        schedules: of newton predictors, by the number of computed steps. The one of 9 steps is that of the commands
-            that `export` gives.
+        schedules: of newton predictors, by the number of computed steps. The one of `budget` steps is that of the
+            commands that `export` gives.
         taylorseer: settings to compare with.
         training_samples: how many samples are recorded to train predictors.
         test_samples: how many samples the demo draws.
@@ -146,16 +148,16 @@ def labels(count: int) -> list[int]:
 def run_demo(
     out_dir: str | os.PathLike, num_samples: int | None = None, progress: bool = True, model: str = "digits"
 ) -> Evaluation:
-    """Compares a bundled model's predictors with its 50 steps, a cache without a predictor, TaylorSeer and fewer steps.
+    """Compares a bundled model's predictors with all steps, a cache without a predictor, TaylorSeer and fewer steps.
 
-    The cache without a predictor is `lesa.enable_cache(pipe, steps=9)`.
+    The cache without a predictor is `lesa.enable_cache(pipe, steps=9)`, of the model for 8 steps `steps=6`.
 
     Args:
         out_dir: gets `summary.json` and `comparison.png`.
         num_samples: number of pictures or videos to draw. None of them was used in training. None: as many as are
             enough for the model.
         progress: whether to show a progress bar.
-        model: "digits", "photos" or "video".
+        model: "digits", "photos", "video" or "few-step".
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -181,10 +183,10 @@ def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
     """Writes a bundled model and inputs, to make a predictor from the command line and to use it.
 
     Args:
-        out_dir: gets `model`, a diffusers pipeline; `inputs.safetensors`, inputs to record, 160 of the digits, 320
-            of the photographs and 96 of the videos; `prompts.safetensors`, one per class to generate from; and
+        out_dir: gets `model`, a diffusers pipeline; `inputs.safetensors`, inputs to record: 320 of the photographs, 96 of
+            the videos and 160 of the others; `prompts.safetensors`, one per class to generate from; and
             `test-inputs.safetensors`, the inputs of the demo.
-        model: "digits", "photos" or "video".
+        model: "digits", "photos", "video" or "few-step".
 
     Returns:
         The commands: `lesa fit`, which does all at once, and then those of the single steps, in order.
