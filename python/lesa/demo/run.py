@@ -183,8 +183,8 @@ def export(out_dir: str | os.PathLike, model: str = "digits") -> list[str]:
     """Writes a bundled model and inputs, to make a predictor from the command line and to use it.
 
     Args:
-        out_dir: gets `model`, a diffusers pipeline; `inputs.safetensors`, inputs to record: 320 of the photographs, 96 of
-            the videos and 160 of the others; `prompts.safetensors`, one per class to generate from; and
+        out_dir: gets `model`, a diffusers pipeline; `inputs.safetensors`, inputs to record: 320 of the photographs, 96
+            of the videos and 160 of the others; `prompts.safetensors`, one per class to generate from; and
             `test-inputs.safetensors`, the inputs of the demo.
         model: "digits", "photos", "video" or "few-step".
 
