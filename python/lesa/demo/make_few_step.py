@@ -138,10 +138,10 @@ def learn(transformer: FluxTransformer2DModel, states: torch.Tensor) -> None:
     for number, rate in enumerate(progress):
         sample = torch.randint(count, (RUN_BATCH,))
         latents, loss = states[0, sample], torch.zeros(())
-        for step in range(steps):
-            made = velocity(transformer, latents, levels[step].expand(RUN_BATCH), label[sample])
+        for position in range(steps):
+            made = velocity(transformer, latents, levels[position].expand(RUN_BATCH), label[sample])
             latents = latents - made / steps
-            loss = loss + (latents - states[step + 1, sample]).square().mean()
+            loss = loss + (latents - states[position + 1, sample]).square().mean()
         update(loss, rate)
         if number % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.5f}")
