@@ -193,6 +193,7 @@ def test_without_ffmpeg_the_table_says_once_that_there_is_no_mp4(pipe, evaluated
     assert MP4 not in evaluate(pipe, tmp_path).table()
 
 
+@pytest.mark.slow
 def test_the_mp4_has_all_frames(evaluated):
     ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="needs the extra video")
     _, folder = evaluated

@@ -250,7 +250,7 @@ def trained(pipe, predictor, folder=None, **options):
 
 
 def loss_of(pipe, config, offsets, wanted):
-    """The loss of a run in which the levels have these offsets, and its gradient. `wanted` has the latents of all steps."""
+    """The loss of a run in which the levels have these offsets, against the run of all steps, and its gradient."""
     predictor = FusedKANPredictor(config)
     levels = LearnedLevels(config)
     with torch.no_grad():
