@@ -62,6 +62,7 @@ def test_bundled_predictors_are_those_that_the_demo_names(model):
         assert (config.schedule_errors is None) == (mixer == "dense")
 
 
+@pytest.mark.slow
 def test_a_student_draws_like_its_updates_in_diffusers(generate):
     pytest.importorskip("peft")
     student, plain = few_step.load_pipeline(steps=4), digits.load_pipeline()
@@ -71,6 +72,7 @@ def test_a_student_draws_like_its_updates_in_diffusers(generate):
         few_step.load_pipeline(steps=6)
 
 
+@pytest.mark.slow
 def test_export_of_a_student(tmp_path, generate):
     commands = export(tmp_path / "out", "few-step")
     parsed = [cli.parse(shlex.split(command)[1:]) for command in commands]

@@ -155,6 +155,14 @@ def test_numbers_of_steps_are_checked(counts):
         EndToEndSettings(counts)
 
 
+def test_levels_are_not_learned_for_several_numbers_of_steps():
+    pipe, inputs = built(), [small.ALL["flux"].inputs(1)]
+    known = {"num_inference_steps": STEPS, "schedule": SCHEDULE, "schedule_sigmas": (1.0, 0.9, 0.7, 0.3)}
+    predictor = make_predictor(dim=adapter_for(pipe).feature_dim, **known)
+    with pytest.raises(ValueError, match="`learn_levels` must be False with several `num_inference_steps`"):
+        trained(pipe, predictor, inputs, num_inference_steps=(8, STEPS), learn_levels=True)
+
+
 @pytest.mark.slow
 def test_what_several_numbers_of_steps_need_is_named(tmp_path):
     pipe, inputs = built(), [small.ALL["flux"].inputs(1)]

@@ -103,7 +103,8 @@ def test_a_step_that_is_not_of_the_schedule_is_told_its_own_level(pipe, monkeypa
 MANY = ("z-image", "lumina2", "sana", "wan", "glm image", "mochi", "hidream", "qwen cfg", "sd3 cfg", "ltx")
 
 
-@pytest.mark.parametrize("name", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in MANY)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux", *MANY])
 def test_the_levels_of_the_latents_change_no_bit(name):
     """What is told is what the family's pipelines pass: the same numbers, dtypes and shapes."""
     pipe, inputs = CASES[name].build(), inputs_of(name, 1)
@@ -124,7 +125,8 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", ["steps", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS if n != "steps")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*OTHERS])
 def test_another_run_than_the_schedules_is_told_its_own_levels(pipe, name):
     options, cache = OTHERS[name]
     found = []
@@ -249,14 +251,13 @@ def trained(pipe, predictor, folder=None, **options):
     return lesa.train_end_to_end(predictor, pipe, inputs_of(), out_dir=folder, **{**QUICK, **options})
 
 
-def loss_of(pipe, config, offsets):
-    """The loss of a run in which the levels have these offsets, and its gradient."""
+def loss_of(pipe, config, offsets, wanted):
+    """The loss of a run in which the levels have these offsets, against the run of all steps, and its gradient."""
     predictor = FusedKANPredictor(config)
     levels = LearnedLevels(config)
     with torch.no_grad():
         levels.offsets.copy_(torch.tensor(offsets))
     runs = DifferentiableRuns(pipe, predictor, levels)
-    wanted = run_of(pipe, inputs_of())
     with runs.on():
         run = runs.run(inputs_of(), [0, 1], STEPS, Schedule(SCHEDULE))
         loss = _log_rms(run.latents[run.last], wanted)
@@ -264,19 +265,22 @@ def loss_of(pipe, config, offsets):
     return loss.item(), levels.offsets.grad.clone()
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_differences(pipe):
     config, middle, small_step = predictor_of(pipe).config, [-0.3, 0.2, 0.1], 0.02
-    _, gradient = loss_of(pipe, config, middle)
+    wanted = run_of(pipe, inputs_of())
+    _, gradient = loss_of(pipe, config, middle, wanted)
     for place in range(3):
         ends = []
         for sign in (1, -1):
             offsets = [*middle]
             offsets[place] += sign * small_step
-            ends.append(loss_of(pipe, config, offsets)[0])
+            ends.append(loss_of(pipe, config, offsets, wanted)[0])
         difference = (ends[0] - ends[1]) / (2 * small_step)
         assert math.isclose(gradient[place].item(), difference, rel_tol=0.03, abs_tol=2e-3 * gradient.abs().max())
 
 
+@pytest.mark.slow
 def test_a_forecaster_without_training_learns_levels(pipe, tmp_path):
     predictor = predictor_of(pipe, told=None)
     made = trained(pipe, predictor, tmp_path, updates=2)

@@ -143,10 +143,16 @@ class Chooser:
         return chosen
 
     def _note_few(self, total: int) -> None:
-        instead = "Take fewer steps instead"
-        if total >= FEW_UNTRAINED:
-            instead = f"The predictor is for another number of steps: train one for {total}, or pass none"
-        self._note(f"computed everything: {total} steps are too few to predict any. {instead}")
+        instead = ". Pass steps= to forecast some, and compare with a run of fewer steps"
+        if total < 3:
+            instead = ""
+        elif total == 4:  # the only number for which a plain run of fewer steps is known to be better
+            instead = ". Take fewer steps instead"
+        elif total >= FEW_UNTRAINED and self._first.step_counts:
+            instead = f". The predictor is for another number of steps: train one for {total}, or pass none"
+        elif total >= FEW_UNTRAINED:
+            instead = ". Pass steps= or a schedule to forecast some"
+        self._note(f"computed everything: {total} steps are too few to predict any{instead}")
 
     def _note_other_training(self, chosen: frozenset[int], sigmas: list[float]) -> None:
         """Notes if a predictor's steps, computed steps or noise levels are others than those of the run."""
