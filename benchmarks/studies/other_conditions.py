@@ -11,7 +11,8 @@ schedule. The predictors are:
 
 - "bundled": the bundled predictor, which was trained for 50 steps, one size and one guidance scale.
 - "own N": the bundled predictor after N more steps of the optimiser through whole runs of this setting alone.
-- "mixed N": likewise, with all settings of the part in turn. N is of all settings together.
+- "own, whole recipe": made like the bundled predictor, for the digits with 28 steps.
+- "mixed N": like "own N", with all settings of the part in turn. N is of all settings together.
 - "universal" and "linear" need no training. The coefficients of "universal" were trained on both bundled models.
 - "fewer steps": a run that has as many steps as the others compute.
 """
@@ -31,6 +32,7 @@ import torch
 import lesa
 from lesa.artifacts import output_folder, write_text
 from lesa.demo import digits
+from lesa.demo.make_weights import END_TO_END_SAMPLES, newton_predictor
 from lesa.demo.make_weights import END_TO_END_SEED as TRAINING_SEED
 from lesa.demo.run import DEMOS, labels
 from lesa.evaluation.quality import paired_lead, psnr
@@ -135,6 +137,22 @@ class Study:
             predictor.config = config_for(predictor, schedule)
         given = EndToEndSettings(counts, updates, BATCH, BATCH, RATE, TRAINING_SEED)
         return trained_end_to_end(predictor, self.pipe, inputs, given, folder, Processes(), references=plain, bar=label)
+
+    def by_whole_recipe(self, setting: Setting) -> FusedKANPredictor:
+        """A predictor that is made like the bundled one, for runs of another number of steps. It is kept."""
+        folder = self.folder / f"whole recipe {setting.steps}"
+        if not (folder / "config.json").exists():
+            inputs, more = (self.inputs(count, setting) for count in (self.demo.training_samples, END_TO_END_SAMPLES))
+            recording, steps = self.folder / f"recording {setting.steps}", setting.steps
+            recorded = lesa.record(self.pipe, inputs, recording, num_inference_steps=steps, batch_size=16)
+            chosen = tuple(self.schedule(setting))
+            newton_predictor(recorded, self.pipe, inputs, more, chosen, self.demo.updates).save_pretrained(folder)
+        return FusedKANPredictor.from_pretrained(folder)
+
+    def measure_in_all(self, label: str, predictor: FusedKANPredictor, settings: Sequence[Setting]) -> None:
+        """Adds the results of a predictor in all settings."""
+        for setting in settings:
+            self.measure_predictor(label, predictor, setting)
 
     def measure_predictor(self, label: str, predictor: FusedKANPredictor, setting: Setting) -> None:
         """Adds the results of a predictor with the computed steps of the bundled one, or those nearest to them."""
@@ -247,13 +265,13 @@ def main() -> None:
             total += more * len(group)
             where = part if name == "mixed" else str(group[0])
             predictor = study.trained(f"{name} {total} {where}", group, more * len(group), predictor)
-            for setting in group:
-                study.measure_predictor(f"{name} {total}", predictor, setting)
-    if (arguments.model, part) == ("digits", "steps"):  # where "mixed" is furthest behind "own", twice as often
+            study.measure_in_all(f"{name} {total}", predictor, group)
+    if (arguments.model, part) == ("digits", "steps"):
         label = "mixed 360, then 60 of which half at 50 steps"
-        predictor = study.trained(label, [*settings, settings[-1]], 60, predictor)
-        for setting in settings:
-            study.measure_predictor(label, predictor, setting)
+        study.measure_in_all(label, study.trained(label, [*settings, settings[-1]], 60, predictor), settings)
+        label = "mixed 750, at once"  # for each number of steps as many as in the whole recipe
+        study.measure_in_all(label, study.trained(f"{label} {part}", settings, 750, study.bundled), settings)
+        study.measure_predictor("own, whole recipe", study.by_whole_recipe(settings[1]), settings[1])
 
 
 if __name__ == "__main__":
