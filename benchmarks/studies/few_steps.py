@@ -11,7 +11,9 @@ batch size 1.
 With `--untrained`, it compares forecasts without training with fewer steps, in runs of 12 and 8 steps of the models
 that are made for 50 steps, and of the student for 8.
 
-What is finished in DIR is kept, except tables. Each table is a CSV file there.
+What is finished in DIR is kept, except tables. Each table is a CSV file there: `few-steps-8.csv` or `few-steps-4.csv`,
+or one for each first seed, `few-steps-untrained-30000.csv` and `few-steps-untrained-40000.csv`. The comparison with the
+caches of others is `evaluation/runs.csv`.
 """
 
 import argparse
@@ -44,6 +46,7 @@ LIKELY, OF_EACH = ("l2p", "linear", "universal"), 3
 """The best schedules of these forecasters, so many of each, are tried with the others."""
 UNTRAINED = {12: (3, 6, 9, 10), 8: (5, 6)}
 """Without training: how many steps are computed, by the steps of the run."""
+UNTRAINED_MODELS = ("digits", "photos", "few-step")
 COLUMNS = ("model", "steps", "computed", "run", "psnr", "psnr_to_50_steps", "lead", "low", "high")
 
 
@@ -164,7 +167,8 @@ def row(
 
 def untrained(seed: int) -> Iterator[dict]:
     """The lines of the table without training."""
-    for name, demo in DEMOS.items():
+    for name in UNTRAINED_MODELS:
+        demo = DEMOS[name]
         runs = Runs(demo.model.load_pipeline(), demo.model.inputs_for(labels(BATCH)), seed)
         far = (teacher_runs(BATCH, seed) if name == "few-step" else runs).run(50)
         for steps, budgets in UNTRAINED.items():
@@ -229,13 +233,13 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.untrained:
         for seed in (VALIDATION_SEED, SEED):
-            write(options.out / f"untrained-{seed}.csv", untrained(seed))
+            write(options.out / f"few-steps-untrained-{seed}.csv", untrained(seed))
         return
     workshop = Student(options.steps, options.out)
     predictors: dict[str, Any] = {}
     for budget in BUDGETS[options.steps]:
         predictors |= workshop.predictors(budget)
-    write(options.out / "to-teacher.csv", of_student(workshop, predictors))
+    write(options.out / f"few-steps-{options.steps}.csv", of_student(workshop, predictors))
     inputs = workshop.demo.model.inputs_for(labels(SAMPLES))
     more = {"seed": SEED, "batch_size": 1, "search_samples": 2, "out_dir": options.out / "evaluation"}
     newton = {label: made for label, made in predictors.items() if label.startswith("newton")}

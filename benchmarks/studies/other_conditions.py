@@ -3,7 +3,8 @@
 `python benchmarks/studies/other_conditions.py --part steps --model digits --out DIR` trains the predictors that are
 missing in DIR and measures all on samples that no training used: PSNR of the pictures against the run of all steps, of
 the same step count, guidance and size. The parts are "steps", "guidance" (photographs only) and "sizes". What is
-finished in DIR is kept, so the study can be interrupted. `--table FILE` writes the results in DIR to a CSV file.
+finished in DIR is kept, so the study can be interrupted. `--table FILE` writes the results in DIR to a CSV file, and
+the PSNR of each sample to another one, FILE with "-samples" in its name.
 
 The computed steps are those that the bundled predictor of nine steps computes, which are nearest in noise level to its
 schedule. The predictors are:
@@ -183,7 +184,11 @@ def levels_of(steps: int) -> list[float]:
 
 
 def write_table(folder: Path, file: Path) -> None:
-    """Writes the mean PSNR of all predictors, and their paired leads over the best one for the setting alone."""
+    """Writes the mean PSNR of all predictors, and their paired leads over the best one for the setting alone.
+
+    The PSNR of each sample goes to another file, whose name has "-samples" too.
+    """
+    write_samples(folder, file.with_stem(f"{file.stem}-samples"))
     with open(file, "w", newline="") as opened:
         table = csv.writer(opened, lineterminator="\n")
         table.writerow(COLUMNS)
@@ -203,20 +208,33 @@ def write_table(folder: Path, file: Path) -> None:
                     table.writerow([path.parent.name, *key, row["predictor"], row["computed"], f"{mean:.2f}", *lead])
 
 
+def write_samples(folder: Path, file: Path) -> None:
+    """Writes the PSNR of each sample."""
+    with open(file, "w", newline="") as opened:
+        table = csv.writer(opened, lineterminator="\n")
+        table.writerow(["model", "steps", "side", "guidance", "predictor", "seed", "psnr"])
+        for path in sorted(folder.glob("*/results.json")):
+            for row in json.loads(path.read_text()).values():
+                for seed, value in enumerate(row["psnr"], SEED):
+                    table.writerow([path.parent.name, *_setting(row), row["predictor"], seed, f"{value:.2f}"])
+
+
 def _setting(row: dict) -> tuple:
     return row["steps"], row["side"], row["guidance"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=tuple(DEMOS), default="digits")
+    parser.add_argument("--model", choices=tuple(BUNDLED), default="digits")
     parser.add_argument("--part", choices=("steps", "guidance", "sizes"), default="steps")
     parser.add_argument("--out", type=Path, required=True, help="folder of the study")
-    parser.add_argument("--table", type=Path, help="CSV file to write the results of the folder to")
+    parser.add_argument("--table", type=Path, help="CSV file to write the results of the folder to; samples beside it")
     arguments = parser.parse_args()
     if arguments.table:
         write_table(arguments.out, arguments.table)
         return
+    if arguments.part == "guidance" and arguments.model != "photos":
+        parser.error("--part guidance needs --model photos")
     study, part = Study(arguments.model, arguments.out), arguments.part
     settings = study.settings(part)
     for setting in settings:

@@ -17,7 +17,8 @@ FEW_STEPS = 10
 FEW_UNTRAINED, LEAST_COMPUTED = 8, 6
 """Without training, a run with fewer steps is computed completely, and of a longer one at least so many steps are.
 
-With 3 of 12 steps, runs without training are worse than plain runs of 3 steps; with 6 of 12 or 8 they are better.
+With 3 of 12 steps, runs with `universal` are worse than plain runs of 3 steps; with 6 of 12 or 8 they are better. Runs
+with `linear` are better with 6 of 12, and about equal with 6 of 8.
 """
 
 QUALITIES = {"high": 16, "balanced": 12, "fast": 9}
@@ -219,7 +220,7 @@ class Spread:
     Args:
         steps: how many; a shorter run is computed in full. None: as many as `quality` says.
         quality: "high", "balanced" or "fast": 16, 12 or 9 of 50 steps. Of another number of steps it is the same part,
-            rounded up, and at least six, so up to 18 steps they are all the same. A run of fewer than 8 steps is
+            rounded up, and at least six; up to 18 steps, all three are the same. A run of fewer than 8 steps is
             computed in full.
 
     Raises:

@@ -6,6 +6,7 @@ import torch
 
 import lesa
 import small_pipelines as small
+from lesa.cache.choosing import Chooser
 from lesa.demo import digits
 from lesa.schedule import QUALITIES, Schedule, Spread
 from lesa_kernels import FusedKANPredictor, PredictorConfig
@@ -136,19 +137,41 @@ def test_quality_says_how_many_of_50_steps():
     assert [Spread(quality=name).count_of(24) for name in QUALITIES] == [8, 6, 6]
     assert [Spread(quality=name).count_of(8) for name in QUALITIES] == [6, 6, 6]
     assert [Spread(quality="fast").count_of(total) for total in (1, 3, 7)] == [1, 3, 7]
+    assert [Spread(quality=q).count_of(total) for total in (4, 12) for q in QUALITIES] == [4] * 3 + [6] * 3
     assert Spread() == Spread(quality="balanced")
 
 
 @pytest.mark.parametrize("chosen", [{}, {"quality": "fast"}])
 def test_quality_leaves_runs_of_few_steps_whole(pipe, generate, chosen):
     with lesa.enable_cache(pipe, **chosen, strict=True) as cache:
-        generate(pipe, steps=7)
+        with pytest.warns(RuntimeWarning, match="lesa: computed everything: 7 steps are too few to predict any"):
+            generate(pipe, steps=7)
         assert cache.stats.computed_steps == 7
         assert cache.stats.notes == [
-            "computed everything: 7 steps are too few to predict any. Take fewer steps instead"
+            "computed everything: 7 steps are too few to predict any. "
+            "Pass steps= to forecast some, and compare with a run of fewer steps"
         ]
         generate(pipe, steps=8)
         assert cache.stats.computed_steps == 6
+
+
+@pytest.mark.parametrize(
+    "steps, known, said",
+    [
+        (2, None, ""),
+        (3, None, ". Pass steps= to forecast some, and compare with a run of fewer steps"),
+        (4, 50, ". Take fewer steps instead"),
+        (5, 50, ". Pass steps= to forecast some, and compare with a run of fewer steps"),
+        (9, 50, ". The predictor is for another number of steps: train one for 9, or pass none"),
+        (9, None, ". Pass steps= or a schedule to forecast some"),
+    ],
+)
+def test_a_run_of_few_steps_is_told_what_is_known_of_it(steps, known, said):
+    config, notes = PredictorConfig(schedule=(0, 2), num_inference_steps=known), []
+    chooser = Chooser(Schedule((0, 2)), True, [config], [].append, notes.append)
+    chosen = chooser.choose([1 - step / steps for step in range(steps)], frozenset({0}), None)
+    assert chosen.computed == {*range(steps)}
+    assert notes == [f"computed everything: {steps} steps are too few to predict any{said}"]
 
 
 @pytest.mark.parametrize(

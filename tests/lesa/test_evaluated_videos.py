@@ -151,6 +151,7 @@ def test_figures_of_videos_are_in_all_that_is_written(evaluated, capsys):
     assert f"{folder / 'comparison.png'}, {folder / GIF}" in text
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on_with_what_is_kept(pipe, evaluated, tmp_path):
     evaluation, folder = evaluated
     shutil.copytree(folder / "runs", tmp_path / "runs")  # nothing else was written
@@ -192,6 +193,7 @@ def test_without_ffmpeg_the_table_says_once_that_there_is_no_mp4(pipe, evaluated
     assert MP4 not in evaluate(pipe, tmp_path).table()
 
 
+@pytest.mark.slow
 def test_the_mp4_has_all_frames(evaluated):
     ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="needs the extra video")
     _, folder = evaluated

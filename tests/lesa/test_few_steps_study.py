@@ -32,6 +32,10 @@ def test_all_schedules_are_tried(study, monkeypatch, steps, budget):
     assert {min(every, key=sum), max(every, key=sum)} <= {*likely} and len(likely) <= 6
 
 
+def test_the_models_without_training_are_those_of_pictures(study):
+    assert {*study["UNTRAINED_MODELS"]} == {*DEMOS} - {"video"}
+
+
 def test_a_line_of_a_table(study):
     full = [torch.zeros(1, 2, 2)] * 3
     close, far = [picture + 0.1 for picture in full], [picture + 1 for picture in full]

@@ -195,6 +195,12 @@ def test_the_numbers_are_checked_before_the_many_runs(monkeypatch):
     assert made == [[0], [0]]
 
 
+def test_levels_are_not_learned_for_several_numbers_of_steps():
+    pipe, inputs = built(), [small.ALL["flux"].inputs(1)]
+    with pytest.raises(ValueError, match="`learn_levels` must be False with several `num_inference_steps`"):
+        trained(pipe, make_predictor(), inputs, num_inference_steps=(8, STEPS), learn_levels=True)
+
+
 @pytest.mark.slow
 def test_what_several_numbers_of_steps_need_is_named(tmp_path):
     pipe, inputs = built(), [small.ALL["flux"].inputs(1)]

@@ -40,6 +40,7 @@ def grey_videos(count=2):
     return videos
 
 
+@pytest.mark.slow
 def test_the_folder_is_a_diffusers_pipeline(pipe):
     saved = load_pipeline(video.PIPELINE_DIR)
     saved.set_progress_bar_config(disable=True)
@@ -92,6 +93,7 @@ def test_digits_move_at_the_stated_speeds_and_stay_inside(make_video):
     assert len(directions) >= 4
 
 
+@pytest.mark.slow
 def test_the_export_is_for_the_command_line(tmp_path):
     commands = export(tmp_path, model="video")
     steps = ",".join(map(str, DEMOS["video"].schedules[9]))

@@ -66,6 +66,7 @@ class Chooser:
         as_trained: whether nothing but the predictor or a quality chose the steps.
         configs: of the predictors. The first one names the forecaster.
         note: called with what the user may not expect.
+        remark: called with what the user must be told without looking for it. It is a note too.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class Chooser:
         as_trained: bool,
         configs: list[PredictorConfig],
         note: Callable[[str], None],
+        remark: Callable[[str], None],
     ):
         self._schedule, self._as_trained, self._configs, self._note = schedule, as_trained, configs, note
-        self._first = configs[0]
+        self._remark, self._first = remark, configs[0]
 
     def choose(self, sigmas: list[float], rises: frozenset[int], switch: int | None) -> Chosen:
         """The computed steps of a run.
@@ -143,10 +145,16 @@ class Chooser:
         return chosen
 
     def _note_few(self, total: int) -> None:
-        instead = "Take fewer steps instead"
-        if total >= FEW_UNTRAINED:
-            instead = f"The predictor is for another number of steps: train one for {total}, or pass none"
-        self._note(f"computed everything: {total} steps are too few to predict any. {instead}")
+        instead = ". Pass steps= to forecast some, and compare with a run of fewer steps"
+        if total < 3:
+            instead = ""
+        elif total == 4:  # the only number for which a plain run of fewer steps is known to be better
+            instead = ". Take fewer steps instead"
+        elif total >= FEW_UNTRAINED and self._first.step_counts:
+            instead = f". The predictor is for another number of steps: train one for {total}, or pass none"
+        elif total >= FEW_UNTRAINED:
+            instead = ". Pass steps= or a schedule to forecast some"
+        self._remark(f"computed everything: {total} steps are too few to predict any{instead}")
 
     def _note_other_training(self, chosen: frozenset[int], sigmas: list[float]) -> None:
         """Notes if a predictor's steps, computed steps or noise levels are others than those of the run."""

@@ -20,10 +20,9 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from lesa.demo import digits, few_step
-from lesa.demo.make_weights import train_predictors
+from lesa.demo.make_weights import round_predictors, train_predictors
 from lesa.demo.run import DEMOS, labels
 from lesa.inputs import collate
-from lesa_kernels import FusedKANPredictor
 
 TEACHER_STEPS, SAMPLES, SEED = 48, 1024, 200_000
 """Steps of the teacher, how many samples it draws, and the seed of the first of them."""
@@ -178,9 +177,7 @@ def main() -> None:
         for steps in few_step.STUDENTS:
             save_file(make_student(steps, runs, teacher), few_step.file_of(steps, options.out))
     train_predictors(DEMOS["few-step"], options.out)
-    for name in DEMOS["few-step"].predictors:
-        folder = options.out / name
-        FusedKANPredictor.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
+    round_predictors(DEMOS["few-step"], options.out)
 
 
 if __name__ == "__main__":

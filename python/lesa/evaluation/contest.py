@@ -30,7 +30,10 @@ from lesa.processes import Processes
 from lesa_kernels.checks import usage_error
 
 WARM_UP_STEPS = 12
-"""Steps of the warm-up run. With fewer than 10 steps, a cache predicts none."""
+"""Steps of the warm-up run.
+
+With fewer than 8 steps, or fewer than 10 with a predictor for another number, a cache predicts none.
+"""
 
 TRAJECTORY_SAMPLES = 16
 """Samples whose latents are kept after each step."""
