@@ -78,13 +78,13 @@ def closed_loop_loss(predictor, trajectories):
         return run.mean_loss(range(len(trajectories)), None, guided=False).item()
 
 
-@pytest.mark.parametrize("mixer", ["newton", "dense"])
 def test_a_schedule_for_a_recording_has_nothing_that_belonged_to_the_old_one(trajectories):
     own = {"schedule": (0, 3), "schedule_sigmas": (1.0, 0.4), "told_levels": (0.9, 0.4), "more_step_counts": (8,)}
     made = complete_config(trajectories, PredictorConfig(**own, num_inference_steps=6), [0, 2, 5, 8])
     assert made.told_levels is made.more_step_counts is made.schedule_errors is None
 
 
+@pytest.mark.parametrize("mixer", ["newton", "dense"])
 def test_training_lowers_the_error_on_trajectories_it_has_not_seen(tmp_path, mixer):
     trajectories = write_trajectories(tmp_path / "train", samples=12)
     unseen = write_trajectories(tmp_path / "unseen", seed=1)

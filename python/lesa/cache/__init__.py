@@ -105,8 +105,8 @@ def enable_cache(
             after each rise is one of them, and so is the first step of `transformer_2`; more are computed if need be.
         quality: "high", "balanced" or "fast": 16, 12 or 9 of 50 steps are computed. Of another number of steps it is
             the same part, rounded up, and at least six; up to 18 steps, all three are the same. `Schedule.spread`
-            chooses them. Runs of fewer than 8 steps are computed in full. A predictor with a trained schedule has been trained for these steps alone, so every
-            quality is its trained schedule, and `stats` has a note of it.
+            chooses them. Runs of fewer than 8 steps are computed in full. A predictor with a trained schedule has been
+            trained for these steps alone, so every quality is its trained schedule, and `stats` has a note of it.
 
     Returns:
         A handle with `stats` and `disable()`, usable as a context manager.
