@@ -167,7 +167,7 @@ def test_quality_leaves_runs_of_few_steps_whole(pipe, generate, chosen):
     ],
 )
 def test_a_run_of_few_steps_is_told_what_is_known_of_it(steps, known, said):
-    config, notes = PredictorConfig(schedule=(0, 2), num_inference_steps=known), []
+    config, notes = PredictorConfig(8, num_inference_steps=known), []
     chooser = Chooser(Schedule((0, 2)), True, [config], [].append, notes.append)
     chosen = chooser.choose([1 - step / steps for step in range(steps)], frozenset({0}), None)
     assert chosen.computed == {*range(steps)}

@@ -197,8 +197,10 @@ def test_the_numbers_are_checked_before_the_many_runs(monkeypatch):
 
 def test_levels_are_not_learned_for_several_numbers_of_steps():
     pipe, inputs = built(), [small.ALL["flux"].inputs(1)]
+    known = {"num_inference_steps": STEPS, "schedule": SCHEDULE, "schedule_sigmas": (1.0, 0.9, 0.7, 0.3)}
+    predictor = make_predictor(dim=adapter_for(pipe).feature_dim, **known)
     with pytest.raises(ValueError, match="`learn_levels` must be False with several `num_inference_steps`"):
-        trained(pipe, make_predictor(), inputs, num_inference_steps=(8, STEPS), learn_levels=True)
+        trained(pipe, predictor, inputs, num_inference_steps=(8, STEPS), learn_levels=True)
 
 
 @pytest.mark.slow

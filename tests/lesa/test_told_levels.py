@@ -103,7 +103,8 @@ def test_a_step_that_is_not_of_the_schedule_is_told_its_own_level(pipe, monkeypa
 MANY = ("z-image", "lumina2", "sana", "wan", "glm image", "mochi", "hidream", "qwen cfg", "sd3 cfg", "ltx")
 
 
-@pytest.mark.parametrize("name", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in MANY)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux", *MANY])
 def test_the_levels_of_the_latents_change_no_bit(name):
     """What is told is what the family's pipelines pass: the same numbers, dtypes and shapes."""
     pipe, inputs = CASES[name].build(), inputs_of(name, 1)
@@ -124,7 +125,8 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", ["steps", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS if n != "steps")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*OTHERS])
 def test_another_run_than_the_schedules_is_told_its_own_levels(pipe, name):
     options, cache = OTHERS[name]
     found = []

@@ -79,8 +79,10 @@ def closed_loop_loss(predictor, trajectories):
 
 
 def test_a_schedule_for_a_recording_has_nothing_that_belonged_to_the_old_one(trajectories):
-    own = {"schedule": (0, 3), "schedule_sigmas": (1.0, 0.4), "told_levels": (0.9, 0.4), "more_step_counts": (8,)}
-    made = complete_config(trajectories, PredictorConfig(**own, num_inference_steps=6), [0, 2, 5, 8])
+    width, total = trajectories.feature_dim, trajectories.num_inference_steps
+    own = {"schedule": (0, 3), "schedule_sigmas": (1.0, 0.4), "told_levels": (0.9, 0.4)}
+    config = PredictorConfig(width, num_inference_steps=total, **own, more_step_counts=(total + 1,))
+    made = complete_config(trajectories, config, [0, 2, 5, 8])
     assert made.told_levels is made.more_step_counts is made.schedule_errors is None
 
 
