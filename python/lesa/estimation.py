@@ -327,6 +327,9 @@ def _computed(schedule, predictor: PredictorConfig, total: int) -> tuple[int, ..
     if schedule is None and predictor.schedule is not None:
         if total < FEW_STEPS and trained is None:
             return tuple(range(total))  # as in a run
+        if total in predictor.step_counts[1:]:
+            reason = "the steps that the predictor computes in them depend on their noise levels"
+            raise usage_error(f"`schedule` is required for {total} steps: {reason}.", follow)
         if trained not in (None, total):
             reason = f"the predictor was trained for {trained} steps"
             raise usage_error(f"`schedule` is required for {total} steps: {reason}.", follow)

@@ -220,7 +220,8 @@ class Spread:
     Args:
         steps: how many; a shorter run is computed in full. None: as many as `quality` says.
         quality: "high", "balanced" or "fast": 16, 12 or 9 of 50 steps. Of another number of steps it is the same part,
-            rounded up, and at least six. A run of fewer than 8 steps is computed in full.
+            rounded up, and at least six; up to 18 steps, all three are the same. A run of fewer than 8 steps is
+            computed in full.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

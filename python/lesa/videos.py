@@ -29,22 +29,27 @@ def write_mp4(pictures: Iterable[Image.Image], file: Path, fps: float) -> None:
         pictures: the frames.
         file: it may have any suffix.
         fps: frames per second.
+
+    Raises:
+        OSError: ffmpeg has failed.
     """
     import imageio_ffmpeg
 
     writer = None
-    for picture in pictures:
-        pixels = np.asarray(picture.convert("RGB"))
-        odd = [(0, side % 2) for side in pixels.shape[:2]]
-        pixels = np.ascontiguousarray(np.pad(pixels, (*odd, (0, 0)), mode="edge"))
-        if writer is None:
-            size = pixels.shape[1], pixels.shape[0]
-            options: dict[str, Any] = {"fps": fps, "codec": "libx264", "macro_block_size": 1}
-            writer = imageio_ffmpeg.write_frames(str(file), size, output_params=["-f", "mp4"], **options)
-            writer.send(None)
-        writer.send(pixels)
-    if writer is not None:
-        writer.close()
+    try:
+        for picture in pictures:
+            pixels = np.asarray(picture.convert("RGB"))
+            odd = [(0, side % 2) for side in pixels.shape[:2]]
+            pixels = np.ascontiguousarray(np.pad(pixels, (*odd, (0, 0)), mode="edge"))
+            if writer is None:
+                size = pixels.shape[1], pixels.shape[0]
+                options: dict[str, Any] = {"fps": fps, "codec": "libx264", "macro_block_size": 1}
+                writer = imageio_ffmpeg.write_frames(str(file), size, output_params=["-f", "mp4"], **options)
+                writer.send(None)
+            writer.send(pixels)
+    finally:
+        if writer is not None:
+            writer.close()
 
 
 def write_gif(pictures: Sequence[Image.Image], file: Path, fps: float) -> None:

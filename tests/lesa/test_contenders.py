@@ -1,11 +1,12 @@
 """What the caches of others receive: every field of their configurations, and what they make of it."""
 
 import ast
+import copy
 import importlib.machinery
 import re
 import sys
 import types
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 
 import diffusers
 import numpy as np
@@ -18,12 +19,15 @@ from skimage.metrics import structural_similarity
 import digits_pipelines
 import lesa
 import small_pipelines as small
+from lesa.artifacts import digest
+from lesa.contenders import ours_with
 from lesa.contenders.cache_dit import CacheDiT
 from lesa.contenders.first_block_cache import FirstBlockCache
 from lesa.contenders.mag_cache import MagCache
 from lesa.contenders.taylorseer import ATTENTIONS, TaylorSeer, taylorseer_grid
 from lesa.demo import digits
 from lesa.models import adapter_for
+from lesa_kernels import FusedKANPredictor
 
 STEPS = 12
 ONES = (1.0,) * STEPS
@@ -90,6 +94,20 @@ FIELDS = {  # setting, the class that diffusers must receive, and all of its fie
         {"threshold": 0.31, "max_skip_steps": 5, "mag_ratios": list(ODD), "calibrate": False},
     ),
 }
+
+
+def test_the_identity_of_a_configuration_without_newer_fields_is_as_before():
+    predictor = FusedKANPredictor.from_pretrained(digits.WEIGHTS / "newton-9")
+    state = dict(predictor.state_dict())
+    before = repr(predictor.config).replace(", told_levels=None, more_step_counts=None", "")
+    assert "told" not in before
+    ours = ours_with(predictor, None)
+    assert ours.identity() == digest([state, before, repr(None)])
+    levels = predictor.config.schedule_sigmas
+    for newer in ({"told_levels": levels}, {"more_step_counts": (28,)}):
+        other = copy.copy(predictor)
+        other.config = replace(predictor.config, **newer)
+        assert ours_with(other, None).identity() != ours.identity()
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -1,3 +1,4 @@
+import argparse
 import json
 import shlex
 
@@ -6,6 +7,7 @@ import torch
 from diffusers import FluxPipeline
 
 from lesa import cli
+from lesa.cli import demo
 from lesa.demo import digits, few_step
 from lesa.demo.run import DEMOS, SCHEDULES, SEED, TAYLORSEER, TEST_SAMPLES, TRAINING_SAMPLES, export, run_demo
 from lesa.inputs import read_inputs
@@ -18,6 +20,13 @@ from lesa_kernels import FusedKANPredictor
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("a folder")
     return folder, export(folder)
+
+
+def test_the_command_knows_every_model():
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    (model,) = (action for action in parser._actions if action.dest == "model")
+    assert model.choices == (*DEMOS,) and all(f"{name}: " in model.help for name in DEMOS)
 
 
 def test_export_writes_the_model(exported, generate):

@@ -522,6 +522,10 @@ def test_a_schedule_for_other_steps_must_be_given():
     assert lesa.estimate("flux-1024", predictor=predictor).computed == (0, 2, 9)
     with pytest.raises(ValueError, match="`schedule` is required for 30 steps"):
         lesa.estimate("flux-1024", predictor=predictor, num_inference_steps=30)
+    several = PredictorConfig(3072, **known, more_step_counts=(28,))
+    assert lesa.estimate("flux-1024", predictor=several).computed == (0, 2, 9)
+    with pytest.raises(ValueError, match="`schedule` is required for 28 steps: .* depend on their noise levels"):
+        lesa.estimate("flux-1024", predictor=several, num_inference_steps=28)
 
 
 @pytest.mark.parametrize(

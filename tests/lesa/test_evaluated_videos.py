@@ -162,7 +162,7 @@ def test_an_interrupted_evaluation_goes_on_with_what_is_kept(pipe, evaluated, tm
 
 
 @pytest.mark.slow
-def test_runs_of_an_older_release_have_no_row(pipe, evaluated, tmp_path):
+def test_of_an_older_release_the_reference_alone_has_a_row(pipe, evaluated, tmp_path):
     shutil.copytree(evaluated[1], tmp_path, dirs_exist_ok=True)
     for file in (tmp_path / "runs").glob("*.npz"):
         with np.load(file) as stored:
@@ -175,7 +175,7 @@ def test_runs_of_an_older_release_have_no_row(pipe, evaluated, tmp_path):
         file.write_text(json.dumps(contents))
     again = evaluate(pipe, tmp_path, ("steps-1",))
     assert [run.name for run in again.runs] == ["reference", "fewer-steps-1", "fewer-steps-2"]
-    assert {*again.clips} == {"fewer-steps-1"} and again["fewer-steps-2"].temporal_psnr is None
+    assert {*again.clips} == {"reference", "fewer-steps-1"} and again["fewer-steps-2"].temporal_psnr is None
     old = next(line for line in again.table().splitlines() if line.startswith("fewer-steps-2"))
     assert old.split()[-4:-1] == ["-", "-", f"{again['fewer-steps-2'].ssim:.4f}"]
 
@@ -208,6 +208,29 @@ def test_the_report_shows_the_videos(evaluated, tmp_path, monkeypatch):
     monkeypatch.setattr("lesa.evaluation.report_pictures.LARGEST_MOVING_PICTURE", 100)
     html = lesa.report(folder, tmp_path / "b.html").read_text()
     assert "data:image/gif" not in html and f"{GIF}, beside this page" in " ".join(html.split())
+
+
+def test_a_failure_of_ffmpeg_loses_nothing(evaluated, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("broken pipe")
+
+    monkeypatch.setattr(moving, "why_no_mp4", lambda: None)
+    monkeypatch.setattr(moving, "write_mp4", fail)
+    evaluation, folder = evaluated
+    with pytest.raises(OSError, match="broken pipe"):
+        evaluation.save(tmp_path)
+    assert (tmp_path / "summary.json").read_bytes() == (folder / "summary.json").read_bytes()
+    assert (tmp_path / GIF).exists() and not (tmp_path / MP4).exists()
+
+
+def test_where_no_shown_run_has_clips_there_is_no_moving_picture(evaluated, tmp_path, capsys):
+    evaluation = replace(evaluated[0], clips={"another": next(iter(evaluated[0].clips.values()))})
+    (tmp_path / GIF).write_bytes(b"of an earlier evaluation")
+    assert evaluation.save(tmp_path) == [tmp_path / "comparison.png", tmp_path / "summary.json"]
+    assert not (tmp_path / GIF).exists()
+    assert "moving_picture" not in json.loads((tmp_path / "summary.json").read_text())
+    show(evaluation, tmp_path)
+    assert GIF not in capsys.readouterr().out
 
 
 def test_images_have_none_of_it(evaluated, tmp_path):

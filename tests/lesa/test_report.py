@@ -502,7 +502,7 @@ def test_a_page_without_ours_without_pictures_without_curves(tmp_path, folder):
         (lambda s: s.pop("seed"), "`seed` must be given in .*summary.json"),
         (lambda s: s["runs"][3].pop("psnr"), "`psnr` must be given in .*summary.json, run 3"),
         (lambda s: s.update(runs=s["runs"][1:]), "`runs` must begin with the reference"),
-        (lambda s: s["images"].update({"newton-9": ["../x.png"] * 3}), "`images` must be files in the evaluation's"),
+        (lambda s: s["images"].update({"newton-9": ["../x.png"] * 3}), "`images` must be in the evaluation's"),
     ],
 )
 def test_summaries_of_another_form_are_refused_by_field(folder, tmp_path, change, message):

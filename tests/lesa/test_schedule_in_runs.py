@@ -45,6 +45,15 @@ def check_family(totals):
                 assert all(is_valid(steps, count, total) for steps in found), (total, count)
 
 
+def test_another_schedule_has_nothing_that_belonged_to_the_old_one():
+    own = {"schedule": (0, 3), "schedule_sigmas": (1.0, 0.4), "schedule_errors": (0.0, 0.1), "num_inference_steps": 6}
+    config = PredictorConfig(8, **own, told_levels=(0.9, 0.4), more_step_counts=(8,))
+    made = schedule_in_runs.config_for(FusedKANPredictor(config), Schedule((0, 1, 4), 6, (1.0, 0.8, 0.3)))
+    assert made == PredictorConfig(
+        8, schedule=(0, 1, 4), schedule_sigmas=(1.0, 0.8, 0.3), num_inference_steps=6, stage_bounds=made.stage_bounds
+    )
+
+
 def test_members_of_the_family_are_schedules():
     check_family((12, 13, 50))
 

@@ -1,6 +1,7 @@
 """One predictor for runs of several numbers of steps, guidance scales and sizes."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from lesa.inputs import collate
 from lesa.models import adapter_for
 from lesa.training.differentiable_runs import DifferentiableRuns
 from lesa.training.end_to_end_settings import EndToEndSettings
-from lesa.training.run_references import calls_of
+from lesa.training.run_references import References, calls_of
 from lesa_kernels import FusedKANPredictor
 from predictors import make_predictor
 
@@ -153,6 +154,45 @@ def test_every_number_of_steps_is_taken_equally_often():
 def test_numbers_of_steps_are_checked(counts):
     with pytest.raises((TypeError, ValueError), match=r"`num_inference_steps` must be "):
         EndToEndSettings(counts)
+
+
+def test_each_number_of_steps_needs_an_update():
+    for counts, least in (((20, 28, 50), 3), ((20, 50, 50), 3)):
+        assert {*EndToEndSettings(counts, least).count_of_each_update()} == {*counts}
+        with pytest.raises(ValueError, match=rf"`updates` must be at least {least}, so that each of"):
+            EndToEndSettings(counts, least - 1)
+    assert EndToEndSettings((20, 20), 1).counts == (20,)
+
+
+@pytest.mark.slow
+def test_a_training_that_was_ended_while_it_removed_its_runs_keeps_the_numbers(tmp_path):
+    pipe, inputs = built(), [small.ALL["flux"].inputs(1)]
+    predictor, options = predictor_for(pipe), {"updates": 2, "num_inference_steps": (8, STEPS)}
+    wanted = trained(pipe, predictor, inputs, tmp_path / "whole", **options)
+
+    def cut(folder, **_):
+        (folder / "steps-8" / "reference-00000.safetensors").unlink()
+        (folder / f"steps-{STEPS}" / "reference-00000.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", cut)
+        with pytest.raises(KeyboardInterrupt):
+            trained(pipe, predictor, inputs, tmp_path / "cut", **options)
+    assert trained(pipe, predictor, inputs, tmp_path / "cut", **options).config == wanted.config
+    for name in ("config.json", "provenance.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "cut" / "references").exists()
+
+
+@pytest.mark.slow
+def test_the_numbers_are_checked_before_the_many_runs(monkeypatch):
+    made, make = [], References._make
+    monkeypatch.setattr(References, "_make", lambda self, samples: made.append(samples) or make(self, samples))
+    pipe, inputs = built(), [small.ALL["flux"].inputs(1)] * 4
+    with pytest.raises(ValueError, match=r"must have one that makes the pipeline execute the 10 steps"):
+        trained(pipe, predictor_for(pipe), inputs, num_inference_steps=(8, 12), samples_per_call=1)
+    assert made == [[0], [0]]
 
 
 def test_levels_are_not_learned_for_several_numbers_of_steps():

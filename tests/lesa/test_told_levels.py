@@ -15,7 +15,7 @@ import small_ltx
 import small_pipelines as small
 from lesa.cache import reasons
 from lesa.cache.run import Run
-from lesa.cache.told import timesteps_at
+from lesa.cache.told import check_can_be_told, timesteps_at
 from lesa.inputs import collate
 from lesa.models import adapter_for
 from lesa.schedule import Schedule
@@ -163,6 +163,9 @@ def test_what_cannot_be_told_is_refused_by_name(name):
     with pytest.raises(ValueError, match=match):
         lesa.enable_cache(pipe, predictor_of(pipe))
     assert not hasattr(pipe.transformer, "_diffusers_hook")
+    match = rf"`learn_levels` must be False .* {type(pipe.transformer).__name__}: .*{REFUSED[name]}"
+    with pytest.raises(ValueError, match=match):
+        check_can_be_told(pipe, adapter_for(pipe), learns_levels=True)
 
 
 @pytest.mark.slow

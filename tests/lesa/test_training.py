@@ -78,6 +78,14 @@ def closed_loop_loss(predictor, trajectories):
         return run.mean_loss(range(len(trajectories)), None, guided=False).item()
 
 
+def test_a_schedule_for_a_recording_has_nothing_that_belonged_to_the_old_one(trajectories):
+    width, total = trajectories.feature_dim, trajectories.num_inference_steps
+    own = {"schedule": (0, 3), "schedule_sigmas": (1.0, 0.4), "told_levels": (0.9, 0.4)}
+    config = PredictorConfig(width, num_inference_steps=total, **own, more_step_counts=(total + 1,))
+    made = complete_config(trajectories, config, [0, 2, 5, 8])
+    assert made.told_levels is made.more_step_counts is made.schedule_errors is None
+
+
 @pytest.mark.parametrize("mixer", ["newton", "dense"])
 def test_training_lowers_the_error_on_trajectories_it_has_not_seen(tmp_path, mixer):
     trajectories = write_trajectories(tmp_path / "train", samples=12)

@@ -96,16 +96,17 @@ def enable_cache(
             it, the oldest features are kept in host memory, which costs time. Guidance by two calls per step has two
             streams.
         strict: raise `RuntimeError` if a step that the schedule leaves out cannot be predicted. If false, such a step
-            is computed, with a warning, and `stats` says why. It is not an error if a run of few steps is computed in
-            full, or if the first call of a stream that begins late, such as guidance in a part of the run, is computed.
+            is computed, with a warning, and `stats` says why. It is not an error, but a warning, if a run of few steps
+            is computed in full. It is neither if the first call of a stream that begins late, such as guidance in a
+            part of the run, is computed.
         steps: how many of the steps that a call executes are computed, also in a run of few steps. A run that has no
             more is computed in full. `Schedule.spread` chooses them, by the noise levels of the run; the trained steps
             of the predictor are used if there are as many of them. Where the noise level rises in a run, the first step
             after each rise is one of them, and so is the first step of `transformer_2`; more are computed if need be.
         quality: "high", "balanced" or "fast": 16, 12 or 9 of 50 steps are computed. Of another number of steps it is
-            the same part, rounded up, and at least six. `Schedule.spread` chooses them. Runs of fewer than 8 steps are
-            computed in full. A predictor with a trained schedule has been trained for these steps alone, so every
-            quality is its trained schedule, and `stats` has a note of it.
+            the same part, rounded up, and at least six; up to 18 steps, all three are the same. `Schedule.spread`
+            chooses them. Runs of fewer than 8 steps are computed in full. A predictor with a trained schedule has been
+            trained for these steps alone, so every quality is its trained schedule, and `stats` has a note of it.
 
     Returns:
         A handle with `stats` and `disable()`, usable as a context manager.

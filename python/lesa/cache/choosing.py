@@ -66,6 +66,7 @@ class Chooser:
         as_trained: whether nothing but the predictor or a quality chose the steps.
         configs: of the predictors. The first one names the forecaster.
         note: called with what the user may not expect.
+        remark: called with what the user must be told without looking for it. It is a note too.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class Chooser:
         as_trained: bool,
         configs: list[PredictorConfig],
         note: Callable[[str], None],
+        remark: Callable[[str], None],
     ):
         self._schedule, self._as_trained, self._configs, self._note = schedule, as_trained, configs, note
-        self._first = configs[0]
+        self._remark, self._first = remark, configs[0]
 
     def choose(self, sigmas: list[float], rises: frozenset[int], switch: int | None) -> Chosen:
         """The computed steps of a run.
@@ -152,7 +154,7 @@ class Chooser:
             instead = f". The predictor is for another number of steps: train one for {total}, or pass none"
         elif total >= FEW_UNTRAINED:
             instead = ". Pass steps= or a schedule to forecast some"
-        self._note(f"computed everything: {total} steps are too few to predict any{instead}")
+        self._remark(f"computed everything: {total} steps are too few to predict any{instead}")
 
     def _note_other_training(self, chosen: frozenset[int], sigmas: list[float]) -> None:
         """Notes if a predictor's steps, computed steps or noise levels are others than those of the run."""

@@ -84,9 +84,10 @@ class ForecastingHook(StepHook[ForecastState]):
 
     def compare(self) -> None:
         """Compares the pipeline with the one that the predictors were made for, and says what differs."""
-        self._remark(self._made_for.compare())
+        self._remark(*self._made_for.compare())
 
-    def _remark(self, remarks: Collection[str]) -> None:
+    def _remark(self, *remarks: str) -> None:
+        """Notes remarks, and warns of them."""
         for remark in remarks:
             self.stats.note(remark)
             self.warn(remark)
@@ -118,7 +119,7 @@ class ForecastingHook(StepHook[ForecastState]):
         self.stats.begin_run()
         for note in (*self.notes, *(note for site in self.sites for note in site.adapter.notes)):
             self.stats.note(note)
-        self._remark(self._made_for.remarks())
+        self._remark(*self._made_for.remarks())
         sigmas = state.run.executed_sigmas
         state.parts = [falling(sigmas, step) for step in range(len(sigmas))]
         state.switch = switch_step(self.pipe, state.run) if len(self.sites) > 1 else None
@@ -132,7 +133,7 @@ class ForecastingHook(StepHook[ForecastState]):
                 self.stats.note(note_of_switch(state.switch))
         else:
             rises = frozenset(part.start for part in state.parts)
-            chooser = Chooser(self.schedule, self.as_trained, self._configs, self.stats.note)
+            chooser = Chooser(self.schedule, self.as_trained, self._configs, self.stats.note, self._remark)
             state.computed, state.added = chooser.choose(sigmas, rises, state.switch)
         state.was_predicting, self._is_predicting = self._is_predicting, len(state.computed) < len(sigmas)
         predicted = (step for step in range(len(sigmas)) if step not in state.computed)

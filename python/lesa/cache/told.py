@@ -127,15 +127,25 @@ def timesteps_at(run: Run, levels: torch.Tensor) -> torch.Tensor:
     return timesteps[right] + (levels - sigmas[right]) * slopes
 
 
-def check_can_be_told(pipe: Any, adapter: Adapter) -> None:
-    """Raises `ValueError` unless the transformer gets one timestep for each sample, so that another can replace it."""
+def check_can_be_told(pipe: Any, adapter: Adapter, learns_levels: bool = False) -> None:
+    """Raises `ValueError` unless the transformer gets one timestep for each sample, so that another can replace it.
+
+    Args:
+        pipe, adapter: of the transformer.
+        learns_levels: whether it was `learn_levels` that asked for told levels, and not a configuration.
+    """
     why = adapter.untold
     if not why and getattr(getattr(pipe, "config", None), "expand_timesteps", False):
         why = "it gets a timestep for each token"
-    if why:
-        got = Said(f"levels for a {type(adapter.transformer).__name__}: {why}")
-        remedy = "Take `told_levels` out of the configuration, with `dataclasses.replace`."
-        raise argument_error("predictor.config.told_levels", "be None for this transformer", got, remedy)
+    if not why:
+        return
+    if learns_levels:
+        got = Said(f"True for a {type(adapter.transformer).__name__}: {why}")
+        remedy = "Leave it out."
+        raise argument_error("learn_levels", "be False for this transformer", got, remedy)
+    got = Said(f"levels for a {type(adapter.transformer).__name__}: {why}")
+    remedy = "Take `told_levels` out of the configuration, with `dataclasses.replace`."
+    raise argument_error("predictor.config.told_levels", "be None for this transformer", got, remedy)
 
 
 def _is_as_trained(config: PredictorConfig, run: Run, computed: Set[int]) -> bool:

@@ -92,6 +92,7 @@ def show(evaluation, folder: Path) -> None:
     """Prints the table of an evaluation, and where its pictures and figures are."""
     from lesa.evaluation.shown import GIF, MP4
 
-    moving = [folder / name for name in (GIF, MP4) if (folder / name).exists()]
+    kinds = (GIF, MP4) if evaluation.has_moving_picture else ()
+    moving = [folder / name for name in kinds if (folder / name).exists()]
     *files, last = map(str, (folder / "comparison.png", *moving, folder / "summary.json"))
     print(f"\n{evaluation.table()}\n\nWrote {', '.join(files)} and {last}")

@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -199,7 +199,14 @@ class Ours(Contender, abstract=True):
         state = {name: value.detach().cpu() for name, value in self.predictor.state_dict().items()}
         has_formula = self.predictor.forecaster.plans and not state and not self.is_trained
         formula = [_example_of(self.predictor)] if has_formula else []
-        return digest([state, repr(self.predictor.config), repr(self.schedule), *formula])
+        return digest([state, _text_of(self.predictor.config), repr(self.schedule), *formula])
+
+
+def _text_of(config: PredictorConfig) -> str:
+    """The fields of a configuration. Newer ones that are None are left out, as in the digests of earlier releases."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    newer = {name for name in ("told_levels", "more_step_counts") if values[name] is None}
+    return f"PredictorConfig({', '.join(f'{name}={value!r}' for name, value in values.items() if name not in newer)})"
 
 
 def _example_of(predictor: FusedKANPredictor) -> list[list[float]]:

@@ -153,7 +153,8 @@ def run_demo(
     The cache without a predictor is `lesa.enable_cache(pipe, steps=9)`, of the model for 8 steps `steps=6`.
 
     Args:
-        out_dir: gets `summary.json` and `comparison.png`.
+        out_dir: gets `summary.json` and `comparison.png`; of videos `comparison.gif` too, and `comparison.mp4` where
+            imageio-ffmpeg is installed.
         num_samples: number of pictures or videos to draw. None of them was used in training. None: as many as are
             enough for the model.
         progress: whether to show a progress bar.

@@ -30,27 +30,41 @@ GAP = 4
 """Between the cells of the grid and around them, in pixels."""
 
 
-def save_moving_picture(runs: Sequence["EvaluatedRun"], clips: Mapping[str, np.ndarray], folder: Path) -> list[Path]:
-    """Writes `comparison.gif`, and `comparison.mp4` where it can be written.
+def moving_pictures(runs: Sequence["EvaluatedRun"], clips: Mapping[str, np.ndarray]) -> list[Image.Image]:
+    """The frames of the moving picture; empty if none of the runs has clips.
 
     Args:
         runs: those to show. Those without clips are left out.
         clips: by run, as `lesa.evaluation.shown.Shown` has them.
-        folder: where to.
-
-    Returns:
-        The paths of the files.
     """
-    frames = _frames(sorted((run for run in runs if run.name in clips), key=place_of_run), clips)
-    gif, mp4 = folder / GIF, folder / MP4
-    with whole_file(gif) as temporary:
+    shown = sorted((run for run in runs if run.name in clips), key=place_of_run)
+    return _frames(shown, clips) if shown else []
+
+
+def save_gif(frames: Sequence[Image.Image], folder: Path) -> list[Path]:
+    """Writes `comparison.gif` if there are frames. Returns its path, in a list."""
+    file = folder / GIF
+    file.unlink(missing_ok=True)  # one of an earlier evaluation would show other runs
+    if not frames:
+        return []
+    with whole_file(file) as temporary:
         write_gif(_of_one_palette(frames), temporary, FPS)
-    if why_no_mp4() is not None:
-        mp4.unlink(missing_ok=True)  # one of an earlier evaluation would show other runs
-        return [gif]
-    with whole_file(mp4) as temporary:
+    return [file]
+
+
+def save_mp4(frames: Sequence[Image.Image], folder: Path) -> list[Path]:
+    """Writes `comparison.mp4` if there are frames and it can be written. Returns its path, in a list.
+
+    Raises:
+        OSError: ffmpeg has failed.
+    """
+    file = folder / MP4
+    file.unlink(missing_ok=True)  # as above
+    if not frames or why_no_mp4() is not None:
+        return []
+    with whole_file(file) as temporary:
         write_mp4(frames, temporary, FPS)
-    return [gif, mp4]
+    return [file]
 
 
 def _frames(runs: Sequence["EvaluatedRun"], clips: Mapping[str, np.ndarray]) -> list[Image.Image]:

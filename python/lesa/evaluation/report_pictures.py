@@ -84,7 +84,7 @@ def moving_picture_of(summary: dict, folder: Path) -> dict[str, Any] | None:
     file = summary.get("moving_picture")
     if file is None:
         return None
-    path = _path(folder, file)
+    path = _path(folder, file, "moving_picture")
     uri = None
     if path.stat().st_size <= LARGEST_MOVING_PICTURE:
         uri = f"data:image/gif;base64,{base64.b64encode(path.read_bytes()).decode()}"
@@ -96,13 +96,13 @@ def _open(folder: Path, file: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def _path(folder: Path, file: str) -> Path:
+def _path(folder: Path, file: str, field: str = "images") -> Path:
     path = (folder / file).resolve()
     if not path.is_relative_to(folder.resolve()):
-        raise argument_error("images", "be files in the evaluation's folder", file, "Remove it from summary.json.")
+        raise argument_error(field, "be in the evaluation's folder", file, "Remove it from summary.json.")
     if not path.is_file():
         remedy = "Keep the pictures beside summary.json, or run `lesa evaluate` again."
-        raise argument_error("images", "exist", Said(f"no {path}"), remedy, FileNotFoundError)
+        raise argument_error(field, "exist", Said(f"no {path}"), remedy, FileNotFoundError)
     return path
 
 

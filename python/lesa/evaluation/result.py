@@ -18,7 +18,7 @@ from lesa.artifacts import digest, whole_file, write_text
 from lesa.contenders import Ours, Peer, Reference, kind_of
 from lesa.contenders.base import Count
 from lesa.evaluation.budgets import ours_among
-from lesa.evaluation.moving import save_moving_picture
+from lesa.evaluation.moving import moving_pictures, save_gif, save_mp4
 from lesa.evaluation.picture import draw_comparison
 from lesa.evaluation.quality import LEARNED, paired_lead, signed
 from lesa.evaluation.shown import GIF
@@ -172,6 +172,11 @@ class Evaluation:
         return [run for run in self.runs if not run.is_searched or self.is_best(run)]
 
     @property
+    def has_moving_picture(self) -> bool:
+        """Whether one of the runs for people has clips."""
+        return any(run.name in self.clips for run in self.shown)
+
+    @property
     def ours(self) -> str | None:
         """The contender with which the others are compared, or None. See `against_ours`."""
         return ours_among({run.contender for run in self.runs}, {run.contender for run in self.runs if run.predictor})
@@ -299,7 +304,7 @@ class Evaluation:
             for run in self.runs
         ]
         head = {"format_version": FORMAT_VERSION, "counted": COUNTED}
-        moving = {"moving_picture": GIF} if self.clips else {}
+        moving = {"moving_picture": GIF} if self.has_moving_picture else {}
         return {**head, **finite(dict(self.facts)), "runs": runs, "images": self._files(), **moving}
 
     def _files(self) -> dict[str, list[str]]:
@@ -323,7 +328,8 @@ class Evaluation:
         picture, summary = folder / "comparison.png", folder / "summary.json"
         with whole_file(picture) as temporary:
             draw_comparison(self.shown, self.images, temporary)
-        moving = save_moving_picture(self.shown, self.clips, folder) if self.clips else []
+        frames = moving_pictures(self.shown, self.clips)
+        gif = save_gif(frames, folder)
         contents = self.summary()
         for name, files in contents["images"].items():
             for file, image in zip(files, self.images[name]):
@@ -340,7 +346,7 @@ class Evaluation:
                 first = [run["name"], run["contender"], run["setting"], run["is_best"]]
                 writer.writerow([*first, *(run[name] for name in _SCALARS), *(ahead.get(name) for name in lead)])
         write_text(summary, json.dumps(contents, indent=2, allow_nan=False) + "\n")
-        return [picture, *moving, summary]
+        return [picture, *gif, *save_mp4(frames, folder), summary]  # ffmpeg may fail, so it comes last
 
 
 def file_name(name: str) -> str:

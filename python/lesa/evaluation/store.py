@@ -295,6 +295,8 @@ def read_run(file: Path, arrays: Path, with_outcome: bool) -> Kept:
                 run.denoise_seconds,
                 run.peak_memory_bytes,
             )
+            if shown.clips is None:  # an older release kept no clips
+                shown = Shown.of([sample for batch in outcome.images for sample in batch])
     return Kept(run, shown, contents["sigmas"], outcome, contents.get("identity"), contents["key"])
 
 

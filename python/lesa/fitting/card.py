@@ -176,6 +176,11 @@ def _schedule(config: PredictorConfig) -> str:
     text = f"## Schedule\n\nThe computed steps of a run of {config.num_inference_steps} steps are {steps}."
     if config.schedule_sigmas is not None:
         text += " In a run of another number of steps, those are computed whose noise levels are nearest to theirs."
+    if config.more_step_counts is not None:
+        text += f" It was trained with runs of {', '.join(map(str, config.more_step_counts))} steps too."
+    if config.told_levels is not None:
+        levels = ", ".join(f"{level:.4g}" for level in config.told_levels)
+        text += f" In these steps the model is told the noise levels {levels}, in place of those of its latents."
     return text
 
 

@@ -158,6 +158,7 @@ def config_for(predictor: FusedKANPredictor, schedule: Schedule) -> PredictorCon
         schedule=schedule.steps,
         schedule_sigmas=schedule.sigmas,
         schedule_errors=None,
+        told_levels=None,
         more_step_counts=None,
     )
 

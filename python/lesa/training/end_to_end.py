@@ -72,7 +72,8 @@ def train_end_to_end(
             of the recording, or others.
         out_dir: folder for the predictor, `losses.json` and `losses.png`, and for the runs of all steps while it
             trains. A training that was interrupted continues there. None: nothing is kept.
-        num_inference_steps: passed to the pipeline. Default: that of the predictor. Several numbers: each update takes
+        num_inference_steps: passed to the pipeline. Default: those of the predictor; with
+            `learn_levels` only that of its schedule. Several numbers: each update takes
             one of them, all equally often, in an order that follows from the seed. One that is given twice is taken
             twice as often. In runs of another number of steps than the predictor's, which must be among them, the steps
             that are nearest in noise level to its schedule are computed. Runs of all steps are made for each number.
@@ -107,8 +108,10 @@ def train_end_to_end(
     """
     check_is_predictor(predictor)
     inputs = check_inputs(inputs)
-    if num_inference_steps is None and not (num_inference_steps := predictor.config.step_counts):
-        raise argument_error("num_inference_steps", "be given for a predictor without it", None, "Pass it.")
+    if num_inference_steps is None:
+        num_inference_steps = predictor.config.step_counts[: 1 if learn_levels else None]
+        if not num_inference_steps:
+            raise argument_error("num_inference_steps", "be given for a predictor without it", None, "Pass it.")
     if predictor.config.schedule is None:
         remedy = "Give the predictor a configuration with `schedule` and `schedule_sigmas`, or train it first."
         raise argument_error("predictor.config.schedule", "be the steps to compute", None, remedy)
@@ -158,7 +161,9 @@ def trained_end_to_end(
     if processes.by_first(lambda: is_finished(folder)):
         return FusedKANPredictor.from_pretrained(folder)
     if processes.by_first(training.resume) < settings.updates:
-        for count, plain in training.all_references.items():
-            what = f"all {count} steps" if len(training.all_references) > 1 else "all steps"
-            plain.make(processes, bar and f"{bar}, {what}", training.check_steps)
+        for first_call in (True, False):  # an error of any number of steps comes before the many calls
+            for count, plain in training.all_references.items():
+                what = f"all {count} steps" if len(training.all_references) > 1 else "all steps"
+                plain.make(processes, bar and f"{bar}, {what}", first_call)
+            processes.by_first(training.check_steps)
     return processes.by_first(lambda: training.fit(bar if processes.is_first else None))

@@ -113,6 +113,7 @@ class EndToEndRun:
         self.references = self.all_references[settings.counts[0]]
         self.step_counts = settings.count_of_each_update()
         self.losses: list[float] = []
+        self._executed_before: dict[int, int] = {}  # in the checkpoint, as the references are removed before it
 
     @functools.cached_property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -141,6 +142,7 @@ class EndToEndRun:
             self.levels.load_state_dict(checkpoint["levels"])
         load_optimizer(self.optimizer, checkpoint["optimizer"], work)
         self.losses = checkpoint["losses"]
+        self._executed_before = checkpoint.get("executed", {})
         return len(self.losses)
 
     def fit(self, bar: str | None) -> FusedKANPredictor:
@@ -242,11 +244,10 @@ class EndToEndRun:
     def check_steps(self) -> None:
         """Raises `ValueError` if the pipeline executes other numbers of steps than that of the predictor's schedule.
 
-        Of several numbers, one must be that. As long as one of them has no run of all steps, it may be this one.
+        Of several numbers, one must be that. There is a run of each number.
         """
         wanted, executed = self.predictor.config.num_inference_steps, self._executed
-        is_open = len(executed) < len(self.all_references)
-        if wanted in executed.values() or is_open or (wanted is None and len(executed) == 1):
+        if wanted in executed.values() or (wanted is None and len(executed) == 1):
             return
         must = f"make the pipeline execute {wanted} steps, for which the predictor was trained"
         if len(executed) > 1:
@@ -256,8 +257,11 @@ class EndToEndRun:
 
     @property
     def _executed(self) -> dict[int, int]:
-        """How many steps a run executes, for those numbers of steps of which there is a run."""
-        return {count: each.steps for count, each in self.all_references.items() if each.has_begun}
+        """How many steps a run executes, for those numbers of steps of which there is or was a run."""
+        return {
+            **self._executed_before,
+            **{count: each.steps for count, each in self.all_references.items() if each.has_begun},
+        }
 
     @property
     def _own_count(self) -> int:
@@ -287,6 +291,7 @@ class EndToEndRun:
             "optimizer": self.optimizer.state_dict(),
             "generator": None,  # the order follows from the seed
             "losses": self.losses,
+            "executed": self._executed,
             "epoch": len(self.losses),
         }
         contents = io.BytesIO()  # torch's own writer has no `OSError` for a full disk
@@ -359,7 +364,7 @@ def check_trainable(predictor: FusedKANPredictor, pipe: Any, loss: Any, learns_l
     check_is_for(predictor, pipe, learns_levels)
     check_differentiable(pipe, predictor)
     if learns_levels or predictor.config.told_levels is not None:
-        check_can_be_told(pipe, adapter_for(pipe))
+        check_can_be_told(pipe, adapter_for(pipe), learns_levels)
     check_loss(loss)
     if loss != "latents":
         check_decodes(pipe)

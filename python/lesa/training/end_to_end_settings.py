@@ -41,6 +41,9 @@ class EndToEndSettings:
             raise argument_error("learn_levels", "be False with several `num_inference_steps`", True, remedy)
         for name in ("updates", "batch_size", "samples_per_call"):
             object.__setattr__(self, name, check_int(name, getattr(self, name)))
+        if len({*checked}) > 1 and self.updates < len(checked):
+            must = f"be at least {len(checked)}, so that each of `num_inference_steps` has an update"
+            raise argument_error("updates", must, self.updates, "Pass more updates, or fewer numbers of steps.")
         object.__setattr__(self, "learning_rate", check_float("learning_rate", self.learning_rate, minimum=1e-8))
         object.__setattr__(self, "seed", check_seed(self.seed))
 

@@ -1,7 +1,7 @@
 """What plain runs of a pipeline gave: the latents after every step, which accelerated runs are compared with."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,14 +79,13 @@ class References:
             **conditions_of(pipe),
         }
 
-    def make(self, processes: Processes, bar: str | None = None, check: Callable[[], object] = lambda: None) -> None:
+    def make(self, processes: Processes, bar: str | None = None, first_call: bool = False) -> None:
         """Runs all steps for those samples that are not in the folder yet, in eval mode. Processes share them.
 
         Args:
             processes: those that call this.
             bar: what the progress bar is called, or None for no bar.
-            check: called in the first process when one call of the pipeline is done. It may raise an error, so that the
-                others are not made in vain.
+            first_call: whether to make those of the first call of the pipeline only, so that `steps` is known.
 
         Raises:
             ValueError: the folder has runs of something else. The message names it.
@@ -95,11 +94,13 @@ class References:
         processes.by_first(self._check_folder)
         done = sum(self._file(number).exists() for number in range(len(self.inputs)))
         shown = None if bar is None or not processes.is_first else bar
-        self._shown = tqdm(total=len(self.inputs), initial=done, desc=shown, unit="sample", disable=shown is None)
+        self._shown = tqdm(
+            total=len(self.inputs), initial=done, desc=shown, unit="sample", disable=shown is None, leave=not first_call
+        )
         with self._shown, frozen(models_of(self.pipe)):
             processes.each(self._batches[:1], self._make)
-            processes.by_first(check)
-            processes.each(self._batches[1:], self._make)
+            if not first_call:
+                processes.each(self._batches[1:], self._make)
 
     def latents(self, samples: Sequence[int], step: int, device: torch.device) -> torch.Tensor:
         """The latents of some samples after a step, in float32 on a device."""

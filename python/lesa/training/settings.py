@@ -163,6 +163,7 @@ def complete_config(
         schedule=schedule.steps,
         schedule_sigmas=tuple(sigmas[s] for s in schedule.steps),
         schedule_errors=None,
+        told_levels=None,
         more_step_counts=None,
     )
 
