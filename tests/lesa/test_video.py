@@ -120,8 +120,8 @@ def test_the_demo_draws_and_measures_videos(tmp_path):
         "fewer-steps-9": 9,
         "fewer-steps-8": 8,
     }
-    assert evaluation["newton-9"].psnr > evaluation["fewer-steps-9"].psnr + 3
-    assert evaluation["newton-9"].temporal_psnr > evaluation["fewer-steps-9"].temporal_psnr + 3
+    assert evaluation["newton-9"].psnr > evaluation["fewer-steps-9"].psnr + 15
+    assert evaluation["newton-9"].temporal_psnr > evaluation["fewer-steps-9"].temporal_psnr + 15
     with Image.open(tmp_path / GIF) as gif:
         rows, side = len(evaluation.shown), moving.SMALLEST_SIDE
         assert gif.n_frames == video.FRAMES and gif.height == rows * (side + moving.GAP) + moving.GAP
