@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from lesa.demo import video
-from lesa.demo.make_weights import round_predictors, step_of, train_predictors
+from lesa.demo.make_weights import keep, resume, round_predictors, step_of, train_predictors
 from lesa.demo.run import DEMOS
 
 DIGIT = 10
@@ -71,13 +71,7 @@ def train_transformer(
     embedding = nn.Embedding(video.NUM_CLASSES, video.EMBEDDING_DIM)
     optimizer = torch.optim.AdamW([*model.parameters(), *embedding.parameters()], lr=1e-3, weight_decay=1e-4)
     parts = {"model": model, "embedding": embedding, "optimizer": optimizer}
-    first = 0
-    if checkpoint is not None and checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        torch.set_rng_state(saved["random"])
-        first = saved["iteration"]
+    first = resume(checkpoint, parts)
     data = load_digits()
     images, labels = torch.tensor(data.images, dtype=torch.float32) / 16, torch.tensor(data.target)
     batch, average = 16, 0.0
@@ -104,9 +98,7 @@ def train_transformer(
         step_of(optimizer, loss, iteration, iterations)
         average += (loss.item() - average) / min(100, iteration - first + 1)
         progress.set_postfix(loss=f"{average:.4f}", refresh=False)
-        if checkpoint is not None and (iteration + 1) % 100 == 0:
-            states = {name: part.state_dict() for name, part in parts.items()}
-            torch.save({**states, "random": torch.get_rng_state(), "iteration": iteration + 1}, checkpoint)
+        keep(checkpoint, parts, iteration + 1)
     return model.to(torch.bfloat16), embedding.weight.detach().to(torch.bfloat16)
 
 

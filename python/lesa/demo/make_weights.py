@@ -7,8 +7,9 @@ on 2 cores before there was training through whole runs. How long it takes with 
 import argparse
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,32 @@ def train_transformer(iterations: int, seed: int = 0) -> tuple[FluxTransformer2D
         if iteration % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
     return model.to(torch.bfloat16), embedding.weight.detach().to(torch.bfloat16)
+
+
+def resume(checkpoint: Path | None, parts: Mapping[str, Any]) -> int:
+    """Loads what an interrupted training has kept, with the state of random numbers.
+
+    Args:
+        checkpoint: the file, if there is one.
+        parts: modules and optimisers, by name.
+
+    Returns:
+        How many iterations are done.
+    """
+    if checkpoint is None or not checkpoint.exists():
+        return 0
+    saved = torch.load(checkpoint, weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    torch.set_rng_state(saved["random"])
+    return saved["iteration"]
+
+
+def keep(checkpoint: Path | None, parts: Mapping[str, Any], done: int) -> None:
+    """Writes the file for `resume` after every 100 iterations."""
+    if checkpoint is not None and done % 100 == 0:
+        states = {name: part.state_dict() for name, part in parts.items()}
+        torch.save({**states, "random": torch.get_rng_state(), "iteration": done}, checkpoint)
 
 
 def step_of(optimizer: torch.optim.Optimizer, loss: torch.Tensor, iteration: int, iterations: int) -> None:
