@@ -216,7 +216,7 @@ def write_table(folder: Path, file: Path) -> None:
                 key: [row for row in rows if _setting(row) == key] for key in dict.fromkeys(map(_setting, rows))
             }
             for key, own_rows in sorted(of_setting.items(), key=str):
-                trained = [row for row in own_rows if row["predictor"].startswith("own ")]
+                trained = [row for row in own_rows if row["predictor"].startswith(("own ", "own,"))]
                 own = max(trained, key=lambda row: sum(row["psnr"]), default=None)
                 for row in own_rows:
                     lead = ["", "", "", ""]

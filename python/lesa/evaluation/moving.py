@@ -44,8 +44,8 @@ def moving_pictures(runs: Sequence["EvaluatedRun"], clips: Mapping[str, np.ndarr
 def save_gif(frames: Sequence[Image.Image], folder: Path) -> list[Path]:
     """Writes `comparison.gif` if there are frames. Returns its path, in a list."""
     file = folder / GIF
-    file.unlink(missing_ok=True)  # one of an earlier evaluation would show other runs
     if not frames:
+        file.unlink(missing_ok=True)  # one of an earlier evaluation would show other runs
         return []
     with whole_file(file) as temporary:
         write_gif(_of_one_palette(frames), temporary, FPS)

@@ -113,8 +113,7 @@ class References:
     @cached_property
     def steps(self) -> int:
         """How many steps a run executes."""
-        with safe_open(self._file(0), "pt") as file:
-            return file.get_slice("latents").get_shape()[0]
+        return self._read(0, "latents").shape[0]
 
     @property
     def has_begun(self) -> bool:
