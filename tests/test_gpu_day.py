@@ -82,6 +82,7 @@ def hanging(pid_file):
     )
 
 
+@pytest.mark.slow
 def test_no_part_stops_the_next(tmp_path):
     parts = [
         part("passes", "print('done')"),
@@ -152,6 +153,7 @@ def test_all_parts_passed_or_were_skipped(tmp_path):
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_the_budget_is_kept(tmp_path):
     sleeps = "import time; time.sleep(30)"
     parts = [part("long", sleeps, expected=1), part("no time", sleeps, expected=5), part("short", "")]

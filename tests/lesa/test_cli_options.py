@@ -130,8 +130,8 @@ def calls_of(monkeypatch, settings_of_the_command, tmp_path, folder, digits_pipe
     """
     made = {
         "train": FusedKANPredictor(PredictorConfig(128, schedule=(0, 7), schedule_sigmas=(1.0, 0.8))),
-        "evaluate": SimpleNamespace(table=lambda: "the table"),
-        "run_demo": SimpleNamespace(table=lambda: "the table"),
+        "evaluate": SimpleNamespace(table=lambda: "the table", has_moving_picture=False),
+        "run_demo": SimpleNamespace(table=lambda: "the table", has_moving_picture=False),
         "estimate": SimpleNamespace(table=lambda: "the table", to_dict=lambda: {"as": "json"}),
         "export": ["lesa fit", "lesa record"],
         "report": Path("page.html"),

@@ -191,6 +191,7 @@ def test_wrapping_with_fullgraph_after_enabling(one_block_pipe, generate, backen
         assert_forecast(handle)
 
 
+@pytest.mark.slow
 def test_the_cache_goes_from_a_transformer_that_was_wrapped_meanwhile(one_block_pipe, generate, backend):
     plain, transformer = generate(one_block_pipe), one_block_pipe.transformer
     enable(one_block_pipe)
@@ -279,6 +280,7 @@ def test_the_history_is_what_the_head_got(small_pipe, generate, overwrite, mixer
     assert torch.equal(generate(pipe), plain)
 
 
+@pytest.mark.slow
 def test_the_history_is_what_the_head_got_in_a_compiled_transformer(one_block_pipe, generate, backend):
     pipe = one_block_pipe
     with enable(pipe), own_head(pipe.transformer):
@@ -852,6 +854,7 @@ def test_autocast(small_pipe, generate, cache_first):
     assert torch.equal(generate(pipe), plain_exact)
 
 
+@pytest.mark.slow
 def test_the_head_that_ran_under_autocast(small_pipe, generate):
     with lesa.enable_cache(small_pipe, on_kernels(make_predictor()), LATE) as handle:
         with torch.autocast("cpu", dtype=torch.bfloat16):

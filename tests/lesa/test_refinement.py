@@ -299,6 +299,7 @@ def test_what_is_wrong_is_refused_before_the_pipeline_runs(pipe, recorded, predi
     assert refused.value.lesa_message  # it is no bug
 
 
+@pytest.mark.slow
 def test_guidance_in_two_streams_is_refined(tmp_path):
     from lesa.demo import photos
 
@@ -390,6 +391,7 @@ def close(value):
     return pytest.approx(value, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_each_round_trains_on_plain_runs_and_on_all_roll_outs_so_far(pipe, recorded, predictor, rolled, tmp_path):
     trajectories, inputs = recorded
     options = {"epochs": 1, "learning_rate": 1e-2, "tokens_per_batch": None, "samples_per_call": 8, "progress": False}
@@ -421,6 +423,7 @@ def test_each_round_trains_on_plain_runs_and_on_all_roll_outs_so_far(pipe, recor
     assert refined[2].config.schedule_errors == tuple(map(close, errors))
 
 
+@pytest.mark.slow
 def test_tokens_of_plain_runs_and_roll_outs_are_the_same(pipe, recorded, predictor, rolled, tmp_path):
     """With nineteen of twenty tokens, the loss is that of recordings without one of them."""
     options = {"rounds": 1, "epochs": 1, "tokens_per_batch": 19, "samples_per_call": 8, "progress": False}

@@ -335,6 +335,7 @@ def schedules_read(trajectories, losses, choices):
     return read
 
 
+@pytest.mark.slow
 def test_guided_schedules_are_one_step_off_at_most_and_always_compute_step_0(tmp_path):
     trajectories = alike(tmp_path / "t")
     options = {"schedule": (0, 1, 5, 11), "guided_epochs": 40, "epochs": 1, "learning_rate": STILL}
@@ -347,6 +348,7 @@ def test_guided_schedules_are_one_step_off_at_most_and_always_compute_step_0(tmp
     assert losses["validation"] == [close(loss_of(trajectories, [0], untrained(line), (0, 1, 5, 11)))] * 41
 
 
+@pytest.mark.slow
 def test_schedules_for_error_control_have_gaps_half_to_twice_as_long(tmp_path):
     trajectories, schedule = alike(tmp_path / "t"), (0, 1, 2, 5, 8, 11)
     options = {"schedule": schedule, "guided_epochs": 10, "epochs": 30, "learning_rate": STILL, "controlled": True}
@@ -379,6 +381,7 @@ def numbers_of(samples, streams):
     return [number for sample in samples for number in range(sample * streams, (sample + 1) * streams)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize(
     "samples, fraction, expected", [(6, 0.1, 1), (6, 0.4, 2), (6, 0.6, 4), (3, 0.9, 2), (2, 0.1, 1)]
@@ -396,6 +399,7 @@ def test_no_sample_is_both_trained_on_and_validated_with(tmp_path, samples, frac
     assert losses["validation"][1] == close(losses["validation"][0])
 
 
+@pytest.mark.slow
 def test_the_seed_chooses_the_validation_samples(trajectories, tmp_path):
     chosen = set()
     for seed in range(4):
@@ -455,6 +459,7 @@ def errors_at_computed_steps(trajectories, number, forecasts, computed=SCHEDULE)
     return np.array([size(m - t) / size(t) for m, t in zip(made, truth)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [1, 2])
 def test_typical_errors_are_the_median_of_the_validation_samples_and_the_worst_of_their_streams(tmp_path, streams):
     trajectories = write_recording(tmp_path / "t", samples=7, streams=streams)
