@@ -256,6 +256,7 @@ def raises():
     raise RuntimeError("out of resource: shared memory")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["flux", "tiles"])
 def test_a_wrong_case_and_one_that_raises_fail_the_part_and_not_the_next_case(part, dry, monkeypatch, capsys):
     first, second, third, *_ = gpu_cases.cases_of(part, torch.device("cpu"))

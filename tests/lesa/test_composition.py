@@ -202,6 +202,7 @@ def test_the_cache_goes_from_a_transformer_that_was_wrapped_meanwhile(one_block_
     assert torch.equal(generate(one_block_pipe), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True], ids=["lenient", "strict"])
 def test_a_compiled_forward_is_computed(one_block_pipe, generate, backend, strict):
     pipe = one_block_pipe
@@ -1004,6 +1005,7 @@ def test_after_a_callback_another_run_is_as_in_a_fresh_pipeline(small_pipe, gene
     assert torch.equal(generate(fresh, **other), plain[1])
 
 
+@pytest.mark.slow
 def test_generators(small_pipe, generate):
     def one():
         return {"generator": torch.Generator().manual_seed(5)}

@@ -193,6 +193,7 @@ def test_roll_outs_on_another_schedule_are_other_roll_outs(pipe, recorded, predi
         lesa.record(pipe, inputs, tmp_path / "r", predictor=other, **options)
 
 
+@pytest.mark.slow
 def test_cleaning_up_that_is_cut_off_loses_nothing(pipe, recorded, predictor, tmp_path, monkeypatch):
     class StopError(Exception):
         pass
@@ -492,6 +493,7 @@ def unfinished(_unfinished, tmp_path):
     return tmp_path / "unfinished"
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_a_round_says_whose_roll_outs_it_trains_on(predictor, unfinished):
     settings = torch.load(unfinished / "round-2" / "predictor" / CHECKPOINT_NAME, weights_only=True)["settings"]
     first = FusedKANPredictor.from_pretrained(unfinished / "round-1" / "predictor")
@@ -608,6 +610,7 @@ class FeaturesSeen(FusedKANPredictor):
         return self.features[-1]
 
 
+@pytest.mark.slow
 def test_refining_a_history_with_forecasts_lowers_its_loss(pipe, recorded, with_forecasts, tmp_path):
     trajectories, inputs = recorded
     rate = RATES[with_forecasts.config.mixer] / 3

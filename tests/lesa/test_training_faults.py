@@ -416,6 +416,7 @@ def test_a_single_sample_is_trained_on(tmp_path):
     assert losses["validation"] == []
 
 
+@pytest.mark.slow
 def test_batches_and_tokens_are_drawn_again_each_epoch(trajectories, tmp_path):
     options = {"epochs": 6, "guided_epochs": 0, "learning_rate": STILL, "validation_fraction": 0}
     _, losses = train(trajectories, NEWTON, tmp_path / "batches", batch_size=2, **options)
