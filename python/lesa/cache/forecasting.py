@@ -408,7 +408,8 @@ class ForecastingHook(StepHook[ForecastState]):
 
 
 def _is_fused(track: Track, plan: Plan, head: OutputHead) -> bool:
-    """Whether forecast and output head are one kernel. It may take a while to say, so a plan asks once."""
+    """Whether forecast and output head are one kernel."""
+    # A predictor may need its residual to answer, so it is asked once for each plan and kind of head.
     parts = (head.weight, head.bias, head.scale, head.shift)
     kind = [None if part is None else (part.shape, part.dtype) for part in parts]
     known = track.known_fused

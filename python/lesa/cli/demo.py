@@ -36,7 +36,7 @@ def run(options) -> None:
         print(f"  {at_once}\n\nOr do each step by a command of its own, one after the other:\n")
         print("\n".join(f"  {command}" for command in by_steps))
         return
-    duration = "This takes one to two minutes on two idle CPU cores, and up to five on busy ones."
+    duration = "This takes up to two minutes on two idle CPU cores, and up to five on busy ones."
     print(f"The bundled {options.model} model: all steps, then fewer computed ones. {duration}", flush=True)
     start = time.perf_counter()
     show(run_demo(options.out, model=options.model), options.out)

@@ -5,7 +5,6 @@ It took about 30 minutes on 2 cores that others used as well, before there was t
 takes with it was not measured. One thread (`OMP_NUM_THREADS=1`) is fastest where cores are shared.
 """
 
-import argparse
 from pathlib import Path
 
 import skimage.data
@@ -19,8 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from lesa.demo import photos
-from lesa.demo.make_weights import keep, resume, round_predictors, step_of, train_predictors
-from lesa.demo.run import DEMOS
+from lesa.demo.make_weights import keep, resume, run_script, step_of
 
 HEIGHTS = (64, 96, 144, 216)
 """Of the photographs that the details are cut from."""
@@ -118,19 +116,5 @@ def save(transformer: QwenImageTransformer2DModel, embeddings: torch.Tensor, out
     save_file({"class_embeddings": embeddings.contiguous()}, out / photos.EMBEDDINGS_FILE.name)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=photos.WEIGHTS)
-    parser.add_argument("--iterations", type=int, default=3000, help="training iterations of the transformer")
-    parser.add_argument("--checkpoint", type=Path, help="file to keep the training in and to go on from")
-    parser.add_argument("--predictors-only", action="store_true", help="keep the transformer that is there")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    if not arguments.predictors_only:
-        save(*train_transformer(arguments.iterations, arguments.checkpoint), arguments.out)
-    train_predictors(DEMOS["photos"], arguments.out)
-    round_predictors(DEMOS["photos"], arguments.out)
-
-
 if __name__ == "__main__":
-    main()
+    run_script(__doc__, "photos", 3000, train_transformer, save)

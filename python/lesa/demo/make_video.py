@@ -3,7 +3,6 @@
 Flow matching on videos of scikit-learn's handwritten digits that move and bounce, then the predictors. Seeded.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -16,8 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from lesa.demo import video
-from lesa.demo.make_weights import keep, resume, round_predictors, step_of, train_predictors
-from lesa.demo.run import DEMOS
+from lesa.demo.make_weights import keep, resume, run_script, step_of
 
 DIGIT = 10
 """Height and width of a digit in a frame, in pixels."""
@@ -109,19 +107,5 @@ def save(transformer: HunyuanVideoTransformer3DModel, embeddings: torch.Tensor, 
     save_file({"class_embeddings": embeddings.contiguous()}, out / video.EMBEDDINGS_FILE.name)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=video.WEIGHTS)
-    parser.add_argument("--iterations", type=int, default=2800, help="training iterations of the transformer")
-    parser.add_argument("--checkpoint", type=Path, help="file to keep the training in and to go on from")
-    parser.add_argument("--predictors-only", action="store_true", help="keep the transformer that is there")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    if not arguments.predictors_only:
-        save(*train_transformer(arguments.iterations, arguments.checkpoint), arguments.out)
-    train_predictors(DEMOS["video"], arguments.out)
-    round_predictors(DEMOS["video"], arguments.out)
-
-
 if __name__ == "__main__":
-    main()
+    run_script(__doc__, "video", 2800, train_transformer, save)

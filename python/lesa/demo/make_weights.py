@@ -7,7 +7,7 @@ on 2 cores before there was training through whole runs. How long it takes with 
 import argparse
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,35 @@ def round_predictors(demo: Demo, out: Path) -> None:
 def inputs_of(demo: Demo, count: int, out: Path) -> list[dict]:
     """The inputs of `count` samples, with the embeddings in `out`."""
     return demo.model.inputs_for(labels(count), out / demo.model.EMBEDDINGS_FILE.name)
+
+
+def run_script(
+    description: str | None,
+    name: str,
+    iterations: int,
+    train: Callable[[int, Path | None], tuple[Any, torch.Tensor]],
+    save: Callable[[Any, torch.Tensor, Path], None],
+) -> None:
+    """The command line of a script that makes a model of the demo and its predictors, rounded to bfloat16.
+
+    Args:
+        description: of the script.
+        name: of the model.
+        iterations: of its training, if the user does not choose others.
+        train: makes transformer and embeddings from the number of iterations and the file of the unfinished training.
+        save: writes transformer and embeddings into a folder.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=digits.WEIGHTS)
+    parser.add_argument("--iterations", type=int, default=iterations, help="training iterations of the transformer")
+    parser.add_argument("--checkpoint", type=Path, help="file to keep the training in and to go on from")
+    parser.add_argument("--predictors-only", action="store_true", help="keep the transformer that is there")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not arguments.predictors_only:
+        save(*train(arguments.iterations, arguments.checkpoint), arguments.out)
+    train_predictors(DEMOS[name], arguments.out)
+    round_predictors(DEMOS[name], arguments.out)
 
 
 def newton_predictor(

@@ -1,7 +1,7 @@
 """What plain runs of a pipeline gave: the latents after every step, which accelerated runs are compared with."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,9 @@ class References:
 
     def latents(self, samples: Sequence[int], step: int, device: torch.device) -> torch.Tensor:
         """The latents of some samples after a step, in float32 on a device."""
-        return torch.stack([self._read(sample, "latents", step) for sample in samples]).to(device, torch.float32)
+        return torch.stack([self._read(sample, "latents", lambda part: part[step]) for sample in samples]).to(
+            device, torch.float32
+        )
 
     def images(self, samples: Sequence[int], device: torch.device) -> torch.Tensor:
         """The decoded images or videos of some samples, in float32 on a device."""
@@ -113,7 +115,7 @@ class References:
     @cached_property
     def steps(self) -> int:
         """How many steps a run executes."""
-        return self._read(0, "latents").shape[0]
+        return self._read(0, "latents", lambda part: part.get_shape()[0])  # without reading the latents
 
     @property
     def has_begun(self) -> bool:
@@ -166,11 +168,12 @@ class References:
             save_tensors(self._file(sample), {"latents": torch.stack(steps), **images}, {"sample": sample})
             self._shown.update()
 
-    def _read(self, sample: int, name: str, step: int | None = None) -> torch.Tensor:
+    def _read(self, sample: int, name: str, of: Callable[[Any], Any] = lambda part: part[:]) -> Any:
+        """What a function gives of a part of the file of a sample; by default the whole tensor."""
         path = self._file(sample)
         try:
             with safe_open(path, "pt") as file:
-                return file.get_tensor(name) if step is None else file.get_slice(name)[step]
+                return of(file.get_slice(name))
         except (SafetensorError, OSError) as error:
             got, remedy = Said(f"{error}"), "Delete it, and call again: it is made again."
             raise argument_error(f"{path}", "be a whole file of tensors", got, remedy) from None
